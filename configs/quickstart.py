@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job in minutes: turn the shipped prior into a text-driven land-cover segmenter."""
+
+from digseg_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.data.repeat_threshold = 0.3
+    config.data.text_noise = 0.2
+    config.model.conv = "im2col"
+    config.optim.learning_rate = 1e-3
+    config.optim.ema_decay = 0.99
+    config.train.steps = 500
+    config.train.batch_size = 8
+    config.checkpoint.every = 100
+    config.eval.ensemble = 2
+    config.eval.steps = 1
+    return config

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: frozen dataclasses with defaults, made from a locked ConfigDict.
+
+The dataclasses are the only place that knows names, types, defaults and legal values. A config file
+starts from `default()`, sets what its experiment needs, and `parse` turns the result (with the
+command line's overrides) into a `Config`, or says which key is wrong and what is legal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from digseg_jax.errors import UserError, nearest
+
+
+def legal(*values: str) -> Any:
+    """A string field restricted to `values`; the first one is the default."""
+    return dataclasses.field(default=values[0], metadata={"legal": values})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: str = legal("landcover")
+    label_set: str = legal("groups", "igbp")  # what evaluation and its queries use
+    train_label_sets: tuple[str, ...] = ("groups",)  # where training draws its queries from
+    image_size: int = 128  # pixels; a side of the square training crop
+    num_queries: int = 2  # queries per image in training
+    negative_rate: float = 0.15  # share of queries whose class is absent from the crop
+    repeat_threshold: float = 0.0  # repeat-factor sampling of rare classes' tiles; 0: off
+    text_noise: float = 0.0  # deviation of noise on text tokens in training, in token deviations
+    workers: int = 0  # grain worker processes; 0: threads of this process
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeArch:
+    """Architecture of an autoencoder trained from scratch (task=autoencoder)."""
+
+    block_out_channels: tuple[int, ...] = (8, 16, 48, 96)
+    layers_per_block: int = 1
+    norm_num_groups: int = 4
+    mid_block_add_attention: bool = False
+    kl_weight: float = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class UnetArch:
+    """Architecture of a U-Net trained from scratch (task=prior)."""
+
+    block_out_channels: tuple[int, ...] = (64, 96, 128)
+    layers_per_block: int = 1
+    norm_num_groups: int = 16
+    attention_head_dim: tuple[int, ...] = (2, 3, 4)  # diffusers' name for the number of heads
+    # which up blocks attend, lowest resolution first; every down block does. The highest one costs a
+    # third of the time here and adds little: its skip connections come from a block that attends
+    up_attention: tuple[bool, ...] = (True, True, False)
+    cross_attention_dim: int = 128  # text adapters bring the tokens to this width
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vae: str = "assets:vae"  # assets:NAME (shipped), a folder, or a hub id[:subfolder]
+    unet: str = "assets:prior"  # where the U-Net starts; same forms
+    unet_init: str = legal("pretrained", "random")  # random: that architecture, from scratch
+    text: str = "minilm"  # minilm (pip package), a folder, or a hub id
+    max_tokens: int = 16  # text length after padding
+    text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
+    dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
+    conv: str = legal("xla", "im2col")
+    attention: str = legal("plain", "chunked")
+    vae_arch: VaeArch = VaeArch()
+    unet_arch: UnetArch = UnetArch()
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    prediction_type: str = legal("v_prediction", "sample", "epsilon")
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    zero_snr: bool = True
+    timestep_sampling: str = legal("high_noise", "uniform")
+    terminal_fraction: float = 0.5  # high_noise: share of draws at the last timestep
+    high_noise_a: float = 0.1  # high_noise: scale of the heavy tail (METHOD: GenMask's a)
+    noise: str = legal("gaussian", "multires")
+    multires_strength: float = 0.9  # multires: annealed as strength * t / T (Marigold)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    schedule: str = legal("cosine", "constant", "exponential")
+    final_scale: float = 0.01  # learning rate at the end, as a share of the peak
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.995
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 8  # images per step, over all hosts
+    log_every: int = 20
+    eval_every: int = 0  # 0: only at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 200
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    split: str = legal("test", "val")
+    ensemble: int = 2
+    steps: int = 2
+    spacing: str = legal("trailing", "leading")
+    batch_size: int = 4  # images per compiled call
+    num_images: int = 0  # 0: the whole split
+    gallery: int = 24  # images shown in the report
+    calibrate: bool = True  # fit the probability's scale and each query's bias on the val split
+    estep: tuple[str, ...] = ()  # rows of the E-Step table, such as "4x2" or "4x2:leading"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = -1  # -1: all remaining devices
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: str = legal("segmentation", "prior", "autoencoder")
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def default() -> ml_collections.ConfigDict:
+    """A locked ConfigDict with every key at its default: the start of every config file."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Returns the typed configuration.
+
+    Raises:
+      UserError: unknown key, wrong type, illegal value or impossible combination.
+    """
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    config = _build(Config, values, "config")
+    _check_combinations(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON-ready values; `parse` takes them back."""
+    return _lists(dataclasses.asdict(config))
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(
+                f"{path}.{key}: no such key{nearest(key, fields)}; legal: {', '.join(fields)}"
+            )
+    made = {}
+    for key, value in values.items():
+        made[key] = _value(hints[key], value, fields[key].metadata, f"{path}.{key}")
+    return cls(**made)
+
+
+def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, dict(value), path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{path}={value!r}: expected a list")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, {}, path) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    allowed = metadata.get("legal")
+    if allowed and value not in allowed:
+        raise UserError(f"{path}={value!r}: legal values are {', '.join(allowed)}")
+    return value
+
+
+def _check_combinations(c: Config) -> None:
+    positive = {
+        "train.batch_size": c.train.batch_size,
+        "train.log_every": c.train.log_every,
+        "checkpoint.every": c.checkpoint.every,
+        "checkpoint.keep": c.checkpoint.keep,
+        "eval.ensemble": c.eval.ensemble,
+        "eval.steps": c.eval.steps,
+        "eval.batch_size": c.eval.batch_size,
+        "data.num_queries": c.data.num_queries,
+        "data.image_size": c.data.image_size,
+        "model.max_tokens": c.model.max_tokens,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"config.{key}={value}: must be at least 1")
+    for key in ("train.steps", "train.eval_every", "optim.warmup_steps", "eval.num_images"):
+        section, name = key.split(".")
+        if getattr(getattr(c, section), name) < 0:
+            raise UserError(f"config.{key}: must not be negative")
+    if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
+        raise UserError(
+            "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
+            "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
+        )
+    if c.eval.steps > c.diffusion.num_train_timesteps:
+        raise UserError(
+            f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
+            f"{c.diffusion.num_train_timesteps}"
+        )
+    if not 0.0 <= c.data.negative_rate < 1.0:
+        raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
+    for name in c.data.train_label_sets:
+        if name not in ("groups", "igbp"):
+            raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
+    if not c.data.train_label_sets:
+        raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")

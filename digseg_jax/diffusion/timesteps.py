@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How training draws timesteps."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from digseg_jax.arraytypes import Array, Int
+from digseg_jax.diffusion.schedule import Schedule
+
+
+def uniform(key: Array, schedule: Schedule) -> Int[Array, ""]:
+    """One timestep, uniform over 0 .. T-1."""
+    return jax.random.randint(key, (), 0, schedule.num_timesteps)
+
+
+def high_noise(
+    key: Array, schedule: Schedule, *, a: float, terminal_fraction: float
+) -> Int[Array, ""]:
+    """One timestep: T-1 with probability `terminal_fraction`, else heavy-tailed towards high noise.
+
+    The tail draws g = a sqrt(u / (1 - u)) with uniform u, reads it as flow time with pure noise at 0,
+    and takes the timestep of equal signal-to-noise ratio, (g / (1 - g))**2 (GenMask, arXiv
+    2603.23906, whose density 2 a^2 t / (t^2 + a^2)^2 this g has).
+    """
+    terminal_key, tail_key = jax.random.split(key)
+    u = jax.random.uniform(tail_key, maxval=1.0 - 1e-6)
+    g = jnp.minimum(a * jnp.sqrt(u / (1.0 - u)), 1.0 - 1e-4)
+    table = np.asarray(schedule.alphas_cumprod)
+    # sqrt of the signal-to-noise ratio falls with t; searched in rising order, from the last timestep
+    ratio = np.sqrt(table / np.maximum(1.0 - table, 1e-12))[::-1].astype(np.float32)
+    tail = schedule.num_timesteps - 1 - jnp.searchsorted(jnp.asarray(ratio), g / (1.0 - g))
+    tail = jnp.clip(tail, 0, schedule.num_timesteps - 1)
+    terminal = jax.random.uniform(terminal_key) < terminal_fraction
+    return jnp.where(terminal, schedule.num_timesteps - 1, tail)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation as one padded, masked, sharded program; integer counts, results.json, gallery."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from digseg_jax.arraytypes import Array, Params
+from digseg_jax.config import Config
+from digseg_jax.data import landcover
+from digseg_jax.report.gallery import GalleryItem, write_gallery
+from digseg_jax.segmentation import calibration as calibration_lib
+from digseg_jax.segmentation import inference, metrics
+from digseg_jax.segmentation.calibration import Calibration
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.segmentation.text_bank import PromptBank
+from digseg_jax.sharding import BATCH, place_batch
+from digseg_jax.tasks.base import to_unit
+from digseg_jax.tasks.components import encode_bank
+from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.writers import Progress
+
+CALIBRATION_STRIDE = 4  # every 4th pixel of both axes is enough to fit nine numbers
+
+
+@dataclasses.dataclass
+class Scores:
+    """Raw counts of an evaluation; everything printed is computed from these."""
+
+    classes: tuple[str, ...]
+    confusion: np.ndarray  # [c, c + 1]
+    overlaps: np.ndarray  # [images, q, c]
+    areas: np.ndarray  # [images, c]
+    names: list[str]
+    seconds: float  # of sampling and decoding, compilation excluded
+    probability: list[np.ndarray]  # of the first images, [q, h, w], for the gallery
+
+    @property
+    def miou(self) -> float:
+        return metrics.mean_iou(self.confusion)
+
+    def queries_per_second(self) -> float:
+        return self.overlaps.shape[0] * self.overlaps.shape[1] / max(self.seconds, 1e-9)
+
+
+class Evaluator:
+    """Evaluates parameters of one task on a mesh; compiled once per E-Step."""
+
+    def __init__(self, config: Config, task: SegmentationTask, mesh: Mesh):
+        self.config, self.task, self.mesh = config, task, mesh
+        self.vae_params = task.frozen["vae"]
+        self.devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        # the batch must split evenly over the devices; the padding is masked
+        self.batch_size = math.ceil(config.eval.batch_size / self.devices) * self.devices
+
+    def bank(self, prompts: Sequence[str]) -> PromptBank:
+        return encode_bank(self.task.tower, prompts, self.config.model.max_tokens)
+
+    def tiles(self, split: str, label_set: str) -> landcover.EvalTiles:
+        """The split's tiles; `config.eval.num_images` of them, evenly spread, if it is set."""
+        cover = landcover.load()
+        tiles = cover.tiles(split)
+        wanted = self.config.eval.num_images
+        if 0 < wanted < len(tiles):
+            tiles = [tiles[i * len(tiles) // wanted] for i in range(wanted)]
+        return landcover.EvalTiles(cover, tiles, label_set)
+
+    def evidence(
+        self, params: Params, tiles: landcover.EvalTiles, bank: PromptBank, estep: EStep
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean decoded evidence [images, q, h', w'] and labels [images, h', w'], subsampled."""
+        step = self._jit(partial(self._evidence, estep=estep), shared=3)
+        parts = []
+        for batch, count in self._batches(tiles, "calibration"):
+            parts.append(np.asarray(step(params, self.vae_params, _text(bank), batch))[:count])
+        stride = slice(None, None, CALIBRATION_STRIDE)
+        labels = np.stack([tiles[i]["label"][stride, stride] for i in range(len(tiles))])
+        return np.concatenate(parts), labels
+
+    def calibrate(
+        self, params: Params, bank: PromptBank, label_set: str, estep: EStep, split: str = "val"
+    ) -> Calibration:
+        """Fits scale and biases on a split that training and test do not touch."""
+        evidence, label = self.evidence(params, self.tiles(split, label_set), bank, estep)
+        flat = np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1])
+        return calibration_lib.fit(flat, label.reshape(-1), split)
+
+    def scores(
+        self,
+        params: Params,
+        tiles: landcover.EvalTiles,
+        bank: PromptBank,
+        estep: EStep,
+        calibration: Calibration,
+        *,
+        keep: int = 0,
+    ) -> Scores:
+        """Counts over all tiles; query i of the bank stands for class i of the label set."""
+        classes = landcover.LABEL_SETS[tiles.label_set]
+        if len(bank.prompts) != len(classes):
+            raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
+        step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=4)
+        fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
+        confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
+        overlaps, areas, kept, seconds = [], [], [], 0.0
+        first = True
+        for batch, count in self._batches(tiles, f"eval {estep}"):
+            arguments = (params, self.vae_params, _text(bank), fitted, batch)
+            if first:  # compile outside the clock
+                jax.block_until_ready(step(*arguments))
+                first = False
+            start = time.monotonic()
+            out = jax.device_get(jax.block_until_ready(step(*arguments)))
+            seconds += time.monotonic() - start
+            confusion += out["confusion"]
+            overlaps.append(out["overlap"][:count])
+            areas.append(out["area"][:count])
+            for row in out["probability"][:count]:
+                if len(kept) < keep:
+                    kept.append(row)
+        names = [t.name for t in tiles.tiles]
+        return Scores(
+            classes, confusion, np.concatenate(overlaps), np.concatenate(areas), names, seconds, kept
+        )
+
+    def _decoded(self, params: Params, vae: Params, text: Params, batch: Params, estep: EStep):
+        task = self.task
+        image_latent = task.vae.encode(vae, to_unit(batch["image"]))
+        noise = inference.member_noise(
+            self.config.seed, batch["index"], estep.ensemble, image_latent.shape[1:]
+        )
+        latents = inference.sample_mask_latents(
+            partial(task.predict_latent, params),
+            image_latent,
+            text["tokens"],
+            text["mask"],
+            noise,
+            task.schedule,
+            estep,
+        )
+        flat = latents.reshape(-1, *latents.shape[3:])
+        decoded = inference.decoded_evidence(task.vae.decode(vae, flat))
+        return decoded.reshape(*latents.shape[:3], *decoded.shape[1:])  # n q e h w
+
+    def _evidence(self, params: Params, vae: Params, text: Params, batch: Params, estep: EStep):
+        decoded = self._decoded(params, vae, text, batch, estep)
+        return decoded.mean(axis=2)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+
+    def _counts(
+        self,
+        params: Params,
+        vae: Params,
+        text: Params,
+        fitted: Params,
+        batch: Params,
+        estep: EStep,
+        num_classes: int,
+    ) -> dict[str, Array]:
+        decoded = self._decoded(params, vae, text, batch, estep)
+        # a query on its own is judged at evidence 0; the biases only matter between queries
+        alone = inference.probabilities(decoded, fitted["scale"], jnp.zeros(num_classes)) > 0.5
+        probability = inference.probabilities(decoded, fitted["scale"], fitted["bias"])
+        label = jnp.where(batch["valid"][:, None, None], batch["label"], -1)
+        true = label[:, None] == jnp.arange(num_classes)[None, :, None, None]
+        return {
+            "confusion": metrics.confusion(label, metrics.label_map(probability), num_classes),
+            "overlap": metrics.overlap(label, alone, num_classes),
+            "area": true.sum(axis=(2, 3)).astype(jnp.int32),
+            "probability": probability,
+        }
+
+    def _jit(self, function: Any, shared: int) -> Any:
+        """Compiles a function of `shared` whole arguments and one batch that is split."""
+        replicated, batch = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, BATCH)
+        # None: the U-Net's parameters stay placed as training left them
+        return jax.jit(function, in_shardings=(None, *[replicated] * (shared - 1), batch))
+
+    def _batches(self, tiles: landcover.EvalTiles, label: str) -> Iterator[tuple[Params, int]]:
+        """Device batches of one static shape; the last one is padded with its first image."""
+        progress = Progress(len(tiles), label=label, unit="images")
+        started = time.monotonic()
+        for start in range(0, len(tiles), self.batch_size):
+            rows = list(range(start, min(start + self.batch_size, len(tiles))))
+            padded = rows + [start] * (self.batch_size - len(rows))
+            examples = [tiles[i] for i in padded]
+            batch = {
+                "image": np.stack([e["image"] for e in examples]),
+                "label": np.stack([e["label"] for e in examples]),
+                "index": np.asarray(padded, np.int32),
+                "valid": np.arange(self.batch_size) < len(rows),
+            }
+            yield place_batch(batch, self.mesh), len(rows)
+            done = start + len(rows)
+            progress.update(done, done / (time.monotonic() - started))
+        progress.close()
+
+
+def _text(bank: PromptBank) -> Params:
+    return {"tokens": bank.tokens, "mask": bank.mask}
+
+
+def results_of(scores: Scores, config: Config, calibration: Calibration, estep: EStep) -> dict:
+    """The content of results.json; floats unrounded, nan as null."""
+
+    def plain(x: float) -> float | None:
+        return None if math.isnan(x) else float(x)
+
+    iou = metrics.iou_per_class(scores.confusion)
+    pixels = landcover.TILE * landcover.TILE
+    alone = metrics.query_scores(scores.overlaps, scores.areas, pixels)
+    return {
+        "dataset": config.data.name,
+        "split": config.eval.split,
+        "protocol": "land cover: tiles of held-out blocks, counts pooled over the split, mean over "
+        "classes that occur or are predicted, exhaustive queries",
+        "num_images": len(scores.names),
+        "miou": scores.miou,
+        "per_class": {name: plain(v) for name, v in zip(scores.classes, iou, strict=True)},
+        "accuracy": metrics.pixel_accuracy(scores.confusion),
+        "label_set": config.data.label_set,
+        "ensemble": estep.ensemble,
+        "steps": estep.steps,
+        "spacing": estep.spacing,
+        "seed": config.seed,
+        "calibration": calibration.to_dict(),
+        "queries_per_second": scores.queries_per_second(),
+        "confusion": scores.confusion.tolist(),
+        **{name: plain(value) for name, value in alone.items()},
+    }
+
+
+def evaluate(
+    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: Path
+) -> dict[str, Any]:
+    """Evaluates, and writes DIR/eval/{results.json, estep.json, gallery/}; returns the results."""
+    evaluator = Evaluator(config, task, mesh)
+    label_set = config.data.label_set
+    classes = landcover.LABEL_SETS[label_set]
+    bank = evaluator.bank(classes)
+    estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    fitted = calibration_lib.identity(len(classes))
+    if config.eval.calibrate:
+        fitted = evaluator.calibrate(params, bank, label_set, EStep(1, estep.steps, estep.spacing))
+        logging.info("calibration on %s: %s", fitted.split, fitted.to_dict())
+    tiles = evaluator.tiles(config.eval.split, label_set)
+    scores = evaluator.scores(params, tiles, bank, estep, fitted, keep=config.eval.gallery)
+    results = results_of(scores, config, fitted, estep)
+    folder = workdir / "eval"
+    write_json(folder / "results.json", results)
+    _write_gallery(folder / "gallery", scores, tiles)
+    if config.eval.estep:
+        rows = estep_rows(evaluator, params, tiles, bank, fitted)
+        note = "Measured by this run on its own split; a small model, trained for minutes."
+        write_json(folder / "estep.json", {"rows": rows, "note": note})
+    return results
+
+
+def estep_rows(
+    evaluator: Evaluator,
+    params: Params,
+    tiles: landcover.EvalTiles,
+    bank: PromptBank,
+    calibration: Calibration,
+) -> list[dict[str, Any]]:
+    """One row per E-Step of `config.eval.estep`: mIoU and queries per second."""
+    rows = []
+    for text in evaluator.config.eval.estep:
+        estep = EStep.parse(text)
+        scores = evaluator.scores(params, tiles, bank, estep, calibration)
+        rows.append(
+            {
+                **dataclasses.asdict(estep),
+                "miou": scores.miou,
+                "queries_per_second": scores.queries_per_second(),
+            }
+        )
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside and renames, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def _write_gallery(folder: Path, scores: Scores, tiles: landcover.EvalTiles) -> None:
+    items = []
+    for i, probability in enumerate(scores.probability):
+        tile = tiles[i]
+        counts = np.asarray(
+            metrics.confusion(tile["label"][None], probability.argmax(0)[None], len(scores.classes))
+        )
+        present = [q for q in range(len(scores.classes)) if scores.areas[i, q] > 0]
+        overlaps, areas = scores.overlaps[i : i + 1], scores.areas[i : i + 1]
+        iou = metrics.query_iou(overlaps, areas)
+        items.append(
+            GalleryItem(
+                id=tile["name"],
+                image=tile["image"],
+                label=tile["label"],
+                prediction=probability.argmax(0).astype(np.int32),
+                masks=probability[present],
+                queries=[scores.classes[q] for q in present],
+                ious=[None if np.isnan(iou[q]) else float(iou[q]) for q in present],
+                miou=metrics.mean_iou(counts),
+            )
+        )
+    write_gallery(folder, items, scores.classes)

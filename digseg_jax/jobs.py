@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs behind `main`'s modes: each ties configuration, task, loop and files together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from digseg_jax import evaluate_autoencoder
+from digseg_jax.arraytypes import Params
+from digseg_jax.config import Config
+from digseg_jax.data import landcover
+from digseg_jax.errors import UserError
+from digseg_jax.evaluate import Evaluator, evaluate, write_json
+from digseg_jax.report import build_report
+from digseg_jax.segmentation.calibration import identity
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.sharding import make_mesh
+from digseg_jax.tasks.autoencoder import AutoencoderTask
+from digseg_jax.tasks.base import Task
+from digseg_jax.tasks.components import provenance
+from digseg_jax.tasks.prior import PriorTask
+from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.train import Trainer
+from digseg_jax.weights import load_params
+from digseg_jax.workdir import claim
+
+TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
+EXPORT = "export"
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Trains (or goes on training), exports the weights, evaluates, and builds the report."""
+    claim(workdir, config)
+    mesh = make_mesh(config.mesh)
+    task: Task = TASKS[config.task](config)
+    log_summary(config, task, mesh)
+    trainer = Trainer(config, task, mesh, str(workdir))
+    on_eval = _validation(config, task, mesh) if config.train.eval_every else None
+    state = trainer.run(on_eval)
+    params = state["ema"]
+    if isinstance(task, AutoencoderTask):
+        export_autoencoder(config, task, params, workdir)
+        return
+    task.export(jax.device_get(params), workdir / EXPORT, provenance(config))
+    if isinstance(task, SegmentationTask):
+        finish(config, task, params, mesh, workdir)
+
+
+def run_eval(config: Config, workdir: Path) -> None:
+    """Evaluates the exported weights of a finished run, and builds the report."""
+    if config.task != "segmentation":
+        raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
+    if not (workdir / EXPORT).is_dir():
+        raise UserError(f"{workdir / EXPORT}: no trained weights here; run --mode=train first")
+    claim(workdir, config)
+    mesh = make_mesh(config.mesh)
+    task = SegmentationTask(config)
+    params = load_params(workdir / EXPORT, task.abstract)
+    finish(config, task, params, mesh, workdir)
+
+
+def finish(
+    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: Path
+) -> dict[str, Any]:
+    """Evaluation, report and a line for the reader."""
+    results = evaluate(config, task, params, mesh, workdir)
+    # predict reads it beside the weights
+    write_json(workdir / EXPORT / "calibration.json", results["calibration"])
+    page = build_report(workdir)
+    logging.info(
+        "mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s",
+        results["miou"],
+        results["accuracy"],
+        results["num_images"],
+        results["split"],
+        page,
+    )
+    return results
+
+
+def export_autoencoder(
+    config: Config, task: AutoencoderTask, params: Params, workdir: Path
+) -> dict[str, Any]:
+    """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval."""
+    task.config = dataclasses.replace(
+        task.config, scaling_factor=evaluate_autoencoder.measure_scaling(task.graphdef, params)
+    )
+    results = evaluate_autoencoder.round_trip(task.graphdef, params, "test")
+    logging.info("round trip on held-out tiles: %s", json.dumps(results))
+    write_json(workdir / "eval" / "results.json", results)
+    extra = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
+    task.export(jax.device_get(params), workdir / EXPORT, provenance(config, **extra))
+    return results
+
+
+def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
+    """What runs: parameters, devices, data sizes, text."""
+    params = task.initial()
+    logging.info("task %s, seed %d, %s", config.task, config.seed, config.train)
+    logging.info("trainable parameters:\n%s", _overview(params))
+    sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
+    logging.info("frozen, in millions: %s", sizes or "nothing")
+    logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    cover = landcover.load()
+    tiles = {split: len(cover.tiles(split)) for split in ("train", "val", "test")}
+    logging.info("land cover tiles: %s", tiles)
+
+
+def _overview(params: Params) -> str:
+    """One row per top-level module: the full table of a U-Net has 700."""
+    groups = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    largest = parameter_overview.count_parameters(params)
+    rows = [f"  {name:<20} {count:>12,}" for name, count in groups.items()]
+    return "\n".join([*rows, f"  {'total':<20} {largest:>12,}"])
+
+
+def _millions(tree: Params) -> float:
+    return round(sum(np.size(x) for x in jax.tree.leaves(tree)) / 1e6, 2)
+
+
+def _validation(config: Config, task: Task, mesh: Mesh):
+    """In-training evaluation on the val split: 1x1, no calibration, so that it costs little."""
+    if not isinstance(task, SegmentationTask):
+        raise UserError("config.train.eval_every: only for config.task='segmentation'; set it to 0")
+    evaluator = Evaluator(config, task, mesh)
+    label_set = config.data.label_set
+    classes = landcover.LABEL_SETS[label_set]
+    bank, tiles = evaluator.bank(classes), evaluator.tiles("val", label_set)
+
+    def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
+        scores = evaluator.scores(
+            state["ema"], tiles, bank, EStep(1, 1), identity(len(classes))
+        )
+        return {"val_miou": scores.miou}
+
+    return on_eval
+

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention behind one function, and the transformer block of the U-Net (diffusers: `attention.py`)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.models.layers import Compute, Conv, GroupNorm, layer_norm, linear
+
+QUERY_CHUNK = 1024
+
+
+def attention(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+    implementation: str = "plain",
+) -> Float[Array, "b l heads d"]:
+    """Softmax attention, scale d**-0.5, softmax in float32; equal results from every implementation.
+
+    Args:
+      mask: False where a key is padding. A row without any valid key attends to all keys evenly.
+      implementation: "plain", or "chunked": queries in chunks of 1024, each rematerialised in the
+        backward pass, so that memory is bounded by chunk x keys rather than queries x keys.
+    """
+    if implementation == "chunked" and q.shape[1] > QUERY_CHUNK and q.shape[1] % QUERY_CHUNK == 0:
+        b, length, heads, d = q.shape
+        chunks = q.reshape(b, length // QUERY_CHUNK, QUERY_CHUNK, heads, d).swapaxes(0, 1)
+        out = jax.lax.map(jax.checkpoint(lambda chunk: _plain(chunk, k, v, mask)), chunks)
+        return out.swapaxes(0, 1).reshape(b, length, heads, d)
+    if implementation not in ("plain", "chunked"):
+        raise ValueError(f"attention implementation {implementation!r}; legal: plain, chunked")
+    return _plain(q, k, v, mask)
+
+
+def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhlm,bmhd->blhd", weights, v)
+
+
+class Attention(nnx.Module):
+    """Multi-head self- or cross-attention; keys and values come from `context` if given."""
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        heads: int,
+        *,
+        bias: bool = False,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-6,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        if norm_groups is not None:  # the VAE's attention normalises its own input
+            self.group_norm = GroupNorm(features, norm_groups, eps=norm_eps, compute=compute)
+        options = {"bias": bias, "compute": compute, "rngs": rngs}
+        self.to_q = linear(features, features, **options)
+        self.to_k = linear(context_features, features, **options)
+        self.to_v = linear(context_features, features, **options)
+        self.to_out = nnx.List([linear(features, features, compute=compute, rngs=rngs)])
+        self.heads, self.compute = heads, compute
+
+    def __call__(
+        self,
+        x: Float[Array, "b l c"],
+        context: Float[Array, "b m d"] | None = None,
+        mask: Bool[Array, "b m"] | None = None,
+    ) -> Float[Array, "b l c"]:
+        if hasattr(self, "group_norm"):
+            x = self.group_norm(x)
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
+        y = attention(q, k, v, mask, self.compute.attention)
+        return self.to_out[0](y.reshape(x.shape))
+
+
+class GEGLU(nnx.Module):
+    """Linear to twice the width; one half gates the other through the exact GELU."""
+
+    def __init__(self, features: int, hidden: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.proj = linear(features, 2 * hidden, compute=compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l hidden"]:
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a linear layer; index 1 of `net` is torch's dropout, which has no parameters."""
+
+    def __init__(self, features: int, *, compute: Compute, rngs: nnx.Rngs):
+        options = {"compute": compute, "rngs": rngs}
+        self.net = nnx.List(
+            [
+                GEGLU(features, 4 * features, **options),
+                nnx.Module(),
+                linear(4 * features, features, **options),
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; pre-norm."""
+
+    def __init__(
+        self, features: int, context_features: int, heads: int, *, compute: Compute, rngs: nnx.Rngs
+    ):
+        options = {"compute": compute, "rngs": rngs}
+        self.norm1 = layer_norm(features, **options)
+        self.attn1 = Attention(features, features, heads, **options)
+        self.norm2 = layer_norm(features, **options)
+        self.attn2 = Attention(features, context_features, heads, **options)
+        self.norm3 = layer_norm(features, **options)
+        self.ff = FeedForward(features, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "b l c"],
+        context: Float[Array, "b m d"],
+        mask: Bool[Array, "b m"] | None,
+    ) -> Float[Array, "b l c"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the positions of a map (diffusers: `transformer_2d.py`)."""
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        heads: int,
+        *,
+        layers: int,
+        groups: int,
+        linear_projection: bool,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        options = {"compute": compute, "rngs": rngs}
+        # 1e-6 here, 1e-5 in the U-Net's resnets: both are torch's
+        self.norm = GroupNorm(features, groups, eps=1e-6, compute=compute)
+        if linear_projection:
+            self.proj_in = linear(features, features, **options)
+            self.proj_out = linear(features, features, **options)
+        else:
+            self.proj_in = Conv(features, features, 1, **options)
+            self.proj_out = Conv(features, features, 1, **options)
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(features, context_features, heads, **options) for _ in range(layers)]
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        context: Float[Array, "b m d"],
+        mask: Bool[Array, "b m"] | None,
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        for block in self.transformer_blocks:
+            y = block(y, context, mask)
+        return x + self.proj_out(y.reshape(b, h, w, c))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the model configs share: reading a hub's `config.json` into a frozen dataclass and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from digseg_jax.errors import UserError
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """Fields are named as in `config.json`; `REQUIRED_VALUES` are the settings we support only so."""
+
+    CLASS_NAME: ClassVar[str] = ""
+    REQUIRED_VALUES: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Takes a parsed `config.json`; keys without influence on the arrays are ignored.
+
+        Raises:
+          UserError: a setting whose value this port does not implement.
+        """
+        for key, legal in cls.REQUIRED_VALUES.items():
+            if key in values and _tuples(values[key]) not in (legal, None):
+                raise UserError(
+                    f"{cls.CLASS_NAME} config: {key}={values[key]!r} is not supported; legal: {legal!r}"
+                )
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: _tuples(v) for k, v in values.items() if k in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `config.json` that diffusers or transformers reads."""
+        values = dataclasses.asdict(self)
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"_class_name": self.CLASS_NAME, **self.REQUIRED_VALUES, **values}

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between NNX modules and the pure nested dicts that the rest of the project passes around.
+
+A pure dict argument to `jax.jit` costs some 30 times less dispatch than `nnx.jit` of a module with
+hundreds of parameters, and checkpoints of it do not depend on flax's variable classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from digseg_jax.arraytypes import Params
+
+
+class FixedRngs:
+    """Stands in for `nnx.Rngs` where a model is built for its shapes alone, under `abstract`.
+
+    An `nnx.Rngs` counts its draws in a traced variable, and every update of it costs time in
+    proportion to the trace so far: 6 s instead of 1 s for Stable Diffusion 1.5's U-Net.
+    """
+
+    def params(self) -> jax.Array:
+        """The same key for every layer."""
+        return jax.random.key(0)
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"0": {"kernel": x}}} -> {"a.0.kernel": x}."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, path + ".")
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Returns the static structure and the parameters as a pure dict with string keys."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, _string_keys(nnx.to_pure_dict(state))
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
+    """Inverse of `split`; cheap, meant to be called inside a jitted function."""
+    return nnx.merge(graphdef, nnx.State(_variables(params)))
+
+
+def abstract(factory: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+    """Like `split(factory())` with `jax.ShapeDtypeStruct` leaves; allocates nothing."""
+    return split(nnx.eval_shape(factory))
+
+
+def random_init(abstract_params: Params, seed: int, zero: str = "") -> Params:
+    """Random parameters as float32 NumPy arrays, each a pure function of (seed, its path).
+
+    Kernels are uniform with variance 1 / (3 fan_in), torch's default; embeddings are normal with
+    deviation 0.02; scales one; biases zero, and so is every path that the regex `zero` matches.
+    Drawn on the host because compiling one random program per shape takes longer than training
+    steps do, and because the values then depend on neither backend nor mesh.
+    """
+    flat = flatten(abstract_params)
+    return unflatten({path: _draw(path, leaf.shape, seed, zero) for path, leaf in flat.items()})
+
+
+def _draw(path: str, shape: tuple[int, ...], seed: int, zero: str) -> np.ndarray:
+    leaf = path.rsplit(".", 1)[-1]
+    if leaf == "bias" or (zero and re.search(zero, path)):
+        return np.zeros(shape, np.float32)
+    if leaf == "scale":
+        return np.ones(shape, np.float32)
+    rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode())]))
+    if leaf == "embedding":
+        return 0.02 * rng.standard_normal(shape, np.float32)
+    bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
+    return bound * (2.0 * rng.random(shape, np.float32) - 1.0)
+
+
+def _string_keys(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(k): _string_keys(v) for k, v in tree.items()}
+    return tree
+
+
+def _variables(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {int(k) if k.isdigit() else k: _variables(v) for k, v in tree.items()}
+    return nnx.Param(tree)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers with torch's semantics, NHWC: paddings and epsilons are always explicit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model computes; never what it computes.
+
+    dtype: activations; norms, softmax and timestep embeddings stay in float32.
+    conv: "xla" | "im2col" (one matrix product; up to twice as fast on CPU for maps of 16x16 and
+      less, where XLA's convolution gradient is slow; the same numbers up to summation order).
+    attention: see `models.attention.attention`.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    conv: str = "xla"
+    attention: str = "plain"
+
+
+class Conv(nnx.Module):
+    """2-D convolution, kernel HWIO. `padding` is ((top, bottom), (left, right))."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        # torch's default initialisation: uniform with variance 1 / (3 fan_in)
+        init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros((out_features,)))
+        self.stride = stride
+        half = (size - 1) // 2
+        self.padding = padding if padding is not None else ((half, half), (half, half))
+        self.compute = compute
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        dtype = self.compute.dtype
+        x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
+        small = x.shape[1] * x.shape[2] <= 16 * 16
+        if self.compute.conv == "im2col" and self.stride == 1 and small:
+            y = _conv_im2col(x, kernel, self.padding)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y + self.bias[...].astype(dtype)
+
+
+def _conv_im2col(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:
+    size_h, size_w, _, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    h, w = x.shape[1] - size_h + 1, x.shape[2] - size_w + 1
+    shifts = [x[:, i : i + h, j : j + w] for i in range(size_h) for j in range(size_w)]
+    columns = jnp.concatenate(shifts, axis=-1)  # b h w (size_h size_w c)
+    y = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(-1, features)
+    return y.reshape(x.shape[0], h, w, features)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation with float32 statistics."""
+
+    def __init__(self, features: int, groups: int, *, eps: float, compute: Compute):
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.bias = nnx.Param(jnp.zeros((features,)))
+        self.groups, self.eps, self.compute = groups, eps, compute
+
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        b, *space, c = x.shape
+        grouped = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
+        mean = grouped.mean(axis=(1, 3), keepdims=True)
+        centred = grouped - mean
+        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(b, *space, c)
+        return (y * self.scale[...] + self.bias[...]).astype(self.compute.dtype)
+
+
+def linear(
+    in_features: int, out_features: int, *, bias: bool = True, compute: Compute, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A dense layer with torch's initial variance."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=bias,
+        dtype=compute.dtype,
+        kernel_init=jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        rngs=rngs,
+    )
+
+
+def layer_norm(features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
+    """Layer normalisation; flax keeps its statistics in float32."""
+    return nnx.LayerNorm(features, epsilon=eps, dtype=compute.dtype, use_fast_variance=False, rngs=rngs)
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    """Doubles the resolution by repetition."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def timestep_embedding(
+    timestep: Float[Array, "b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "b width"]:
+    """Sinusoids of the timestep, float32 (diffusers: `embeddings.py:get_timestep_embedding`)."""
+    half = width // 2
+    exponent = -math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angle = timestep.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
+    parts = [jnp.cos(angle), jnp.sin(angle)] if flip_sin_to_cos else [jnp.sin(angle), jnp.cos(angle)]
+    embedding = jnp.concatenate(parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every text encoder returns, whichever its architecture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from digseg_jax.arraytypes import Array, Float
+
+
+class TextOutput(NamedTuple):
+    """Token features for cross-attention and one vector per text.
+
+    Attributes:
+        last_hidden_state: [b, l, d] features of every token, of padding too: mask them.
+        pooled: [b, d] one vector per text; each encoder's docstring says how it is made.
+    """
+
+    last_hidden_state: Float[Array, "b l d"]
+    pooled: Float[Array, "b d"]

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Light adapters from frozen text tokens to the U-Net's cross-attention, one per resolution."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models.layers import Compute, layer_norm, linear
+
+# paths that start at zero, so that an adapter between equal widths starts as the identity
+ZERO_INIT = r"text_adapters\.\d+\.fc2\.kernel$"
+
+
+class TextAdapter(nnx.Module):
+    """tokens + MLP(LayerNorm(tokens)); unequal widths get a linear map in place of the first term."""
+
+    def __init__(self, features: int, out_features: int, *, compute: Compute, rngs: nnx.Rngs):
+        options = {"compute": compute, "rngs": rngs}
+        self.norm = layer_norm(features, **options)
+        self.fc1 = linear(features, out_features, **options)
+        self.fc2 = linear(out_features, out_features, **options)
+        if features != out_features:
+            self.proj = linear(features, out_features, **options)
+
+    def __call__(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b l e"]:
+        base = self.proj(tokens) if hasattr(self, "proj") else tokens
+        return base + self.fc2(jax.nn.gelu(self.fc1(self.norm(tokens)), approximate=False))

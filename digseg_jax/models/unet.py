@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conditional U-Net of Stable Diffusion 1.x and 2.x (diffusers: `unet_2d_condition.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.errors import UserError
+from digseg_jax.models.config import HubConfig
+from digseg_jax.models.layers import Compute, Conv, GroupNorm, linear, timestep_embedding
+from digseg_jax.models.text_adapters import TextAdapter
+from digseg_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
+
+DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(HubConfig):
+    """Fields of the hub's `unet/config.json`; the defaults are Stable Diffusion 1.5's.
+
+    attention_head_dim: the *number* of heads, per level or for all (diffusers' historical naming).
+    text_adapters: ours; a `TextAdapter` per resolution before the cross-attention.
+    text_dim: ours; width of the text tokens before the adapters; None: cross_attention_dim.
+    """
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = (DOWN_TYPES[0],) * 3 + (DOWN_TYPES[1],)
+    up_block_types: tuple[str, ...] = (UP_TYPES[1],) + (UP_TYPES[0],) * 3
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    transformer_layers_per_block: int = 1
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    text_adapters: bool = False
+    text_dim: int | None = None
+
+    CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
+    REQUIRED_VALUES: ClassVar = {
+        "act_fn": "silu",
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "center_input_sample": False,
+        "only_cross_attention": False,
+        "dual_cross_attention": False,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "addition_embed_type": None,
+        "encoder_hid_dim": None,
+        "time_embedding_type": "positional",
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "resnet_time_scale_shift": "default",
+    }
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        kinds = {"down_block_types": DOWN_TYPES, "up_block_types": UP_TYPES}
+        for field, legal in kinds.items():
+            types = getattr(self, field)
+            if len(types) != levels or set(types) - set(legal):
+                raise UserError(
+                    f"UNet2DConditionModel config: {field}={types!r}; legal: {levels} of {legal!r}"
+                )
+        heads = self.num_attention_heads or self.attention_head_dim
+        if isinstance(heads, tuple) and len(heads) != levels:
+            raise UserError(
+                f"UNet2DConditionModel config: attention_head_dim={heads!r}; legal: {levels} numbers"
+            )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads of each level."""
+        heads = self.num_attention_heads or self.attention_head_dim
+        return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers with SiLU between."""
+
+    def __init__(self, features: int, out_features: int, *, compute: Compute, rngs: nnx.Rngs):
+        self.linear_1 = linear(features, out_features, compute=compute, rngs=rngs)
+        self.linear_2 = linear(out_features, out_features, compute=compute, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b c"]) -> Float[Array, "b t"]:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Noisy latent, timestep and text tokens to a prediction of the latent's shape."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        conv: str = "xla",
+        attention: str = "plain",
+    ):
+        compute = Compute(dtype, conv, attention)
+        options = {"compute": compute, "rngs": rngs}
+        widths, levels = config.block_out_channels, len(config.block_out_channels)
+        time_features = 4 * widths[0]
+        shared = {
+            "config": config,
+            "layers": config.layers_per_block,
+            "time_features": time_features,
+            **options,
+        }
+        self.config, self.compute = config, compute
+        self.conv_in = Conv(config.in_channels, widths[0], **options)
+        self.time_embedding = TimestepEmbedding(widths[0], time_features, **options)
+        if config.text_adapters:
+            text_dim = config.text_dim or config.cross_attention_dim
+            self.text_adapters = nnx.List(
+                [TextAdapter(text_dim, config.cross_attention_dim, **options) for _ in widths]
+            )
+        self.down_blocks = nnx.List(
+            [
+                DownBlock(
+                    widths[max(i - 1, 0)],
+                    widths[i],
+                    heads=config.heads[i] if kind == DOWN_TYPES[0] else None,
+                    downsample=i < levels - 1,
+                    **shared,
+                )
+                for i, kind in enumerate(config.down_block_types)
+            ]
+        )
+        self.mid_block = MidBlock(
+            widths[-1], heads=config.heads[-1], config=config, time_features=time_features, **options
+        )
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(
+                    widths[max(level - 1, 0)],
+                    widths[min(level + 1, levels - 1)],
+                    widths[level],
+                    heads=config.heads[level] if kind == UP_TYPES[0] else None,
+                    upsample=level > 0,
+                    **shared,
+                )
+                for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(
+            widths[0], config.norm_num_groups, eps=config.norm_eps, compute=compute
+        )
+        self.conv_out = Conv(widths[0], config.out_channels, **options)
+
+    def __call__(
+        self,
+        sample: Float[Array, "b h w c"],
+        timestep: Float[Array, "b"],
+        context: Float[Array, "b l d"],
+        context_mask: Bool[Array, "b l"] | None = None,
+    ) -> Float[Array, "b h w c_out"]:
+        """Height and width must be multiples of 2 ** (levels - 1); the result is float32.
+
+        context_mask: True (or non-zero) where a text token is real; None: all are.
+        """
+        mask = None if context_mask is None else context_mask.astype(bool)
+        contexts = self._contexts(context.astype(self.compute.dtype))
+        time = self._time(timestep)
+        x = self.conv_in(sample)
+        skips = [x]
+        for block, text in zip(self.down_blocks, contexts, strict=True):
+            x, outputs = block(x, time, text, mask)
+            skips += outputs
+        x = self.mid_block(x, time, contexts[-1], mask)
+        for block, text in zip(self.up_blocks, reversed(contexts), strict=True):
+            count = len(block.resnets)
+            x = block(x, skips[-count:], time, text, mask)
+            skips = skips[:-count]
+        x = jax.nn.silu(self.conv_norm_out(x))
+        return self.conv_out(x).astype(jnp.float32)
+
+    def _time(self, timestep: Array) -> Array:
+        c = self.config
+        sinusoids = timestep_embedding(
+            timestep,
+            c.block_out_channels[0],
+            flip_sin_to_cos=c.flip_sin_to_cos,
+            freq_shift=c.freq_shift,
+        )
+        return self.time_embedding(sinusoids.astype(self.compute.dtype))
+
+    def _contexts(self, context: Array) -> list[Array]:
+        if self.config.text_adapters:
+            return [adapter(context) for adapter in self.text_adapters]
+        return [context] * len(self.down_blocks)

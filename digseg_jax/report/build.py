@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds WORKDIR/report/index.html from the files of a run: one static page, all in one file.
+
+Script, style and pictures are inlined, so that the page opens from disk and can be passed on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from digseg_jax.errors import UserError
+from digseg_jax.report import chart, sections
+from digseg_jax.report.cards import gallery_section
+from digseg_jax.report.colors import class_colors, from_hex, to_hex
+from digseg_jax.report.markup import esc, section
+from digseg_jax.writers import METRICS_NAME, read_metrics
+
+T = TypeVar("T")
+
+_REQUIRED = (
+    "dataset", "split", "protocol", "num_images", "miou", "per_class", "ensemble", "steps", "seed",
+)  # fmt: skip
+
+
+def _read(path: Path) -> Any:
+    """JSON of a file, with NaN and infinities read as null; raises UserError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    value = _read(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; required are {', '.join(keys)}")
+    return value
+
+
+def _optional(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    return _object(path, keys) if path.exists() else {}
+
+
+def _results(workdir: Path) -> dict[str, Any]:
+    path = workdir / "eval" / "results.json"
+    if not path.exists():
+        raise UserError(
+            f"no evaluation at {path}; make it with: python -m digseg_jax.main "
+            f"--config=CONFIG --workdir={workdir} --mode=eval"
+        )
+    results = _object(path, _REQUIRED)
+    if not isinstance(results["per_class"], dict):
+        raise UserError(f"{path}: per_class must be an object of class name to IoU or null")
+    return results
+
+
+def _colors(results: Mapping[str, Any], gallery: Mapping[str, Any]) -> dict[str, str]:
+    """Colour of each class name: the gallery's, so that the page agrees with its pictures."""
+    names = list(results["per_class"])
+    table = {n: to_hex(c) for n, c in zip(names, class_colors(len(names), names), strict=True)}
+    for entry in gallery.get("classes", []):
+        table[entry["name"]] = to_hex(from_hex(entry["color"]))  # refuses anything but a colour
+    return table
+
+
+def _training(workdir: Path) -> str:
+    path = workdir / METRICS_NAME
+    metrics = read_metrics(path) if path.exists() else []
+    charts = chart.loss_chart(metrics) + chart.miou_chart(metrics)
+    return section("training", "Training", f'<div class="charts">{charts}</div>' if charts else "")
+
+
+def _shaped(path: Path, make: Callable[[], T]) -> T:
+    """What is made from one file; if the file is not as it should be, a UserError names it."""
+    try:
+        return make()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not of the expected form: {error!r}") from error
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    """Replaces each {{name}} once; what is put in is not searched again."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+def render(workdir: Path) -> str:
+    """The page as text; parts whose files are absent are left out."""
+    results = _results(workdir)
+    gallery_path = workdir / "eval" / "gallery" / "gallery.json"
+    estep_path, config_path = workdir / "eval" / "estep.json", workdir / "config.json"
+    bench_paths = sorted((workdir / "bench").glob("*.json"))
+    gallery, estep = _optional(gallery_path), _optional(estep_path)
+    benches = [_object(path, ("title", "columns", "rows")) for path in bench_paths]
+    config = _read(config_path) if config_path.exists() else None
+    colors = _shaped(gallery_path, lambda: _colors(results, gallery))
+    parts = [
+        sections.headline(results),
+        sections.listening(results),
+        _shaped(gallery_path, lambda: gallery_section(gallery, gallery_path.parent, colors)),
+        sections.class_bars(results["per_class"], colors),
+        _training(workdir),
+        _shaped(estep_path, lambda: sections.estep_table(estep)),
+        _shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
+        sections.details(config, results),
+    ]
+    package = resources.files("digseg_jax.report")
+    page, style, script = (
+        (package / name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "page.js")
+    )
+    return _fill(page, {
+        "title": esc(f"{results['dataset']} · {workdir.resolve().name}"),
+        "dataset": esc(results["dataset"]),
+        "run": esc(workdir.resolve().name),
+        "style": style,
+        "script": script,
+        "body": "\n".join(part for part in parts if part),
+    })  # fmt: skip
+
+
+def build_report(workdir: Path | str) -> Path:
+    """Writes WORKDIR/report/index.html and returns its path.
+
+    Reads eval/results.json and, where they exist, metrics.jsonl, eval/gallery/gallery.json,
+    eval/estep.json, bench/*.json and config.json.
+    Raises UserError if there are no results (naming the command that makes them) or if a file
+    is not of the expected form.
+    """
+    workdir = Path(workdir)
+    text = render(workdir)
+    out = workdir / "report" / "index.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(out.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, out)
+    return out

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gallery part of the page: a toolbar with legend and filter, and one card an image."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from digseg_jax.errors import UserError
+from digseg_jax.report.colors import IGNORE_COLOR
+from digseg_jax.report.markup import esc, is_number, number, section
+
+Picture = tuple[str, int, int]  # data URI, width, height
+
+_AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)
+
+
+def load_picture(folder: Path, name: Any) -> Picture:
+    """A PNG of the gallery folder as a data URI; raises UserError if it is not there or not one."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"gallery picture {name!r} must be the plain name of a file in {folder}")
+    try:
+        data = (folder / name).read_bytes()
+        with Image.open(BytesIO(data), formats=["PNG"]) as picture:
+            width, height = picture.size
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"gallery picture {folder / name} is missing or not a PNG") from error
+    return _uri(data), width, height
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def error_map(prediction: Path, truth: Path) -> Picture:
+    """Vermilion where two label pictures differ, pale where they agree, grey where not labelled."""
+    with Image.open(prediction) as a, Image.open(truth) as b:
+        guess, target = (np.asarray(picture.convert("RGB")) for picture in (a, b))
+    if guess.shape != target.shape:
+        raise UserError(f"gallery pictures {prediction} and {truth} differ in size")
+    ignored = (target == IGNORE_COLOR).all(axis=-1)
+    index = np.where(ignored, 2, (guess != target).any(axis=-1)).astype(np.uint8)
+    picture = Image.fromarray(index)
+    picture.putpalette([*_AGREE, *_DIFFER, *IGNORE_COLOR])
+    buffer = BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return _uri(buffer.getvalue()), picture.width, picture.height
+
+
+def _img(picture: Picture, alt: str, kind: str) -> str:
+    uri, width, height = picture
+    return f'<img class="{kind}" src="{uri}" width="{width}" height="{height}" alt="{esc(alt)}">'
+
+
+def _thumb(
+    picture: Picture, kind: str, what: str, where: str, extra: str, pressed: bool, tint: str = ""
+) -> str:
+    """A button that puts its picture on the right side of the slider; masks have a tint."""
+    style = f' style="--tint:{tint}"' if tint else ""
+    image = _img(picture, f"{what}, {where}", kind)
+    return (
+        f'<button type="button" class="thumb" data-what="{esc(what)}" aria-pressed='
+        f'"{str(pressed).lower()}"><span class="pic"{style}>{image}'
+        f'</span><span class="caption">{extra}</span></button>'
+    )
+
+
+def _stage(photo: Picture, prediction: Picture, where: str) -> str:
+    return (
+        f'<div class="stage" style="aspect-ratio:{photo[1]}/{photo[2]}">'
+        f"{_img(photo, f'input, {where}', 'photo')}"
+        f'<div class="layer">{_img(prediction, f"prediction, {where}", "labels")}</div>'
+        '<span class="tag left" aria-hidden="true">input</span>'
+        '<span class="tag right" aria-hidden="true">prediction</span>'
+        f'<div class="handle" role="slider" tabindex="0" aria-orientation="horizontal" '
+        f'aria-label="{esc(f"Share of the input shown, {where}")}" aria-valuemin="0" '
+        'aria-valuemax="100" aria-valuenow="50" aria-valuetext="50 % input, 50 % prediction">'
+        "<span></span></div></div>"
+    )
+
+
+def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str, str]) -> str:
+    """One image: slider of input and prediction, and pictures to choose its right side from."""
+    where = str(item["id"])
+
+    def load(name: Any) -> Picture:
+        return load_picture(folder, name)
+
+    photo, prediction, truth = (load(item[k]) for k in ("image", "prediction", "label"))
+    wrong = error_map(folder / item["prediction"], folder / item["label"])
+    maps = _thumb(prediction, "labels", "prediction", where, "prediction", True)
+    maps += _thumb(truth, "labels", "truth", where, "truth", False)
+    maps += _thumb(wrong, "labels", "errors", where, "errors", False)
+    masks = "".join(_mask(query, where, load, colors) for query in item.get("queries", []))
+    present = item.get("classes")
+    if present is None:
+        present = [q["name"] for q in item.get("queries", []) if is_number(q.get("iou"))]
+    score = item["miou"] if is_number(item.get("miou")) else ""
+    note = f'<p class="note">{esc(item["note"])}</p>' if item.get("note") else ""
+    return (
+        f'<article class="card" data-index="{index}" data-miou="{score}"'
+        f' data-classes="{esc(json.dumps(present))}" aria-labelledby="item-{index}">'
+        f'<header><h3 id="item-{index}">{esc(where)}</h3>'
+        f'<p class="score">mIoU {number(item.get("miou"))}</p></header>'
+        f"{_stage(photo, prediction, where)}"
+        f'<div role="group" aria-label="Right side of the slider, {esc(where)}">'
+        f'<div class="maps">{maps}</div><div class="masks">{masks}</div></div>{note}</article>'
+    )
+
+
+def _mask(
+    query: Mapping[str, Any], where: str, load: Callable[[Any], Picture], colors: Mapping[str, str]
+) -> str:
+    name = str(query["name"])
+    color = colors.get(name)
+    dot = f'<span class="dot" style="background:{color}"></span>' if color else ""
+    extra = f'<span class="word">{dot}{esc(name)}</span>{number(query.get("iou"), 2)}'
+    what, tint = f"mask of “{name}”", color or "#ffffff"
+    return _thumb(load(query["mask"]), "mask", what, where, extra, False, tint)
+
+
+def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
+    chips = ['<button type="button" class="chip" data-class="" aria-pressed="true">all</button>']
+    chips += [
+        f'<button type="button" class="chip" data-class="{esc(name)}" aria-pressed="false">'
+        f'<span class="dot" style="background:{colors[name]}"></span>{esc(name)}</button>'
+        for name in names
+    ]
+    sides = "".join(
+        f'<label><input type="radio" name="side" autocomplete="off" value="{what}"{checked}>'
+        f"<span>{what}</span></label>"
+        for what, checked in (("prediction", " checked"), ("truth", ""), ("errors", ""))
+    )
+    return (
+        '<div class="toolbar"><div class="chips" role="group" '
+        f'aria-label="Legend; choose a class to see only images with it">{"".join(chips)}'
+        '<span class="key"><span class="dot ignored"></span>not labelled</span></div>'
+        f'<div class="controls"><fieldset class="side"><legend>Compare input with</legend>{sides}'
+        '</fieldset><label class="sort">Order <select id="sort" autocomplete="off">'
+        '<option value="given">as drawn</option>'
+        '<option value="worst">worst first</option><option value="best">best first'
+        '</option></select></label><output id="shown" aria-live="polite"></output></div></div>'
+    )
+
+
+def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[str, str]) -> str:
+    """The gallery; empty if it has no items. Raises UserError if a picture is missing."""
+    items = gallery.get("items") or []
+    if not items:
+        return ""
+    cards = "".join(card(item, i, folder, colors) for i, item in enumerate(items))
+    names = [entry["name"] for entry in gallery.get("classes", [])]
+    lead = (
+        "Drag the line, or focus it and use the arrow keys. Choose a small picture to put it on "
+        "the right: the truth, where the two differ, or the soft mask of one query (bright: "
+        "certain) with its IoU."
+    )
+    return section("gallery", "Held-out images", _toolbar(names, colors)
+                   + f'<div class="cards">{cards}</div>', lead)  # fmt: skip

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the page that state numbers: headline, text test, classes, tables, config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from digseg_jax.report.markup import (
+    esc,
+    is_number,
+    number,
+    percent,
+    section,
+    significant,
+    table,
+)
+
+SMALL_MODEL = 200_000_000  # parameters; below it the page warns against comparing the scores
+
+_PROTOCOLS = {
+    "oracle": "only classes that the truth contains are asked for, which is easier than asking all",
+    "gated": "all classes are asked for, and those judged absent are left out",
+    "exhaustive": "every class is asked for on every image",
+}
+
+
+def _fact(term: str, value: str, meaning: str) -> str:
+    return f'<div><dt>{term}</dt><dd>{value}</dd><dd class="meaning">{meaning}</dd></div>'
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    size = results.get("parameters")
+    small = not is_number(size) or size < SMALL_MODEL
+    count = f" of {number(size)} parameters" if is_number(size) else ""
+    model = f"It is a small model{count}; its scores do not compare with those of full-size models."
+    source = f"checkpoint {esc(results['checkpoint'])}, " if results.get("checkpoint") else ""
+    return (
+        '<p class="provenance"><strong>Measured by this run</strong> on the '
+        f"{esc(results['split'])} split of {esc(results['dataset'])} ({source}seed "
+        f"{esc(results['seed'])}). {model if small else f'Model{count}.'}</p>"
+    )
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The scores with one sentence each, and where they come from."""
+    members, steps = results["ensemble"], results["steps"]
+    facts = []
+    if is_number(results.get("accuracy")):
+        meaning = "of the labelled pixels got the right class."
+        facts.append(_fact("Pixel accuracy", percent(results["accuracy"]), meaning))
+    meaning = f"of the {esc(results['split'])} split."
+    facts.append(_fact("Images", number(results["num_images"]), meaning))
+    meaning = (
+        f"{esc(members)} noise {'draw' if members == 1 else 'draws'} × {esc(steps)} denoising "
+        f"{'step' if steps == 1 else 'steps'} for each query; probabilities are averaged."
+    )
+    facts.append(_fact("E × S", f"{esc(members)} × {esc(steps)}", meaning))
+    known = next((v for k, v in _PROTOCOLS.items() if k in str(results["protocol"]).lower()), "")
+    meaning = f"{known}." if known else "how classes are asked for and counted."
+    protocol = f'<span class="word">{esc(results["protocol"])}</span>'
+    facts.append(_fact("Protocol", protocol, meaning))
+    return (
+        '<section id="scores" aria-label="Scores"><div class="scores">'
+        f'<div class="hero"><p class="kicker">mean IoU</p><p class="big">{number(results["miou"])}'
+        "</p><p>For each class, the pixels that prediction and truth share, divided by the pixels "
+        "that either one covers; pooled over all images, then averaged over classes. "
+        f"1 is perfect, 0 is no overlap.</p></div><dl>{''.join(facts)}</dl></div>"
+        f"{_provenance(results)}</section>"
+    )  # fmt: skip
+
+
+def listening(results: Mapping[str, Any]) -> str:
+    """Whether the masks follow the words; empty if it was not measured."""
+    match, wrong = results.get("matching_iou"), results.get("wrong_query_iou")
+    absent = results.get("absent_rate")
+    facts = []
+    if is_number(match):
+        facts.append(_fact("Right word", number(match), "IoU with the mask of the class named."))
+    if is_number(wrong):
+        times = f" {match / wrong:.1f} times less." if is_number(match) and wrong > 0 else ""
+        meaning = f"IoU when another class in the image is named instead.{times}"
+        facts.append(_fact("Wrong word", number(wrong), meaning))
+    if is_number(absent):
+        meaning = "of pixels get probability above 0.5 for a class that is not there."
+        facts.append(_fact("Absent class", percent(absent), meaning))
+    lead = "A text-driven segmenter must mark what is named, and nothing when it is not there."
+    body = f'<dl class="row">{"".join(facts)}</dl>' if facts else ""
+    return section("text", "Does it listen to the text?", body, lead)
+
+
+def class_bars(per_class: Mapping[str, Any], colors: Mapping[str, str]) -> str:
+    """Bars of IoU, best first; classes without a value come last."""
+
+    def rank(entry: tuple[str, Any]) -> float:
+        return -entry[1] if is_number(entry[1]) else 1.0
+
+    rows = []
+    for name, iou in sorted(per_class.items(), key=rank):
+        width = 100 * min(max(iou, 0.0), 1.0) if is_number(iou) else 0.0
+        color = colors.get(name, "#808080")
+        rows.append(
+            f'<li><span class="name">{esc(name)}</span><span class="track" aria-hidden="true">'
+            f'<span class="fill" style="width:{width:.2f}%;background:{color}"></span></span>'
+            f'<span class="value">{number(iou)}</span></li>'
+        )
+    wide = " many" if len(rows) > 16 else ""
+    body = f'<ul class="bars{wide}">{"".join(rows)}</ul>' if rows else ""
+    undefined = any(not is_number(v) for v in per_class.values())
+    left_out = " A dash: the class does not occur, so it has no IoU." if undefined else ""
+    lead = f"IoU of each class over all images, from 0 to 1, best first.{left_out}"
+    return section("classes", "Classes", body, lead)
+
+
+def estep_table(estep: Mapping[str, Any]) -> str:
+    """The table of ensemble size × steps; the best mIoU is marked."""
+    rows = estep.get("rows") or []
+    scores = [r["miou"] for r in rows if is_number(r.get("miou"))]
+    best = max(scores, default=None)
+    spread = any(is_number(r.get("miou_std")) for r in rows)
+    cells = []
+    for row in rows:
+        score = number(row.get("miou"))
+        if is_number(row.get("miou")) and row["miou"] == best:
+            score = f"<strong>{score}</strong>"
+        if is_number(row.get("miou_std")):
+            score += f' <span class="std">± {number(row["miou_std"])}</span>'
+        size = f"{esc(row.get('ensemble', '–'))} × {esc(row.get('steps', '–'))}"
+        speed = significant(row.get("queries_per_second"))
+        cells.append([size, esc(row.get("spacing", "–")), score, speed])
+    columns = ["E × S", "spacing", "mIoU ± std" if spread else "mIoU", "queries/s"]
+    body = table(columns, cells, esc(estep.get("note") or "")) if rows else ""
+    lead = (
+        "Members of the ensemble (E) against denoising steps (S): more of either costs time in "
+        "proportion. The best score is bold."
+    )
+    return section("estep", "Ensemble and steps", body, lead)
+
+
+def bench_tables(tables: Sequence[Mapping[str, Any]]) -> str:
+    """Tables from bench/*.json, in order of file name."""
+    body = []
+    for entry in tables:
+        rows = [[significant(cell) for cell in row] for row in entry["rows"]]
+        note = f'<p class="note">{esc(entry["note"])}</p>' if entry.get("note") else ""
+        body.append(table(entry["columns"], rows, f"<strong>{esc(entry['title'])}</strong>") + note)
+    return section("bench", "Benchmarks", "".join(body))
+
+
+def details(config: Mapping[str, Any] | None, results: Mapping[str, Any]) -> str:
+    """Collapsible blocks: the queries that were asked and the whole configuration."""
+    blocks = []
+    queries = results.get("queries") or []
+    if queries:
+        chips = "".join(f"<li>{esc(q)}</li>" for q in queries)
+        label = f" (label set {esc(results['label_set'])})" if results.get("label_set") else ""
+        blocks.append(
+            f"<details><summary>Queries asked{label}</summary>"
+            f'<ul class="words">{chips}</ul></details>'
+        )
+    if config is not None:
+        text = esc(json.dumps(config, indent=2, ensure_ascii=False))
+        blocks.append(
+            f"<details><summary>Configuration</summary>"
+            f'<pre class="scroll" tabindex="0" aria-label="Configuration">{text}</pre></details>'
+        )
+    return section("run", "The run", "".join(blocks))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scale and biases that turn a decoded mask into a probability, fitted on a split of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from digseg_jax.segmentation.metrics import mean_iou
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+BIAS_STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)
+MAX_BIAS = 4.0
+SWEEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """p = sigmoid(scale * evidence + bias of the class); `split` says what it was fitted on."""
+
+    scale: float
+    bias: tuple[float, ...]
+    split: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "bias": list(self.bias), "split": self.split}
+
+
+def identity(num_classes: int) -> Calibration:
+    """No fitting: scale 2, no bias."""
+    return Calibration(2.0, (0.0,) * num_classes, "none")
+
+
+def fit(evidence: np.ndarray, label: np.ndarray, split: str) -> Calibration:
+    """Scale by cross-entropy of the single masks; biases by mIoU of the argmax, class by class.
+
+    Args:
+      evidence: float [pixels, classes] in [-1, 1].
+      label: int [pixels], -1 is ignored.
+    """
+    evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
+    true = np.eye(evidence.shape[1], dtype=np.float32)[label]
+    scale = min(SCALES, key=lambda s: _cross_entropy(s * evidence, true))
+    logits = scale * evidence
+    bias = np.zeros(evidence.shape[1], np.float32)
+    best = _argmax_miou(logits + bias, label)
+    for _ in range(SWEEPS):
+        before = best
+        for c in range(len(bias)):
+            for delta in BIAS_STEPS:
+                trial = bias.copy()
+                trial[c] = np.clip(trial[c] + delta, -MAX_BIAS, MAX_BIAS)
+                score = _argmax_miou(logits + trial, label)
+                if score > best + 1e-5:
+                    best, bias = score, trial
+        if best == before:
+            break
+    return Calibration(scale, tuple(float(b) for b in bias), split)
+
+
+def _cross_entropy(logits: np.ndarray, true: np.ndarray) -> float:
+    return float((np.logaddexp(0.0, logits) - true * logits).mean())
+
+
+def _argmax_miou(logits: np.ndarray, label: np.ndarray) -> float:
+    n = logits.shape[1]
+    cells = label * (n + 1) + logits.argmax(axis=1)
+    return mean_iou(np.bincount(cells, minlength=n * (n + 1)).reshape(n, n + 1))

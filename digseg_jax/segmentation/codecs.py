@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between label maps and the mask images that the VAE encodes. `binary`: one query, one mask."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array, Bool, Float, Int
+
+
+def encode_binary(
+    label: Int[Array, "b h w"], query_class: Int[Array, "b q"]
+) -> Float[Array, "b q h w 3"]:
+    """+1 where the label is the queried class, else -1, in three equal channels."""
+    mask = jnp.where(label[:, None] == query_class[:, :, None, None], 1.0, -1.0)
+    return jnp.broadcast_to(mask[..., None], (*mask.shape, 3))
+
+
+def decode_binary(
+    image: Float[Array, "*b h w 3"], scale: float | Array = 2.0, bias: float | Array = 0.0
+) -> Float[Array, "*b h w"]:
+    """Probability of the query: sigmoid(scale * d + bias), d the channel mean clipped to [-1, 1]."""
+    return jax.nn.sigmoid(scale * jnp.clip(image.mean(axis=-1), -1.0, 1.0) + bias)
+
+
+def latent_validity(label: Int[Array, "b h w"], factor: int) -> Bool[Array, "b h2 w2"]:
+    """True for latent cells none of whose factor x factor pixels carries the ignore label, -1."""
+    b, h, w = label.shape
+    cells = label.reshape(b, h // factor, factor, w // factor, factor)
+    return (cells >= 0).all(axis=(2, 4))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts encoded once by the frozen text tower, for look-up by query id in the train step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Bool, Float, Int, Params
+from digseg_jax.errors import UserError
+from digseg_jax.models.functional import merge
+from digseg_jax.segmentation.tokenizer import Tokens
+
+
+@dataclass(frozen=True)
+class PromptBank:
+    """Encoded prompts; row i belongs to `prompts[i]`.
+
+    Attributes:
+        prompts: the texts.
+        tokens: [n, l, d] last hidden states, as the tower gives them (not normalised).
+        mask: [n, l] True on real tokens.
+    """
+
+    prompts: tuple[str, ...]
+    tokens: Float[Array, "n l d"]
+    mask: Bool[Array, "n l"]
+
+
+def encode_prompts(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    tokenizer: Callable[[Sequence[str], int], Tokens],
+    prompts: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+) -> PromptBank:
+    """Encodes prompts in batches of one static shape, so the tower compiles once.
+
+    Args:
+        graphdef: of the text tower, from `models.functional.split`.
+        params: of the text tower.
+        tokenizer: texts, length -> `Tokens`.
+        prompts: the texts, in the order of the bank's rows.
+        max_length: tokens per row, padding included.
+        batch_size: prompts per call of the tower; fewer prompts make a smaller batch.
+
+    Raises:
+        UserError: no prompts, or one that is empty, blank or longer than `max_length` tokens.
+    """
+    if not prompts:
+        raise UserError("no prompts to encode")
+    ids, mask = tokenizer(prompts, max_length)
+    size = min(batch_size, len(prompts))
+    parts = []
+    for start in range(0, len(prompts), size):
+        # The last batch is shifted back to stay full; its first rows are computed twice.
+        begin = min(start, len(prompts) - size)
+        rows = slice(begin, begin + size)
+        out = _last_hidden_state(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]))
+        parts.append(out[start - begin :])
+    return PromptBank(tuple(prompts), jnp.concatenate(parts), jnp.asarray(mask))
+
+
+@partial(jax.jit, static_argnums=0)
+def _last_hidden_state(
+    graphdef: nnx.GraphDef, params: Params, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
+) -> Float[Array, "b l d"]:
+    return merge(graphdef, params)(ids, mask).last_hidden_state

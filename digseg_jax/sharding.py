@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live: one mesh (data x fsdp x tensor), one rule table from paths to PartitionSpecs."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from digseg_jax.config import MeshConfig
+from digseg_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+FSDP_MIN_SIZE = 2**16  # elements; smaller arrays are replicated, gathering them costs more than it saves
+
+# regex on the parameter path -> dimension that the tensor axis splits; the first match wins
+TENSOR_RULES: tuple[tuple[str, int], ...] = (
+    (r"\.to_[qkv]\.kernel$", 1),
+    (r"\.to_out\.0\.kernel$", 0),
+    (r"\.ff\.net\.0\.proj\.kernel$", 1),
+    (r"\.ff\.net\.2\.kernel$", 0),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Raises UserError if the axis sizes do not multiply to the number of devices."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = math.prod(s for s in sizes if s != -1)
+    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"config.mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor}: does not fit "
+            f"{len(devices)} devices; the product must be {len(devices)}, one axis may be -1"
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The rule table: tensor axis by path, then FSDP on the largest dimension that divides."""
+    dims: list[str | None] = [None] * len(shape)
+    for pattern, dim in TENSOR_RULES:
+        if mesh.shape["tensor"] > 1 and re.search(pattern, path) and len(shape) == 2:
+            if shape[dim] % mesh.shape["tensor"] == 0:
+                dims[dim] = "tensor"
+            break
+    fsdp = mesh.shape["fsdp"]
+    if fsdp > 1 and math.prod(shape) >= FSDP_MIN_SIZE:
+        for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
+            if dims[dim] is None and shape[dim] % fsdp == 0:
+                dims[dim] = "fsdp"
+                break
+    return P(*dims)
+
+
+def infer_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf (array or ShapeDtypeStruct); optimizer moments follow their
+    parameter because its path is the end of theirs."""
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        return NamedSharding(mesh, spec_of("." + ".".join(names), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays to device arrays; each process hands over its own shards only."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's slice of a batch to a global array, split over data x fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

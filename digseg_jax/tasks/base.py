@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The face of a task to the training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from digseg_jax.arraytypes import Array, Batch, Int, Params, UInt8
+
+
+class Task(Protocol):
+    """One kind of training. `frozen` goes into the jitted step as an argument, never as a constant."""
+
+    frozen: Params
+
+    def initial(self) -> Params:
+        """Parameters at step 0, host arrays."""
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, keys: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """Mean loss over the global batch and scalar metrics; `keys` is one key per example."""
+
+    def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
+        """Writes the trained component in diffusers' layout."""
+
+
+def example_keys(seed: int, index: Int[Array, "b"]) -> Array:
+    """One random key per example, a pure function of (seed, global example index)."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+
+
+def to_unit(image: UInt8[Array, "... c"]) -> Array:
+    """uint8 to float32 in [-1, 1]."""
+    return image.astype("float32") / 127.5 - 1.0

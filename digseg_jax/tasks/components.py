@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that tasks share: frozen VAE, prompt bank, schedule, training draws of (t, noise)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax import assets
+from digseg_jax.arraytypes import Array, Float, Params
+from digseg_jax.config import Config, DiffusionConfig, ModelConfig
+from digseg_jax.diffusion import noise, timesteps
+from digseg_jax.diffusion.schedule import Schedule, make_schedule
+from digseg_jax.models import functional
+from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.segmentation.text_bank import PromptBank, encode_prompts
+from digseg_jax.weights import TextTower, load_component, load_text_tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Vae:
+    """The frozen autoencoder as functions of its parameters; latents here are *scaled*."""
+
+    graphdef: nnx.GraphDef
+    config: VaeConfig
+
+    def encode(self, params: Params, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Posterior mean times the scaling factor (Marigold: mean, never a sample)."""
+        vae: AutoencoderKL = functional.merge(self.graphdef, params)
+        return vae.encode(image).mean * self.config.scaling_factor
+
+    def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        vae: AutoencoderKL = functional.merge(self.graphdef, params)
+        return vae.decode(latent / self.config.scaling_factor)
+
+
+def compute_options(config: ModelConfig) -> dict[str, Any]:
+    """Constructor arguments of a model that say how it computes."""
+    return {
+        "dtype": jnp.dtype(config.dtype),
+        "conv": config.conv,
+        "attention": config.attention,
+    }
+
+
+def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
+    """Raises UserError if the weights are missing or not an AutoencoderKL."""
+    model = load_component(
+        assets.resolve(config.vae), expect="AutoencoderKL", **compute_options(config)
+    )
+    graphdef, params = functional.split(model)
+    return Vae(graphdef, model.config), params
+
+
+def load_tower(config: ModelConfig) -> TextTower:
+    """The frozen text tower; raises UserError if it is missing."""
+    return load_text_tower(assets.resolve(config.text))
+
+
+def encode_bank(tower: TextTower, prompts: Sequence[str], max_tokens: int) -> PromptBank:
+    """Raises UserError for an empty prompt or one of too many tokens."""
+    return encode_prompts(
+        tower.graphdef, tower.params, tower.tokenizer, prompts, max_length=max_tokens
+    )
+
+
+def bank_arrays(bank: PromptBank) -> Params:
+    """The bank as a frozen tree for the jitted step."""
+    return {"tokens": bank.tokens, "mask": bank.mask}
+
+
+def schedule_of(config: DiffusionConfig) -> Schedule:
+    return make_schedule(
+        config.num_train_timesteps,
+        config.beta_start,
+        config.beta_end,
+        zero_snr=config.zero_snr,
+        prediction_type=config.prediction_type,
+    )
+
+
+def draw_noise_and_timestep(
+    keys: Array, shape: tuple[int, int, int], config: DiffusionConfig, schedule: Schedule
+) -> tuple[Float[Array, "b h w c"], Array]:
+    """One noise and one timestep per key: [b, *shape] and int32 [b]."""
+    return jax.vmap(partial(_draw, shape=shape, config=config, schedule=schedule))(keys)
+
+
+def _draw(
+    key: Array, shape: tuple[int, int, int], config: DiffusionConfig, schedule: Schedule
+) -> tuple[Array, Array]:
+    noise_key, time_key = jax.random.split(key)
+    if config.timestep_sampling == "uniform":
+        t = timesteps.uniform(time_key, schedule)
+    else:
+        t = timesteps.high_noise(
+            time_key, schedule, a=config.high_noise_a, terminal_fraction=config.terminal_fraction
+        )
+    if config.noise == "multires":
+        strength = config.multires_strength * t / schedule.num_timesteps
+        return noise.multires(noise_key, shape, strength), t
+    return noise.gaussian(noise_key, shape), t
+
+
+def provenance(config: Config, **extra: str) -> dict[str, str]:
+    """What goes into the metadata of exported weights."""
+    return {"task": config.task, "seed": str(config.seed), "steps": str(config.train.steps)} | extra

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiGSeg: the U-Net denoises the latent of a query's mask beside the latent of the image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from digseg_jax import assets
+from digseg_jax.arraytypes import Array, Batch, Float, Int, Params
+from digseg_jax.config import Config
+from digseg_jax.data.landcover_prompts import training_prompts
+from digseg_jax.models import functional
+from digseg_jax.models.text_adapters import ZERO_INIT
+from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
+from digseg_jax.segmentation.codecs import encode_binary, latent_validity
+from digseg_jax.tasks.base import to_unit
+from digseg_jax.tasks.components import (
+    bank_arrays,
+    compute_options,
+    draw_noise_and_timestep,
+    encode_bank,
+    load_tower,
+    load_vae,
+    schedule_of,
+)
+from digseg_jax.weights import load_config, load_unet_params, save_component
+
+
+class SegmentationTask:
+    """Builds everything from the config: frozen VAE and prompt bank, U-Net widened to 8 inputs.
+
+    prompts: the bank's texts; by default those of the training queries.
+    """
+
+    def __init__(self, config: Config, prompts: Sequence[str] | None = None):
+        model = config.model
+        self.config = config
+        self.schedule = schedule_of(config.diffusion)
+        self.vae, vae_params = load_vae(model)
+        self.tower = load_tower(model)
+        if prompts is None:
+            prompts, _ = training_prompts(config.data.train_label_sets)
+        self.frozen: Params = {
+            "vae": vae_params,
+            "bank": bank_arrays(encode_bank(self.tower, prompts, model.max_tokens)),
+        }
+        stored: UNetConfig = load_config(assets.resolve(model.unet))
+        self.unet_config = dataclasses.replace(
+            stored,
+            in_channels=2 * self.vae.config.latent_channels,
+            text_adapters=model.text_adapters,
+            text_dim=self.tower.width,
+        )
+        self.graphdef, self.abstract = functional.abstract(
+            lambda: UNet2DConditionModel(
+                self.unet_config, rngs=functional.FixedRngs(), **compute_options(model)
+            )
+        )
+
+    def initial(self) -> Params:
+        """The pretrained U-Net with conv_in widened, or random weights if the config asks."""
+        model = self.config.model
+        random = functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)
+        if model.unet_init == "random":
+            return random
+        return load_unet_params(
+            assets.resolve(model.unet),
+            self.unet_config,
+            optional_prefixes=("text_adapters.",),
+            initial=random,
+        )
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, keys: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        image, label = to_unit(batch["image"]), batch["label"]
+        b, q = batch["query"].shape
+        masks = encode_binary(label, batch["query_class"]).reshape(b * q, *image.shape[1:])
+        latents = self.vae.encode(frozen["vae"], jnp.concatenate([image, masks]))
+        image_latent = jnp.repeat(latents[:b], q, axis=0)
+        x0 = latents[b:]
+        noise_keys, text_keys = self._query_keys(keys, q)
+        noise, t = draw_noise_and_timestep(
+            noise_keys, x0.shape[1:], self.config.diffusion, self.schedule
+        )
+        query = batch["query"].reshape(-1)
+        unet = functional.merge(self.graphdef, params)
+        prediction = unet(
+            jnp.concatenate([image_latent, self.schedule.add_noise(x0, noise, t)], axis=-1),
+            t,
+            self._noisy_text(frozen["bank"]["tokens"][query], text_keys),
+            frozen["bank"]["mask"][query],
+        )
+        valid = jnp.repeat(latent_validity(label, self.vae.config.factor), q, axis=0)
+        squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
+        loss = (squared * valid).sum() / jnp.maximum(valid.sum(), 1)
+        return loss, {"mean_timestep": t.mean()}
+
+    def _query_keys(self, keys: Array, q: int) -> tuple[Array, Array]:
+        """Two independent keys for each (example, query), flattened to [b * q]."""
+        pairs = jax.vmap(lambda key: jax.random.split(key, (q, 2)))(keys)
+        pairs = pairs.reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _noisy_text(self, tokens: Float[Array, "n l d"], keys: Array) -> Float[Array, "n l d"]:
+        """Tokens with a little noise: neighbours of a trained name should mean the same."""
+        scale = self.config.data.text_noise
+        if not scale:
+            return tokens
+        draws = jax.vmap(lambda key: jax.random.normal(key, tokens.shape[1:]))(keys)
+        return tokens + scale * tokens.std() * draws
+
+    def predict_latent(
+        self,
+        params: Params,
+        image_latent: Float[Array, "n h w c"],
+        x: Float[Array, "n h w c"],
+        t: Int[Array, "n"],
+        tokens: Float[Array, "n l d"],
+        mask: Array,
+    ) -> Float[Array, "n h w c"]:
+        """The U-Net's raw prediction at x_t, for the sampler."""
+        unet = functional.merge(self.graphdef, params)
+        return unet(jnp.concatenate([image_latent, x], axis=-1), t, tokens, mask)
+
+    def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
+        save_component((self.unet_config, params), folder, metadata=metadata)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A text-to-image U-Net's first convolution, widened for [image latent, noisy mask latent].
+
+Source: Marigold, `marigold_depth_trainer.py:_replace_unet_conv_in`: repeat the kernel along its
+inputs and halve it, so that the activations keep their scale when both halves see like inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array, Params
+from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.weights.hub import resolve
+from digseg_jax.weights.load import load_params
+from digseg_jax.weights.safetensors_io import read_config, tensor_infos, weight_files
+
+# Config fields in which a checkpoint may differ from the model that it starts. The heads are
+# compared as numbers per level, since one number and a list of it mean the same.
+_FREE_FIELDS = (
+    "in_channels",
+    "sample_size",
+    "text_adapters",
+    "text_dim",
+    "attention_head_dim",
+    "num_attention_heads",
+)
+
+
+def widen_conv_in(params: Params, old: int = 4, new: int = 8) -> Params:
+    """Returns params with conv_in's kernel [h,w,old,c] repeated to [h,w,new,c] and scaled.
+
+    The bias is kept. Raises UserError unless the kernel has `old` inputs and `old` divides `new`.
+    """
+    kernel = _conv_in_kernel(params, old)
+    if new % old:
+        raise UserError(f"conv_in: {new} inputs are not a multiple of {old}")
+    wide = jnp.concatenate([kernel] * (new // old), axis=2) * (old / new)
+    return _with_kernel(params, wide)
+
+
+def narrow_conv_in(params: Params, old: int = 8, new: int = 4) -> Params:
+    """Returns params with conv_in's input groups summed, [h,w,old,c] to [h,w,new,c].
+
+    Exactly undoes `widen_conv_in` where the factor is a power of two.
+    """
+    kernel = _conv_in_kernel(params, old)
+    if old % new:
+        raise UserError(f"conv_in: {old} inputs are not a multiple of {new}")
+    h, w, _, c = kernel.shape
+    return _with_kernel(params, kernel.reshape(h, w, old // new, new, c).sum(axis=2))
+
+
+def load_unet_params(
+    path_or_hub_id: str | Path,
+    config: Any,
+    *,
+    subfolder: str = "",
+    param_dtype: jnp.dtype = jnp.float32,
+    optional_prefixes: tuple[str, ...] = (),
+    initial: Params | None = None,
+) -> Params:
+    """Parameters for a U-Net of `config`, from a checkpoint with as many inputs or with half.
+
+    Half: the kernel is widened (`widen_conv_in`). The other arguments are those of `load_params`.
+
+    Raises:
+        UserError: another number of inputs, a config that computes something else than the
+            checkpoint's (heads do not show in the shapes), or what `load_params` raises.
+    """
+    folder = resolve(path_or_hub_id, subfolder)
+    stored = _stored_inputs(folder)
+    if config.in_channels not in (stored, 2 * stored):
+        raise UserError(
+            f"{folder}: conv_in has {stored} inputs, the config has in_channels="
+            f"{config.in_channels}; legal: {stored}, or {2 * stored} by widening"
+        )
+    _check_same_computation(folder, config)
+    narrow = dataclasses.replace(config, in_channels=stored)
+    params = load_params(
+        folder,
+        _abstract_unet(narrow),
+        param_dtype=param_dtype,
+        optional_prefixes=optional_prefixes,
+        initial=initial,
+    )
+    if stored == config.in_channels:
+        return params
+    return widen_conv_in(params, stored, config.in_channels)
+
+
+def _abstract_unet(config: Any) -> Params:
+    from digseg_jax.models.unet import UNet2DConditionModel
+
+    return functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))[1]
+
+
+def _stored_inputs(folder: Path) -> int:
+    infos = tensor_infos(weight_files(folder))
+    if "conv_in.weight" not in infos:
+        raise UserError(f"{folder} holds no U-Net: no key 'conv_in.weight'")
+    return infos["conv_in.weight"].shape[1]
+
+
+def _check_same_computation(folder: Path, config: Any) -> None:
+    values = read_config(folder)
+    stored = type(config).from_dict(values)
+    names = [f.name for f in dataclasses.fields(config) if f.name in values]
+    for name in ["heads", *(n for n in names if n not in _FREE_FIELDS)]:
+        ours, theirs = getattr(config, name), getattr(stored, name)
+        if ours != theirs:
+            raise UserError(f"{folder}/config.json: {name}={theirs!r}; the model has {ours!r}")
+
+
+def _conv_in_kernel(params: Params, inputs: int) -> Array:
+    kernel = params["conv_in"]["kernel"]
+    if kernel.shape[2] != inputs:
+        raise UserError(f"conv_in: the kernel has {kernel.shape[2]} inputs, expected {inputs}")
+    return kernel
+
+
+def _with_kernel(params: Params, kernel: Array) -> Params:
+    return {**params, "conv_in": {**params["conv_in"], "kernel": kernel}}

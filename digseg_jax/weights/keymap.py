@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-way map between our parameter paths and the hub's keys.
+
+A path of ours is the hub's key but for its last name and the layout of a kernel:
+
+    kernel [h,w,in,out]  <->  weight [out,in,h,w]      embedding  <->  weight
+    kernel [in,out]      <->  weight [out,in]          scale      <->  weight      bias <-> bias
+
+A leaf of any other name keeps name and layout. `KeyRules` undoes the spellings of old checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from digseg_jax.errors import UserError, nearest
+
+_TO_HUB = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_SHOWN = 3  # keys of each kind that an error lists
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeyRules:
+    """How to read one model family's keys.
+
+    Attributes:
+        renames: (pattern, replacement) pairs for `re.sub`, applied in order to every hub key.
+        ignored: patterns searched in the renamed key; a match is no parameter of ours.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def rename(self, key: str) -> str:
+        """Returns the current spelling of a key."""
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def ignores(self, key: str) -> bool:
+        """Whether the (renamed) key is a buffer or a head that our model does not have."""
+        return any(re.search(pattern, key) for pattern in self.ignored)
+
+
+BERT_RULES = KeyRules(
+    renames=(
+        (r"^bert\.", ""),
+        (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+        (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    ),
+    ignored=(r"(^|\.)(position_ids|token_type_ids)$", r"^cls\."),
+)
+VAE_RULES = KeyRules(
+    renames=(
+        (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
+        (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
+        (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
+        (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+    ),
+)
+UNET_RULES = KeyRules()
+
+
+def hub_key(path: str) -> str:
+    """`a.0.kernel` -> `a.0.weight`."""
+    parent, _, leaf = path.rpartition(".")
+    name = _TO_HUB.get(leaf, leaf)
+    return f"{parent}.{name}" if parent else name
+
+
+def to_hub(path: str, leaf: np.ndarray) -> np.ndarray:
+    """Our leaf in the hub's layout."""
+    if path.rpartition(".")[2] != "kernel":
+        return leaf
+    if leaf.ndim == 4:
+        return leaf.transpose(3, 2, 0, 1)
+    if leaf.ndim == 2:
+        return leaf.T
+    raise ValueError(f"no hub layout for {path} of rank {leaf.ndim}")
+
+
+def from_hub(path: str, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+    """A hub tensor in our layout and `shape`, for which `fits` holds."""
+    if path.rpartition(".")[2] != "kernel":
+        return tensor
+    out_in = tensor.reshape(hub_shape(path, shape))  # a linear layer may come as a 1x1 convolution
+    return out_in.transpose(2, 3, 1, 0) if len(shape) == 4 else out_in.T
+
+
+def hub_shape(path: str, shape: Shape) -> Shape:
+    """The shape that our leaf of `shape` has in the hub's layout."""
+    if path.rpartition(".")[2] != "kernel":
+        return tuple(shape)
+    if len(shape) == 4:
+        h, w, cin, cout = shape
+        return (cout, cin, h, w)
+    return tuple(shape[::-1])
+
+
+def fits(path: str, stored: Shape, shape: Shape) -> bool:
+    """Whether a hub tensor of shape `stored` can fill our leaf; [o,i] and [o,i,1,1] are one."""
+    wanted = hub_shape(path, shape)
+    if tuple(stored) == wanted:
+        return True
+    linear = {len(stored), len(wanted)} == {2, 4}
+    return linear and tuple(stored[:2]) == wanted[:2] and prod(stored) == prod(wanted)
+
+
+@dataclass
+class _Faults:
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+
+
+def match(
+    shapes: Mapping[str, Shape],
+    stored: Mapping[str, Shape],
+    rules: KeyRules,
+    source: str,
+    optional_prefixes: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Pairs each of our paths with exactly one hub key.
+
+    Args:
+        shapes: our path -> our shape.
+        stored: hub key -> stored shape.
+        rules: the model family's spellings.
+        source: file or folder, for the error.
+        optional_prefixes: paths under these may be absent from the checkpoint.
+
+    Returns:
+        hub key as stored -> our path.
+
+    Raises:
+        UserError: lists missing, unexpected, doubled and mis-shaped keys.
+    """
+    pairs, faults = _pair(shapes, stored, rules)
+    found = set(pairs.values())
+    faults.missing = [
+        hub_key(path)
+        for path in shapes
+        if path not in found and not path.startswith(optional_prefixes)
+    ]
+    if any(vars(faults).values()):
+        raise UserError(f"{source} does not fit the model: {_report(faults)}")
+    return pairs
+
+
+def _pair(
+    shapes: Mapping[str, Shape], stored: Mapping[str, Shape], rules: KeyRules
+) -> tuple[dict[str, str], _Faults]:
+    by_key = {hub_key(path): path for path in shapes}
+    pairs: dict[str, str] = {}
+    first: dict[str, str] = {}  # our path -> the stored key that took it
+    faults = _Faults()
+    for key, shape in stored.items():
+        name = rules.rename(key)
+        path = by_key.get(name)
+        if path is None:
+            if not rules.ignores(name):
+                faults.unexpected.append(key)
+        elif path in first:
+            faults.doubled.append(f"{first[path]} and {key}")
+        else:
+            first[path], pairs[key] = key, path
+            if not fits(path, shape, shapes[path]):
+                wanted = list(hub_shape(path, shapes[path]))
+                faults.misshaped.append(f"{key} is {list(shape)}, the model wants {wanted}")
+    return pairs, faults
+
+
+def _report(faults: _Faults) -> str:
+    hinted = [m + nearest(m, faults.unexpected, n=1) for m in faults.missing[:_SHOWN]]
+    parts = [
+        _part("missing", faults.missing, hinted),
+        _part("unexpected", faults.unexpected, faults.unexpected[:_SHOWN]),
+        _part("stored twice", faults.doubled, faults.doubled[:_SHOWN]),
+        _part("of the wrong shape", faults.misshaped, faults.misshaped[:_SHOWN]),
+    ]
+    return " | ".join(part for part in parts if part)
+
+
+def _part(title: str, items: list[str], shown: list[str]) -> str:
+    if not items:
+        return ""
+    more = f", and {len(items) - len(shown)} more" if len(items) > len(shown) else ""
+    return f"{len(items)} {title}: {', '.join(shown)}{more}"

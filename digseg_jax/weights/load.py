@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Components from and to folders in the hub's layout, as NNX modules or as parameter trees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digseg_jax.arraytypes import Params
+from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.weights import keymap
+from digseg_jax.weights.hub import resolve
+from digseg_jax.weights.registry import Component, component_of, component_of_config
+from digseg_jax.weights.safetensors_io import (
+    TensorInfo,
+    iter_tensors,
+    read_config,
+    tensor_infos,
+    weight_files,
+    write_component,
+)
+
+
+def load_config(path_or_hub_id: str | Path, *, subfolder: str = "") -> Any:
+    """Returns the component's config, as the dataclass of our model class."""
+    component, values, infos, _ = _open(path_or_hub_id, subfolder)
+    return component.make_config(values, infos)
+
+
+def load_component(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
+    subfolder: str = "",
+    expect: str | None = None,
+    **options: Any,
+) -> nnx.Module:
+    """Builds the model that config.json names and fills it from the safetensors beside it.
+
+    Args:
+        path_or_hub_id: a folder, `org/name` or `org/name:subfolder`.
+        dtype: compute dtype, float32 if None.
+        param_dtype: dtype of the loaded leaves, whatever the file stores.
+        subfolder: inside the folder or repository, such as "unet".
+        expect: class name that the component must have.
+        **options: further arguments of the model's constructor.
+
+    Raises:
+        UserError: not found, unreadable, of another class, or keys that do not fit the class.
+    """
+    component, values, infos, folder = _open(path_or_hub_id, subfolder)
+    if expect is not None and component.name != expect:
+        raise UserError(f"{folder} holds a {component.name}; expected {expect}")
+    config = component.make_config(values, infos)
+    compute = jnp.float32 if dtype is None else dtype
+    graphdef, wanted = functional.abstract(
+        lambda: component.model_class(config, rngs=functional.FixedRngs(), dtype=compute, **options)
+    )
+    return functional.merge(graphdef, _read(component, infos, folder, wanted, param_dtype))
+
+
+def load_params(
+    path_or_hub_id: str | Path,
+    abstract_params: Params,
+    *,
+    subfolder: str = "",
+    param_dtype: jnp.dtype = jnp.float32,
+    optional_prefixes: tuple[str, ...] = (),
+    initial: Params | None = None,
+) -> Params:
+    """Fills a parameter tree from a checkpoint.
+
+    Args:
+        path_or_hub_id: a folder, `org/name` or `org/name:subfolder`.
+        abstract_params: tree whose leaves have `shape`, as `functional.abstract` gives it.
+        subfolder: inside the folder or repository.
+        param_dtype: dtype of the loaded leaves, whatever the file stores.
+        optional_prefixes: paths under these, such as "text_adapters.", keep their value from
+            `initial` where the checkpoint lacks them.
+        initial: tree that holds at least those values.
+
+    Raises:
+        UserError: not found, unreadable, or the keys do not match one to one.
+    """
+    component, _, infos, folder = _open(path_or_hub_id, subfolder)
+    return _read(component, infos, folder, abstract_params, param_dtype, optional_prefixes, initial)
+
+
+def save_component(
+    model: nnx.Module | tuple[Any, Params],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a folder that diffusers or transformers loads, and `load_component` too.
+
+    Args:
+        model: a module with a `config`, or (config, params).
+        path: the folder; made if missing, its files replaced atomically.
+        metadata: provenance for the file's `__metadata__`.
+
+    Returns:
+        The weight file.
+    """
+    if isinstance(model, nnx.Module):
+        config, params = model.config, functional.split(model)[1]
+    else:
+        config, params = model
+    flat = functional.flatten(params)
+    tensors = {keymap.hub_key(p): keymap.to_hub(p, np.asarray(x)) for p, x in flat.items()}
+    stem = component_of_config(config).stem
+    return write_component(Path(path), config.to_dict(), tensors, stem, metadata)
+
+
+def _open(
+    path_or_hub_id: str | Path, subfolder: str
+) -> tuple[Component, dict[str, Any], dict[str, TensorInfo], Path]:
+    folder = resolve(path_or_hub_id, subfolder)
+    values = read_config(folder)
+    component = component_of(values, str(folder))
+    return component, values, tensor_infos(weight_files(folder)), folder
+
+
+def _read(
+    component: Component,
+    infos: Mapping[str, TensorInfo],
+    folder: Path,
+    abstract_params: Params,
+    param_dtype: jnp.dtype,
+    optional_prefixes: tuple[str, ...] = (),
+    initial: Params | None = None,
+) -> Params:
+    shapes = {p: tuple(x.shape) for p, x in functional.flatten(abstract_params).items()}
+    files = dict.fromkeys(info.file for info in infos.values())
+    source = str(next(iter(files))) if len(files) == 1 else f"{folder} ({len(files)} shards)"
+    stored = {key: info.shape for key, info in infos.items()}
+    pairs = keymap.match(shapes, stored, component.rules, source, optional_prefixes)
+    loaded = {
+        # jnp.array copies: a leaf must not share memory with a buffer that numpy owns.
+        pairs[key]: jnp.array(keymap.from_hub(pairs[key], x, shapes[pairs[key]]), param_dtype)
+        for key, x in iter_tensors({k: infos[k] for k in pairs})
+    }
+    kept = functional.flatten(initial or {})
+    absent = [path for path in shapes if path not in loaded]
+    if unset := [path for path in absent if path not in kept]:
+        raise UserError(f"{source} lacks {unset[0]!r} and no initial value is given for it")
+    return functional.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})

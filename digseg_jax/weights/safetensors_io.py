@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a component folder in diffusers' or transformers' layout, read and written safely.
+
+A folder holds `config.json` and either one `.safetensors` file or shards with an index. Pickle
+checkpoints can run code when opened, so they are never opened. Every fault is one UserError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from digseg_jax.errors import UserError
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM)
+_VARIANTS = ("", ".fp16")  # full precision first
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_LFS_HEADER = b"version https://git-lfs"
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies and its shape as stored."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parses `folder`/config.json.
+
+    Raises:
+        UserError: no such folder or file, or not a JSON object.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
+    return _read_json(folder / "config.json")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors file of a component, or its shards in the index's order.
+
+    Raises:
+        UserError: none there, only pickles, or a shard that the index names is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
+    for stem in STEMS:
+        for variant in _VARIANTS:
+            single = folder / f"{stem}{variant}.safetensors"
+            if single.is_file():
+                return [single]
+            for index in _index_names(stem, variant):
+                if (folder / index).is_file():
+                    return _shards(folder / index)
+    raise UserError(_nothing_found(folder))
+
+
+def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
+    """Lists the tensors of all files without reading their data.
+
+    Raises:
+        UserError: an unreadable file, or a key that two files hold.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        with _open(file) as handle:
+            keys: list[str] = handle.keys()
+            for key in keys:
+                if key in infos:
+                    raise UserError(f"key {key!r} is in both {infos[key].file} and {file}")
+                infos[key] = TensorInfo(file, tuple(handle.get_slice(key).get_shape()))
+    return infos
+
+
+def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (key, array) one by one, so that only one tensor beyond the result is in memory."""
+    for file in dict.fromkeys(info.file for info in infos.values()):
+        with _open(file) as handle:
+            for key in (k for k, info in infos.items() if info.file == file):
+                yield key, handle.get_tensor(key)
+
+
+def read_metadata(folder: str | Path) -> dict[str, str]:
+    """Returns the `__metadata__` of a component's first weight file; empty where it has none."""
+    with _open(weight_files(Path(folder))[0]) as handle:
+        return dict(handle.metadata() or {})
+
+
+def write_component(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    stem: str,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes config.json and `stem`.safetensors, each by a rename that either happens or not.
+
+    `metadata` is added to the file's `__metadata__`; `format` is always "pt", without which
+    transformers refuses a file.
+
+    Raises:
+        UserError: metadata that is not str to str.
+    """
+    meta = {**(metadata or {}), "format": "pt"}
+    for key, value in meta.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise UserError(f"metadata must map str to str, got {key!r}: {value!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+    target = folder / f"{stem}.safetensors"
+    _replace(target, lambda temporary: save_file(arrays, temporary, metadata=meta))
+    text = json.dumps(dict(config), indent=2) + "\n"
+    _replace(folder / "config.json", lambda temporary: temporary.write_text(text))
+    return target
+
+
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # covers bad UTF-8 and bad JSON
+        raise UserError(f"not valid JSON: {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"expected a JSON object in {path}, got {type(value).__name__}")
+    return value
+
+
+def _index_names(stem: str, variant: str) -> tuple[str, str]:
+    # diffusers once put the variant before ".index.json" and now puts it before ".safetensors".
+    return (
+        f"{stem}{variant}.safetensors.index.json",
+        f"{stem}.safetensors.index{variant}.json",
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"no weight_map in {index}")
+    files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise UserError(f"{index} names {len(files)} shards; missing: {', '.join(missing)}")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(_why_unreadable(file, error)) from error
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    if not file.is_file():
+        return f"no such file: {file}"
+    with file.open("rb") as handle:
+        head = handle.read(len(_LFS_HEADER))
+    if head == _LFS_HEADER:
+        return f"{file} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`"
+    size = file.stat().st_size
+    return f"{file} is not a complete safetensors file ({size} bytes; {error}); download it again"
+
+
+def _nothing_found(folder: Path) -> str:
+    wanted = " or ".join(f"{stem}.safetensors" for stem in STEMS)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"{folder} holds only {', '.join(pickles)}, which this project does not open; "
+            f"convert to {wanted}"
+        )
+    return f"no {wanted} (or sharded index) in {folder}"

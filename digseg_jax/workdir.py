@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A working directory belongs to one configuration: it is written down, and compared on return."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from digseg_jax import config as config_lib
+from digseg_jax.config import Config
+from digseg_jax.errors import UserError
+
+CONFIG_NAME = "config.json"
+# settings that do not change what was trained
+FREE_SECTIONS = ("eval", "mesh")
+FREE_KEYS = ("train.log_every", "checkpoint.every", "checkpoint.keep", "data.workers")
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Writes DIR/config.json, or checks that the one there trains the same thing.
+
+    Raises:
+      UserError: the directory holds a run of another configuration, with the differing keys; or it
+        cannot be written.
+    """
+    path = workdir / CONFIG_NAME
+    values = config_lib.to_dict(config)
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not readable as JSON ({error}); use another --workdir") from error
+        changes = differences(stored, values)
+        if changes:
+            raise UserError(
+                f"{workdir} holds a run of another configuration ({'; '.join(changes)}); "
+                "nothing was touched: use another --workdir, or the configuration it was made with"
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(CONFIG_NAME + ".tmp")
+        scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+
+
+def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Readable changes such as `train.steps: 600 -> 700`, free settings left out."""
+    old, new = _flat(stored), _flat(values)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key.split(".")[0] not in FREE_SECTIONS
+        and key not in FREE_KEYS
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

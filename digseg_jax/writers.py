@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run writes about itself: metrics.jsonl, TensorBoard events and a progress line.
+
+Only process 0 writes. `metrics.jsonl` is the record (one JSON object a line, flushed at once);
+the TensorBoard events repeat it for people who like that viewer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import jax
+
+from digseg_jax.errors import UserError
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl file; values are numbers or None (a value that was not finite).
+
+    A half-written last line, as a killed run leaves it, is left out.
+    Raises UserError if the file is missing or any other line is not a JSON object with a step.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"metrics file {path} cannot be read: {error.strerror}") from error
+    lines = text.split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):  # only the text after the last newline can be half a line
+            raise UserError(f"{path} line {number} is not a JSON object with an integer 'step'")
+    return rows
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _plain(value: Any) -> float | int | None:
+    """A JSON number for any scalar (Python, NumPy, JAX); None if it is not finite."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _dump(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _mend(path: Path, truncate_after: int | None) -> None:
+    """Drops lines after `truncate_after` and a half-written last line, in one atomic rewrite."""
+    if not path.exists():
+        return
+    last = math.inf if truncate_after is None else truncate_after
+    kept = "".join(_dump(row) for row in read_metrics(path) if row["step"] <= last)
+    if kept.encode() == path.read_bytes():
+        return
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+class MetricWriter:
+    """Appends metrics to WORKDIR/metrics.jsonl and to event files in WORKDIR/tensorboard.
+
+    truncate_after: the restored step on resume; later lines are dropped, so that a killed and
+      resumed run has each step once. -1 drops every line; None keeps all.
+    active: whether this process writes; by default only JAX process 0 does.
+    """
+
+    def __init__(
+        self,
+        workdir: Path | str,
+        *,
+        truncate_after: int | None = None,
+        active: bool | None = None,
+    ) -> None:
+        self.active = jax.process_index() == 0 if active is None else active
+        self.path = Path(workdir) / METRICS_NAME
+        if not self.active:
+            return
+        from tensorboardX import SummaryWriter  # slow to import, and readers do not need it
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _mend(self.path, truncate_after)
+        self._file = self.path.open("a", encoding="utf-8")
+        purge = None if truncate_after is None else max(truncate_after + 1, 0)
+        self._events = SummaryWriter(
+            str(self.path.parent / "tensorboard"), purge_step=purge, flush_secs=10
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes scalars of one step; a value that is not finite becomes null."""
+        if "step" in metrics:
+            raise UserError("metric name 'step' is taken by the step itself; choose another name")
+        if not self.active:
+            return
+        values = {name: _plain(value) for name, value in metrics.items()}
+        self._file.write(_dump({"step": int(step), **values}))
+        self._file.flush()
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(name, value, int(step))
+
+    def close(self) -> None:
+        """Flushes and closes both files; safe to call twice."""
+        if self.active:
+            self._file.close()
+            self._events.close()
+            self.active = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def format_duration(seconds: float) -> str:
+    """Returns `2:31`, or `1:02:31` from an hour on; `-:--` if unknown."""
+    if not math.isfinite(seconds):
+        return "-:--"
+    minutes, second = divmod(round(max(seconds, 0.0)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Progress:
+    """A progress line such as `step 120/1000  loss 0.0123  38.2 images/s  ETA 2:31`.
+
+    On a terminal it is redrawn in place; elsewhere it is a plain line at most every `every`
+    seconds. The ETA counts from the first update on, so that compilation does not distort it.
+
+    total: number of the last step. label, unit: words in the line. stream: stderr by default.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        label: str = "step",
+        unit: str = "images",
+        every: float = 10.0,
+        stream: TextIO | None = None,
+        active: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self._active = jax.process_index() == 0 if active is None else active
+        self._stream = sys.stderr if stream is None else stream
+        self._tty = self._stream.isatty()
+        self._gap = 0.1 if self._tty else every
+        self._clock = clock
+        self._origin: tuple[float, int] | None = None  # time and step of the first update
+        self._shown = -math.inf
+        self._line, self._pending = "", False
+
+    def update(self, step: int, rate: float | None = None, **values: float) -> None:
+        """Shows `step` of the total, `rate` in units a second, and values such as loss."""
+        if not self._active:
+            return
+        now = self._clock()
+        if self._origin is None:
+            self._origin = (now, step)
+        self._line = self._format(step, rate, values, now)
+        self._pending = True
+        if now - self._shown >= self._gap:
+            self._show(now)
+
+    def clear(self) -> None:
+        """Erases the line on a terminal, so that another message can be written in its place."""
+        if self._active and self._tty and self._line:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Shows the last state and ends the line."""
+        if self._active and self._pending:
+            self._show(self._clock())
+        if self._active and self._tty and self._line:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._line = ""
+
+    def _format(self, step: int, rate: float | None, values: dict[str, float], now: float) -> str:
+        start, first = self._origin or (now, step)
+        left = (now - start) / (step - first) * (self.total - step) if step > first else math.inf
+        parts = [f"{self.label} {step}/{self.total}"]
+        parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
+        if rate is not None:
+            parts.append(f"{float(rate):.1f} {self.unit}/s")
+        parts.append(f"ETA {format_duration(0.0 if step >= self.total else left)}")
+        return "  ".join(parts)
+
+    def _show(self, now: float) -> None:
+        if self._tty:
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be redrawn
+            self._stream.write(f"\r{self._line[:width]}\x1b[K")
+        else:
+            self._stream.write(self._line + "\n")
+        self._stream.flush()
+        self._shown, self._pending = now, False
