@@ -195,7 +195,9 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
 
 def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, dict(value), path)
+        if not isinstance(value, dict):
+            raise UserError(f"{path}={value!r}: expected a section of keys, got a single value")
+        return _build(hint, value, path)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)):
             raise UserError(f"{path}={value!r}: expected a list")
@@ -241,6 +243,7 @@ def _check_combinations(c: Config) -> None:
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
             f"{c.diffusion.num_train_timesteps}"
         )
+    _check_estep_table(c)
     if not 0.0 <= c.data.negative_rate < 1.0:
         raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
     for name in c.data.train_label_sets:
@@ -248,3 +251,17 @@ def _check_combinations(c: Config) -> None:
             raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
     if not c.data.train_label_sets:
         raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
+
+
+def _check_estep_table(c: Config) -> None:
+    """Now rather than after the training, when the table is made."""
+    if not c.eval.estep:
+        return
+    from digseg_jax.segmentation.inference import EStep  # imports JAX, which a wrong key need not
+
+    for text in c.eval.estep:
+        if EStep.parse(text).steps > c.diffusion.num_train_timesteps:
+            raise UserError(
+                f"config.eval.estep: {text!r} has more steps than config.diffusion."
+                f"num_train_timesteps={c.diffusion.num_train_timesteps}"
+            )

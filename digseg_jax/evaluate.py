@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax.arraytypes import Array, Params
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
+from digseg_jax.log import log
 from digseg_jax.report.gallery import GalleryItem, write_gallery
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation import inference, metrics
@@ -134,7 +134,13 @@ class Evaluator:
                     kept.append(row)
         names = [t.name for t in tiles.tiles]
         return Scores(
-            classes, confusion, np.concatenate(overlaps), np.concatenate(areas), names, seconds, kept
+            classes,
+            confusion,
+            np.concatenate(overlaps),
+            np.concatenate(areas),
+            names,
+            seconds,
+            kept,
         )
 
     def _decoded(self, params: Params, vae: Params, text: Params, batch: Params, estep: EStep):
@@ -255,7 +261,7 @@ def evaluate(
     fitted = calibration_lib.identity(len(classes))
     if config.eval.calibrate:
         fitted = evaluator.calibrate(params, bank, label_set, EStep(1, estep.steps, estep.spacing))
-        logging.info("calibration on %s: %s", fitted.split, fitted.to_dict())
+        log.info("calibration on %s: %s", fitted.split, fitted.to_dict())
     tiles = evaluator.tiles(config.eval.split, label_set)
     scores = evaluator.scores(params, tiles, bank, estep, fitted, keep=config.eval.gallery)
     results = results_of(scores, config, fitted, estep)

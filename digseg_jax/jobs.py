@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from clu import parameter_overview
 from jax.sharding import Mesh
 
@@ -20,6 +19,7 @@ from digseg_jax.config import Config
 from digseg_jax.data import landcover
 from digseg_jax.errors import UserError
 from digseg_jax.evaluate import Evaluator, evaluate, write_json
+from digseg_jax.log import log
 from digseg_jax.report import build_report
 from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
@@ -58,7 +58,9 @@ def train(config: Config, workdir: Path) -> None:
 def run_eval(config: Config, workdir: Path) -> None:
     """Evaluates the exported weights of a finished run, and builds the report."""
     if config.task != "segmentation":
-        raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
+        raise UserError(
+            f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it"
+        )
     if not (workdir / EXPORT).is_dir():
         raise UserError(f"{workdir / EXPORT}: no trained weights here; run --mode=train first")
     claim(workdir, config)
@@ -76,7 +78,7 @@ def finish(
     # predict reads it beside the weights
     write_json(workdir / EXPORT / "calibration.json", results["calibration"])
     page = build_report(workdir)
-    logging.info(
+    log.info(
         "mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s",
         results["miou"],
         results["accuracy"],
@@ -95,7 +97,7 @@ def export_autoencoder(
         task.config, scaling_factor=evaluate_autoencoder.measure_scaling(task.graphdef, params)
     )
     results = evaluate_autoencoder.round_trip(task.graphdef, params, "test")
-    logging.info("round trip on held-out tiles: %s", json.dumps(results))
+    log.info("round trip on held-out tiles: %s", json.dumps(results))
     write_json(workdir / "eval" / "results.json", results)
     extra = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
     task.export(jax.device_get(params), workdir / EXPORT, provenance(config, **extra))
@@ -105,14 +107,14 @@ def export_autoencoder(
 def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
     """What runs: parameters, devices, data sizes, text."""
     params = task.initial()
-    logging.info("task %s, seed %d, %s", config.task, config.seed, config.train)
-    logging.info("trainable parameters:\n%s", _overview(params))
+    log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
+    log.info("trainable parameters:\n%s", _overview(params))
     sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
-    logging.info("frozen, in millions: %s", sizes or "nothing")
-    logging.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    log.info("frozen, in millions: %s", sizes or "nothing")
+    log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
     cover = landcover.load()
     tiles = {split: len(cover.tiles(split)) for split in ("train", "val", "test")}
-    logging.info("land cover tiles: %s", tiles)
+    log.info("land cover tiles: %s", tiles)
 
 
 def _overview(params: Params) -> str:
@@ -137,10 +139,7 @@ def _validation(config: Config, task: Task, mesh: Mesh):
     bank, tiles = evaluator.bank(classes), evaluator.tiles("val", label_set)
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
-        scores = evaluator.scores(
-            state["ema"], tiles, bank, EStep(1, 1), identity(len(classes))
-        )
+        scores = evaluator.scores(state["ema"], tiles, bank, EStep(1, 1), identity(len(classes)))
         return {"val_miou": scores.miou}
 
     return on_eval
-

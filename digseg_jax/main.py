@@ -6,15 +6,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from digseg_jax.errors import UserError
+from digseg_jax.log import setup
 
 MODES = ("train", "eval", "predict")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, report."
+)
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
 _IMAGE = flags.DEFINE_string("image", None, "predict: image file, any size and colour mode.")
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
@@ -54,7 +57,7 @@ def run() -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.INFO)
+    setup()
     try:
         run()
     except UserError as error:

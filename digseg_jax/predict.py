@@ -12,13 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from PIL import Image, UnidentifiedImageError
 
 from digseg_jax import assets
 from digseg_jax.config import Config
 from digseg_jax.errors import UserError
 from digseg_jax.jobs import EXPORT
+from digseg_jax.log import log
 from digseg_jax.report import pictures
 from digseg_jax.segmentation import inference
 from digseg_jax.segmentation.inference import EStep
@@ -58,7 +58,7 @@ def predict(
     for query, mask in zip(queries, probability, strict=True):
         path = out if len(queries) == 1 else out.with_stem(f"{out.stem}_{_slug(query)}")
         _write(path, image, mask)
-        logging.info("%r covers %.1f %% of %s: %s", query, 100 * (mask > 0.5).mean(), image_path, path)
+        log.info("%r covers %.1f %% of %s: %s", query, 100 * (mask > 0.5).mean(), image_path, path)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -101,7 +101,9 @@ def segment(
     height, width = image.shape[:2]
     pad = [(0, max(size - height, 0)), (0, max(size - width, 0)), (0, 0)]
     padded = np.pad(image, pad, mode="symmetric" if min(height, width) > 1 else "edge")
-    corners = [(t, le) for t in starts(padded.shape[0], size) for le in starts(padded.shape[1], size)]
+    corners = [
+        (t, le) for t in starts(padded.shape[0], size) for le in starts(padded.shape[1], size)
+    ]
     run = _compiled(config, task, queries, estep, scale)
     weight = _window_weight(size)
     total = np.zeros((len(queries), *padded.shape[:2]), np.float64)
@@ -111,7 +113,9 @@ def segment(
         full = group + [group[-1]] * (WINDOW_BATCH - len(group) if len(corners) > 1 else 0)
         crops = np.stack([padded[t : t + size, le : le + size] for t, le in full])
         index = np.arange(first, first + len(full), dtype=np.int32)
-        for (t, le), p in zip(group, np.asarray(run(params, task.frozen, crops, index)), strict=False):
+        for (t, le), p in zip(
+            group, np.asarray(run(params, task.frozen, crops, index)), strict=False
+        ):
             total[:, t : t + size, le : le + size] += p * weight
             weights[t : t + size, le : le + size] += weight
     return (total / weights)[:, :height, :width]

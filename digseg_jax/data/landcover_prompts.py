@@ -23,11 +23,26 @@ GROUP_PROMPTS = {
         "tundra",
         "rangeland",
     ),
-    "cropland": ("cropland", "crops", "agriculture", "arable land", "cultivated fields", "plantations"),
+    "cropland": (
+        "cropland",
+        "crops",
+        "agriculture",
+        "arable land",
+        "cultivated fields",
+        "plantations",
+    ),
     "wetland": ("wetland", "swamp", "marsh", "bog", "flooded land"),
     "urban": ("urban", "urban area", "town", "built-up land", "buildings", "metropolis"),
     "snow and ice": ("snow and ice", "snow", "ice", "glacier", "ice cap", "snow cover"),
-    "barren": ("barren", "barren land", "bare soil", "sand", "sand dunes", "bare rock", "arid wasteland"),
+    "barren": (
+        "barren",
+        "barren land",
+        "bare soil",
+        "sand",
+        "sand dunes",
+        "bare rock",
+        "arid wasteland",
+    ),
 }
 IGBP_PROMPTS = {
     name: (name,) if name in GROUP_PROMPTS else (name, f"area of {name}") for name in IGBP

@@ -103,9 +103,7 @@ def training_stream(
     cover = landcover.load()
     tiles = cover.tiles("train")
     shares = {s: landcover.class_shares(cover, tiles, s) for s in config.train_label_sets}
-    repeats = landcover.repeat_factors(
-        shares[config.train_label_sets[0]], config.repeat_threshold
-    )
+    repeats = landcover.repeat_factors(shares[config.train_label_sets[0]], config.repeat_threshold)
     source = landcover.TrainScenes(cover, tiles, repeats)
     samplers = {s: QuerySampler(rarity(v), config.negative_rate) for s, v in shares.items()}
     make = CropWithCaption(config) if task == "prior" else CropWithQueries(config, samplers)

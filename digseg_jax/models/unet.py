@@ -144,7 +144,11 @@ class UNet2DConditionModel(nnx.Module):
             ]
         )
         self.mid_block = MidBlock(
-            widths[-1], heads=config.heads[-1], config=config, time_features=time_features, **options
+            widths[-1],
+            heads=config.heads[-1],
+            config=config,
+            time_features=time_features,
+            **options,
         )
         self.up_blocks = nnx.List(
             [

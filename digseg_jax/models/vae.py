@@ -36,7 +36,11 @@ class VaeConfig(HubConfig):
     up_block_types: tuple[str, ...] | None = None
 
     CLASS_NAME: ClassVar[str] = "AutoencoderKL"
-    REQUIRED_VALUES: ClassVar = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
+    REQUIRED_VALUES: ClassVar = {
+        "act_fn": "silu",
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
 
     def __post_init__(self):
         levels = len(self.block_out_channels)

@@ -66,9 +66,7 @@ class PriorTask:
         self, params: Params, frozen: Params, batch: Batch, keys: Array
     ) -> tuple[Array, dict[str, Array]]:
         x0 = self.vae.encode(frozen["vae"], to_unit(batch["image"]))
-        noise, t = draw_noise_and_timestep(
-            keys, x0.shape[1:], self.config.diffusion, self.schedule
-        )
+        noise, t = draw_noise_and_timestep(keys, x0.shape[1:], self.config.diffusion, self.schedule)
         query = batch["query"][:, 0]
         unet = functional.merge(self.graphdef, params)
         prediction = unet(

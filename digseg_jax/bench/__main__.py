@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m digseg_jax.bench {landcover,prior} [--json] ..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from digseg_jax.errors import UserError
+from digseg_jax.log import setup
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m digseg_jax.bench", description=__doc__)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    cover = jobs.add_parser("landcover", help="our segmenter against boosted trees; text; E-Step")
+    cover.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
+    cover.add_argument("--estep", action="store_true", help="also the E-Step table")
+    prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
+    prior.add_argument("--seeds", type=int, default=3)
+    prior.add_argument("--steps", type=int, default=300)
+    for job in (cover, prior):
+        job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
+        job.add_argument("--out", type=Path, help="also write the JSON to this file")
+    return parser
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's flags outside absl.app
+    setup(quiet=arguments.json)
+    try:
+        if arguments.job == "landcover":
+            from digseg_jax.bench import landcover
+
+            result = landcover.run(arguments.weights, with_estep=arguments.estep)
+        else:
+            from digseg_jax.bench import prior
+
+            result = prior.run(arguments.seeds, arguments.steps)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(result, indent=None if arguments.json else 2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

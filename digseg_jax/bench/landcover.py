@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The finished segmenter against boosted trees on the same tiles; how far it listens to the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digseg_jax import assets
+from digseg_jax import config as config_lib
+from digseg_jax.arraytypes import Params
+from digseg_jax.bench import trees
+from digseg_jax.config import Config
+from digseg_jax.data import landcover
+from digseg_jax.data.landcover_prompts import HELD_OUT
+from digseg_jax.evaluate import Evaluator, estep_rows
+from digseg_jax.log import log
+from digseg_jax.segmentation import metrics
+from digseg_jax.segmentation.calibration import Calibration
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.sharding import make_mesh
+from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.weights import load_params
+
+HEADLINE = EStep(2, 2)
+ESTEPS = ("1x1", "1x2", "4x2", "8x2", "1x1:leading", "1x2:leading", "4x2:leading")
+ESTEP_IMAGES = 24  # an 8x2 pass over all 81 tiles takes a quarter of an hour on two cores
+
+
+def bench_config(weights: str) -> tuple[Config, Path]:
+    """A config that evaluates a folder of exported weights."""
+    folder = Path(assets.resolve(weights))
+    base = config_lib.Config()
+    model = dataclasses.replace(base.model, unet=str(folder), conv="im2col")
+    return dataclasses.replace(base, model=model), folder
+
+
+def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
+    """Everything measured in this run, on the test split."""
+    config, folder = bench_config(weights)
+    task = SegmentationTask(config)
+    params = load_params(folder, task.abstract)
+    evaluator = Evaluator(config, task, make_mesh(config.mesh))
+    tiles = evaluator.tiles("test", "groups")
+    bank = evaluator.bank(landcover.GROUPS)
+    fitted = evaluator.calibrate(params, bank, "groups", EStep(1, HEADLINE.steps))
+    scores = evaluator.scores(params, tiles, bank, HEADLINE, fitted)
+    baseline = trees.fit_and_count(landcover.load(), "groups", "test")
+    ours = metrics.iou_per_class(scores.confusion)
+    theirs = metrics.iou_per_class(baseline)
+    result = {
+        "split": "test",
+        "num_images": len(tiles),
+        "estep": str(HEADLINE),
+        "ours_miou": scores.miou,
+        "trees_miou": metrics.mean_iou(baseline),
+        "ours_accuracy": metrics.pixel_accuracy(scores.confusion),
+        "trees_accuracy": metrics.pixel_accuracy(baseline),
+        "ours_per_class": _named(ours),
+        "trees_per_class": _named(theirs),
+        "calibration": fitted.to_dict(),
+        "queries_per_second": scores.queries_per_second(),
+        **metrics.query_scores(scores.overlaps, scores.areas, landcover.TILE**2),
+        **unseen_queries(evaluator, params, tiles, fitted, scores.overlaps, scores.areas),
+    }
+    if with_estep:
+        esteps = dataclasses.replace(config.eval, estep=ESTEPS, num_images=ESTEP_IMAGES)
+        small = Evaluator(dataclasses.replace(config, eval=esteps), task, make_mesh(config.mesh))
+        result["estep_images"] = ESTEP_IMAGES
+        result["estep_rows"] = estep_rows(
+            small, params, small.tiles("test", "groups"), bank, fitted
+        )
+    return result
+
+
+def unseen_queries(
+    evaluator: Evaluator,
+    params: Params,
+    tiles: landcover.EvalTiles,
+    fitted: Calibration,
+    overlaps: np.ndarray,
+    areas: np.ndarray,
+) -> dict[str, Any]:
+    """Each held-out name in place of its group's trained name; IoU of the masks on their own."""
+    names = {group: unseen for unseen, group in HELD_OUT.items()}
+    queries = [names.get(group, group) for group in landcover.GROUPS]
+    scores = evaluator.scores(params, tiles, evaluator.bank(queries), HEADLINE, fitted)
+    trained = metrics.query_iou(overlaps, areas)
+    unseen = metrics.query_iou(scores.overlaps, scores.areas)
+    rows = {}
+    for i, (group, query) in enumerate(zip(landcover.GROUPS, queries, strict=True)):
+        if query != group:
+            rows[query] = {"trained_name": group, "trained": trained[i], "unseen": unseen[i]}
+            log.info("%s: %.3f, trained name %s: %.3f", query, unseen[i], group, trained[i])
+    kept = np.mean([r["unseen"] for r in rows.values()]) / max(
+        np.mean([r["trained"] for r in rows.values()]), 1e-9
+    )
+    return {"unseen_queries": rows, "unseen_kept": float(kept)}
+
+
+def _named(values: np.ndarray) -> dict[str, float | None]:
+    named = zip(landcover.GROUPS, values, strict=True)
+    return {name: None if math.isnan(v) else float(v) for name, v in named}

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts and scores against scikit-learn, on random label maps and on awkward ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+
+from digseg_jax.segmentation import metrics
+
+N = 5
+
+
+def random_maps(seed, shape=(3, 7, 9), n=N, ignored=0.2, unanswered=0.1):
+    rng = np.random.default_rng(seed)
+    label, prediction = rng.integers(0, n, (2, *shape)).astype(np.int32)
+    label[rng.random(shape) < ignored] = -1
+    prediction[rng.random(shape) < unanswered] = -1
+    return label, prediction
+
+
+def case(name):
+    label, prediction = random_maps(1)
+    if name == "absent classes":
+        label[label > 1], prediction[prediction > 2] = 0, 2
+    elif name == "class predicted but never true":
+        label[label == 3] = 0
+    elif name == "one pixel":
+        label, prediction = np.array([[[2]]], np.int32), np.array([[[3]]], np.int32)
+    elif name == "one ignored pixel":
+        label, prediction = np.array([[[-1]]], np.int32), np.array([[[3]]], np.int32)
+    elif name == "all ignored":
+        label[:] = -1
+    elif name == "all answered no class":
+        prediction[:] = -1
+    elif name == "perfect":
+        prediction = np.where(label < 0, 4, label)
+    elif name == "ignored pixels predicted wildly":
+        prediction[label < 0] = 4
+    return label, prediction
+
+
+CASES = [
+    "random", "absent classes", "class predicted but never true", "one pixel", "one ignored pixel",
+    "all ignored", "all answered no class", "perfect", "ignored pixels predicted wildly",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_confusion_is_scikit_learns(name):
+    label, prediction = case(name)
+    got = np.asarray(metrics.confusion(label, prediction, N))
+    keep = label >= 0
+    true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
+    expected = np.zeros((N + 1, N + 1), int)
+    if len(true):
+        expected = confusion_matrix(true, predicted, labels=range(N + 1))
+    np.testing.assert_array_equal(got, expected[:N])
+    assert got.dtype == np.int32 and got.sum() == keep.sum()
+
+
+@pytest.mark.parametrize("name", [c for c in CASES if "ignored" not in c or "pixels" in c])
+def test_iou_is_scikit_learns_jaccard(name):
+    label, prediction = case(name)
+    iou = metrics.iou_per_class(np.asarray(metrics.confusion(label, prediction, N)))
+    keep = label >= 0
+    true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
+    expected = jaccard_score(true, predicted, labels=range(N), average=None, zero_division=0)
+    seen = np.isin(range(N), true) | np.isin(range(N), predicted)
+    np.testing.assert_array_equal(np.isnan(iou), ~seen)
+    np.testing.assert_allclose(iou[seen], expected[seen])
+    counts = np.asarray(metrics.confusion(label, prediction, N))
+    assert metrics.mean_iou(counts) == pytest.approx(expected[seen].mean())
+    assert metrics.pixel_accuracy(counts) == pytest.approx(accuracy_score(true, predicted))
+
+
+def test_counts_of_batches_add_up_to_the_counts_of_the_whole():
+    label, prediction = random_maps(3, shape=(6, 5, 5))
+    whole = metrics.confusion(label, prediction, N)
+    parts = sum(np.asarray(metrics.confusion(label[i : i + 2], prediction[i : i + 2], N))
+                for i in (0, 2, 4))  # fmt: skip
+    np.testing.assert_array_equal(whole, parts)
+
+
+def test_a_class_that_is_neither_true_nor_predicted_does_not_count_towards_the_mean():
+    counts = np.zeros((3, 4), int)
+    counts[0, 0] = 10
+    assert metrics.mean_iou(counts) == 1.0
+    assert np.isnan(metrics.iou_per_class(counts)[1:]).all()
+
+
+def test_a_class_only_predicted_counts_as_zero():
+    counts = np.array([[8, 2, 0], [0, 0, 0]])
+    np.testing.assert_allclose(metrics.iou_per_class(counts), [0.8, 0.0])
+
+
+def test_no_class_is_wrong_for_iou_and_accuracy():
+    counts = np.array([[5, 0, 5], [0, 10, 0]])
+    np.testing.assert_allclose(metrics.iou_per_class(counts), [0.5, 1.0])
+    assert metrics.pixel_accuracy(counts) == 0.75
+
+
+def test_nothing_counted_is_no_accuracy_rather_than_a_crash():
+    empty = np.zeros((N, N + 1), int)
+    assert metrics.pixel_accuracy(empty) == 0.0
+    assert np.isnan(metrics.iou_per_class(empty)).all()
+
+
+def test_counts_beyond_int32_survive_on_the_host():
+    counts = np.full((2, 3), 2**40, np.int64)
+    np.testing.assert_allclose(metrics.iou_per_class(counts), [1 / 4, 1 / 4])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlap_counts_each_querys_pixels_by_true_class(seed):
+    label, _ = random_maps(seed, shape=(2, 6, 8))
+    masks = np.random.default_rng(seed).random((2, 3, 6, 8)) < 0.4
+    got = np.asarray(metrics.overlap(label, masks, N))
+    for image in range(2):
+        for query in range(3):
+            inside = label[image][masks[image, query]]
+            expected = [(inside == c).sum() for c in range(N)]
+            np.testing.assert_array_equal(got[image, query], expected)
+
+
+def scores(masks_by_image, labels, n=2):
+    labels = np.asarray(labels)
+    overlaps = np.asarray(metrics.overlap(labels, np.asarray(masks_by_image), n))
+    areas = np.stack([(labels == c).sum((1, 2)) for c in range(n)], axis=1)
+    return metrics.query_scores(overlaps, areas, labels[0].size)
+
+
+HALVES = np.array([[[0, 0, 1, 1]] * 2])
+
+
+def test_masks_that_follow_their_text_match_and_no_wrong_query_does():
+    got = scores([[HALVES[0] == 0, HALVES[0] == 1]], HALVES)
+    assert got == {"matching_iou": 1.0, "wrong_query_iou": 0.0, "absent_rate": 0.0}
+
+
+def test_masks_that_ignore_their_text_score_the_same_with_any_query():
+    everything = np.ones((2, 4), bool)
+    got = scores([[everything, everything]], HALVES)
+    assert got["matching_iou"] == got["wrong_query_iou"] == 0.5
+
+
+def test_absent_queries_are_judged_by_the_area_they_claim():
+    label = np.zeros((1, 2, 4), int)
+    claimed = np.zeros((2, 4), bool)
+    claimed[0, 0] = True
+    got = scores([[label[0] == 0, claimed]], label)
+    assert got["matching_iou"] == 1.0 and got["absent_rate"] == 1 / 8
+    assert np.isnan(got["wrong_query_iou"])  # there is no pair of present classes
+
+
+def test_query_iou_pools_over_images_and_is_nan_where_nothing_is():
+    labels = np.concatenate([HALVES, np.zeros_like(HALVES)])
+    masks = np.stack([np.stack([x == 0, x == 1, x == 9]) for x in labels])
+    masks[1, 0, 0] = False  # half of the second image is missed
+    overlaps = np.asarray(metrics.overlap(labels, masks, 3))
+    areas = np.stack([(labels == c).sum((1, 2)) for c in range(3)], axis=1)
+    got = metrics.query_iou(overlaps, areas)
+    np.testing.assert_allclose(got[:2], [8 / 12, 1.0])
+    assert np.isnan(got[2])
+
+
+def test_the_label_map_is_the_most_probable_query():
+    probability = np.zeros((1, 3, 2, 2))
+    probability[0, 2, 0, 0] = probability[0, 1, 1, 1] = 0.4
+    np.testing.assert_array_equal(metrics.label_map(probability), [[[2, 0], [0, 1]]])

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A working directory belongs to one configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from digseg_jax.config import parse, to_dict
+from digseg_jax.errors import UserError
+from digseg_jax.workdir import CONFIG_NAME, claim, differences
+from tiny import one_line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_directory_is_made_and_the_config_written_down(tmp_path):
+    config = parse({"seed": 3})
+    claim(tmp_path / "a" / "b", config)
+    assert parse(json.loads((tmp_path / "a" / "b" / CONFIG_NAME).read_text())) == config
+    assert contents(tmp_path / "a" / "b").keys() == {CONFIG_NAME}
+
+
+def test_the_same_config_is_welcome_again(tmp_path):
+    claim(tmp_path, parse({}))
+    before = contents(tmp_path)
+    claim(tmp_path, parse({}))
+    assert contents(tmp_path) == before
+
+
+def test_another_config_is_refused_with_the_differing_keys_and_nothing_is_touched(tmp_path):
+    claim(tmp_path, parse({"train": {"steps": 600}}))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path, parse({"train": {"steps": 700}, "optim": {"b1": 0.8}}))
+    message = one_line(caught.value)
+    assert "train.steps: 600 -> 700" in message and "optim.b1: 0.9 -> 0.8" in message
+    assert str(tmp_path) in message and "seed" not in message
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        {"eval": {"ensemble": 8, "estep": ["4x2"]}},
+        {"mesh": {"fsdp": 2}},
+        {"train": {"log_every": 1}},
+        {"checkpoint": {"every": 7, "keep": 9}},
+        {"data": {"workers": 2}},
+    ],
+    ids=lambda v: "-".join(v),
+)
+def test_what_does_not_change_the_training_may_differ_and_is_updated(tmp_path, free):
+    claim(tmp_path, parse({}))
+    claim(tmp_path, parse(free))
+    assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == parse(free)
+
+
+def test_a_key_that_only_one_side_has_is_a_difference():
+    old = to_dict(parse({}))
+    del old["optim"]["clip_norm"]
+    assert differences(old, to_dict(parse({}))) == ["optim.clip_norm: absent -> 1.0"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"train": 3}', ""])
+def test_a_config_file_that_is_no_config_is_one_clear_error(tmp_path, text):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path, parse({}))
+    assert str(tmp_path) in one_line(caught.value)
+    assert (tmp_path / CONFIG_NAME).read_text() == text
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path / "file", parse({}))
+    assert f"--workdir={tmp_path / 'file'}" in one_line(caught.value)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything small that the tests share: models in the hub's layout, a config, batches, meshes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from digseg_jax import config as config_lib
+from digseg_jax.config import Config, MeshConfig
+from digseg_jax.data import landcover
+from digseg_jax.data.landcover_prompts import HELD_OUT, captions, training_prompts
+from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.models.bert import BertConfig, BertModel
+from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
+from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.sharding import make_mesh
+from digseg_jax.weights import save_component
+
+SIZE = 32  # pixels of a crop; 8 latent cells
+VAE = VaeConfig(
+    block_out_channels=(4, 4, 8),
+    layers_per_block=1,
+    norm_num_groups=2,
+    mid_block_add_attention=False,
+    scaling_factor=0.7,
+    sample_size=SIZE,
+)
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    down_block_types=(DOWN_TYPES[0],) * 2,
+    up_block_types=(UP_TYPES[0],) * 2,
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=2,
+    cross_attention_dim=8,
+    use_linear_projection=True,
+)
+TEXT_WIDTH = 16
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def random_params(model_class: type, config: Any, seed: int) -> Any:
+    """Host arrays of a model, fast: nothing is compiled."""
+    _, abstract = functional.abstract(lambda: model_class(config, rngs=functional.FixedRngs()))
+    return functional.random_init(abstract, seed)
+
+
+def write_folders(folder: Path) -> dict[str, str]:
+    """Writes folder/{vae,unet,text}; returns their paths."""
+    save_component((VAE, random_params(AutoencoderKL, VAE, 1)), folder / "vae")
+    save_component((UNET, random_params(UNet2DConditionModel, UNET, 2)), folder / "unet")
+    prompts = [*training_prompts(("groups", "igbp"))[0], *captions(), *HELD_OUT]
+    words = sorted({w for p in prompts for w in re.findall(r"\w+|[^\w\s]", p)})
+    bert = BertConfig(
+        vocab_size=len(SPECIAL) + len(words),
+        hidden_size=TEXT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+    )
+    params = random_params(BertModel, bert, 3)
+    # words must differ by more than the default deviation of 0.02, or all queries look alike
+    words_table = params["embeddings"]["word_embeddings"]
+    words_table["embedding"] = 50.0 * words_table["embedding"]
+    save_component((bert, params), folder / "text")
+    (folder / "text" / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n")
+    return {name: str(folder / name) for name in ("vae", "unet", "text")}
+
+
+def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """A complete tiny configuration as a dict; changes are written as `train__steps=3`."""
+    small = {
+        "data__image_size": SIZE,
+        "model__vae": folders["vae"],
+        "model__unet": folders["unet"],
+        "model__text": folders["text"],
+        "model__max_tokens": 20,
+        "model__unet_arch__block_out_channels": (8, 16),
+        "model__unet_arch__norm_num_groups": 4,
+        "model__unet_arch__attention_head_dim": (2, 2),
+        "model__unet_arch__up_attention": (True, True),
+        "model__unet_arch__cross_attention_dim": 8,
+        "model__vae_arch__block_out_channels": (4, 4, 8),
+        "model__vae_arch__norm_num_groups": 2,
+        "optim__warmup_steps": 0,
+        "train__steps": 4,
+        "train__log_every": 1,
+        "checkpoint__every": 2,
+        "eval__ensemble": 1,
+        "eval__steps": 1,
+        "eval__num_images": 2,
+        "eval__batch_size": 2,
+        "eval__calibrate": False,
+    }
+    tree = config_lib.to_dict(Config())
+    for key, value in (small | changes).items():
+        *parents, leaf = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        assert leaf in node, key
+        node[leaf] = value
+    return tree
+
+
+def config(folders: dict[str, str], **changes: Any) -> Config:
+    return config_lib.parse(values(folders, **changes))
+
+
+def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:
+    """A config file for `main` with the same content as `config`."""
+    path = folder / "tiny_config.py"
+    path.write_text(
+        "import ml_collections\n\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({values(folders, **changes)!r}).lock()\n"
+    )
+    return path
+
+
+def batch(n: int = 8, q: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    """A made-up training batch; every class occurs and every example has its own index."""
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (n, SIZE, SIZE, 3), np.uint8),
+        "label": rng.integers(0, 8, (n, SIZE // 8, SIZE // 8)).repeat(8, 1).repeat(8, 2)
+        .astype(np.int32),
+        "query": rng.integers(0, 40, (n, q), np.int32),
+        "query_class": rng.integers(0, 8, (n, q), np.int32),
+        "index": np.arange(n, dtype=np.uint32),
+    }  # fmt: skip
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
+    """A mesh over the first data * fsdp * tensor of the simulated devices."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh(MeshConfig(data, fsdp, tensor), devices)
+
+
+def land_cover() -> landcover.LandCover:
+    try:
+        return landcover.load()
+    except UserError as error:
+        if "not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def one_line(error: BaseException) -> str:
+    """The message; fails unless it is a single line."""
+    text = str(error)
+    assert "\n" not in text and text.strip(), text
+    return text
