@@ -31,10 +31,9 @@ from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import claim
+from digseg_jax.workdir import EXPORT, claim
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
-EXPORT = "export"
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -106,9 +105,8 @@ def export_autoencoder(
 
 def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
     """What runs: parameters, devices, data sizes, text."""
-    params = task.initial()
     log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
-    log.info("trainable parameters:\n%s", _overview(params))
+    log.info("trainable parameters:\n%s", _overview(task.abstract))
     sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
     log.info("frozen, in millions: %s", sizes or "nothing")
     log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
@@ -119,10 +117,9 @@ def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
 
 def _overview(params: Params) -> str:
     """One row per top-level module: the full table of a U-Net has 700."""
-    groups = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-    largest = parameter_overview.count_parameters(params)
+    groups = {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
     rows = [f"  {name:<20} {count:>12,}" for name, count in groups.items()]
-    return "\n".join([*rows, f"  {'total':<20} {largest:>12,}"])
+    return "\n".join([*rows, f"  {'total':<20} {sum(groups.values()):>12,}"])
 
 
 def _millions(tree: Params) -> float:

@@ -17,7 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from digseg_jax import assets
 from digseg_jax.config import Config
 from digseg_jax.errors import UserError
-from digseg_jax.jobs import EXPORT
 from digseg_jax.log import log
 from digseg_jax.report import pictures
 from digseg_jax.segmentation import inference
@@ -26,6 +25,7 @@ from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import encode_bank
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
+from digseg_jax.workdir import EXPORT
 
 SHIPPED = "assets:segmenter"
 WINDOW_BATCH = 4

@@ -12,6 +12,7 @@ from digseg_jax.config import Config
 from digseg_jax.errors import UserError
 
 CONFIG_NAME = "config.json"
+EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 # settings that do not change what was trained
 FREE_SECTIONS = ("eval", "mesh")
 FREE_KEYS = ("train.log_every", "checkpoint.every", "checkpoint.keep", "data.workers")

@@ -15,6 +15,7 @@ class Task(Protocol):
     """One kind of training. `frozen` goes into the jitted step as an argument, never as a constant."""
 
     frozen: Params
+    abstract: Params  # shapes of the trainable parameters
 
     def initial(self) -> Params:
         """Parameters at step 0, host arrays."""

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The long land-cover recipe: the segmenter shipped as digseg_jax/assets/segmenter.
+
+The quickstart's recipe with more steps, more draws at the last timestep (most of the score is made in
+the first denoising step) and more queries for absent classes (every class is asked in evaluation).
+"""
+
+from digseg_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.data.repeat_threshold = 0.3
+    config.data.text_noise = 0.2
+    config.data.negative_rate = 0.25
+    config.model.conv = "im2col"
+    config.diffusion.terminal_fraction = 0.7
+    config.optim.learning_rate = 1e-3
+    config.optim.ema_decay = 0.998
+    config.train.steps = 4000
+    config.train.batch_size = 8
+    config.checkpoint.every = 200
+    config.eval.ensemble = 2
+    config.eval.steps = 2
+    return config
