@@ -13,11 +13,10 @@ def get_config():
     config.data.repeat_threshold = 0.3
     config.data.text_noise = 0.2
     config.data.negative_rate = 0.25
-    config.model.conv = "im2col"
     config.diffusion.terminal_fraction = 0.7
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.998
-    config.train.steps = 4000
+    config.train.steps = 2600
     config.train.batch_size = 8
     config.checkpoint.every = 200
     config.eval.ensemble = 2

@@ -11,7 +11,6 @@ def get_config():
     config = default()
     config.task = "prior"
     config.data.repeat_threshold = 0.3
-    config.model.conv = "im2col"
     config.diffusion.timestep_sampling = "uniform"
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.995

@@ -15,7 +15,6 @@ def get_config():
     config.data.negative_rate = 0.05
     config.data.repeat_threshold = 0.3
     config.data.train_label_sets = ("groups", "igbp")
-    config.model.conv = "im2col"
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 100
     config.optim.ema_decay = 0.99

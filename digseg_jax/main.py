@@ -41,7 +41,9 @@ def run() -> None:
         _required(_WORKDIR.value, "workdir", mode)
 
     from digseg_jax import config as config_lib
+    from digseg_jax import cpu
 
+    cpu.tune()
     config = config_lib.parse(_CONFIG.value)
     if mode == "predict":
         from digseg_jax.predict import predict

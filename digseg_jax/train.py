@@ -19,6 +19,7 @@ from digseg_jax.arraytypes import Array, Batch, Params
 from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.config import Config
 from digseg_jax.data.pipeline import training_stream
+from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.optim import learning_rate, make_optimizer, update_ema
 from digseg_jax.sharding import BATCH, infer_shardings, place, place_batch
@@ -73,6 +74,12 @@ class Trainer:
 
     def __init__(self, config: Config, task: Task, mesh: Mesh, workdir: str):
         self.config, self.task, self.mesh, self.workdir = config, task, mesh, workdir
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.train.batch_size % shards:
+            raise UserError(
+                f"config.train.batch_size={config.train.batch_size}: must be a multiple of {shards}, "
+                "the devices along config.mesh.data and fsdp"
+            )
         self.optimizer = make_optimizer(config.optim, config.train.steps)
         params = task.initial()
         abstract = jax.eval_shape(lambda p: initial_state(p, self.optimizer), params)

@@ -15,7 +15,14 @@ CONFIG_NAME = "config.json"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 # settings that do not change what was trained
 FREE_SECTIONS = ("eval", "mesh")
-FREE_KEYS = ("train.log_every", "checkpoint.every", "checkpoint.keep", "data.workers")
+FREE_KEYS = (
+    "train.log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.workers",
+    "model.conv",
+    "model.attention",
+)
 
 
 def claim(workdir: Path, config: Config) -> None:

@@ -3,9 +3,28 @@
 
 from __future__ import annotations
 
-import jax
-import pytest
-from absl import flags
+import atexit
+import os
+import shutil
+import tempfile
+
+# Compiling is most of what the tests do: no effort at optimizing programs that run a few times, and
+# each program only once, also for the processes that tests start. Set before JAX is imported.
+_CACHE = tempfile.mkdtemp(prefix="digseg_jax_test_cache_")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend starts

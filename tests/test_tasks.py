@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ import tiny
 from digseg_jax import sharding
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
+from digseg_jax.models.bert import BertConfig, BertModel
 from digseg_jax.models.unet import UNet2DConditionModel
+from digseg_jax.optim import make_optimizer
 from digseg_jax.sharding import infer_shardings, place, place_batch
 from digseg_jax.tasks.autoencoder import AutoencoderTask, binary_iou, mask_error
 from digseg_jax.tasks.base import example_keys, to_unit
@@ -22,8 +25,7 @@ from digseg_jax.tasks.components import draw_noise_and_timestep, schedule_of
 from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import initial_state, make_train_step
-from digseg_jax.optim import make_optimizer
-from digseg_jax.weights import carriers, load_component, load_params
+from digseg_jax.weights import carriers, load_component, load_params, save_component
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
@@ -81,15 +83,16 @@ def test_the_loss_falls_on_a_batch_seen_again_and_again(segmentation):
     assert values[-1] < values[0]
 
 
+@pytest.fixture(scope="module")
+def one_device(segmentation):
+    return train(*segmentation, tiny.mesh(), 3)
+
+
 MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 class TestMesh:
     """Three steps on one device and on eight simulated ones give the same losses."""
-
-    @pytest.fixture(scope="class")
-    def one_device(self, segmentation):
-        return train(*segmentation, tiny.mesh(), 3)
 
     @pytest.mark.parametrize("axes", MESHES, ids=json.dumps)
     def test_the_loss_does_not_depend_on_the_mesh(self, axes, segmentation, one_device, monkeypatch):
@@ -106,14 +109,14 @@ class TestMesh:
         expected = functional.flatten(one_device[1]["params"])
         for path, value in functional.flatten(state["params"]).items():
             # Adam's first steps turn rounding in tiny gradients into steps of the learning rate
-            np.testing.assert_allclose(value, expected[path], atol=3.1e-3, err_msg=path)
-            assert float(jnp.abs(value - expected[path]).mean()) < 2e-4, path
+            difference = np.abs(np.asarray(value) - np.asarray(expected[path]))
+            assert difference.max() < 3.1e-3 and difference.mean() < 2e-4, path
 
 
 class TestIgnoreLabel:
     """Latent cells with an ignored pixel do not count."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def loss(self, segmentation):
         config, task = segmentation
         batch = tiny.batch(4)
@@ -163,11 +166,6 @@ def test_the_widened_unet_starts_as_the_prior(folders):
 
 def narrow_text(folders) -> str:
     """A text tower whose tokens have the cross-attention's own width."""
-    from pathlib import Path
-
-    from digseg_jax.models.bert import BertConfig, BertModel
-    from digseg_jax.weights import save_component
-
     folder = Path(folders["text"]).parent / "narrow_text"
     vocab = (Path(folders["text"]) / "vocab.txt").read_text()
     bert = BertConfig(

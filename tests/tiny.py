@@ -35,8 +35,8 @@ VAE = VaeConfig(
 UNET = UNetConfig(
     sample_size=8,
     block_out_channels=(8, 16),
-    down_block_types=(DOWN_TYPES[0],) * 2,
-    up_block_types=(UP_TYPES[0],) * 2,
+    down_block_types=(DOWN_TYPES[0], DOWN_TYPES[1]),  # few attentions: they take long to compile
+    up_block_types=(UP_TYPES[1], UP_TYPES[0]),
     layers_per_block=1,
     norm_num_groups=4,
     attention_head_dim=2,
@@ -87,7 +87,7 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
         "model__unet_arch__block_out_channels": (8, 16),
         "model__unet_arch__norm_num_groups": 4,
         "model__unet_arch__attention_head_dim": (2, 2),
-        "model__unet_arch__up_attention": (True, True),
+        "model__unet_arch__up_attention": (False, True),
         "model__unet_arch__cross_attention_dim": 8,
         "model__vae_arch__block_out_channels": (4, 4, 8),
         "model__vae_arch__norm_num_groups": 2,

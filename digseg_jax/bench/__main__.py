@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
+from digseg_jax import cpu
 from digseg_jax.errors import UserError
 from digseg_jax.log import setup
 
@@ -33,6 +34,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags outside absl.app
     setup(quiet=arguments.json)
+    cpu.tune()
     try:
         if arguments.job == "landcover":
             from digseg_jax.bench import landcover

@@ -35,7 +35,7 @@ def bench_config(weights: str) -> tuple[Config, Path]:
     """A config that evaluates a folder of exported weights."""
     folder = Path(assets.resolve(weights))
     base = config_lib.Config()
-    model = dataclasses.replace(base.model, unet=str(folder), conv="im2col")
+    model = dataclasses.replace(base.model, unet=str(folder))
     return dataclasses.replace(base, model=model), folder
 
 

@@ -50,7 +50,7 @@ def run(seeds: int, steps: int) -> dict[str, Any]:
                 base,
                 seed=seed,
                 data=dataclasses.replace(base.data, repeat_threshold=0.3, text_noise=0.2),
-                model=dataclasses.replace(base.model, unet_init=start, conv="im2col"),
+                model=dataclasses.replace(base.model, unet_init=start),
                 optim=dataclasses.replace(base.optim, ema_decay=0.99),
                 train=dataclasses.replace(base.train, steps=steps),
             )

@@ -23,6 +23,7 @@ from digseg_jax.weights.carriers import locate
 
 TILE = 128
 BLOCK = 3 * TILE
+SCENE = 2 * TILE  # a side of what a training crop is drawn from
 MIN_LAND = 0.3  # tiles with less land than this are left out
 MODE_FILTER = 7  # pixels; speckle below this is removed from the labels of every split
 
@@ -166,14 +167,14 @@ class TrainScenes:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         tile = self.tiles[index]
-        return self.cover.window(*self._corner(tile), 2 * TILE)
+        return self.cover.window(*self._corner(tile), SCENE)
 
     @staticmethod
     def _corner(tile: Tile) -> tuple[int, int]:
         corner = []
         for start in (tile.top, tile.left):
             block = start // BLOCK * BLOCK
-            corner.append(int(np.clip(start - TILE // 2, block, block + BLOCK - 2 * TILE)))
+            corner.append(int(np.clip(start - TILE // 2, block, block + BLOCK - SCENE)))
         return corner[0], corner[1]
 
 

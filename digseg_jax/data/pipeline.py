@@ -18,6 +18,7 @@ from digseg_jax.data import landcover
 from digseg_jax.data.landcover_prompts import caption_id, training_prompts
 from digseg_jax.data.queries import QuerySampler, rarity
 from digseg_jax.data.transforms import Example, random_crop, random_dihedral
+from digseg_jax.errors import UserError
 
 MakeExample = Callable[[Example, np.random.Generator], Example]
 
@@ -99,7 +100,13 @@ class CropWithCaption:
 def training_stream(
     config: DataConfig, task: str, *, seed: int, batch_size: int, start: int, host: int, hosts: int
 ) -> Iterator[Example]:
-    """The stream of a task ("segmentation", "autoencoder" or "prior") over the training tiles."""
+    """The stream of a task ("segmentation", "autoencoder" or "prior") over the training tiles.
+
+    Raises:
+      UserError: a crop larger than the scenes.
+    """
+    if config.image_size > landcover.SCENE:
+        raise UserError(f"config.data.image_size={config.image_size}: at most {landcover.SCENE}")
     cover = landcover.load()
     tiles = cover.tiles("train")
     shares = {s: landcover.class_shares(cover, tiles, s) for s in config.train_label_sets}

@@ -29,7 +29,9 @@ class HubConfig:
           UserError: a setting whose value this port does not implement.
         """
         for key, legal in cls.REQUIRED_VALUES.items():
-            if key in values and _tuples(values[key]) not in (legal, None):
+            # a file that spells "off" as null means the same as one that says false
+            accepted = (legal, None) if legal is False else (legal,)
+            if key in values and _tuples(values[key]) not in accepted:
                 raise UserError(
                     f"{cls.CLASS_NAME} config: {key}={values[key]!r} is not supported; legal: {legal!r}"
                 )

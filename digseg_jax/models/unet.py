@@ -63,6 +63,7 @@ class UNetConfig(HubConfig):
         "addition_embed_type": None,
         "encoder_hid_dim": None,
         "time_embedding_type": "positional",
+        "time_cond_proj_dim": None,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "resnet_time_scale_shift": "default",
@@ -76,6 +77,11 @@ class UNetConfig(HubConfig):
             if len(types) != levels or set(types) - set(legal):
                 raise UserError(
                     f"UNet2DConditionModel config: {field}={types!r}; legal: {levels} of {legal!r}"
+                )
+        for field in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+            if not isinstance(getattr(self, field), int):
+                raise UserError(
+                    f"UNet2DConditionModel config: {field}={getattr(self, field)!r}; legal: one number"
                 )
         heads = self.num_attention_heads or self.attention_head_dim
         if isinstance(heads, tuple) and len(heads) != levels:

@@ -17,7 +17,9 @@ from digseg_jax.arraytypes import Array, Float, Params
 from digseg_jax.config import Config, DiffusionConfig, ModelConfig
 from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import Schedule, make_schedule
+from digseg_jax.errors import UserError
 from digseg_jax.models import functional
+from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.segmentation.text_bank import PromptBank, encode_prompts
 from digseg_jax.weights import TextTower, load_component, load_text_tower
@@ -106,6 +108,25 @@ def _draw(
         strength = config.multires_strength * t / schedule.num_timesteps
         return noise.multires(noise_key, shape, strength), t
     return noise.gaussian(noise_key, shape), t
+
+
+def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
+    """What the parts must agree on.
+
+    Raises:
+      UserError: a picture size that cannot be halved often enough, or tokens of the wrong width.
+    """
+    size = config.data.image_size
+    step = vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
+    if size % step:
+        raise UserError(
+            f"config.data.image_size={size}: must be a multiple of {step} pixels for this VAE and U-Net"
+        )
+    if not unet.text_adapters and tower.width != unet.cross_attention_dim:
+        raise UserError(
+            f"config.model.text_adapters=False: text tokens are {tower.width} wide, the U-Net's "
+            f"cross-attention takes {unet.cross_attention_dim}; set it to True"
+        )
 
 
 def provenance(config: Config, **extra: str) -> dict[str, str]:

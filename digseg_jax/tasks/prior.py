@@ -16,6 +16,7 @@ from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, U
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
     bank_arrays,
+    check_fit,
     compute_options,
     draw_noise_and_timestep,
     encode_bank,
@@ -53,6 +54,7 @@ class PriorTask:
             text_adapters=model.text_adapters,
             text_dim=tower.width,
         )
+        check_fit(config, self.vae, tower, self.unet_config)
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
                 self.unet_config, rngs=functional.FixedRngs(), **compute_options(model)

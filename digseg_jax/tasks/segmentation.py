@@ -21,6 +21,7 @@ from digseg_jax.segmentation.codecs import encode_binary, latent_validity
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
     bank_arrays,
+    check_fit,
     compute_options,
     draw_noise_and_timestep,
     encode_bank,
@@ -56,6 +57,7 @@ class SegmentationTask:
             text_adapters=model.text_adapters,
             text_dim=self.tower.width,
         )
+        check_fit(config, self.vae, self.tower, self.unet_config)
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
                 self.unet_config, rngs=functional.FixedRngs(), **compute_options(model)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fitting the scale and the biases that turn decoded masks into probabilities."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from digseg_jax.segmentation import calibration
+from digseg_jax.segmentation.calibration import fit, identity
+
+N = 4
+
+
+def pixels(n=4000, seed=0, offset=(0.0, 0.0, 0.0, 0.0), noise=0.5, rates=None):
+    """Evidence around +-0.5 for true classes, with a per-class offset that a bias can undo."""
+    rng = np.random.default_rng(seed)
+    label = rng.choice(N, n, p=rates)
+    evidence = np.where(np.eye(N)[label] > 0, 0.5, -0.5) + noise * rng.standard_normal((n, N))
+    return np.clip(evidence + np.asarray(offset), -1, 1), label
+
+
+def miou(fitted, evidence, label):
+    return calibration._argmax_miou(fitted.scale * evidence + np.asarray(fitted.bias), label)
+
+
+def test_identity_is_scale_two_without_bias():
+    assert identity(3).to_dict() == {"scale": 2.0, "bias": [0.0, 0.0, 0.0], "split": "none"}
+
+
+def test_a_bias_undoes_a_class_that_claims_too_much():
+    evidence, label = pixels(offset=(0.4, 0.0, 0.0, -0.3))
+    fitted = fit(evidence, label, "val")
+    assert fitted.bias[0] < fitted.bias[3] and fitted.split == "val"
+    assert miou(fitted, evidence, label) > miou(identity(N), evidence, label) + 0.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fit_is_never_worse_on_its_own_pixels(seed):
+    evidence, label = pixels(seed=seed, rates=[0.7, 0.2, 0.08, 0.02], noise=0.8)
+    fitted = fit(evidence, label, "val")
+    unbiased = calibration.Calibration(fitted.scale, (0.0,) * N, "val")
+    assert miou(fitted, evidence, label) >= miou(unbiased, evidence, label)
+
+
+def test_it_carries_over_to_pixels_it_has_not_seen():
+    offset = (0.4, 0.0, 0.0, -0.3)
+    fitted = fit(*pixels(offset=offset), "val")
+    other = pixels(seed=9, offset=offset)
+    assert miou(fitted, *other) > miou(identity(N), *other)
+
+
+def test_sharp_evidence_gets_a_larger_scale_than_vague_evidence():
+    sharp, vague = fit(*pixels(noise=0.1), "val"), fit(*pixels(noise=2.0), "val")
+    assert sharp.scale > vague.scale
+    assert {sharp.scale, vague.scale} <= set(calibration.SCALES)
+
+
+def test_perfect_evidence_needs_no_bias():
+    evidence, label = pixels(noise=0.0)
+    assert fit(evidence, label, "val").bias == (0.0,) * N
+
+
+def test_ignored_pixels_do_not_count():
+    evidence, label = pixels(500)
+    wild = np.concatenate([evidence, np.full((300, N), 0.9)])
+    assert fit(wild, np.concatenate([label, np.full(300, -1)]), "val") == fit(evidence, label, "val")
+
+
+def test_biases_stay_within_bounds_and_in_json():
+    evidence, label = pixels(offset=(1.5, -1.5, 1.5, -1.5))
+    fitted = fit(evidence, label, "val")
+    assert max(map(abs, fitted.bias)) <= calibration.MAX_BIAS
+    assert json.loads(json.dumps(fitted.to_dict())) == fitted.to_dict()
+
+
+def test_a_class_that_does_not_occur_does_not_break_the_fit():
+    evidence, label = pixels(rates=[0.5, 0.5, 0.0, 0.0])
+    assert np.isfinite(fit(evidence, label, "val").bias).all()
