@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
@@ -173,6 +174,23 @@ def to_dict(config: Config) -> dict[str, Any]:
     return _lists(dataclasses.asdict(config))
 
 
+def check_key(path: str) -> None:
+    """Raises UserError unless `path`, such as "config.train.steps", is a setting or a section."""
+    node, done = Config, "config"
+    for key in path.split(".")[1:]:
+        key = key.split("[")[0]  # ml_collections reads config.eval.estep[0] too
+        fields = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if key not in fields:
+            raise _no_such_key(done, key, fields)
+        node, done = typing.get_type_hints(node)[key], f"{done}.{key}"
+
+
+def _no_such_key(path: str, key: str, legal_keys: Iterable[str]) -> UserError:
+    keys = list(legal_keys)
+    legal_text = ", ".join(keys) or f"none below {path}"
+    return UserError(f"{path}.{key}: no such key{nearest(key, keys)}; legal: {legal_text}")
+
+
 def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
@@ -184,9 +202,7 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise UserError(
-                f"{path}.{key}: no such key{nearest(key, fields)}; legal: {', '.join(fields)}"
-            )
+            raise _no_such_key(path, key, fields)
     made = {}
     for key, value in values.items():
         made[key] = _value(hints[key], value, fields[key].metadata, f"{path}.{key}")

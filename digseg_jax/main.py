@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from digseg_jax.config import check_key
 from digseg_jax.errors import UserError
 from digseg_jax.log import setup
 
@@ -56,6 +58,27 @@ def run() -> None:
     job(config, Path(_WORKDIR.value))
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with one line for what `ml_collections` answers with a traceback."""
+    try:
+        for argument in argv[1:]:
+            if argument.startswith(("--config.", "-config.")):
+                check_key(argument.lstrip("-").split("=")[0])
+        rest = app.parse_flags_with_usage(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.items()  # a file that could not be loaded tells so only when it is used
+        return rest
+    except UserError as error:
+        _fail(str(error))
+    except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
+        _fail(f"--config: {' '.join(str(error).split())}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
@@ -63,10 +86,9 @@ def main(argv: list[str]) -> None:
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

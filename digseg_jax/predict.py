@@ -45,6 +45,8 @@ def predict(
     image = read_image(image_path)
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: no such directory {out.parent}")
+    if out.is_dir() or out.suffix.lower() != ".png":
+        raise UserError(f"--out={out}: must be the name of a file that ends in .png")
     folder = Path(workdir) / EXPORT if workdir else Path(assets.resolve(SHIPPED))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no trained weights here; run --mode=train first")
@@ -74,7 +76,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "I;16", "F"):
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 values = np.asarray(image, np.float64)
                 span = max(values.max() - values.min(), 1e-9)
                 image = Image.fromarray(((values - values.min()) * 255 / span).astype(np.uint8))

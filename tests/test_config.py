@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import one_line
 
 from digseg_jax import config as config_lib
 from digseg_jax.config import Config, parse, to_dict
 from digseg_jax.errors import UserError
-from tiny import one_line
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import one_line
 
 from digseg_jax.diffusion.schedule import make_schedule
 from digseg_jax.errors import UserError
 from digseg_jax.segmentation import inference
 from digseg_jax.segmentation.inference import EStep
-from tiny import one_line
 
 # predicting x0 itself, so that what a fake network returns is what comes out
 SCHEDULE = make_schedule(1000, 0.00085, 0.012, zero_snr=True, prediction_type="sample")

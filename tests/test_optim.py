@@ -24,7 +24,9 @@ def test_it_warms_up_in_a_line_to_the_peak(schedule):
     assert got.max() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.01), ("exponential", 0.01), ("constant", 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "end"), [("cosine", 0.01), ("exponential", 0.01), ("constant", 1.0)]
+)
 def test_it_ends_at_its_final_share(schedule, end):
     got = rates(schedule=schedule)
     assert got[-1] == pytest.approx(end, rel=1e-4)
@@ -75,7 +77,8 @@ def test_large_gradients_are_clipped_by_their_common_norm():
     def second(spike):
         state = optimizer.init(params)
         _, state = optimizer.update({"a": jnp.array(0.6), "b": jnp.array(0.8)}, state, params)
-        return optimizer.update({"a": jnp.array(3 * spike), "b": jnp.array(4 * spike)}, state, params)[0]
+        grads = {"a": jnp.array(3 * spike), "b": jnp.array(4 * spike)}
+        return optimizer.update(grads, state, params)[0]
 
     small, large = second(0.2), second(2e5)  # of norms 1 and a million
     np.testing.assert_allclose(small["a"], large["a"], rtol=1e-5)

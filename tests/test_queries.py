@@ -18,7 +18,8 @@ def draw(sampler, label=LABEL, n=2, times=4000, seed=0):
 
 
 def sampler(negative_rate=0.0, weights=None, **options):
-    return QuerySampler(np.ones(N) if weights is None else np.asarray(weights), negative_rate, **options)
+    rarities = np.ones(N) if weights is None else np.asarray(weights)
+    return QuerySampler(rarities, negative_rate, **options)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.15, 0.5])

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
-import tiny
 from digseg_jax import sharding
 from digseg_jax.config import MeshConfig, OptimConfig
 from digseg_jax.errors import UserError

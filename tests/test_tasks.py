@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from digseg_jax import sharding
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -189,7 +189,7 @@ def test_random_initialisation_shares_nothing_with_the_prior(folders):
             != np.asarray(prior["mid_block.resnets.0.conv1.kernel"])).all()  # fmt: skip
 
 
-def test_text_adapters_start_without_their_mlp_and_everything_else_from_the_prior(segmentation, folders):
+def test_adapters_start_without_their_mlp_and_everything_else_as_the_prior(segmentation, folders):
     _, task = segmentation
     ours = functional.flatten(task.initial())
     prior = functional.flatten(functional.split(load_component(folders["unet"]))[1])
@@ -261,11 +261,13 @@ def test_draws_are_a_pure_function_of_seed_and_index(folders):
 
 @pytest.mark.parametrize("noise", ["gaussian", "multires"])
 @pytest.mark.parametrize("sampling", ["uniform", "high_noise"])
-def test_every_choice_of_noise_and_timesteps_gives_unit_noise_and_legal_timesteps(folders, noise, sampling):
-    config = tiny.config(folders, diffusion__noise=noise, diffusion__timestep_sampling=sampling).diffusion
+def test_every_choice_of_draws_gives_unit_noise_and_legal_timesteps(folders, noise, sampling):
+    changes = {"diffusion__noise": noise, "diffusion__timestep_sampling": sampling}
+    config = tiny.config(folders, **changes).diffusion
     keys = example_keys(0, np.arange(256))
     drawn, t = draw_noise_and_timestep(keys, (8, 8, 4), config, schedule_of(config))
-    assert float(drawn.std()) == pytest.approx(1.0, abs=0.03)
+    # per example: coarse noise has a mean of its own, which a deviation over all would count
+    assert float(drawn.std(axis=(1, 2, 3)).mean()) == pytest.approx(1.0, abs=0.01)
     assert int(t.min()) >= 0 and int(t.max()) <= 999
     at_the_end = float((t == 999).mean())
     assert at_the_end == pytest.approx(0.5 if sampling == "high_noise" else 0.0, abs=0.1)

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import one_line
 
 from digseg_jax.config import parse, to_dict
 from digseg_jax.errors import UserError
 from digseg_jax.workdir import CONFIG_NAME, claim, differences
-from tiny import one_line
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what is wrong is told in one line, with a status, and without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "digseg_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def refused(*arguments: str) -> str:
+    """Our own refusals: status 2 and `error: ...` as the one line."""
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.fixture
+def workdir(tmp_path) -> str:
+    return f"--workdir={tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--config.train.stepz=3", "config.train.stepz: no such key; did you mean 'steps'"),
+        ("--config.trian.steps=3", "config.trian: no such key; did you mean 'train'"),
+        ("--config.task=segment", "config.task='segment': legal values are segmentation, prior"),
+        ("--config.eval.estep=('4by2',)", "E-Step '4by2'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_and_nothing_is_made(override, expected, workdir):
+    message = refused(QUICKSTART, override, workdir)
+    assert expected in message
+    assert not Path(workdir.split("=")[1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        ([QUICKSTART], "--workdir"),
+        ([QUICKSTART, "--workdir= "], "--workdir"),
+        ([QUICKSTART, "--mode=eval"], "--workdir"),
+        ([QUICKSTART, "--mode=predict", "--query=snow"], "--image"),
+        ([QUICKSTART, "--mode=predict", "--image=a.png"], "--query"),
+    ],
+)
+def test_a_missing_flag_is_named(arguments, missing):
+    assert f"needs {missing}" in refused(*arguments)
+
+
+def test_a_missing_config_file_is_named(workdir):
+    assert "nowhere.py" in refused("--config=nowhere.py", workdir)
+
+
+def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
+    file = tmp_path / "experiment.py"
+    file.write_text(
+        "from digseg_jax.config import default\n\n\ndef get_config():\n"
+        "    config = default()\n    config.train.stepz = 3\n    return config\n"
+    )
+    message = refused(f"--config={file}", workdir)
+    assert "stepz" in message and "steps" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([QUICKSTART, "--mode=trian"], "value should be one of <train|eval|predict>"),
+        (["--mode=train"], "--config must have a value"),
+        ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
+        ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
+        ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_absl_tells_what_is_wrong_with_a_flag(arguments, expected, workdir):
+    done = run(*arguments, workdir)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert expected in done.stdout + done.stderr
+
+
+def test_eval_without_trained_weights_says_to_train_first(folders, tmp_path, workdir):
+    config = tiny.config_file(tmp_path, folders)
+    message = refused(f"--config={config}", workdir, "--mode=eval")
+    assert "run --mode=train first" in message
+    assert not Path(workdir.split("=")[1]).exists()
+
+
+def test_predict_on_a_missing_image_is_one_line(folders, tmp_path, workdir):
+    config = tiny.config_file(tmp_path, folders)
+    message = refused(f"--config={config}", workdir, "--mode=predict", "--image=no.png", "--query=ice")
+    assert "--image=no.png: no such file" in message
