@@ -3,6 +3,9 @@
 
 The quickstart's recipe with more steps, more draws at the last timestep (most of the score is made in
 the first denoising step) and more queries for absent classes (every class is asked in evaluation).
+
+Measured on two CPU cores: 30 minutes; held-out mIoU 0.459, accuracy 0.805 (2x2, seed 0). Cropland,
+wetland and urban stay empty at this length; boosted trees reach 0.522 on the same tiles.
 """
 
 from digseg_jax.config import default

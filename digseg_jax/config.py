@@ -249,6 +249,11 @@ def _check_combinations(c: Config) -> None:
         section, name = key.split(".")
         if getattr(getattr(c, section), name) < 0:
             raise UserError(f"config.{key}: must not be negative")
+    if c.eval.split == "val" and c.eval.calibrate:
+        raise UserError(
+            "config.eval.split='val' with config.eval.calibrate=True would fit the calibration on the "
+            "tiles that it scores: set config.eval.calibrate=False, or the split to test"
+        )
     if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
         raise UserError(
             "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "

@@ -155,13 +155,13 @@ class _Log:
         """Raises FloatingPointError if the loss is no longer a number."""
         fetched = jax.device_get(self.pending)
         mean = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
-        if not np.isfinite(mean["loss"]):
-            raise FloatingPointError(f"loss is {mean['loss']} at step {step}: see metrics.jsonl")
         seconds = time.monotonic() - self.since
         mean["images_per_second"] = len(fetched) * self.config.train.batch_size / seconds
         self.writer.write(step, mean | extra)
         self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **extra)
         self.pending, self.since = [], time.monotonic()
+        if not np.isfinite(mean["loss"]):
+            raise FloatingPointError(f"loss is {mean['loss']} at step {step}: see metrics.jsonl")
 
     def close(self) -> None:
         self.progress.close()

@@ -97,6 +97,12 @@ def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
     assert config.diffusion.prediction_type == "epsilon"
 
 
+def test_a_calibration_is_never_fitted_on_the_tiles_that_it_scores():
+    message = refused({"eval": {"split": "val"}})
+    assert "config.eval.split='val'" in message and "calibrate" in message
+    assert parse({"eval": {"split": "val", "calibrate": False}}).eval.split == "val"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_experiment_file_parses(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)

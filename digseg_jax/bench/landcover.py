@@ -28,7 +28,7 @@ from digseg_jax.weights import load_params
 
 HEADLINE = EStep(2, 2)
 ESTEPS = ("1x1", "1x2", "4x2", "8x2", "1x1:leading", "1x2:leading", "4x2:leading")
-ESTEP_IMAGES = 24  # an 8x2 pass over all 81 tiles takes a quarter of an hour on two cores
+ESTEP_IMAGES = 24  # of the split's 81, evenly spread: 8x2 on all of them takes many minutes
 
 
 def bench_config(weights: str) -> tuple[Config, Path]:

@@ -72,7 +72,7 @@ class AutoencoderTask:
         return loss, metrics
 
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
-        """Writes the autoencoder; the scaling factor must have been measured (`with_scaling`)."""
+        """Writes the autoencoder; the scaling factor must be in `config` by now."""
         save_component((self.config, params), folder, metadata=metadata)
 
 
