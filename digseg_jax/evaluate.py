@@ -47,7 +47,7 @@ class Scores:
     areas: np.ndarray  # [images, c]
     names: list[str]
     seconds: float  # of sampling and decoding, compilation excluded
-    probability: list[np.ndarray]  # of the first images, [q, h, w], for the gallery
+    probability: dict[int, np.ndarray]  # image -> [q, h, w]; evenly spread images, for the gallery
 
     @property
     def miou(self) -> float:
@@ -116,7 +116,8 @@ class Evaluator:
         step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=4)
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
         confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
-        overlaps, areas, kept, seconds = [], [], [], 0.0
+        overlaps, areas, kept, seconds = [], [], {}, 0.0
+        shown = {i * len(tiles) // keep for i in range(keep)}
         first = True
         for batch, count in self._batches(tiles, f"eval {estep}"):
             arguments = (params, self.vae_params, _text(bank), fitted, batch)
@@ -127,11 +128,10 @@ class Evaluator:
             out = jax.device_get(jax.block_until_ready(step(*arguments)))
             seconds += time.monotonic() - start
             confusion += out["confusion"]
+            done = sum(len(rows) for rows in areas)
             overlaps.append(out["overlap"][:count])
             areas.append(out["area"][:count])
-            for row in out["probability"][:count]:
-                if len(kept) < keep:
-                    kept.append(row)
+            kept |= {i: out["probability"][i - done] for i in range(done, done + count) if i in shown}
         names = [t.name for t in tiles.tiles]
         return Scores(
             classes,
@@ -307,7 +307,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _write_gallery(folder: Path, scores: Scores, tiles: landcover.EvalTiles) -> None:
     items = []
-    for i, probability in enumerate(scores.probability):
+    for i, probability in scores.probability.items():
         tile = tiles[i]
         counts = np.asarray(
             metrics.confusion(tile["label"][None], probability.argmax(0)[None], len(scores.classes))

@@ -91,12 +91,12 @@ def test_a_batch_of_two_with_a_padded_end_counts_the_same(config, task, params, 
     assert np.abs(got.overlaps - one_device.overlaps).sum() <= 20
 
 
-def test_probabilities_are_kept_for_the_first_images_and_explain_the_counts(
+def test_probabilities_are_kept_for_some_images_and_explain_the_counts(
     one_device, config, task
 ):
     assert len(one_device.probability) == 3
     tiles = Evaluator(config, task, tiny.mesh()).tiles("test", "groups")
-    for i, probability in enumerate(one_device.probability):
+    for i, probability in one_device.probability.items():
         assert probability.shape == (8, TILE, TILE)
         assert probability.min() >= 0 and probability.max() <= 1
         label = tiles[i]["label"]
