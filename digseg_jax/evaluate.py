@@ -29,8 +29,7 @@ from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.segmentation.text_bank import PromptBank
 from digseg_jax.sharding import BATCH, place_batch
-from digseg_jax.tasks.base import to_unit
-from digseg_jax.tasks.components import encode_bank
+from digseg_jax.tasks.components import bank_arrays, encode_bank
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.writers import Progress
 
@@ -62,13 +61,15 @@ class Evaluator:
 
     def __init__(self, config: Config, task: SegmentationTask, mesh: Mesh):
         self.config, self.task, self.mesh = config, task, mesh
-        self.vae_params = task.frozen["vae"]
         self.devices = mesh.shape["data"] * mesh.shape["fsdp"]
         # the batch must split evenly over the devices; the padding is masked
         self.batch_size = math.ceil(config.eval.batch_size / self.devices) * self.devices
 
     def bank(self, prompts: Sequence[str]) -> PromptBank:
         return encode_bank(self.task.tower, prompts, self.config.model.max_tokens)
+
+    def _frozen(self, bank: PromptBank) -> Params:
+        return {"vae": self.task.frozen["vae"], "bank": bank_arrays(bank)}
 
     def tiles(self, split: str, label_set: str) -> landcover.EvalTiles:
         """The split's tiles; `config.eval.num_images` of them, evenly spread, if it is set."""
@@ -83,10 +84,10 @@ class Evaluator:
         self, params: Params, tiles: landcover.EvalTiles, bank: PromptBank, estep: EStep
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean decoded evidence [images, q, h', w'] and labels [images, h', w'], subsampled."""
-        step = self._jit(partial(self._evidence, estep=estep), shared=3)
+        step = self._jit(partial(self._evidence, estep=estep), shared=2)
         parts = []
         for batch, count in self._batches(tiles, "calibration"):
-            parts.append(np.asarray(step(params, self.vae_params, _text(bank), batch))[:count])
+            parts.append(np.asarray(step(params, self._frozen(bank), batch))[:count])
         stride = slice(None, None, CALIBRATION_STRIDE)
         labels = np.stack([tiles[i]["label"][stride, stride] for i in range(len(tiles))])
         return np.concatenate(parts), labels
@@ -113,14 +114,14 @@ class Evaluator:
         classes = landcover.LABEL_SETS[tiles.label_set]
         if len(bank.prompts) != len(classes):
             raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
-        step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=4)
+        step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=3)
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
         confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
         overlaps, areas, kept, seconds = [], [], {}, 0.0
         shown = {i * len(tiles) // keep for i in range(keep)}
         first = True
         for batch, count in self._batches(tiles, f"eval {estep}"):
-            arguments = (params, self.vae_params, _text(bank), fitted, batch)
+            arguments = (params, self._frozen(bank), fitted, batch)
             if first:  # compile outside the clock
                 jax.block_until_ready(step(*arguments))
                 first = False
@@ -143,43 +144,23 @@ class Evaluator:
             kept,
         )
 
-    def _decoded(self, params: Params, vae: Params, text: Params, batch: Params, estep: EStep):
-        task = self.task
-        image_latent = task.vae.encode(vae, to_unit(batch["image"]))
-        noise = inference.member_noise(
-            self.config.seed, batch["index"], estep.ensemble, image_latent.shape[1:]
-        )
-        latents = inference.sample_mask_latents(
-            partial(task.predict_latent, params),
-            image_latent,
-            text["tokens"],
-            text["mask"],
-            noise,
-            task.schedule,
-            estep,
-        )
-        flat = latents.reshape(-1, *latents.shape[3:])
-        decoded = inference.decoded_evidence(task.vae.decode(vae, flat))
-        return decoded.reshape(*latents.shape[:3], *decoded.shape[1:])  # n q e h w
-
-    def _evidence(self, params: Params, vae: Params, text: Params, batch: Params, estep: EStep):
-        decoded = self._decoded(params, vae, text, batch, estep)
-        return decoded.mean(axis=2)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+    def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
+        evidence = self.task.evidence(params, frozen, batch["image"], batch["index"], estep)
+        return evidence.mean(axis=2)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
 
     def _counts(
         self,
         params: Params,
-        vae: Params,
-        text: Params,
+        frozen: Params,
         fitted: Params,
         batch: Params,
         estep: EStep,
         num_classes: int,
     ) -> dict[str, Array]:
-        decoded = self._decoded(params, vae, text, batch, estep)
+        evidence = self.task.evidence(params, frozen, batch["image"], batch["index"], estep)
         # a query on its own is judged at evidence 0; the biases only matter between queries
-        alone = inference.probabilities(decoded, fitted["scale"], jnp.zeros(num_classes)) > 0.5
-        probability = inference.probabilities(decoded, fitted["scale"], fitted["bias"])
+        alone = inference.probabilities(evidence, fitted["scale"], jnp.zeros(num_classes)) > 0.5
+        probability = inference.probabilities(evidence, fitted["scale"], fitted["bias"])
         label = jnp.where(batch["valid"][:, None, None], batch["label"], -1)
         true = label[:, None] == jnp.arange(num_classes)[None, :, None, None]
         return {
@@ -213,10 +194,6 @@ class Evaluator:
             done = start + len(rows)
             progress.update(done, done / (time.monotonic() - started))
         progress.close()
-
-
-def _text(bank: PromptBank) -> Params:
-    return {"tokens": bank.tokens, "mask": bank.mask}
 
 
 def results_of(scores: Scores, config: Config, calibration: Calibration, estep: EStep) -> dict:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,8 +20,6 @@ from digseg_jax.log import log
 from digseg_jax.report import pictures
 from digseg_jax.segmentation import inference
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.tasks.base import to_unit
-from digseg_jax.tasks.components import encode_bank
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from digseg_jax.workdir import EXPORT
@@ -106,7 +103,7 @@ def segment(
     corners = [
         (t, le) for t in starts(padded.shape[0], size) for le in starts(padded.shape[1], size)
     ]
-    run = _compiled(config, task, queries, estep, scale)
+    run = _compiled(task, estep, scale)
     weight = _window_weight(size)
     total = np.zeros((len(queries), *padded.shape[:2]), np.float64)
     weights = np.zeros(padded.shape[:2], np.float64)
@@ -129,27 +126,11 @@ def starts(length: int, size: int) -> list[int]:
     return [int(s) for s in np.linspace(0, length - size, count).round()]
 
 
-def _compiled(
-    config: Config, task: SegmentationTask, queries: Sequence[str], estep: EStep, scale: float
-):
-    bank = encode_bank(task.tower, queries, config.model.max_tokens)
-
+def _compiled(task: SegmentationTask, estep: EStep, scale: float):
     @jax.jit
     def run(params: dict, frozen: dict, images: jax.Array, index: jax.Array) -> jax.Array:
-        latent = task.vae.encode(frozen["vae"], to_unit(images))
-        noise = inference.member_noise(config.seed, index, estep.ensemble, latent.shape[1:])
-        masks = inference.sample_mask_latents(
-            partial(task.predict_latent, params),
-            latent,
-            bank.tokens,
-            bank.mask,
-            noise,
-            task.schedule,
-            estep,
-        )
-        decoded = task.vae.decode(frozen["vae"], masks.reshape(-1, *masks.shape[3:]))
-        evidence = inference.decoded_evidence(decoded).reshape(*masks.shape[:3], *images.shape[1:3])
-        return inference.probabilities(evidence, scale, jnp.zeros(len(queries)))
+        evidence = task.evidence(params, frozen, images, index, estep)
+        return inference.probabilities(evidence, scale, jnp.zeros(evidence.shape[1]))
 
     return run
 

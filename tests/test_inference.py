@@ -123,8 +123,3 @@ def test_scale_and_bias_belong_to_their_query():
     got = np.asarray(inference.probabilities(evidence, 2.0, jnp.array([-1.0, 0.0, 3.0])))
     for j, bias in enumerate((-1.0, 0.0, 3.0)):
         np.testing.assert_allclose(got[:, j], 1 / (1 + np.exp(-(1.0 + bias))), rtol=1e-5)
-
-
-def test_evidence_is_the_channel_mean_within_bounds():
-    image = jnp.array([[[0.0, 0.3, 0.6], [3.0, 3.0, 3.0], [-2.0, -2.0, 1.0]]])
-    np.testing.assert_allclose(inference.decoded_evidence(image), [[0.3, 1.0, -1.0]], rtol=1e-5)

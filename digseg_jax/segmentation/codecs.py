@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int
@@ -17,11 +16,9 @@ def encode_binary(
     return jnp.broadcast_to(mask[..., None], (*mask.shape, 3))
 
 
-def decode_binary(
-    image: Float[Array, "*b h w 3"], scale: float | Array = 2.0, bias: float | Array = 0.0
-) -> Float[Array, "*b h w"]:
-    """Probability of the query: sigmoid(scale * d + bias), d the channel mean clipped to [-1, 1]."""
-    return jax.nn.sigmoid(scale * jnp.clip(image.mean(axis=-1), -1.0, 1.0) + bias)
+def decode_binary(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w"]:
+    """The evidence for a query: channel mean clipped to [-1, 1], positive where the query is seen."""
+    return jnp.clip(image.mean(axis=-1), -1.0, 1.0)
 
 
 def latent_validity(label: Int[Array, "b h w"], factor: int) -> Bool[Array, "b h2 w2"]:

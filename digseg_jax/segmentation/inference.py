@@ -84,11 +84,6 @@ def sample_mask_latents(
     return latents.reshape(*axes, h, w, c)
 
 
-def decoded_evidence(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w"]:
-    """A decoded mask's channel mean, clipped to [-1, 1]: positive where the query is seen."""
-    return jnp.clip(image.mean(axis=-1), -1.0, 1.0)
-
-
 def probabilities(
     evidence: Float[Array, "n q e h w"], scale: float | Array, bias: Float[Array, "q"]
 ) -> Float[Array, "n q h w"]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from digseg_jax import assets
-from digseg_jax.arraytypes import Array, Batch, Float, Int, Params
+from digseg_jax.arraytypes import Array, Batch, Float, Int, Params, UInt8
 from digseg_jax.config import Config
 from digseg_jax.data.landcover_prompts import training_prompts
 from digseg_jax.models import functional
 from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
-from digseg_jax.segmentation.codecs import encode_binary, latent_validity
+from digseg_jax.segmentation.codecs import decode_binary, encode_binary, latent_validity
+from digseg_jax.segmentation.inference import EStep, member_noise, sample_mask_latents
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
     bank_arrays,
@@ -117,16 +119,40 @@ class SegmentationTask:
         draws = jax.vmap(lambda key: jax.random.normal(key, tokens.shape[1:]))(keys)
         return tokens + scale * tokens.std() * draws
 
-    def predict_latent(
+    def evidence(
+        self,
+        params: Params,
+        frozen: Params,
+        image: UInt8[Array, "n h w 3"],
+        index: Int[Array, " n"],
+        estep: EStep,
+    ) -> Float[Array, "n q e h w"]:
+        """Decoded masks of every query of `frozen["bank"]`, member by member, in [-1, 1].
+
+        index: names the image in the draws of the initial noise.
+        """
+        image_latent = self.vae.encode(frozen["vae"], to_unit(image))
+        latents = sample_mask_latents(
+            partial(self._predict_latent, params),
+            image_latent,
+            frozen["bank"]["tokens"],
+            frozen["bank"]["mask"],
+            member_noise(self.config.seed, index, estep.ensemble, image_latent.shape[1:]),
+            self.schedule,
+            estep,
+        )
+        decoded = self.vae.decode(frozen["vae"], latents.reshape(-1, *latents.shape[3:]))
+        return decode_binary(decoded).reshape(*latents.shape[:3], *image.shape[1:3])
+
+    def _predict_latent(
         self,
         params: Params,
         image_latent: Float[Array, "n h w c"],
         x: Float[Array, "n h w c"],
-        t: Int[Array, "n"],
+        t: Int[Array, " n"],
         tokens: Float[Array, "n l d"],
         mask: Array,
     ) -> Float[Array, "n h w c"]:
-        """The U-Net's raw prediction at x_t, for the sampler."""
         unet = functional.merge(self.graphdef, params)
         return unet(jnp.concatenate([image_latent, x], axis=-1), t, tokens, mask)
 
