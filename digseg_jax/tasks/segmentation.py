@@ -133,7 +133,7 @@ class SegmentationTask:
         """
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
         latents = sample_mask_latents(
-            partial(self._predict_latent, params),
+            partial(self.predict_latent, params),
             image_latent,
             frozen["bank"]["tokens"],
             frozen["bank"]["mask"],
@@ -144,7 +144,7 @@ class SegmentationTask:
         decoded = self.vae.decode(frozen["vae"], latents.reshape(-1, *latents.shape[3:]))
         return decode_binary(decoded).reshape(*latents.shape[:3], *image.shape[1:3])
 
-    def _predict_latent(
+    def predict_latent(
         self,
         params: Params,
         image_latent: Float[Array, "n h w c"],
@@ -153,6 +153,7 @@ class SegmentationTask:
         tokens: Float[Array, "n l d"],
         mask: Array,
     ) -> Float[Array, "n h w c"]:
+        """The U-Net's raw prediction at x_t, for the sampler."""
         unet = functional.merge(self.graphdef, params)
         return unet(jnp.concatenate([image_latent, x], axis=-1), t, tokens, mask)
 
