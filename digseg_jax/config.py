@@ -25,7 +25,25 @@ def legal(*values: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: str = legal("landcover")
+    name: str = legal(
+        "landcover",
+        "landcover_igbp",
+        "ade20k",
+        "ade20k_847",
+        "bdd100k",
+        "camvid",
+        "cityscapes",
+        "coco_stuff",
+        "deepglobe",
+        "folder",
+        "monuseg",
+        "pascal_context_59",
+        "pascal_context_459",
+        "pascal_voc",
+        "phenobench",
+        "refuge2",
+    )
+    root: str = ""  # the folder of the download, as it unpacks; the land cover needs none
     label_set: str = legal("groups", "igbp")  # what evaluation and its queries use
     train_label_sets: tuple[str, ...] = ("groups",)  # where training draws its queries from
     image_size: int = 128  # pixels; a side of the square training crop

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets by name: what they are, and their examples from the official download as it unpacks.
+
+spec("cityscapes").names
+open_source("cityscapes", "/data/cityscapes", "val")[0]["label"]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from digseg_jax.data.catalog import SPECS
+from digseg_jax.data.readers.camvid import open_camvid
+from digseg_jax.data.readers.landcover import open_landcover
+from digseg_jax.data.spec import DatasetSpec
+from digseg_jax.errors import UserError, nearest
+
+
+class Source(Protocol):
+    """grain's random access over examples: {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def files(self, index: int) -> dict[str, Path]:
+        """The files behind an example: {"image", "label"}."""
+        ...
+
+
+_OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
+    "camvid": open_camvid,
+    "landcover": open_landcover,
+    "landcover_igbp": open_landcover,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every name that `spec` and `open_source` take."""
+    return tuple(sorted(_OPEN))
+
+
+@functools.cache
+def _listed(name: str) -> DatasetSpec:
+    return SPECS[name]()
+
+
+def spec(name: str, root: str | Path = "") -> DatasetSpec:
+    """The facts of a data set.
+
+    Raises:
+      UserError: no such data set.
+    """
+    if name not in _OPEN:
+        raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
+    return _listed(name)
+
+
+def open_source(name: str, root: str | Path, split: str) -> Source:
+    """The examples of a split, in a fixed order; nothing is decoded yet.
+
+    Raises:
+      UserError: no such data set, split or folder, or files without their partner.
+    """
+    facts = spec(name, root)
+    if split not in facts.splits:
+        raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")
+    return _OPEN[name](facts, Path(root).expanduser(), split)

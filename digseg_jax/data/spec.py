@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a data set is: its classes, splits, ignore rule, prompts and the rules of its scores.
+
+A spec holds facts only; reading is in `readers/`. Class lists are JSON files in `classes/`, one class
+a line: name, synonyms, the values that mean it in the official label files, the official colour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+IGNORE = -1  # the one ignore label of every int32 label map in this package
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassInfo:
+    """A class; its id is its place in `DatasetSpec.classes`.
+
+    synonyms: other words for it; none of them is a name or synonym of another class of the set.
+    raw: values of the official label file that mean it; empty where the label is no index image.
+    color: RGB, official or None; official colours are not always distinct.
+    full_name: the official list of synonyms where `name` had to be shortened or disambiguated.
+    covers: ids whose pixels belong to its mask; more than its own where classes are nested.
+    """
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+    raw: tuple[int, ...] = ()
+    color: tuple[int, int, int] | None = None
+    full_name: str = ""
+    covers: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+    """A data set as facts.
+
+    splits: official number of labelled images by split; 0 where nobody but the user knows it.
+    train_split, eval_split: the ones that the paper's tables (or the field) use.
+    ignored_raw: values of the label file that become -1; any value not listed anywhere is an error,
+      except where `ignore` says otherwise.
+    ignore: the ignore rule in words.
+    template: prompt of a class, with {} for its name.
+    licence: what the user has to know before using the data; the data themselves are not shipped.
+    metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
+      "region_dice" (Dice of each class's region, per image, then the mean over images).
+    absent: what a class without ground truth counts: "mmseg" (0 if predicted, else left out),
+      "detectron2" (left out) or "official" (always counted).
+    """
+
+    name: str
+    title: str
+    classes: tuple[ClassInfo, ...]
+    splits: Mapping[str, int]
+    ignore: str
+    licence: str
+    ignored_raw: tuple[int, ...] = ()
+    train_split: str = "train"
+    eval_split: str = "val"
+    template: str = "{}"
+    metric: str = "miou"
+    absent: str = "mmseg"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.classes)
+
+    def prompt(self, name: str) -> str:
+        """The text query of a class name or synonym."""
+        return self.template.format(name)
+
+    def covers(self, class_id: int) -> tuple[int, ...]:
+        """Ids whose pixels belong to the mask of a class; disc contains cup."""
+        return self.classes[class_id].covers or (class_id,)
+
+
+def load_classes(name: str) -> dict[str, Any]:
+    """`classes` and `ignored_raw` of a shipped class list, as keywords for DatasetSpec."""
+    file = resources.files(__package__) / "classes" / f"{name}.json"
+    listed = json.loads(file.read_text(encoding="utf-8"))
+    classes = [_class_info(row) for row in listed["classes"]]
+    return {
+        "classes": unambiguous(classes),
+        "ignored_raw": tuple(listed.get("ignored_raw", ())),
+    }
+
+
+def unambiguous(classes: list[ClassInfo]) -> tuple[ClassInfo, ...]:
+    """Drops synonyms that also mean another class: asked with one, two masks would be right."""
+    names = Counter(c.name.lower() for c in classes)
+    synonyms = Counter(s.lower() for c in classes for s in {*c.synonyms})
+
+    def own(synonym: str) -> bool:
+        return names[synonym.lower()] == 0 and synonyms[synonym.lower()] == 1
+
+    return tuple(
+        dataclasses.replace(c, synonyms=tuple(s for s in c.synonyms if own(s))) for c in classes
+    )
+
+
+def _class_info(row: dict[str, Any]) -> ClassInfo:
+    return ClassInfo(
+        name=row["name"],
+        synonyms=tuple(row["synonyms"]),
+        raw=tuple(row["raw"]),
+        color=tuple(row["color"]) if "color" in row else None,
+        full_name=row.get("full_name", row["name"]),
+        covers=tuple(row.get("covers", ())),
+    )
