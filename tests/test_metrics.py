@@ -3,9 +3,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    jaccard_score,
+)
 
 from digseg_jax.segmentation import metrics
 
@@ -169,3 +177,99 @@ def test_the_label_map_is_the_most_probable_query():
     probability = np.zeros((1, 3, 2, 2))
     probability[0, 2, 0, 0] = probability[0, 1, 1, 1] = 0.4
     np.testing.assert_array_equal(metrics.label_map(probability), [[[2, 0], [0, 1]]])
+
+
+def oracle(label, prediction, rule, n=N):
+    """The rules written down once more, class by class, pixel by pixel."""
+    pairs = [(g, p) for g, p in zip(label.ravel(), prediction.ravel(), strict=True) if g >= 0]
+    ious, recalls, weighted = [], [], 0.0
+    for c in range(n):
+        hit = sum(g == c and p == c for g, p in pairs)
+        true = sum(g == c for g, _ in pairs)
+        either = sum(g == c or p == c for g, p in pairs)
+        if true:
+            recalls.append(hit / true)
+            weighted += hit / either * true / len(pairs)
+        if rule == "official" or true or (rule == "mmseg" and either):
+            ious.append(hit / either if either else 0.0)
+    mean = lambda x: sum(x) / len(x) if x else float("nan")  # noqa: E731
+    accuracy = sum(g == p for g, p in pairs) / len(pairs) if pairs else 0.0
+    fwiou = weighted if pairs else float("nan")
+    return {"miou": mean(ious), "accuracy": accuracy, "mean_accuracy": mean(recalls), "fwiou": fwiou}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", metrics.ABSENT_RULES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_absent_class_rule_is_the_written_one(name, rule):
+    label, prediction = case(name)
+    counts = np.asarray(metrics.confusion(label, prediction, N))
+    got = metrics.closed_set_scores(counts, rule)
+    assert got == pytest.approx(oracle(label, prediction, rule), abs=1e-9, nan_ok=True)
+
+
+def test_the_rules_differ_by_points_without_a_wrong_pixel_more():
+    label, prediction = random_maps(2, n=N)
+    label[label >= 3] = 0
+    counts = np.asarray(metrics.confusion(label, prediction, N))
+    assert metrics.mean_iou(counts, "detectron2") == pytest.approx(
+        metrics.mean_iou(counts, "mmseg") * 5 / 3
+    )
+
+
+def test_dice_is_scikit_learns_f1():
+    label, prediction = case("random")
+    keep = label >= 0
+    true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
+    expected = f1_score(true, predicted, labels=range(N), average=None, zero_division=0)
+    got = metrics.dice_per_class(np.asarray(metrics.confusion(label, prediction, N)))
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+
+
+def test_mean_accuracy_is_scikit_learns_balanced_accuracy():
+    label, prediction = case("class predicted but never true")
+    keep = (label >= 0) & (prediction >= 0)
+    label = np.where(keep, label, -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = balanced_accuracy_score(label[keep], prediction[keep])
+    got = metrics.mean_accuracy(np.asarray(metrics.confusion(label, prediction, N)))
+    assert got == pytest.approx(expected, abs=1e-9)
+
+
+def test_wrong_shapes_and_wrong_rules_are_refused():
+    label, prediction = random_maps(0)
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.confusion(label, prediction[:, :-1], N)
+    with pytest.raises(ValueError, match=r"expected \[c, c \+ 1\]"):
+        metrics.mean_iou(np.zeros((N, N), int))
+    with pytest.raises(ValueError, match="legal: mmseg, detectron2, official"):
+        metrics.mean_iou(np.zeros((N, N + 1), int), "voc")
+
+
+def test_cityscapes_own_script_agrees(tmp_path):
+    """Real PNGs through the official evaluation; its rule is `mmseg`."""
+    official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    from cityscapesscripts.helpers.labels import labels
+    from PIL import Image
+
+    kept = [entry for entry in labels if not entry.ignoreInEval and entry.id >= 0]
+    raw = np.array([entry.id for entry in kept])
+    rng = np.random.default_rng(5)
+    label = rng.integers(-1, 12, (2, 9, 11))  # seven classes never occur; -1 becomes "unlabeled"
+    prediction = rng.integers(-1, 15, (2, 9, 11))  # three of them are predicted nevertheless
+    files = []
+    for name, maps in (("gt", label), ("pred", prediction)):
+        for i, values in enumerate(maps):
+            path = tmp_path / f"{name}_{i}.png"
+            Image.fromarray(np.where(values < 0, 0, raw[values]).astype(np.uint8)).save(path)
+            files.append(str(path))
+    arguments = official.args
+    arguments.evalPixelAccuracy = arguments.JSONOutput = arguments.evalInstLevelScore = False
+    arguments.quiet = True
+    theirs = official.evaluateImgLists(files[2:], files[:2], arguments)
+    counts = np.asarray(metrics.confusion(label, prediction, len(kept)))
+    ours = metrics.iou_per_class(counts)
+    expected = np.array([theirs["classScores"][entry.name] for entry in kept], float)
+    np.testing.assert_allclose(ours, expected, atol=1e-9)
+    assert metrics.mean_iou(counts) == pytest.approx(theirs["averageScoreClasses"], abs=1e-9)

@@ -8,14 +8,22 @@ import numpy as np
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int
 
+ABSENT_RULES = ("mmseg", "detectron2", "official")
+
 
 def confusion(
     label: Int[Array, "n h w"], prediction: Int[Array, "n h w"], num_classes: int
 ) -> Int[Array, "c c+1"]:
     """Pixel counts by (true class, predicted class); the last column is "no class" (-1).
 
-    Pixels labelled -1 (ignore) are not counted. int32: enough for 2**31 pixels a call.
+    Pixels labelled -1 (ignore) are not counted. int32: enough for 2**31 pixels a call; add calls up
+    in int64 on the host.
+
+    Raises:
+      ValueError: label and prediction differ in shape: a score at another resolution is another score.
     """
+    if label.shape != prediction.shape:
+        raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
     columns = num_classes + 1
     predicted = jnp.where(prediction < 0, num_classes, prediction)
     cell = jnp.where(label < 0, num_classes * columns, label * columns + predicted)
@@ -36,21 +44,90 @@ def overlap(
 
 def iou_per_class(counts: np.ndarray) -> np.ndarray:
     """IoU from confusion counts [c, c + 1]; nan where a class neither occurs nor is predicted."""
-    counts = np.asarray(counts, np.int64)
-    hit = np.diag(counts[:, :-1])
-    union = counts.sum(axis=1) + counts[:, :-1].sum(axis=0) - hit
-    return np.where(union > 0, hit / np.maximum(union, 1), np.nan)
+    hit, true, predicted = _marginals(counts)
+    return _ratio(hit, true + predicted - hit)
 
 
-def mean_iou(counts: np.ndarray) -> float:
-    """Mean over classes that occur or are predicted (mmsegmentation's rule: nanmean)."""
-    return float(np.nanmean(iou_per_class(counts)))
+def mean_iou(counts: np.ndarray, rule: str = "mmseg") -> float:
+    """Mean IoU over classes; `rule` says what a class does that the labels never show.
+
+    mmseg: it counts as 0 if it is predicted anywhere and is left out otherwise (mmsegmentation's
+      IoUMetric; cityscapesScripts and torchmetrics agree).
+    detectron2: it is left out (SemSegEvaluator since July 2022; scalabel and the COCO-Stuff script
+      agree). Unlike detectron2, "no class" pixels stay errors: dropping them would reward abstaining.
+    official: it counts as 0 in any case (sceneparsing, the ADE20K challenge's script).
+
+    Returns nan if no class counts. Raises ValueError for another rule.
+    """
+    iou = iou_per_class(counts)
+    return _mean(iou[counted_classes(counts, rule)], zero_if_nan=rule == "official")
+
+
+def counted_classes(counts: np.ndarray, rule: str) -> np.ndarray:
+    """bool [c]: the classes that `mean_iou` averages over under a rule."""
+    _, true, predicted = _marginals(counts)
+    if rule == "mmseg":
+        return (true > 0) | (predicted > 0)
+    if rule == "detectron2":
+        return true > 0
+    if rule == "official":
+        return np.ones(len(true), bool)
+    raise ValueError(f"absent-class rule {rule!r}; legal: {', '.join(ABSENT_RULES)}")
 
 
 def pixel_accuracy(counts: np.ndarray) -> float:
     """Share of counted pixels with the right class; "no class" is wrong."""
     counts = np.asarray(counts, np.int64)
     return float(np.diag(counts[:, :-1]).sum() / max(counts.sum(), 1))
+
+
+def mean_accuracy(counts: np.ndarray) -> float:
+    """Mean recall of the classes that occur (mAcc); nan if none does."""
+    hit, true, _ = _marginals(counts)
+    return _mean(_ratio(hit, true))
+
+
+def frequency_weighted_iou(counts: np.ndarray) -> float:
+    """IoU weighted by the true pixels of each class (fwIoU); nan if nothing is counted."""
+    hit, true, predicted = _marginals(counts)
+    if not true.sum():
+        return float("nan")
+    iou = np.nan_to_num(_ratio(hit, true + predicted - hit))
+    return float((iou * true).sum() / true.sum())
+
+
+def dice_per_class(counts: np.ndarray) -> np.ndarray:
+    """2 TP / (P + G) of each class, pooled; nan where it neither occurs nor is predicted."""
+    hit, true, predicted = _marginals(counts)
+    return _ratio(2 * hit, true + predicted)
+
+
+def closed_set_scores(counts: np.ndarray, rule: str = "mmseg") -> dict[str, float]:
+    """Everything that confusion counts [c, c + 1] say about a closed set; values in 0..1."""
+    return {
+        "miou": mean_iou(counts, rule),
+        "accuracy": pixel_accuracy(counts),
+        "mean_accuracy": mean_accuracy(counts),
+        "fwiou": frequency_weighted_iou(counts),
+    }
+
+
+def _marginals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """TP, true pixels and predicted pixels of each class; int64 [c] each."""
+    counts = np.asarray(counts, np.int64)
+    if counts.ndim != 2 or counts.shape[1] != counts.shape[0] + 1:
+        raise ValueError(f"confusion counts have shape {counts.shape}; expected [c, c + 1]")
+    return np.diag(counts[:, :-1]), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+
+
+def _mean(values: np.ndarray, zero_if_nan: bool = False) -> float:
+    """Mean of what is defined; nan, without a warning, if nothing is."""
+    values = np.nan_to_num(values) if zero_if_nan else values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
 
 
 def query_scores(overlaps: np.ndarray, areas: np.ndarray, pixels: int) -> dict[str, float]:
