@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from digseg_jax.data.catalog import SPECS
-from digseg_jax.data.readers.camvid import open_camvid
+from digseg_jax.data.readers import folders, pascal
+from digseg_jax.data.readers.ade20k_full import open_ade20k_847
+from digseg_jax.data.readers.deepglobe import open_deepglobe
+from digseg_jax.data.readers.folder import folder_spec, open_folder
 from digseg_jax.data.readers.landcover import open_landcover
+from digseg_jax.data.readers.monuseg import open_monuseg
+from digseg_jax.data.readers.refuge import open_refuge2
 from digseg_jax.data.spec import DatasetSpec
 from digseg_jax.errors import UserError, nearest
 
@@ -32,9 +37,22 @@ class Source(Protocol):
 
 
 _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
-    "camvid": open_camvid,
+    "ade20k": folders.open_ade20k,
+    "ade20k_847": open_ade20k_847,
+    "bdd100k": folders.open_bdd100k,
+    "camvid": folders.open_camvid,
+    "cityscapes": folders.open_cityscapes,
+    "coco_stuff": folders.open_coco_stuff,
+    "deepglobe": open_deepglobe,
+    "folder": open_folder,
     "landcover": open_landcover,
     "landcover_igbp": open_landcover,
+    "monuseg": open_monuseg,
+    "pascal_context_59": pascal.open_pascal_context,
+    "pascal_context_459": pascal.open_pascal_context,
+    "pascal_voc": pascal.open_pascal_voc,
+    "phenobench": folders.open_phenobench,
+    "refuge2": open_refuge2,
 }
 
 
@@ -49,14 +67,14 @@ def _listed(name: str) -> DatasetSpec:
 
 
 def spec(name: str, root: str | Path = "") -> DatasetSpec:
-    """The facts of a data set.
+    """The facts of a data set; those of `folder` are in its root.
 
     Raises:
-      UserError: no such data set.
+      UserError: no such data set, or a folder without what it needs.
     """
     if name not in _OPEN:
         raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
-    return _listed(name)
+    return folder_spec(Path(root).expanduser()) if name == "folder" else _listed(name)
 
 
 def open_source(name: str, root: str | Path, split: str) -> Source:

@@ -49,10 +49,14 @@ class FileSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_path, label_path = self.files(index).values()
         picture = read_picture(image_path)
-        label = self.read_label(label_path, picture.pixels.shape[:2])
+        label = self.label(index, picture.pixels.shape[:2])
         image = orient(picture, label.shape, image_path, self.strict)
         check_size(label_path, label, image)
         return {"image": image, "label": label, "name": self.pairs[index].name}
+
+    def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """int32 [h, w] of an example, whose image has `size`; alone, without decoding the image."""
+        return self.read_label(self.files(index)["label"], size)
 
     def files(self, index: int) -> dict[str, Path]:
         """The files behind an example: {"image", "label"}."""
@@ -85,8 +89,12 @@ def is_junk(name: str) -> bool:
     return name.startswith(".") or name in _JUNK
 
 
-def list_files(folder: Path, suffixes: Iterable[str]) -> dict[str, str]:
+def list_files(
+    folder: Path, suffixes: Iterable[str], generated: tuple[str, ...] = ()
+) -> dict[str, str]:
     """{stem: file name} of a folder, where stem is the name without the first matching suffix.
+
+    generated: endings (in lower case) of files that other projects put beside the originals.
 
     Raises:
       UnreadableError: no such folder.
@@ -99,7 +107,7 @@ def list_files(folder: Path, suffixes: Iterable[str]) -> dict[str, str]:
         raise UnreadableError(f"{folder}: no such folder ({error.strerror})") from error
     for name in names:
         suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
-        if suffix is None or is_junk(name):
+        if suffix is None or is_junk(name) or name.lower().endswith(generated):
             continue
         stem = name[: -len(suffix)]
         if stem in found:
@@ -138,10 +146,14 @@ def pair_folders(
     image_suffixes: Iterable[str],
     label_suffixes: Iterable[str],
     what: str,
+    generated: tuple[str, ...] = (),
 ) -> list[Pair]:
     """Pairs of two flat folders, given relative to root; raises as list_files and pair_up do."""
     sides = [
-        {stem: f"{folder}/{name}" for stem, name in list_files(root / folder, suffixes).items()}
+        {
+            stem: f"{folder}/{name}"
+            for stem, name in list_files(root / folder, suffixes, generated).items()
+        }
         for folder, suffixes in ((image_dir, image_suffixes), (label_dir, label_suffixes))
     ]
     return pair_up(root, *sides, what)
@@ -159,15 +171,52 @@ def pick(available: dict[str, str], stems: Iterable[str], folder: Path, what: st
     return {s: available[s] for s in stems}
 
 
-def find_root(root: Path, marker: str, inside: Sequence[str], what: str) -> Path:
-    """The folder that holds `marker`: root itself or one of the names that the archive unpacks to.
+def find_root(root: Path, markers: str | Sequence[str], inside: Sequence[str], what: str) -> Path:
+    """The folder that holds a marker: root itself or one of the names that the archives unpack to.
 
     Raises:
       UserError: none of them does; the message names all places looked at.
     """
+    markers = (markers,) if isinstance(markers, str) else markers
     places = [root, *(root / name for name in inside)]
     for place in places:
-        if (place / marker).exists():
+        if any((place / m).exists() for m in markers):
             return place
-    looked = ", ".join(str(p / marker) for p in places)
-    raise UserError(f"{what}: not found under {root}; looked for {looked}")
+    looked = ", ".join(str(p / m) for p in places for m in markers)
+    raise UserError(f"{what}: not found under {str(root)!r}; looked for {looked}")
+
+
+def first_folder(root: Path, names: Sequence[str], what: str) -> str:
+    """The first of `names` that is a folder in root; raises UserError if none is."""
+    for name in names:
+        if (root / name).is_dir():
+            return name
+    raise UserError(f"{what}: {root} has none of the folders {', '.join(names)}")
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; raises UnreadableError if there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and not is_junk(e.name))
+    except OSError as error:
+        raise UnreadableError(f"{folder}: no such folder ({error.strerror})") from error
+
+
+def walk_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
+    """All files with one of the suffixes, at any depth, relative to root and sorted.
+
+    Raises:
+      UnreadableError: no such folder.
+    """
+    if not root.is_dir():
+        raise UnreadableError(f"{root}: no such folder")
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [n for n in names if not is_junk(n)]
+        found += [
+            Path(folder, f).relative_to(root)
+            for f in files
+            if f.lower().endswith(tuple(suffixes)) and not is_junk(f)
+        ]
+    return sorted(found)

@@ -94,6 +94,11 @@ def load_classes(name: str) -> dict[str, Any]:
     }
 
 
+def shipped_list(name: str) -> list[str]:
+    """The examples of a split that only other projects' lists define."""
+    return (resources.files(__package__) / "classes" / f"{name}.txt").read_text("ascii").split()
+
+
 def unambiguous(classes: list[ClassInfo]) -> tuple[ClassInfo, ...]:
     """Drops synonyms that also mean another class: asked with one, two masks would be right."""
     names = Counter(c.name.lower() for c in classes)
