@@ -9,6 +9,7 @@ command line's overrides) into a `Config`, or says which key is wrong and what i
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -90,6 +91,7 @@ class ModelConfig:
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
     conv: str = legal("xla", "im2col")
     attention: str = legal("plain", "chunked")
+    remat: str = legal("none", "block", "attention", "dots")  # of training; see models/remat.py
     vae_arch: VaeArch = VaeArch()
     unet_arch: UnetArch = UnetArch()
 
@@ -118,7 +120,10 @@ class OptimConfig:
     b2: float = 0.99
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    ema_decay: float = 0.995
+    ema_decay: float = 0.995  # 0: no average is kept; evaluation and export use the weights
+    # of Adam's first moment; the second stays float32, bfloat16 loses its updates at b2 = 0.999
+    mu_dtype: str = legal("float32", "bfloat16")
+    freeze: tuple[str, ...] = ()  # regexes on parameter paths that stay fixed: "^down_blocks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,10 @@ class TrainConfig:
     batch_size: int = 8  # images per step, over all hosts
     log_every: int = 20
     eval_every: int = 0  # 0: only at the end
+    accumulation: int = 1  # parts of the batch, taken in turn: the same step in less memory
+    profile: tuple[int, ...] = ()  # (first, last) step to trace into WORKDIR/profile
+    compile_cache: str = ""  # folder of compiled programs, kept over runs and restarts; "": none
+    wandb: str = ""  # project at Weights & Biases that gets the metrics too; "": none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +259,7 @@ def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
 def _check_combinations(c: Config) -> None:
     positive = {
         "train.batch_size": c.train.batch_size,
+        "train.accumulation": c.train.accumulation,
         "train.log_every": c.train.log_every,
         "checkpoint.every": c.checkpoint.every,
         "checkpoint.keep": c.checkpoint.keep,
@@ -277,6 +287,21 @@ def _check_combinations(c: Config) -> None:
             "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
             "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
         )
+    if not 0.0 <= c.optim.ema_decay < 1.0:
+        raise UserError(f"config.optim.ema_decay={c.optim.ema_decay}: legal range [0, 1)")
+    if c.train.profile and not (
+        len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
+    ):
+        raise UserError(
+            f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
+        )
+    for pattern in c.optim.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
+            ) from error
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="

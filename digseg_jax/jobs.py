@@ -20,10 +20,12 @@ from digseg_jax.data import landcover
 from digseg_jax.errors import UserError
 from digseg_jax.evaluate import Evaluator, evaluate, write_json
 from digseg_jax.log import log
+from digseg_jax.perf import use_compile_cache
 from digseg_jax.report import build_report
 from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import make_mesh
+from digseg_jax.step import averaged
 from digseg_jax.tasks.autoencoder import AutoencoderTask
 from digseg_jax.tasks.base import Task
 from digseg_jax.tasks.components import provenance
@@ -38,6 +40,7 @@ TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": Au
 
 def train(config: Config, workdir: Path) -> None:
     """Trains (or goes on training), exports the weights, evaluates, and builds the report."""
+    use_compile_cache(config.train.compile_cache)
     claim(workdir, config)
     mesh = make_mesh(config.mesh)
     task: Task = TASKS[config.task](config)
@@ -45,7 +48,7 @@ def train(config: Config, workdir: Path) -> None:
     trainer = Trainer(config, task, mesh, str(workdir))
     on_eval = _validation(config, task, mesh) if config.train.eval_every else None
     state = trainer.run(on_eval)
-    params = state["ema"]
+    params = averaged(state)
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config, task, params, workdir)
         return
@@ -62,6 +65,7 @@ def run_eval(config: Config, workdir: Path) -> None:
         )
     if not (workdir / EXPORT).is_dir():
         raise UserError(f"{workdir / EXPORT}: no trained weights here; run --mode=train first")
+    use_compile_cache(config.train.compile_cache)
     claim(workdir, config)
     mesh = make_mesh(config.mesh)
     task = SegmentationTask(config)
@@ -136,7 +140,7 @@ def _validation(config: Config, task: Task, mesh: Mesh):
     bank, tiles = evaluator.bank(classes), evaluator.tiles("val", label_set)
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
-        scores = evaluator.scores(state["ema"], tiles, bank, EStep(1, 1), identity(len(classes)))
+        scores = evaluator.scores(averaged(state), tiles, bank, EStep(1, 1), identity(len(classes)))
         return {"val_miou": scores.miou}
 
     return on_eval

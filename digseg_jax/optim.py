@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from digseg_jax.arraytypes import Array, Params
 from digseg_jax.config import OptimConfig
+from digseg_jax.errors import UserError, nearest
+from digseg_jax.models import functional
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -38,6 +43,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=kernels,
+            mu_dtype=None if config.mu_dtype == "float32" else config.mu_dtype,
         ),
     )
 
@@ -46,3 +52,42 @@ def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params
     """One step of the moving average; short at first, so that it forgets the start."""
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema, params)
+
+
+def split_frozen(params: Params, freeze: Iterable[str]) -> tuple[Params, Params]:
+    """Parameters that learn, and those whose path (`a.0.kernel`) one of the regexes finds."""
+    patterns = tuple(freeze)
+    if not patterns:
+        return params, {}
+    flat = functional.flatten(params)
+    fixed = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    return (
+        functional.unflatten({path: x for path, x in flat.items() if path not in fixed}),
+        functional.unflatten({path: flat[path] for path in fixed}),
+    )
+
+
+def join_frozen(trainable: Params, fixed: Params) -> Params:
+    """Inverse of `split_frozen`."""
+    if not fixed:
+        return trainable
+    return functional.unflatten(functional.flatten(trainable) | functional.flatten(fixed))
+
+
+def check_freeze(params: Params, freeze: Iterable[str]) -> None:
+    """Raises UserError for a pattern of `config.optim.freeze` that matches nothing, or if all match."""
+    paths = list(functional.flatten(params))
+    for pattern in freeze:
+        if not any(re.search(pattern, path) for path in paths):
+            parts = dict.fromkeys(
+                ".".join(path.split(".")[:end])
+                for path in paths
+                for end in range(1, path.count(".") + 2)
+            )
+            hint = nearest(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), parts)
+            raise UserError(
+                f"config.optim.freeze: {pattern!r} matches no parameter{hint}; "
+                f"parameters are below {', '.join(params)}"
+            )
+    if not split_frozen(params, freeze)[0]:
+        raise UserError("config.optim.freeze: matches every parameter, nothing is left to train")

@@ -73,6 +73,38 @@ def infer_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def replicated_bytes(tree: Any, shardings: Any) -> dict[str, int]:
+    """Bytes of each leaf that every device holds whole, by its path, largest first.
+
+    On one device that is every leaf.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    places = jax.tree.leaves(shardings)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="."): _bytes(leaf)
+        for (path, leaf), place in zip(leaves, places, strict=True)
+        if place.is_fully_replicated
+    }
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def describe_memory(tree: Any, shardings: Any) -> str:
+    """One line: bytes in all, on one device, and of what every device holds whole."""
+    leaves = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
+    total = sum(_bytes(leaf) for leaf, _ in leaves)
+    share = sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in leaves)
+    whole = replicated_bytes(tree, shardings)
+    largest = ", ".join(f"{path} {size / 1e6:.2f} MB" for path, size in list(whole.items())[:2])
+    return (
+        f"{total / 1e9:.3f} GB in all, {share / 1e9:.3f} GB a device, of which replicated "
+        f"{sum(whole.values()) / 1e9:.3f} GB (largest: {largest})"
+    )
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays to device arrays; each process hands over its own shards only."""
 

@@ -17,11 +17,16 @@ EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 FREE_SECTIONS = ("eval", "mesh")
 FREE_KEYS = (
     "train.log_every",
+    "train.accumulation",
+    "train.profile",
+    "train.compile_cache",
+    "train.wandb",
     "checkpoint.every",
     "checkpoint.keep",
     "data.workers",
     "model.conv",
     "model.attention",
+    "model.remat",
 )
 
 

@@ -7,6 +7,8 @@ the TensorBoard events repeat it for people who like that viewer.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
 import numbers
@@ -86,12 +88,33 @@ def _mend(path: Path, truncate_after: int | None) -> None:
     os.replace(scratch, path)
 
 
+def require_wandb(project: str) -> None:
+    """Raises UserError if a project is named and the optional package is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"config.train.wandb={project!r} needs the package wandb, which is not installed: "
+            "pip install wandb"
+        )
+
+
+def _wandb_run(project: str, workdir: Path) -> Any:
+    """The run of this directory: a resumed training goes on with the one it had."""
+    require_wandb(project)
+    import wandb
+
+    identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(
+        project=project, name=workdir.name, id=identity, dir=str(workdir), resume="allow"
+    )
+
+
 class MetricWriter:
     """Appends metrics to WORKDIR/metrics.jsonl and to event files in WORKDIR/tensorboard.
 
     truncate_after: the restored step on resume; later lines are dropped, so that a killed and
       resumed run has each step once. -1 drops every line; None keeps all.
     active: whether this process writes; by default only JAX process 0 does.
+    wandb: project at Weights & Biases that gets the metrics too; "": none.
     """
 
     def __init__(
@@ -100,6 +123,7 @@ class MetricWriter:
         *,
         truncate_after: int | None = None,
         active: bool | None = None,
+        wandb: str = "",
     ) -> None:
         self.active = jax.process_index() == 0 if active is None else active
         self.path = Path(workdir) / METRICS_NAME
@@ -114,6 +138,7 @@ class MetricWriter:
         self._events = SummaryWriter(
             str(self.path.parent / "tensorboard"), purge_step=purge, flush_secs=10
         )
+        self._wandb = _wandb_run(wandb, self.path.parent) if wandb else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes scalars of one step; a value that is not finite becomes null."""
@@ -127,12 +152,17 @@ class MetricWriter:
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(name, value, int(step))
+        if self._wandb is not None:
+            finite = {name: value for name, value in values.items() if value is not None}
+            self._wandb.log(finite, step=int(step))
 
     def close(self) -> None:
         """Flushes and closes both files; safe to call twice."""
         if self.active:
             self._file.close()
             self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
             self.active = False
 
     def __enter__(self) -> Self:

@@ -3,18 +3,33 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax import sharding
 from digseg_jax.config import MeshConfig, OptimConfig
 from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
+from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.optim import make_optimizer
-from digseg_jax.sharding import infer_shardings, make_mesh, place, place_batch, spec_of
+from digseg_jax.sharding import (
+    describe_memory,
+    infer_shardings,
+    make_mesh,
+    place,
+    place_batch,
+    replicated_bytes,
+    spec_of,
+)
+from digseg_jax.step import initial_state
 
 QUERY = ".mid_block.attentions.0.transformer_blocks.0.attn2.to_q.kernel"
 OUT = ".mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.kernel"
@@ -125,3 +140,62 @@ def test_a_batch_is_split_over_data_and_fsdp():
     batch = place_batch({"image": np.arange(8)[:, None]}, tiny.mesh(data=2, fsdp=2, tensor=2))
     assert {s.data.shape for s in batch["image"].addressable_shards} == {(2, 1)}
     np.testing.assert_array_equal(batch["image"][:, 0], np.arange(8))
+
+
+SD15 = UNetConfig(in_channels=8, text_adapters=True, text_dim=768)
+SD21 = UNetConfig(
+    in_channels=8,
+    text_adapters=True,
+    text_dim=768,
+    cross_attention_dim=1024,
+    attention_head_dim=(5, 10, 20, 20),
+    use_linear_projection=True,
+)
+
+
+@pytest.fixture(scope="module", params=[SD15, SD21], ids=["SD 1.5", "SD 2.1"])
+def state(request):
+    """A whole train state's shapes."""
+    unet = functional.abstract(
+        lambda: UNet2DConditionModel(request.param, rngs=functional.FixedRngs())
+    )[1]
+    config = OptimConfig()
+    return jax.eval_shape(lambda p: initial_state(p, make_optimizer(config, 10), config), unet)
+
+
+class TestFullSize:
+    """Stable Diffusion's own shapes; nothing is allocated."""
+
+    @pytest.mark.parametrize("axes", [(1, 8, 1), (2, 64, 1), (1, 4, 8), (4, 16, 2)], ids=str)
+    def test_every_large_array_of_the_state_is_split(self, axes, state):
+        mesh = AbstractMesh(axes, sharding.AXES)
+        shardings = infer_shardings(state, mesh)
+        whole = replicated_bytes(state, shardings)
+        assert max(whole.values()) < 4 * sharding.FSDP_MIN_SIZE, list(whole.items())[:3]
+        total = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
+        assert total > 13e9  # parameters, average and two moments
+        assert sum(whole.values()) < 0.01 * total
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True)
+        share = sum(math.prod(s.shard_shape(x.shape)) * 4 for x, s in pairs)
+        assert share < 1.05 * total / axes[1]
+
+    def test_moments_and_average_lie_like_the_parameters(self, state):
+        shardings = infer_shardings(state, AbstractMesh((1, 4, 2), sharding.AXES))
+        moments = next(x for x in jax.tree.leaves(
+            shardings["opt"], is_leaf=lambda n: hasattr(n, "mu")) if hasattr(x, "mu"))  # fmt: skip
+        for tree in (shardings["ema"], moments.mu, moments.nu):
+            assert tree == shardings["params"]
+
+    def test_the_autoencoder_is_split_too(self):
+        vae = functional.abstract(lambda: AutoencoderKL(VaeConfig(), rngs=functional.FixedRngs()))[1]
+        whole = replicated_bytes(vae, infer_shardings(vae, AbstractMesh((1, 64, 1), sharding.AXES)))
+        assert max(whole.values()) < 4 * sharding.FSDP_MIN_SIZE
+
+
+def test_the_report_counts_what_every_device_holds_whole():
+    mesh = tiny.mesh(fsdp=8)
+    tree = {"a": {"kernel": np.zeros((512, 512), np.float32)}, "bias": np.zeros(1000, np.float32)}
+    shardings = infer_shardings(tree, mesh)
+    assert replicated_bytes(tree, shardings) == {"bias": 4000}
+    line = describe_memory(tree, shardings)
+    assert "bias 0.00 MB" in line and "0.001 GB in all" in line

@@ -19,12 +19,12 @@ from digseg_jax.models.bert import BertConfig, BertModel
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.optim import make_optimizer
 from digseg_jax.sharding import infer_shardings, place, place_batch
+from digseg_jax.step import initial_state, make_train_step
 from digseg_jax.tasks.autoencoder import AutoencoderTask, binary_iou, mask_error
 from digseg_jax.tasks.base import example_keys, to_unit
 from digseg_jax.tasks.components import draw_noise_and_timestep, schedule_of
 from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
-from digseg_jax.train import initial_state, make_train_step
 from digseg_jax.weights import carriers, load_component, load_params, save_component
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
@@ -45,7 +45,7 @@ def segmentation(folders):
 def train(config, task, mesh, steps):
     """Losses of `steps` steps on made-up batches, and the gradients after the last."""
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state = initial_state(task.initial(), optimizer)
+    state = initial_state(task.initial(), optimizer, config.optim)
     shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
     state, frozen_arrays = place(state, shardings), place(task.frozen, frozen)
     step = make_train_step(task, config, mesh, shardings, frozen)

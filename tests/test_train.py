@@ -22,8 +22,11 @@ from safetensors.numpy import load_file
 
 from digseg_jax import sharding
 from digseg_jax.errors import UserError
+from digseg_jax.failure import load_failure
+from digseg_jax.replay import replay
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.train import Trainer
+from digseg_jax.train_log import NotFinite
 from digseg_jax.writers import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,10 @@ class ToyTask:
     """A task small enough to compile at once, with all that the loop must keep: images and keys."""
 
     frozen = {"shift": np.float32(0.1)}
+
+    @property
+    def abstract(self):
+        return jax.eval_shape(self.initial)
 
     def initial(self):
         return {"kernel": np.full((16, 8), 0.5, np.float32), "bias": np.zeros(3, np.float32)}
@@ -113,6 +120,10 @@ def test_each_line_of_the_metrics_has_what_readers_rely_on(whole):
         names = {"step", "loss", "images_per_second", "grad_norm", "learning_rate", "spread"}
         assert row.keys() >= names
         assert row["images_per_second"] > 0
+        assert row["flops_per_second"] > 0 and "mfu" not in row  # a CPU has no stated peak
+        shares = [row[f"time_{name}"] for name in ("data", "step", "checkpoint", "eval")]
+        assert min(shares) >= 0 and sum(shares) == pytest.approx(1.0)
+    assert any(row["time_checkpoint"] > 0 for row in rows[2:])
 
 
 def test_a_line_is_the_mean_of_the_steps_since_the_last(folders, whole, tmp_path):
@@ -163,9 +174,14 @@ def test_a_run_may_go_on_with_another_mesh(folders, whole, tmp_path, monkeypatch
 
 def test_training_does_not_write_into_the_initial_parameters(config, tmp_path):
     """The state is donated; on a CPU its buffers may be the very memory of the NumPy arrays."""
-    t = trainer(config, tmp_path)
-    t.run()
-    assert_same_bits(t.initial_params, ToyTask().initial())
+    params = ToyTask().initial()
+
+    class Keeping(ToyTask):
+        def initial(self):
+            return params
+
+    trainer(config, tmp_path, Keeping()).run()
+    assert_same_bits(params, ToyTask().initial())
 
 
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(folders, tmp_path):
@@ -191,6 +207,68 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(config, tmp_path):
     with pytest.raises(FloatingPointError, match="at step 3"):
         trainer(config, tmp_path, Exploding()).run()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")][:2] == [1, 2]
+
+
+class Poisoned(ToyTask):
+    """Example 19 of the stream, which is in step 3, gives no number."""
+
+    def loss(self, params, frozen, batch, keys):
+        loss, metrics = super().loss(params, frozen, batch, keys)
+        return loss * jnp.where((batch["index"] == 19).any(), jnp.nan, 1.0), metrics
+
+
+@pytest.fixture(scope="module")
+def stopped(folders, tmp_path_factory):
+    """It logs only at the end, so that it is the checkpoint at step 4 that looks first."""
+    workdir = tmp_path_factory.mktemp("poisoned")
+    config = tiny.config(
+        folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=100
+    )
+    with pytest.raises(NotFinite, match="loss nan, grad_norm nan at step 3"):
+        trainer(config, workdir, Poisoned()).run()
+    return config, workdir
+
+
+class TestNotFinite:
+    """The guard: stops with the step, writes no bad checkpoint, and the step can be repeated."""
+
+    def test_the_state_after_it_is_not_saved(self, stopped):
+        folder = stopped[1] / "checkpoints"
+        assert [p.name for p in folder.iterdir() if p.name.isdigit()] == ["2"]
+        assert [(r["step"], r["loss"]) for r in read_metrics(stopped[1] / "metrics.jsonl")] == [
+            (3, None)
+        ]
+
+    def test_what_is_needed_to_repeat_it_is(self, stopped):
+        failure, batch = load_failure(str(stopped[1]))
+        assert failure["step"] == 3 and failure["checkpoint"] == 2 and failure["seed"] == 0
+        assert failure["metrics"]["loss"] == "nan"
+        assert sorted(batch["index"]) == list(range(16, 24)) and batch["image"].dtype == np.uint8
+
+    def test_the_replay_names_the_example_and_the_gradients(self, stopped):
+        config, workdir = stopped
+        report = replay(str(workdir), trainer(config, workdir, Poisoned()))
+        assert report["step"] == 3 and report["from_checkpoint"] == 2
+        assert [i for i, loss in report["example_losses"].items() if loss == "nan"] == [19]
+        assert report["parameters_not_finite"] == []
+        assert report["gradients_not_finite"] == ["bias", "kernel"]
+
+    def test_a_run_that_has_gone_on_is_not_replayed(self, stopped, tmp_path):
+        config, workdir = stopped
+        shutil.copytree(workdir, tmp_path / "run")
+        trainer(config, tmp_path / "run").run()
+        with pytest.raises(UserError, match="gone on to step 6"):
+            replay(str(tmp_path / "run"), trainer(config, tmp_path / "run"))
+
+    def test_nothing_to_replay_is_one_clear_error(self, tmp_path):
+        with pytest.raises(UserError, match="no failed step"):
+            load_failure(str(tmp_path))
+
+
+def test_a_profile_of_the_named_steps_is_written(folders, tmp_path):
+    config = tiny.config(folders, train__steps=3, train__profile=(2, 2))
+    trainer(config, tmp_path).run()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def damage(folder: Path, how: str) -> None:

@@ -36,6 +36,61 @@ def test_each_write_is_one_json_line_that_is_on_disk_at_once(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": 0.25, "images": 7}
 
 
+FAKE_WANDB = """
+import json, pathlib
+calls = pathlib.Path(__file__).with_name("calls.jsonl")
+
+def note(*call):
+    with calls.open("a") as file:
+        file.write(json.dumps(call) + "\\n")
+
+class Run:
+    def log(self, values, step):
+        note("log", values, step)
+
+    def finish(self):
+        note("finish")
+
+def init(**options):
+    note("init", options)
+    return Run()
+"""
+
+
+class TestWandb:
+    @pytest.fixture
+    def calls(self, tmp_path, monkeypatch):
+        folder = tmp_path / "packages"
+        folder.mkdir()
+        (folder / "wandb.py").write_text(FAKE_WANDB)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "wandb", raising=False)
+        yield lambda: [json.loads(x) for x in (folder / "calls.jsonl").read_text().splitlines()]
+        sys.modules.pop("wandb", None)
+
+    def test_a_named_project_gets_what_the_file_gets(self, tmp_path, calls):
+        with MetricWriter(tmp_path / "run", active=True, wandb="land") as writer:
+            writer.write(3, {"loss": 0.5, "bad": float("nan")})
+        start, row, end = calls()
+        assert start[1]["project"] == "land" and start[1]["resume"] == "allow"
+        assert row == ["log", {"loss": 0.5}, 3] and end == ["finish"]
+
+    def test_a_resumed_directory_goes_on_with_the_same_run(self, tmp_path, calls):
+        for folder in ("a", "a", "b"):
+            MetricWriter(tmp_path / folder, active=True, wandb="land").close()
+        first, second, other = (call[1]["id"] for call in calls() if call[0] == "init")
+        assert first == second != other
+
+    def test_a_missing_package_is_one_clear_error(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="config.train.wandb='land'.*pip install wandb"):
+            MetricWriter(tmp_path, active=True, wandb="land")
+
+    def test_it_is_imported_only_if_asked_for(self, tmp_path, calls):
+        MetricWriter(tmp_path, active=True).close()
+        assert "wandb" not in sys.modules
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -np.inf, np.float32("nan")])
 def test_a_value_that_is_not_finite_becomes_null(tmp_path, value):
     with MetricWriter(tmp_path, active=True) as writer:

@@ -18,6 +18,7 @@ from digseg_jax.segmentation import metrics
 from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import make_mesh
+from digseg_jax.step import averaged
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
 
@@ -31,7 +32,7 @@ def one(config: Config) -> dict[str, float]:
         state = Trainer(config, task, mesh, scratch).run()
     evaluator = Evaluator(config, task, mesh)
     scores = evaluator.scores(
-        state["ema"],
+        averaged(state),
         evaluator.tiles("test", "groups"),
         evaluator.bank(landcover.GROUPS),
         ESTEP,

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.models import remat
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, layer_norm, linear
 
 QUERY_CHUNK = 1024
@@ -81,7 +84,8 @@ class Attention(nnx.Module):
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
-        y = attention(q, k, v, mask, self.compute.attention)
+        attend = partial(attention, implementation=self.compute.attention)
+        y = remat.attention(attend, self.compute.remat)(q, k, v, mask)
         return self.to_out[0](y.reshape(x.shape))
 
 
@@ -162,6 +166,7 @@ class Transformer2DModel(nnx.Module):
         else:
             self.proj_in = Conv(features, features, 1, **options)
             self.proj_out = Conv(features, features, 1, **options)
+        self.compute = compute
         self.transformer_blocks = nnx.List(
             [
                 BasicTransformerBlock(features, context_features, heads, **options)
@@ -175,6 +180,9 @@ class Transformer2DModel(nnx.Module):
         context: Float[Array, "b m d"],
         mask: Bool[Array, "b m"] | None,
     ) -> Float[Array, "b h w c"]:
+        return remat.block(self._residual, self.compute.remat)(x, context, mask)
+
+    def _residual(self, x: Array, context: Array, mask: Array | None) -> Array:
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:

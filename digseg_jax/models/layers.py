@@ -21,11 +21,13 @@ class Compute:
     conv: "xla" | "im2col" (one matrix product; up to twice as fast on CPU for maps of 16x16 and
       less, where XLA's convolution gradient is slow; the same numbers up to summation order).
     attention: see `models.attention.attention`.
+    remat: see `models.remat`.
     """
 
     dtype: jnp.dtype = jnp.float32
     conv: str = "xla"
     attention: str = "plain"
+    remat: str = "none"
 
 
 class Conv(nnx.Module):

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models import remat
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, linear, upsample_nearest
 
 
@@ -30,12 +31,16 @@ class ResnetBlock2D(nnx.Module):
             self.time_emb_proj = linear(time_features, out_features, compute=compute, rngs=rngs)
         self.norm2 = GroupNorm(out_features, groups, eps=eps, compute=compute)
         self.conv2 = Conv(out_features, out_features, compute=compute, rngs=rngs)
+        self.compute = compute
         if in_features != out_features:
             self.conv_shortcut = Conv(in_features, out_features, 1, compute=compute, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b h w c"], time: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b h w d"]:
+        return remat.block(self._residual, self.compute.remat)(x, time)
+
+    def _residual(self, x: Array, time: Array | None) -> Array:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         if time is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]

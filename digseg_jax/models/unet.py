@@ -118,8 +118,9 @@ class UNet2DConditionModel(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         conv: str = "xla",
         attention: str = "plain",
+        remat: str = "none",
     ):
-        compute = Compute(dtype, conv, attention)
+        compute = Compute(dtype, conv, attention, remat)
         options = {"compute": compute, "rngs": rngs}
         widths, levels = config.block_out_channels, len(config.block_out_channels)
         time_features = 4 * widths[0]

@@ -174,8 +174,9 @@ class AutoencoderKL(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         conv: str = "xla",
         attention: str = "plain",
+        remat: str = "none",
     ):
-        options = {"compute": Compute(dtype, conv, attention), "rngs": rngs}
+        options = {"compute": Compute(dtype, conv, attention, remat), "rngs": rngs}
         channels = config.latent_channels
         self.config = config
         self.encoder = Encoder(config, **options)

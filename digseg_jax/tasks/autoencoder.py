@@ -38,6 +38,7 @@ class AutoencoderTask:
                 rngs=functional.FixedRngs(),
                 dtype=jnp.dtype(config.model.dtype),
                 conv=config.model.conv,
+                remat=config.model.remat,
             )
         )
         self.frozen: Params = {}
@@ -46,7 +47,12 @@ class AutoencoderTask:
         return functional.random_init(self.abstract, self.seed)
 
     def loss(
-        self, params: Params, frozen: Params, batch: Batch, keys: Array
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        keys: Array,
+        whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         vae = functional.merge(self.graphdef, params)
         image = to_unit(batch["image"])

@@ -21,9 +21,19 @@ class Task(Protocol):
         """Parameters at step 0, host arrays."""
 
     def loss(
-        self, params: Params, frozen: Params, batch: Batch, keys: Array
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        keys: Array,
+        whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Mean loss over the global batch and scalar metrics; `keys` is one key per example."""
+        """Mean loss over the global batch and scalar metrics; `keys` is one key per example.
+
+        whole: given when `batch` is one of the equal parts of an accumulated batch: that batch. The
+          mean of the parts' losses must be the loss of the whole, so what is not a plain mean over
+          examples (a count of valid cells, a deviation) is taken from `whole`.
+        """
 
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
         """Writes the trained component in diffusers' layout."""

@@ -57,7 +57,10 @@ class PriorTask:
         check_fit(config, self.vae, tower, self.unet_config)
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
-                self.unet_config, rngs=functional.FixedRngs(), **compute_options(model)
+                self.unet_config,
+                rngs=functional.FixedRngs(),
+                remat=model.remat,
+                **compute_options(model),
             )
         )
 
@@ -65,7 +68,12 @@ class PriorTask:
         return functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)
 
     def loss(
-        self, params: Params, frozen: Params, batch: Batch, keys: Array
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        keys: Array,
+        whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         x0 = self.vae.encode(frozen["vae"], to_unit(batch["image"]))
         noise, t = draw_noise_and_timestep(keys, x0.shape[1:], self.config.diffusion, self.schedule)

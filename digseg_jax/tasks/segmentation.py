@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from digseg_jax import assets
-from digseg_jax.arraytypes import Array, Batch, Float, Int, Params, UInt8
+from digseg_jax.arraytypes import Array, Batch, Bool, Float, Int, Params, UInt8
 from digseg_jax.config import Config
 from digseg_jax.data.landcover_prompts import training_prompts
 from digseg_jax.models import functional
@@ -62,7 +62,10 @@ class SegmentationTask:
         check_fit(config, self.vae, self.tower, self.unet_config)
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
-                self.unet_config, rngs=functional.FixedRngs(), **compute_options(model)
+                self.unet_config,
+                rngs=functional.FixedRngs(),
+                remat=model.remat,
+                **compute_options(model),
             )
         )
 
@@ -80,7 +83,12 @@ class SegmentationTask:
         )
 
     def loss(
-        self, params: Params, frozen: Params, batch: Batch, keys: Array
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        keys: Array,
+        whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         image, label = to_unit(batch["image"]), batch["label"]
         b, q = batch["query"].shape
@@ -93,17 +101,26 @@ class SegmentationTask:
             noise_keys, x0.shape[1:], self.config.diffusion, self.schedule
         )
         query = batch["query"].reshape(-1)
+        every = None if whole is None else frozen["bank"]["tokens"][whole["query"].reshape(-1)]
         unet = functional.merge(self.graphdef, params)
         prediction = unet(
             jnp.concatenate([image_latent, self.schedule.add_noise(x0, noise, t)], axis=-1),
             t,
-            self._noisy_text(frozen["bank"]["tokens"][query], text_keys),
+            self._noisy_text(frozen["bank"]["tokens"][query], text_keys, every),
             frozen["bank"]["mask"][query],
         )
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), q, axis=0)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
-        loss = (squared * valid).sum() / jnp.maximum(valid.sum(), 1)
+        loss = (squared * valid).sum() / self._valid_cells(valid, whole)
         return loss, {"mean_timestep": t.mean()}
+
+    def _valid_cells(self, valid: Bool[Array, "n h w"], whole: Batch | None) -> Array:
+        """What the sum of the errors is divided by; of an accumulated batch, the parts' mean."""
+        if whole is None:
+            return jnp.maximum(valid.sum(), 1)
+        images, queries = whole["query"].shape
+        cells = queries * latent_validity(whole["label"], self.vae.config.factor).sum()
+        return jnp.maximum(cells, 1) * (valid.shape[0] / (images * queries))
 
     def _query_keys(self, keys: Array, q: int) -> tuple[Array, Array]:
         """Two independent keys for each (example, query), flattened to [b * q]."""
@@ -111,13 +128,19 @@ class SegmentationTask:
         pairs = pairs.reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
 
-    def _noisy_text(self, tokens: Float[Array, "n l d"], keys: Array) -> Float[Array, "n l d"]:
-        """Tokens with a little noise: neighbours of a trained name should mean the same."""
+    def _noisy_text(
+        self, tokens: Float[Array, "n l d"], keys: Array, every: Float[Array, "m l d"] | None = None
+    ) -> Float[Array, "n l d"]:
+        """Tokens with a little noise: neighbours of a trained name should mean the same.
+
+        every: those of the whole batch, whose deviation counts; None: `tokens` are.
+        """
         scale = self.config.data.text_noise
         if not scale:
             return tokens
         draws = jax.vmap(lambda key: jax.random.normal(key, tokens.shape[1:]))(keys)
-        return tokens + scale * tokens.std() * draws
+        deviation = (tokens if every is None else every).std()
+        return tokens + scale * deviation * draws
 
     def evidence(
         self,

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rematerialisation: what the backward pass keeps, and what it computes again.
+
+The one place that knows the policies. Models wrap their units in `block` and `attention`; the
+parameters, their paths and the results stay the same, only memory and time change.
+
+| mode | kept for the backward pass | computed again |
+|---|---|---|
+| none | everything | nothing |
+| attention | everything but the attention weights | scores and softmax, from q, k and v |
+| dots | results of weight products and convolutions | norms, activations, attention |
+| block | the input of every resnet and transformer | all that happens in it |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+MODES = ("none", "block", "attention", "dots")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def block(function: F, mode: str) -> F:
+    """Wraps a resnet or a transformer; its arguments are arrays (or None)."""
+    if mode == "block":
+        return jax.checkpoint(function)
+    if mode == "dots":
+        return jax.checkpoint(function, policy=weight_products)
+    return _unchanged(function, mode)
+
+
+def attention(function: F, mode: str) -> F:
+    """Wraps a function of (q, k, v, mask)."""
+    return jax.checkpoint(function) if mode == "attention" else _unchanged(function, mode)
+
+
+def weight_products(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether to keep the result: of convolutions, and of products without a batch dimension.
+
+    Attention's products have one; they are the large ones, and the reason to rematerialise.
+    """
+    if primitive is jax.lax.conv_general_dilated_p:
+        return True
+    if primitive is jax.lax.dot_general_p:
+        _, (batch_dimensions, _) = params["dimension_numbers"]
+        return not batch_dimensions
+    return False
+
+
+def _unchanged(function: F, mode: str) -> F:
+    if mode not in MODES:
+        raise ValueError(f"rematerialisation {mode!r}; legal: {', '.join(MODES)}")
+    return function
