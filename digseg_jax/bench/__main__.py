@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.bench {landcover,prior} [--json] ..."""
+"""python -m digseg_jax.bench {landcover,prior,step} [--json] ..."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def _parser() -> argparse.ArgumentParser:
     prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
     prior.add_argument("--seeds", type=int, default=3)
     prior.add_argument("--steps", type=int, default=300)
-    for job in (cover, prior):
+    step = jobs.add_parser("step", help="one step of the full-size Stable Diffusion 1.5 model")
+    step.add_argument("--size", type=int, default=256, help="pixels of a side of the one image")
+    step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    step.add_argument("--no-ema", action="store_true", help="keep no moving average: 3.4 GB less")
+    for job in (cover, prior, step):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -40,6 +44,10 @@ def main() -> int:
             from digseg_jax.bench import landcover
 
             result = landcover.run(arguments.weights, with_estep=arguments.estep)
+        elif arguments.job == "step":
+            from digseg_jax.bench import step
+
+            result = step.run(arguments.size, arguments.dtype, ema=not arguments.no_ema)
         else:
             from digseg_jax.bench import prior
 
