@@ -111,15 +111,15 @@ def violations(name: str, findings: dict[str, Any]) -> list[str]:
 def run(
     name: str, root: str | Path, splits: list[str], *, limit: int, sheet: Path | None
 ) -> dict[str, Any]:
-    """Checks splits (all with files, if none is named) and writes the contact sheet.
+    """Checks splits (if none is named, all but the extra ones) and writes the contact sheet.
 
     Raises:
-      UserError: no such data set, or nothing of it is found.
+      UserError: no such data set.
     """
     spec = registry.spec(name, root)
     results: dict[str, Any] = {}
     tiles: list[Tile] = []
-    for split in splits or list(spec.splits):
+    for split in splits or [s for s in spec.splits if s not in spec.extra_splits]:
         try:
             source = registry.open_source(name, root, split)
         except UserError as error:
@@ -168,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.data.check", description=__doc__)
     parser.add_argument("--dataset", required=True, help=", ".join(registry.names()))
     parser.add_argument("--root", default="", help="the folder of the download, as it unpacks")
-    parser.add_argument("--split", action="append", default=[], help="may be repeated; default: all")
+    parser.add_argument(
+        "--split", action="append", default=[], help="may be repeated; default: all but the extra ones"
+    )
     parser.add_argument("--limit", type=int, default=0, help="read only so many images of a split")
     parser.add_argument("--sheet", type=Path, help="contact sheet; default: NAME_check.png; '-': none")
     parser.add_argument("--json", action="store_true", help="print JSON alone on stdout")

@@ -21,7 +21,7 @@ from digseg_jax.errors import UserError
 
 MAX_PIXELS = 80_000_000  # the largest image of any data set here has about a third of it
 MAX_BYTES = 512 * 2**20
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "BMP", "WEBP")
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 LABEL_FORMATS = ("PNG", "TIFF", "BMP")  # lossless ones
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -200,7 +200,7 @@ def _decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
         raise UnreadableError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file can raise anything from inside its decoder
         kinds = ", ".join(formats)
-        reason = " ".join(str(error).split()).replace(f" {io.BytesIO}", "")
+        reason = " ".join(str(error).split())
         raise UnreadableError(f"{path}: cannot be decoded ({kinds}): {reason}") from error
     if width * height > MAX_PIXELS:
         raise UnreadableError(f"{path}: {width}x{height} pixels, more than {MAX_PIXELS} in all")

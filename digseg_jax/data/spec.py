@@ -41,6 +41,8 @@ class DatasetSpec:
     """A data set as facts.
 
     splits: official number of labelled images by split; 0 where nobody but the user knows it.
+    extra_splits: those that overlap others, or that a usual download lacks; `check` reads them only
+      when they are asked for.
     train_split, eval_split: the ones that the paper's tables (or the field) use.
     ignored_raw: values of the label file that become -1; any value not listed anywhere is an error,
       except where `ignore` says otherwise.
@@ -60,6 +62,7 @@ class DatasetSpec:
     ignore: str
     licence: str
     ignored_raw: tuple[int, ...] = ()
+    extra_splits: tuple[str, ...] = ()
     train_split: str = "train"
     eval_split: str = "val"
     template: str = "{}"
