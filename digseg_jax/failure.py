@@ -45,7 +45,7 @@ def save_failure(
 
 
 def load_failure(workdir: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The latest failure's record and its whole batch.
+    """The latest failure's record and its whole batch, each example once, in the stream's order.
 
     Raises:
       UserError: no failure was saved here, or a process's part of the batch is missing.
@@ -62,4 +62,7 @@ def load_failure(workdir: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if not path.exists():
             raise UserError(f"{path}: missing; it is process {process}'s part of the batch")
         parts.append(dict(np.load(io.BytesIO(path.read_bytes()))))
-    return values, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    # processes along the tensor axis are fed the same rows
+    _, rows = np.unique(batch["index"], return_index=True)
+    return values, {key: value[rows] for key, value in batch.items()}

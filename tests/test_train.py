@@ -243,7 +243,19 @@ class TestNotFinite:
         failure, batch = load_failure(str(stopped[1]))
         assert failure["step"] == 3 and failure["checkpoint"] == 2 and failure["seed"] == 0
         assert failure["metrics"]["loss"] == "nan"
-        assert sorted(batch["index"]) == list(range(16, 24)) and batch["image"].dtype == np.uint8
+        assert list(batch["index"]) == list(range(16, 24)) and batch["image"].dtype == np.uint8
+
+    def test_rows_that_two_processes_were_fed_count_once(self, stopped, tmp_path):
+        shutil.copytree(stopped[1], tmp_path / "run")
+        folder = tmp_path / "run" / "failure" / "3"
+        shutil.copy(folder / "batch_0.npz", folder / "batch_1.npz")
+        record = json.loads((folder / "failure.json").read_text())
+        (folder / "failure.json").write_text(json.dumps(record | {"processes": 2}))
+        _, batch = load_failure(str(tmp_path / "run"))
+        assert list(batch["index"]) == list(range(16, 24))
+        (folder / "batch_1.npz").unlink()
+        with pytest.raises(UserError, match="batch_1.npz: missing.*process 1"):
+            load_failure(str(tmp_path / "run"))
 
     def test_the_replay_names_the_example_and_the_gradients(self, stopped):
         config, workdir = stopped
