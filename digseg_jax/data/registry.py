@@ -83,6 +83,8 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     Raises:
       UserError: no such data set, split or folder, or files without their partner.
     """
+    if str(root) == "" and not name.startswith("landcover"):
+        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
     facts = spec(name, root)
     if split not in facts.splits:
         raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cityscapes, 19 classes, 2048x1024. Paper: mIoU 38.5 open-vocabulary, trained on COCO-Stuff;
+supervised only pictures.
+
+    python -m digseg_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=RUN
+
+The model comes from the hub: Stable Diffusion 1.5, or 2.1 with configs/cityscapes.py:sd21.
+Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
+here and in digseg_jax/recipes.py.
+"""
+
+from digseg_jax.recipes import stable_diffusion
+
+
+def get_config(version: str = "sd15"):
+    config = stable_diffusion(version, "cityscapes")
+    config.data.num_queries = 6  # ours: most classes are in every image
+    return config

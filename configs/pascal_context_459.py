@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PASCAL-Context-459, supervised (ours). In the paper it is only evaluated, by a model
+trained as configs/coco_stuff.py. Paper: mIoU 29.2.
+
+    python -m digseg_jax.main --config=configs/pascal_context_459.py --config.data.root=DIR --workdir=RUN
+
+The model comes from the hub: Stable Diffusion 1.5, or 2.1 with configs/pascal_context_459.py:sd21.
+Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
+here and in digseg_jax/recipes.py.
+"""
+
+from digseg_jax.recipes import stable_diffusion
+
+
+def get_config(version: str = "sd15"):
+    config = stable_diffusion(version, "pascal_context_459")
+    config.data.num_queries = 8  # ours: many classes, most of them rare
+    config.train.steps = 20_000  # ours: 4,998 images
+    return config

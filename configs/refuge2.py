@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""REFUGE2 optic disc and cup; the disc contains the cup. Paper: pictures only, no numbers.
+
+    python -m digseg_jax.main --config=configs/refuge2.py --config.data.root=DIR --workdir=RUN
+
+The model comes from the hub: Stable Diffusion 1.5, or 2.1 with configs/refuge2.py:sd21.
+Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
+here and in digseg_jax/recipes.py.
+"""
+
+from digseg_jax.recipes import stable_diffusion
+
+
+def get_config(version: str = "sd15"):
+    config = stable_diffusion(version, "refuge2")
+    config.data.num_queries = 2  # ours: three classes
+    config.train.steps = 10_000  # ours: 400 images
+    config.eval.split = "test"  # ours: val and test come from another camera than train
+    return config

