@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PASCAL-Context-459, supervised (ours). In the paper it is only evaluated, by a model
+r"""PASCAL-Context-459, supervised (ours). In the paper it is only evaluated, by a model
 trained as configs/coco_stuff.py. Paper: mIoU 29.2.
 
-    python -m digseg_jax.main --config=configs/pascal_context_459.py --config.data.root=DIR --workdir=RUN
+    python -m digseg_jax.main --config=configs/pascal_context_459.py --workdir=RUN \
+      --config.data.root=DIR
 
 The model comes from the hub: Stable Diffusion 1.5, or 2.1 with configs/pascal_context_459.py:sd21.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
