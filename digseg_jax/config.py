@@ -145,11 +145,31 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SegmentationConfig:
+    # binary: one query, one mask (open vocabulary; the paper does not say which it uses).
+    # palette: every class of a closed set in one pass, as colours
+    codec: str = legal("binary", "palette")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     split: str = legal("test", "val")
     ensemble: int = 2
     steps: int = 2
     spacing: str = legal("trailing", "leading")
+    ensemble_rule: str = legal("mean", "median", "vote")  # of the members' probabilities (ours)
+    # how mask latents become masks: each member decoded; decoded once, after the mean over members;
+    # or a linear probe that needs no decoder (binary codec only)
+    decoder: str = legal("vae", "latent_mean", "probe")
+    # pictures of other sizes than the training crop, in predict and in suites: overlapping windows at
+    # their own resolution, squeezed to one square, or scaled by the long side (the paper is silent)
+    inference: str = legal("window", "whole", "aspect")
+    absent_rule: str = legal("mmseg", "detectron2", "official")  # classes the labels never show
+    # open vocabulary: how many classes a coarse pass lets through (16 to 32 of hundreds), from
+    # which presence score on, and up to how many classes all of them are asked for as well (ours)
+    gate_limit: int = 16
+    gate_cut: float = 0.3
+    exhaustive_limit: int = 64
     batch_size: int = 4  # images per compiled call
     num_images: int = 0  # 0: the whole split
     gallery: int = 24  # images shown in the report
@@ -171,6 +191,7 @@ class Config:
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -199,6 +220,20 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain JSON-ready values; `parse` takes them back."""
     return _lists(dataclasses.asdict(config))
+
+
+def with_estep(config: Config, text: str) -> Config:
+    """The configuration with ensemble, steps and spacing of an E-Step such as "8x2".
+
+    Raises:
+      UserError: another form, or more steps than there are timesteps.
+    """
+    from digseg_jax.segmentation.inference import EStep  # imports JAX, which a wrong key need not
+
+    estep = EStep.parse(text)
+    values = to_dict(config)
+    values["eval"] |= dataclasses.asdict(estep)
+    return parse(values)
 
 
 def check_key(path: str) -> None:
@@ -266,6 +301,7 @@ def _check_combinations(c: Config) -> None:
         "eval.ensemble": c.eval.ensemble,
         "eval.steps": c.eval.steps,
         "eval.batch_size": c.eval.batch_size,
+        "eval.gate_limit": c.eval.gate_limit,
         "data.num_queries": c.data.num_queries,
         "data.image_size": c.data.image_size,
         "model.max_tokens": c.model.max_tokens,
@@ -308,6 +344,7 @@ def _check_combinations(c: Config) -> None:
             f"{c.diffusion.num_train_timesteps}"
         )
     _check_estep_table(c)
+    _check_codec(c)
     if not 0.0 <= c.data.negative_rate < 1.0:
         raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
     for name in c.data.train_label_sets:
@@ -315,6 +352,21 @@ def _check_combinations(c: Config) -> None:
             raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
     if not c.data.train_label_sets:
         raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
+
+
+def _check_codec(c: Config) -> None:
+    if c.segmentation.codec != "palette":
+        return
+    if c.eval.decoder == "probe":
+        raise UserError(
+            "config.eval.decoder='probe' reads binary masks; with config.segmentation.codec='palette' "
+            "choose vae or latent_mean"
+        )
+    if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
+        raise UserError(
+            f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
+            f"label set; with config.segmentation.codec='palette' it must be ('{c.data.label_set}',)"
+        )
 
 
 def _check_estep_table(c: Config) -> None:

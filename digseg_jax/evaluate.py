@@ -30,7 +30,7 @@ from digseg_jax.segmentation.inference import EStep
 from digseg_jax.segmentation.text_bank import PromptBank
 from digseg_jax.sharding import BATCH, place_batch
 from digseg_jax.tasks.components import bank_arrays, encode_bank
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
 from digseg_jax.writers import Progress
 
 CALIBRATION_STRIDE = 4  # every 4th pixel of both axes is enough to fit nine numbers
@@ -66,6 +66,9 @@ class Evaluator:
         self.batch_size = math.ceil(config.eval.batch_size / self.devices) * self.devices
 
     def bank(self, prompts: Sequence[str]) -> PromptBank:
+        """The encoded queries; a palette asks for all classes with one text of its own."""
+        if self.task.codec == "palette":
+            prompts = (PALETTE_PROMPT,)
         return encode_bank(self.task.tower, prompts, self.config.model.max_tokens)
 
     def _frozen(self, bank: PromptBank) -> Params:
@@ -98,7 +101,11 @@ class Evaluator:
         """Fits scale and biases on a split that training and test do not touch."""
         evidence, label = self.evidence(params, self.tiles(split, label_set), bank, estep)
         flat = np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1])
-        return calibration_lib.fit(flat, label.reshape(-1), split)
+        return calibration_lib.fit(flat, label.reshape(-1), split, self.fixed_scale())
+
+    def fixed_scale(self) -> float | None:
+        """Of a palette's evidence; None where the scale is to be fitted (binary codec)."""
+        return self.task.palette.scale if self.task.codec == "palette" else None
 
     def scores(
         self,
@@ -112,7 +119,7 @@ class Evaluator:
     ) -> Scores:
         """Counts over all tiles; query i of the bank stands for class i of the label set."""
         classes = landcover.LABEL_SETS[tiles.label_set]
-        if len(bank.prompts) != len(classes):
+        if self.task.codec == "binary" and len(bank.prompts) != len(classes):
             raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
         step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=3)
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
@@ -145,7 +152,7 @@ class Evaluator:
         )
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
-        evidence = self.task.evidence(params, frozen, batch["image"], batch["index"], estep)
+        evidence = self._ask(params, frozen, batch, estep)
         return evidence.mean(axis=2)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
 
     def _counts(
@@ -157,10 +164,17 @@ class Evaluator:
         estep: EStep,
         num_classes: int,
     ) -> dict[str, Array]:
-        evidence = self.task.evidence(params, frozen, batch["image"], batch["index"], estep)
+        evidence = self._ask(params, frozen, batch, estep)
+        combined = partial(
+            inference.probabilities,
+            evidence,
+            fitted["scale"],
+            codec=self.task.codec,
+            rule=self.config.eval.ensemble_rule,
+        )
         # a query on its own is judged at evidence 0; the biases only matter between queries
-        alone = inference.probabilities(evidence, fitted["scale"], jnp.zeros(num_classes)) > 0.5
-        probability = inference.probabilities(evidence, fitted["scale"], fitted["bias"])
+        alone = combined(jnp.zeros(num_classes)) > 0.5
+        probability = combined(fitted["bias"], exclusive=True)
         label = jnp.where(batch["valid"][:, None, None], batch["label"], -1)
         true = label[:, None] == jnp.arange(num_classes)[None, :, None, None]
         return {
@@ -169,6 +183,16 @@ class Evaluator:
             "area": true.sum(axis=(2, 3)).astype(jnp.int32),
             "probability": probability,
         }
+
+    def _ask(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
+        return self.task.evidence(
+            params,
+            frozen,
+            batch["image"],
+            batch["index"],
+            estep,
+            decoder=self.config.eval.decoder,
+        )
 
     def _jit(self, function: Any, shared: int) -> Any:
         """Compiles a function of `shared` whole arguments and one batch that is split."""
@@ -235,7 +259,7 @@ def evaluate(
     classes = landcover.LABEL_SETS[label_set]
     bank = evaluator.bank(classes)
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
-    fitted = calibration_lib.identity(len(classes))
+    fitted = calibration_lib.identity(len(classes), evaluator.fixed_scale() or 2.0)
     if config.eval.calibrate:
         fitted = evaluator.calibrate(params, bank, label_set, EStep(1, estep.steps, estep.spacing))
         log.info("calibration on %s: %s", fitted.split, fitted.to_dict())

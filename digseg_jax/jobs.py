@@ -14,6 +14,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from digseg_jax import evaluate_autoencoder
+from digseg_jax import suite as suite_lib
 from digseg_jax.arraytypes import Params
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
@@ -21,6 +22,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.evaluate import Evaluator, evaluate, write_json
 from digseg_jax.log import log
 from digseg_jax.perf import use_compile_cache
+from digseg_jax.predict import load_predictor
 from digseg_jax.report import build_report
 from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
@@ -69,8 +71,18 @@ def run_eval(config: Config, workdir: Path) -> None:
     claim(workdir, config)
     mesh = make_mesh(config.mesh)
     task = SegmentationTask(config)
+    task.adopt(workdir / EXPORT)
     params = load_params(workdir / EXPORT, task.abstract)
     finish(config, task, params, mesh, workdir)
+
+
+def run_suite_eval(config: Config, workdir: Path, suite: str) -> None:
+    """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.suite`."""
+    if suite not in suite_lib.NAMES:
+        raise UserError(f"--eval.suite={suite}: legal values are {', '.join(suite_lib.NAMES)}")
+    predictor = load_predictor(config, workdir / EXPORT)
+    suite_lib.run_suite(config, predictor, workdir / "eval", suite)
+    log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
 
 
 def finish(
@@ -140,7 +152,8 @@ def _validation(config: Config, task: Task, mesh: Mesh):
     bank, tiles = evaluator.bank(classes), evaluator.tiles("val", label_set)
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
-        scores = evaluator.scores(averaged(state), tiles, bank, EStep(1, 1), identity(len(classes)))
+        fitted = identity(len(classes), evaluator.fixed_scale() or 2.0)
+        scores = evaluator.scores(averaged(state), tiles, bank, EStep(1, 1), fitted)
         return {"val_miou": scores.miou}
 
     return on_eval

@@ -21,9 +21,18 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run: checkpoints, metrics, report."
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
-_IMAGE = flags.DEFINE_string("image", None, "predict: image file, any size and colour mode.")
+_IMAGE = flags.DEFINE_string("image", None, "predict: image, folder or glob; any size and mode.")
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
-_OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write.")
+_VOCABULARY = flags.DEFINE_string(
+    "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
+)
+_OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
+_SUITE = flags.DEFINE_string(
+    "eval.suite", None, "eval: tables of the paper, from the data sets under config.data.root."
+)
+_ESTEP = flags.DEFINE_string(
+    "estep", None, 'eval, predict: members x steps, such as "8x2" or "20x50:leading".'
+)
 
 
 def _required(value: str | None, flag: str, mode: str) -> str:
@@ -37,8 +46,8 @@ def run() -> None:
     mode = _MODE.value
     if mode == "predict":
         _required(_IMAGE.value, "image", mode)
-        if not _QUERY.value:
-            raise UserError("--mode=predict needs --query")
+        if not _QUERY.value and not _VOCABULARY.value:
+            raise UserError("--mode=predict needs --query or --vocabulary")
     else:
         _required(_WORKDIR.value, "workdir", mode)
 
@@ -47,13 +56,27 @@ def run() -> None:
 
     cpu.tune()
     config = config_lib.parse(_CONFIG.value)
+    if _ESTEP.value:
+        config = config_lib.with_estep(config, _ESTEP.value)
     if mode == "predict":
         from digseg_jax.predict import predict
 
-        predict(config, _WORKDIR.value, Path(_IMAGE.value), _QUERY.value, Path(_OUT.value))
+        predict(
+            config,
+            _WORKDIR.value,
+            _IMAGE.value,
+            _QUERY.value or [],
+            Path(_OUT.value),
+            _VOCABULARY.value,
+        )
         return
     from digseg_jax import jobs
 
+    if _SUITE.value is not None:
+        if mode != "eval":
+            raise UserError("--eval.suite needs --mode=eval")
+        jobs.run_suite_eval(config, Path(_WORKDIR.value), _SUITE.value)
+        return
     job = jobs.train if mode == "train" else jobs.run_eval
     job(config, Path(_WORKDIR.value))
 

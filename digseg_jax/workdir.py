@@ -64,8 +64,11 @@ def claim(workdir: Path, config: Config) -> None:
 
 
 def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Readable changes such as `train.steps: 600 -> 700`, free settings left out."""
-    old, new = _flat(stored), _flat(values)
+    """Readable changes such as `train.steps: 600 -> 700`, free settings left out.
+
+    A setting that came into being after the run has its default there: that is what the run did.
+    """
+    old, new = _flat(config_lib.to_dict(Config())) | _flat(stored), _flat(values)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())

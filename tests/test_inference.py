@@ -123,3 +123,54 @@ def test_scale_and_bias_belong_to_their_query():
     got = np.asarray(inference.probabilities(evidence, 2.0, jnp.array([-1.0, 0.0, 3.0])))
     for j, bias in enumerate((-1.0, 0.0, 3.0)):
         np.testing.assert_allclose(got[:, j], 1 / (1 + np.exp(-(1.0 + bias))), rtol=1e-5)
+
+
+class TestEnsembleRules:
+    """Mean, median and vote, against numpy."""
+
+    members = np.random.default_rng(0).random((2, 3, 5, 4, 4))
+
+    def test_mean_and_median(self):
+        for rule, function in (("mean", np.mean), ("median", np.median)):
+            got = np.asarray(inference.combine(self.members, rule))
+            np.testing.assert_allclose(got, function(self.members, axis=2), rtol=1e-6)
+
+    def test_a_vote_on_single_queries_counts_members_above_one_half(self):
+        got = np.asarray(inference.combine(self.members, "vote"))
+        np.testing.assert_allclose(got, (self.members > 0.5).sum(2) / 5, rtol=1e-6)
+
+    def test_a_vote_between_queries_counts_who_chose_it(self):
+        got = np.asarray(inference.combine(self.members, "vote", exclusive=True))
+        for n, y, x in np.ndindex(2, 4, 4):
+            ballots = np.bincount(self.members[n, :, :, y, x].argmax(0), minlength=3)
+            np.testing.assert_allclose(got[n, :, y, x], ballots / 5, rtol=1e-6)
+        np.testing.assert_allclose(got.sum(1), 1, rtol=1e-6)
+
+    def test_another_rule_is_refused(self):
+        with pytest.raises(ValueError, match="legal: mean, median, vote"):
+            inference.combine(self.members, "max")
+
+
+def test_texts_of_each_image_stay_with_it():
+    """Gated queries: every image has its own list."""
+    image = jnp.zeros((2, 2, 2, 1))
+    tokens = jnp.arange(6.0).reshape(2, 3, 1, 1) * jnp.ones((2, 3, 5, 6))
+    mask = jnp.arange(5) <= jnp.arange(6).reshape(2, 3, 1)
+    out = inference.sample_mask_latents(
+        lambda image, x, t, tokens, mask: (
+            tokens[:, :1, :1, None] + 10 * mask.sum(1)[:, None, None, None] + 0 * x
+        ),
+        image, tokens, mask, jnp.zeros((2, 2, 2, 2, 1)), SCHEDULE, EStep(2, 1),
+    )  # fmt: skip
+    expected = np.arange(6).reshape(2, 3)
+    expected = expected + 10 * np.minimum(expected + 1, 5)
+    np.testing.assert_array_equal(
+        np.asarray(out)[:, :, :, 0, 0, 0], np.repeat(expected[..., None], 2, 2)
+    )
+
+
+def test_a_key_and_its_number_draw_the_same_noise():
+    index = jnp.arange(3)
+    a = inference.member_noise(7, index, 2, (4, 4, 2))
+    b = inference.member_noise(jax.random.key(7), index, 2, (4, 4, 2))
+    np.testing.assert_array_equal(a, b)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import tiny
 from PIL import Image
 
 from digseg_jax import predict as predict_lib
+from digseg_jax.data.landcover import GROUPS
 from digseg_jax.errors import UserError
-from digseg_jax.predict import predict, read_image, segment, starts
-from digseg_jax.segmentation.inference import EStep
+from digseg_jax.predict import predict
+from digseg_jax.predict_files import find_images, find_queries, overlay, read_image, targets
 from digseg_jax.tasks.segmentation import SegmentationTask
 
 
@@ -110,39 +113,6 @@ class TestReadImage:
                 tiny.one_line(error)
 
 
-SHAPES = [(32, 32), (1, 1), (5, 90), (33, 31), (64, 100), (97, 32), (1, 40)]
-
-
-class TestWindows:
-    """Windows cover the picture, and blending them does not change what they agree on."""
-
-    @pytest.mark.parametrize("size", [32, 128])
-    def test_they_cover_every_pixel_and_overlap(self, size):
-        for length in [*range(size, 4 * size), 1000]:
-            at = starts(length, size)
-            assert at[0] == 0 and at[-1] == length - size
-            assert all(0 < b - a <= 0.75 * size + 1 for a, b in zip(at, at[1:], strict=False))
-
-    def segment(self, monkeypatch, image, folders):
-        """Each window answers with its own pixels' red and green, so the answer is the picture."""
-
-        class Task:
-            frozen = None
-
-        def compiled(*_):
-            return lambda params, frozen, crops, index: np.moveaxis(crops[..., :2], -1, 1) / 255
-
-        monkeypatch.setattr(predict_lib, "_compiled", compiled)
-        config = tiny.config(folders)
-        return segment(config, Task(), {}, image, ["a", "b"], EStep(1, 1), 2.0)
-
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_every_pixel_gets_the_answer_of_its_own_place(self, monkeypatch, folders, shape):
-        image = noise(*shape)
-        got = self.segment(monkeypatch, image, folders)
-        np.testing.assert_allclose(got, np.moveaxis(image[..., :2], -1, 0) / 255, atol=1e-6)
-
-
 @pytest.fixture(scope="module")
 def workdir(folders, tmp_path_factory):
     """A run's directory with exported weights that were never trained."""
@@ -157,33 +127,101 @@ def config(folders):
     return tiny.config(folders, eval__ensemble=2, eval__steps=2)
 
 
-def saved(tmp_path, pixels):
-    Image.fromarray(pixels).save(tmp_path / "in.png")
-    return tmp_path / "in.png"
+def saved(tmp_path, pixels, name="in.png"):
+    Image.fromarray(pixels).save(tmp_path / name)
+    return str(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "shape", [(41, 27, 4), (1, 1, 3), (30, 30, 0)], ids=["odd+alpha", "pixel", "grey"]
-)
-def test_it_writes_a_mask_a_probability_and_an_overlay(config, workdir, tmp_path, shape):
+@pytest.mark.parametrize("shape", [(41, 27, 4), (1, 1, 3)], ids=["odd+alpha", "pixel"])
+def test_it_writes_masks_probabilities_an_overlay_with_legend_and_json(
+    config, workdir, tmp_path, shape
+):
     out = tmp_path / "mask.png"
-    predict(config, str(workdir), saved(tmp_path, noise(*shape)), ["snow and ice"], out)
+    image = saved(tmp_path, noise(*shape))
+    predict(config, str(workdir), image, ["snow and ice"], out)
     mask = np.asarray(Image.open(out))
     assert mask.shape == shape[:2] and set(np.unique(mask)) <= {0, 255}
+    soft = np.load(tmp_path / "mask.npz")
+    assert soft["probability"].shape == (1, *shape[:2]) and list(soft["queries"]) == ["snow and ice"]
+    np.testing.assert_array_equal(mask == 255, soft["probability"][0] > 0.5)
     probability = np.asarray(Image.open(tmp_path / "mask.probability.png"))
-    assert probability.shape == shape[:2]
-    np.testing.assert_array_equal(mask[probability > 128], 255)
-    assert Image.open(tmp_path / "mask.overlay.png").size == shape[1::-1]
+    np.testing.assert_allclose(probability / 255, soft["probability"][0], atol=0.004)
+    overlay = np.asarray(Image.open(tmp_path / "mask.overlay.png"))
+    assert overlay.shape[0] > shape[0] and overlay.shape[1] == shape[1]
+    said = json.loads((tmp_path / "mask.json").read_text())
+    assert said["estep"] == "2x2" and said["queries"][0]["coverage"] == (mask == 255).mean()
 
 
-def test_several_queries_make_several_files_and_the_same_answer_twice(config, workdir, tmp_path):
+def test_a_folder_and_a_vocabulary_file_give_files_for_every_image_and_query(config, workdir, tmp_path):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    Image.fromarray(noise(32, 32)).save(pictures / "a.png")
+    Image.fromarray(noise(20, 40, 0)).save(pictures / "b.jpg")
+    (pictures / "notes.txt").write_text("no picture")
+    words = tmp_path / "words.txt"
+    words.write_text("# what to look for\nwater\n\nsnow and ice\n")
+    predict(config, str(workdir), str(pictures), [], out, str(words))
+    assert {p.name for p in out.glob("*.json")} == {"a.json", "b.json"}
+    for stem, size in (("a", (32, 32)), ("b", (40, 20))):
+        for query in ("water", "snow_and_ice"):
+            assert Image.open(out / f"{stem}_{query}.png").size == size
+
+
+class TestFinding:
+    """Images, queries and output files, before anything is computed."""
+
+    def test_a_glob(self, tmp_path):
+        for name in ("b1.png", "b2.png", "c.png"):
+            saved(tmp_path, noise(2, 2), name)
+        assert [p.name for p in find_images(str(tmp_path / "b*.png"))] == ["b1.png", "b2.png"]
+
+    def test_a_file_whose_name_looks_like_a_glob_is_a_file(self, tmp_path):
+        assert find_images(saved(tmp_path, noise(2, 2), "a[1].png"))[0].name == "a[1].png"
+
+    @pytest.mark.parametrize("where", ["nothing*.png", "empty", "no.png"])
+    def test_nothing_there(self, tmp_path, where):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError) as caught:
+            find_images(str(tmp_path / where))
+        assert f"--image={tmp_path / where}" in tiny.one_line(caught.value)
+
+    def test_a_data_set_is_a_vocabulary(self):
+        assert find_queries([], "landcover") == list(GROUPS)
+        assert find_queries(["a"], "landcover")[:2] == ["a", "water"]
+
+    @pytest.mark.parametrize(
+        ("queries", "vocabulary", "told"),
+        [([], None, "needs --query"), (["a", " "], None, "empty"), (["a", "a"], None, "twice"),
+         ([], "no_such", "--vocabulary=no_such")],
+    )  # fmt: skip
+    def test_bad_queries(self, queries, vocabulary, told):
+        with pytest.raises(UserError) as caught:
+            find_queries(queries, vocabulary)
+        assert told in tiny.one_line(caught.value)
+
+    def test_two_files_of_one_name_keep_apart_and_two_images_need_a_folder(self, tmp_path):
+        pair = [tmp_path / "a.png", tmp_path / "a.jpg"]
+        found = targets(pair, tmp_path / "out")
+        assert [p.name for p in found] == ["a_png.png", "a_jpg.png"]
+        with pytest.raises(UserError, match="name a folder"):
+            targets(pair, tmp_path / "one.png")
+
+
+def test_the_overlay_shows_each_query_in_its_colour_and_leaves_the_rest():
+    image = np.full((4, 6, 3), 100, np.uint8)
+    probability = np.zeros((2, 4, 6))
+    probability[0, :, :2], probability[1, :, 1:3] = 0.8, 0.9
+    got = overlay(image, ["water", "forest"], probability)
+    assert (got[:4, 3:] == 100).all()
+    assert len({tuple(c) for c in got[0, :3].tolist()}) == 2 and (got[0, 1] == got[0, 2]).all()
+
+
+def test_the_same_answer_twice(config, workdir, tmp_path):
     image = saved(tmp_path, noise(32, 32))
     for name in ("a.png", "b.png"):
-        predict(config, str(workdir), image, ["water", "snow and ice"], tmp_path / name)
-    for query in ("water", "snow_and_ice"):
-        a, b = (tmp_path / f"{n}_{query}.probability.png" for n in "ab")
-        assert a.read_bytes() == b.read_bytes()
-    assert not (tmp_path / "a.png").exists()
+        predict(config, str(workdir), image, ["water"], tmp_path / name)
+    a, b = (np.load(tmp_path / f"{n}.npz")["probability"] for n in "ab")
+    np.testing.assert_array_equal(a, b)
 
 
 def refused(*arguments) -> str:
@@ -206,7 +244,8 @@ def test_a_query_of_too_many_words_is_refused(config, workdir, tmp_path):
 
 def test_a_missing_image_and_missing_weights_are_named(config, workdir, tmp_path):
     out = tmp_path / "m.png"
-    assert "no such file" in refused(config, str(workdir), tmp_path / "no.png", ["water"], out)
+    missing = str(tmp_path / "no.png")
+    assert "no such file" in refused(config, str(workdir), missing, ["water"], out)
     image = saved(tmp_path, noise(4, 4))
     assert "run --mode=train first" in refused(config, str(tmp_path), image, ["water"], out)
 
@@ -217,8 +256,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     def never(*_, **__):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr(predict_lib, "segment", never)
+    monkeypatch.setattr(predict_lib, "load_predictor", never)
     image = saved(tmp_path, noise(4, 4))
     (tmp_path / "folder.png").mkdir()
-    for out in (tmp_path / "no" / "m.png", tmp_path / "folder.png", tmp_path / "m.xyz", tmp_path / "m"):
+    (tmp_path / "file").write_text("")
+    for out in (
+        tmp_path / "no" / "m.png",
+        tmp_path / "folder.png",
+        tmp_path / "m.xyz",
+        tmp_path / "file",
+    ):
         assert f"--out={out}" in refused(config, str(workdir), image, ["water"], out)

@@ -61,10 +61,18 @@ def test_what_does_not_change_the_training_may_differ_and_is_updated(tmp_path, f
     assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == parse(free)
 
 
-def test_a_key_that_only_one_side_has_is_a_difference():
+def test_a_setting_that_the_run_did_not_know_had_its_default():
     old = to_dict(parse({}))
     del old["optim"]["clip_norm"]
-    assert differences(old, to_dict(parse({}))) == ["optim.clip_norm: absent -> 1.0"]
+    assert differences(old, to_dict(parse({}))) == []
+    changed = to_dict(parse({"optim": {"clip_norm": 2.0}}))
+    assert differences(old, changed) == ["optim.clip_norm: 1.0 -> 2.0"]
+
+
+def test_a_setting_that_is_no_more_is_a_difference():
+    old = to_dict(parse({}))
+    old["optim"]["gone"] = 1
+    assert differences(old, to_dict(parse({}))) == ["optim.gone: 1 -> absent"]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"train": 3}', ""])

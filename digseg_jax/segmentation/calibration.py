@@ -28,21 +28,25 @@ class Calibration:
         return {"scale": self.scale, "bias": list(self.bias), "split": self.split}
 
 
-def identity(num_classes: int) -> Calibration:
-    """No fitting: scale 2, no bias."""
-    return Calibration(2.0, (0.0,) * num_classes, "none")
+def identity(num_classes: int, scale: float = 2.0) -> Calibration:
+    """No fitting: the given scale, no bias."""
+    return Calibration(scale, (0.0,) * num_classes, "none")
 
 
-def fit(evidence: np.ndarray, label: np.ndarray, split: str) -> Calibration:
+def fit(
+    evidence: np.ndarray, label: np.ndarray, split: str, scale: float | None = None
+) -> Calibration:
     """Scale by cross-entropy of the single masks; biases by mIoU of the argmax, class by class.
 
     Args:
       evidence: float [pixels, classes] in [-1, 1].
       label: int [pixels], -1 is ignored.
+      scale: known already (a palette's follows from its autoencoder); only biases are fitted.
     """
     evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
     true = np.eye(evidence.shape[1], dtype=np.float32)[label]
-    scale = min(SCALES, key=lambda s: _cross_entropy(s * evidence, true))
+    if scale is None:
+        scale = min(SCALES, key=lambda s: _cross_entropy(s * evidence, true))
     logits = scale * evidence
     bias = np.zeros(evidence.shape[1], np.float32)
     best = _argmax_miou(logits + bias, label)

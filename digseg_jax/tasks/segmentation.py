@@ -4,22 +4,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Batch, Bool, Float, Int, Params, UInt8
 from digseg_jax.config import Config
+from digseg_jax.data.landcover import LABEL_SETS
 from digseg_jax.data.landcover_prompts import training_prompts
+from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.segmentation.codecs import decode_binary, encode_binary, latent_validity
 from digseg_jax.segmentation.inference import EStep, member_noise, sample_mask_latents
+from digseg_jax.segmentation.latent_probe import LatentProbe, enlarge, fit_probe
+from digseg_jax.segmentation.palette import (
+    Palette,
+    build_palette,
+    decode_palette,
+    encode_palette,
+)
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
     bank_arrays,
@@ -33,11 +45,15 @@ from digseg_jax.tasks.components import (
 )
 from digseg_jax.weights import load_config, load_unet_params, save_component
 
+PALETTE_PROMPT = "segmentation map of all classes"
+PALETTE_NAME = "palette.json"  # beside the weights: another palette would misread their output
+
 
 class SegmentationTask:
     """Builds everything from the config: frozen VAE and prompt bank, U-Net widened to 8 inputs.
 
-    prompts: the bank's texts; by default those of the training queries.
+    prompts: the bank's texts; by default those of the training queries. With the palette codec there
+      is one text, which asks for all classes at once.
     """
 
     def __init__(self, config: Config, prompts: Sequence[str] | None = None):
@@ -46,7 +62,10 @@ class SegmentationTask:
         self.schedule = schedule_of(config.diffusion)
         self.vae, vae_params = load_vae(model)
         self.tower = load_tower(model)
-        if prompts is None:
+        self.codec = config.segmentation.codec
+        if self.codec == "palette":
+            prompts = (PALETTE_PROMPT,)
+        elif prompts is None:
             prompts, _ = training_prompts(config.data.train_label_sets)
         self.frozen: Params = {
             "vae": vae_params,
@@ -82,6 +101,62 @@ class SegmentationTask:
             initial=random,
         )
 
+    def adopt(self, folder: Path) -> None:
+        """Takes over what was stored beside the weights that are used: the palette.
+
+        Raises:
+          UserError: the config asks for a palette and there is none, or it has another size.
+        """
+        path = folder / PALETTE_NAME
+        if self.codec != "palette":
+            return
+        if not path.is_file():
+            raise UserError(f"{path}: missing; these weights were not trained with a palette")
+        stored = Palette.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if len(stored.colors) != self._num_classes():
+            raise UserError(f"{path}: {len(stored.colors)} colours for {self._num_classes()} classes")
+        self.palette = stored
+
+    @functools.cached_property
+    def palette(self) -> Palette:
+        """The colours of the label set, chosen with this autoencoder."""
+        return build_palette(self._num_classes(), self.round_trip)
+
+    @functools.cached_property
+    def probe(self) -> LatentProbe:
+        """The linear probe of this autoencoder's mask latents."""
+        with jax.ensure_compile_time_eval():  # may be asked for while a program is traced
+            return fit_probe(lambda image: self._encode(self.frozen["vae"], image))
+
+    def _num_classes(self) -> int:
+        return len(LABEL_SETS[self.config.data.label_set])
+
+    def round_trip(self, image: np.ndarray) -> np.ndarray:
+        """Images [n, h, w, 3] in [-1, 1] through the autoencoder and back, on the host."""
+        with jax.ensure_compile_time_eval():  # may be asked for while a program is traced
+            latent = self._encode(self.frozen["vae"], jnp.asarray(image))
+            return np.asarray(self._decode(self.frozen["vae"], latent))
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(self.vae.encode)
+
+    @functools.cached_property
+    def _decode(self):
+        return jax.jit(self.vae.decode)
+
+    def _bank_rows(self, batch: Batch) -> Int[Array, "b q"]:
+        """The texts of a batch; a palette asks one thing of every image."""
+        if self.codec == "palette":
+            return jnp.zeros((len(batch["label"]), 1), jnp.int32)
+        return batch["query"]
+
+    def _targets(self, batch: Batch) -> Float[Array, "b q h w 3"]:
+        """The pictures to denoise, one for each of `_bank_rows`."""
+        if self.codec == "palette":
+            return encode_palette(batch["label"], jnp.asarray(self.palette.colors))[:, None]
+        return encode_binary(batch["label"], batch["query_class"])
+
     def loss(
         self,
         params: Params,
@@ -91,8 +166,9 @@ class SegmentationTask:
         whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         image, label = to_unit(batch["image"]), batch["label"]
-        b, q = batch["query"].shape
-        masks = encode_binary(label, batch["query_class"]).reshape(b * q, *image.shape[1:])
+        query = self._bank_rows(batch)
+        b, q = query.shape
+        masks = self._targets(batch).reshape(b * q, *image.shape[1:])
         latents = self.vae.encode(frozen["vae"], jnp.concatenate([image, masks]))
         image_latent = jnp.repeat(latents[:b], q, axis=0)
         x0 = latents[b:]
@@ -100,8 +176,10 @@ class SegmentationTask:
         noise, t = draw_noise_and_timestep(
             noise_keys, x0.shape[1:], self.config.diffusion, self.schedule
         )
-        query = batch["query"].reshape(-1)
-        every = None if whole is None else frozen["bank"]["tokens"][whole["query"].reshape(-1)]
+        every = None
+        if whole is not None:
+            every = frozen["bank"]["tokens"][self._bank_rows(whole).reshape(-1)]
+        query = query.reshape(-1)
         unet = functional.merge(self.graphdef, params)
         prediction = unet(
             jnp.concatenate([image_latent, self.schedule.add_noise(x0, noise, t)], axis=-1),
@@ -118,7 +196,7 @@ class SegmentationTask:
         """What the sum of the errors is divided by; of an accumulated batch, the parts' mean."""
         if whole is None:
             return jnp.maximum(valid.sum(), 1)
-        images, queries = whole["query"].shape
+        images, queries = self._bank_rows(whole).shape
         cells = queries * latent_validity(whole["label"], self.vae.config.factor).sum()
         return jnp.maximum(cells, 1) * (valid.shape[0] / (images * queries))
 
@@ -149,23 +227,48 @@ class SegmentationTask:
         image: UInt8[Array, "n h w 3"],
         index: Int[Array, " n"],
         estep: EStep,
+        *,
+        seed: int | Array | None = None,
+        decoder: str = "vae",
     ) -> Float[Array, "n q e h w"]:
-        """Decoded masks of every query of `frozen["bank"]`, member by member, in [-1, 1].
+        """What every member says of every query of `frozen["bank"]`, in [-1, 1]; with the palette
+        codec, of every class (see `decode_palette`).
 
-        index: names the image in the draws of the initial noise.
+        index: names the image in the draws of the initial noise. seed: number or key of those draws,
+        by default the configuration's. frozen["bank"]: texts for all images, or [n, q, ...] for each.
+        decoder: "latent_mean" and "probe" are cheaper than "vae"; the former leaves one member.
         """
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
+        seed = self.config.seed if seed is None else seed
         latents = sample_mask_latents(
             partial(self.predict_latent, params),
             image_latent,
             frozen["bank"]["tokens"],
             frozen["bank"]["mask"],
-            member_noise(self.config.seed, index, estep.ensemble, image_latent.shape[1:]),
+            member_noise(seed, index, estep.ensemble, image_latent.shape[1:]),
             self.schedule,
             estep,
         )
+        return self.read(frozen, latents, image.shape[1:3], decoder)
+
+    def read(
+        self,
+        frozen: Params,
+        latents: Float[Array, "n q e h w c"],
+        size: tuple[int, int],
+        decoder: str = "vae",
+    ) -> Float[Array, "n q e H W"]:
+        """Mask latents to evidence at `size` pixels."""
+        if decoder == "probe":
+            return enlarge(self.probe(latents), *size)
+        if decoder == "latent_mean":
+            latents = latents.mean(axis=2, keepdims=True)
         decoded = self.vae.decode(frozen["vae"], latents.reshape(-1, *latents.shape[3:]))
-        return decode_binary(decoded).reshape(*latents.shape[:3], *image.shape[1:3])
+        if self.codec == "binary":
+            return decode_binary(decoded).reshape(*latents.shape[:3], *size)
+        evidence = decode_palette(decoded, jnp.asarray(self.palette.prototypes))
+        n, _, e = latents.shape[:3]
+        return jnp.moveaxis(evidence.reshape(n, e, -1, *size), 1, 2)
 
     def predict_latent(
         self,
@@ -182,3 +285,6 @@ class SegmentationTask:
 
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
         save_component((self.unet_config, params), folder, metadata=metadata)
+        if self.codec == "palette":
+            text = json.dumps(self.palette.to_dict(), indent=1)
+            (folder / PALETTE_NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gating a large vocabulary: which classes are worth the full E x S, and how many a gate loses.
+
+A scorer gives every class of an image a presence score; the best K above a cut survive and only they
+are denoised in full. Arrays in, arrays out; the scorers that need a model are in `digseg_jax.gating`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from digseg_jax.arraytypes import Float, Int
+
+PROTOCOLS = ("oracle", "gated", "exhaustive")
+TOP_SHARE = 0.01  # of an image: a class is as present as its most certain percent of pixels
+
+
+def presence(probability: Float[np.ndarray, "q h w"]) -> Float[np.ndarray, "q"]:
+    """A presence score from soft masks: the mean of each one's highest percent of pixels."""
+    flat = probability.reshape(len(probability), -1)
+    count = max(1, int(TOP_SHARE * flat.shape[1]))
+    return np.partition(flat, flat.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
+
+
+def survivors(scores: Float[np.ndarray, "q"], limit: int, cut: float) -> Int[np.ndarray, "k"]:
+    """The at most `limit` best classes with a score of at least `cut`, in class order; never none."""
+    best = np.argsort(-scores, kind="stable")[:limit]
+    kept = best[scores[best] >= cut]
+    return np.sort(kept if len(kept) else best[:1])
+
+
+def label_map(
+    probability: Float[np.ndarray, "k h w"], classes: Int[np.ndarray, "k"]
+) -> Int[np.ndarray, "h w"]:
+    """The most probable of the classes that were asked for; class indices of the vocabulary."""
+    return np.asarray(classes)[probability.argmax(axis=0)].astype(np.int32)
+
+
+def gate_recall(
+    scores: Float[np.ndarray, "n q"], areas: Int[np.ndarray, "n q"], limits: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    """What the K best-scored classes cover, for each K.
+
+    "pixels": share of the labelled pixels, "classes": share of the present classes; pooled over
+    images, nan where nothing is labelled.
+    """
+    order = np.argsort(-scores, axis=1, kind="stable")
+    ranked = np.take_along_axis(np.asarray(areas, np.int64), order, axis=1)
+    pixels, present = max(ranked.sum(), 0), (ranked > 0).sum()
+    table = {}
+    for k in limits:
+        top = ranked[:, :k]
+        table[int(k)] = {
+            "pixels": float(top.sum() / pixels) if pixels else float("nan"),
+            "classes": float((top > 0).sum() / present) if present else float("nan"),
+        }
+    return table
+
+
+def recall_limits(num_classes: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to the whole vocabulary."""
+    powers = [2**i for i in range(11) if 2**i < num_classes]
+    return (*powers, num_classes)

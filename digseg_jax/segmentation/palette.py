@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`palette` codec: one colour a class, all classes of a closed set painted and read in one pass.
+
+Colours are chosen here, by how far apart they are *after* the autoencoder: never a data set's own
+(several of those have duplicates). A pixel is read as probabilities, the softmax of the negative
+squared distance to every class's colour over 2 sigma^2, sigma being what the autoencoder scatters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from digseg_jax.arraytypes import Array, Float, Int
+from digseg_jax.errors import UserError
+
+RoundTrip = Callable[[np.ndarray], np.ndarray]  # images [n h w 3] in [-1, 1] through the autoencoder
+
+LEVELS = 6  # per channel: 216 candidates, 0.4 (51 of 255) apart
+MAX_CLASSES = LEVELS**3
+PATCH = 32  # pixels; a side of the flat picture that a candidate is tried with
+FLOOR = 0.02  # scatter that every colour is granted, so that distance decides among clean ones
+EXCHANGE_SWEEPS = 10
+SYNTHETIC_MAPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Palette:
+    """Colours in [-1, 1]: what is painted, and what the autoencoder makes of it.
+
+    colors: [c, 3] painted. prototypes: [c, 3] their means after the round trip, which pixels are
+    compared with. sigma: root mean square of the residual per channel.
+    """
+
+    colors: np.ndarray
+    prototypes: np.ndarray
+    sigma: float
+
+    @property
+    def scale(self) -> float:
+        """Turns `decode_palette`'s evidence into logits."""
+        return 1.0 / self.sigma**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` takes it back."""
+        rows = {"colors": self.colors.tolist(), "prototypes": self.prototypes.tolist()}
+        return {**rows, "sigma": self.sigma}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Palette:
+        arrays = [np.asarray(values[k], np.float32) for k in ("colors", "prototypes")]
+        return cls(*arrays, float(values["sigma"]))
+
+
+def encode_palette(label: Int[Array, "b h w"], colors: Float[Array, "c 3"]) -> Float[Array, "b h w 3"]:
+    """The colour of every pixel's class; ignored pixels (-1) are mid grey."""
+    table = jnp.concatenate([jnp.asarray(colors), jnp.zeros((1, 3))])
+    return table[jnp.where(label < 0, len(colors), label)]
+
+
+def decode_palette(
+    image: Float[Array, "*b h w 3"], prototypes: Float[Array, "c 3"]
+) -> Float[Array, "*b c h w"]:
+    """Evidence of every class: minus half the squared distance to its colour, at most 0."""
+    # expanded square: the difference of every pixel to every class would need c times the memory
+    cross = jnp.einsum("...hwk,ck->...chw", image, prototypes)
+    squares = jnp.square(image).sum(axis=-1)[..., None, :, :]
+    own = jnp.square(prototypes).sum(axis=-1)[:, None, None]
+    return jnp.minimum(cross - 0.5 * (squares + own), 0.0)
+
+
+def build_palette(num_classes: int, round_trip: RoundTrip) -> Palette:
+    """Colours for a closed set in the eyes of one autoencoder; deterministic.
+
+    Raises:
+      UserError: more classes than there are candidate colours.
+    """
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise UserError(
+            f"config.segmentation.codec='palette': {num_classes} classes; legal 1 to {MAX_CLASSES}, "
+            "use 'binary' for more"
+        )
+    colors = candidates()
+    flat = np.broadcast_to(colors[:, None, None], (len(colors), PATCH, PATCH, 3))
+    decoded = np.concatenate([round_trip(flat[i : i + 27]) for i in range(0, len(flat), 27)])
+    means = decoded.mean(axis=(1, 2))
+    scatter = np.sqrt(np.square(decoded - means[:, None, None]).mean(axis=(1, 2, 3)))
+    chosen = choose(means, scatter, num_classes)
+    # rounded, so that another machine's last digits make no other palette
+    drawn = Palette(colors[chosen], means[chosen].round(4).astype(np.float32), 1.0)
+    return dataclasses.replace(drawn, sigma=fit_sigma(drawn, round_trip))
+
+
+def candidates() -> Float[np.ndarray, "n 3"]:
+    """All colours of LEVELS evenly spaced values per channel, in [-1, 1]."""
+    levels = np.linspace(-1, 1, LEVELS, dtype=np.float32)
+    return np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def choose(means: Float[np.ndarray, "n 3"], scatter: Float[np.ndarray, "n"], count: int) -> list[int]:
+    """`count` candidates, each as far as can be from its nearest neighbour.
+
+    Distance: between the decoded means, in units of what both scatter. Greedy, then single colours
+    are exchanged as long as that takes one further from the others.
+    """
+    apart = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    distance = (apart / (scatter[:, None] + scatter[None] + FLOOR)).round(4)
+    chosen = [int(np.argmax(np.linalg.norm(means - means.mean(axis=0), axis=1).round(4)))]
+    while len(chosen) < count:
+        chosen.append(_farthest(distance, chosen))
+    for _ in range(EXCHANGE_SWEEPS):
+        before = list(chosen)
+        for place in range(count if count > 1 else 0):
+            others = chosen[:place] + chosen[place + 1 :]
+            best = _farthest(distance, others)
+            if distance[best, others].min() > distance[chosen[place], others].min():
+                chosen[place] = best
+        if chosen == before:
+            break
+    return chosen
+
+
+def _farthest(distance: np.ndarray, taken: list[int]) -> int:
+    nearest = distance[:, taken].min(axis=1)
+    nearest[taken] = -1.0
+    return int(np.argmax(nearest))
+
+
+def fit_sigma(palette: Palette, round_trip: RoundTrip) -> float:
+    """Root mean square distance per channel of round-tripped pixels from their class's prototype."""
+    labels = synthetic_maps(SYNTHETIC_MAPS, len(palette.colors))
+    residual = round_trip(palette.colors[labels]) - palette.prototypes[labels]
+    return max(float(np.sqrt(np.square(residual).mean())), 1e-3)
+
+
+def synthetic_maps(
+    count: int, num_classes: int, size: int = 64, sites: int = 12, seed: int = 0
+) -> Int[np.ndarray, "n size size"]:
+    """Made-up label maps: every pixel takes the class of the nearest of some random sites."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), axis=-1)
+    maps = []
+    for _ in range(count):
+        places = rng.uniform(0, size, (sites, 2))
+        owner = np.square(grid[:, :, None] - places).sum(axis=-1).argmin(axis=-1)
+        maps.append(rng.integers(0, num_classes, sites)[owner])
+    return np.stack(maps)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as Markdown: what was measured, and the paper's figures marked as the paper's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def percent(value: Any) -> str:
+    """A share as percent with two digits; a dash for what is not defined, text as it is."""
+    if isinstance(value, str):
+        return value
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.2f}"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; cells are text or numbers, `|` is escaped."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """results.json of one data set for people: scores, classes, protocol."""
+    scores = [
+        [name, percent(results.get(key))]
+        for name, key in (
+            ("mIoU", "miou"),
+            ("pixel accuracy", "accuracy"),
+            ("mean accuracy", "mean_accuracy"),
+            ("fwIoU", "fwiou"),
+        )
+    ]
+    classes = [[name, percent(value)] for name, value in results["per_class"].items()]
+    estep = f"E-Step {results['ensemble']}x{results['steps']}"
+    lines = [
+        f"# {results['dataset']}, {results['split']} split: measured by this run\n",
+        f"{results['num_images']} images, {estep}, seed {results['seed']}. {results['protocol']}.\n",
+        markdown(["score", "percent"], scores),
+        markdown(["class", "IoU, percent"], classes),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's tables on made-up downloads: right numbers and labels, and a kill that costs nothing."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from sklearn.metrics import f1_score, jaccard_score
+
+from digseg_jax import paper, suite, suite_scores
+from digseg_jax.config import parse
+from digseg_jax.errors import UserError
+from digseg_jax.segmentation import metrics_binary
+
+
+class Colours:
+    """A segmenter that reads the mask off the picture: channel c is the probability of query c."""
+
+    def __init__(self):
+        self.task = SimpleNamespace(codec="binary")
+        self.params = {"weight": np.ones(3, np.float32)}
+        self.asked = 0
+
+    def predict_masks(self, images, queries, *, first, **_):
+        self.asked += 1
+        channel = {"background": 0, "soil": 0, "road": 1, "crop": 1, "optic disc": 1, "weed": 2,
+                   "optic cup": 2}  # fmt: skip
+        return [np.stack([i[..., channel[q]] / 255 for q in queries]) for i in images]
+
+
+def picture(label, seed, noise=90):
+    """Channels follow the classes, with noise: some pixels are wrong."""
+    rng = np.random.default_rng(seed)
+    sure = np.stack([label == c for c in range(3)], axis=-1) * 120 + 60
+    return np.clip(sure + rng.integers(-noise, noise, sure.shape), 0, 255).astype(np.uint8)
+
+
+def phenobench(root, n=3):
+    labels = []
+    for name in ("images", "semantics"):
+        (root / "phenobench" / "val" / name).mkdir(parents=True)
+    for i in range(n):
+        label = np.random.default_rng(i).integers(0, 3, (8, 9))
+        Image.fromarray(picture(label, i)).save(root / f"phenobench/val/images/{i}.png")
+        Image.fromarray(label.astype(np.uint16)).save(root / f"phenobench/val/semantics/{i}.png")
+        labels.append(label)
+    return labels
+
+
+@pytest.fixture
+def scorer(monkeypatch):
+    """The gate lets soil and crop through."""
+    monkeypatch.setattr(
+        suite_scores, "coarse_scorer", lambda *_, **__: lambda image, i: np.array([0.9, 0.8, 0.1])
+    )
+
+
+def config(root, **changes):
+    return parse({"data": {"root": str(root)}, "eval": {"inference": "whole", **changes}})
+
+
+def test_label_maps_are_scored_under_three_protocols(tmp_path, scorer):
+    labels = phenobench(tmp_path)
+    out = tmp_path / "out"
+    results = suite.run_suite(config(tmp_path), Colours(), out, "phenobench")
+    row = results["rows"][0]
+    prediction = [picture(label, i).argmax(-1) for i, label in enumerate(labels)]
+    true, found = np.concatenate(labels).ravel(), np.concatenate(prediction).ravel()
+    expected = jaccard_score(true, found, average="macro")
+    assert row["protocols"]["exhaustive"]["miou"] == pytest.approx(expected, abs=1e-9)
+    assert set(row["protocols"]) == {"oracle", "gated", "exhaustive"}
+    assert row["per_class"].keys() == {"soil", "crop", "weed"}
+    gated = [picture(label, i)[..., :2].argmax(-1) for i, label in enumerate(labels)]
+    expected = jaccard_score(true, np.concatenate(gated).ravel(), average="macro")
+    assert row["protocols"]["gated"]["miou"] == pytest.approx(expected, abs=1e-9)
+    assert row["gate_recall"][2]["classes"] == pytest.approx(2 / 3)
+    text = (out / "suite_phenobench.md").read_text()
+    assert "mIoU, oracle" in text and "does not compare" in text
+    assert json.loads((out / "suite_phenobench.json").read_text())["suite"] == "phenobench"
+
+
+def without_speed(value):
+    if isinstance(value, dict):
+        return {k: without_speed(v) for k, v in value.items() if k != "images_per_second"}
+    return [without_speed(v) for v in value] if isinstance(value, list) else value
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would."""
+
+
+def test_a_killed_suite_goes_on_and_ends_with_the_same_scores(tmp_path, scorer, monkeypatch):
+    phenobench(tmp_path)
+    whole = suite.run_suite(config(tmp_path), Colours(), tmp_path / "whole", "phenobench")
+    dying = Colours()
+    answer = dying.predict_masks
+
+    def dies(*arguments, **options):
+        if dying.asked == 4:
+            raise Killed
+        return answer(*arguments, **options)
+
+    dying.predict_masks = dies
+    with pytest.raises(Killed):
+        suite.run_suite(config(tmp_path), dying, tmp_path / "killed", "phenobench")
+    second = Colours()
+    again = suite.run_suite(config(tmp_path), second, tmp_path / "killed", "phenobench")
+    assert without_speed(again) == without_speed(whole)
+    assert second.asked == 6, "one of three images was finished before"
+
+
+def test_other_settings_do_not_reuse_what_was_counted(tmp_path, scorer):
+    phenobench(tmp_path)
+    out = tmp_path / "out"
+    suite.run_suite(config(tmp_path), Colours(), out, "phenobench")
+    second = Colours()
+    suite.run_suite(config(tmp_path, gate_limit=1), second, out, "phenobench")
+    assert second.asked == 9
+
+
+class Split:
+    """A source of made-up images of one foreground class."""
+
+    def __init__(self, n, seed):
+        rng = np.random.default_rng(seed)
+        self.labels = (rng.random((n, 8, 8)) < 0.3).astype(np.int32)
+        self.images = [picture(label, seed + i, 150) for i, label in enumerate(self.labels)]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"image": self.images[i], "label": self.labels[i], "name": str(i)}
+
+
+def test_a_foreground_class_has_both_averages_and_a_threshold_found_elsewhere(tmp_path, monkeypatch):
+    splits = {"test": Split(4, 10), "train": Split(5, 50)}
+    monkeypatch.setattr(suite.registry, "open_source", lambda name, root, split: splits[split])
+    results = suite.run_suite(config(tmp_path), Colours(), tmp_path, "deepglobe")
+    row = results["rows"][0]
+    true = splits["test"].labels.ravel()
+    soft = np.stack(splits["test"].images)[..., 1].ravel() / 255
+    assert row["f1_pooled"] == pytest.approx(f1_score(true, soft > 0.5), abs=1e-9)
+    found = row["searched"]
+    expected = f1_score(true, soft > found["threshold"])
+    assert found["split"] == "train" and found["f1_pooled"] == pytest.approx(expected, abs=1e-9)
+    train = np.stack(splits["train"].images)[..., 1].ravel() / 255
+    best = max(f1_score(splits["train"].labels.ravel(), train > t) for t in metrics_binary.THRESHOLDS)
+    reached = f1_score(splits["train"].labels.ravel(), train > found["threshold"])
+    assert reached == pytest.approx(best, abs=1e-9)
+    text = suite.table(results)
+    assert "threshold 0.5" in text and "found on train" in text and "65.78" in text
+
+
+def test_regions_are_nested(tmp_path, monkeypatch):
+    class Eyes(Split):
+        def __init__(self):
+            self.labels = np.zeros((2, 8, 8), np.int32)
+            self.labels[:, 1:7, 1:7], self.labels[:, 3:5, 3:5] = 1, 2
+            inside = [np.stack([lab * 0, (lab > 0) * 255, (lab == 2) * 255], -1) for lab in self.labels]
+            self.images = [i.astype(np.uint8) for i in inside]
+
+    monkeypatch.setattr(suite.registry, "open_source", lambda name, root, split: Eyes())
+    facts = suite.registry.spec("refuge2")
+    job = suite_scores.Job(config(tmp_path), Colours(), facts, suite.EStep(1, 1))
+    journal = suite.Journal(None, "x", "y")
+    found = suite_scores.score(job, Eyes(), None, journal)
+    assert found["cup_dice"] == found["disc_dice"] == 1.0 and found["cdr_error"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["coco", ""])
+def test_an_unknown_suite_is_told(tmp_path, name):
+    with pytest.raises(UserError) as caught:
+        suite.run_suite(config(tmp_path), Colours(), tmp_path, name)
+    assert "legal values are open_vocab" in tiny.one_line(caught.value)
+
+
+def test_a_suite_without_any_data_is_told(tmp_path):
+    with pytest.raises(UserError) as caught:
+        suite.run_suite(config(tmp_path), Colours(), tmp_path, "driving")
+    assert "no data set of it" in tiny.one_line(caught.value)
+
+
+def test_missing_data_sets_are_named_in_the_table():
+    row = {"suite": "driving", "dataset": "bdd100k", "estep": "8x2", "missing": "no folder"}
+    assert "bdd100k | 8x2 | not measured" in suite.table({"suite": "driving", "seed": 0, "rows": [row]})
+
+
+def test_every_figure_of_the_paper_belongs_to_a_data_set_of_its_suite():
+    for name, datasets in paper.FIGURES.items():
+        assert set(datasets) <= set(suite.SUITES[name])
+    assert set(suite.SUITES["open_vocab"]) <= set(suite.registry.names())
