@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 
-from digseg_jax import paper, suite, suite_scores
+from digseg_jax import paper, suite, suite_scores, suite_tables
 from digseg_jax.config import parse
 from digseg_jax.errors import UserError
 from digseg_jax.segmentation import metrics_binary
@@ -153,7 +153,7 @@ def test_a_foreground_class_has_both_averages_and_a_threshold_found_elsewhere(tm
     best = max(f1_score(splits["train"].labels.ravel(), train > t) for t in metrics_binary.THRESHOLDS)
     reached = f1_score(splits["train"].labels.ravel(), train > found["threshold"])
     assert reached == pytest.approx(best, abs=1e-9)
-    text = suite.table(results)
+    text = suite_tables.table(results)
     assert "threshold 0.5" in text and "found on train" in text and "65.78" in text
 
 
@@ -188,7 +188,9 @@ def test_a_suite_without_any_data_is_told(tmp_path):
 
 def test_missing_data_sets_are_named_in_the_table():
     row = {"suite": "driving", "dataset": "bdd100k", "estep": "8x2", "missing": "no folder"}
-    assert "bdd100k | 8x2 | not measured" in suite.table({"suite": "driving", "seed": 0, "rows": [row]})
+    assert "bdd100k | 8x2 | not measured" in suite_tables.table(
+        {"suite": "driving", "seed": 0, "rows": [row]}
+    )
 
 
 def test_every_figure_of_the_paper_belongs_to_a_data_set_of_its_suite():

@@ -19,6 +19,7 @@ from digseg_jax.report import chart, sections
 from digseg_jax.report.cards import gallery_section
 from digseg_jax.report.colors import class_colors, from_hex, to_hex
 from digseg_jax.report.markup import esc, section
+from digseg_jax.report.suites import suite_tables
 from digseg_jax.writers import METRICS_NAME, read_metrics
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ def render(workdir: Path) -> str:
     gallery_path = workdir / "eval" / "gallery" / "gallery.json"
     estep_path, config_path = workdir / "eval" / "estep.json", workdir / "config.json"
     bench_paths = sorted((workdir / "bench").glob("*.json"))
+    suite_paths = sorted((workdir / "eval").glob("suite_*.json"))
     gallery, estep = _optional(gallery_path), _optional(estep_path)
     benches = [_object(path, ("title", "columns", "rows")) for path in bench_paths]
     config = _read(config_path) if config_path.exists() else None
@@ -109,13 +111,13 @@ def render(workdir: Path) -> str:
         sections.class_bars(results["per_class"], colors),
         _training(workdir),
         _shaped(estep_path, lambda: sections.estep_table(estep)),
+        _shaped(workdir / "eval", lambda: suite_tables([_object(p) for p in suite_paths])),
         _shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
         sections.details(config, results),
     ]
     package = resources.files("digseg_jax.report")
     page, style, script = (
-        (package / name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "page.js")
+        (package / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
     )
     return _fill(page, {
         "title": esc(f"{results['dataset']} · {workdir.resolve().name}"),
@@ -131,7 +133,7 @@ def build_report(workdir: Path | str) -> Path:
     """Writes WORKDIR/report/index.html and returns its path.
 
     Reads eval/results.json and, where they exist, metrics.jsonl, eval/gallery/gallery.json,
-    eval/estep.json, bench/*.json and config.json.
+    eval/estep.json, eval/suite_*.json, bench/*.json and config.json.
     Raises UserError if there are no results (naming the command that makes them) or if a file
     is not of the expected form.
     """

@@ -110,6 +110,7 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
         f'<header><h3 id="item-{index}">{esc(where)}</h3>'
         f'<p class="score">mIoU {number(item.get("miou"))}</p></header>'
         f"{_stage(photo, prediction, where)}"
+        '<p class="under" aria-hidden="true"></p>'
         f'<div role="group" aria-label="Right side of the slider, {esc(where)}">'
         f'<div class="maps">{maps}</div><div class="masks">{masks}</div></div>{note}</article>'
     )
@@ -158,7 +159,8 @@ def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[st
     cards = "".join(card(item, i, folder, colors) for i, item in enumerate(items))
     names = [entry["name"] for entry in gallery.get("classes", [])]
     lead = (
-        "Drag the line, or focus it and use the arrow keys. Choose a small picture to put it on "
+        "Drag the line, or focus it and use the arrow keys. Point at a place to read its true and its "
+        "predicted class; T puts the whole truth on the right. Choose a small picture to put it on "
         "the right: the truth, where the two differ, or the soft mask of one query (bright: "
         "certain) with its IoU."
     )

@@ -86,7 +86,62 @@
     }
   }
 
+  // What is under the pointer: names by the colours of the two label pictures.
+  const names = new Map();
+  for (const chip of document.querySelectorAll(".chip[data-class]")) {
+    const dot = chip.querySelector(".dot");
+    if (dot) names.set(getComputedStyle(dot).backgroundColor.replaceAll(" ", ""), chip.dataset.class);
+  }
+
+  function pixels(card, what) {
+    const picture = card.querySelector(`.thumb[data-what="${what}"] img`);
+    const canvas = document.createElement("canvas");
+    canvas.width = picture.naturalWidth;
+    canvas.height = picture.naturalHeight;
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.drawImage(picture, 0, 0);
+    return context.getImageData(0, 0, canvas.width, canvas.height);
+  }
+
+  function nameAt(map, x, y) {
+    const column = Math.min(map.width - 1, Math.floor(x * map.width));
+    const row = Math.min(map.height - 1, Math.floor(y * map.height));
+    const place = 4 * (row * map.width + column);
+    const [r, g, b] = map.data.slice(place, place + 3);
+    return names.get(`rgb(${r},${g},${b})`) ?? "not labelled";
+  }
+
+  function inspect(card) {
+    const stage = card.querySelector(".stage");
+    const answer = card.querySelector(".under");
+    let truth = null;
+    let guess = null;
+    stage.addEventListener("pointermove", (event) => {
+      truth ??= pixels(card, "truth");
+      guess ??= pixels(card, "prediction");
+      const box = stage.getBoundingClientRect();
+      const x = (event.clientX - box.left) / box.width;
+      const y = (event.clientY - box.top) / box.height;
+      if (x < 0 || y < 0 || x >= 1 || y >= 1) return;
+      const found = [nameAt(truth, x, y), nameAt(guess, x, y)];
+      answer.textContent = `truth: ${found[0]} · prediction: ${found[1]}`;
+      answer.classList.toggle("wrong", found[0] !== found[1] && found[0] !== "not labelled");
+    });
+    stage.addEventListener("pointerleave", () => {
+      answer.textContent = "";
+    });
+    // The same without a pointer: T puts the truth on the right, and back.
+    card.querySelector(".handle").addEventListener("keydown", (event) => {
+      if (event.key.toLowerCase() !== "t" || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      const shown = card.querySelector('.thumb[aria-pressed="true"]');
+      const what = shown && shown.dataset.what === "truth" ? "prediction" : "truth";
+      choose(card, card.querySelector(`.thumb[data-what="${what}"]`));
+    });
+  }
+
   cards.forEach(wire);
+  cards.forEach(inspect);
 
   const chips = [...document.querySelectorAll(".chip")];
   const shown = document.getElementById("shown");

@@ -159,6 +159,42 @@ def test_a_query_mask_can_be_put_on_the_right(page):
     assert "shrub and grass" in slider(page).get_attribute("aria-valuetext")
 
 
+def test_pointing_at_a_place_tells_its_true_and_its_predicted_class(page):
+    card = page.locator(".card").first
+    stage = card.locator(".stage")
+    stage.scroll_into_view_if_needed()
+    box = stage.bounding_box()
+    names = page.locator(".chip[data-class]").evaluate_all("all => all.map(c => c.dataset.class)")
+    for x, y in ((0.2, 0.3), (0.7, 0.8)):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        text = card.locator(".under").inner_text()
+        found = re.fullmatch(r"truth: (.+) · prediction: (.+)", text)
+        assert found and found[1] in names and found[2] in names
+    page.mouse.move(box["x"] + 0.995 * box["width"], box["y"] + 2)  # the unlabelled corner
+    assert card.locator(".under").inner_text().startswith("truth: not labelled")
+    page.mouse.move(0, 0)
+    assert card.locator(".under").inner_text() == ""
+
+
+def test_t_puts_the_truth_on_the_right_and_takes_it_away_again(page):
+    slider(page).focus()
+    tag = page.locator(".card").first.locator(".tag.right")
+    page.keyboard.press("t")
+    assert tag.text_content() == "truth"
+    page.keyboard.press("t")
+    assert tag.text_content() == "prediction"
+
+
+def test_the_papers_tables_are_there_and_marked_as_the_papers(page):
+    table = page.locator("#suites table").first
+    assert "the paper's figure" in table.inner_text() and "43.2 (L/14)" in table.inner_text()
+    assert "mIoU, oracle" in table.inner_text()
+    bars = page.locator("#suites details").first
+    bars.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert bars.locator("li").first.is_visible()
+
+
 def test_pictures_load_and_labels_are_crisp(page):
     loaded = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert loaded

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's tables on the page: three protocols, recall of the gate, bars of every data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from digseg_jax.report.markup import esc, is_number, number, section, table
+from digseg_jax.suite_tables import COLUMNS, lines, note
+
+MOST_BARS = 40  # classes shown of a large vocabulary: the best and the worst half
+
+
+def suite_tables(suites: Sequence[Mapping[str, Any]]) -> str:
+    """Every suite_*.json of a run; empty if there is none."""
+    parts = []
+    for results in suites:
+        rows = [[_cell(c) for c in row] for row in lines(results)]
+        caption = f"<strong>{esc(results['suite'])}</strong>"
+        parts.append(table(COLUMNS, rows, caption) + f'<p class="note">{esc(note(results))}</p>')
+        for row in results["rows"]:
+            parts.append(_recall(row) + _classes(row))
+    lead = "Measured by this run; what the paper states stands beside it and is marked as the paper's."
+    return section("suites", "The paper's benchmarks", "".join(parts), lead)
+
+
+def _cell(value: Any) -> str:
+    """Measured numbers come as text in percent; they are set as numbers."""
+    text = str(value)
+    if text.replace(".", "", 1).isdigit():
+        return f'<data value="{esc(text)}">{esc(text)}</data>'
+    return esc(text)
+
+
+def _recall(row: Mapping[str, Any]) -> str:
+    """How much of the truth the gate's K best classes hold."""
+    recall = row.get("gate_recall")
+    if not recall:
+        return ""
+    cells = [[esc(k), number(v.get("pixels")), number(v.get("classes"))] for k, v in recall.items()]
+    caption = f"{esc(row['dataset'])}: recall of the gate by the number of classes it lets through"
+    return table(["K", "of labelled pixels", "of present classes"], cells, caption)
+
+
+def _classes(row: Mapping[str, Any]) -> str:
+    """Bars of IoU, best first, folded away."""
+    known = {n: v for n, v in (row.get("per_class") or {}).items() if is_number(v)}
+    if not known:
+        return ""
+    ranked = sorted(known.items(), key=lambda entry: -entry[1])
+    half = MOST_BARS // 2
+    shown = ranked if len(ranked) <= MOST_BARS else ranked[:half] + ranked[-half:]
+    bars = "".join(
+        f'<li><span class="name">{esc(name)}</span><span class="track" aria-hidden="true">'
+        f'<span class="fill" style="width:{100 * iou:.2f}%;background:#4a7a8c"></span></span>'
+        f'<span class="value">{number(iou)}</span></li>'
+        for name, iou in shown
+    )
+    left_out = (
+        f", {len(ranked) - len(shown)} in the middle left out" if len(shown) < len(ranked) else ""
+    )
+    return (
+        f"<details><summary>{esc(row['dataset'])}: IoU of {len(ranked)} classes{left_out}</summary>"
+        f'<ul class="bars many">{bars}</ul></details>'
+    )
