@@ -37,7 +37,8 @@ def palette(spec: DatasetSpec) -> np.ndarray:
 
 def contact_sheet(spec: DatasetSpec, tiles: Sequence[Tile]) -> Image.Image:
     """Rows of examples: image, coloured label, and the names of the largest classes in it."""
-    cells = [_cell(spec, palette(spec), tile) for tile in tiles]
+    colors = palette(spec)
+    cells = [_cell(spec, colors, tile) for tile in tiles]
     rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
     heights = [max(c.height for c in row) for row in rows]
     width = COLUMNS * (2 * WIDTH + 2 * _GAP)

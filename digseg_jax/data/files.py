@@ -108,11 +108,18 @@ def read_index_image(path: Path) -> np.ndarray:
 
 
 def read_grey_label(path: Path) -> np.ndarray:
-    """uint8 [h, w] grey values of a label in any 8-bit mode; a palette is looked up."""
+    """uint8 [h, w] grey values of a label in any 8-bit mode; a palette is looked up.
+
+    Raises:
+      UnreadableError: also for colours.
+    """
     image = _decode_label(path)
     if image.mode.startswith(("I", "F")):
         raise UnreadableError(f"{path}: mode {image.mode}; this label has 8 bits")
-    return np.asarray(image.convert("RGB").convert("L"))
+    rgb = np.asarray(image.convert("RGB"))
+    if (rgb != rgb[..., :1]).any():
+        raise UnreadableError(f"{path}: holds colours; this label is grey")
+    return rgb[..., 0]
 
 
 def read_color_label(path: Path) -> np.ndarray:
