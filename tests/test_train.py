@@ -272,6 +272,26 @@ class TestNotFinite:
         with pytest.raises(UserError, match="gone on to step 6"):
             replay(str(tmp_path / "run"), trainer(config, tmp_path / "run"))
 
+    @pytest.mark.slow
+    def test_the_commands(self, folders, tmp_path):
+        """A learning rate without sense: the second step has no finite loss."""
+        options = {"task": "prior", "train__batch_size": 2, "optim__learning_rate": 1e30}
+        config_file = tiny.config_file(tmp_path, folders, **options)
+        workdir = tmp_path / "run"
+        command = TestKill.command(config_file, workdir)
+        failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode != 0
+        again = f"python -m digseg_jax.replay --workdir={workdir}"
+        assert "at step 2" in failed.stderr and again in failed.stderr
+        replayed = subprocess.run(
+            [sys.executable, *again.split()[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert replayed.returncode == 0, replayed.stderr[-3000:]
+        report = json.loads(replayed.stdout)
+        assert report["step"] == 2 and report["from_checkpoint"] == 0
+        assert set(report["example_losses"]) == {"2", "3"}
+        assert report["gradients_not_finite"]
+
     def test_nothing_to_replay_is_one_clear_error(self, tmp_path):
         with pytest.raises(UserError, match="no failed step"):
             load_failure(str(tmp_path))
