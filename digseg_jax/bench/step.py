@@ -36,6 +36,7 @@ class RandomTask(SegmentationTask):
 
     def __init__(self, config: Config, unet: UNetConfig, vae: VaeConfig):
         self.config, self.schedule = config, schedule_of(config.diffusion)
+        self.codec = config.segmentation.codec
         options = compute_options(config.model)
         graphdef, abstract = functional.abstract(
             lambda: AutoencoderKL(vae, rngs=functional.FixedRngs(), **options)
