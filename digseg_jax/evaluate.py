@@ -18,9 +18,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Array, Params
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
+from digseg_jax.eval_progress import Progress as Recorded
+from digseg_jax.eval_progress import Shown
+from digseg_jax.journal import identity_of
 from digseg_jax.log import log
 from digseg_jax.report.gallery import GalleryItem, write_gallery
 from digseg_jax.segmentation import calibration as calibration_lib
@@ -29,10 +33,16 @@ from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.segmentation.text_bank import PromptBank
 from digseg_jax.sharding import BATCH, place_batch
+from digseg_jax.tables import results_markdown
 from digseg_jax.tasks.components import bank_arrays, encode_bank
 from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
 from digseg_jax.writers import Progress
 
+COUNTED = {  # classes that the mean goes over, by the absent-class rule
+    "mmseg": "classes that occur or are predicted",
+    "detectron2": "classes that occur",
+    "official": "all classes",
+}
 CALIBRATION_STRIDE = 4  # every 4th pixel of both axes is enough to fit nine numbers
 
 
@@ -46,7 +56,8 @@ class Scores:
     areas: np.ndarray  # [images, c]
     names: list[str]
     seconds: float  # of sampling and decoding, compilation excluded
-    probability: dict[int, np.ndarray]  # image -> [q, h, w]; evenly spread images, for the gallery
+    probability: dict[int, np.ndarray]  # image -> [q, h, w], for the gallery
+    notes: dict[int, str]  # image -> why it is in the gallery
 
     @property
     def miou(self) -> float:
@@ -116,39 +127,54 @@ class Evaluator:
         calibration: Calibration,
         *,
         keep: int = 0,
+        recorded: Recorded | None = None,
     ) -> Scores:
-        """Counts over all tiles; query i of the bank stands for class i of the label set."""
+        """Counts over all tiles; query i of the bank stands for class i of the label set.
+
+        keep: images whose soft masks are kept. recorded: what a killed evaluation had counted.
+        """
         classes = landcover.LABEL_SETS[tiles.label_set]
         if self.task.codec == "binary" and len(bank.prompts) != len(classes):
             raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
         step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=3)
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
+        recorded = recorded or Recorded(None, "")
+        shown = Shown(keep, len(tiles), recorded)
         confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
-        overlaps, areas, kept, seconds = [], [], {}, 0.0
-        shown = {i * len(tiles) // keep for i in range(keep)}
-        first = True
-        for batch, count in self._batches(tiles, f"eval {estep}"):
+        overlaps, areas, seconds, done = [], [], 0.0, 0
+        compiled = False
+
+        def compute(batch: Params, count: int) -> dict[str, Any]:
+            nonlocal compiled
             arguments = (params, self._frozen(bank), fitted, batch)
-            if first:  # compile outside the clock
+            if not compiled:  # outside the clock
                 jax.block_until_ready(step(*arguments))
-                first = False
+                compiled = True
             start = time.monotonic()
             out = jax.device_get(jax.block_until_ready(step(*arguments)))
-            seconds += time.monotonic() - start
-            confusion += out["confusion"]
-            done = sum(len(rows) for rows in areas)
-            overlaps.append(out["overlap"][:count])
-            areas.append(out["area"][:count])
-            kept |= {i: out["probability"][i - done] for i in range(done, done + count) if i in shown}
-        names = [t.name for t in tiles.tiles]
+            return {n: v[:count] for n, v in out.items()} | {"seconds": time.monotonic() - start}
+
+        for batch, count in self._batches(tiles, f"eval {estep}"):
+            key = f"{estep} {done}+{count}"
+            out, new = recorded.batch(key, partial(compute, batch, count))
+            for i, counts in enumerate(out["confusion"]):
+                masks = partial(out["probability"].__getitem__, i) if new else None
+                shown.offer(done + i, metrics.mean_iou(counts), masks)
+            if new:
+                recorded.record(key, out)
+            confusion += out["confusion"].sum(axis=0, dtype=np.int64)
+            overlaps.append(out["overlap"])
+            areas.append(out["area"])
+            seconds += out["seconds"]
+            done += count
         return Scores(
             classes,
             confusion,
             np.concatenate(overlaps),
             np.concatenate(areas),
-            names,
+            [t.name for t in tiles.tiles],
             seconds,
-            kept,
+            *shown.final(),
         )
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
@@ -178,7 +204,10 @@ class Evaluator:
         label = jnp.where(batch["valid"][:, None, None], batch["label"], -1)
         true = label[:, None] == jnp.arange(num_classes)[None, :, None, None]
         return {
-            "confusion": metrics.confusion(label, metrics.label_map(probability), num_classes),
+            # image by image: the gallery shows the worst and the best
+            "confusion": jax.vmap(
+                lambda true, found: metrics.confusion(true[None], found[None], num_classes)
+            )(label, metrics.label_map(probability)),
             "overlap": metrics.overlap(label, alone, num_classes),
             "area": true.sum(axis=(2, 3)).astype(jnp.int32),
             "probability": probability,
@@ -233,9 +262,15 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
         "dataset": config.data.name,
         "split": config.eval.split,
         "protocol": "land cover: tiles of held-out blocks, counts pooled over the split, mean over "
-        "classes that occur or are predicted, exhaustive queries",
+        f"{COUNTED[config.eval.absent_rule]}, exhaustive queries",
         "num_images": len(scores.names),
-        "miou": scores.miou,
+        "absent_rule": config.eval.absent_rule,
+        "codec": config.segmentation.codec,
+        "ensemble_rule": config.eval.ensemble_rule,
+        "decoder": config.eval.decoder,
+        "miou": metrics.mean_iou(scores.confusion, config.eval.absent_rule),
+        "mean_accuracy": plain(metrics.mean_accuracy(scores.confusion)),
+        "fwiou": plain(metrics.frequency_weighted_iou(scores.confusion)),
         "per_class": {name: plain(v) for name, v in zip(scores.classes, iou, strict=True)},
         "accuracy": metrics.pixel_accuracy(scores.confusion),
         "label_set": config.data.label_set,
@@ -244,7 +279,6 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
         "spacing": estep.spacing,
         "seed": config.seed,
         "calibration": calibration.to_dict(),
-        "queries_per_second": scores.queries_per_second(),
         "confusion": scores.confusion.tolist(),
         **{name: plain(value) for name, value in alone.items()},
     }
@@ -253,26 +287,42 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
 def evaluate(
     config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: Path
 ) -> dict[str, Any]:
-    """Evaluates, and writes DIR/eval/{results.json, estep.json, gallery/}; returns the results."""
+    """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
+
+    Returns the results. A killed evaluation goes on where it was when the same one is started again,
+    and ends with the same results.json; times, which never are the same, are in speed.json.
+    """
     evaluator = Evaluator(config, task, mesh)
     label_set = config.data.label_set
     classes = landcover.LABEL_SETS[label_set]
     bank = evaluator.bank(classes)
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    tiles = evaluator.tiles(config.eval.split, label_set)
+    folder = workdir / "eval"
+    values = config_lib.to_dict(config)
+    identity = identity_of(params, values["data"], values["eval"], config.seed, len(tiles))
+    recorded = Recorded(folder / "unfinished", identity)
+
+    def calibrate() -> dict[str, Any]:
+        once = EStep(1, estep.steps, estep.spacing)
+        return evaluator.calibrate(params, bank, label_set, once).to_dict()
+
     fitted = calibration_lib.identity(len(classes), evaluator.fixed_scale() or 2.0)
     if config.eval.calibrate:
-        fitted = evaluator.calibrate(params, bank, label_set, EStep(1, estep.steps, estep.spacing))
+        fitted = Calibration.from_dict(recorded.fitted("calibration", calibrate))
         log.info("calibration on %s: %s", fitted.split, fitted.to_dict())
-    tiles = evaluator.tiles(config.eval.split, label_set)
-    scores = evaluator.scores(params, tiles, bank, estep, fitted, keep=config.eval.gallery)
+    keep = min(config.eval.gallery, len(tiles))
+    scores = evaluator.scores(params, tiles, bank, estep, fitted, keep=keep, recorded=recorded)
     results = results_of(scores, config, fitted, estep)
-    folder = workdir / "eval"
     write_json(folder / "results.json", results)
+    (folder / "results.md").write_text(results_markdown(results), encoding="utf-8")
+    write_json(folder / "speed.json", {"queries_per_second": scores.queries_per_second()})
     _write_gallery(folder / "gallery", scores, tiles)
     if config.eval.estep:
-        rows = estep_rows(evaluator, params, tiles, bank, fitted)
+        rows = estep_rows(evaluator, params, tiles, bank, fitted, recorded)
         note = "Measured by this run on its own split; a small model, trained for minutes."
         write_json(folder / "estep.json", {"rows": rows, "note": note})
+    recorded.finish()
     return results
 
 
@@ -282,12 +332,13 @@ def estep_rows(
     tiles: landcover.EvalTiles,
     bank: PromptBank,
     calibration: Calibration,
+    recorded: Recorded | None = None,
 ) -> list[dict[str, Any]]:
     """One row per E-Step of `config.eval.estep`: mIoU and queries per second."""
     rows = []
     for text in evaluator.config.eval.estep:
         estep = EStep.parse(text)
-        scores = evaluator.scores(params, tiles, bank, estep, calibration)
+        scores = evaluator.scores(params, tiles, bank, estep, calibration, recorded=recorded)
         rows.append(
             {
                 **dataclasses.asdict(estep),
@@ -326,6 +377,7 @@ def _write_gallery(folder: Path, scores: Scores, tiles: landcover.EvalTiles) -> 
                 queries=[scores.classes[q] for q in present],
                 ious=[None if np.isnan(iou[q]) else float(iou[q]) for q in present],
                 miou=metrics.mean_iou(counts),
+                note=scores.notes.get(i, ""),
             )
         )
     write_gallery(folder, items, scores.classes)

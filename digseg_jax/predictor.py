@@ -56,6 +56,7 @@ class Predictor:
         self.rule, self.decoder = rule, decoder
         devices = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
         self.image_buckets = tuple(sorted({-(-b // devices) * devices for b in IMAGE_BUCKETS}))
+        self.programs = 0  # compiled so far
         self._run = jax.jit(self._program, static_argnames="estep")
         self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -177,6 +178,7 @@ class Predictor:
         root: Array,
         estep: EStep,
     ) -> Float[Array, "n q s s"]:
+        self.programs += 1  # runs once for each compilation
         evidence = self.task.evidence(
             params, frozen, crops, index, estep, seed=root, decoder=self.decoder
         )

@@ -13,6 +13,8 @@ import tiny
 
 from digseg_jax.data import landcover
 from digseg_jax.data.landcover import GROUPS, TILE
+from digseg_jax.eval_progress import Progress as Recorded
+from digseg_jax.eval_progress import Shown
 from digseg_jax.evaluate import Evaluator, evaluate, results_of, write_json
 from digseg_jax.report import build_report
 from digseg_jax.segmentation import metrics
@@ -188,6 +190,67 @@ class TestFiles:
         workdir = run[0]
         (workdir / METRICS_NAME).write_text('{"step": 1, "loss": 0.5, "images_per_second": 2.0}\n')
         assert build_report(workdir).is_file()
+
+
+class Killed(BaseException):
+    """Ends an evaluation as a signal would."""
+
+
+def files(workdir):
+    """Everything that must be the same after a kill."""
+    folder = workdir / "eval"
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("speed.json", "estep.json")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+@pytest.mark.parametrize("survived", [0, 1, 2])
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
+    folders, task, params, run, tmp_path, monkeypatch, survived
+):
+    config = tiny.config(folders, eval__num_images=3, eval__gallery=2, eval__batch_size=1)
+    whole = evaluate(config, task, params, tiny.mesh(), tmp_path / "whole")
+    record, finished = Recorded.record, []
+
+    def dies(self, key, counts):
+        if len(finished) == survived:
+            raise Killed
+        record(self, key, counts)
+        finished.append(key)
+
+    monkeypatch.setattr(Recorded, "record", dies)
+    with pytest.raises(Killed):
+        evaluate(config, task, params, tiny.mesh(), tmp_path / "killed")
+    assert not (tmp_path / "killed" / "eval" / "results.json").exists()
+    monkeypatch.setattr(Recorded, "record", lambda self, key, c: (finished.append(key),
+                                                                  record(self, key, c)))  # fmt: skip
+    assert evaluate(config, task, params, tiny.mesh(), tmp_path / "killed") == whole
+    assert len(finished) == len(set(finished)) == 3, "no batch is counted twice"
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert "results.md" in files(tmp_path / "whole")
+
+
+class TestShown:
+    """Which images the gallery shows."""
+
+    def choose(self, scores, count):
+        shown = Shown(count, len(scores), Recorded(None, ""))
+        for i, score in enumerate(scores):
+            shown.offer(i, score, lambda i=i: np.full(1, i))
+        return shown.final()
+
+    def test_the_worst_and_the_best_are_among_them(self):
+        scores = np.random.default_rng(0).random(50).tolist()
+        scores[7] = float("nan")
+        masks, notes = self.choose(scores, 12)
+        order = sorted((i for i in range(50) if i != 7), key=scores.__getitem__)
+        assert {i for i, n in notes.items() if "worst" in n} == set(order[:3])
+        assert {i for i, n in notes.items() if "best" in n} == set(order[-3:])
+        assert set(notes) <= set(masks) and {0, 8, 16, 25, 33, 41} <= set(masks)
+        assert all(m == i for i, m in masks.items())
+
+    def test_a_small_gallery_is_spread_and_an_empty_one_empty(self):
+        assert set(self.choose([0.5] * 9, 3)[0]) == {0, 3, 6}
+        assert self.choose([0.5] * 9, 0) == ({}, {})
 
 
 def test_a_class_without_a_score_is_null_not_nan(config, one_device):

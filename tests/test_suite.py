@@ -24,7 +24,7 @@ class Colours:
     def __init__(self):
         self.task = SimpleNamespace(codec="binary")
         self.params = {"weight": np.ones(3, np.float32)}
-        self.asked = 0
+        self.asked = self.programs = 0
 
     def predict_masks(self, images, queries, *, first, **_):
         self.asked += 1

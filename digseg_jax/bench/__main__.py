@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.bench {landcover,prior,step} [--json] ..."""
+"""python -m digseg_jax.bench {landcover,open_vocab,prior,step} [--json] ..."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def _parser() -> argparse.ArgumentParser:
     cover = jobs.add_parser("landcover", help="our segmenter against boosted trees; text; E-Step")
     cover.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
     cover.add_argument("--estep", action="store_true", help="also the E-Step table")
+    vocabulary = jobs.add_parser("open_vocab", help="oracle, gated, exhaustive on 17 IGBP classes")
+    vocabulary.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
+    vocabulary.add_argument("--estep", default="8x2")
+    vocabulary.add_argument("--images", type=int, default=24, help="tiles, evenly spread; 0: all")
+    vocabulary.add_argument("--limit", type=int, default=6, help="classes the gate lets through")
+    vocabulary.add_argument("--cut", type=float, default=0.3, help="least presence score")
     prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
     prior.add_argument("--seeds", type=int, default=3)
     prior.add_argument("--steps", type=int, default=300)
@@ -28,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--size", type=int, default=256, help="pixels of a side of the one image")
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     step.add_argument("--no-ema", action="store_true", help="keep no moving average: 3.4 GB less")
-    for job in (cover, prior, step):
+    for job in (cover, vocabulary, prior, step):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -44,6 +50,16 @@ def main() -> int:
             from digseg_jax.bench import landcover
 
             result = landcover.run(arguments.weights, with_estep=arguments.estep)
+        elif arguments.job == "open_vocab":
+            from digseg_jax.bench import open_vocab
+
+            result = open_vocab.run(
+                arguments.weights,
+                arguments.estep,
+                arguments.images,
+                arguments.limit,
+                arguments.cut,
+            )
         elif arguments.job == "step":
             from digseg_jax.bench import step
 

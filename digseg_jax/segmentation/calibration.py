@@ -27,6 +27,10 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "bias": list(self.bias), "split": self.split}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        return cls(values["scale"], tuple(values["bias"]), values["split"])
+
 
 def identity(num_classes: int, scale: float = 2.0) -> Calibration:
     """No fitting: the given scale, no bias."""

@@ -170,7 +170,7 @@ def test_pointing_at_a_place_tells_its_true_and_its_predicted_class(page):
         text = card.locator(".under").inner_text()
         found = re.fullmatch(r"truth: (.+) · prediction: (.+)", text)
         assert found and found[1] in names and found[2] in names
-    page.mouse.move(box["x"] + 0.995 * box["width"], box["y"] + 2)  # the unlabelled corner
+    page.mouse.move(box["x"] + 0.92 * box["width"], box["y"] + 6)  # the unlabelled corner
     assert card.locator(".under").inner_text().startswith("truth: not labelled")
     page.mouse.move(0, 0)
     assert card.locator(".under").inner_text() == ""

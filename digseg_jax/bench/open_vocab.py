@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three protocols on the 17 IGBP classes of the land cover, with the gate's recall and its time."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from digseg_jax import assets
+from digseg_jax import config as config_lib
+from digseg_jax.data import registry
+from digseg_jax.journal import Journal
+from digseg_jax.predict import load_predictor
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.suite_scores import Job, score
+
+DATA = "landcover_igbp"
+
+
+def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[str, Any]:
+    """Scores without calibration: a class nobody fitted a bias for is what open vocabulary means."""
+    base = config_lib.with_estep(config_lib.Config(), estep)
+    evaluation = dataclasses.replace(
+        base.eval, num_images=images, gate_limit=limit, gate_cut=cut, inference="whole"
+    )
+    config = dataclasses.replace(base, eval=evaluation)
+    predictor = load_predictor(config, Path(assets.resolve(weights)))
+    facts = registry.spec(DATA)
+    source = registry.open_source(DATA, "", facts.eval_split)
+    job = Job(config, predictor, facts, EStep.parse(estep))
+    found = score(job, source, None, Journal(None, DATA, ""))
+    seconds = {name: 1.0 / row["images_per_second"] for name, row in found["protocols"].items()}
+    return {
+        "data": DATA,
+        "split": facts.eval_split,
+        "estep": estep,
+        "gate": {"limit": limit, "cut": cut, "scorer": "one step, linear probe"},
+        "seconds_per_image": seconds,
+        "gated_share_of_time": seconds["gated"] / seconds["exhaustive"],
+        **found,
+    }
