@@ -300,8 +300,10 @@ def evaluate(
     tiles = evaluator.tiles(config.eval.split, label_set)
     folder = workdir / "eval"
     values = config_lib.to_dict(config)
-    identity = identity_of(params, values["data"], values["eval"], config.seed, len(tiles))
-    recorded = Recorded(folder / "unfinished", identity)
+    recorded = Recorded(None, "")
+    if jax.process_count() == 1:  # several would have to agree on what is left to do
+        facts = (values["data"], values["eval"], config.seed, len(tiles))
+        recorded = Recorded(folder / "unfinished", identity_of(params, *facts))
 
     def calibrate() -> dict[str, Any]:
         once = EStep(1, estep.steps, estep.spacing)

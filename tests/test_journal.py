@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,6 +66,6 @@ def test_counts_survive_exactly(shape):
 def test_other_weights_or_settings_are_another_identity():
     params = {"a": {"kernel": np.ones((2, 3), np.float32)}, "b": np.zeros(4, np.float32)}
     base = identity_of(params, {"seed": 0}, "1x1")
-    assert base == identity_of({k: v for k, v in params.items()}, {"seed": 0}, "1x1")
+    assert base == identity_of(jax.tree.map(jax.numpy.asarray, params), {"seed": 0}, "1x1")
     changed = {"a": {"kernel": 1.01 * np.ones((2, 3), np.float32)}, "b": np.zeros(4, np.float32)}
     assert len({base, identity_of(changed, {"seed": 0}, "1x1"), identity_of(params, {"seed": 1})}) == 3
