@@ -164,7 +164,8 @@ class EvalConfig:
     # pictures of other sizes than the training crop, in predict and in suites: overlapping windows at
     # their own resolution, squeezed to one square, or scaled by the long side (the paper is silent)
     inference: str = legal("window", "whole", "aspect")
-    absent_rule: str = legal("mmseg", "detectron2", "official")  # classes the labels never show
+    # what a class counts that the labels never show; a suite takes the rule of each of its data sets
+    absent_rule: str = legal("mmseg", "detectron2", "official")
     # open vocabulary: how many classes a coarse pass lets through (16 to 32 of hundreds), from
     # which presence score on, and up to how many classes all of them are asked for as well (ours)
     gate_limit: int = 16

@@ -98,6 +98,7 @@ def _label_maps(job: Job, source: Source, journal: Journal) -> dict[str, Any]:
     for i, example in _images(job, source, journal, ""):
         image, label = example["image"], example["label"]
         found, row = {}, {}
+        queries = {"exhaustive": len(names), "oracle": len(np.unique(label[label >= 0]))}
         if exhaustive:
             found["exhaustive"] = asker.exhaustive(image, i)
         if scorer is not None:
@@ -105,11 +106,14 @@ def _label_maps(job: Job, source: Source, journal: Journal) -> dict[str, Any]:
             *found["gated"], scores = asker.gated(
                 image, i, scorer, settings.gate_limit, settings.gate_cut
             )
+            kept = open_vocab.survivors(scores, settings.gate_limit, settings.gate_cut)
+            queries["gated"] = len(kept)
             row["scores"] = [float(s) for s in scores]
             row["areas"] = pack(np.bincount(label[label >= 0], minlength=len(names)))
         for protocol, (prediction, seconds) in found.items():
             counts = metrics.confusion(label[None], _fit(prediction, label)[None], len(names))
-            row[protocol] = {"counts": pack(np.asarray(counts)), "seconds": seconds}
+            asked = {"seconds": seconds, "queries": queries[protocol]}
+            row[protocol] = {"counts": pack(np.asarray(counts)), **asked}
         main = _fit(found["exhaustive" if exhaustive else "gated"][0], label)
         row["boundary"] = pack(metrics_boundary.boundary_counts(label, main, len(names)))
         journal.add(str(i), row)
@@ -132,7 +136,8 @@ def _label_map_scores(job: Job, rows: list[Any]) -> dict[str, Any]:
         counts = np.sum([unpack(r["counts"]) for r in found], axis=0)
         seconds = sum(r["seconds"] for r in found)
         protocols[protocol] = metrics.closed_set_scores(counts, rule) | {
-            "images_per_second": len(found) / max(seconds, 1e-9)
+            "images_per_second": len(found) / max(seconds, 1e-9),
+            "queries_per_second": sum(r["queries"] for r in found) / max(seconds, 1e-9),
         }
         per_class[protocol] = metrics.iou_per_class(counts).tolist()
     headline = next((p for p in ("exhaustive", "gated") if p in protocols), None)

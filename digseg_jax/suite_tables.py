@@ -8,7 +8,16 @@ from typing import Any
 from digseg_jax import paper
 from digseg_jax.tables import markdown, percent
 
-COLUMNS = ("suite", "data set", "E-Step", "score", "measured", "the paper's figure", "images/s")
+COLUMNS = (
+    "suite",
+    "data set",
+    "E-Step",
+    "score",
+    "measured",
+    "the paper's figure",
+    "images/s",
+    "queries/s",
+)
 
 
 def lines(results: dict[str, Any]) -> list[list[Any]]:
@@ -17,7 +26,7 @@ def lines(results: dict[str, Any]) -> list[list[Any]]:
     for row in results["rows"]:
         where = [row["suite"], row["dataset"], row["estep"]]
         if "missing" in row:
-            found.append([*where, "not measured: no data", "–", "–", "–"])
+            found.append([*where, "not measured: no data", *"––––"])
             continue
         found += [[*where, *cells] for cells in _cells(row)]
     return found
@@ -43,13 +52,15 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
         cells = []
         for protocol, scores in row["protocols"].items():
             stated = _stated(row) if protocol == row["headline_protocol"] else "–"
-            rate = f"{scores['images_per_second']:.3g}"
-            cells.append([f"mIoU, {protocol}", percent(scores["miou"]), stated, rate])
-        return [*cells, ["boundary IoU", percent(row["boundary_iou"]), "–", "–"]]
+            rates = [f"{scores[k]:.3g}" for k in ("images_per_second", "queries_per_second")]
+            cells.append([f"mIoU, {protocol}", percent(scores["miou"]), stated, *rates])
+        return [*cells, ["boundary IoU", percent(row["boundary_iou"]), *"–––"]]
     rate = f"{speed:.3g}" if speed else "–"
     if row["metric"] == "region_dice":
         names = ("disc_dice", "cup_dice", "cdr_error")
-        return [[n, percent(row[n]), paper.figure(suite, dataset, n), rate] for n in names if n in row]
+        return [
+            [n, percent(row[n]), paper.figure(suite, dataset, n), rate, "–"] for n in names if n in row
+        ]
     cells = _foreground_cells(row, f"threshold {row['threshold']}", paper.FIGURES[suite][dataset], rate)
     if "searched" in row:
         found = row["searched"]
@@ -68,6 +79,7 @@ def _foreground_cells(
             percent(scores[f"{name}_{way}"]),
             stated.get(name, "–") if way == "pooled" else "–",
             rate,
+            "–",
         ]
         for way in ("pooled", "per_image")
         for name in ("iou", "precision", "recall", "f1")

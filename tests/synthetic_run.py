@@ -86,7 +86,7 @@ def metrics(count: int = 400) -> list[dict[str, Any]]:
 def suite_results() -> dict[str, Any]:
     """One data set under three protocols, one that was not there."""
     protocols = {
-        name: {"miou": miou, "accuracy": 0.7, "images_per_second": speed}
+        name: {"miou": miou, "images_per_second": speed, "queries_per_second": 9 * speed}
         for name, miou, speed in (
             ("oracle", 0.41, 1.5), ("gated", 0.302, 1.2), ("exhaustive", 0.31, 0.11)
         )

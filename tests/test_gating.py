@@ -39,7 +39,7 @@ def test_the_scorer_is_one_step_through_the_probe(predictor, image):
         predictor.squares([image]), PROMPTS, ensemble=1, steps=1, mode="whole", first=3
     )
     np.testing.assert_allclose(scores, presence(masks[0]), atol=1e-5)
-    assert len(np.unique(scores)) == len(PROMPTS)
+    assert scores.shape == (len(PROMPTS),)
 
 
 def test_only_who_is_asked_can_answer_and_nobody_hears_the_others(predictor, image):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes: how probabilities reach the label's resolution, and the size of ADE20K-847."""
+"""Sizes: how probabilities reach the label's resolution."""
 
 from __future__ import annotations
 
@@ -42,21 +42,6 @@ def test_labels_of_resized_probabilities_differ_from_resized_labels():
     fine = resolution.resize_probability(probability, 1, 6).argmax(0)
     assert set(np.unique(fine)) == {0, 1, 2}
     assert set(np.unique(probability.argmax(0))) == {0, 2}
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((512, 700), (512, 700)), ((300, 90), (300, 90)), ((1536, 2048), (512, 683)),
-     ((2048, 1536), (683, 512)), ((600, 600), (512, 512)), ((513, 1000), (512, 998))],
-)  # fmt: skip
-def test_the_size_of_ade_847(size, expected):
-    assert resolution.a847_size(*size) == expected
-    label = np.random.default_rng(0).integers(-1, 65535, size)
-    got = resolution.a847_label(label)
-    assert got.shape == expected and got.dtype == np.int32
-    rows = np.floor(np.arange(expected[0]) * size[0] / expected[0]).astype(int)
-    columns = np.floor(np.arange(expected[1]) * size[1] / expected[1]).astype(int)
-    assert (got == label[rows][:, columns]).mean() > 0.995
 
 
 def test_images_keep_their_mean_when_they_shrink():

@@ -6,9 +6,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from digseg_jax.arraytypes import Float, Int, UInt8
-
-A847_SHORT_SIDE = 512
+from digseg_jax.arraytypes import Float, UInt8
 
 
 def resize_probability(
@@ -31,26 +29,3 @@ def resize_image(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> 
     shrinking = height * width < image.shape[0] * image.shape[1]
     how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), interpolation=how)
-
-
-def a847_size(height: int, width: int, short_side: int = A847_SHORT_SIDE) -> tuple[int, int]:
-    """The size at which ADE20K-847 is scored: short side at most 512, the other in proportion.
-
-    MaskFormer's preparation script; the published numbers are at this size, not at the files' own.
-    """
-    short, long = min(height, width), max(height, width)
-    if short <= short_side:
-        return height, width
-    other = round(long / short * short_side)
-    return (short_side, other) if height < width else (other, short_side)
-
-
-def a847_label(label: Int[np.ndarray, "h w"]) -> Int[np.ndarray, "h2 w2"]:
-    """A label map at `a847_size`, nearest neighbour; int32."""
-    height, width = a847_size(*label.shape)
-    if (height, width) == label.shape:
-        return np.asarray(label, np.int32)
-    resized = cv2.resize(
-        label.astype(np.float64), (width, height), interpolation=cv2.INTER_NEAREST
-    )  # 64-bit: class ids up to 65535 stay exact
-    return resized.astype(np.int32)
