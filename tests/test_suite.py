@@ -86,7 +86,7 @@ def test_label_maps_are_scored_under_three_protocols(tmp_path, scorer):
 
 def without_speed(value):
     if isinstance(value, dict):
-        return {k: without_speed(v) for k, v in value.items() if not k.endswith("per_second")}
+        return {k: without_speed(v) for k, v in value.items() if not str(k).endswith("per_second")}
     return [without_speed(v) for v in value] if isinstance(value, list) else value
 
 
