@@ -11,7 +11,7 @@ import pytest
 from tiny import one_line
 
 from digseg_jax import config as config_lib
-from digseg_jax.config import Config, parse, to_dict
+from digseg_jax.config import Config, parse, to_dict, with_estep
 from digseg_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -123,3 +123,13 @@ def test_to_dict_survives_json_and_parse_takes_it_back():
 def test_a_config_is_immutable():
     with pytest.raises(AttributeError):
         Config().seed = 1
+
+
+def test_an_estep_on_the_command_line_sets_its_three_settings():
+    config = with_estep(parse({}), "20x50:leading")
+    assert (config.eval.ensemble, config.eval.steps, config.eval.spacing) == (20, 50, "leading")
+    assert with_estep(parse({}), "8x2").eval.spacing == "trailing"
+    for wrong in ("8", "1x2000"):
+        with pytest.raises(UserError) as caught:
+            with_estep(parse({}), wrong)
+        assert "\n" not in str(caught.value)

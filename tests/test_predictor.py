@@ -124,3 +124,11 @@ def test_a_bias_moves_its_own_query(predictor):
     plain, moved = ask(predictor, image)[0], ask(predictor, image, bias=[0.0, 3.0, -3.0])[0]
     np.testing.assert_allclose(plain[0], moved[0], atol=1e-5)
     assert (moved[1] > plain[1]).all() and (moved[2] < plain[2]).all()
+
+
+def test_decoding_the_mean_of_one_member_is_decoding_that_member(predictor, task):
+    cheap = Predictor(task, predictor.params, decoder="latent_mean")
+    image = [noise(32, 32)]
+    one, mean = ask(predictor, image)[0], ask(cheap, image)[0]
+    np.testing.assert_allclose(mean, one, atol=1e-4)
+    assert (ask(cheap, image, ensemble=2)[0] != mean).any()
