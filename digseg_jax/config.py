@@ -85,7 +85,8 @@ class ModelConfig:
     vae: str = "assets:vae"  # assets:NAME (shipped), a folder, or a hub id[:subfolder]
     unet: str = "assets:prior"  # where the U-Net starts; same forms
     unet_init: str = legal("pretrained", "random")  # random: that architecture, from scratch
-    text: str = "minilm"  # minilm (pip package), a folder, or a hub id
+    text: str = "minilm"  # minilm (pip package), a folder, a hub id, or a name of weights.known
+    text_skip_layers: int = 0  # last layers of a CLIP tower to leave out; 1: the penultimate's output
     max_tokens: int = 16  # text length after padding
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
@@ -310,7 +311,13 @@ def _check_combinations(c: Config) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
-    for key in ("train.steps", "train.eval_every", "optim.warmup_steps", "eval.num_images"):
+    for key in (
+        "train.steps",
+        "train.eval_every",
+        "optim.warmup_steps",
+        "eval.num_images",
+        "model.text_skip_layers",
+    ):
         section, name = key.split(".")
         if getattr(getattr(c, section), name) < 0:
             raise UserError(f"config.{key}: must not be negative")

@@ -133,7 +133,7 @@ def test_vocab_settings_are_read_from_tokenizer_config(tower_folder):
 
 def test_a_folder_without_tokenizer_says_what_it_wants(tower_folder):
     (tower_folder / "vocab.txt").unlink()
-    with pytest.raises(UserError, match=r"no tokenizer.json and no vocab.txt"):
+    with pytest.raises(UserError, match=r"no tokenizer.json, no vocab.json, no vocab.txt"):
         load_text_tower(str(tower_folder))
 
 

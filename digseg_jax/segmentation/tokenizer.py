@@ -2,7 +2,8 @@
 """Text to token ids of one static length.
 
 Built on `tokenizers`, the Rust core of transformers' fast tokenizers: importing it takes
-milliseconds where `transformers` takes seconds, and it needs no network.
+milliseconds where `transformers` takes seconds, and it needs no network. Only CLIP's vocabulary
+without a tokenizer.json goes through `transformers`, which knows how CLIP splits text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from digseg_jax.errors import UserError
+
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_MERGES = 49152 - 256 - 2  # lines of its BPE file that CLIP uses
 
 
 class Tokens(NamedTuple):
@@ -34,17 +38,19 @@ class Tokenizer:
         self.pad_id = pad_id
 
     @classmethod
-    def from_json(cls, text: str, pad_id: int = 0) -> Tokenizer:
-        """From the content of a tokenizer.json. Raises UserError if it is malformed."""
+    def from_json(cls, text: str, pad_token: str | None = None) -> Tokenizer:
+        """From the content of a tokenizer.json; pads with `pad_token`, else as `_pad_id` says.
+
+        Raises UserError if it is malformed.
+        """
         try:
-            return cls(tokenizers.Tokenizer.from_str(text), pad_id)
+            core = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust binding raises exactly this type
             raise UserError(f"not a tokenizer.json: {error}") from error
+        return cls(core, _pad_id(core, pad_token))
 
     @classmethod
-    def from_vocab(
-        cls, words: Sequence[str], settings: Mapping[str, Any] | None = None
-    ) -> Tokenizer:
+    def from_vocab(cls, words: Sequence[str], settings: Mapping[str, Any] | None = None) -> Tokenizer:
         """WordPiece from the lines of a BERT vocab.txt; `settings` is tokenizer_config.json."""
         settings = settings or {}
         vocab = {word: i for i, word in enumerate(words)}
@@ -58,6 +64,38 @@ class Tokenizer:
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )
         return cls(core, vocab["[PAD]"])
+
+    @classmethod
+    def from_clip(
+        cls, vocab: Mapping[str, int], merges: Sequence[str], pad_token: str | None = None
+    ) -> Tokenizer:
+        """Byte-level BPE from CLIP's vocab.json and the lines of its merges.txt, such as "i n".
+
+        Raises:
+            UserError: the vocabulary lacks CLIP's two special tokens, or the merges do not fit it.
+        """
+        missing = [t for t in (CLIP_START, CLIP_END) if t not in vocab]
+        if missing:
+            raise UserError(f"not a CLIP vocabulary: no {', '.join(missing)} in it")
+        from transformers import CLIPTokenizer  # seconds; see the module's docstring
+
+        pairs = [tuple(line.split()) for line in merges]
+        try:
+            core = CLIPTokenizer(vocab=dict(vocab), merges=pairs).backend_tokenizer
+        except Exception as error:  # the Rust binding raises exactly this type
+            raise UserError(f"not a CLIP vocabulary: {error}") from error
+        return cls(core, _pad_id(core, pad_token))
+
+    @classmethod
+    def from_clip_bpe(cls, lines: Sequence[str], pad_token: str | None = None) -> Tokenizer:
+        """From the lines of OpenAI's and open_clip's `bpe_simple_vocab_16e6.txt`."""
+        merges = list(lines[1 : CLIP_MERGES + 1])  # the first line is a comment
+        if len(merges) < CLIP_MERGES:
+            raise UserError(f"not CLIP's BPE file: {len(merges)} merges, expected {CLIP_MERGES}")
+        letters = _byte_letters()
+        words = ["".join(line.split()) for line in merges]
+        entries = [*letters, *(x + "</w>" for x in letters), *words, CLIP_START, CLIP_END]
+        return cls.from_clip({e: i for i, e in enumerate(entries)}, merges, pad_token)
 
     def __call__(self, texts: Sequence[str], max_length: int) -> Tokens:
         """Tokenizes with special tokens and pads on the right to `max_length`.
@@ -79,3 +117,24 @@ class Tokenizer:
             ids[row, :count] = encoding.ids
         counts = np.array([len(e.ids) for e in encodings], np.int32)
         return Tokens(ids, np.arange(max_length)[None, :] < counts[:, None])
+
+
+def _pad_id(core: tokenizers.Tokenizer, pad_token: str | None) -> int:
+    """Id of `pad_token`, else of BERT's, else of CLIP's own (Stable Diffusion 1.x), else 0.
+
+    Stable Diffusion 2.x names "!" (id 0) beside its tokenizer.
+    """
+    if pad_token is not None and core.token_to_id(pad_token) is None:
+        raise UserError(f"the padding token {pad_token!r} is not in the vocabulary")
+    names = [pad_token] if pad_token is not None else ["[PAD]", CLIP_END]
+    return next((i for i in map(core.token_to_id, names) if i is not None), 0)
+
+
+def _byte_letters() -> list[str]:
+    """A printable letter for each byte, in the order of CLIP's vocabulary.
+
+    Bytes that print in Latin-1 stand for themselves; the others take letters from 256 on.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]

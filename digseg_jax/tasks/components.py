@@ -62,14 +62,16 @@ def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
 
 def load_tower(config: ModelConfig) -> TextTower:
     """The frozen text tower; raises UserError if it is missing."""
-    return load_text_tower(assets.resolve(config.text))
+    return load_text_tower(assets.resolve(config.text), skip_layers=config.text_skip_layers)
 
 
 def encode_bank(tower: TextTower, prompts: Sequence[str], max_tokens: int) -> PromptBank:
-    """Raises UserError for an empty prompt or one of too many tokens."""
-    return encode_prompts(
-        tower.graphdef, tower.params, tower.tokenizer, prompts, max_length=max_tokens
-    )
+    """Raises UserError for an empty prompt or one of too many tokens, or for too large a length."""
+    if max_tokens > tower.max_length:
+        raise UserError(
+            f"config.model.max_tokens={max_tokens}: at most {tower.max_length} for this text tower"
+        )
+    return encode_prompts(tower.graphdef, tower.params, tower.tokenizer, prompts, max_length=max_tokens)
 
 
 def bank_arrays(bank: PromptBank) -> Params:

@@ -66,6 +66,21 @@ VAE_RULES = KeyRules(
     ),
 )
 UNET_RULES = KeyRules()
+_POSITIONS = r"(^|\.)position_ids$"  # a buffer that transformers once stored
+# A whole CLIPModel is read as one of its towers; transformers 5 drops the prefix of the text tower.
+CLIP_TEXT_RULES = KeyRules(
+    renames=((r"^text_model\.", ""),),
+    ignored=(_POSITIONS, r"^vision_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"),
+)
+CLIP_TEXT_PROJECTION_RULES = KeyRules(
+    ignored=(_POSITIONS, r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$")
+)
+CLIP_VISION_RULES = KeyRules(
+    ignored=(_POSITIONS, r"^text_model\.", r"^text_projection\.", r"^logit_scale$")
+)
+OPEN_CLIP_RULES = KeyRules(
+    renames=((r"^text\.", ""),), ignored=(_POSITIONS, r"^visual\.", r"^logit_(scale|bias)$")
+)
 
 
 def hub_key(path: str) -> str:
@@ -146,9 +161,7 @@ def match(
     pairs, faults = _pair(shapes, stored, rules)
     found = set(pairs.values())
     faults.missing = [
-        hub_key(path)
-        for path in shapes
-        if path not in found and not path.startswith(optional_prefixes)
+        hub_key(path) for path in shapes if path not in found and not path.startswith(optional_prefixes)
     ]
     if any(vars(faults).values()):
         raise UserError(f"{source} does not fit the model: {_report(faults)}")

@@ -27,9 +27,11 @@ from digseg_jax.weights.safetensors_io import (
 )
 
 
-def load_config(path_or_hub_id: str | Path, *, subfolder: str = "") -> Any:
+def load_config(
+    path_or_hub_id: str | Path, *, subfolder: str = "", expect: str | tuple[str, ...] | None = None
+) -> Any:
     """Returns the component's config, as the dataclass of our model class."""
-    component, values, infos, _ = _open(path_or_hub_id, subfolder)
+    component, values, infos, _ = _open(path_or_hub_id, subfolder, _names(expect))
     return component.make_config(values, infos)
 
 
@@ -39,7 +41,7 @@ def load_component(
     dtype: jnp.dtype | None = None,
     param_dtype: jnp.dtype = jnp.float32,
     subfolder: str = "",
-    expect: str | None = None,
+    expect: str | tuple[str, ...] | None = None,
     **options: Any,
 ) -> nnx.Module:
     """Builds the model that config.json names and fills it from the safetensors beside it.
@@ -49,15 +51,14 @@ def load_component(
         dtype: compute dtype, float32 if None.
         param_dtype: dtype of the loaded leaves, whatever the file stores.
         subfolder: inside the folder or repository, such as "unet".
-        expect: class name that the component must have.
+        expect: class name that the component must have; of several, the first that it holds. A
+            whole CLIPModel needs it to say which tower is wanted.
         **options: further arguments of the model's constructor.
 
     Raises:
         UserError: not found, unreadable, of another class, or keys that do not fit the class.
     """
-    component, values, infos, folder = _open(path_or_hub_id, subfolder)
-    if expect is not None and component.name != expect:
-        raise UserError(f"{folder} holds a {component.name}; expected {expect}")
+    component, values, infos, folder = _open(path_or_hub_id, subfolder, _names(expect))
     config = component.make_config(values, infos)
     compute = jnp.float32 if dtype is None else dtype
     graphdef, wanted = functional.abstract(
@@ -112,18 +113,26 @@ def save_component(
         config, params = model.config, functional.split(model)[1]
     else:
         config, params = model
-    flat = functional.flatten(params)
-    tensors = {keymap.hub_key(p): keymap.to_hub(p, np.asarray(x)) for p, x in flat.items()}
-    stem = component_of_config(config).stem
-    return write_component(Path(path), config.to_dict(), tensors, stem, metadata)
+    component = component_of_config(config)
+    tensors = {
+        component.key_prefix + keymap.hub_key(p): keymap.to_hub(p, np.asarray(x))
+        for p, x in functional.flatten(params).items()
+    }
+    return write_component(
+        Path(path), config.to_dict(), tensors, component.stem, metadata, component.config_file
+    )
+
+
+def _names(expect: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (expect,) if isinstance(expect, str) else expect or ()
 
 
 def _open(
-    path_or_hub_id: str | Path, subfolder: str
+    path_or_hub_id: str | Path, subfolder: str, expect: tuple[str, ...] = ()
 ) -> tuple[Component, dict[str, Any], dict[str, TensorInfo], Path]:
     folder = resolve(path_or_hub_id, subfolder)
     values = read_config(folder)
-    component = component_of(values, str(folder))
+    component = component_of(values, str(folder), expect)
     return component, values, tensor_infos(weight_files(folder)), folder
 
 

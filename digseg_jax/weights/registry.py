@@ -3,14 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from digseg_jax.errors import UserError
-from digseg_jax.weights.keymap import BERT_RULES, UNET_RULES, VAE_RULES, KeyRules
-from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from digseg_jax.weights.keymap import (
+    BERT_RULES,
+    CLIP_TEXT_PROJECTION_RULES,
+    CLIP_TEXT_RULES,
+    CLIP_VISION_RULES,
+    OPEN_CLIP_RULES,
+    UNET_RULES,
+    VAE_RULES,
+    KeyRules,
+)
+from digseg_jax.weights.safetensors_io import (
+    CONFIG_FILE,
+    DIFFUSERS_STEM,
+    OPEN_CLIP_CONFIG_FILE,
+    OPEN_CLIP_STEM,
+    TRANSFORMERS_STEM,
+    TensorInfo,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,8 @@ class Component:
         stem: name of the weight file without ending.
         rules: spellings of the keys.
         inferred: config field -> end of the key whose presence in the file makes the field True.
+        key_prefix: what saving puts before every key, so that old readers know it too.
+        config_file: where the component's config lies.
     """
 
     name: str
@@ -32,6 +50,8 @@ class Component:
     stem: str
     rules: KeyRules
     inferred: tuple[tuple[str, str], ...] = ()
+    key_prefix: str = ""
+    config_file: str = CONFIG_FILE
 
     @property
     def model_class(self) -> type:
@@ -43,10 +63,12 @@ class Component:
         """The frozen dataclass that the model class takes."""
         return getattr(import_module(f"digseg_jax.models.{self.module}"), self.config_name)
 
-    def make_config(self, values: Mapping[str, Any], keys: Iterable[str]) -> Any:
-        """Config from config.json plus what only the file's keys tell, such as a missing pooler."""
-        present = list(keys)
-        inferred = {f: any(k.endswith(end) for k in present) for f, end in self.inferred}
+    def make_config(self, values: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Any:
+        """Config from config.json plus what only the file tells, such as a missing pooler."""
+        if hasattr(self.config_class, "from_checkpoint"):
+            shapes = {key: info.shape for key, info in infos.items()}
+            return self.config_class.from_checkpoint(values, shapes)
+        inferred = {f: any(k.endswith(end) for k in infos) for f, end in self.inferred}
         return self.config_class.from_dict({**values, **inferred})
 
 
@@ -60,27 +82,87 @@ _BERT = Component(
     BERT_RULES,
     inferred=(("add_pooling_layer", "pooler.dense.weight"),),
 )
-COMPONENTS = {c.name: c for c in (_UNET, _VAE, _BERT)}
-_BY_MODEL_TYPE = {"bert": _BERT}
+_CLIP_TEXT = Component(
+    "CLIPTextModel",
+    "clip_text",
+    "ClipTextConfig",
+    TRANSFORMERS_STEM,
+    CLIP_TEXT_RULES,
+    key_prefix="text_model.",
+)
+_CLIP_TEXT_PROJECTION = Component(
+    "CLIPTextModelWithProjection",
+    "clip_text",
+    "ClipTextProjectionConfig",
+    TRANSFORMERS_STEM,
+    CLIP_TEXT_PROJECTION_RULES,
+)
+_CLIP_VISION = Component(
+    "CLIPVisionModelWithProjection",
+    "clip_vision",
+    "ClipVisionConfig",
+    TRANSFORMERS_STEM,
+    CLIP_VISION_RULES,
+)
+_OPEN_CLIP_TEXT = Component(
+    "HFTextEncoder",
+    "open_clip_text",
+    "OpenClipTextConfig",
+    OPEN_CLIP_STEM,
+    OPEN_CLIP_RULES,
+    key_prefix="text.",
+    config_file=OPEN_CLIP_CONFIG_FILE,
+)
+_ALL = (_UNET, _VAE, _BERT, _CLIP_TEXT, _CLIP_TEXT_PROJECTION, _CLIP_VISION, _OPEN_CLIP_TEXT)
+COMPONENTS = {c.name: c for c in _ALL}
+_BY_MODEL_TYPE = {"bert": "BertModel", "clip": "CLIPModel"}
+# Checkpoints that hold more than one class of ours: `expect` says which one is wanted.
+_HOLDS = {
+    "CLIPModel": ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"),
+    "CLIPTextModelWithProjection": ("CLIPTextModelWithProjection", "CLIPTextModel"),
+}
 
 
-def component_of(config: Mapping[str, Any], source: str) -> Component:
+def component_of(config: Mapping[str, Any], source: str, expect: tuple[str, ...] = ()) -> Component:
     """Reads the class off a hub config: `_class_name`, else `architectures`, else `model_type`.
 
+    Args:
+        config: parsed config.json or open_clip_config.json.
+        source: folder, for the error.
+        expect: classes of which the first that the checkpoint holds is taken; none: its own class.
+
     Raises:
-        UserError: none of them names a class that we have; `source` is named in it.
+        UserError: no class that we have, none of those expected, or several and none expected.
     """
+    found = _class_of(config, source)
+    held = _HOLDS.get(found, (found,))
+    if expect:
+        chosen = next((name for name in expect if name in held), None)
+        if chosen is None:
+            raise UserError(f"{source} holds a {found}; expected {' or '.join(expect)}")
+        return COMPONENTS[chosen]
+    if found not in COMPONENTS:
+        raise UserError(f"{source} holds a {found}; say which part with expect={' or '.join(held)}")
+    return COMPONENTS[found]
+
+
+def _class_of(config: Mapping[str, Any], source: str) -> str:
+    if "model_cfg" in config:
+        if "hf_model_name" not in config["model_cfg"].get("text_cfg", {}):
+            raise UserError(
+                f"{source}/{OPEN_CLIP_CONFIG_FILE} names open_clip's own text tower; take the "
+                "checkpoint in transformers' layout"
+            )
+        return _OPEN_CLIP_TEXT.name
     named = [config.get("_class_name"), *(config.get("architectures") or [])]
     for name in named:
-        if name in COMPONENTS:
-            return COMPONENTS[name]
+        if name in COMPONENTS or name in _HOLDS:
+            return name
     model_type = config.get("model_type")
     if model_type in _BY_MODEL_TYPE:  # such as BertForMaskedLM, whose encoder we take
         return _BY_MODEL_TYPE[model_type]
     found = next((n for n in (*named, model_type) if n), None)
-    raise UserError(
-        f"{source}/config.json names the class {found!r}; legal: {', '.join(COMPONENTS)}"
-    )
+    raise UserError(f"{source}/config.json names the class {found!r}; legal: {', '.join(COMPONENTS)}")
 
 
 def component_of_config(config: Any) -> Component:

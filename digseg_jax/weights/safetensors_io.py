@@ -21,7 +21,10 @@ from digseg_jax.errors import UserError
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
-STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM)
+OPEN_CLIP_STEM = "open_clip_model"
+STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM, OPEN_CLIP_STEM, "open_clip_pytorch_model")
+CONFIG_FILE = "config.json"
+OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 _VARIANTS = ("", ".fp16")  # full precision first
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _LFS_HEADER = b"version https://git-lfs"
@@ -35,14 +38,17 @@ class TensorInfo(NamedTuple):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Parses `folder`/config.json.
+    """Parses `folder`/config.json, or open_clip_config.json where that is missing.
 
     Raises:
         UserError: no such folder or file, or not a JSON object.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
-    return _read_json(folder / "config.json")
+    open_clip = folder / OPEN_CLIP_CONFIG_FILE
+    if open_clip.is_file() and not (folder / CONFIG_FILE).is_file():
+        return _read_json(open_clip)
+    return _read_json(folder / CONFIG_FILE)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -101,8 +107,9 @@ def write_component(
     tensors: Mapping[str, np.ndarray],
     stem: str,
     metadata: Mapping[str, str] | None = None,
+    config_file: str = CONFIG_FILE,
 ) -> Path:
-    """Writes config.json and `stem`.safetensors, each by a rename that either happens or not.
+    """Writes `config_file` and `stem`.safetensors, each by a rename that either happens or not.
 
     `metadata` is added to the file's `__metadata__`; `format` is always "pt", without which
     transformers refuses a file.
@@ -119,7 +126,7 @@ def write_component(
     target = folder / f"{stem}.safetensors"
     _replace(target, lambda temporary: save_file(arrays, temporary, metadata=meta))
     text = json.dumps(dict(config), indent=2) + "\n"
-    _replace(folder / "config.json", lambda temporary: temporary.write_text(text))
+    _replace(folder / config_file, lambda temporary: temporary.write_text(text))
     return target
 
 

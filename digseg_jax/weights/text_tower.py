@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen text tower: model and tokenizer from one folder."""
+"""The frozen text tower: model and tokenizer from one folder, or from a pipeline's two."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,15 @@ from flax import nnx
 from digseg_jax.arraytypes import Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
+from digseg_jax.models.clip_text import CLIPTextModel, without_last_layers
 from digseg_jax.segmentation.tokenizer import Tokenizer
 from digseg_jax.weights.carriers import minilm_folder
 from digseg_jax.weights.hub import resolve
 from digseg_jax.weights.load import load_component
+from digseg_jax.weights.tokenizer_files import has_tokenizer, load_tokenizer
+
+# Of a CLIPModel or a tower with projection, the tower without: only tokens are wanted.
+TEXT_CLASSES = ("CLIPTextModel", "BertModel", "HFTextEncoder")
 
 
 @dataclass(frozen=True)
@@ -38,47 +42,40 @@ class TextTower:
     max_length: int
 
 
-def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None) -> TextTower:
-    """Loads a text tower for inference.
+def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: int = 0) -> TextTower:
+    """Loads a text tower for inference: CLIP, BERT, or open_clip's BERT (BiomedCLIP).
 
     Args:
-        spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, or a hub id such as
-            sentence-transformers/all-MiniLM-L6-v2.
+        spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, a hub id such as
+            openai/clip-vit-large-patch14, or a name of `weights.known`. The tokenizer lies in the
+            same folder, or beside a pipeline's `text_encoder` in `tokenizer`.
         dtype: compute dtype, float32 if None.
+        skip_layers: last layers of a CLIP tower to leave out, see `without_last_layers`.
 
     Raises:
-        UserError: package, folder or hub id not there, or the folder lacks a tokenizer.
+        UserError: package, folder or hub id not there, the folder lacks a tokenizer, or layers to
+            skip of a tower that is not CLIP's.
     """
     folder = minilm_folder() if spec == "minilm" else resolve(spec)
-    model = load_component(folder, dtype=dtype, expect="BertModel")
+    model = load_component(folder, dtype=dtype, expect=TEXT_CLASSES)
+    if skip_layers:
+        if not isinstance(model, CLIPTextModel):
+            name = type(model).__name__
+            raise UserError(f"{folder} holds a {name}; only CLIP text towers can skip layers")
+        model = without_last_layers(model, skip_layers)
     graphdef, params = functional.split(model)
     config = model.config
     return TextTower(
         graphdef,
         params,
-        load_tokenizer(folder),
+        load_tokenizer(_tokenizer_folder(folder)),
         width=config.hidden_size,
         max_length=config.max_position_embeddings,
     )
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Builds the tokenizer from tokenizer.json, or from vocab.txt where that is missing.
-
-    Raises:
-        UserError: neither file is there, or it is malformed.
-    """
-    folder = Path(folder)
-    fast, vocab, settings = (
-        folder / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
-    )
-    try:
-        if fast.is_file():
-            return Tokenizer.from_json(fast.read_text(encoding="utf-8"))
-        if vocab.is_file():
-            values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-            words = vocab.read_text(encoding="utf-8").rstrip("\n").split("\n")
-            return Tokenizer.from_vocab(words, values)
-    except ValueError as error:  # UserError and malformed JSON or UTF-8
-        raise UserError(f"{folder}: {error}") from error
-    raise UserError(f"no tokenizer.json and no vocab.txt in {folder}")
+def _tokenizer_folder(folder: Path) -> Path:
+    beside = folder.parent / "tokenizer"
+    if not has_tokenizer(folder) and folder.name == "text_encoder" and beside.is_dir():
+        return beside
+    return folder

