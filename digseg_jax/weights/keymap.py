@@ -79,7 +79,9 @@ CLIP_VISION_RULES = KeyRules(
     ignored=(_POSITIONS, r"^text_model\.", r"^text_projection\.", r"^logit_scale$")
 )
 OPEN_CLIP_RULES = KeyRules(
-    renames=((r"^text\.", ""),), ignored=(_POSITIONS, r"^visual\.", r"^logit_(scale|bias)$")
+    renames=((r"^text\.", ""),),
+    # open_clip keeps BERT's pooler in some checkpoints that pool otherwise
+    ignored=(_POSITIONS, r"^visual\.", r"^logit_(scale|bias)$", r"^transformer\.pooler\."),
 )
 
 

@@ -66,7 +66,7 @@ def seeded_tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if len(shape) > 1:
         return (noise / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     offset = 1.0 if key.endswith("weight") else 0.0  # norm scales lie around one
-    return (offset + 0.2 * noise).astype(np.float32)
+    return np.asarray(offset + 0.2 * noise, np.float32)
 
 
 def seeded_input(name: str, shape: tuple[int, ...]) -> np.ndarray:
