@@ -198,9 +198,12 @@ def test_known_names_are_unique_and_stand_for_hub_ids():
     assert any("weights.convert biomedclip" in row for row in known.rows())
 
 
-def test_a_misspelt_known_name_is_told_the_nearest():
+def test_a_misspelt_known_name_or_part_is_told_what_is_legal():
     with pytest.raises(UserError, match="did you mean 'sd-1.5:unet'"):
-        hub.resolve("sd-1.5:unett")
+        hub.resolve("sd1.5:unet")
+    for spec in ("sd-1.5:unett", "sd-1.5"):
+        with pytest.raises(UserError, match=f"{spec}: no such part; legal: sd-1.5:unet, sd-1.5:vae"):
+            hub.resolve(spec)
 
 
 def test_the_readme_lists_every_known_repository():

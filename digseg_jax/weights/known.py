@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from digseg_jax.errors import UserError
+
 CONVERT = "python -m digseg_jax.weights.convert"
 
 
@@ -108,14 +110,27 @@ _BY_NAME = {k.name: k for k in KNOWN}
 
 
 def expand(spec: str) -> str:
-    """`sd-1.5:unet` -> `stable-diffusion-v1-5/stable-diffusion-v1-5:unet`; else `spec` itself."""
+    """`sd-1.5:unet` -> `stable-diffusion-v1-5/stable-diffusion-v1-5:unet`; else `spec` itself.
+
+    Raises:
+      UserError: a known name without a part that it has.
+    """
     name, colon, part = spec.partition(":")
-    return f"{_BY_NAME[name].hub_id}{colon}{part}" if name in _BY_NAME else spec
+    if name not in _BY_NAME:
+        return spec
+    legal = _names(_BY_NAME[name])
+    if spec not in legal:
+        raise UserError(f"{spec}: no such part; legal: {', '.join(legal)}")
+    return f"{_BY_NAME[name].hub_id}{colon}{part}"
 
 
 def names() -> list[str]:
     """Short names with their parts, as a config takes them."""
-    return [f"{k.name}:{part}" if part else k.name for k in KNOWN for part in k.parts or ("",)]
+    return [name for known in KNOWN for name in _names(known)]
+
+
+def _names(known: Known) -> list[str]:
+    return [f"{known.name}:{part}" for part in known.parts] or [known.name]
 
 
 def rows() -> list[str]:
