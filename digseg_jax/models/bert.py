@@ -69,6 +69,7 @@ class BertEmbeddings(nnx.Module):
             init = nnx.initializers.normal(config.initializer_range)
             return nnx.Embed(size, config.hidden_size, dtype=dtype, embedding_init=init, rngs=rngs)
 
+        self.pad_token_id = config.pad_token_id
         self.word_embeddings = embed(config.vocab_size)
         self.position_embeddings = embed(config.max_position_embeddings)
         self.token_type_embeddings = embed(config.type_vocab_size)
@@ -77,6 +78,8 @@ class BertEmbeddings(nnx.Module):
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         positions = jnp.arange(input_ids.shape[1])
         x = self.word_embeddings(input_ids)
+        padding = (input_ids == self.pad_token_id)[..., None]
+        x = jnp.where(padding, jax.lax.stop_gradient(x), x)  # torch never trains the padding row
         x = x + self.token_type_embeddings(jnp.zeros_like(input_ids))
         return self.LayerNorm(x + self.position_embeddings(positions))
 

@@ -20,6 +20,8 @@ from digseg_jax.models import functional
 Arrays = tuple[np.ndarray, ...]
 Inputs = dict[str, Arrays]  # name of a case -> arrays in torch's layout
 
+# what the tests' conftest turns off, since small models run but once
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 _SD2_UNET = {
     "attention_head_dim": [5, 10, 20, 20],
     "cross_attention_dim": 1024,
@@ -171,7 +173,10 @@ def _torch_call(component: Component, model: Any, arrays: list[Any]) -> tuple[An
 def our_outputs(component: Component, model: nnx.Module) -> dict[str, Arrays]:
     """Case -> outputs of our model on the same inputs, as float32."""
     graphdef, params = functional.split(model)
-    call = jax.jit(lambda p, *a: getattr(functional.merge(graphdef, p), component.method)(*a))
+    call = jax.jit(
+        lambda p, *a: getattr(functional.merge(graphdef, p), component.method)(*a),
+        compiler_options=OPTIMIZED,
+    )
     found = {}
     for name, arrays in component.inputs().items():
         out = call(params, *(nhwc(a) if a.ndim == 4 else jnp.asarray(a) for a in arrays))
