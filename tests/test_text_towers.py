@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digseg_jax import weights
+from digseg_jax import known, weights
 from digseg_jax.errors import UserError
 from digseg_jax.models.bert import BertConfig
 from digseg_jax.models.clip_text import ClipTextConfig, CLIPTextModel
 from digseg_jax.models.open_clip_text import HFTextEncoder, OpenClipTextConfig
 from digseg_jax.segmentation import tokenizer as tokenizer_lib
 from digseg_jax.segmentation.text_bank import encode_prompts
-from digseg_jax.weights import convert, hub, known, load_text_tower
+from digseg_jax.weights import convert, hub, load_text_tower
 from digseg_jax.weights.carriers import locate
 from digseg_jax.weights.tokenizer_files import load_tokenizer
 

@@ -29,7 +29,7 @@ def convert(source: str | Path, out: str | Path) -> Path:
     """Writes `out` with the tensors of `source` as one safetensors file, and the files beside them.
 
     Args:
-        source: a folder, a hub id[:subfolder], or a name of `weights.known`.
+        source: a folder, a hub id[:subfolder], or a name of `digseg_jax.known`.
         out: folder to write, which `load_component` reads.
 
     Returns:

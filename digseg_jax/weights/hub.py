@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from digseg_jax import known
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.weights import known
 from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, STEMS
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<sub>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<sub>[\w./-]+))?")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -22,19 +23,39 @@ _TOKENIZER_FILES = (
 COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES)  # small files beside weights
 
 
+class _Repository(NamedTuple):
+    """A place on the hub."""
+
+    id: str
+    revision: str | None
+    subfolder: str
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.subfolder}/" if self.subfolder else ""
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return self.id + revision + (f":{self.subfolder}" if self.subfolder else "")
+
+
 def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
     """Returns the local folder of a component, downloading it where it names a hub repository.
 
+    `huggingface_hub` does the download: its cache, login or HF_TOKEN, HF_HOME, HF_ENDPOINT and
+    HF_HUB_OFFLINE hold here too.
+
     Args:
-        path_or_hub_id: a folder, `org/name` or `org/name:subfolder`, or a name of `weights.known`.
-            An existing folder wins.
+        path_or_hub_id: a folder, a hub id `org/name[@revision][:subfolder]`, or a name of
+            `digseg_jax.known`. An existing folder wins. A revision is a branch, a tag or a commit; the
+            main branch if there is none.
         subfolder: inside the folder or repository.
 
     Raises:
         UserError: no such folder, or the hub does not give it.
     """
     found = _locate(path_or_hub_id, subfolder)
-    return found if isinstance(found, Path) else _download(*found)
+    return found if isinstance(found, Path) else _download(found)
 
 
 def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
@@ -42,14 +63,11 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
     found = _locate(path_or_hub_id, "")
     if isinstance(found, Path):
         return found
-    repo, subfolder = found
-    prefix = f"{subfolder}/" if subfolder else ""
     files = [f for stem in stems for f in (f"{stem}.bin", f"{stem}-*-of-*.bin")]
-    return _snapshot(repo, subfolder, [f"{prefix}{f}" for f in (*files, *COMPANIONS)])
+    return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
 
 
-def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | tuple[str, str]:
-    """A local folder, or a repository and the subfolder in it."""
+def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
     spec = str(path_or_hub_id)
     local = Path(spec).expanduser()
     if local.exists():
@@ -62,33 +80,33 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | tuple[str, str
         raise UserError(
             f"no such folder: {local}; legal: a folder, or a hub id such as org/name:subfolder{hint}"
         )
-    return hub_id["repo"], "/".join(filter(None, (hub_id["sub"], subfolder)))
+    inside = "/".join(filter(None, (hub_id["sub"], subfolder)))
+    return _Repository(hub_id["repo"], hub_id["revision"], inside)
 
 
-def _download(repo: str, subfolder: str) -> Path:
-    prefix = f"{subfolder}/" if subfolder else ""
+def _download(repository: _Repository) -> Path:
     for variant in ("", ".fp16"):  # one precision only: the others are as large again
-        folder = _snapshot(repo, subfolder, _patterns(prefix, variant))
+        folder = _snapshot(repository, _patterns(repository.prefix, variant))
         if any(folder.glob("*.safetensors")):
             return folder
     raise UserError(
-        f"the hub's {repo}{':' if subfolder else ''}{subfolder} has no "
-        f"{' or '.join(STEMS)}.safetensors; if it has pickles: {known.CONVERT} {repo} DIR"
+        f"the hub's {str(repository)!r} has no {' or '.join(STEMS)}.safetensors; pickles are never "
+        f"fetched, but may be converted once: {known.CONVERT} {repository} DIR"
     )
 
 
-def _snapshot(repo: str, subfolder: str, patterns: list[str]) -> Path:
+def _snapshot(repository: _Repository, patterns: list[str]) -> Path:
     # Imported here: most runs never need the hub, and the import costs start-up time.
     from huggingface_hub import snapshot_download
 
-    name = f"{repo}:{subfolder}" if subfolder else repo
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns)) / subfolder
+        root = snapshot_download(repository.id, revision=repository.revision, allow_patterns=patterns)
     except (OSError, ValueError) as error:  # the hub client's errors derive from these
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"cannot get {name!r} from the hub, and no such folder exists: {reason}"
+            f"cannot get {str(repository)!r} from the hub, and no such folder exists: {reason}"
         ) from error
+    return Path(root) / repository.subfolder
 
 
 def _patterns(prefix: str, variant: str) -> list[str]:

@@ -47,7 +47,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
 
     Args:
         spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, a hub id such as
-            openai/clip-vit-large-patch14, or a name of `weights.known`. The tokenizer lies in the
+            openai/clip-vit-large-patch14, or a name of `digseg_jax.known`. The tokenizer lies in the
             same folder, or beside a pipeline's `text_encoder` in `tokenizer`.
         dtype: compute dtype, float32 if None.
         skip_layers: last layers of a CLIP tower to leave out, see `without_last_layers`.

@@ -2,7 +2,7 @@
 """Hub repositories that hold what the configs need: one table, with a short name for each.
 
 `config.model.unet = "sd-1.5:unet"` means the repository's folder `unet`. `python -m
-digseg_jax.weights.known` prints the table.
+digseg_jax.known` prints the table.
 """
 
 from __future__ import annotations
@@ -122,6 +122,11 @@ def expand(spec: str) -> str:
     if spec not in legal:
         raise UserError(f"{spec}: no such part; legal: {', '.join(legal)}")
     return f"{_BY_NAME[name].hub_id}{colon}{part}"
+
+
+def hub_id(name: str) -> str:
+    """The repository behind a name of the table."""
+    return _BY_NAME[name].hub_id
 
 
 def names() -> list[str]:
