@@ -156,7 +156,7 @@ def test_a_cached_repository_is_used_offline(offline_cache, params, spec, sub):
 def test_only_the_needed_files_are_asked_for(monkeypatch, tmp_path, params):
     asked = []
 
-    def snapshot_download(repo, allow_patterns):
+    def snapshot_download(repo, revision, allow_patterns):
         asked.append((repo, allow_patterns))
         if len(asked) == 2:
             weights.save_component((CONFIG, params), tmp_path / "unet")
