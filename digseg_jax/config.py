@@ -137,12 +137,16 @@ class TrainConfig:
     profile: tuple[int, ...] = ()  # (first, last) step to trace into WORKDIR/profile
     compile_cache: str = ""  # folder of compiled programs, kept over runs and restarts; "": none
     wandb: str = ""  # project at Weights & Biases that gets the metrics too; "": none
+    log_examples: bool = False  # write WORKDIR/examples: which examples each step saw
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 200
-    keep: int = 2
+    keep: int = 2  # the newest ones
+    keep_every: int = 0  # steps; those at its multiples are never removed; 0: none
+    best: str = ""  # metric of the in-training evaluation (val_miou); its best is kept and exported
+    timeout: float = 900.0  # seconds that a save may take before the run stops; ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +194,7 @@ class MeshConfig:
 class Config:
     task: str = legal("segmentation", "prior", "autoencoder")
     seed: int = 0
+    init_from: str = ""  # another run's working directory: start from its newest checkpoint's weights
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -311,9 +316,17 @@ def _check_combinations(c: Config) -> None:
     for key, value in positive.items():
         if value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
+    if c.checkpoint.best and not c.train.eval_every:
+        raise UserError(
+            f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
+            "measures it while training"
+        )
+    if c.checkpoint.timeout <= 0:
+        raise UserError(f"config.checkpoint.timeout={c.checkpoint.timeout}: must be positive")
     for key in (
         "train.steps",
         "train.eval_every",
+        "checkpoint.keep_every",
         "optim.warmup_steps",
         "eval.num_images",
         "model.text_skip_layers",

@@ -6,12 +6,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Exit statuses of `main`; the scripts of launch/ start a run again after PREEMPTED alone.
+USER_ERROR = 2
+PREEMPTED = 75  # sysexits' EX_TEMPFAIL: saved, and the same command goes on from there
+
 
 class UserError(ValueError):
     """Bad input: the message names the thing, the place and the legal values, in one line.
 
-    `main` prints it without a traceback and exits with status 2.
+    `main` prints it without a traceback and exits with status USER_ERROR.
     """
+
+
+class Preempted(Exception):
+    """The machine wants its processes back; everything is saved. `main` exits with PREEMPTED."""
 
 
 def nearest(name: str, legal: Iterable[str], n: int = 3) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,10 @@ from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Array, Params
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
+from digseg_jax.distributed import is_main, together
 from digseg_jax.eval_progress import Progress as Recorded
 from digseg_jax.eval_progress import Shown
+from digseg_jax.hosts import fetch, place_rows
 from digseg_jax.journal import identity_of
 from digseg_jax.log import log
 from digseg_jax.report.gallery import GalleryItem, write_gallery
@@ -32,7 +33,8 @@ from digseg_jax.segmentation import inference, metrics
 from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.segmentation.text_bank import PromptBank
-from digseg_jax.sharding import BATCH, place_batch
+from digseg_jax.sharding import BATCH
+from digseg_jax.storage import AnyPath, filled_locally, is_remote, write_bytes, write_json
 from digseg_jax.tables import results_markdown
 from digseg_jax.tasks.components import bank_arrays, encode_bank
 from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
@@ -101,7 +103,7 @@ class Evaluator:
         step = self._jit(partial(self._evidence, estep=estep), shared=2)
         parts = []
         for batch, count in self._batches(tiles, "calibration"):
-            parts.append(np.asarray(step(params, self._frozen(bank), batch))[:count])
+            parts.append(fetch(step(params, self._frozen(bank), batch))[:count])
         stride = slice(None, None, CALIBRATION_STRIDE)
         labels = np.stack([tiles[i]["label"][stride, stride] for i in range(len(tiles))])
         return np.concatenate(parts), labels
@@ -151,8 +153,9 @@ class Evaluator:
                 jax.block_until_ready(step(*arguments))
                 compiled = True
             start = time.monotonic()
-            out = jax.device_get(jax.block_until_ready(step(*arguments)))
-            return {n: v[:count] for n, v in out.items()} | {"seconds": time.monotonic() - start}
+            out = jax.block_until_ready(step(*arguments))
+            seconds = time.monotonic() - start
+            return {n: fetch(v)[:count] for n, v in out.items()} | {"seconds": seconds}
 
         for batch, count in self._batches(tiles, f"eval {estep}"):
             key = f"{estep} {done}+{count}"
@@ -236,14 +239,17 @@ class Evaluator:
         for start in range(0, len(tiles), self.batch_size):
             rows = list(range(start, min(start + self.batch_size, len(tiles))))
             padded = rows + [start] * (self.batch_size - len(rows))
-            examples = [tiles[i] for i in padded]
-            batch = {
-                "image": np.stack([e["image"] for e in examples]),
-                "label": np.stack([e["label"] for e in examples]),
-                "index": np.asarray(padded, np.int32),
-                "valid": np.arange(self.batch_size) < len(rows),
-            }
-            yield place_batch(batch, self.mesh), len(rows)
+
+            def read(i: int, padded: list[int] = padded, valid: int = len(rows)) -> Params:
+                example = tiles[padded[i]]
+                return {
+                    "image": example["image"],
+                    "label": example["label"],
+                    "index": np.int32(padded[i]),
+                    "valid": np.bool_(i < valid),
+                }
+
+            yield place_rows(read, self.batch_size, self.mesh), len(rows)
             done = start + len(rows)
             progress.update(done, done / (time.monotonic() - started))
         progress.close()
@@ -285,7 +291,7 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
 
 
 def evaluate(
-    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: Path
+    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
     """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
 
@@ -301,7 +307,8 @@ def evaluate(
     folder = workdir / "eval"
     values = config_lib.to_dict(config)
     recorded = Recorded(None, "")
-    if jax.process_count() == 1:  # several would have to agree on what is left to do
+    # several processes would have to agree on what is left to do; a bucket cannot append
+    if jax.process_count() == 1 and not is_remote(folder):
         facts = (values["data"], values["eval"], config.seed, len(tiles))
         recorded = Recorded(folder / "unfinished", identity_of(params, *facts))
 
@@ -316,16 +323,31 @@ def evaluate(
     keep = min(config.eval.gallery, len(tiles))
     scores = evaluator.scores(params, tiles, bank, estep, fitted, keep=keep, recorded=recorded)
     results = results_of(scores, config, fitted, estep)
-    write_json(folder / "results.json", results)
-    (folder / "results.md").write_text(results_markdown(results), encoding="utf-8")
-    write_json(folder / "speed.json", {"queries_per_second": scores.queries_per_second()})
-    _write_gallery(folder / "gallery", scores, tiles)
+    rows = []
     if config.eval.estep:
         rows = estep_rows(evaluator, params, tiles, bank, fitted, recorded)
-        note = "Measured by this run on its own split; a small model, trained for minutes."
-        write_json(folder / "estep.json", {"rows": rows, "note": note})
+    with together("the files of the evaluation"):
+        if is_main():
+            _write(folder, results, rows, scores, tiles)
     recorded.finish()
     return results
+
+
+def _write(
+    folder: AnyPath,
+    results: dict[str, Any],
+    rows: list[dict[str, Any]],
+    scores: Scores,
+    tiles: landcover.EvalTiles,
+) -> None:
+    write_json(folder / "results.json", results)
+    write_bytes(folder / "results.md", results_markdown(results).encode())
+    write_json(folder / "speed.json", {"queries_per_second": scores.queries_per_second()})
+    with filled_locally(folder / "gallery", replace=True) as gallery:
+        _write_gallery(gallery, scores, tiles)
+    if rows:
+        note = "Measured by this run on its own split; a small model, trained for minutes."
+        write_json(folder / "estep.json", {"rows": rows, "note": note})
 
 
 def estep_rows(
@@ -349,14 +371,6 @@ def estep_rows(
             }
         )
     return rows
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside and renames, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
 
 
 def _write_gallery(folder: Path, scores: Scores, tiles: landcover.EvalTiles) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,16 +17,19 @@ from digseg_jax import suite as suite_lib
 from digseg_jax.arraytypes import Params
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
+from digseg_jax.distributed import is_main, together
 from digseg_jax.errors import UserError
-from digseg_jax.evaluate import Evaluator, evaluate, write_json
+from digseg_jax.evaluate import Evaluator, evaluate
+from digseg_jax.hosts import fetch, fetch_to_main
 from digseg_jax.log import log
 from digseg_jax.perf import use_compile_cache
 from digseg_jax.predict import load_predictor
 from digseg_jax.report import build_report
 from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import make_mesh
+from digseg_jax.sharding import infer_shardings, make_mesh, place
 from digseg_jax.step import averaged
+from digseg_jax.storage import AnyPath, filled_locally, local_copy, write_json
 from digseg_jax.tasks.autoencoder import AutoencoderTask
 from digseg_jax.tasks.base import Task
 from digseg_jax.tasks.components import provenance
@@ -35,64 +37,98 @@ from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import EXPORT, claim
+from digseg_jax.workdir import CONFIG_NAME, EXPORT, claim
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
     """Trains (or goes on training), exports the weights, evaluates, and builds the report."""
     use_compile_cache(config.train.compile_cache)
-    claim(workdir, config)
+    take(workdir, config, accept_changes)
     mesh = make_mesh(config.mesh)
     task: Task = TASKS[config.task](config)
     log_summary(config, task, mesh)
-    trainer = Trainer(config, task, mesh, str(workdir))
+    trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
     on_eval = _validation(config, task, mesh) if config.train.eval_every else None
     state = trainer.run(on_eval)
     params = averaged(state)
+    if config.checkpoint.best:
+        del state
+        params, source = trainer.weights_of(str(workdir), best=True)
+        log.info("best %s: exporting %s", config.checkpoint.best, source)
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config, task, params, workdir)
         return
-    task.export(jax.device_get(params), workdir / EXPORT, provenance(config))
+    export(task, params, workdir, provenance(config))
     if isinstance(task, SegmentationTask):
         finish(config, task, params, mesh, workdir)
 
 
-def run_eval(config: Config, workdir: Path) -> None:
+def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
     """Evaluates the exported weights of a finished run, and builds the report."""
     if config.task != "segmentation":
-        raise UserError(
-            f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it"
-        )
+        raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
     if not (workdir / EXPORT).is_dir():
         raise UserError(f"{workdir / EXPORT}: no trained weights here; run --mode=train first")
     use_compile_cache(config.train.compile_cache)
-    claim(workdir, config)
+    take(workdir, config, accept_changes)
     mesh = make_mesh(config.mesh)
     task = SegmentationTask(config)
-    task.adopt(workdir / EXPORT)
-    params = load_params(workdir / EXPORT, task.abstract)
+    folder = local_copy(workdir / EXPORT)
+    task.adopt(folder)
+    params = load_params(folder, task.abstract)
+    params = place(params, infer_shardings(params, mesh))
     finish(config, task, params, mesh, workdir)
 
 
-def run_suite_eval(config: Config, workdir: Path, suite: str) -> None:
+def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
     """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.suite`."""
     if suite not in suite_lib.NAMES:
         raise UserError(f"--eval.suite={suite}: legal values are {', '.join(suite_lib.NAMES)}")
-    predictor = load_predictor(config, workdir / EXPORT)
-    suite_lib.run_suite(config, predictor, workdir / "eval", suite)
+    predictor = load_predictor(config, local_copy(workdir / EXPORT))
+    with filled_locally(workdir / "eval") as folder:
+        suite_lib.run_suite(config, predictor, folder, suite)
     log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
 
 
+def take(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
+    """Process 0 claims the working directory; all of them must then see it.
+
+    Raises:
+      UserError: on every process, what process 0 found, or which one does not see the directory.
+    """
+    with together("the working directory"):
+        if is_main():
+            claim(workdir, config, accept_changes=accept_changes)
+    with together("a look at the working directory"):
+        if not (workdir / CONFIG_NAME).exists():
+            raise UserError(
+                f"--workdir={workdir}: process 0 wrote {CONFIG_NAME} there, this process does not see "
+                "it; use storage that all hosts share, such as gs://"
+            )
+
+
+def export(task: Task, params: Params, workdir: AnyPath, metadata: dict[str, str]) -> None:
+    """Writes DIR/export; every process must come, process 0 writes."""
+    whole = fetch_to_main(params)
+    with together("the exported weights"):
+        if is_main():
+            with filled_locally(workdir / EXPORT) as folder:
+                task.export(whole, folder, metadata)
+
+
 def finish(
-    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: Path
+    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
     """Evaluation, report and a line for the reader."""
     results = evaluate(config, task, params, mesh, workdir)
-    # predict reads it beside the weights
-    write_json(workdir / EXPORT / "calibration.json", results["calibration"])
-    page = build_report(workdir)
+    page = workdir
+    with together("the report"):
+        if is_main():
+            # predict reads it beside the weights
+            write_json(workdir / EXPORT / "calibration.json", results["calibration"])
+            page = build_report(workdir)
     log.info(
         "mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s",
         results["miou"],
@@ -105,17 +141,20 @@ def finish(
 
 
 def export_autoencoder(
-    config: Config, task: AutoencoderTask, params: Params, workdir: Path
+    config: Config, task: AutoencoderTask, params: Params, workdir: AnyPath
 ) -> dict[str, Any]:
     """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval."""
+    params = jax.tree.map(fetch, params)  # small, and measured by every process on its own
     task.config = dataclasses.replace(
         task.config, scaling_factor=evaluate_autoencoder.measure_scaling(task.graphdef, params)
     )
     results = evaluate_autoencoder.round_trip(task.graphdef, params, "test")
     log.info("round trip on held-out tiles: %s", json.dumps(results))
-    write_json(workdir / "eval" / "results.json", results)
+    with together("the results"):
+        if is_main():
+            write_json(workdir / "eval" / "results.json", results)
     extra = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
-    task.export(jax.device_get(params), workdir / EXPORT, provenance(config, **extra))
+    export(task, params, workdir, provenance(config, **extra))
     return results
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,14 +12,15 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digseg_jax.config import check_key
-from digseg_jax.errors import UserError
-from digseg_jax.log import setup
+from digseg_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
+from digseg_jax.log import log, setup
 
 MODES = ("train", "eval", "predict")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run: checkpoints, metrics, report."
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
+_ACCEPT_CHANGES = flags.DEFINE_bool(
+    "accept_changes", False, "Go on with a run although its configuration was changed."
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
 _IMAGE = flags.DEFINE_string("image", None, "predict: image, folder or glob; any size and mode.")
@@ -32,6 +34,12 @@ _SUITE = flags.DEFINE_string(
 )
 _ESTEP = flags.DEFINE_string(
     "estep", None, 'eval, predict: members x steps, such as "8x2" or "20x50:leading".'
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process: 0 to num_processes - 1.")
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 50.0, "Seconds to wait for all processes; raise it where pods start slowly."
 )
 
 
@@ -70,15 +78,21 @@ def run() -> None:
             _VOCABULARY.value,
         )
         return
-    from digseg_jax import jobs
+    from digseg_jax import distributed, jobs
+    from digseg_jax.storage import as_path
 
     if _SUITE.value is not None:
         if mode != "eval":
             raise UserError("--eval.suite needs --mode=eval")
-        jobs.run_suite_eval(config, Path(_WORKDIR.value), _SUITE.value)
+        jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
         return
+    timeout = _START_TIMEOUT.value
+    cluster = distributed.find_cluster(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
+    )
+    distributed.start(cluster, timeout)
     job = jobs.train if mode == "train" else jobs.run_eval
-    job(config, Path(_WORKDIR.value))
+    job(config, as_path(_WORKDIR.value), accept_changes=_ACCEPT_CHANGES.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -99,7 +113,15 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    _leave(USER_ERROR)
+
+
+def _leave(status: int) -> NoReturn:
+    if "jax" not in sys.modules:
+        sys.exit(status)
+    from digseg_jax import distributed
+
+    distributed.leave(status)
 
 
 def main(argv: list[str]) -> None:
@@ -110,6 +132,12 @@ def main(argv: list[str]) -> None:
         run()
     except UserError as error:
         _fail(str(error))
+    except Preempted as error:
+        log.info("%s; the same command goes on from there", error)
+        _leave(PREEMPTED)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from digseg_jax.predict_files import (
 )
 from digseg_jax.predictor import Predictor
 from digseg_jax.segmentation.inference import EStep
+from digseg_jax.storage import as_path, local_copy
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from digseg_jax.workdir import EXPORT
@@ -46,7 +47,7 @@ def predict(
     texts = find_queries(queries, vocabulary)
     images = find_images(image)
     paths = targets(images, out)
-    folder = Path(workdir) / EXPORT if workdir else Path(assets.resolve(SHIPPED))
+    folder = local_copy(as_path(workdir) / EXPORT) if workdir else Path(assets.resolve(SHIPPED))
     if len(images) == 1:
         read_image(images[0])  # an unreadable one is told before the models are built
     predictor = load_predictor(config, folder)

@@ -115,7 +115,34 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """(k, n): this process feeds the k-th of n equal parts of every batch.
+
+    n is the number of processes, unless the tensor axis reaches over processes: those that hold the
+    same rows must be fed the same part.
+
+    Raises:
+      UserError: the processes' rows overlap only in part.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows: dict[int, set[int]] = {}
+    for device, index in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
+        rows.setdefault(device.process_index, set()).add(index[0].start or 0)
+    parts = sorted({tuple(sorted(r)) for r in rows.values()})
+    if len({len(p) for p in parts}) > 1 or sum(map(len, parts)) != shards:
+        raise UserError(
+            f"config.mesh {dict(mesh.shape)}: the tensor axis crosses the borders of the {len(rows)} "
+            "processes unevenly; it must divide, or be a multiple of, the devices of a process"
+        )
+    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's slice of a batch to a global array, split over data x fsdp."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """This process's part of a batch (see `data_share`) to a global array over data x fsdp."""
+    sharding, parts = NamedSharding(mesh, BATCH), data_share(mesh)[1]
+
+    def put(rows: np.ndarray) -> jax.Array:
+        shape = (rows.shape[0] * parts, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: put(rows) for name, rows in batch.items()}

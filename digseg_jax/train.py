@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -11,16 +12,19 @@ from jax.sharding import Mesh
 
 from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Params
+from digseg_jax.audit import ExampleLog
 from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.config import Config
 from digseg_jax.data.pipeline import training_stream
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Preempted, UserError
 from digseg_jax.failure import REPLAY, save_failure
 from digseg_jax.log import log
 from digseg_jax.optim import check_freeze, make_optimizer
 from digseg_jax.perf import ProfilerWindow, step_flops
-from digseg_jax.sharding import describe_memory, infer_shardings, place, place_batch
+from digseg_jax.preemption import PreemptionWatch
+from digseg_jax.sharding import data_share, describe_memory, infer_shardings, place, place_batch
 from digseg_jax.step import TrainState, initial_state, make_train_step
+from digseg_jax.storage import as_path
 from digseg_jax.tasks.base import Task
 from digseg_jax.train_log import NotFinite, TrainLog
 from digseg_jax.writers import require_wandb
@@ -29,8 +33,17 @@ from digseg_jax.writers import require_wandb
 class Trainer:
     """A run in a working directory: builds or restores the state, then trains to the last step."""
 
-    def __init__(self, config: Config, task: Task, mesh: Mesh, workdir: str):
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        mesh: Mesh,
+        workdir: str,
+        *,
+        accept_changes: bool = False,
+    ):
         self.config, self.task, self.mesh, self.workdir = config, task, mesh, workdir
+        self.accept_changes = accept_changes
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         parts = shards * config.train.accumulation
         if config.train.batch_size % parts:
@@ -50,18 +63,61 @@ class Trainer:
         self.step_fn = make_train_step(task, config, mesh, self.state_shardings, frozen_shardings)
 
     def start_state(self, checkpointer: Checkpointer) -> tuple[int, TrainState]:
-        """Own checkpoint if there is one, else the task's initial parameters."""
+        """Own checkpoint, else `config.init_from`, else pretrained or random, as the task says.
+
+        Raises:
+          UserError: a checkpoint that cannot be used, or one of another vocabulary.
+        """
         if checkpointer.latest_step() is not None:
-            step, state = checkpointer.restore(self.abstract_state)
+            step, state, meta = checkpointer.restore(self.abstract_state)
+            self._check_vocabulary(meta.get("vocabulary", []))
             log.info("start: resumed from %s at step %d", checkpointer.folder, step)
             return step, state
+        if self.config.init_from:
+            params, source = self.weights_of(self.config.init_from)
+        else:
+            params, source = self._initial_params()
+        make = jax.jit(self._initial_state, out_shardings=self.state_shardings)
+        log.info("start: step 0, from %s", source)
+        return 0, make(params)
+
+    def weights_of(self, workdir: str, *, best: bool = False) -> tuple[Params, str]:
+        """The averaged weights of a run's newest (or best) checkpoint, sharded, and where they lie.
+
+        Raises:
+          UserError: no checkpoint there, or not of this model.
+        """
+        name = "ema" if "ema" in self.abstract_state else "params"
+        with Checkpointer(workdir, self.config.checkpoint, create=False) as other:
+            step = other.best_step() if best else other.latest_step()
+            if step is None:
+                raise UserError(f"{other.folder}: no checkpoint here to start from")
+            part = other.restore_part({name: self.abstract_state[name]}, step)
+            return part[name], f"{other.folder / str(step)}"
+
+    def _initial_params(self) -> tuple[Params, str]:
+        model = self.config.model
+        pretrained = self.config.task == "segmentation" and model.unet_init == "pretrained"
+        source = f"the pretrained {model.unet}" if pretrained else "random weights"
         with jax.default_device(jax.local_devices(backend="cpu")[0]):  # never whole on one chip
             params = self.task.initial()
-        placed = place(params, self.state_shardings["params"])
-        del params
-        make = jax.jit(self._initial_state, out_shardings=self.state_shardings)
-        log.info("start: step 0, from the task's initial parameters")
-        return 0, make(placed)
+        return place(params, self.state_shardings["params"]), source
+
+    def _check_vocabulary(self, stored: list[str]) -> None:
+        """Query ids are places in the vocabulary: a resumed run must have the same one."""
+        if stored == self.vocabulary or self.accept_changes:
+            return
+        gone = [text for text in stored if text not in self.vocabulary]
+        new = [text for text in self.vocabulary if text not in stored]
+        raise UserError(
+            f"{self.workdir}: its checkpoint has another vocabulary (gone: {gone[:5]}, new: {new[:5]}"
+            f"{', another order' if not gone and not new else ''}); --accept_changes goes on with the "
+            "new one"
+        )
+
+    @property
+    def vocabulary(self) -> list[str]:
+        return list(getattr(self.task, "prompts", ()))
 
     def _initial_state(self, params: Params) -> TrainState:
         optimizer = make_optimizer(self.config.optim, self.config.train.steps)
@@ -74,19 +130,20 @@ class Trainer:
 
         Raises:
           NotFinite: the loss or the gradient norm is no number; WORKDIR/failure has the step.
+          Preempted: asked to leave; the step that it names is saved.
+          UserError: a checkpoint or a record cannot be read or written.
         """
-        with Checkpointer(self.workdir, self.config.checkpoint) as checkpointer:
+        with contextlib.ExitStack() as stack:
+            checkpointer = Checkpointer(self.workdir, self.config.checkpoint)
+            stack.enter_context(checkpointer)
             start, state = self.start_state(checkpointer)
             log = TrainLog(self.config, self.workdir, start, list(self.mesh.devices.flat))
-            profile = ProfilerWindow(self.config.train.profile, f"{self.workdir}/profile")
+            stack.push(log.leave)
             try:
-                return self._steps(start, state, checkpointer, log, profile, on_eval)
+                return self._steps(start, state, checkpointer, log, on_eval)
             except NotFinite as error:
                 self._save_failure(error, checkpointer)
                 raise
-            finally:
-                profile.close()
-                log.close()
 
     def _steps(
         self,
@@ -94,34 +151,67 @@ class Trainer:
         state: TrainState,
         checkpointer: Checkpointer,
         log: TrainLog,
-        profile: ProfilerWindow,
         on_eval: Callable[[int, TrainState], dict[str, float]] | None,
     ) -> TrainState:
         train, steps = self.config.train, self.config.train.steps
-        meta = {"config": config_lib.to_dict(self.config)}
         batches = self.batches(start) if start < steps else iter(())
-        for step in range(start + 1, steps + 1):
-            with log.watch("data"):
-                batch = place_batch(next(batches), self.mesh)
-            if step == start + 1:
-                lowered = self.step_fn.lower(state, self.frozen, batch)
-                log.flops = step_flops(lowered, train.accumulation)
-            profile.before(step)
-            state, metrics = self.step_fn(state, self.frozen, batch)
-            profile.after(step, metrics)
-            log.add(step, metrics)
-            extra = {}
-            if on_eval and train.eval_every and step % train.eval_every == 0:
-                log.check()
-                with log.watch("eval"):
-                    extra = on_eval(step, state)
-            if step % train.log_every == 0 or step == steps or extra:
-                log.write(step, extra)
-            if step % self.config.checkpoint.every == 0 or step == steps:
-                log.check()  # a state that is no number must not become a checkpoint
-                with log.watch("checkpoint"):
-                    checkpointer.save(step, state, meta)
+        with (
+            contextlib.closing(ProfilerWindow(train.profile, f"{self.workdir}/profile")) as profile,
+            ExampleLog(as_path(self.workdir), start, train.log_examples) as examples,
+            PreemptionWatch() as preemption,
+        ):
+            for step in range(start + 1, steps + 1):
+                with log.watch("data"):
+                    rows = next(batches)
+                    examples.add(step, rows)
+                    batch = place_batch(rows, self.mesh)
+                if step == start + 1:
+                    lowered = self.step_fn.lower(state, self.frozen, batch)
+                    log.flops = step_flops(lowered, train.accumulation)
+                profile.before(step)
+                state, metrics = self.step_fn(state, self.frozen, batch)
+                profile.after(step, metrics)
+                log.add(step, metrics)
+                extra = {}
+                if on_eval and train.eval_every and step % train.eval_every == 0:
+                    log.check()
+                    with log.watch("eval"):
+                        extra = on_eval(step, state)
+                if step % train.log_every == 0 or step == steps or extra:
+                    log.write(step, extra)
+                leaving = preemption.reached(step)
+                checkpointer.check()
+                if leaving or self._is_saved(step, extra):
+                    log.check()  # a state that is no number must not become a checkpoint
+                    with log.watch("checkpoint"):
+                        self._save(step, state, extra, checkpointer, log, examples)
+                if leaving and step < steps:
+                    checkpointer.wait()
+                    raise Preempted(f"preempted: step {step} is saved in {checkpointer.folder}")
         return state
+
+    def _is_saved(self, step: int, extra: dict[str, float]) -> bool:
+        """Every so often, at the end, and where the metric is known by which the best is chosen."""
+        best = self.config.checkpoint.best
+        if best and extra and best not in extra:
+            raise UserError(f"config.checkpoint.best={best!r}: legal are {', '.join(extra)}")
+        last = step == self.config.train.steps
+        return step % self.config.checkpoint.every == 0 or last or bool(best and extra)
+
+    def _save(
+        self,
+        step: int,
+        state: TrainState,
+        extra: dict[str, float],
+        checkpointer: Checkpointer,
+        log: TrainLog,
+        examples: ExampleLog,
+    ) -> None:
+        """The records first: what a checkpoint has behind it is never missing from them."""
+        log.writer.sync()
+        examples.sync()
+        meta = {"config": config_lib.to_dict(self.config), "vocabulary": self.vocabulary}
+        checkpointer.save(step, state, meta, extra or None)
 
     def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> None:
         batch = next(self.batches(error.step - 1))
@@ -131,12 +221,13 @@ class Trainer:
 
     def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
         """This host's part of the batches of the steps after `start`."""
+        host, hosts = data_share(self.mesh)
         return training_stream(
             self.config.data,
             self.config.task,
             seed=self.config.seed,
             batch_size=self.config.train.batch_size,
             start=start,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=host,
+            hosts=hosts,
         )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -68,6 +70,7 @@ class TrainLog:
         self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **extra)
         self.fetched = []
 
-    def close(self) -> None:
+    def leave(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Closes the files, as `__exit__` would; see `Record.leave`."""
         self.progress.close()
-        self.writer.close()
+        self.writer.__exit__(kind, None, None)

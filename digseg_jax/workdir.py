@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from digseg_jax import config as config_lib
+from digseg_jax import storage
 from digseg_jax.config import Config
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
+from digseg_jax.storage import AnyPath
 
 CONFIG_NAME = "config.json"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
@@ -21,8 +23,11 @@ FREE_KEYS = (
     "train.profile",
     "train.compile_cache",
     "train.wandb",
+    "train.log_examples",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "checkpoint.timeout",
     "data.workers",
     "model.conv",
     "model.attention",
@@ -30,37 +35,45 @@ FREE_KEYS = (
 )
 
 
-def claim(workdir: Path, config: Config) -> None:
+def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
     """Writes DIR/config.json, or checks that the one there trains the same thing.
+
+    accept_changes: go on with the run in spite of a changed configuration, and write down the new one.
 
     Raises:
       UserError: the directory holds a run of another configuration, with the differing keys; or it
-        cannot be written.
+        cannot be read or written.
     """
     path = workdir / CONFIG_NAME
     values = config_lib.to_dict(config)
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not readable as JSON ({error}); use another --workdir"
-            ) from error
-        if not isinstance(stored, dict):
-            raise UserError(f"{path}: not the configuration of a run; use another --workdir")
-        changes = differences(stored, values)
-        if changes:
+    with storage.explained(path, "cannot be read"):
+        known = path.exists()
+    if known:
+        changes = differences(_stored(path), values)
+        if changes and not accept_changes:
             raise UserError(
                 f"{workdir} holds a run of another configuration ({'; '.join(changes)}); "
-                "nothing was touched: use another --workdir, or the configuration it was made with"
+                "nothing was touched: use another --workdir, the configuration it was made with, or "
+                "--accept_changes to go on with the new one"
             )
+        if changes:
+            log.warning("configuration changed: %s", "; ".join(changes))
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(CONFIG_NAME + ".tmp")
-        scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror})") from error
+        storage.write_json(path, values)
+    except UserError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from error
+
+
+def _stored(path: AnyPath) -> dict[str, Any]:
+    try:
+        stored = json.loads(storage.read_text(path))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not readable as JSON ({error}); use another --workdir") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: not the configuration of a run; use another --workdir")
+    return stored
 
 
 def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:

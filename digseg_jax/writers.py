@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run writes about itself: metrics.jsonl, TensorBoard events and a progress line.
 
-Only process 0 writes. `metrics.jsonl` is the record (one JSON object a line, flushed at once);
-the TensorBoard events repeat it for people who like that viewer.
+Only process 0 writes. `metrics.jsonl` is the record (one JSON object a line); the TensorBoard events
+repeat it for people who like that viewer. In a bucket both are uploaded as whole files (`record.py`);
+each start of a run makes an event file of its own, and the viewer hides what a resume has undone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import math
 import numbers
-import os
 import shutil
 import sys
 import time
@@ -23,7 +22,10 @@ from typing import Any, Self, TextIO
 
 import jax
 
+from digseg_jax import storage
 from digseg_jax.errors import UserError
+from digseg_jax.record import Record, read_rows
+from digseg_jax.storage import AnyPath, is_remote
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -31,33 +33,9 @@ METRICS_NAME = "metrics.jsonl"
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """Reads a metrics.jsonl file; values are numbers or None (a value that was not finite).
 
-    A half-written last line, as a killed run leaves it, is left out.
-    Raises UserError if the file is missing or any other line is not a JSON object with a step.
+    Raises UserError if the file is missing or damaged (see `read_rows`).
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"metrics file {path} cannot be read: {error.strerror}") from error
-    lines = text.split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):  # only the text after the last newline can be half a line
-            raise UserError(f"{path} line {number} is not a JSON object with an integer 'step'")
-    return rows
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return read_rows(storage.as_path(path))
 
 
 def _plain(value: Any) -> float | int | None:
@@ -66,26 +44,6 @@ def _plain(value: Any) -> float | int | None:
         return int(value)
     value = float(value)
     return value if math.isfinite(value) else None
-
-
-def _dump(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _mend(path: Path, truncate_after: int | None) -> None:
-    """Drops lines after `truncate_after` and a half-written last line, in one atomic rewrite."""
-    if not path.exists():
-        return
-    last = math.inf if truncate_after is None else truncate_after
-    kept = "".join(_dump(row) for row in read_metrics(path) if row["step"] <= last)
-    if kept.encode() == path.read_bytes():
-        return
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
 
 
 def require_wandb(project: str) -> None:
@@ -97,14 +55,15 @@ def require_wandb(project: str) -> None:
         )
 
 
-def _wandb_run(project: str, workdir: Path) -> Any:
+def _wandb_run(project: str, workdir: AnyPath, local: Path) -> Any:
     """The run of this directory: a resumed training goes on with the one it had."""
     require_wandb(project)
     import wandb
 
-    identity = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+    place = str(workdir if is_remote(workdir) else workdir.absolute())
+    identity = hashlib.sha256(place.encode()).hexdigest()[:16]
     return wandb.init(
-        project=project, name=workdir.name, id=identity, dir=str(workdir), resume="allow"
+        project=project, name=workdir.name, id=identity, dir=str(local), resume="allow"
     )
 
 
@@ -126,19 +85,19 @@ class MetricWriter:
         wandb: str = "",
     ) -> None:
         self.active = jax.process_index() == 0 if active is None else active
-        self.path = Path(workdir) / METRICS_NAME
+        self.path = storage.as_path(workdir) / METRICS_NAME
         if not self.active:
             return
         from tensorboardX import SummaryWriter  # slow to import, and readers do not need it
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _mend(self.path, truncate_after)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._record = Record(self.path, truncate_after)
+        mirror = self._record.mirror
+        folder = mirror.local if mirror else self.path.parent
         purge = None if truncate_after is None else max(truncate_after + 1, 0)
         self._events = SummaryWriter(
-            str(self.path.parent / "tensorboard"), purge_step=purge, flush_secs=10
+            str(folder / "tensorboard"), purge_step=purge, flush_secs=10
         )
-        self._wandb = _wandb_run(wandb, self.path.parent) if wandb else None
+        self._wandb = _wandb_run(wandb, self.path.parent, folder) if wandb else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes scalars of one step; a value that is not finite becomes null."""
@@ -147,8 +106,7 @@ class MetricWriter:
         if not self.active:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(_dump({"step": int(step), **values}))
-        self._file.flush()
+        self._record.write({"step": int(step), **values})
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(name, value, int(step))
@@ -156,14 +114,15 @@ class MetricWriter:
             finite = {name: value for name, value in values.items() if value is not None}
             self._wandb.log(finite, step=int(step))
 
+    def sync(self) -> None:
+        """Returns when all lines are where they belong; raises UserError if a bucket refuses."""
+        if self.active:
+            self._events.flush()
+            self._record.sync()
+
     def close(self) -> None:
         """Flushes and closes both files; safe to call twice."""
-        if self.active:
-            self._file.close()
-            self._events.close()
-            if self._wandb is not None:
-                self._wandb.finish()
-            self.active = False
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +133,12 @@ class MetricWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if self.active:
+            self.active = False
+            self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+            self._record.leave(kind)
 
 
 def format_duration(seconds: float) -> str:

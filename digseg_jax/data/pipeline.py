@@ -44,7 +44,9 @@ def stream(
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
     dataset = dataset.map_with_index(lambda i, example: example | {"index": np.uint32(i)})
     dataset = dataset.random_map(_keep_index(make_example))
-    dataset = dataset[host::hosts].batch(batch_size // hosts)[start:]
+    # whole parts of the batch: the global array is the same one for any number of hosts. The endless
+    # repetition is cut because grain counts its batches in floats, which 2**63 - 1 does not survive
+    dataset = dataset[: 2**62].batch(batch_size // hosts)[host::hosts][start:]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     batches = dataset.to_iter_dataset(options)
     if workers:

@@ -7,22 +7,26 @@ Script, style and pictures are inlined, so that the page opens from disk and can
 from __future__ import annotations
 
 import json
-import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from digseg_jax import storage
 from digseg_jax.errors import UserError
 from digseg_jax.report import chart, sections
 from digseg_jax.report.cards import gallery_section
 from digseg_jax.report.colors import class_colors, from_hex, to_hex
 from digseg_jax.report.markup import esc, section
 from digseg_jax.report.suites import suite_tables
+from digseg_jax.storage import AnyPath
 from digseg_jax.writers import METRICS_NAME, read_metrics
 
 T = TypeVar("T")
+
+_SOURCES = (METRICS_NAME, "config.json", "eval", "bench")  # what a report is made of
 
 _REQUIRED = (
     "dataset", "split", "protocol", "num_images", "miou", "per_class", "ensemble", "steps", "seed",
@@ -129,7 +133,7 @@ def render(workdir: Path) -> str:
     })  # fmt: skip
 
 
-def build_report(workdir: Path | str) -> Path:
+def build_report(workdir: AnyPath | str) -> AnyPath:
     """Writes WORKDIR/report/index.html and returns its path.
 
     Reads eval/results.json and, where they exist, metrics.jsonl, eval/gallery/gallery.json,
@@ -137,11 +141,13 @@ def build_report(workdir: Path | str) -> Path:
     Raises UserError if there are no results (naming the command that makes them) or if a file
     is not of the expected form.
     """
-    workdir = Path(workdir)
-    text = render(workdir)
+    workdir = storage.as_path(workdir)
+    with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
+        source = workdir
+        if storage.is_remote(workdir):
+            source = Path(scratch) / workdir.name
+            storage.download(workdir, source, _SOURCES)
+        text = render(source)
     out = workdir / "report" / "index.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(out.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, out)
+    storage.write_bytes(out, text.encode("utf-8"))
     return out

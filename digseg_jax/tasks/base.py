@@ -16,6 +16,7 @@ class Task(Protocol):
 
     frozen: Params
     abstract: Params  # shapes of the trainable parameters
+    # A task with a text bank also has `prompts`, the bank's texts: what query ids stand for.
 
     def initial(self) -> Params:
         """Parameters at step 0, host arrays."""

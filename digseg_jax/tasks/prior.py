@@ -36,9 +36,10 @@ class PriorTask:
         self.schedule = schedule_of(config.diffusion)
         self.vae, vae_params = load_vae(model)
         tower = load_tower(model)
+        self.prompts = tuple(captions())
         self.frozen: Params = {
             "vae": vae_params,
-            "bank": bank_arrays(encode_bank(tower, captions(), model.max_tokens)),
+            "bank": bank_arrays(encode_bank(tower, self.prompts, model.max_tokens)),
         }
         levels = len(arch.block_out_channels)
         self.unet_config = UNetConfig(

@@ -67,6 +67,7 @@ class SegmentationTask:
             prompts = (PALETTE_PROMPT,)
         elif prompts is None:
             prompts, _ = training_prompts(config.data.train_label_sets)
+        self.prompts = tuple(prompts)
         self.frozen: Params = {
             "vae": vae_params,
             "bank": bank_arrays(encode_bank(self.tower, prompts, model.max_tokens)),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from digseg_jax import known
 from digseg_jax.errors import UserError, nearest
+from digseg_jax.storage import as_path, is_remote, local_copy
 from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<sub>[\w./-]+))?")
@@ -46,8 +47,8 @@ def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
     HF_HUB_OFFLINE hold here too.
 
     Args:
-        path_or_hub_id: a folder, a hub id `org/name[@revision][:subfolder]`, or a name of
-            `digseg_jax.known`. An existing folder wins. A revision is a branch, a tag or a commit; the
+        path_or_hub_id: a folder (gs:// too), a hub id `org/name[@revision][:subfolder]`, or a
+            name of `digseg_jax.known`. An existing folder wins. A revision is a branch, a tag or a commit; the
             main branch if there is none.
         subfolder: inside the folder or repository.
 
@@ -69,6 +70,8 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
 
 def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
     spec = str(path_or_hub_id)
+    if is_remote(spec):
+        return local_copy(as_path(spec) / subfolder)
     local = Path(spec).expanduser()
     if local.exists():
         if not (local / subfolder).is_dir():

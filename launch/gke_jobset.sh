@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# A run on TPU slices of a GKE cluster, as a JobSet that is started again when a pod goes away.
+#
+#   NAME=run1 IMAGE=REGISTRY/digseg_jax:TAG ACCELERATOR=tpu-v6e-slice TOPOLOGY=4x8 HOSTS=8 CHIPS=4 \
+#     launch/gke_jobset.sh [--dry-run] FLAGS_OF_MAIN...
+#
+# HOSTS: hosts of one slice; CHIPS: chips of one host; SLICES (default 1); RESTARTS (default 1000);
+# SERVICE_ACCOUNT: Kubernetes account that may write to the bucket (default "default"). The image holds
+# this tree at /app, with its requirements and jax[tpu]; the cluster needs the JobSet controller.
+# A configuration error (status 2) ends the job; everything else, preemption (75) included, starts it
+# again, and the run goes on from its last checkpoint. --dry-run prints the manifest and the command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+if [[ "${1:-}" == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+[[ $# -ge 1 ]] || usage "$0"
+need NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS
+
+flags=""
+for flag in "$@"; do
+  quoted="${flag//\'/\'\'}" # YAML's single quotes
+  flags+=$'\n'"                    - '$quoted'"
+done
+
+manifest() {
+  cat << EOF
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+spec:
+  failurePolicy:
+    maxRestarts: ${RESTARTS:-1000}
+    rules:
+      - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+    - name: slice
+      replicas: ${SLICES:-1}
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes: {containerName: main, operator: In, values: [2]}
+          template:
+            spec:
+              restartPolicy: Never
+              serviceAccountName: ${SERVICE_ACCOUNT:-default}
+              terminationGracePeriodSeconds: 60
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $ACCELERATOR
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+              containers:
+                - name: main
+                  image: $IMAGE
+                  workingDir: /app
+                  command: [python, -u, -m, digseg_jax.main, --start_timeout=600]
+                  args:$flags
+                  resources:
+                    limits:
+                      google.com/tpu: $CHIPS
+EOF
+}
+
+if [[ -n "$dry_run" ]]; then
+  manifest
+  echo "# kubectl apply -f -"
+else
+  manifest | kubectl apply -f -
+fi

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Asks for a (spot) TPU slice, runs on it, and after each preemption asks again until the run has ended.
+#
+#   NAME=run1 ZONE=us-east5-b TYPE=v6e-32 RUNTIME=v2-alpha-tpuv6e \
+#     launch/queued_resource.sh [--dry-run] FLAGS_OF_MAIN...
+#
+# PROJECT is optional; SPOT=0 asks for capacity that is not taken away; POLL is the time between looks
+# in seconds (default 60); ATTEMPTS how often a slice is asked for (default 1000). Keep it running where
+# it can stay, such as in tmux on a small VM: it ends when main ends with 0, or when main (or gcloud)
+# refuses with 2: a configuration error would be the same on the next slice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+if [[ "${1:-}" == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+[[ $# -ge 1 ]] || usage "$0"
+need NAME ZONE TYPE RUNTIME
+place=("--zone=$ZONE")
+[[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
+spot=(--spot)
+[[ "${SPOT:-1}" != 0 ]] || spot=()
+
+state() {
+  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)' 2>/dev/null
+}
+
+remove() {
+  run gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --quiet --force
+}
+
+for ((attempt = 1; attempt <= ${ATTEMPTS:-1000}; attempt++)); do
+  run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${place[@]}" \
+    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
+  if [[ -n "$dry_run" ]]; then
+    echo "# until it is ACTIVE: gcloud compute tpus queued-resources describe $NAME ${place[*]}"
+    TPU="$NAME" launch/tpu_vm.sh --dry-run "$@"
+    remove
+    exit 0
+  fi
+  until now="$(state)" && [[ "$now" =~ ^(ACTIVE|FAILED|SUSPENDED)$ ]]; do
+    echo "attempt $attempt: $NAME is ${now:-not there yet}"
+    sleep "${POLL:-60}"
+  done
+  status=1
+  if [[ "$now" == ACTIVE ]]; then
+    status=0
+    TPU="$NAME" launch/tpu_vm.sh "$@" || status=$?
+  fi
+  remove || true
+  case "$status" in
+    0) exit 0 ;;
+    2) exit 2 ;;
+  esac
+  echo "attempt $attempt ended with $status; asking for a slice again" >&2
+  sleep 10
+done
+exit 1

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# A run on the GPUs of a SLURM cluster, one process for each GPU, queued again after a preemption.
+#
+#   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] FLAGS_OF_MAIN...
+#
+# NODES (default 1), GPUS of a node (default 8), TIME (default 24:00:00), PARTITION, ACCOUNT: as sbatch
+# knows them. VENV: an environment with the requirements and jax[cuda13], activated on each node.
+# The working directory must be one that all nodes see. SLURM tells main who takes part. 90 s before the
+# time limit or at a preemption SLURM sends SIGTERM: main saves and ends with 75, and the job goes back
+# into the queue; any other failure ends it. --dry-run prints the job script and the command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+if [[ "${1:-}" == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+[[ $# -ge 1 ]] || usage "$0"
+optional=""
+[[ -z "${PARTITION:-}" ]] || optional+="#SBATCH --partition=$PARTITION"$'\n'
+[[ -z "${ACCOUNT:-}" ]] || optional+="#SBATCH --account=$ACCOUNT"$'\n'
+activate=""
+[[ -z "${VENV:-}" ]] || activate=". $(printf '%q' "$VENV/bin/activate")"
+flags="$(printf '%q ' "$@")"
+
+script() {
+  cat << EOF
+#!/usr/bin/env bash
+#SBATCH --job-name=digseg_jax
+#SBATCH --nodes=${NODES:-1}
+#SBATCH --ntasks-per-node=${GPUS:-8}
+#SBATCH --gpus-per-node=${GPUS:-8}
+#SBATCH --time=${TIME:-24:00:00}
+#SBATCH --signal=TERM@90
+#SBATCH --requeue
+#SBATCH --open-mode=append
+${optional}cd $(printf '%q' "$PWD")
+$activate
+status=0
+srun --kill-on-bad-exit=0 python -u -m digseg_jax.main --start_timeout=300 $flags || status=\$?
+if [ "\$status" -eq $PREEMPTED ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+exit "\$status"
+EOF
+}
+
+if [[ -n "$dry_run" ]]; then
+  script
+  echo "# sbatch"
+else
+  script | sbatch
+fi

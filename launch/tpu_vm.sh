@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# A run on an existing TPU VM slice: copies this tree to every host, installs, starts main on all of them.
+#
+#   TPU=my-slice ZONE=us-central2-b launch/tpu_vm.sh [--dry-run] FLAGS_OF_MAIN...
+#   TPU=my-slice ZONE=us-central2-b launch/tpu_vm.sh --config=configs/ade20k.py --workdir=gs://bucket/run
+#
+# PROJECT is optional. Nothing but the same command is needed on each host: a slice knows its processes.
+# After a preemption (every host exits with 75) or a crash, the same command resumes the run.
+# Ctrl-C ends the ssh sessions but not the run; to end that:
+#   gcloud compute tpus tpu-vm ssh my-slice --zone=... --worker=all --command='pkill -TERM -f digseg_jax.main'
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+
+if [[ "${1:-}" == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+[[ $# -ge 1 ]] || usage "$0"
+need TPU ZONE
+place=("--zone=$ZONE")
+[[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
+
+archive="$(mktemp -d)/digseg_jax.tar.gz"
+run tar --exclude=.git --exclude=__pycache__ -czf "$archive" .
+run gcloud compute tpus tpu-vm scp "$archive" "$TPU:/tmp/digseg_jax.tar.gz" "${place[@]}" --worker=all
+
+flags="$(printf '%q ' "$@")"
+remote="set -e
+mkdir -p ~/digseg_jax && tar -xzf /tmp/digseg_jax.tar.gz -C ~/digseg_jax && cd ~/digseg_jax
+[ -d ~/venv ] || python3 -m venv ~/venv
+. ~/venv/bin/activate
+pip install -q -r requirements.txt 'jax[tpu]'
+python -u -m digseg_jax.main --start_timeout=300 $flags"
+run gcloud compute tpus tpu-vm ssh "$TPU" "${place[@]}" --worker=all --command="$remote"

