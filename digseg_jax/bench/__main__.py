@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.bench {landcover,open_vocab,prior,step} [--json] ..."""
+"""python -m digseg_jax.bench {landcover,open_vocab,prior,step,checkpoint} [--json] ..."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--size", type=int, default=256, help="pixels of a side of the one image")
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     step.add_argument("--no-ema", action="store_true", help="keep no moving average: 3.4 GB less")
-    for job in (cover, vocabulary, prior, step):
+    checkpoint = jobs.add_parser("checkpoint", help="what saving holds up; restoring against reading")
+    checkpoint.add_argument("--part", choices=("both", "save", "restore"), default="both")
+    checkpoint.add_argument("--saves", type=int, default=3, help="intervals of 50 steps with a save")
+    for job in (cover, vocabulary, prior, step, checkpoint):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -64,6 +67,10 @@ def main() -> int:
             from digseg_jax.bench import step
 
             result = step.run(arguments.size, arguments.dtype, ema=not arguments.no_ema)
+        elif arguments.job == "checkpoint":
+            from digseg_jax.bench import checkpoint
+
+            result = checkpoint.run(arguments.part, arguments.saves)
         else:
             from digseg_jax.bench import prior
 
