@@ -64,6 +64,7 @@ class Checkpointer:
         """The step with the highest `config.best`; None without that setting or any value of it."""
         if not self.config.best:
             return None
+        self.wait()
         values = {
             step: metrics[self.config.best]
             for step in self.manager.all_steps()

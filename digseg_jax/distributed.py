@@ -23,7 +23,7 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import ClusterEnv
 
-from digseg_jax.errors import UserError
+from digseg_jax.errors import PREEMPTED, UserError
 from digseg_jax.log import log
 from digseg_jax.rollcall import roll_call, split_address
 
@@ -106,16 +106,18 @@ def start(cluster: Cluster | None, timeout: float = START_TIMEOUT) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process with `status`, without waiting for others that may never end.
+    """Ends this process with `status`, without waiting for what may never end.
 
-    A plain `sys.exit` would first wait for all processes to come to the end as well.
+    A plain `sys.exit` would wait for the other processes and for threads that still try to write.
     """
+    if jax_distributed.global_state.client is not None:
+        if status == PREEMPTED:  # all of them are on their way here
+            with contextlib.suppress(UserError):
+                barrier("the end", 60.0)
+        if is_main():
+            time.sleep(2.0)  # the others are aborted once process 0 is gone: let them say why
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax_distributed.global_state.client is None:
-        sys.exit(status)
-    if is_main():
-        time.sleep(2.0)  # the others are aborted as soon as process 0 is gone: let them say why
     os._exit(status)
 
 

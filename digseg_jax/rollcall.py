@@ -14,6 +14,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 from digseg_jax.errors import UserError
 
@@ -81,8 +82,11 @@ def _listen(address: str, port: int, count: int, deadline: float, timeout: float
 
 
 def _server(address: str, port: int) -> socket.socket:
+    options: dict[str, Any] = {}
+    if socket.has_dualstack_ipv6():
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     try:
-        return socket.create_server(("", port), backlog=512, reuse_port=False)
+        return socket.create_server(("", port), backlog=512, **options)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(

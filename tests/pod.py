@@ -39,6 +39,7 @@ class Pod:
         port: int | None = None,
         only: list[int] | None = None,
         env: dict[str, str] | None = None,
+        start_timeout: float = 300.0,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         address = f"127.0.0.1:{port or free_port()}"
@@ -49,7 +50,7 @@ class Pod:
             command = [sys.executable, "-u", "-m", "digseg_jax.main", *flags]
             if count > 1:
                 command += [f"--coordinator={address}", f"--num_processes={count}"]
-                command += [f"--process_id={i}", "--start_timeout=300"]
+                command += [f"--process_id={i}", f"--start_timeout={start_timeout}"]
             self.logs.append(folder / f"{i}.log")
             with self.logs[-1].open("w") as log:
                 self.processes.append(

@@ -58,6 +58,7 @@ def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path)
     assert b"Training" in store.read("run/report/index.html")
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_for_a_while_does_not_end_the_run(store, folders, tmp_path):
     """503, then slow, then refused, each for some seconds, while checkpoints are written."""
     process = start(store, tmp_path, folders, "run", train__steps=400, checkpoint__every=20)
@@ -75,7 +76,7 @@ def test_a_store_that_fails_for_a_while_does_not_end_the_run(store, folders, tmp
     assert [row["step"] for row in rows(store, "run")] == list(range(1, 401))
 
 
-@pytest.mark.parametrize("status", [503, 403])
+@pytest.mark.parametrize("status", [503, pytest.param(403, marks=pytest.mark.slow)])
 def test_a_store_that_stays_broken_ends_the_run_loudly_and_older_checkpoints_stay(
     status, store, folders, tmp_path
 ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import pod
 import pytest
 import tiny
 
-from digseg_jax.errors import PREEMPTED
+from digseg_jax.errors import PREEMPTED, USER_ERROR
 
 pytestmark = pytest.mark.usefixtures("cover")
 STEPS = 20
@@ -81,6 +82,32 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_and_leaves(folders,
     assert pod.last_step(run) == step
     for log in processes.logs:
         assert f"preempted: step {step} is saved" in log.read_text()
+
+
+@pytest.mark.parametrize("timeout", [2.0, pytest.param(50.0, marks=pytest.mark.slow)])
+def test_a_start_that_cannot_succeed_says_why_within_a_minute(timeout, folders, tmp_path):
+    """50 s is the default; loading the libraries comes on top."""
+    command = flags(tmp_path, folders, tmp_path / "run")
+    missing, wrong = pod.free_port(), pod.free_port()
+    with socket.create_server(("", 0)) as server:
+        taken = server.getsockname()[1]
+        began = time.monotonic()
+        cases = {
+            f"process 1 of 2 did not come to 127.0.0.1:{missing}": (0, missing),
+            f"process 0 cannot be reached at 127.0.0.1:{wrong}": (1, wrong),
+            f"port {taken} is in use": (0, taken),
+        }
+        pods = {
+            told: pod.Pod(
+                tmp_path / f"case{i}", command, 2, port=port, only=[name], start_timeout=timeout
+            )
+            for i, (told, (name, port)) in enumerate(cases.items())
+        }
+        for told, processes in pods.items():
+            assert processes.wait() == [USER_ERROR], processes.text()
+            (line,) = [x for x in processes.text().splitlines() if x.startswith("error: ")]
+            assert told in line
+    print(f"told after {time.monotonic() - began:.0f} s")
 
 
 @pytest.mark.slow
