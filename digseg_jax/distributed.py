@@ -29,6 +29,7 @@ from digseg_jax.rollcall import roll_call, split_address
 
 START_TIMEOUT = 50.0  # seconds; an error within a minute. Longer where pods start one by one
 BARRIER_TIMEOUT = 600.0  # seconds; the slowest thing waited for is a host that reads weights
+HEARTBEAT_TIMEOUT = 300  # seconds without a sign of life; a busy or suspended host is not dead yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,7 @@ def start(cluster: Cluster | None, timeout: float = START_TIMEOUT) -> None:
         local_device_ids=cluster.local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=max(int(timeout), 10),
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         shutdown_timeout_seconds=30,
     )
 
