@@ -70,7 +70,7 @@ class Trainer:
         """
         if checkpointer.latest_step() is not None:
             step, state, meta = checkpointer.restore(self.abstract_state)
-            self._check_vocabulary(meta.get("vocabulary", []))
+            self._check_vocabulary(meta.get("vocabulary", self.vocabulary))
             log.info("start: resumed from %s at step %d", checkpointer.folder, step)
             return step, state
         if self.config.init_from:
