@@ -48,8 +48,8 @@ def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
 
     Args:
         path_or_hub_id: a folder (gs:// too), a hub id `org/name[@revision][:subfolder]`, or a
-            name of `digseg_jax.known`. An existing folder wins. A revision is a branch, a tag or a commit; the
-            main branch if there is none.
+            name of `digseg_jax.known`. An existing folder wins. A revision is a branch, a tag or a
+            commit; the main branch if there is none.
         subfolder: inside the folder or repository.
 
     Raises:
