@@ -91,7 +91,8 @@ class ModelConfig:
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
     conv: str = legal("xla", "im2col")
-    attention: str = legal("plain", "chunked")
+    # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU. Equal in result
+    attention: str = legal("plain", "chunked", "splash", "cudnn")
     remat: str = legal("none", "block", "attention", "dots")  # of training; see models/remat.py
     vae_arch: VaeArch = VaeArch()
     unet_arch: UnetArch = UnetArch()
@@ -248,7 +249,9 @@ def check_key(path: str) -> None:
     node, done = Config, "config"
     for key in path.split(".")[1:]:
         key = key.split("[")[0]  # ml_collections reads config.eval.estep[0] too
-        fields = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        fields = (
+            [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        )
         if key not in fields:
             raise _no_such_key(done, key, fields)
         node, done = typing.get_type_hints(node)[key], f"{done}.{key}"
@@ -359,6 +362,11 @@ def _check_combinations(c: Config) -> None:
             raise UserError(
                 f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
             ) from error
+    if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
+        raise UserError(
+            "config.model.attention='cudnn' takes 16-bit activations only: set "
+            "config.model.dtype='bfloat16', or attention to plain or chunked"
+        )
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="

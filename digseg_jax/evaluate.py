@@ -33,7 +33,7 @@ from digseg_jax.segmentation import inference, metrics
 from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.segmentation.text_bank import PromptBank
-from digseg_jax.sharding import BATCH
+from digseg_jax.sharding import BATCH, on_mesh
 from digseg_jax.storage import AnyPath, filled_locally, is_remote, write_bytes, write_json
 from digseg_jax.tables import results_markdown
 from digseg_jax.tasks.components import bank_arrays, encode_bank
@@ -230,7 +230,8 @@ class Evaluator:
         """Compiles a function of `shared` whole arguments and one batch that is split."""
         replicated, batch = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, BATCH)
         # None: the U-Net's parameters stay placed as training left them
-        return jax.jit(function, in_shardings=(None, *[replicated] * (shared - 1), batch))
+        in_shardings = (None, *[replicated] * (shared - 1), batch)
+        return jax.jit(on_mesh(self.mesh, function), in_shardings=in_shardings)
 
     def _batches(self, tiles: landcover.EvalTiles, label: str) -> Iterator[tuple[Params, int]]:
         """Device batches of one static shape; the last one is padded with its first image."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from digseg_jax import assets
 from digseg_jax.config import Config
 from digseg_jax.errors import UserError
@@ -23,6 +25,7 @@ from digseg_jax.predict_files import (
 from digseg_jax.predictor import Predictor
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.storage import as_path, local_copy
+from digseg_jax.tasks.components import check_attention
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from digseg_jax.workdir import EXPORT
@@ -83,6 +86,7 @@ def load_predictor(config: Config, folder: Path) -> Predictor:
         raise UserError(f"{folder}: no trained weights here; run --mode=train first")
     # the architecture comes with the weights; nothing of the prior is needed
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
+    check_attention(config.model, jax.devices())
     task = SegmentationTask(config, prompts=("any",))  # the predictor encodes its own queries
     task.adopt(folder)
     calibration = folder / "calibration.json"

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +15,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.config import MeshConfig
 from digseg_jax.errors import UserError
+from digseg_jax.models.attention import attention
+from digseg_jax.models.attention_kernels import AttentionFn
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -146,3 +152,48 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return {name: put(rows) for name, rows in batch.items()}
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, to be jitted, traced with the mesh that `LocalAttention` splits its work over."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalAttention:
+    """Attention in which every device works on its own examples and heads, as kernels need it.
+
+    XLA cannot partition the call of a Pallas kernel. The mesh is the one that `on_mesh` traced with;
+    without one, as on a single device, the arrays are taken whole. A dimension that its mesh axes do
+    not divide is computed whole by each of them.
+    """
+
+    implementation: str | AttentionFn
+
+    def __call__(
+        self,
+        q: Float[Array, "b l heads d"],
+        k: Float[Array, "b m heads d"],
+        v: Float[Array, "b m heads d"],
+        mask: Bool[Array, "b m"] | None = None,
+    ) -> Float[Array, "b l heads d"]:
+        def local(q: Array, k: Array, v: Array, *mask: Array) -> Array:
+            return attention(q, k, v, *(mask or (None,)), self.implementation)
+
+        arrays = (q, k, v) if mask is None else (q, k, v, mask)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return local(*arrays)
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        batch = BATCH[0] if q.shape[0] % shards == 0 else None
+        heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+        spec = P(batch, None, heads, None)
+        in_specs = (spec, spec, spec, P(batch, None))[: len(arrays)]
+        # check_vma off: a Pallas call does not say over which axes its result varies
+        return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays)

@@ -21,7 +21,7 @@ from digseg_jax.optim import (
     split_frozen,
     update_ema,
 )
-from digseg_jax.sharding import BATCH
+from digseg_jax.sharding import BATCH, on_mesh
 from digseg_jax.tasks.base import Task, example_keys
 
 TrainState = dict[str, Any]  # {"step", "params", "opt"} and maybe "ema": a pure pytree
@@ -86,7 +86,7 @@ def make_train_step(
 
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        train_step,
+        on_mesh(mesh, train_step),
         in_shardings=(state_shardings, frozen_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,

@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +91,13 @@ def test_corrupt_config(folder, text):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin", "x.pt"])
-def test_pickles_are_named_and_never_opened(folder, name):
-    (folder / "model.safetensors").rename(folder / name)
+def test_pickles_are_named_and_never_opened(folder, tmp_path, name):
+    trap = tmp_path / "opened"
+    payload = f"cos\nsystem\n(S'touch {trap}'\ntR."  # a pickle that runs a command when opened
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_text(payload)
     text = error_of(folder)
+    assert not trap.exists()
     assert name in text and "does not open" in text
 
 
@@ -109,6 +118,22 @@ def test_git_lfs_pointer(folder):
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 90868376\n"
     )
     assert "git lfs pull" in error_of(folder)
+
+
+def test_a_type_of_number_without_counterpart(folder):
+    file = folder / "model.safetensors"
+    header = {"pooler.dense.bias": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert "'pooler.dense.bias' is F8_E4M3; legal: BF16" in error_of(folder)
+
+
+def test_an_index_that_names_no_files(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for text in ('{"weight_map": {"a": 1}}', '{"weight_map": {}}', "{}"):
+        index.write_text(text)
+        assert "weight_map" in error_of(folder) and str(index) in error_of(folder)
 
 
 def test_unknown_class_lists_the_legal_ones(folder):
@@ -157,6 +182,7 @@ def test_only_the_needed_files_are_asked_for(monkeypatch, tmp_path, params):
     asked = []
 
     def snapshot_download(repo, revision, allow_patterns):
+        assert revision is None
         asked.append((repo, allow_patterns))
         if len(asked) == 2:
             weights.save_component((CONFIG, params), tmp_path / "unet")
@@ -168,6 +194,114 @@ def test_only_the_needed_files_are_asked_for(monkeypatch, tmp_path, params):
     assert "unet/diffusion_pytorch_model.safetensors" in full
     assert not [p for p in full if "fp16" in p]
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in half
+
+
+RESOLVE = """
+import sys
+from digseg_jax.errors import UserError
+from digseg_jax.weights.hub import resolve
+try:
+    print(resolve(sys.argv[1]))
+except UserError as error:
+    print("error:", error)
+"""
+COMMIT = "c" * 40
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """The calls of the hub's protocol that a download needs; refuses requests without token."""
+
+    files: dict[str, bytes]
+    asked: list[str]
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.answer(401, b"")
+        path = self.path.split("?")[0]
+        if path == "/api/models/org/name/revision/v2":
+            siblings = [{"rfilename": name} for name in self.files]
+            body = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
+            return self.answer(200, json.dumps(body).encode())
+        if path == f"/api/models/org/name/tree/{COMMIT}":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": str(zlib.crc32(data))}
+                for name, data in self.files.items()
+            ]
+            return self.answer(200, json.dumps(tree).encode())
+        name = path.removeprefix(f"/org/name/resolve/{COMMIT}/")
+        if name not in self.files:
+            return self.answer(404, b"")
+        self.asked.append(name)
+        return self.answer(200, self.files[name])
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{zlib.crc32(body)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def fake_hub(folder):
+    FakeHub.files = {f"text/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    FakeHub.files["text/model.fp16.safetensors"] = b"half as large"
+    FakeHub.files["text/pytorch_model.bin"] = FakeHub.files["pytorch_model.bin"] = b"a pickle"
+    FakeHub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def resolved_elsewhere(spec, **environment) -> str:
+    """What `resolve` gives in a new process, as huggingface_hub reads its environment once."""
+    env = {"PATH": "", "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    command = [sys.executable, "-c", RESOLVE, spec]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_hub_is_asked_with_token_and_revision_and_its_cache_serves_offline(
+    fake_hub, params, tmp_path
+):
+    endpoint = f"http://127.0.0.1:{fake_hub.server_port}"
+    home = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+    denied = resolved_elsewhere("org/name@v2:text", **home)
+    assert denied.startswith("error: cannot get 'org/name@v2:text'")
+    online = resolved_elsewhere("org/name@v2:text", **home, HF_TOKEN="hf_secret")
+    assert Path(online).is_relative_to(tmp_path / "home")
+    assert COMMIT in online
+    assert set(FakeHub.asked) == {"text/config.json", "text/model.safetensors"}
+    assert_same(loaded(online), params)
+    FakeHub.asked.clear()
+    assert resolved_elsewhere("org/name@v2:text", **home, HF_HUB_OFFLINE="1") == online
+    assert not FakeHub.asked
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("org/name", ("org/name", None, "")),
+        ("org/name@fp16", ("org/name", "fp16", "")),
+        ("org/name:unet", ("org/name", None, "unet")),
+        ("org/name@refs/pr/3:a/b", ("org/name", "refs/pr/3", "a/b")),
+    ],
+)
+def test_the_forms_of_a_hub_id(monkeypatch, spec, parts):
+    monkeypatch.setattr(hub, "_download", tuple)
+    assert hub.resolve(spec) == parts
 
 
 @pytest.mark.parametrize("spec", ["./none", "/none/at/all", "a/b/c", "none", "../a"])

@@ -242,6 +242,13 @@ def test_one_error_lists_missing_unexpected_and_misshaped(folder):
     assert f"{QUERY} is [8, 9], the model wants [8, 8]" in text
 
 
+def test_a_surplus_key_is_shown_beside_the_nearest_of_the_model(folder):
+    rewrite(folder, lambda t: {**t, QUERY.replace("weight", "wait"): t[QUERY]})
+    text = error_of(folder)
+    assert f"1 unexpected: {QUERY.replace('weight', 'wait')}; did you mean '{QUERY}'?" in text
+    assert "missing" not in text
+
+
 def test_long_lists_are_cut(folder):
     rewrite(folder, lambda t: {k: v for k, v in t.items() if "encoder" not in k})
     assert "16 missing: " in error_of(folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.bench {landcover,open_vocab,prior,step,checkpoint} [--json] ..."""
+"""python -m digseg_jax.bench {landcover,open_vocab,prior,step,checkpoint,models} [--json] ..."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -37,10 +38,35 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint = jobs.add_parser("checkpoint", help="what saving holds up; restoring against reading")
     checkpoint.add_argument("--part", choices=("both", "save", "restore"), default="both")
     checkpoint.add_argument("--saves", type=int, default=3, help="intervals of 50 steps with a save")
-    for job in (cover, vocabulary, prior, step, checkpoint):
+    models = jobs.add_parser("models", help="time of our models against torch's, on the CPU")
+    models.add_argument("--size", choices=("full", "small"), default="full")
+    models.add_argument("--case", choices=("unet", "vae_encode", "vae_decode"), action="append")
+    models.add_argument("--forward-only", action="store_true", help="time no backward pass")
+    models.add_argument("--threads", type=int, default=2)
+    models.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
+    models.add_argument("--conv", choices=("xla", "im2col"), default="xla")
+    models.add_argument("--attention", choices=("plain", "chunked"), default="chunked")
+    for job in (cover, vocabulary, prior, step, checkpoint, models):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
+
+
+def _models(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import models
+
+    for flag in ("threads", "repeats"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag}={getattr(arguments, flag)}: must be at least 1")
+    return models.run(
+        arguments.size,
+        cases=tuple(arguments.case or models.CASES),
+        passes=models.PASSES[:1] if arguments.forward_only else models.PASSES,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        conv=arguments.conv,
+        attention=arguments.attention,
+    )
 
 
 def main() -> int:
@@ -71,6 +97,8 @@ def main() -> int:
             from digseg_jax.bench import checkpoint
 
             result = checkpoint.run(arguments.part, arguments.saves)
+        elif arguments.job == "models":
+            result = _models(arguments)
         else:
             from digseg_jax.bench import prior
 

@@ -11,9 +11,8 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models import remat
+from digseg_jax.models.attention_kernels import IMPLEMENTATIONS, AttentionFn
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, layer_norm, linear
-
-QUERY_CHUNK = 1024
 
 
 def attention(
@@ -21,32 +20,22 @@ def attention(
     k: Float[Array, "b m heads d"],
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
-    implementation: str = "plain",
+    implementation: str | AttentionFn = "plain",
 ) -> Float[Array, "b l heads d"]:
     """Softmax attention, scale d**-0.5, softmax in float32; equal results from every implementation.
 
     Args:
       mask: False where a key is padding. A row without any valid key attends to all keys evenly.
-      implementation: "plain", or "chunked": queries in chunks of 1024, each rematerialised in the
-        backward pass, so that memory is bounded by chunk x keys rather than queries x keys.
+      implementation: "plain" | "chunked" (bounded memory, any platform) | "splash" (TPU) | "cudnn"
+        (GPU), see `models.attention_kernels`; or a function of (q, k, v, mask), such as one that
+        knows how the arrays are sharded.
     """
-    if implementation == "chunked" and q.shape[1] > QUERY_CHUNK and q.shape[1] % QUERY_CHUNK == 0:
-        b, length, heads, d = q.shape
-        chunks = q.reshape(b, length // QUERY_CHUNK, QUERY_CHUNK, heads, d).swapaxes(0, 1)
-        out = jax.lax.map(jax.checkpoint(lambda chunk: _plain(chunk, k, v, mask)), chunks)
-        return out.swapaxes(0, 1).reshape(b, length, heads, d)
-    if implementation not in ("plain", "chunked"):
-        raise ValueError(f"attention implementation {implementation!r}; legal: plain, chunked")
-    return _plain(q, k, v, mask)
-
-
-def _plain(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    logits = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhlm,bmhd->blhd", weights, v)
+    if callable(implementation):
+        return implementation(q, k, v, mask)
+    if implementation not in IMPLEMENTATIONS:
+        legal = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"attention implementation {implementation!r}; legal: {legal}")
+    return IMPLEMENTATIONS[implementation](q, k, v, mask)
 
 
 class Attention(nnx.Module):

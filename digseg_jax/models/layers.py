@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models.attention_kernels import AttentionFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +21,13 @@ class Compute:
     dtype: activations; norms, softmax and timestep embeddings stay in float32.
     conv: "xla" | "im2col" (one matrix product; up to twice as fast on CPU for maps of 16x16 and
       less, where XLA's convolution gradient is slow; the same numbers up to summation order).
-    attention: see `models.attention.attention`.
+    attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
     """
 
     dtype: jnp.dtype = jnp.float32
     conv: str = "xla"
-    attention: str = "plain"
+    attention: str | AttentionFn = "plain"
     remat: str = "none"
 
 
@@ -41,13 +42,15 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        use_bias: bool = True,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
         # torch's default initialisation: uniform with variance 1 / (3 fan_in)
         init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros((out_features,)))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((out_features,)))
         self.stride = stride
         half = (size - 1) // 2
         self.padding = padding if padding is not None else ((half, half), (half, half))
@@ -67,7 +70,7 @@ class Conv(nnx.Module):
                 self.padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return y + self.bias[...].astype(dtype)
+        return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
 
 
 def _conv_im2col(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.errors import UserError
+from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, linear, timestep_embedding
 from digseg_jax.models.text_adapters import TextAdapter
@@ -117,7 +118,7 @@ class UNet2DConditionModel(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         conv: str = "xla",
-        attention: str = "plain",
+        attention: str | AttentionFn = "plain",
         remat: str = "none",
     ):
         compute = Compute(dtype, conv, attention, remat)

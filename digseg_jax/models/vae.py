@@ -12,6 +12,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.attention import Attention
+from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
 from digseg_jax.models.layers import Compute, Conv, GroupNorm
 from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -173,7 +174,7 @@ class AutoencoderKL(nnx.Module):
         rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
         conv: str = "xla",
-        attention: str = "plain",
+        attention: str | AttentionFn = "plain",
         remat: str = "none",
     ):
         options = {"compute": Compute(dtype, conv, attention, remat), "rngs": rngs}

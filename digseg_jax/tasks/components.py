@@ -19,10 +19,15 @@ from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import Schedule, make_schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
+from digseg_jax.models.autoencoder_tiny import TinyVaeConfig
 from digseg_jax.models.unet import UNetConfig
-from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.models.vae import VaeConfig
 from digseg_jax.segmentation.text_bank import PromptBank, encode_prompts
+from digseg_jax.sharding import LocalAttention
 from digseg_jax.weights import TextTower, load_component, load_text_tower
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # of kernels that run on one kind only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +35,15 @@ class Vae:
     """The frozen autoencoder as functions of its parameters; latents here are *scaled*."""
 
     graphdef: nnx.GraphDef
-    config: VaeConfig
+    config: VaeConfig | TinyVaeConfig
 
     def encode(self, params: Params, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Posterior mean times the scaling factor (Marigold: mean, never a sample)."""
-        vae: AutoencoderKL = functional.merge(self.graphdef, params)
+        vae = functional.merge(self.graphdef, params)
         return vae.encode(image).mean * self.config.scaling_factor
 
     def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
-        vae: AutoencoderKL = functional.merge(self.graphdef, params)
+        vae = functional.merge(self.graphdef, params)
         return vae.decode(latent / self.config.scaling_factor)
 
 
@@ -47,14 +52,26 @@ def compute_options(config: ModelConfig) -> dict[str, Any]:
     return {
         "dtype": jnp.dtype(config.dtype),
         "conv": config.conv,
-        "attention": config.attention,
+        "attention": (
+            LocalAttention(config.attention) if config.attention in PLATFORMS else config.attention
+        ),
     }
 
 
+def check_attention(config: ModelConfig, devices: Sequence[jax.Device]) -> None:
+    """Raises UserError if the devices cannot run `config.model.attention`."""
+    platform, wanted = devices[0].platform, PLATFORMS.get(config.attention)
+    if wanted and platform not in wanted:
+        raise UserError(
+            f"config.model.attention={config.attention!r} runs on {wanted[0].upper()}s only, the "
+            f"devices here are of platform {platform!r}; legal: plain, chunked"
+        )
+
+
 def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
-    """Raises UserError if the weights are missing or not an AutoencoderKL."""
+    """Raises UserError if the weights are missing or no autoencoder."""
     model = load_component(
-        assets.resolve(config.vae), expect="AutoencoderKL", **compute_options(config)
+        assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config)
     )
     graphdef, params = functional.split(model)
     return Vae(graphdef, model.config), params

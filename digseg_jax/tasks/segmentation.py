@@ -92,14 +92,16 @@ class SegmentationTask:
     def initial(self) -> Params:
         """The pretrained U-Net with conv_in widened, or random weights if the config asks."""
         model = self.config.model
-        random = functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)
+        random = partial(functional.random_init, seed=self.config.seed, zero=ZERO_INIT)
         if model.unet_init == "random":
-            return random
+            return random(self.abstract)
+        # only what a checkpoint may lack: drawing all of a large U-Net takes longer than loading it
+        lacking = {k: v for k, v in self.abstract.items() if k == "text_adapters"}
         return load_unet_params(
             assets.resolve(model.unet),
             self.unet_config,
             optional_prefixes=("text_adapters.",),
-            initial=random,
+            initial=random(lacking),
         )
 
     def adopt(self, folder: Path) -> None:

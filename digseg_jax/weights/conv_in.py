@@ -17,7 +17,7 @@ from digseg_jax.arraytypes import Array, Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.weights.hub import resolve
-from digseg_jax.weights.load import load_params
+from digseg_jax.weights.load import Shardings, load_params
 from digseg_jax.weights.safetensors_io import read_config, tensor_infos, weight_files
 
 # Config fields in which a checkpoint may differ from the model that it starts. The heads are
@@ -64,6 +64,7 @@ def load_unet_params(
     param_dtype: jnp.dtype = jnp.float32,
     optional_prefixes: tuple[str, ...] = (),
     initial: Params | None = None,
+    shardings: Shardings | None = None,
 ) -> Params:
     """Parameters for a U-Net of `config`, from a checkpoint with as many inputs or with half.
 
@@ -88,6 +89,7 @@ def load_unet_params(
         param_dtype=param_dtype,
         optional_prefixes=optional_prefixes,
         initial=initial,
+        shardings=shardings,
     )
     if stored == config.in_channels:
         return params

@@ -166,7 +166,8 @@ def match(
         hub_key(path) for path in shapes if path not in found and not path.startswith(optional_prefixes)
     ]
     if any(vars(faults).values()):
-        raise UserError(f"{source} does not fit the model: {_report(faults)}")
+        known = [hub_key(path) for path in shapes]
+        raise UserError(f"{source} does not fit the model: {_report(faults, known)}")
     return pairs
 
 
@@ -193,11 +194,14 @@ def _pair(
     return pairs, faults
 
 
-def _report(faults: _Faults) -> str:
-    hinted = [m + nearest(m, faults.unexpected, n=1) for m in faults.missing[:_SHOWN]]
+def _report(faults: _Faults, known: list[str]) -> str:
+    missing = [m + nearest(m, faults.unexpected, n=1) for m in faults.missing[:_SHOWN]]
+    # with a key missing, that line already pairs the two
+    ours = [] if faults.missing else known
+    unexpected = [u + nearest(u, ours, n=1) for u in faults.unexpected[:_SHOWN]]
     parts = [
-        _part("missing", faults.missing, hinted),
-        _part("unexpected", faults.unexpected, faults.unexpected[:_SHOWN]),
+        _part("missing", faults.missing, missing),
+        _part("unexpected", faults.unexpected, unexpected),
         _part("stored twice", faults.doubled, faults.doubled[:_SHOWN]),
         _part("of the wrong shape", faults.misshaped, faults.misshaped[:_SHOWN]),
     ]

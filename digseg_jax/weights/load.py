@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,6 +27,10 @@ from digseg_jax.weights.safetensors_io import (
     write_component,
 )
 
+# From a tree of shapes to a tree of `jax.sharding.Sharding`, such as
+# `functools.partial(sharding.infer_shardings, mesh=mesh)`.
+Shardings = Callable[[Params], Params]
+
 
 def load_config(
     path_or_hub_id: str | Path, *, subfolder: str = "", expect: str | tuple[str, ...] | None = None
@@ -42,6 +47,7 @@ def load_component(
     param_dtype: jnp.dtype = jnp.float32,
     subfolder: str = "",
     expect: str | tuple[str, ...] | None = None,
+    shardings: Shardings | None = None,
     **options: Any,
 ) -> nnx.Module:
     """Builds the model that config.json names and fills it from the safetensors beside it.
@@ -53,6 +59,7 @@ def load_component(
         subfolder: inside the folder or repository, such as "unet".
         expect: class name that the component must have; of several, the first that it holds. A
             whole CLIPModel needs it to say which tower is wanted.
+        shardings: where the parameters go, from their shapes; the default device if None.
         **options: further arguments of the model's constructor.
 
     Raises:
@@ -64,7 +71,8 @@ def load_component(
     graphdef, wanted = functional.abstract(
         lambda: component.model_class(config, rngs=functional.FixedRngs(), dtype=compute, **options)
     )
-    return functional.merge(graphdef, _read(component, infos, folder, wanted, param_dtype))
+    params = _read(component, infos, folder, wanted, param_dtype, shardings=shardings)
+    return functional.merge(graphdef, params)
 
 
 def load_params(
@@ -75,8 +83,9 @@ def load_params(
     param_dtype: jnp.dtype = jnp.float32,
     optional_prefixes: tuple[str, ...] = (),
     initial: Params | None = None,
+    shardings: Shardings | None = None,
 ) -> Params:
-    """Fills a parameter tree from a checkpoint.
+    """Fills a parameter tree from a checkpoint, tensor by tensor.
 
     Args:
         path_or_hub_id: a folder, `org/name` or `org/name:subfolder`.
@@ -86,12 +95,23 @@ def load_params(
         optional_prefixes: paths under these, such as "text_adapters.", keep their value from
             `initial` where the checkpoint lacks them.
         initial: tree that holds at least those values.
+        shardings: where the loaded leaves go, from their shapes; the default device if None. Each
+            process hands over its own shards only.
 
     Raises:
         UserError: not found, unreadable, or the keys do not match one to one.
     """
     component, _, infos, folder = _open(path_or_hub_id, subfolder)
-    return _read(component, infos, folder, abstract_params, param_dtype, optional_prefixes, initial)
+    return _read(
+        component,
+        infos,
+        folder,
+        abstract_params,
+        param_dtype,
+        optional_prefixes,
+        initial,
+        shardings,
+    )
 
 
 def save_component(
@@ -144,19 +164,30 @@ def _read(
     param_dtype: jnp.dtype,
     optional_prefixes: tuple[str, ...] = (),
     initial: Params | None = None,
+    shardings: Shardings | None = None,
 ) -> Params:
     shapes = {p: tuple(x.shape) for p, x in functional.flatten(abstract_params).items()}
     files = dict.fromkeys(info.file for info in infos.values())
     source = str(next(iter(files))) if len(files) == 1 else f"{folder} ({len(files)} shards)"
     stored = {key: info.shape for key, info in infos.items()}
     pairs = keymap.match(shapes, stored, component.rules, source, optional_prefixes)
-    loaded = {
-        # jnp.array copies: a leaf must not share memory with a buffer that numpy owns.
-        pairs[key]: jnp.array(keymap.from_hub(pairs[key], x, shapes[pairs[key]]), param_dtype)
-        for key, x in iter_tensors({k: infos[k] for k in pairs})
-    }
+    targets = functional.flatten(shardings(abstract_params)) if shardings else {}
+    loaded = {}
+    for key, tensor in iter_tensors({k: infos[k] for k in pairs}):
+        path = pairs[key]
+        leaf = keymap.from_hub(path, tensor, shapes[path])
+        # waits: copies still under way would keep their tensors in the host's memory
+        loaded[path] = jax.block_until_ready(_put(leaf, param_dtype, targets.get(path)))
     kept = functional.flatten(initial or {})
     absent = [path for path in shapes if path not in loaded]
     if unset := [path for path in absent if path not in kept]:
         raise UserError(f"{source} lacks {unset[0]!r} and no initial value is given for it")
     return functional.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})
+
+
+def _put(leaf: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    host = np.ascontiguousarray(leaf, dtype)  # here: on a device each shape costs a compilation
+    if sharding is None:
+        # jnp.array copies: a leaf must not share memory with a buffer that numpy owns.
+        return jnp.array(host)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())

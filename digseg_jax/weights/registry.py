@@ -74,6 +74,9 @@ class Component:
 
 _UNET = Component("UNet2DConditionModel", "unet", "UNetConfig", DIFFUSERS_STEM, UNET_RULES)
 _VAE = Component("AutoencoderKL", "vae", "VaeConfig", DIFFUSERS_STEM, VAE_RULES)
+_TINY_VAE = Component(
+    "AutoencoderTiny", "autoencoder_tiny", "TinyVaeConfig", DIFFUSERS_STEM, KeyRules()
+)
 _BERT = Component(
     "BertModel",
     "bert",
@@ -113,7 +116,8 @@ _OPEN_CLIP_TEXT = Component(
     key_prefix="text.",
     config_file=OPEN_CLIP_CONFIG_FILE,
 )
-_ALL = (_UNET, _VAE, _BERT, _CLIP_TEXT, _CLIP_TEXT_PROJECTION, _CLIP_VISION, _OPEN_CLIP_TEXT)
+_CLIP = (_CLIP_TEXT, _CLIP_TEXT_PROJECTION, _CLIP_VISION, _OPEN_CLIP_TEXT)
+_ALL = (_UNET, _VAE, _TINY_VAE, _BERT, *_CLIP)
 COMPONENTS = {c.name: c for c in _ALL}
 _BY_MODEL_TYPE = {"bert": "BertModel", "clip": "CLIPModel"}
 # Checkpoints that hold more than one class of ours: `expect` says which one is wanted.

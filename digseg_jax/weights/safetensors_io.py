@@ -27,6 +27,8 @@ CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 _VARIANTS = ("", ".fp16")  # full precision first
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+_MAPPED_BYTES = 2**24
 _LFS_HEADER = b"version https://git-lfs"
 
 
@@ -74,7 +76,8 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
     """Lists the tensors of all files without reading their data.
 
     Raises:
-        UserError: an unreadable file, or a key that two files hold.
+        UserError: an unreadable file, a key that two files hold, or a type of number without a
+        counterpart here, such as float8.
     """
     infos: dict[str, TensorInfo] = {}
     for file in files:
@@ -83,16 +86,29 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
             for key in keys:
                 if key in infos:
                     raise UserError(f"key {key!r} is in both {infos[key].file} and {file}")
-                infos[key] = TensorInfo(file, tuple(handle.get_slice(key).get_shape()))
+                part = handle.get_slice(key)
+                if part.get_dtype() not in _DTYPES:
+                    legal = ", ".join(sorted(_DTYPES))
+                    raise UserError(f"{file}: {key!r} is {part.get_dtype()}; legal: {legal}")
+                infos[key] = TensorInfo(file, tuple(part.get_shape()))
     return infos
 
 
 def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (key, array) one by one, so that only one tensor beyond the result is in memory."""
+    """Yields (key, array) one by one, so that little beyond the result is ever in memory.
+
+    The file is mapped, and what was read of a mapping counts as ours until it is closed: it is
+    opened anew now and then.
+    """
     for file in dict.fromkeys(info.file for info in infos.values()):
-        with _open(file) as handle:
-            for key in (k for k, info in infos.items() if info.file == file):
-                yield key, handle.get_tensor(key)
+        keys = [key for key, info in infos.items() if info.file == file]
+        while keys:
+            read = 0
+            with _open(file) as handle:
+                while keys and read < _MAPPED_BYTES:
+                    tensor = handle.get_tensor(keys[0])
+                    read += tensor.nbytes
+                    yield keys.pop(0), tensor
 
 
 def read_metadata(folder: str | Path) -> dict[str, str]:
@@ -163,6 +179,8 @@ def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"no weight_map in {index}")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"weight_map in {index} must name a file for each key")
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [f.name for f in files if not f.is_file()]
     if missing:

@@ -30,6 +30,14 @@ VAE = {
     "latent_channels": 4,
     "sample_size": 32,
 }
+TINY_VAE = {
+    "_class_name": "AutoencoderTiny",
+    "encoder_block_out_channels": [12, 12, 12],
+    "decoder_block_out_channels": [8, 8, 8],
+    "num_encoder_blocks": [1, 2, 1],
+    "num_decoder_blocks": [2, 1, 1],
+    "latent_channels": 4,
+}
 _UNET = {
     "_class_name": "UNet2DConditionModel",
     "in_channels": 4,

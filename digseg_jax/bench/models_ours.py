@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our side of `bench models`: loads torch's files, times jitted programs. Runs in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from digseg_jax import cpu
+from digseg_jax.bench.models import inputs
+from digseg_jax.bench.models_torch import best
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns the times of each pass and of compiling; leaves the output in `spec["folder"]`."""
+    # XLA takes as many threads as it may run on; torch got the same number
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: spec["threads"]])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    cpu.tune()
+    import jax
+    import jax.numpy as jnp
+
+    from digseg_jax.models import functional
+    from digseg_jax.weights import load_component
+
+    model = load_component(spec["folder"], **spec["options"])
+    graphdef, params = functional.split(model)
+    arguments = [
+        jnp.asarray(np.moveaxis(x, 1, -1) if x.ndim == 4 else x)
+        for x in inputs(spec["case"], spec["size"])
+    ]
+
+    def forward(params: Any, *arguments: jax.Array) -> jax.Array:
+        return _call(spec["case"], functional.merge(graphdef, params), arguments)
+
+    def loss(params: Any, *arguments: jax.Array) -> jax.Array:
+        return jnp.square(forward(params, *arguments)).mean()
+
+    functions = {"forward": forward, "forward_backward": jax.value_and_grad(loss)}
+    started = time.perf_counter()
+    programs = {
+        name: jax.jit(functions[name]).lower(params, *arguments).compile() for name in spec["passes"]
+    }
+    result: dict[str, Any] = {"compile_seconds": time.perf_counter() - started}
+    np.save(f"{spec['folder']}/ours.npy", programs["forward"](params, *arguments))
+    for name, program in programs.items():
+        result[name] = best(
+            lambda program=program: jax.block_until_ready(program(params, *arguments)),
+            spec["repeats"],
+        )
+    return result
+
+
+def _call(case: str, model: Any, arguments: tuple[Any, ...]) -> Any:
+    if case == "unet":
+        return model(*arguments)
+    if case == "vae_encode":
+        return model.encode(*arguments).mean
+    return model.decode(*arguments)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementations behind `models.attention.attention`; all of them compute the same function.
+
+Shapes everywhere: q [b, l, heads, d], k and v [b, m, heads, d], mask [b, m] with False at padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array, Bool, Float
+
+AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
+
+QUERY_CHUNK = 256  # on two CPU cores faster than 64 and 1024
+LANES = 128  # splash blocks are multiples of a TPU register's lanes
+CUDNN_MAX_WIDTH = 128  # channels per head that cuDNN's fused attention takes on every GPU it knows
+
+
+def plain(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """Two matrix products around a softmax in float32; holds l x m weights per head."""
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    return _attend(q, k, v, mask).swapaxes(1, 2)
+
+
+def _attend(
+    q: Float[Array, "b heads l d"],
+    k: Float[Array, "b heads m d"],
+    v: Float[Array, "b heads m d"],
+    mask: Bool[Array, "b m"] | None,
+) -> Float[Array, "b heads l d"]:
+    # Heads before positions: products of contiguous blocks, on a CPU twice as fast as strided ones.
+    logits = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    # Any shift leaves the softmax as it is, so the maximum needs no gradient.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    out = jnp.einsum(
+        "bhlm,bhmd->bhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    # Divided here rather than in the weights, which are many more numbers.
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def chunked(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """`plain` on at most 256 queries at a time, each chunk rematerialised in the backward pass.
+
+    Memory is bounded by chunk x keys rather than queries x keys, on every platform.
+    """
+    b, length, heads, d = q.shape
+    count = -(-length // QUERY_CHUNK)
+    if count <= 1:
+        return plain(q, k, v, mask)
+    size = -(-length // count)
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, count * size - length), (0, 0)))
+    chunks = q.reshape(b, heads, count, size, d).transpose(2, 0, 1, 3, 4)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: _attend(chunk, k, v, mask)), chunks)
+    out = out.transpose(1, 2, 0, 3, 4).reshape(b, heads, count * size, d)
+    return out[:, :, :length].swapaxes(1, 2)
+
+
+def splash(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b l heads d"]:
+    """JAX's Pallas splash attention for TPUs; `chunked` for what its blocks do not fit.
+
+    The blocks fit where both lengths are multiples of 128 and no key is masked: the U-Net's
+    self-attention. Text has few keys, so that its weights are small anyhow. XLA cannot partition a
+    Pallas kernel, so on several devices this has to be called on each one's part
+    (`sharding.LocalAttention`).
+
+    Args:
+      interpret: run the kernel's semantics on any platform, slowly; for tests.
+    """
+    heads, length, keys = q.shape[2], q.shape[1], k.shape[1]
+    if mask is not None or length % LANES or keys % LANES:
+        return chunked(q, k, v, mask)
+    kernel = _splash_kernel(heads, length, keys, interpret)
+    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    out = jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v)))
+    return out.swapaxes(1, 2).astype(v.dtype)
+
+
+def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Callable[..., Array]:
+    # Imported here: Pallas' TPU part is of no use elsewhere, and costs start-up time.
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    block_q, block_kv = _block(length), _block(keys)
+    sizes = library.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    masks = [library.FullMask((length, keys))] * heads
+    return library.make_splash_mha(
+        library.splash_attention_mask.MultiHeadMask(masks),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def _block(length: int) -> int:
+    return next(size for size in (512, 384, 256, LANES) if length % size == 0)
+
+
+def cudnn(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """cuDNN's fused attention for NVIDIA GPUs, 16-bit inputs only.
+
+    Heads wider than it takes (the U-Net's lowest resolutions, where the weights are small) go
+    through `chunked`.
+    """
+    if q.shape[-1] > CUDNN_MAX_WIDTH or q.shape[-1] % 8:
+        return chunked(q, k, v, mask)
+    wide = None if mask is None else mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn")
+
+
+IMPLEMENTATIONS: dict[str, AttentionFn] = {
+    "plain": plain,
+    "chunked": chunked,
+    "splash": splash,
+    "cudnn": cudnn,
+}

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: every implementation computes one function, forward and backward, on any mesh."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.extend import core
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from digseg_jax.errors import UserError
+from digseg_jax.models import attention_kernels as kernels
+from digseg_jax.models import functional
+from digseg_jax.models.attention import attention
+from digseg_jax.models.unet import UNet2DConditionModel
+from digseg_jax.sharding import BATCH, LocalAttention, on_mesh
+from digseg_jax.tasks.components import check_attention, compute_options
+
+LIMIT = 2e-5  # relative L2, float32
+INTERPRETED = partial(kernels.splash, interpret=True)
+
+
+def arrays(b: int, length: int, keys: int, heads: int = 2, d: int = 8) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = [(b, length, heads, d), (b, keys, heads, d), (b, keys, heads, d)]
+    return [2.0 * rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def reference(q, k, v, mask=None) -> np.ndarray:
+    """One query at a time, in float64."""
+    out = np.zeros(q.shape)
+    for b, i, h in np.ndindex(q.shape[:3]):
+        logits = k[b, :, h].astype(np.float64) @ q[b, i, h] / np.sqrt(q.shape[-1])
+        if mask is not None and mask[b].any():
+            logits[~mask[b]] = -np.inf
+        elif mask is not None:
+            logits[:] = 0.0
+        weights = np.exp(logits - logits.max())
+        out[b, i, h] = weights / weights.sum() @ v[b, :, h]
+    return out
+
+
+def relative_l2(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def gradients(function, q, k, v):
+    loss = jax.jit(jax.grad(lambda *a: jnp.square(function(*a)).sum(), argnums=(0, 1, 2)))
+    return loss(q, k, v)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(kernels, "QUERY_CHUNK", 16)
+
+
+@pytest.mark.parametrize("name", ["plain", "chunked"])
+@pytest.mark.parametrize("length", [7, 16, 48, 50])
+def test_against_one_query_at_a_time(small_chunks, name, length):
+    q, k, v = arrays(2, length, 9)
+    mask = np.arange(9)[None] < np.array([[9], [4]])
+    assert relative_l2(attention(q, k, v, None, name), reference(q, k, v)) <= LIMIT
+    assert relative_l2(attention(q, k, v, mask, name), reference(q, k, v, mask)) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ["plain", "chunked"])
+def test_a_row_without_any_key_attends_evenly(name):
+    q, k, v = arrays(2, 5, 3)
+    mask = np.array([[True, True, False], [False, False, False]])
+    assert relative_l2(attention(q, k, v, mask, name), reference(q, k, v, mask)) <= LIMIT
+
+
+@pytest.mark.parametrize("length", [48, 50])
+def test_gradients_of_chunks_are_those_of_plain(small_chunks, length):
+    q, k, v = arrays(1, length, 9)
+    for got, expected in zip(
+        gradients(kernels.chunked, q, k, v), gradients(kernels.plain, q, k, v), strict=True
+    ):
+        assert relative_l2(got, expected) <= LIMIT
+
+
+def largest_intermediate(function, *args) -> int:
+    """Elements of the largest array that any equation of the traced function makes."""
+    largest, pending = 0, [jax.make_jaxpr(function)(*args).jaxpr]
+    while pending:
+        for equation in pending.pop().eqns:
+            largest = max([largest, *(v.aval.size for v in equation.outvars)])
+            pending += core.jaxprs_in_params(equation.params)
+    return largest
+
+
+def test_chunks_bound_the_memory_of_forward_and_backward():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(1, 3840, 3840, heads=3, d=4)]
+
+    def largest(name):
+        loss = jax.grad(lambda *a: jnp.square(attention(*a, None, name)).sum(), argnums=(0, 1, 2))
+        return largest_intermediate(loss, *shapes)
+
+    assert largest("plain") == 3 * 3840 * 3840
+    assert largest("chunked") == 3 * 256 * 3840
+
+
+def test_splash_equals_plain_forward_and_backward():
+    q, k, v = arrays(1, 256, 384)
+    got, expected = INTERPRETED(q, k, v), reference(q, k, v)
+    assert relative_l2(got, expected) <= LIMIT
+    for got, expected in zip(
+        gradients(INTERPRETED, q, k, v), gradients(kernels.plain, q, k, v), strict=True
+    ):
+        assert relative_l2(got, expected) <= 10 * LIMIT
+
+
+@pytest.mark.parametrize(("length", "keys", "masked"), [(100, 128, 0), (128, 77, 0), (128, 128, 1)])
+def test_what_splash_blocks_do_not_fit_is_computed_all_the_same(length, keys, masked):
+    q, k, v = arrays(1, length, keys)
+    mask = np.arange(keys)[None] < 50 if masked else None
+    assert relative_l2(kernels.splash(q, k, v, mask), reference(q, k, v, mask)) <= LIMIT
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 2, 4)])
+def test_each_device_computes_its_own_examples_and_heads(shape):
+    seen = []
+
+    def kernel(q, k, v, mask=None):
+        seen.append(q.shape)
+        return INTERPRETED(q, k, v, mask)
+
+    data, fsdp, tensor = shape
+    mesh = tiny.mesh(*shape)
+    q, k, v = arrays(4, 128, 128, d=4)
+    local = LocalAttention(kernel)
+    sharding = NamedSharding(mesh, BATCH if data < 8 else P())
+    step = jax.jit(on_mesh(mesh, local), in_shardings=sharding)
+    assert relative_l2(step(q, k, v), reference(q, k, v)) <= LIMIT
+    batch = 4 // (data * fsdp) if 4 % (data * fsdp) == 0 else 4
+    heads = 2 // tensor if 2 % tensor == 0 else 2
+    assert seen == [(batch, 128, heads, 4)]
+
+
+def test_the_mask_is_split_with_its_examples():
+    mesh = tiny.mesh(2, 2, 2)
+    q, k, v = arrays(4, 6, 5)
+    mask = np.arange(5)[None] < np.array([[5], [2], [1], [4]])
+    step = on_mesh(mesh, LocalAttention("plain"))
+    got = jax.jit(step, in_shardings=NamedSharding(mesh, BATCH))(q, k, v, mask)
+    assert relative_l2(got, reference(q, k, v, mask)) <= LIMIT
+
+
+def test_cudnn_is_asked_for_what_plain_computes(monkeypatch):
+    asked, fused = [], jax.nn.dot_product_attention
+
+    def dot_product_attention(q, k, v, *, mask, implementation):
+        asked.append(implementation)
+        return fused(q, k, v, mask=mask, implementation="xla")  # the same semantics, portable
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    q, k, v = arrays(2, 6, 5)
+    mask = np.arange(5)[None] < np.array([[5], [2]])
+    assert relative_l2(kernels.cudnn(q, k, v), reference(q, k, v)) <= LIMIT
+    assert relative_l2(kernels.cudnn(q, k, v, mask), reference(q, k, v, mask)) <= LIMIT
+    assert asked == ["cudnn", "cudnn"]
+    wide = arrays(1, 6, 5, d=160)
+    assert relative_l2(kernels.cudnn(*wide), reference(*wide)) <= LIMIT
+    assert asked == ["cudnn", "cudnn"]
+
+
+def test_an_unknown_name_lists_the_legal_ones():
+    with pytest.raises(ValueError, match="'flash'; legal: plain, chunked, splash, cudnn"):
+        attention(*arrays(1, 2, 2), None, "flash")
+
+
+@pytest.mark.parametrize("name", ["splash", "cudnn"])
+def test_a_kernel_of_another_platform_is_refused_by_name(folders, name):
+    config = tiny.config(folders, model__attention=name, model__dtype="bfloat16")
+    with pytest.raises(UserError, match=f"attention='{name}'.*legal: plain, chunked") as caught:
+        check_attention(config.model, jax.devices())
+    assert "cpu" in tiny.one_line(caught.value)
+    # compiling for a platform that is not there needs the model all the same
+    assert compute_options(config.model)["attention"] == LocalAttention(name)
+
+
+def test_cudnn_needs_16_bits(folders):
+    with pytest.raises(UserError, match="attention='cudnn'.*bfloat16"):
+        tiny.config(folders, model__attention="cudnn")
+
+
+@pytest.mark.parametrize("name", ["plain", "chunked"])
+def test_portable_implementations_run_anywhere(folders, name):
+    check_attention(tiny.config(folders, model__attention=name).model, jax.devices())
+
+
+def test_a_model_takes_a_function():
+    calls = []
+
+    def counting(q, k, v, mask=None):
+        calls.append(q.shape)
+        return kernels.plain(q, k, v, mask)
+
+    graphdef, params = functional.abstract(
+        lambda: UNet2DConditionModel(tiny.UNET, rngs=functional.FixedRngs(), attention=counting)
+    )
+    jax.eval_shape(
+        lambda p, x, t, c: functional.merge(graphdef, p)(x, t, c),
+        params,
+        jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1, 5, tiny.UNET.cross_attention_dim), jnp.float32),
+    )
+    assert len(calls) == 2 * 4  # self- and cross-attention of each transformer: down, mid, two up
