@@ -131,7 +131,11 @@ class Checkpointer:
     def _failed(self, step: int, why: Exception | str) -> UserError:
         self._started = None
         reason = " ".join(str(why).split())[:300] or type(why).__name__
-        whole = [s for s in self.manager.all_steps() if s != step]
+        try:
+            known = self.manager.all_steps(read=True)  # those to be removed after this save are there
+        except Exception:  # the bucket does not answer
+            known = self.manager.all_steps()
+        whole = sorted(s for s in known if s != step)
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none"
         return UserError(
             f"{self.folder / str(step)}: checkpoint cannot be written ({reason}); of the older ones "

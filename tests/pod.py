@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,25 +46,30 @@ class Pod:
         address = f"127.0.0.1:{port or free_port()}"
         # as the main job has it: without the tests' settings for speed the numbers would be others
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
-        self.logs, self.processes = [], []
+        self.logs, self.processes, self.drains = [], [], []
         for i in range(count) if only is None else only:
             command = [sys.executable, "-u", "-m", "digseg_jax.main", *flags]
             if count > 1:
                 command += [f"--coordinator={address}", f"--num_processes={count}"]
                 command += [f"--process_id={i}", f"--start_timeout={start_timeout}"]
             self.logs.append(folder / f"{i}.log")
-            with self.logs[-1].open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
-                    )
-                )
+            # through a pipe, so that a limit on the process's files does not cut its log
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            self.processes.append(process)
+            drain = threading.Thread(target=_drain, args=(process, self.logs[-1]), daemon=True)
+            drain.start()
+            self.drains.append(drain)
 
     def wait(self, patience: float = PATIENCE) -> list[int]:
         """The exit statuses; kills what has not ended in time."""
         end = time.monotonic() + patience
         try:
-            return [p.wait(max(end - time.monotonic(), 0.1)) for p in self.processes]
+            codes = [p.wait(max(end - time.monotonic(), 0.1)) for p in self.processes]
+            for drain in self.drains:
+                drain.join(10)
+            return codes
         finally:
             self.kill()
 
@@ -91,6 +97,12 @@ class Pod:
         if sign == signal.SIGKILL:
             for process in self.processes:
                 process.wait()
+
+
+def _drain(process: subprocess.Popen, path: Path) -> None:
+    with path.open("wb", buffering=0) as log:
+        while block := os.read(process.stdout.fileno(), 2**16):
+            log.write(block)
 
 
 def last_step(workdir: Path) -> int:

@@ -194,7 +194,7 @@ def test_main_ends_with_the_documented_status_after_sigterm(cover, folders, tmp_
 def test_a_disk_that_refuses_ends_the_run_loudly_and_older_checkpoints_stay(
     cover, folders, tmp_path
 ):
-    """After the second checkpoint, files of the process may no longer grow beyond 4 kB (EFBIG)."""
+    """After the second checkpoint, files of the process may no longer grow beyond 64 kB (EFBIG)."""
     run = tmp_path / "run"
     config = tiny.config_file(
         tmp_path, folders, task="prior", train__steps=100000, checkpoint__every=10,
@@ -202,7 +202,7 @@ def test_a_disk_that_refuses_ends_the_run_loudly_and_older_checkpoints_stay(
     )  # fmt: skip
     process = pod.Pod(tmp_path / "logs", [f"--config={config}", f"--workdir={run}"])
     process.when(lambda: len(pod.checkpoints(run)) >= 2)
-    resource.prlimit(process.processes[0].pid, resource.RLIMIT_FSIZE, (4096, 4096))
+    resource.prlimit(process.processes[0].pid, resource.RLIMIT_FSIZE, (65536, 65536))
     assert process.wait() == [USER_ERROR], process.text()
     (line,) = [x for x in process.logs[0].read_text().splitlines() if x.startswith("error: ")]
     kept = pod.checkpoints(run)
