@@ -81,12 +81,11 @@ def _one(
         return {"missing": str(error)}
     job = Job(config, predictor, facts, estep)
     settings = [
-        dataclasses.asdict(config.eval),
-        config.seed,
+        dataclasses.asdict(config),  # all of it: size, root, autoencoder and text tower count too
         dataset,
         str(estep),
         len(source),
-        predictor.task.codec,
+        predictor.scale,
     ]
     identity = identity_of(predictor.params, settings)
     journal = Journal(folder / "journal", f"{dataset}_{estep}".replace(":", "_"), identity)

@@ -25,6 +25,7 @@ class Colours:
         self.task = SimpleNamespace(codec="binary")
         self.params = {"weight": np.ones(3, np.float32)}
         self.asked = self.programs = 0
+        self.scale = 2.0
 
     def predict_masks(self, images, queries, *, first, **_):
         self.asked += 1
@@ -114,13 +115,19 @@ def test_a_killed_suite_goes_on_and_ends_with_the_same_scores(tmp_path, scorer, 
     assert second.asked == 6, "one of three images was finished before"
 
 
-def test_other_settings_do_not_reuse_what_was_counted(tmp_path, scorer):
+@pytest.mark.parametrize(
+    "change", [{"eval": {"gate_limit": 1}}, {"data": {"image_size": 64}}, {"model": {"vae": "other"}}]
+)
+def test_other_settings_do_not_reuse_what_was_counted(tmp_path, scorer, change):
     phenobench(tmp_path)
-    out = tmp_path / "out"
-    suite.run_suite(config(tmp_path), Colours(), out, "phenobench")
-    second = Colours()
-    suite.run_suite(config(tmp_path, gate_limit=1), second, out, "phenobench")
-    assert second.asked == 9
+    base = {"data": {"root": str(tmp_path)}, "eval": {"inference": "whole"}}
+    suite.run_suite(parse(base), Colours(), tmp_path / "out", "phenobench")
+    same, other = Colours(), Colours()
+    suite.run_suite(parse(base), same, tmp_path / "out", "phenobench")
+    assert same.asked == 0
+    changed = base | {k: base.get(k, {}) | v for k, v in change.items()}
+    suite.run_suite(parse(changed), other, tmp_path / "out", "phenobench")
+    assert other.asked == 9
 
 
 class Split:
