@@ -19,9 +19,19 @@ import ml_collections
 from digseg_jax.errors import UserError, nearest
 
 
-def legal(*values: str) -> Any:
-    """A string field restricted to `values`; the first one is the default."""
-    return dataclasses.field(default=values[0], metadata={"legal": values})
+def legal(*values: str, prefixes: tuple[str, ...] = ()) -> Any:
+    """A string field restricted to `values` (the first is the default) and what begins so."""
+    return dataclasses.field(default=values[0], metadata={"legal": values, "prefixes": prefixes})
+
+
+@dataclasses.dataclass(frozen=True)
+class PartConfig:
+    """A data set of a mixture."""
+
+    name: str = "landcover"
+    root: str = ""
+    weight: float = 1.0  # share of the examples, relative to the other parts
+    split: str = ""  # empty: the data set's training split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +53,10 @@ class DataConfig:
         "pascal_voc",
         "phenobench",
         "refuge2",
+        prefixes=("tfds:",),  # tfds:NAME, prepared as array_record under root
     )
-    root: str = ""  # the folder of the download, as it unpacks; the land cover needs none
+    # the download as it unpacks, or what digseg_jax.data.prepare made of it; the land cover needs none
+    root: str = ""
     label_set: str = legal("groups", "igbp")  # what evaluation and its queries use
     train_label_sets: tuple[str, ...] = ("groups",)  # where training draws its queries from
     image_size: int = 128  # pixels; a side of the square training crop
@@ -53,6 +65,17 @@ class DataConfig:
     repeat_threshold: float = 0.0  # repeat-factor sampling of rare classes' tiles; 0: off
     text_noise: float = 0.0  # deviation of noise on text tokens in training, in token deviations
     workers: int = 0  # grain worker processes; 0: threads of this process
+    # the rest is for every data set but the land cover
+    train_split: str = ""  # empty: the data set's own
+    mixture: tuple[PartConfig, ...] = ()  # trains on these instead; name stays what is evaluated
+    templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
+    hard_negative_rate: float = 0.5  # share of negatives that one would expect here (ours)
+    scale_min: float = 0.5  # large-scale jitter: at 1 the short side fills the crop (mmseg's range)
+    scale_max: float = 2.0
+    class_share_cap: float = 0.75  # of labelled pixels in a crop (mmseg's cat_max_ratio); 1: off
+    flip: float = 0.5  # probability of a mirrored crop (mmseg, Marigold)
+    jitter: float = 0.5  # of colours; 1: mmseg's PhotoMetricDistortion, 0: off (ours: half of it)
+    on_error: str = legal("raise", "skip")  # a broken example: stop, or count, log and replace it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +319,10 @@ def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
     allowed = metadata.get("legal")
-    if allowed and value not in allowed:
-        raise UserError(f"{path}={value!r}: legal values are {', '.join(allowed)}")
+    prefixes = metadata.get("prefixes", ())
+    if allowed and value not in allowed and not value.startswith(prefixes or "\0"):
+        names = [*allowed, *(f"{prefix}NAME" for prefix in prefixes)]
+        raise UserError(f"{path}={value!r}: legal values are {', '.join(names)}")
     return value
 
 
@@ -374,6 +399,7 @@ def _check_combinations(c: Config) -> None:
         )
     _check_estep_table(c)
     _check_codec(c)
+    _check_crops(c.data)
     if not 0.0 <= c.data.negative_rate < 1.0:
         raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
     for name in c.data.train_label_sets:
@@ -391,11 +417,34 @@ def _check_codec(c: Config) -> None:
             "config.eval.decoder='probe' reads binary masks; with config.segmentation.codec='palette' "
             "choose vae or latent_mean"
         )
+    if c.data.mixture:
+        raise UserError(
+            "config.data.mixture: a palette has the colours of one class list; with "
+            "config.segmentation.codec='palette' train on one data set"
+        )
     if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
         raise UserError(
             f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
             f"label set; with config.segmentation.codec='palette' it must be ('{c.data.label_set}',)"
         )
+
+
+def _check_crops(data: DataConfig) -> None:
+    shares = ("hard_negative_rate", "class_share_cap", "flip", "jitter")
+    for key in shares:
+        if not 0.0 <= getattr(data, key) <= 1.0:
+            raise UserError(f"config.data.{key}={getattr(data, key)}: legal range [0, 1]")
+    if not 0.0 < data.scale_min <= data.scale_max:
+        raise UserError(
+            f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: "
+            "must be above 0, and the minimum at most the maximum"
+        )
+    for template in data.templates:
+        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+            raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")
+    for part in data.mixture:
+        if part.weight <= 0:
+            raise UserError(f"config.data.mixture: weight {part.weight} of {part.name!r}; above 0")
 
 
 def _check_estep_table(c: Config) -> None:

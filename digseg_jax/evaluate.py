@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Array, Params
 from digseg_jax.config import Config
-from digseg_jax.data import landcover
+from digseg_jax.data.evaluation import EvalExamples, eval_examples, padded_batches
 from digseg_jax.distributed import is_main, together
 from digseg_jax.eval_progress import Progress as Recorded
 from digseg_jax.eval_progress import Shown
@@ -87,34 +87,29 @@ class Evaluator:
     def _frozen(self, bank: PromptBank) -> Params:
         return {"vae": self.task.frozen["vae"], "bank": bank_arrays(bank)}
 
-    def tiles(self, split: str, label_set: str) -> landcover.EvalTiles:
-        """The split's tiles; `config.eval.num_images` of them, evenly spread, if it is set."""
-        cover = landcover.load()
-        tiles = cover.tiles(split)
-        wanted = self.config.eval.num_images
-        if 0 < wanted < len(tiles):
-            tiles = [tiles[i * len(tiles) // wanted] for i in range(wanted)]
-        return landcover.EvalTiles(cover, tiles, label_set)
+    def examples(self, split: str) -> EvalExamples:
+        """The split's examples; `config.eval.num_images` of them, evenly spread, if it is set."""
+        return eval_examples(self.config.data, split, self.config.eval.num_images)
 
     def evidence(
-        self, params: Params, tiles: landcover.EvalTiles, bank: PromptBank, estep: EStep
+        self, params: Params, examples: EvalExamples, bank: PromptBank, estep: EStep
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean decoded evidence [images, q, h', w'] and labels [images, h', w'], subsampled."""
+        """Mean decoded evidence [pixels, q] and labels [pixels], subsampled."""
         step = self._jit(partial(self._evidence, estep=estep), shared=2)
-        parts = []
-        for batch, count in self._batches(tiles, "calibration"):
-            parts.append(fetch(step(params, self._frozen(bank), batch))[:count])
         stride = slice(None, None, CALIBRATION_STRIDE)
-        labels = np.stack([tiles[i]["label"][stride, stride] for i in range(len(tiles))])
-        return np.concatenate(parts), labels
+        parts, labels = [], []
+        for batch, names in self._batches(examples, "calibration"):
+            evidence = fetch(step(params, self._frozen(bank), batch))[: len(names)]
+            parts.append(np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1]))
+            labels.append(fetch(batch["label"])[: len(names), stride, stride].ravel())
+        return np.concatenate(parts), np.concatenate(labels)
 
     def calibrate(
-        self, params: Params, bank: PromptBank, label_set: str, estep: EStep, split: str = "val"
+        self, params: Params, bank: PromptBank, estep: EStep, split: str = "val"
     ) -> Calibration:
         """Fits scale and biases on a split that training and test do not touch."""
-        evidence, label = self.evidence(params, self.tiles(split, label_set), bank, estep)
-        flat = np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1])
-        return calibration_lib.fit(flat, label.reshape(-1), split, self.fixed_scale())
+        evidence, label = self.evidence(params, self.examples(split), bank, estep)
+        return calibration_lib.fit(evidence, label, split, self.fixed_scale())
 
     def fixed_scale(self) -> float | None:
         """Of a palette's evidence; None where the scale is to be fitted (binary codec)."""
@@ -123,7 +118,7 @@ class Evaluator:
     def scores(
         self,
         params: Params,
-        tiles: landcover.EvalTiles,
+        examples: EvalExamples,
         bank: PromptBank,
         estep: EStep,
         calibration: Calibration,
@@ -131,33 +126,33 @@ class Evaluator:
         keep: int = 0,
         recorded: Recorded | None = None,
     ) -> Scores:
-        """Counts over all tiles; query i of the bank stands for class i of the label set.
+        """Counts over all examples; query i of the bank stands for class i of the data set.
 
         keep: images whose soft masks are kept. recorded: what a killed evaluation had counted.
         """
-        classes = landcover.LABEL_SETS[tiles.label_set]
+        classes = examples.classes
         if self.task.codec == "binary" and len(bank.prompts) != len(classes):
             raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
         step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=3)
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
         recorded = recorded or Recorded(None, "")
-        shown = Shown(keep, len(tiles), recorded)
+        shown = Shown(keep, len(examples), recorded)
         confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
-        overlaps, areas, seconds, done = [], [], 0.0, 0
-        compiled = False
+        overlaps, areas, seconds, names = [], [], 0.0, []
+        compiled = set()
 
         def compute(batch: Params, count: int) -> dict[str, Any]:
-            nonlocal compiled
             arguments = (params, self._frozen(bank), fitted, batch)
-            if not compiled:  # outside the clock
+            if batch["label"].shape not in compiled:  # outside the clock
                 jax.block_until_ready(step(*arguments))
-                compiled = True
+                compiled.add(batch["label"].shape)
             start = time.monotonic()
             out = jax.block_until_ready(step(*arguments))
             seconds = time.monotonic() - start
             return {n: fetch(v)[:count] for n, v in out.items()} | {"seconds": seconds}
 
-        for batch, count in self._batches(tiles, f"eval {estep}"):
+        for batch, own in self._batches(examples, f"eval {estep}"):
+            done, count = len(names), len(own)
             key = f"{estep} {done}+{count}"
             out, new = recorded.batch(key, partial(compute, batch, count))
             for i, counts in enumerate(out["confusion"]):
@@ -169,13 +164,13 @@ class Evaluator:
             overlaps.append(out["overlap"])
             areas.append(out["area"])
             seconds += out["seconds"]
-            done += count
+            names += own
         return Scores(
             classes,
             confusion,
             np.concatenate(overlaps),
             np.concatenate(areas),
-            [t.name for t in tiles.tiles],
+            names,
             seconds,
             *shown.final(),
         )
@@ -233,25 +228,18 @@ class Evaluator:
         in_shardings = (None, *[replicated] * (shared - 1), batch)
         return jax.jit(on_mesh(self.mesh, function), in_shardings=in_shardings)
 
-    def _batches(self, tiles: landcover.EvalTiles, label: str) -> Iterator[tuple[Params, int]]:
-        """Device batches of one static shape; the last one is padded with its first image."""
-        progress = Progress(len(tiles), label=label, unit="images")
-        started = time.monotonic()
-        for start in range(0, len(tiles), self.batch_size):
-            rows = list(range(start, min(start + self.batch_size, len(tiles))))
-            padded = rows + [start] * (self.batch_size - len(rows))
+    def _batches(self, examples: EvalExamples, label: str) -> Iterator[tuple[Params, list[str]]]:
+        """Padded device batches, and the names of the real examples in them."""
+        progress = Progress(len(examples), label=label, unit="images")
+        started, done = time.monotonic(), 0
+        # every process reads the whole batch: its common size depends on all of its images
+        for batch, names in padded_batches(examples, self.batch_size):
 
-            def read(i: int, padded: list[int] = padded, valid: int = len(rows)) -> Params:
-                example = tiles[padded[i]]
-                return {
-                    "image": example["image"],
-                    "label": example["label"],
-                    "index": np.int32(padded[i]),
-                    "valid": np.bool_(i < valid),
-                }
+            def read(i: int, batch: dict[str, np.ndarray] = batch) -> dict[str, np.ndarray]:
+                return {name: values[i] for name, values in batch.items()}
 
-            yield place_rows(read, self.batch_size, self.mesh), len(rows)
-            done = start + len(rows)
+            yield place_rows(read, self.batch_size, self.mesh), names
+            done += len(names)
             progress.update(done, done / (time.monotonic() - started))
         progress.close()
 
@@ -263,12 +251,12 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
         return None if math.isnan(x) else float(x)
 
     iou = metrics.iou_per_class(scores.confusion)
-    pixels = landcover.TILE * landcover.TILE
+    pixels = scores.areas.sum(axis=1, keepdims=True)
     alone = metrics.query_scores(scores.overlaps, scores.areas, pixels)
     return {
         "dataset": config.data.name,
         "split": config.eval.split,
-        "protocol": "land cover: tiles of held-out blocks, counts pooled over the split, mean over "
+        "protocol": f"{config.data.name}: held-out images, counts pooled over the split, mean over "
         f"{COUNTED[config.eval.absent_rule]}, exhaustive queries",
         "num_images": len(scores.names),
         "absent_rule": config.eval.absent_rule,
@@ -280,7 +268,7 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
         "fwiou": plain(metrics.frequency_weighted_iou(scores.confusion)),
         "per_class": {name: plain(v) for name, v in zip(scores.classes, iou, strict=True)},
         "accuracy": metrics.pixel_accuracy(scores.confusion),
-        "label_set": config.data.label_set,
+        "label_set": config.data.label_set if config.data.name == "landcover" else "",
         "ensemble": estep.ensemble,
         "steps": estep.steps,
         "spacing": estep.spacing,
@@ -300,36 +288,35 @@ def evaluate(
     and ends with the same results.json; times, which never are the same, are in speed.json.
     """
     evaluator = Evaluator(config, task, mesh)
-    label_set = config.data.label_set
-    classes = landcover.LABEL_SETS[label_set]
-    bank = evaluator.bank(classes)
+    examples = evaluator.examples(config.eval.split)
+    classes = examples.classes
+    bank = evaluator.bank(examples.prompts)
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
-    tiles = evaluator.tiles(config.eval.split, label_set)
     folder = workdir / "eval"
     values = config_lib.to_dict(config)
     recorded = Recorded(None, "")
     # several processes would have to agree on what is left to do; a bucket cannot append
     if jax.process_count() == 1 and not is_remote(folder):
-        facts = (values["data"], values["eval"], config.seed, len(tiles))
+        facts = (values["data"], values["eval"], config.seed, len(examples))
         recorded = Recorded(folder / "unfinished", identity_of(params, *facts))
 
     def calibrate() -> dict[str, Any]:
         once = EStep(1, estep.steps, estep.spacing)
-        return evaluator.calibrate(params, bank, label_set, once).to_dict()
+        return evaluator.calibrate(params, bank, once).to_dict()
 
     fitted = calibration_lib.identity(len(classes), evaluator.fixed_scale() or 2.0)
     if config.eval.calibrate:
         fitted = Calibration.from_dict(recorded.fitted("calibration", calibrate))
         log.info("calibration on %s: %s", fitted.split, fitted.to_dict())
-    keep = min(config.eval.gallery, len(tiles))
-    scores = evaluator.scores(params, tiles, bank, estep, fitted, keep=keep, recorded=recorded)
+    keep = min(config.eval.gallery, len(examples))
+    scores = evaluator.scores(params, examples, bank, estep, fitted, keep=keep, recorded=recorded)
     results = results_of(scores, config, fitted, estep)
     rows = []
     if config.eval.estep:
-        rows = estep_rows(evaluator, params, tiles, bank, fitted, recorded)
+        rows = estep_rows(evaluator, params, examples, bank, fitted, recorded)
     with together("the files of the evaluation"):
         if is_main():
-            _write(folder, results, rows, scores, tiles)
+            _write(folder, results, rows, scores, examples)
     recorded.finish()
     return results
 
@@ -339,13 +326,13 @@ def _write(
     results: dict[str, Any],
     rows: list[dict[str, Any]],
     scores: Scores,
-    tiles: landcover.EvalTiles,
+    examples: EvalExamples,
 ) -> None:
     write_json(folder / "results.json", results)
     write_bytes(folder / "results.md", results_markdown(results).encode())
     write_json(folder / "speed.json", {"queries_per_second": scores.queries_per_second()})
     with filled_locally(folder / "gallery", replace=True) as gallery:
-        _write_gallery(gallery, scores, tiles)
+        _write_gallery(gallery, scores, examples)
     if rows:
         note = "Measured by this run on its own split; a small model, trained for minutes."
         write_json(folder / "estep.json", {"rows": rows, "note": note})
@@ -354,7 +341,7 @@ def _write(
 def estep_rows(
     evaluator: Evaluator,
     params: Params,
-    tiles: landcover.EvalTiles,
+    examples: EvalExamples,
     bank: PromptBank,
     calibration: Calibration,
     recorded: Recorded | None = None,
@@ -363,7 +350,7 @@ def estep_rows(
     rows = []
     for text in evaluator.config.eval.estep:
         estep = EStep.parse(text)
-        scores = evaluator.scores(params, tiles, bank, estep, calibration, recorded=recorded)
+        scores = evaluator.scores(params, examples, bank, estep, calibration, recorded=recorded)
         rows.append(
             {
                 **dataclasses.asdict(estep),
@@ -374,10 +361,12 @@ def estep_rows(
     return rows
 
 
-def _write_gallery(folder: Path, scores: Scores, tiles: landcover.EvalTiles) -> None:
+def _write_gallery(folder: Path, scores: Scores, examples: EvalExamples) -> None:
     items = []
     for i, probability in scores.probability.items():
-        tile = tiles[i]
+        tile = examples[i]
+        height, width = tile["label"].shape
+        probability = probability[:, :height, :width]
         counts = np.asarray(
             metrics.confusion(tile["label"][None], probability.argmax(0)[None], len(scores.classes))
         )

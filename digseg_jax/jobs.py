@@ -167,9 +167,10 @@ def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
     sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
     log.info("frozen, in millions: %s", sizes or "nothing")
     log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
-    cover = landcover.load()
-    tiles = {split: len(cover.tiles(split)) for split in ("train", "val", "test")}
-    log.info("land cover tiles: %s", tiles)
+    if config.data.name == "landcover":
+        cover = landcover.load()
+        tiles = {split: len(cover.tiles(split)) for split in ("train", "val", "test")}
+        log.info("land cover tiles: %s", tiles)
 
 
 def _overview(params: Params) -> str:
@@ -188,13 +189,12 @@ def _validation(config: Config, task: Task, mesh: Mesh):
     if not isinstance(task, SegmentationTask):
         raise UserError("config.train.eval_every: only for config.task='segmentation'; set it to 0")
     evaluator = Evaluator(config, task, mesh)
-    label_set = config.data.label_set
-    classes = landcover.LABEL_SETS[label_set]
-    bank, tiles = evaluator.bank(classes), evaluator.tiles("val", label_set)
+    examples = evaluator.examples("val")
+    bank = evaluator.bank(examples.prompts)
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
-        fitted = identity(len(classes), evaluator.fixed_scale() or 2.0)
-        scores = evaluator.scores(averaged(state), tiles, bank, EStep(1, 1), fitted)
+        fitted = identity(len(examples.classes), evaluator.fixed_scale() or 2.0)
+        scores = evaluator.scores(averaged(state), examples, bank, EStep(1, 1), fitted)
         return {"val_miou": scores.miou}
 
     return on_eval

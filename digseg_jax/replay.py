@@ -46,9 +46,10 @@ def replay(workdir: str, trainer: Trainer) -> dict[str, Any]:
             f"{workdir}: the run has gone on to step {start}, past the failed step "
             f"{failure['step']}; remove the later checkpoints to replay it"
         )
-    batches = trainer.batches(start)
-    for _ in range(start + 1, failure["step"]):
-        state, _ = trainer.step_fn(state, trainer.frozen, place_batch(next(batches), trainer.mesh))
+    with trainer.batches(start) as batches:
+        for _ in range(start + 1, failure["step"]):
+            placed = place_batch(next(batches), trainer.mesh)
+            state, _ = trainer.step_fn(state, trainer.frozen, placed)
     params = state["params"]
     return {
         "step": failure["step"],

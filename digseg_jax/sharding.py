@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -152,6 +153,20 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return {name: put(rows) for name, rows in batch.items()}
+
+
+def place_ahead(
+    batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, depth: int = 2
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, jax.Array]]]:
+    """Each batch as it came and on the devices, `depth` of them begun: the next is copied while a
+    step computes."""
+    placed: collections.deque[tuple[dict[str, np.ndarray], dict[str, jax.Array]]]
+    placed = collections.deque()
+    for batch in batches:
+        placed.append((batch, place_batch(batch, mesh)))
+        if len(placed) == depth:
+            yield placed.popleft()
+    yield from placed
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

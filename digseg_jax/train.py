@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from digseg_jax import config as config_lib
@@ -16,13 +15,14 @@ from digseg_jax.audit import ExampleLog
 from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.config import Config
 from digseg_jax.data.pipeline import training_stream
+from digseg_jax.data.stream import Batches
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.failure import REPLAY, save_failure
 from digseg_jax.log import log
 from digseg_jax.optim import check_freeze, make_optimizer
 from digseg_jax.perf import ProfilerWindow, step_flops
 from digseg_jax.preemption import PreemptionWatch
-from digseg_jax.sharding import data_share, describe_memory, infer_shardings, place, place_batch
+from digseg_jax.sharding import data_share, describe_memory, infer_shardings, place, place_ahead
 from digseg_jax.step import TrainState, initial_state, make_train_step
 from digseg_jax.storage import as_path
 from digseg_jax.tasks.base import Task
@@ -154,17 +154,17 @@ class Trainer:
         on_eval: Callable[[int, TrainState], dict[str, float]] | None,
     ) -> TrainState:
         train, steps = self.config.train, self.config.train.steps
-        batches = self.batches(start) if start < steps else iter(())
         with (
+            contextlib.nullcontext(()) if start >= steps else self.batches(start) as stream,
             contextlib.closing(ProfilerWindow(train.profile, f"{self.workdir}/profile")) as profile,
             ExampleLog(as_path(self.workdir), start, train.log_examples) as examples,
             PreemptionWatch() as preemption,
         ):
+            batches = place_ahead(stream, self.mesh)
             for step in range(start + 1, steps + 1):
                 with log.watch("data"):
-                    rows = next(batches)
+                    rows, batch = next(batches)
                     examples.add(step, rows)
-                    batch = place_batch(rows, self.mesh)
                 if step == start + 1:
                     lowered = self.step_fn.lower(state, self.frozen, batch)
                     log.flops = step_flops(lowered, train.accumulation)
@@ -214,13 +214,14 @@ class Trainer:
         checkpointer.save(step, state, meta, extra or None)
 
     def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> None:
-        batch = next(self.batches(error.step - 1))
+        with self.batches(error.step - 1) as stream:
+            batch = next(stream)
         last = checkpointer.latest_step() or 0
         folder = save_failure(self.workdir, error, batch, self.config.seed, last)
         log.info("%s: saved %s; %s", error, folder, REPLAY.format(workdir=self.workdir))
 
-    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-        """This host's part of the batches of the steps after `start`."""
+    def batches(self, start: int) -> Batches:
+        """This host's part of the batches of the steps after `start`; close it when done."""
         host, hosts = data_share(self.mesh)
         return training_stream(
             self.config.data,

@@ -52,3 +52,11 @@ def test_validity_against_a_plain_loop(factor):
     for b, y, x in np.ndindex(got.shape):
         cell = label[b, y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
         assert got[b, y, x] == (cell >= 0).all()
+
+
+def test_the_mask_of_a_nested_class_covers_what_lies_inside():
+    label = np.asarray([[[0, 1, 2, -1]]])  # cup, rim of the disc, background
+    classes = np.asarray([[[1, 0], [0, 0]]])  # the disc covers the cup; the cup itself
+    masks = codecs.encode_binary(label, classes)
+    assert masks.shape == (1, 2, 1, 4, 3)
+    np.testing.assert_array_equal(masks[0, :, 0, :, 0], [[1, 1, -1, -1], [1, -1, -1, -1]])

@@ -45,7 +45,7 @@ def params(task):
 
 def scores(config, task, params, devices=1, *, keep=0, estep=None, calibration=None, axes=None):
     evaluator = Evaluator(config, task, tiny.mesh(**(axes or {"data": devices})))
-    tiles = evaluator.tiles("test", "groups")
+    tiles = evaluator.examples("test")
     return evaluator.scores(
         params, tiles, evaluator.bank(GROUPS), estep or EStep(1, 1),
         calibration or identity(len(GROUPS)), keep=keep,
@@ -66,7 +66,7 @@ def test_every_pixel_is_counted_once(one_device):
 
 
 def test_the_true_areas_are_the_tiles_own(one_device, config, task):
-    tiles = Evaluator(config, task, tiny.mesh()).tiles("test", "groups")
+    tiles = Evaluator(config, task, tiny.mesh()).examples("test")
     for i in range(IMAGES):
         expected = np.bincount(tiles[i]["label"].ravel(), minlength=8)
         np.testing.assert_array_equal(one_device.areas[i], expected)
@@ -97,7 +97,7 @@ def test_probabilities_are_kept_for_some_images_and_explain_the_counts(
     one_device, config, task
 ):
     assert len(one_device.probability) == 3
-    tiles = Evaluator(config, task, tiny.mesh()).tiles("test", "groups")
+    tiles = Evaluator(config, task, tiny.mesh()).examples("test")
     for i, probability in one_device.probability.items():
         assert probability.shape == (8, TILE, TILE)
         assert probability.min() >= 0 and probability.max() <= 1
@@ -116,17 +116,17 @@ def test_a_bias_moves_the_argmax_and_leaves_single_queries_alone(config, task, p
 
 def test_the_images_of_a_smaller_evaluation_are_spread_over_the_split(config, task, cover):
     every = [t.name for t in cover.tiles("test")]
-    few = [t.name for t in Evaluator(config, task, tiny.mesh()).tiles("test", "groups").tiles]
+    few = [e["name"] for e in Evaluator(config, task, tiny.mesh()).examples("test")]
     assert len(few) == IMAGES and few == sorted(few)
     places = [every.index(name) for name in few]
     assert np.diff(places).min() >= len(every) // IMAGES
     none_said = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_images=0))
-    assert len(Evaluator(none_said, task, tiny.mesh()).tiles("test", "groups")) == len(every)
+    assert len(Evaluator(none_said, task, tiny.mesh()).examples("test")) == len(every)
 
 
 def test_queries_must_match_the_classes(config, task, params):
     evaluator = Evaluator(config, task, tiny.mesh())
-    tiles, bank = evaluator.tiles("test", "groups"), evaluator.bank(["water", "forest"])
+    tiles, bank = evaluator.examples("test"), evaluator.bank(["water", "forest"])
     with pytest.raises(ValueError, match="2 queries for 8 classes"):
         evaluator.scores(params, tiles, bank, EStep(1, 1), identity(8))
 
@@ -134,7 +134,7 @@ def test_queries_must_match_the_classes(config, task, params):
 def test_calibration_never_sees_the_split_that_is_scored(folders, task, params):
     config = tiny.config(folders, eval__num_images=2, eval__calibrate=True)
     evaluator = Evaluator(config, task, tiny.mesh())
-    fitted = evaluator.calibrate(params, evaluator.bank(GROUPS), "groups", EStep(1, 1))
+    fitted = evaluator.calibrate(params, evaluator.bank(GROUPS), EStep(1, 1))
     assert fitted.split == "val" and len(fitted.bias) == 8
 
 
@@ -273,6 +273,6 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
 def test_the_second_label_set_has_its_own_queries(folders, task, params):
     config = tiny.config(folders, data__label_set="igbp", eval__num_images=1, eval__batch_size=1)
     evaluator = Evaluator(config, task, tiny.mesh())
-    tiles, bank = evaluator.tiles("val", "igbp"), evaluator.bank(landcover.IGBP)
+    tiles, bank = evaluator.examples("val"), evaluator.bank(landcover.IGBP)
     got = evaluator.scores(params, tiles, bank, EStep(1, 1), identity(17))
     assert got.confusion.shape == (17, 18) and got.confusion.sum() == TILE * TILE

@@ -199,3 +199,21 @@ def test_the_report_counts_what_every_device_holds_whole():
     assert replicated_bytes(tree, shardings) == {"bias": 4000}
     line = describe_memory(tree, shardings)
     assert "bias 0.00 MB" in line and "0.001 GB in all" in line
+
+
+def test_batches_are_placed_ahead_in_their_order_and_none_is_lost():
+    taken = []
+
+    def batches():
+        for i in range(4):
+            taken.append(i)
+            yield {"x": np.full((8,), i)}
+
+    ahead = sharding.place_ahead(batches(), tiny.mesh(8))
+    seen = []
+    for rows, batch in ahead:
+        seen.append(int(rows["x"][0]))
+        np.testing.assert_array_equal(rows["x"], batch["x"])
+        assert len(taken) == min(seen[-1] + 2, 4)
+        assert len(batch["x"].sharding.device_set) == 8
+    assert seen == [0, 1, 2, 3]

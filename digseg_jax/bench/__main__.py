@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.bench {landcover,open_vocab,prior,step,checkpoint,models} [--json] ..."""
+"""python -m digseg_jax.bench {landcover,open_vocab,prior,step,checkpoint,models,data} [--json] ..."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
     models.add_argument("--conv", choices=("xla", "im2col"), default="xla")
     models.add_argument("--attention", choices=("plain", "chunked"), default="chunked")
-    for job in (cover, vocabulary, prior, step, checkpoint, models):
+    data = jobs.add_parser("data", help="training crops per second against decoding and torch")
+    data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
+    data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
+    for job in (cover, vocabulary, prior, step, checkpoint, models, data):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -99,6 +102,10 @@ def main() -> int:
             result = checkpoint.run(arguments.part, arguments.saves)
         elif arguments.job == "models":
             result = _models(arguments)
+        elif arguments.job == "data":
+            from digseg_jax.bench import data
+
+            result = data.run(arguments.torch_python, arguments.crops)
         else:
             from digseg_jax.bench import prior
 

@@ -16,6 +16,7 @@ from digseg_jax.arraytypes import Params
 from digseg_jax.bench import trees
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
+from digseg_jax.data.evaluation import EvalExamples
 from digseg_jax.data.landcover_prompts import HELD_OUT
 from digseg_jax.evaluate import Evaluator, estep_rows
 from digseg_jax.log import log
@@ -45,9 +46,9 @@ def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
     task = SegmentationTask(config)
     params = load_params(folder, task.abstract)
     evaluator = Evaluator(config, task, make_mesh(config.mesh))
-    tiles = evaluator.tiles("test", "groups")
+    tiles = evaluator.examples("test")
     bank = evaluator.bank(landcover.GROUPS)
-    fitted = evaluator.calibrate(params, bank, "groups", EStep(1, HEADLINE.steps))
+    fitted = evaluator.calibrate(params, bank, EStep(1, HEADLINE.steps))
     scores = evaluator.scores(params, tiles, bank, HEADLINE, fitted)
     baseline = trees.fit_and_count(landcover.load(), "groups", "test")
     ours = metrics.iou_per_class(scores.confusion)
@@ -72,7 +73,7 @@ def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
         small = Evaluator(dataclasses.replace(config, eval=esteps), task, make_mesh(config.mesh))
         result["estep_images"] = ESTEP_IMAGES
         result["estep_rows"] = estep_rows(
-            small, params, small.tiles("test", "groups"), bank, fitted
+            small, params, small.examples("test"), bank, fitted
         )
     return result
 
@@ -80,7 +81,7 @@ def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
 def unseen_queries(
     evaluator: Evaluator,
     params: Params,
-    tiles: landcover.EvalTiles,
+    tiles: EvalExamples,
     fitted: Calibration,
     overlaps: np.ndarray,
     areas: np.ndarray,

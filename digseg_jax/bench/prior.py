@@ -33,7 +33,7 @@ def one(config: Config) -> dict[str, float]:
     evaluator = Evaluator(config, task, mesh)
     scores = evaluator.scores(
         averaged(state),
-        evaluator.tiles("test", "groups"),
+        evaluator.examples("test"),
         evaluator.bank(landcover.GROUPS),
         ESTEP,
         identity(len(landcover.GROUPS)),

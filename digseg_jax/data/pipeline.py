@@ -1,65 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training stream: batch i is a pure function of (seed, i), for any number of hosts and workers.
-
-`random_map` comes before the host slice, so a global batch is the same set of examples however many
-hosts share it, and the whole state of the stream is one integer, the next step.
-"""
+"""What is trained on: from the configuration to a stream of crops with queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Sequence
 
-import grain
 import numpy as np
 
 from digseg_jax.config import DataConfig
 from digseg_jax.data import landcover
+from digseg_jax.data.augment import CropRules, random_view
+from digseg_jax.data.guard import Guarded
 from digseg_jax.data.landcover_prompts import caption_id, training_prompts
+from digseg_jax.data.opening import open_part, parts_of, spec_of, statistics_of
 from digseg_jax.data.queries import QuerySampler, rarity
+from digseg_jax.data.spec import DatasetSpec
+from digseg_jax.data.statistics import confusable
+from digseg_jax.data.stream import Batches, Part, mixed_stream, stream
 from digseg_jax.data.transforms import Example, random_crop, random_dihedral
+from digseg_jax.data.vocabulary import vocabularies
 from digseg_jax.errors import UserError
-
-MakeExample = Callable[[Example, np.random.Generator], Example]
-
-
-def stream(
-    source: Any,
-    make_example: MakeExample,
-    *,
-    seed: int,
-    batch_size: int,
-    start: int = 0,
-    host: int = 0,
-    hosts: int = 1,
-    workers: int = 0,
-) -> Iterator[Example]:
-    """Endless batches from step `start`; each example carries its global "index" (uint32).
-
-    Raises:
-      ValueError: the batch does not divide among the hosts.
-    """
-    if batch_size % hosts:
-        raise ValueError(f"batch size {batch_size} does not divide among {hosts} hosts")
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    dataset = dataset.map_with_index(lambda i, example: example | {"index": np.uint32(i)})
-    dataset = dataset.random_map(_keep_index(make_example))
-    # whole parts of the batch: the global array is the same one for any number of hosts. The endless
-    # repetition is cut because grain counts its batches in floats, which 2**63 - 1 does not survive
-    dataset = dataset[: 2**62].batch(batch_size // hosts)[host::hosts][start:]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    batches = dataset.to_iter_dataset(options)
-    if workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(batches)
-
-
-def _keep_index(make_example: MakeExample) -> MakeExample:
-    def mapped(example: Example, rng: np.random.Generator) -> Example:
-        index = example.pop("index")
-        return make_example(example, rng) | {"index": index}
-
-    return mapped
+from digseg_jax.log import log
 
 
 class CropWithQueries:
@@ -99,14 +60,120 @@ class CropWithCaption:
         return {"image": np.ascontiguousarray(crop["image"]), "query": caption}
 
 
+class CropWithNames:
+    """Example of any size -> a training crop with queries by name.
+
+    {"image" uint8 [s, s, 3], "label" int32 [s, s], "query", "query_class" and "query_kind" int32 [q]}
+    and what `Guarded` counts. "query" is a row of the run's prompt bank; "query_kind" tells whether
+    the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one of the run's data sets has
+    nested classes, "query_class" is [q, m]: the ids that a mask covers, repeated to m of them.
+    """
+
+    def __init__(
+        self,
+        rules: CropRules,
+        num_queries: int,
+        sampler: QuerySampler,
+        rows: tuple[tuple[int, ...], ...],
+        covers: np.ndarray,
+    ):
+        self.rules, self.num_queries, self.sampler = rules, num_queries, sampler
+        self.rows, self.covers = rows, covers
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image, label = random_view(example["image"], example["label"], self.rules, rng)
+        classes, kinds = self.sampler.draw(label, self.num_queries, rng)
+        query = [int(rng.choice(self.rows[c])) for c in classes]
+        covers = self.covers[classes]
+        return {
+            "image": image,
+            "label": label,
+            "query": np.asarray(query, np.int32),
+            "query_class": covers[:, 0] if covers.shape[1] == 1 else covers,
+            "query_kind": kinds,
+            "skipped": example["skipped"],
+        }
+
+
+def _covers(specs: Sequence[DatasetSpec]) -> list[np.ndarray]:
+    """int32 [classes, m] for each data set, with one m for all: the ids of each class's mask."""
+    m = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
+    tables = []
+    for s in specs:
+        rows = [s.covers(c) for c in range(s.num_classes)]
+        tables.append(np.asarray([(*r, *[r[-1]] * (m - len(r))) for r in rows], np.int32))
+    return tables
+
+
+def _members(facts: DatasetSpec) -> np.ndarray | None:
+    """bool [c, c] for nested classes, else None: every mask is its own id's."""
+    table = np.zeros((facts.num_classes, facts.num_classes), bool)
+    for c in range(facts.num_classes):
+        table[c, list(facts.covers(c))] = True
+    return table if table.sum() > facts.num_classes else None
+
+
+def _parts(config: DataConfig, seed: int) -> list[Part]:
+    """Raises UserError: a data set that is not there."""
+    rules = CropRules(
+        size=config.image_size,
+        scale_min=config.scale_min,
+        scale_max=config.scale_max,
+        class_share_cap=config.class_share_cap,
+        flip=config.flip,
+        jitter=config.jitter,
+    )
+    chosen = parts_of(config)
+    specs = [spec_of(part) for part in chosen]
+    made = []
+    for part, facts, words, covers in zip(
+        chosen, specs, vocabularies(config), _covers(specs), strict=True
+    ):
+        split = part.split or facts.train_split
+        source = open_part(part, split)
+        guarded = Guarded(source, facts.num_classes, config.on_error, seed)
+        statistics = statistics_of(source, guarded)
+        names = [(c.name, *c.synonyms) for c in facts.classes]
+        sampler = QuerySampler(
+            statistics.rarity(),
+            config.negative_rate,
+            confusable=confusable(statistics, names),
+            hard_rate=config.hard_negative_rate,
+            members=_members(facts),
+        )
+        make = CropWithNames(rules, config.num_queries, sampler, words.rows, covers)
+        made.append(Part(guarded, make, part.weight))
+        log.info("training data: %s %s, %d examples", part.name, split, len(source))
+    return made
+
+
 def training_stream(
-    config: DataConfig, task: str, *, seed: int, batch_size: int, start: int, host: int, hosts: int
-) -> Iterator[Example]:
-    """The stream of a task ("segmentation", "autoencoder" or "prior") over the training tiles.
+    config: DataConfig,
+    task: str,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int,
+    host: int,
+    hosts: int,
+) -> Batches:
+    """The batches of a run from step `start`: its whole state is that number.
 
     Raises:
-      UserError: a crop larger than the scenes.
+      UserError: a data set that is not there, or one that the task cannot train on.
     """
+    place = {"start": start, "host": host, "hosts": hosts, "workers": config.workers}
+    if config.name == "landcover":
+        return _landcover_stream(config, task, seed=seed, batch_size=batch_size, **place)
+    if task != "segmentation":
+        raise UserError(f"config.task={task!r} trains on landcover only, not on {config.name!r}")
+    return mixed_stream(_parts(config, seed), seed=seed, batch_size=batch_size, **place)
+
+
+def _landcover_stream(
+    config: DataConfig, task: str, *, seed: int, batch_size: int, **place: int
+) -> Batches:
+    """Raises UserError: a crop larger than the scenes."""
     if config.image_size > landcover.SCENE:
         raise UserError(f"config.data.image_size={config.image_size}: at most {landcover.SCENE}")
     cover = landcover.load()
@@ -116,13 +183,4 @@ def training_stream(
     source = landcover.TrainScenes(cover, tiles, repeats)
     samplers = {s: QuerySampler(rarity(v), config.negative_rate) for s, v in shares.items()}
     make = CropWithCaption(config) if task == "prior" else CropWithQueries(config, samplers)
-    return stream(
-        source,
-        make,
-        seed=seed,
-        batch_size=batch_size,
-        start=start,
-        host=host,
-        hosts=hosts,
-        workers=config.workers,
-    )
+    return stream(source, make, seed=seed, batch_size=batch_size, **place)

@@ -157,10 +157,7 @@ class Transformer2DModel(nnx.Module):
             self.proj_out = Conv(features, features, 1, **options)
         self.compute = compute
         self.transformer_blocks = nnx.List(
-            [
-                BasicTransformerBlock(features, context_features, heads, **options)
-                for _ in range(layers)
-            ]
+            [BasicTransformerBlock(features, context_features, heads, **options) for _ in range(layers)]
         )
 
     def __call__(

@@ -115,13 +115,9 @@ def linear(
     )
 
 
-def layer_norm(
-    features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 1e-5
-) -> nnx.LayerNorm:
+def layer_norm(features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
     """Layer normalisation; flax keeps its statistics in float32."""
-    return nnx.LayerNorm(
-        features, epsilon=eps, dtype=compute.dtype, use_fast_variance=False, rngs=rngs
-    )
+    return nnx.LayerNorm(features, epsilon=eps, dtype=compute.dtype, use_fast_variance=False, rngs=rngs)
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -138,8 +134,6 @@ def timestep_embedding(
     half = width // 2
     exponent = -math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angle = timestep.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
-    parts = (
-        [jnp.cos(angle), jnp.sin(angle)] if flip_sin_to_cos else [jnp.sin(angle), jnp.cos(angle)]
-    )
+    parts = [jnp.cos(angle), jnp.sin(angle)] if flip_sin_to_cos else [jnp.sin(angle), jnp.cos(angle)]
     embedding = jnp.concatenate(parts, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))

@@ -53,9 +53,7 @@ class Downsample2D(nnx.Module):
 
     def __init__(self, features: int, *, asymmetric: bool, compute: Compute, rngs: nnx.Rngs):
         side = (0, 1) if asymmetric else (1, 1)
-        self.conv = Conv(
-            features, features, stride=2, padding=(side, side), compute=compute, rngs=rngs
-        )
+        self.conv = Conv(features, features, stride=2, padding=(side, side), compute=compute, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         return self.conv(x)

@@ -9,10 +9,16 @@ from digseg_jax.arraytypes import Array, Bool, Float, Int
 
 
 def encode_binary(
-    label: Int[Array, "b h w"], query_class: Int[Array, "b q"]
+    label: Int[Array, "b h w"], query_class: Int[Array, "b q"] | Int[Array, "b q m"]
 ) -> Float[Array, "b q h w 3"]:
-    """+1 where the label is the queried class, else -1, in three equal channels."""
-    mask = jnp.where(label[:, None] == query_class[:, :, None, None], 1.0, -1.0)
+    """+1 where the label is the queried class, else -1, in three equal channels.
+
+    With a third axis, +1 where it is one of the m ids that the class covers (nested classes).
+    """
+    if query_class.ndim == 2:
+        query_class = query_class[..., None]
+    covered = label[:, None, None] == query_class[..., None, None]
+    mask = jnp.where(covered.any(axis=2), 1.0, -1.0)
     return jnp.broadcast_to(mask[..., None], (*mask.shape, 3))
 
 

@@ -130,13 +130,13 @@ def _mean(values: np.ndarray, zero_if_nan: bool = False) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def query_scores(overlaps: np.ndarray, areas: np.ndarray, pixels: int) -> dict[str, float]:
+def query_scores(overlaps: np.ndarray, areas: np.ndarray, pixels: int | np.ndarray) -> dict[str, float]:
     """How well masks follow their text; no argmax, each query's mask alone.
 
     Args:
       overlaps: [images, q, c] from `overlap`, query i asking for class i.
       areas: [images, c] true pixels per class.
-      pixels: counted pixels per image.
+      pixels: counted pixels per image; one number, or [images, 1].
 
     Returns:
       matching_iou: mean over classes of the pooled IoU of a present class with its own query;
@@ -159,7 +159,7 @@ def query_scores(overlaps: np.ndarray, areas: np.ndarray, pixels: int) -> dict[s
     return {
         "matching_iou": _mean_ratio(matching),
         "wrong_query_iou": _mean_ratio(wrong),
-        "absent_rate": float(covered[absent].sum() / max(absent.sum() * pixels, 1)),
+        "absent_rate": float(covered[absent].sum() / max((absent * pixels).sum(), 1)),
     }
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Batch, Bool, Float, Int, Params, UInt8
 from digseg_jax.config import Config
-from digseg_jax.data.landcover import LABEL_SETS
-from digseg_jax.data.landcover_prompts import training_prompts
+from digseg_jax.data.queries import HARD_ABSENT, PRESENT
+from digseg_jax.data.vocabulary import bank_prompts, num_classes
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text_adapters import ZERO_INIT
@@ -66,7 +66,7 @@ class SegmentationTask:
         if self.codec == "palette":
             prompts = (PALETTE_PROMPT,)
         elif prompts is None:
-            prompts, _ = training_prompts(config.data.train_label_sets)
+            prompts = bank_prompts(config.data)
         self.prompts = tuple(prompts)
         self.frozen: Params = {
             "vae": vae_params,
@@ -132,7 +132,7 @@ class SegmentationTask:
             return fit_probe(lambda image: self._encode(self.frozen["vae"], image))
 
     def _num_classes(self) -> int:
-        return len(LABEL_SETS[self.config.data.label_set])
+        return num_classes(self.config.data)
 
     def round_trip(self, image: np.ndarray) -> np.ndarray:
         """Images [n, h, w, 3] in [-1, 1] through the autoencoder and back, on the host."""
@@ -193,7 +193,7 @@ class SegmentationTask:
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), q, axis=0)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
         loss = (squared * valid).sum() / self._valid_cells(valid, whole)
-        return loss, {"mean_timestep": t.mean()}
+        return loss, {"mean_timestep": t.mean()} | negative_shares(batch)
 
     def _valid_cells(self, valid: Bool[Array, "n h w"], whole: Batch | None) -> Array:
         """What the sum of the errors is divided by; of an accumulated batch, the parts' mean."""
@@ -291,3 +291,14 @@ class SegmentationTask:
         if self.codec == "palette":
             text = json.dumps(self.palette.to_dict(), indent=1)
             (folder / PALETTE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def negative_shares(batch: Batch) -> dict[str, Array]:
+    """The rates of queries for absent classes that sampling really gave, where it tells them."""
+    if "query_kind" not in batch:
+        return {}
+    kind = batch["query_kind"]
+    return {
+        "negative_share": (kind != PRESENT).mean(),
+        "hard_negative_share": (kind == HARD_ABSENT).mean(),
+    }

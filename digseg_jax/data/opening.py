@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the configuration to sources: a download, prepared shards, or a TFDS data set; mixtures."""
+
+from __future__ import annotations
+
+from digseg_jax.config import DataConfig, PartConfig
+from digseg_jax.data import records, registry
+from digseg_jax.data.guard import Guarded
+from digseg_jax.data.registry import Source
+from digseg_jax.data.spec import DatasetSpec
+from digseg_jax.data.statistics import ClassStatistics, sampled
+from digseg_jax.errors import UserError
+from digseg_jax.log import log
+
+TFDS = "tfds:"
+
+
+def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
+    """The data sets that training draws from; one of weight 1 if there is no mixture."""
+    return config.mixture or (PartConfig(config.name, config.root, split=config.train_split),)
+
+
+def spec_of(part: PartConfig) -> DatasetSpec:
+    """Raises UserError: no such data set."""
+    if part.name.startswith(TFDS):
+        from digseg_jax.data import tfds_source  # imports tensorflow_datasets
+
+        return tfds_source.spec(part.name.removeprefix(TFDS), part.root)
+    stored = records.stored_spec(part.root) if part.name == "folder" else None
+    return stored or registry.spec(part.name, part.root)
+
+
+def open_part(part: PartConfig, split: str) -> Source:
+    """The examples of a split. A root that holds prepared shards of it is read as such.
+
+    Raises:
+      UserError: no such data set, split or folder.
+    """
+    if part.name.startswith(TFDS):
+        from digseg_jax.data import tfds_source
+
+        return tfds_source.TfdsSource(part.name.removeprefix(TFDS), part.root, split)
+    if records.is_prepared(part.root, split):
+        return records.RecordSource(part.root, split, spec_of(part))
+    if prepared := records.prepared_splits(part.root):
+        raise UserError(
+            f"{part.root}: shards of {', '.join(prepared)} only; digseg_jax.data.prepare "
+            f"--split={split} makes those of {split!r}"
+        )
+    if part.root.startswith("gs://"):
+        raise UserError(f"{part.root}: no shards here; digseg_jax.data.prepare makes them")
+    return registry.open_source(part.name, part.root, split)
+
+
+def statistics_of(source: Source, guarded: Guarded) -> ClassStatistics:
+    """Prepared data sets carry theirs; of others a sample is read (through the guard)."""
+    if isinstance(source, records.RecordSource):
+        return source.statistics()
+    log.info("class frequencies: from a sample; digseg_jax.data.prepare counts them once for all")
+    return sampled(guarded, guarded.num_classes)

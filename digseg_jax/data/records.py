@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared data sets: ArrayRecord shards, and a manifest that says what is in them.
+
+    OUT/SPLIT/manifest.json                      counts, checksums, class list, class statistics
+    OUT/SPLIT/shard-00000-of-00012.array_record  one record per example
+
+A record is its header's length (uint32, little endian), the header (JSON), the picture and the label.
+The picture is the JPEG of the download, byte for byte, or a PNG where the source's picture is not what
+its file holds; the label is a PNG of ids with the largest value for ignored pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from etils import epath
+
+from digseg_jax.data.files import Picture, UnreadableError
+from digseg_jax.data.spec import IGNORE, ClassInfo, DatasetSpec
+from digseg_jax.data.statistics import ClassStatistics
+from digseg_jax.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_LENGTH = 4  # bytes of the header's length
+# ids compress as well without filters and decode in 60 % of the time; older OpenCVs have no choice
+_NO_FILTER = [cv2.IMWRITE_PNG_FILTER, 8] if hasattr(cv2, "IMWRITE_PNG_FILTER") else []
+_AS_STORED = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def class_hash(spec: DatasetSpec) -> str:
+    """Identifies a class list: names in their order, and which ids a mask covers."""
+    rows = [[c.name, list(spec.covers(i))] for i, c in enumerate(spec.classes)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def facts_of(spec: DatasetSpec) -> dict[str, Any]:
+    """What a manifest says of the data set, JSON-ready."""
+    classes = [[c.name, list(c.synonyms), list(c.covers)] for c in spec.classes]
+    kept = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
+    return {key: getattr(spec, key) for key in kept} | {"classes": classes}
+
+
+def stored_spec(root: str | Path) -> DatasetSpec | None:
+    """The facts of a user's own folder, from its shards; None: there are none in `root`."""
+    manifests = [read_manifest(path.parent) for path in _manifests(root)]
+    if not manifests:
+        return None
+    facts = dict(manifests[0]["spec"])
+    classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in facts.pop("classes"))
+    splits = {m["split"]: m["examples"] for m in manifests}
+    return DatasetSpec(classes=classes, splits=splits, **facts)
+
+
+def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes | None) -> bytes:
+    """One example as bytes.
+
+    jpeg: the picture's file. It is kept if decoding it, as stored or in one of the turns of EXIF,
+    gives exactly `image`; else the picture is stored as PNG.
+    """
+    turn, picture = _kept(image, jpeg) if jpeg else (1, None)
+    if picture is None:
+        picture = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
+    label_png = _png(_narrow(label), level=6, filters=_NO_FILTER)
+    header = {
+        "name": name,
+        "image": len(picture),
+        "shape": list(label.shape),
+        "orientation": turn,
+    }
+    text = json.dumps(header, ensure_ascii=False).encode()
+    return len(text).to_bytes(_LENGTH, "little") + text + picture + label_png
+
+
+def _kept(image: np.ndarray, jpeg: bytes) -> tuple[int, bytes | None]:
+    decoded = _decode_picture(jpeg)
+    if decoded is None:
+        return 1, None
+    for turn in range(1, 9):
+        if np.array_equal(Picture(decoded, turn).upright(), image):
+            return turn, jpeg
+    return 1, None
+
+
+def _png(value: np.ndarray, level: int, filters: Sequence[int] = ()) -> bytes:
+    options = [cv2.IMWRITE_PNG_COMPRESSION, level, *filters]
+    return cv2.imencode(".png", value, options)[1].tobytes()
+
+
+def _narrow(label: np.ndarray) -> np.ndarray:
+    """uint8 if that leaves 255 for ignored pixels, else uint16 with 65535 for them."""
+    dtype = np.uint8 if label.max(initial=IGNORE) < 255 else np.uint16
+    return np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
+
+
+def _decode_picture(data: bytes) -> np.ndarray | None:
+    """uint8 [h, w, 3], RGB, as stored; None: OpenCV cannot read it."""
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
+    except cv2.error:
+        return None
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def decode_record(data: bytes, where: str) -> dict[str, Any]:
+    """The example: {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
+
+    Raises:
+      UnreadableError: `where` is not a record of ours.
+    """
+    try:
+        end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+        header = json.loads(data[_LENGTH:end])
+        middle = end + header["image"]
+        image = _decode_picture(data[end:middle])
+        raw = cv2.imdecode(np.frombuffer(data, np.uint8, offset=middle), cv2.IMREAD_UNCHANGED)
+        shape = tuple(header["shape"])
+    except (ValueError, KeyError, TypeError, cv2.error) as error:
+        raise UnreadableError(f"{where}: not a record of a prepared data set") from error
+    if image is None or raw is None or raw.shape != shape:
+        raise UnreadableError(f"{where}: damaged record {header['name']!r}")
+    if header["orientation"] != 1:
+        image = Picture(image, header["orientation"]).upright()
+    label = raw.astype(np.int32)
+    label[raw == np.iinfo(raw.dtype).max] = IGNORE
+    return {"image": image, "label": label, "name": header["name"]}
+
+
+def shard_name(shard: int, shards: int) -> str:
+    return f"shard-{shard:05d}-of-{shards:05d}.array_record"
+
+
+def checksum(path: Any) -> str:
+    """SHA-256 of a local or remote file, read in pieces."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any]:
+    """The manifest of a prepared split.
+
+    Raises:
+      UserError: missing, of another format, or made with another class list than `spec`'s.
+    """
+    path = epath.Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable manifest; run digseg_jax.data.prepare") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
+    if spec is not None and manifest["class_hash"] != class_hash(spec):
+        raise UserError(
+            f"{path}: made with another class list than {spec.name}'s "
+            f"({manifest['class_hash']}, now {class_hash(spec)}): prepare it again"
+        )
+    return manifest
+
+
+def prepared_splits(root: str | Path) -> list[str]:
+    """Splits whose shards are in `root`."""
+    return sorted(path.parent.name for path in _manifests(root))
+
+
+def _manifests(root: str | Path) -> list[epath.Path]:
+    if not str(root):
+        return []
+    folder = epath.Path(root).expanduser()
+    return sorted(folder.glob(f"*/{MANIFEST}")) if folder.exists() else []
+
+
+def is_prepared(root: str | Path, split: str) -> bool:
+    """Whether `root` holds shards of the split; `root` may be gs://..."""
+    return bool(str(root)) and (epath.Path(root).expanduser() / split / MANIFEST).exists()
+
+
+class RecordSource:
+    """Random access over the shards of a split; nothing but the manifest is read to open it.
+
+    Raises:
+      UserError: manifest and shards disagree (a missing shard, or one of another size).
+    """
+
+    def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
+        self.folder = epath.Path(root).expanduser() / split
+        self.manifest = read_manifest(self.folder, spec)
+        self.shards: Sequence[dict[str, Any]] = self.manifest["shards"]
+        self._check_sizes()
+        self.starts = np.cumsum([0, *(s["examples"] for s in self.shards)])
+        # with the range of records in the name no shard has to be opened now
+        paths = [f"{self.folder / s['file']}[0:{s['examples']}]" for s in self.shards]
+        self.records = grain.sources.ArrayRecordDataSource(paths)
+
+    def _check_sizes(self) -> None:
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            size = path.stat().length if path.exists() else None
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{path}: {found}; the manifest says {shard['bytes']} bytes")
+
+    def statistics(self) -> ClassStatistics:
+        return ClassStatistics.from_dict(self.manifest["statistics"])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        where = self._where(index)
+        try:
+            data = self.records[index]
+        except (RuntimeError, ValueError) as error:  # what the reader says of a damaged shard
+            raise UnreadableError(f"{where}: {' '.join(str(error).split())}") from error
+        return decode_record(data, where)
+
+    def files(self, index: int) -> dict[str, Path]:
+        """The shard that holds both."""
+        path = self.folder / self.shards[self._shard(index)]["file"]
+        return {"image": path, "label": path}
+
+    def _shard(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _where(self, index: int) -> str:
+        shard = self._shard(index)
+        file = self.folder / self.shards[shard]["file"]
+        return f"{file}, record {index - int(self.starts[shard])}"
+
+
+def verify(root: str | Path, split: str) -> list[str]:
+    """Reads every byte of a split's shards; returns what disagrees with the manifest."""
+    folder = epath.Path(root).expanduser() / split
+    wrong = []
+    for shard in read_manifest(folder)["shards"]:
+        path = folder / shard["file"]
+        if not path.exists():
+            wrong.append(f"{path}: missing")
+        elif (found := checksum(path)) != shard["sha256"]:
+            wrong.append(f"{path}: checksum {found}, the manifest says {shard['sha256']}")
+    return wrong

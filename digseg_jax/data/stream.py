@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch i of a stream is a pure function of (seed, i), for any number of hosts and workers.
+
+`random_map` comes before the host slice, so a global batch is the same set of examples however many
+hosts share it, and the whole state of a stream is one integer, the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+from digseg_jax.data.transforms import Example
+from digseg_jax.log import log
+
+MakeExample = Callable[[Example, np.random.Generator], Example]
+
+
+class Batches:
+    """Batches of a stream, and the end of its worker processes.
+
+    skipped: how many broken examples have been replaced in what was handed out so far.
+    """
+
+    def __init__(self, batches: grain.IterDataset):
+        self._batches = iter(batches)
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        return self
+
+    def __next__(self) -> Example:
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        if (skipped := int(batch.pop("skipped", np.zeros(1)).sum())) > 0:
+            self.skipped += skipped
+            log.warning("%d broken examples replaced so far", self.skipped)
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers; the next batch is then an error."""
+        self._batches.close()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def stream(
+    source: Any,
+    make_example: MakeExample,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+) -> Batches:
+    """Endless batches from step `start`; each example carries its global "index" (uint32).
+
+    Raises:
+      ValueError: the batch does not divide among the hosts.
+    """
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    dataset = dataset.map_with_index(_with_index)
+    dataset = dataset.random_map(_keep_index(make_example))
+    return _batches(dataset, batch_size, start, host, hosts, workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A data set of a mixture: its source, what is made of its examples, its weight."""
+
+    source: Any
+    make_example: MakeExample
+    weight: float = 1.0
+
+
+def mixed_stream(
+    parts: Sequence[Part],
+    *,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+    workers: int = 0,
+) -> Batches:
+    """Like `stream`, from several sources in the proportion of their weights, evenly interleaved.
+
+    Each part is shuffled and repeated on its own: a small one is seen again while a large one lasts.
+
+    Raises:
+      ValueError: the batch does not divide among the hosts.
+    """
+    datasets = []
+    for k, part in enumerate(parts):
+        own = int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
+        dataset = grain.MapDataset.source(part.source).seed(own).shuffle().repeat(None)
+        datasets.append(dataset.random_map(part.make_example))
+    weights = [part.weight for part in parts]
+    dataset = datasets[0] if len(parts) == 1 else grain.MapDataset.mix(datasets, weights)
+    dataset = dataset.map_with_index(_with_index)
+    return _batches(dataset, batch_size, start, host, hosts, workers)
+
+
+def _batches(
+    dataset: grain.MapDataset, batch_size: int, start: int, host: int, hosts: int, workers: int
+) -> Batches:
+    if batch_size % hosts:
+        raise ValueError(f"batch size {batch_size} does not divide among {hosts} hosts")
+    # whole parts of the batch: the global array is the same one for any number of hosts. The endless
+    # repetition is cut because grain counts its batches in floats, which 2**63 - 1 does not survive
+    dataset = dataset[: 2**62].batch(batch_size // hosts)[host::hosts][start:]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    batches = dataset.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain looks its flags up, also outside absl's app.run
+            flags.FLAGS.mark_as_parsed()
+        # worker processes share the cores among them: no threads of OpenCV inside
+        multiprocessing = grain.MultiprocessingOptions(num_workers=workers)
+        batches = batches.mp_prefetch(multiprocessing, worker_init_fn=_start_worker)
+    return Batches(batches)
+
+
+def _start_worker(index: int, count: int) -> None:
+    cv2.setNumThreads(1)
+
+
+def _with_index(i: int, example: Example) -> Example:
+    return example | {"index": np.uint32(i)}
+
+
+def _keep_index(make_example: MakeExample) -> MakeExample:
+    def mapped(example: Example, rng: np.random.Generator) -> Example:
+        index = example.pop("index")
+        return make_example(example, rng) | {"index": index}
+
+    return mapped

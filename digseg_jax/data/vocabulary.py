@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The texts of a run: every prompt that training may ask with, and the rows of each class."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from digseg_jax.config import DataConfig, PartConfig
+from digseg_jax.data.landcover import LABEL_SETS
+from digseg_jax.data.landcover_prompts import training_prompts
+from digseg_jax.data.opening import parts_of, spec_of
+from digseg_jax.data.spec import DatasetSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Prompts of one data set: rows[class] are their places in the bank of the run.
+
+    The prompts of a class are its name and its synonyms in each template; the first one is the
+    class's own (evaluation asks with it), all of them are drawn evenly in training.
+    """
+
+    prompts: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, spec: DatasetSpec, templates: tuple[str, ...] = (), first: int = 0) -> Vocabulary:
+        """templates: instead of the spec's own; first: the bank's row of the first prompt."""
+        prompts: list[str] = []
+        rows = []
+        for info in spec.classes:
+            texts = [
+                template.format(name)
+                for template in templates or (spec.template,)
+                for name in (info.name, *info.synonyms)
+            ]
+            start = first + len(prompts)
+            rows.append(tuple(range(start, start + len(texts))))
+            prompts.extend(texts)
+        return cls(tuple(prompts), tuple(rows))
+
+
+def vocabularies(config: DataConfig) -> list[Vocabulary]:
+    """One per data set of the mixture, numbered through."""
+    made: list[Vocabulary] = []
+    for part in parts_of(config):
+        first = sum(len(v.prompts) for v in made)
+        made.append(Vocabulary.of(spec_of(part), config.templates, first))
+    return made
+
+
+def bank_prompts(config: DataConfig) -> list[str]:
+    """Every text that training asks with, by row of the bank."""
+    if config.name == "landcover":
+        return training_prompts(config.train_label_sets)[0]
+    return [prompt for v in vocabularies(config) for prompt in v.prompts]
+
+
+def num_classes(config: DataConfig) -> int:
+    """Classes of the data set that is evaluated."""
+    if config.name == "landcover":
+        return len(LABEL_SETS[config.label_set])
+    return spec_of(PartConfig(config.name, config.root)).num_classes
