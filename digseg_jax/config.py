@@ -80,13 +80,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VaeArch:
-    """Architecture of an autoencoder trained from scratch (task=autoencoder)."""
+    """Architecture of an autoencoder trained from scratch, and its losses (task=autoencoder)."""
 
     block_out_channels: tuple[int, ...] = (8, 16, 48, 96)
     layers_per_block: int = 1
     norm_num_groups: int = 4
     mid_block_add_attention: bool = False
     kl_weight: float = 5e-4
+    color_weight: float = 0.0  # of the error of each latent cell's mean colour; 0: off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,8 @@ class DiffusionConfig:
     timestep_sampling: str = legal("high_noise", "uniform")
     terminal_fraction: float = 0.5  # high_noise: share of draws at the last timestep
     high_noise_a: float = 0.1  # high_noise: scale of the heavy tail (METHOD: GenMask's a)
+    mask_loss_weight: float = 0.0  # of the auxiliary loss on the predicted mask; 0: the paper's MSE
+    mask_loss_from: float = 0.5  # the auxiliary loss counts at timesteps from this share of T on
     noise: str = legal("gaussian", "multires")
     multires_strength: float = 0.9  # multires: annealed as strength * t / T (Marigold)
 
@@ -391,6 +394,11 @@ def _check_combinations(c: Config) -> None:
         raise UserError(
             "config.model.attention='cudnn' takes 16-bit activations only: set "
             "config.model.dtype='bfloat16', or attention to plain or chunked"
+        )
+    if c.diffusion.mask_loss_weight and c.segmentation.codec != "binary":
+        raise UserError(
+            f"config.diffusion.mask_loss_weight={c.diffusion.mask_loss_weight}: only with "
+            f"config.segmentation.codec='binary', not {c.segmentation.codec!r}"
         )
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(

@@ -20,7 +20,7 @@ from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.optim import make_optimizer
 from digseg_jax.sharding import infer_shardings, place, place_batch
 from digseg_jax.step import initial_state, make_train_step
-from digseg_jax.tasks.autoencoder import AutoencoderTask, binary_iou, mask_error
+from digseg_jax.tasks.autoencoder import AutoencoderTask, binary_iou, color_error, mask_error
 from digseg_jax.tasks.base import example_keys, to_unit
 from digseg_jax.tasks.components import draw_noise_and_timestep, schedule_of
 from digseg_jax.tasks.prior import PriorTask
@@ -288,6 +288,31 @@ def test_the_scaled_latent_is_the_means_times_the_factor(segmentation):
 
 def test_to_unit_maps_0_and_255_to_minus_and_plus_one():
     np.testing.assert_allclose(to_unit(np.array([[0, 255]], np.uint8)), [[-1, 1]])
+
+
+def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise(folders):
+    batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
+
+    def loss(**changes):
+        task = SegmentationTask(tiny.config(folders, **changes))
+        return task.loss(task.initial(), task.frozen, batch, keys)
+
+    plain, metrics = loss()
+    assert "mask_loss" not in metrics
+    both, metrics = loss(diffusion__mask_loss_weight=0.5)
+    assert float(metrics["mse"]) == pytest.approx(float(plain), rel=1e-5)
+    assert float(both) == pytest.approx(float(plain) + 0.5 * float(metrics["mask_loss"]), rel=1e-5)
+    _, never = loss(diffusion__mask_loss_weight=0.5, diffusion__mask_loss_from=1.0)
+    assert float(metrics["mask_loss"]) > 0 and float(never["mask_loss"]) == 0
+
+
+def test_the_colour_error_sees_cell_means_and_not_texture():
+    texture = np.tile(np.array([[1.0, -1.0], [-1.0, 1.0]]), (4, 4))[None, :, :, None].repeat(3, -1)
+    assert float(color_error(jnp.asarray(texture), 4)) == pytest.approx(0, abs=1e-6)
+    redder = np.zeros((1, 8, 8, 3))
+    redder[..., 0] = 0.3
+    # red - green is off by 0.3, green - blue by nothing, brightness by 0.1
+    assert float(color_error(jnp.asarray(redder), 4)) == pytest.approx(0.4 / 3, rel=1e-5)
 
 
 def test_the_autoencoders_mask_scores():

@@ -25,6 +25,7 @@ class AutoencoderTask:
     def __init__(self, config: Config):
         arch = config.model.vae_arch
         self.seed, self.kl_weight = config.seed, arch.kl_weight
+        self.color_weight = arch.color_weight
         self.config = VaeConfig(
             block_out_channels=arch.block_out_channels,
             layers_per_block=arch.layers_per_block,
@@ -67,9 +68,11 @@ class AutoencoderTask:
         image_loss = jnp.abs(error).mean() + jnp.square(error).mean()
         mask_loss = mask_error(decoded[n:], mask)
         kl = 0.5 * (jnp.square(posterior.mean) + jnp.exp(posterior.logvar) - 1 - posterior.logvar)
-        loss = image_loss + mask_loss + self.kl_weight * kl.mean()
+        color = color_error(error, self.config.factor)
+        loss = image_loss + mask_loss + self.kl_weight * kl.mean() + self.color_weight * color
         metrics = {
             "image_mae": jnp.abs(error).mean(),
+            "color_mae": color,
             "mask_loss": mask_loss,
             "mask_iou": binary_iou(decoded[n:], mask),
             "kl": kl.mean(),
@@ -80,6 +83,18 @@ class AutoencoderTask:
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
         """Writes the autoencoder; the scaling factor must be in `config` by now."""
         save_component((self.config, params), folder, metadata=metadata)
+
+
+def color_error(error: Float[Array, "b h w 3"], cell: int) -> Array:
+    """Mean absolute error of the mean colour of cells of `cell` pixels, along opponent axes.
+
+    Pixel errors are dominated by texture that latents of four channels cannot carry; left alone they
+    crowd out small differences of hue, which is what tells cropland from grass.
+    """
+    b, h, w, _ = error.shape
+    mean = error.reshape(b, h // cell, cell, w // cell, cell, 3).mean(axis=(2, 4))
+    red, green, blue = jnp.moveaxis(mean, -1, 0)
+    return jnp.abs(jnp.stack([red - green, green - blue, (red + green + blue) / 3])).mean()
 
 
 def mask_error(decoded: Float[Array, "b h w 3"], mask: Float[Array, "b h w 3"]) -> Array:

@@ -26,6 +26,11 @@ from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.segmentation.codecs import decode_binary, encode_binary, latent_validity
 from digseg_jax.segmentation.inference import EStep, member_noise, sample_mask_latents
 from digseg_jax.segmentation.latent_probe import LatentProbe, enlarge, fit_probe
+from digseg_jax.segmentation.mask_loss import (
+    balanced_bce_and_dice,
+    cell_shares,
+    latent_evidence,
+)
 from digseg_jax.segmentation.palette import (
     Palette,
     build_palette,
@@ -184,8 +189,9 @@ class SegmentationTask:
             every = frozen["bank"]["tokens"][self._bank_rows(whole).reshape(-1)]
         query = query.reshape(-1)
         unet = functional.merge(self.graphdef, params)
+        noisy = self.schedule.add_noise(x0, noise, t)
         prediction = unet(
-            jnp.concatenate([image_latent, self.schedule.add_noise(x0, noise, t)], axis=-1),
+            jnp.concatenate([image_latent, noisy], axis=-1),
             t,
             self._noisy_text(frozen["bank"]["tokens"][query], text_keys, every),
             frozen["bank"]["mask"][query],
@@ -193,7 +199,23 @@ class SegmentationTask:
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), q, axis=0)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
         loss = (squared * valid).sum() / self._valid_cells(valid, whole)
-        return loss, {"mean_timestep": t.mean()} | negative_shares(batch)
+        metrics = {"mean_timestep": t.mean()} | negative_shares(batch)
+        if self.config.diffusion.mask_loss_weight:
+            metrics["mse"] = loss
+            clean, _ = self.schedule.x0_and_eps(prediction, noisy, t)
+            metrics["mask_loss"] = self._mask_loss(frozen, clean, masks, valid, t)
+            loss += self.config.diffusion.mask_loss_weight * metrics["mask_loss"]
+        return loss, metrics
+
+    def _mask_loss(
+        self, frozen: Params, clean: Array, masks: Array, valid: Array, t: Int[Array, " n"]
+    ) -> Array:
+        """Mean of the auxiliary loss over all queries; those at low noise count as zero."""
+        encode = partial(self.vae.encode, frozen["vae"])
+        evidence = latent_evidence(clean, encode, masks.shape[1])
+        share = cell_shares(masks, self.vae.config.factor)
+        counts = t >= self.config.diffusion.mask_loss_from * self.schedule.num_timesteps
+        return jnp.mean(counts * balanced_bce_and_dice(evidence, share, valid))
 
     def _valid_cells(self, valid: Bool[Array, "n h w"], whole: Batch | None) -> Array:
         """What the sum of the errors is divided by; of an accumulated batch, the parts' mean."""
