@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -49,7 +50,32 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"config.mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor}: does not fit "
             f"{len(devices)} devices; the product must be {len(devices)}, one axis may be -1"
         )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
+    """The devices as [data, fsdp, tensor]: neighbours on a TPU's links along the inner axes.
+
+    Several slices are joined along the data axis, whose one all-reduce a step is what the slow network
+    between them can bear.
+
+    Raises:
+      UserError: the slices do not divide the data axis.
+    """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    data, *inner = sizes
+    if data % slices:
+        raise UserError(
+            f"config.mesh.data={data}: must be a multiple of the {slices} slices, which only the data "
+            "axis may span; make config.mesh.fsdp or tensor smaller"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        [data // slices, *inner], [slices, 1, 1], devices, allow_split_physical_axes=True
+    )
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -178,6 +204,35 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return traced
+
+
+def in_slices(function: Callable[[Array], Array], x: Array, limit: int) -> Array:
+    """function(x), taken `limit` examples a device at a time, one slice after another; 0: all at once.
+
+    `function` maps examples to examples. Slice s has the examples s, s + slices, ...: every device's
+    part is split, and none is moved to another device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    local = max(x.shape[0] // shards, 1)
+    if not limit or local <= limit or x.shape[0] % shards:
+        return function(x)
+    slices = next(s for s in range(2, local + 1) if local % s == 0 and local // s <= limit)
+    parts = x.reshape(-1, slices, *x.shape[1:]).swapaxes(0, 1)
+    out = jax.lax.map(function, parts).swapaxes(0, 1)
+    return out.reshape(-1, *out.shape[2:])
+
+
+def gathered(kernel: Array) -> Array:
+    """A kernel as the whole that every device multiplies with, gathered over fsdp where it is used.
+
+    Left to itself, XLA sometimes gathers the much larger activations instead. With a tensor axis it
+    is left to itself, since a kernel's own axis is not known here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, P())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax import sharding
@@ -217,3 +219,74 @@ def test_batches_are_placed_ahead_in_their_order_and_none_is_lost():
         assert len(taken) == min(seen[-1] + 2, 4)
         assert len(batch["x"].sharding.device_set) == 8
     assert seen == [0, 1, 2, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the arrangement of a mesh looks at."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips(slices):
+    corners = [(x, y, 0) for y in range(2) for x in range(2)]
+    return [Chip(4 * s + i, c, s) for s in range(slices) for i, c in enumerate(corners)]
+
+
+def test_slices_lie_along_the_data_axis_and_chips_of_one_along_the_others():
+    made = sharding.arranged(chips(2), [2, 4, 1])
+    assert made.shape == (2, 4, 1)
+    assert [{d.slice_index for d in row.flat} for row in made] == [{0}, {1}]
+    made = sharding.arranged(chips(2), [4, 1, 2])
+    assert all(len({d.slice_index for d in row.flat}) == 1 for row in made)
+    assert {d.id for d in made.flat} == set(range(8))
+
+
+def test_one_slice_keeps_neighbours_together():
+    made = sharding.arranged(chips(1), [1, 4, 1])
+    assert {d.id for d in made.flat} == set(range(4))
+
+
+def test_fsdp_over_several_slices_is_refused():
+    with pytest.raises(UserError, match="config.mesh.data=1: must be a multiple of the 2 slices"):
+        sharding.arranged(chips(2), [1, 8, 1])
+
+
+def test_kernels_are_gathered_over_fsdp_but_not_beside_a_tensor_axis():
+    kernel = np.ones((8, 8), np.float32)
+
+    def compiled(**axes):
+        mesh = tiny.mesh(**axes)
+        place = NamedSharding(mesh, P("fsdp"))
+        run = jax.jit(sharding.on_mesh(mesh, sharding.gathered), in_shardings=place)
+        return run.lower(kernel).compile().output_shardings
+
+    assert compiled(fsdp=4).is_fully_replicated
+    assert not compiled(fsdp=4, tensor=2).is_fully_replicated
+    assert sharding.gathered(kernel) is kernel  # no mesh at all
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 4, 100])
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2}])
+def test_slices_change_the_order_of_work_and_nothing_else(limit, axes):
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    sizes = []
+
+    def function(part):
+        sizes.append(part.shape[0])
+        return 2.0 * part[:, :2]
+
+    mesh = tiny.mesh(**axes)
+    run = sharding.on_mesh(mesh, lambda x: sharding.in_slices(function, x, limit))
+    batch = NamedSharding(mesh, sharding.BATCH)
+    compiled = jax.jit(run, in_shardings=batch, out_shardings=batch).lower(x).compile()
+    np.testing.assert_array_equal(compiled(x), 2.0 * x[:, :2])
+    devices = math.prod(axes.values())
+    assert max(sizes) <= (limit or 16) * devices
+    assert not re.search(r"all-to-all|collective-permute|all-gather", compiled.as_text())

@@ -16,6 +16,7 @@ from digseg_jax.arraytypes import Array, Bool, Float
 AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
 
 QUERY_CHUNK = 256  # on two CPU cores faster than 64 and 1024
+FEW_KEYS = 128
 LANES = 128  # splash blocks are multiples of a TPU register's lanes
 CUDNN_MAX_WIDTH = 128  # channels per head that cuDNN's fused attention takes on every GPU it knows
 
@@ -59,11 +60,12 @@ def chunked(
 ) -> Float[Array, "b l heads d"]:
     """`plain` on at most 256 queries at a time, each chunk rematerialised in the backward pass.
 
-    Memory is bounded by chunk x keys rather than queries x keys, on every platform.
+    Memory is bounded by chunk x keys rather than queries x keys, on every platform. Where the keys are
+    few, as those of text, the weights are no larger than an activation, and one product is faster.
     """
     b, length, heads, d = q.shape
     count = -(-length // QUERY_CHUNK)
-    if count <= 1:
+    if count <= 1 or k.shape[1] <= FEW_KEYS:
         return plain(q, k, v, mask)
     size = -(-length // count)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))

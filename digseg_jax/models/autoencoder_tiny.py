@@ -18,7 +18,7 @@ from digseg_jax.arraytypes import Array, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
-from digseg_jax.models.layers import Compute, Conv, upsample_nearest
+from digseg_jax.models.layers import Compute, Conv, WeightsFn, as_it_is, upsample_nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +151,10 @@ class AutoencoderTiny(nnx.Module):
         conv: str = "xla",
         attention: str | AttentionFn = "plain",
         remat: str = "none",
+        weights: WeightsFn = as_it_is,
     ):
         del attention, remat  # nothing here to choose; taken so that models have the same options
-        options = {"compute": Compute(dtype, conv), "rngs": rngs}
+        options = {"compute": Compute(dtype, conv, weights=weights), "rngs": rngs}
         self.config = config
         self.encoder = TinyEncoder(config, **options)
         self.decoder = TinyDecoder(config, **options)

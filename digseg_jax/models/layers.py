@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.attention_kernels import AttentionFn
+from digseg_jax.models.group_norm import group_norm
+
+WeightsFn = Callable[[Array], Array]
+
+
+def as_it_is(kernel: Array) -> Array:
+    return kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +31,15 @@ class Compute:
       less, where XLA's convolution gradient is slow; the same numbers up to summation order).
     attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
+    weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
+      sharded kernels are gathered.
     """
 
     dtype: jnp.dtype = jnp.float32
     conv: str = "xla"
     attention: str | AttentionFn = "plain"
     remat: str = "none"
+    weights: WeightsFn = as_it_is
 
 
 class Conv(nnx.Module):
@@ -58,7 +69,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         dtype = self.compute.dtype
-        x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
+        x, kernel = x.astype(dtype), self.compute.weights(self.kernel[...].astype(dtype))
         small = x.shape[1] * x.shape[2] <= 16 * 16
         if self.compute.conv == "im2col" and self.stride == 1 and small:
             y = _conv_im2col(x, kernel, self.padding)
@@ -91,28 +102,36 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((features,)))
         self.groups, self.eps, self.compute = groups, eps, compute
 
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
-        b, *space, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, -1, self.groups, c // self.groups)
-        mean = grouped.mean(axis=(1, 3), keepdims=True)
-        centred = grouped - mean
-        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.eps)).reshape(b, *space, c)
-        return (y * self.scale[...] + self.bias[...]).astype(self.compute.dtype)
+    def __call__(
+        self, x: Float[Array, "b *space c"], *, silu: bool = False
+    ) -> Float[Array, "b *space c"]:
+        """silu: followed by that activation, as almost every norm of these networks is."""
+        scale, bias = self.scale[...], self.bias[...]
+        return group_norm(x, scale, bias, self.groups, self.eps, silu, self.compute.dtype)
+
+
+class Linear(nnx.Module):
+    """A dense layer with torch's initial variance, kernel [in, out]."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, compute: Compute, rngs: nnx.Rngs
+    ):
+        init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((out_features,)))
+        self.compute = compute
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        dtype = self.compute.dtype
+        y = x.astype(dtype) @ self.compute.weights(self.kernel[...].astype(dtype))
+        return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
 
 
 def linear(
     in_features: int, out_features: int, *, bias: bool = True, compute: Compute, rngs: nnx.Rngs
-) -> nnx.Linear:
-    """A dense layer with torch's initial variance."""
-    return nnx.Linear(
-        in_features,
-        out_features,
-        use_bias=bias,
-        dtype=compute.dtype,
-        kernel_init=jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        rngs=rngs,
-    )
+) -> Linear:
+    return Linear(in_features, out_features, bias=bias, compute=compute, rngs=rngs)
 
 
 def layer_norm(features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:

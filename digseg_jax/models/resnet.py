@@ -41,10 +41,10 @@ class ResnetBlock2D(nnx.Module):
         return remat.block(self._residual, self.compute.remat)(x, time)
 
     def _residual(self, x: Array, time: Array | None) -> Array:
-        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv1(self.norm1(x, silu=True))
         if time is not None:
             y = y + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(y, silu=True))
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + y
 
 

@@ -14,7 +14,15 @@ from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
-from digseg_jax.models.layers import Compute, Conv, GroupNorm, linear, timestep_embedding
+from digseg_jax.models.layers import (
+    Compute,
+    Conv,
+    GroupNorm,
+    WeightsFn,
+    as_it_is,
+    linear,
+    timestep_embedding,
+)
 from digseg_jax.models.text_adapters import TextAdapter
 from digseg_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 
@@ -120,8 +128,9 @@ class UNet2DConditionModel(nnx.Module):
         conv: str = "xla",
         attention: str | AttentionFn = "plain",
         remat: str = "none",
+        weights: WeightsFn = as_it_is,
     ):
-        compute = Compute(dtype, conv, attention, remat)
+        compute = Compute(dtype, conv, attention, remat, weights)
         options = {"compute": compute, "rngs": rngs}
         widths, levels = config.block_out_channels, len(config.block_out_channels)
         time_features = 4 * widths[0]
@@ -200,8 +209,7 @@ class UNet2DConditionModel(nnx.Module):
             count = len(block.resnets)
             x = block(x, skips[-count:], time, text, mask)
             skips = skips[:-count]
-        x = jax.nn.silu(self.conv_norm_out(x))
-        return self.conv_out(x).astype(jnp.float32)
+        return self.conv_out(self.conv_norm_out(x, silu=True)).astype(jnp.float32)
 
     def _time(self, timestep: Array) -> Array:
         c = self.config

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,7 +13,7 @@ from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.attention import Attention
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
-from digseg_jax.models.layers import Compute, Conv, GroupNorm
+from digseg_jax.models.layers import Compute, Conv, GroupNorm, WeightsFn, as_it_is
 from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6  # every norm of the VAE; the U-Net's resnets use 1e-5
@@ -131,7 +130,7 @@ class Encoder(nnx.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class Decoder(nnx.Module):
@@ -161,7 +160,7 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class AutoencoderKL(nnx.Module):
@@ -176,8 +175,9 @@ class AutoencoderKL(nnx.Module):
         conv: str = "xla",
         attention: str | AttentionFn = "plain",
         remat: str = "none",
+        weights: WeightsFn = as_it_is,
     ):
-        options = {"compute": Compute(dtype, conv, attention, remat), "rngs": rngs}
+        options = {"compute": Compute(dtype, conv, attention, remat, weights), "rngs": rngs}
         channels = config.latent_channels
         self.config = config
         self.encoder = Encoder(config, **options)

@@ -22,8 +22,8 @@ from digseg_jax.models import functional
 from digseg_jax.models.autoencoder_tiny import TinyVaeConfig
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
-from digseg_jax.segmentation.text_bank import PromptBank, encode_prompts
-from digseg_jax.sharding import LocalAttention
+from digseg_jax.segmentation.text_bank import PromptBank, encode_prompts, with_sentence_token
+from digseg_jax.sharding import LocalAttention, gathered, in_slices
 from digseg_jax.weights import TextTower, load_component, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -32,19 +32,31 @@ PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # of kernels that ru
 
 @dataclasses.dataclass(frozen=True)
 class Vae:
-    """The frozen autoencoder as functions of its parameters; latents here are *scaled*."""
+    """The frozen autoencoder as functions of its parameters; latents here are *scaled*.
+
+    limit: pictures that a device takes at a time; 0: all of a batch.
+    """
 
     graphdef: nnx.GraphDef
     config: VaeConfig | TinyVaeConfig
+    limit: int = 0
 
     def encode(self, params: Params, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Posterior mean times the scaling factor (Marigold: mean, never a sample)."""
         vae = functional.merge(self.graphdef, params)
-        return vae.encode(image).mean * self.config.scaling_factor
+
+        def encode(image: Array) -> Array:
+            return vae.encode(image).mean * self.config.scaling_factor
+
+        return in_slices(encode, image, self.limit)
 
     def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         vae = functional.merge(self.graphdef, params)
-        return vae.decode(latent / self.config.scaling_factor)
+
+        def decode(latent: Array) -> Array:
+            return vae.decode(latent / self.config.scaling_factor)
+
+        return in_slices(decode, latent, self.limit)
 
 
 def compute_options(config: ModelConfig) -> dict[str, Any]:
@@ -52,6 +64,7 @@ def compute_options(config: ModelConfig) -> dict[str, Any]:
     return {
         "dtype": jnp.dtype(config.dtype),
         "conv": config.conv,
+        "weights": gathered,
         "attention": (
             LocalAttention(config.attention) if config.attention in PLATFORMS else config.attention
         ),
@@ -74,7 +87,7 @@ def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
         assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config)
     )
     graphdef, params = functional.split(model)
-    return Vae(graphdef, model.config), params
+    return Vae(graphdef, model.config, config.vae_limit), params
 
 
 def load_tower(config: ModelConfig) -> TextTower:
@@ -82,13 +95,19 @@ def load_tower(config: ModelConfig) -> TextTower:
     return load_text_tower(assets.resolve(config.text), skip_layers=config.text_skip_layers)
 
 
-def encode_bank(tower: TextTower, prompts: Sequence[str], max_tokens: int) -> PromptBank:
-    """Raises UserError for an empty prompt or one of too many tokens, or for too large a length."""
-    if max_tokens > tower.max_length:
+def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -> PromptBank:
+    """The prompts' tokens, with a sentence token behind them if the configuration wants one.
+
+    Raises:
+      UserError: an empty prompt or one of too many tokens, or too large a length.
+    """
+    length = config.max_tokens
+    if length > tower.max_length:
         raise UserError(
-            f"config.model.max_tokens={max_tokens}: at most {tower.max_length} for this text tower"
+            f"config.model.max_tokens={length}: at most {tower.max_length} for this text tower"
         )
-    return encode_prompts(tower.graphdef, tower.params, tower.tokenizer, prompts, max_length=max_tokens)
+    bank = encode_prompts(tower.graphdef, tower.params, tower.tokenizer, prompts, max_length=length)
+    return with_sentence_token(bank) if config.sentence_token else bank
 
 
 def bank_arrays(bank: PromptBank) -> Params:
