@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small autoencoder that the land-cover models work in: images and binary masks, factor 8.
+"""The small autoencoder that the land-cover models work in: images and binary masks, factor 4.
 
 Made once and shipped as digseg_jax/assets/vae. Training imagery: training blocks only.
 """
@@ -15,10 +15,15 @@ def get_config():
     config.data.negative_rate = 0.05
     config.data.repeat_threshold = 0.3
     config.data.train_label_sets = ("groups", "igbp")
-    config.optim.learning_rate = 2e-3
+    config.model.vae_arch.block_out_channels = (16, 32, 64)
+    config.model.vae_arch.norm_num_groups = 2  # eight channels and more in a group, for carry_colors
+    config.model.vae_arch.carry_colors = True
+    config.model.vae_arch.color_weight = 4.0
+    config.optim.learning_rate = 2e-4  # five times as much tears the colour path up
+    config.optim.b2 = 0.999
     config.optim.warmup_steps = 100
-    config.optim.ema_decay = 0.99
-    config.train.steps = 2200
+    config.optim.ema_decay = 0.995
+    config.train.steps = 1800
     config.train.batch_size = 8
     config.checkpoint.every = 400
     return config

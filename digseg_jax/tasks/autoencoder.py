@@ -12,6 +12,7 @@ from digseg_jax.arraytypes import Array, Batch, Float, Params
 from digseg_jax.config import Config
 from digseg_jax.models import functional
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.models.vae_start import carry_colors
 from digseg_jax.segmentation.codecs import encode_binary
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.weights import save_component
@@ -25,7 +26,7 @@ class AutoencoderTask:
     def __init__(self, config: Config):
         arch = config.model.vae_arch
         self.seed, self.kl_weight = config.seed, arch.kl_weight
-        self.color_weight = arch.color_weight
+        self.color_weight, self.carry_colors = arch.color_weight, arch.carry_colors
         self.config = VaeConfig(
             block_out_channels=arch.block_out_channels,
             layers_per_block=arch.layers_per_block,
@@ -45,7 +46,8 @@ class AutoencoderTask:
         self.frozen: Params = {}
 
     def initial(self) -> Params:
-        return functional.random_init(self.abstract, self.seed)
+        params = functional.random_init(self.abstract, self.seed)
+        return carry_colors(params, self.config) if self.carry_colors else params
 
     def loss(
         self,
