@@ -15,13 +15,17 @@ def get_config():
     config = default()
     config.data.repeat_threshold = 0.3
     config.data.text_noise = 0.2
+    config.data.word_dropout = 0.5
     config.data.negative_rate = 0.25
     config.diffusion.terminal_fraction = 0.7
+    config.diffusion.mask_loss_weight = 0.2
     config.optim.learning_rate = 1e-3
-    config.optim.ema_decay = 0.998
-    config.train.steps = 2600
+    config.optim.ema_decay = 0.999
+    config.train.steps = 12_000
     config.train.batch_size = 8
-    config.checkpoint.every = 200
+    config.train.eval_every = 1_500
+    config.checkpoint.every = 500
+    config.checkpoint.keep_every = 3_000
     config.eval.ensemble = 2
     config.eval.steps = 2
     return config

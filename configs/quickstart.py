@@ -11,6 +11,7 @@ def get_config():
     config = default()
     config.data.repeat_threshold = 0.3
     config.data.text_noise = 0.2
+    config.data.word_dropout = 0.5
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.99
     config.train.steps = 500

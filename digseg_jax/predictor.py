@@ -162,7 +162,7 @@ class Predictor:
         """The autoencoder and the encoded texts; every text is encoded once."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._texts]
         for chunk, real in query_chunks(missing, QUERY_BUCKETS[-1]):
-            bank = encode_bank(self.task.tower, chunk, self.task.config.model.max_tokens)
+            bank = encode_bank(self.task.tower, chunk, self.task.config.model)
             tokens, mask = np.asarray(bank.tokens), np.asarray(bank.mask)
             self._texts |= {p: (tokens[i], mask[i]) for i, p in enumerate(chunk[:real])}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[p] for p in prompts), strict=True))

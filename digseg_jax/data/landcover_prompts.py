@@ -12,7 +12,17 @@ from digseg_jax.data.landcover import GROUPS, IGBP
 # the first prompt of a class is its trained name; all of them are drawn evenly in training
 GROUP_PROMPTS = {
     "water": ("water", "sea", "lake", "open water", "sea water", "body of water"),
-    "forest": ("forest", "trees", "rainforest", "tree cover", "taiga", "jungle", "the woods"),
+    "forest": (
+        "forest",
+        "trees",
+        "rainforest",
+        "tree cover",
+        "taiga",
+        "jungle",
+        "the woods",
+        "wooded area",
+        "forested area",
+    ),
     "shrub and grass": (
         "shrub and grass",
         "grassland",
@@ -30,9 +40,22 @@ GROUP_PROMPTS = {
         "arable land",
         "cultivated fields",
         "plantations",
+        "agricultural land",
+        "cultivated land",
+        "crop fields",
     ),
     "wetland": ("wetland", "swamp", "marsh", "bog", "flooded land"),
-    "urban": ("urban", "urban area", "town", "built-up land", "buildings", "metropolis"),
+    "urban": (
+        "urban",
+        "urban area",
+        "town",
+        "built-up land",
+        "buildings",
+        "metropolis",
+        "urban district",
+        "downtown",
+        "suburb",
+    ),
     "snow and ice": ("snow and ice", "snow", "ice", "glacier", "ice cap", "snow cover"),
     "barren": (
         "barren",

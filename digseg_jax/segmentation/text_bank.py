@@ -68,6 +68,21 @@ def encode_prompts(
     return PromptBank(tuple(prompts), jnp.concatenate(parts), jnp.asarray(mask))
 
 
+def with_sentence_token(bank: PromptBank) -> PromptBank:
+    """The bank with one more token at the end: the mean of a prompt's real tokens.
+
+    That mean is what sentence encoders are trained to compare; single words' states are not.
+    """
+    weight = bank.mask[..., None].astype(bank.tokens.dtype)
+    mean = (bank.tokens * weight).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
+    here = jnp.ones((len(bank.mask), 1), bool)
+    return PromptBank(
+        bank.prompts,
+        jnp.concatenate([bank.tokens, mean], axis=1),
+        jnp.concatenate([bank.mask, here], axis=1),
+    )
+
+
 @partial(jax.jit, static_argnums=0)
 def _last_hidden_state(
     graphdef: nnx.GraphDef, params: Params, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]

@@ -39,7 +39,7 @@ class PriorTask:
         self.prompts = tuple(captions())
         self.frozen: Params = {
             "vae": vae_params,
-            "bank": bank_arrays(encode_bank(tower, self.prompts, model.max_tokens)),
+            "bank": bank_arrays(encode_bank(tower, self.prompts, model)),
         }
         levels = len(arch.block_out_channels)
         self.unet_config = UNetConfig(

@@ -75,7 +75,7 @@ class SegmentationTask:
         self.prompts = tuple(prompts)
         self.frozen: Params = {
             "vae": vae_params,
-            "bank": bank_arrays(encode_bank(self.tower, prompts, model.max_tokens)),
+            "bank": bank_arrays(encode_bank(self.tower, prompts, model)),
         }
         stored: UNetConfig = load_config(assets.resolve(model.unet))
         self.unet_config = dataclasses.replace(
@@ -176,11 +176,15 @@ class SegmentationTask:
         image, label = to_unit(batch["image"]), batch["label"]
         query = self._bank_rows(batch)
         b, q = query.shape
-        masks = self._targets(batch).reshape(b * q, *image.shape[1:])
-        latents = self.vae.encode(frozen["vae"], jnp.concatenate([image, masks]))
-        image_latent = jnp.repeat(latents[:b], q, axis=0)
-        x0 = latents[b:]
-        noise_keys, text_keys = self._query_keys(keys, q)
+        masks = self._targets(batch)
+        # beside its masks, so that no device hands a picture to another
+        pictures = jnp.concatenate([image[:, None], masks], axis=1)
+        latents = self.vae.encode(frozen["vae"], pictures.reshape(-1, *image.shape[1:]))
+        latents = latents.reshape(b, 1 + q, *latents.shape[1:])
+        image_latent = jnp.repeat(latents[:, 0], q, axis=0)
+        x0 = latents[:, 1:].reshape(b * q, *latents.shape[2:])
+        masks = masks.reshape(b * q, *image.shape[1:])
+        noise_keys, text_keys, word_keys = self._query_keys(keys, q)
         noise, t = draw_noise_and_timestep(
             noise_keys, x0.shape[1:], self.config.diffusion, self.schedule
         )
@@ -194,7 +198,7 @@ class SegmentationTask:
             jnp.concatenate([image_latent, noisy], axis=-1),
             t,
             self._noisy_text(frozen["bank"]["tokens"][query], text_keys, every),
-            frozen["bank"]["mask"][query],
+            self._fewer_words(frozen["bank"]["mask"][query], word_keys),
         )
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), q, axis=0)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
@@ -225,11 +229,10 @@ class SegmentationTask:
         cells = queries * latent_validity(whole["label"], self.vae.config.factor).sum()
         return jnp.maximum(cells, 1) * (valid.shape[0] / (images * queries))
 
-    def _query_keys(self, keys: Array, q: int) -> tuple[Array, Array]:
-        """Two independent keys for each (example, query), flattened to [b * q]."""
-        pairs = jax.vmap(lambda key: jax.random.split(key, (q, 2)))(keys)
-        pairs = pairs.reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+    def _query_keys(self, keys: Array, q: int) -> tuple[Array, Array, Array]:
+        """Three independent keys for each (example, query), flattened to [b * q]."""
+        triples = jax.vmap(lambda key: jax.random.split(key, (q, 3)))(keys).reshape(-1, 3)
+        return triples[:, 0], triples[:, 1], triples[:, 2]
 
     def _noisy_text(
         self, tokens: Float[Array, "n l d"], keys: Array, every: Float[Array, "m l d"] | None = None
@@ -244,6 +247,14 @@ class SegmentationTask:
         draws = jax.vmap(lambda key: jax.random.normal(key, tokens.shape[1:]))(keys)
         deviation = (tokens if every is None else every).std()
         return tokens + scale * deviation * draws
+
+    def _fewer_words(self, mask: Bool[Array, "n l"], keys: Array) -> Bool[Array, "n l"]:
+        """Leaves some queries nothing but the sentence token, which is the last one."""
+        rate = self.config.data.word_dropout
+        if not rate:
+            return mask
+        draws = jax.vmap(jax.random.uniform)(keys)
+        return mask.at[:, :-1].set(mask[:, :-1] & (draws >= rate)[:, None])
 
     def evidence(
         self,
