@@ -9,13 +9,13 @@ command line's overrides) into a `Config`, or says which key is wrong and what i
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
 
+from digseg_jax.config_rules import check_combinations
 from digseg_jax.errors import UserError, nearest
 
 
@@ -59,11 +59,12 @@ class DataConfig:
     root: str = ""
     label_set: str = legal("groups", "igbp")  # what evaluation and its queries use
     train_label_sets: tuple[str, ...] = ("groups",)  # where training draws its queries from
-    image_size: int = 128  # pixels; a side of the square training crop
+    image_size: int = 64  # pixels; a side of the square training crop
     num_queries: int = 2  # queries per image in training
     negative_rate: float = 0.15  # share of queries whose class is absent from the crop
     repeat_threshold: float = 0.0  # repeat-factor sampling of rare classes' tiles; 0: off
     text_noise: float = 0.0  # deviation of noise on text tokens in training, in token deviations
+    word_dropout: float = 0.0  # share of training queries that show the sentence token alone
     workers: int = 0  # grain worker processes; 0: threads of this process
     # the rest is for every data set but the land cover
     train_split: str = ""  # empty: the data set's own
@@ -88,6 +89,7 @@ class VaeArch:
     mid_block_add_attention: bool = False
     kl_weight: float = 5e-4
     color_weight: float = 0.0  # of the error of each latent cell's mean colour; 0: off
+    carry_colors: bool = False  # start with a path that carries colours exactly (models/vae_start.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +114,15 @@ class ModelConfig:
     text: str = "minilm"  # minilm (pip package), a folder, a hub id, or a name of digseg_jax.known
     text_skip_layers: int = 0  # last layers of a CLIP tower to leave out; 1: the penultimate's output
     max_tokens: int = 16  # text length after padding
+    # one more token, the mean of a prompt's own: neighbours of a name mean the same to it (ours)
+    sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
     conv: str = legal("xla", "im2col")
     # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU. Equal in result
     attention: str = legal("plain", "chunked", "splash", "cudnn")
     remat: str = legal("none", "block", "attention", "dots")  # of training; see models/remat.py
+    vae_limit: int = 0  # pictures that the autoencoder takes at a time on a device; 0: all of a batch
     vae_arch: VaeArch = VaeArch()
     unet_arch: UnetArch = UnetArch()
 
@@ -218,6 +223,17 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """What --mode=compile compiles."""
+
+    program: str = legal("train", "eval")  # the train step, or one batch of the evaluation
+    unet_only: bool = False  # train: the U-Net's step on given latents and tokens, nothing else
+    per_device_batch: int = 0  # images a device; 0: what train.batch_size or eval.batch_size gives
+    eval_queries: int = 16  # eval: queries an image
+    advice: bool = True  # over budget: trace the step with other settings, to say what would fit
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     task: str = legal("segmentation", "prior", "autoencoder")
     seed: int = 0
@@ -231,6 +247,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    compile: CompileConfig = CompileConfig()
 
 
 def default() -> ml_collections.ConfigDict:
@@ -247,7 +264,7 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
     config = _build(Config, values, "config")
-    _check_combinations(config)
+    check_combinations(config)
     return config
 
 
@@ -327,143 +344,3 @@ def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
         names = [*allowed, *(f"{prefix}NAME" for prefix in prefixes)]
         raise UserError(f"{path}={value!r}: legal values are {', '.join(names)}")
     return value
-
-
-def _check_combinations(c: Config) -> None:
-    positive = {
-        "train.batch_size": c.train.batch_size,
-        "train.accumulation": c.train.accumulation,
-        "train.log_every": c.train.log_every,
-        "checkpoint.every": c.checkpoint.every,
-        "checkpoint.keep": c.checkpoint.keep,
-        "eval.ensemble": c.eval.ensemble,
-        "eval.steps": c.eval.steps,
-        "eval.batch_size": c.eval.batch_size,
-        "eval.gate_limit": c.eval.gate_limit,
-        "data.num_queries": c.data.num_queries,
-        "data.image_size": c.data.image_size,
-        "model.max_tokens": c.model.max_tokens,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UserError(f"config.{key}={value}: must be at least 1")
-    if c.checkpoint.best and not c.train.eval_every:
-        raise UserError(
-            f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
-            "measures it while training"
-        )
-    if c.checkpoint.timeout <= 0:
-        raise UserError(f"config.checkpoint.timeout={c.checkpoint.timeout}: must be positive")
-    for key in (
-        "train.steps",
-        "train.eval_every",
-        "checkpoint.keep_every",
-        "optim.warmup_steps",
-        "eval.num_images",
-        "model.text_skip_layers",
-    ):
-        section, name = key.split(".")
-        if getattr(getattr(c, section), name) < 0:
-            raise UserError(f"config.{key}: must not be negative")
-    if c.eval.split == "val" and c.eval.calibrate:
-        raise UserError(
-            "config.eval.split='val' with config.eval.calibrate=True would fit the calibration on the "
-            "tiles that it scores: set config.eval.calibrate=False, or the split to test"
-        )
-    if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
-        raise UserError(
-            "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
-            "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
-        )
-    if not 0.0 <= c.optim.ema_decay < 1.0:
-        raise UserError(f"config.optim.ema_decay={c.optim.ema_decay}: legal range [0, 1)")
-    if c.train.profile and not (
-        len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
-    ):
-        raise UserError(
-            f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
-        )
-    for pattern in c.optim.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
-            ) from error
-    if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
-        raise UserError(
-            "config.model.attention='cudnn' takes 16-bit activations only: set "
-            "config.model.dtype='bfloat16', or attention to plain or chunked"
-        )
-    if c.diffusion.mask_loss_weight and c.segmentation.codec != "binary":
-        raise UserError(
-            f"config.diffusion.mask_loss_weight={c.diffusion.mask_loss_weight}: only with "
-            f"config.segmentation.codec='binary', not {c.segmentation.codec!r}"
-        )
-    if c.eval.steps > c.diffusion.num_train_timesteps:
-        raise UserError(
-            f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
-            f"{c.diffusion.num_train_timesteps}"
-        )
-    _check_estep_table(c)
-    _check_codec(c)
-    _check_crops(c.data)
-    if not 0.0 <= c.data.negative_rate < 1.0:
-        raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
-    for name in c.data.train_label_sets:
-        if name not in ("groups", "igbp"):
-            raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
-    if not c.data.train_label_sets:
-        raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
-
-
-def _check_codec(c: Config) -> None:
-    if c.segmentation.codec != "palette":
-        return
-    if c.eval.decoder == "probe":
-        raise UserError(
-            "config.eval.decoder='probe' reads binary masks; with config.segmentation.codec='palette' "
-            "choose vae or latent_mean"
-        )
-    if c.data.mixture:
-        raise UserError(
-            "config.data.mixture: a palette has the colours of one class list; with "
-            "config.segmentation.codec='palette' train on one data set"
-        )
-    if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
-        raise UserError(
-            f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
-            f"label set; with config.segmentation.codec='palette' it must be ('{c.data.label_set}',)"
-        )
-
-
-def _check_crops(data: DataConfig) -> None:
-    shares = ("hard_negative_rate", "class_share_cap", "flip", "jitter")
-    for key in shares:
-        if not 0.0 <= getattr(data, key) <= 1.0:
-            raise UserError(f"config.data.{key}={getattr(data, key)}: legal range [0, 1]")
-    if not 0.0 < data.scale_min <= data.scale_max:
-        raise UserError(
-            f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: "
-            "must be above 0, and the minimum at most the maximum"
-        )
-    for template in data.templates:
-        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
-            raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")
-    for part in data.mixture:
-        if part.weight <= 0:
-            raise UserError(f"config.data.mixture: weight {part.weight} of {part.name!r}; above 0")
-
-
-def _check_estep_table(c: Config) -> None:
-    """Now rather than after the training, when the table is made."""
-    if not c.eval.estep:
-        return
-    from digseg_jax.segmentation.inference import EStep  # imports JAX, which a wrong key need not
-
-    for text in c.eval.estep:
-        if EStep.parse(text).steps > c.diffusion.num_train_timesteps:
-            raise UserError(
-                f"config.eval.estep: {text!r} has more steps than config.diffusion."
-                f"num_train_timesteps={c.diffusion.num_train_timesteps}"
-            )

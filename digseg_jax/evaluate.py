@@ -82,7 +82,7 @@ class Evaluator:
         """The encoded queries; a palette asks for all classes with one text of its own."""
         if self.task.codec == "palette":
             prompts = (PALETTE_PROMPT,)
-        return encode_bank(self.task.tower, prompts, self.config.model.max_tokens)
+        return encode_bank(self.task.tower, prompts, self.config.model)
 
     def _frozen(self, bank: PromptBank) -> Params:
         return {"vae": self.task.frozen["vae"], "bank": bank_arrays(bank)}
@@ -133,7 +133,7 @@ class Evaluator:
         classes = examples.classes
         if self.task.codec == "binary" and len(bank.prompts) != len(classes):
             raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
-        step = self._jit(partial(self._counts, estep=estep, num_classes=len(classes)), shared=3)
+        step = self.counting(estep, len(classes))
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
         recorded = recorded or Recorded(None, "")
         shown = Shown(keep, len(examples), recorded)
@@ -174,6 +174,10 @@ class Evaluator:
             seconds,
             *shown.final(),
         )
+
+    def counting(self, estep: EStep, num_classes: int) -> Any:
+        """The jitted program of one batch: (params, frozen, fitted, batch) to its counts."""
+        return self._jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
         evidence = self._ask(params, frozen, batch, estep)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.main --config=configs/NAME.py --workdir=DIR [--mode=train|eval|predict]"""
+"""python -m digseg_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]"""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digseg_jax.config import check_key
-from digseg_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
+from digseg_jax.errors import OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.log import log, setup
 
-MODES = ("train", "eval", "predict")
+MODES = ("train", "eval", "predict", "compile")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
@@ -29,6 +29,9 @@ _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
 )
 _OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8."
+)
 _SUITE = flags.DEFINE_string(
     "eval.suite", None, "eval: tables of the paper, from the data sets under config.data.root."
 )
@@ -62,6 +65,10 @@ def run() -> None:
     from digseg_jax import config as config_lib
     from digseg_jax import cpu
 
+    if mode == "compile":
+        from digseg_jax.aot import topology
+
+        topology.prepare(_required(_TOPOLOGY.value, "topology", mode))
     cpu.tune()
     config = config_lib.parse(_CONFIG.value)
     if _ESTEP.value:
@@ -77,6 +84,13 @@ def run() -> None:
             Path(_OUT.value),
             _VOCABULARY.value,
         )
+        return
+    if mode == "compile":
+        from digseg_jax import compile as compiling
+        from digseg_jax.storage import as_path
+
+        if not compiling.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
+            _leave(OVER_BUDGET)
         return
     from digseg_jax import distributed, jobs
     from digseg_jax.storage import as_path

@@ -12,27 +12,17 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
+from digseg_jax.chips import chip_of
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
 ACTIVITIES = ("data", "checkpoint", "eval")  # the rest of the time is the step's
-# start of JAX's device kind -> dense bfloat16 FLOP/s of one device, from the vendors' data sheets
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of the longest matching entry of PEAK_FLOPS; None for a kind without one, such as a CPU."""
-    known = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    """Dense bfloat16 FLOP/s of one device; None for a kind that is not known, such as a CPU."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.flops
 
 
 def step_flops(lowered: jax.stages.Lowered, accumulation: int) -> float:

@@ -40,6 +40,12 @@ def initial_state(
     return state
 
 
+def abstract_state(params: Params, config: Config) -> TrainState:
+    """Shapes of the state of step 0, from shapes of the parameters."""
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    return jax.eval_shape(lambda p: initial_state(p, optimizer, config.optim), params)
+
+
 def averaged(state: TrainState) -> Params:
     """The parameters to evaluate and export: their moving average, or they if none is kept."""
     return state.get("ema", state["params"])

@@ -23,7 +23,7 @@ from digseg_jax.optim import check_freeze, make_optimizer
 from digseg_jax.perf import ProfilerWindow, step_flops
 from digseg_jax.preemption import PreemptionWatch
 from digseg_jax.sharding import data_share, describe_memory, infer_shardings, place, place_ahead
-from digseg_jax.step import TrainState, initial_state, make_train_step
+from digseg_jax.step import TrainState, abstract_state, initial_state, make_train_step
 from digseg_jax.storage import as_path
 from digseg_jax.tasks.base import Task
 from digseg_jax.train_log import NotFinite, TrainLog
@@ -54,7 +54,7 @@ class Trainer:
             )
         require_wandb(config.train.wandb)
         check_freeze(task.abstract, config.optim.freeze)
-        abstract = jax.eval_shape(self._initial_state, task.abstract)
+        abstract = abstract_state(task.abstract, config)
         self.state_shardings = infer_shardings(abstract, mesh)
         self.abstract_state = abstract_with_shardings(abstract, self.state_shardings)
         frozen_shardings = infer_shardings(task.frozen, mesh)

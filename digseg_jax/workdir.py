@@ -16,7 +16,7 @@ from digseg_jax.storage import AnyPath
 CONFIG_NAME = "config.json"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 # settings that do not change what was trained
-FREE_SECTIONS = ("eval", "mesh")
+FREE_SECTIONS = ("eval", "mesh", "compile")
 FREE_KEYS = (
     "train.log_every",
     "train.accumulation",
@@ -32,6 +32,7 @@ FREE_KEYS = (
     "model.conv",
     "model.attention",
     "model.remat",
+    "model.vae_limit",
 )
 
 

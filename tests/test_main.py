@@ -79,7 +79,7 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([QUICKSTART, "--mode=trian"], "value should be one of <train|eval|predict>"),
+        ([QUICKSTART, "--mode=trian"], "value should be one of <train|eval|predict|compile>"),
         (["--mode=train"], "--config must have a value"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.bench {landcover,open_vocab,prior,step,checkpoint,models,data} [--json] ..."""
+"""python -m digseg_jax.bench JOB [--json] ...: figures of ours and of a reference, from one run."""
 
 from __future__ import annotations
 
@@ -46,10 +46,16 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
     models.add_argument("--conv", choices=("xla", "im2col"), default="xla")
     models.add_argument("--attention", choices=("plain", "chunked"), default="chunked")
+    train = jobs.add_parser("train", help="time of a U-Net train step with AdamW against torch's")
+    train.add_argument("--size", choices=("full", "small"), default="full")
+    train.add_argument("--cells", type=int, default=32, help="a side of the latents; 64 needs 30 GB")
+    train.add_argument("--threads", type=int, default=2)
+    train.add_argument("--repeats", type=int, default=3, help="the best of so many steps counts")
+    train.add_argument("--attention", choices=("plain", "chunked"), default="plain")
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
-    for job in (cover, vocabulary, prior, step, checkpoint, models, data):
+    for job in (cover, vocabulary, prior, step, checkpoint, models, train, data):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -58,17 +64,36 @@ def _parser() -> argparse.ArgumentParser:
 def _models(arguments: argparse.Namespace) -> dict[str, Any]:
     from digseg_jax.bench import models
 
-    for flag in ("threads", "repeats"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag}={getattr(arguments, flag)}: must be at least 1")
+    _check_counts(arguments, "threads", "repeats")
     return models.run(
         arguments.size,
         cases=tuple(arguments.case or models.CASES),
-        passes=models.PASSES[:1] if arguments.forward_only else models.PASSES,
+        passes=models.PASSES[:1] if arguments.forward_only else models.PASSES[:2],
         threads=arguments.threads,
         repeats=arguments.repeats,
         conv=arguments.conv,
         attention=arguments.attention,
+    )
+
+
+def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    for flag in names:
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag}={getattr(arguments, flag)}: must be at least 1")
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import models
+
+    _check_counts(arguments, "threads", "repeats", "cells")
+    return models.run(
+        arguments.size,
+        cases=("unet",),
+        passes=("forward", "train_step"),
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        attention=arguments.attention,
+        cells=arguments.cells,
     )
 
 
@@ -102,6 +127,8 @@ def main() -> int:
             result = checkpoint.run(arguments.part, arguments.saves)
         elif arguments.job == "models":
             result = _models(arguments)
+        elif arguments.job == "train":
+            result = _train(arguments)
         elif arguments.job == "data":
             from digseg_jax.bench import data
 

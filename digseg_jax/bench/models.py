@@ -22,7 +22,9 @@ import numpy as np
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
-PASSES = ("forward", "forward_backward")
+PASSES = ("forward", "forward_backward", "train_step")
+# of AdamW, the same on both sides
+ADAMW = {"learning_rate": 1e-5, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 INSTALL = "pip install torch diffusers"
 
 # component -> hub class and config, per size; the full ones are Stable Diffusion 1.5's defaults
@@ -58,32 +60,35 @@ CASES = {
 }
 
 
-def inputs(case: str, size: str) -> list[np.ndarray]:
-    """Arguments of one call, channels first: the same numbers for both sides."""
+def inputs(case: str, size: str, cells: int = 0) -> list[np.ndarray]:
+    """Arguments of one call, channels first: the same numbers for both sides.
+
+    cells: a side of the U-Net's latents; 0: the size's own.
+    """
     rng = np.random.default_rng(0)
-    cells = PIXELS[size] // 8
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
     if case == "unet":
-        cells = UNET[size]["sample_size"]
+        cells = cells or UNET[size]["sample_size"]
         tokens = normal(1, 77, UNET[size]["cross_attention_dim"])
         return [normal(1, 4, cells, cells), np.full((1,), 500, np.int32), tokens]
     if case == "vae_encode":
         return [normal(1, 3, PIXELS[size], PIXELS[size])]
-    return [normal(1, 4, cells, cells)]
+    return [normal(1, 4, PIXELS[size] // 8, PIXELS[size] // 8)]
 
 
 def run(
     size: str = "full",
     *,
     cases: tuple[str, ...] = tuple(CASES),
-    passes: tuple[str, ...] = PASSES,
+    passes: tuple[str, ...] = PASSES[:2],
     threads: int = 2,
     repeats: int = 3,
     conv: str = "xla",
     attention: str = "chunked",
+    cells: int = 0,
 ) -> dict[str, Any]:
     """Times every case on both sides; `ratio` is ours divided by torch's, below 1 is faster.
 
@@ -99,6 +104,7 @@ def run(
             spec = {
                 "case": case,
                 "size": size,
+                "cells": cells,
                 "passes": passes,
                 "threads": threads,
                 "repeats": repeats,
@@ -134,4 +140,7 @@ def _compare(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> dict
             "ours": ours[name],
             "torch": theirs[name],
         }
+        if "loss" in ours[name]:  # after as many steps as were timed: did both learn the same?
+            own, other = ours[name]["loss"], theirs[name]["loss"]
+            row[name]["loss_difference"] = abs(own - other) / abs(other)
     return row | {"compile_seconds": ours["compile_seconds"]}

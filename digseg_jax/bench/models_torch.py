@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.bench.models import CASES, inputs
+from digseg_jax.bench.models import ADAMW, CASES, inputs
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -26,30 +26,52 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     name, configs = CASES[spec["case"]]
     model = getattr(diffusers, name).from_config(configs[spec["size"]])
     model.save_pretrained(spec["folder"])
-    arguments = [torch.from_numpy(x) for x in inputs(spec["case"], spec["size"])]
+    arguments = [torch.from_numpy(x) for x in inputs(spec["case"], spec["size"], spec["cells"])]
 
     def forward() -> Any:
         with torch.no_grad():
             return _call(spec["case"], model, arguments)
 
-    def forward_backward() -> None:
+    def forward_backward() -> float:
         model.zero_grad(set_to_none=True)
-        _call(spec["case"], model, arguments).square().mean().backward()
+        loss = _call(spec["case"], model, arguments).square().mean()
+        loss.backward()
+        return loss.item()
 
+    def train_step() -> float:
+        loss = forward_backward()
+        optimizer.step()
+        return loss
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=ADAMW["learning_rate"],
+        betas=(ADAMW["b1"], ADAMW["b2"]),
+        eps=ADAMW["eps"],
+        weight_decay=ADAMW["weight_decay"],
+    )
     np.save(f"{spec['folder']}/torch.npy", np.moveaxis(forward().numpy(), 1, -1))
-    functions = {"forward": forward, "forward_backward": forward_backward}
+    functions = {
+        "forward": forward,
+        "forward_backward": forward_backward,
+        "train_step": train_step,
+    }
     return {name: best(functions[name], spec["repeats"]) for name in spec["passes"]}
 
 
 def best(function: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """The fastest of `repeats` calls: seconds on the clock, and of processor time over all threads."""
-    seconds, cpu_seconds = [], []
+    """The fastest of `repeats` calls: seconds on the clock, and of processor time over all threads.
+
+    Where the function returns a number, the last one is the "loss".
+    """
+    seconds, cpu_seconds, out = [], [], None
     for _ in range(repeats):
         started, used = time.perf_counter(), time.process_time()
-        function()
+        out = function()
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - used)
-    return {"seconds": min(seconds), "cpu_seconds": min(cpu_seconds)}
+    times = {"seconds": min(seconds), "cpu_seconds": min(cpu_seconds)}
+    return times | {"loss": out} if isinstance(out, float) else times
 
 
 def _call(case: str, model: Any, arguments: list[Any]) -> Any:

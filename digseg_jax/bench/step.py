@@ -14,47 +14,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from digseg_jax import config as config_lib
+from digseg_jax.aot.shapes import Parts, ShapeTask
 from digseg_jax.arraytypes import Params
 from digseg_jax.config import Config
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.models import functional
-from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
-from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.models.unet import UNetConfig
+from digseg_jax.models.vae import VaeConfig
 from digseg_jax.optim import make_optimizer
 from digseg_jax.sharding import infer_shardings, make_mesh, place, place_batch
-from digseg_jax.step import initial_state, make_train_step
-from digseg_jax.tasks.components import Vae, compute_options, schedule_of
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.step import abstract_state, initial_state, make_train_step
 
 TOKENS, WIDTH, PROMPTS = 77, 768, 4  # CLIP ViT-L/14's
 GB = 1e9
 
 
-class RandomTask(SegmentationTask):
+class RandomTask(ShapeTask):
     """The segmentation task with Stable Diffusion 1.5's shapes and random weights: no files needed."""
 
     def __init__(self, config: Config, unet: UNetConfig, vae: VaeConfig):
-        self.config, self.schedule = config, schedule_of(config.diffusion)
-        self.codec = config.segmentation.codec
-        options = compute_options(config.model)
-        graphdef, abstract = functional.abstract(
-            lambda: AutoencoderKL(vae, rngs=functional.FixedRngs(), **options)
-        )
-        self.vae = Vae(graphdef, vae)
-        tokens = np.random.default_rng(config.seed).normal(size=(PROMPTS, TOKENS, WIDTH))
-        self.frozen: Params = {
-            "vae": functional.random_init(abstract, config.seed),
-            "bank": {"tokens": tokens.astype(np.float32), "mask": np.ones((PROMPTS, TOKENS), bool)},
+        super().__init__(config, Parts(unet, vae, WIDTH), prompts=PROMPTS)
+        bank = self.frozen["bank"]
+        tokens = np.random.default_rng(config.seed).normal(size=bank["tokens"].shape)
+        self.frozen = {
+            "vae": functional.random_init(self.frozen["vae"], config.seed),
+            "bank": {"tokens": tokens.astype(np.float32), "mask": np.ones(bank["mask"].shape, bool)},
         }
-        self.unet_config = dataclasses.replace(
-            unet, in_channels=2 * vae.latent_channels, text_adapters=True, text_dim=WIDTH
-        )
-        self.graphdef, self.abstract = functional.abstract(
-            lambda: UNet2DConditionModel(
-                self.unet_config, rngs=functional.FixedRngs(), remat=config.model.remat, **options
-            )
-        )
 
     def initial(self) -> Params:
         """Nothing starts at zero, so that one step moves every parameter."""
@@ -67,7 +53,9 @@ def configuration(size: int, dtype: str, ema: bool) -> Config:
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, image_size=size, num_queries=1),
-        model=dataclasses.replace(base.model, dtype=dtype),
+        model=dataclasses.replace(
+            base.model, dtype=dtype, max_tokens=TOKENS, sentence_token=False
+        ),
         optim=dataclasses.replace(
             base.optim,
             learning_rate=3e-5,
@@ -110,7 +98,7 @@ def run(
     def initial(params: Params) -> dict[str, Any]:
         return initial_state(params, optimizer, config.optim)
 
-    abstract = jax.eval_shape(initial, task.abstract)
+    abstract = abstract_state(task.abstract, config)
     shardings, frozen_shardings = infer_shardings((abstract, task.frozen), mesh)
     step = make_train_step(task, config, mesh, shardings, frozen_shardings)
     batch = place_batch(made_up_batch(size), mesh)

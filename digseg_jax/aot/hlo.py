@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a compiled program's text (optimised HLO): collectives, loops, large buffers.
+
+Everything is per device. A loop's body counts as often as it runs; XLA's own cost analysis counts it
+once, so `loop_corrections` tells what to add.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
+    "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
+    "f8e4m3fn": 1, "f8e5m2": 1,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# no buffers of their own
+_VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}
+_NO_TRAFFIC = _VIEWS | {"while", "conditional", "call", "partition-id", "replica-id"}
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_NAMES = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array: element type, dimensions, and its tiled layout as the text has it."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    minor_to_major: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    space: int = 0  # memory space; 0 is the device's main memory
+
+    @property
+    def bytes(self) -> float:
+        """Without padding."""
+        return math.prod(self.dims) * BYTES.get(self.dtype, 0)
+
+    @property
+    def padded_bytes(self) -> float:
+        """With the minor dimensions rounded up to whole tiles, as TPUs store them."""
+        dims = list(self.dims)
+        for size, axis in zip(reversed(self.tile), self.minor_to_major, strict=False):
+            dims[axis] = -(-dims[axis] // size) * size
+        return math.prod(dims) * BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: results (several for a tuple), operation, names of its operands."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    calls: tuple[str, ...]
+    text: str
+    root: bool
+
+    @property
+    def op_name(self) -> str:
+        """Where it comes from in the JAX program."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, and the name of the entry."""
+
+    computations: dict[str, tuple[Instruction, ...]]
+    entry: str
+
+
+def parse(text: str) -> Module:
+    """Raises ValueError if the text has no entry computation."""
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry, name, lines = "", "", []
+    for line in text.splitlines():
+        header = re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)
+        if header:
+            name, lines = header[2], []
+            entry = name if header[1] else entry
+        elif line.startswith("}") and name:
+            computations[name], name = tuple(lines), ""
+        elif name and (instruction := _instruction(line)):
+            lines.append(instruction)
+    if not entry:
+        raise ValueError("no ENTRY computation: not the text of a compiled program")
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = _INSTRUCTION.match(line)
+    if not head:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    types, rest = rest[:end], rest[end:]
+    opcode = _OPCODE.match(rest)
+    if not opcode:
+        return None
+    start = opcode.end() - 1
+    inner = rest[start : start + _closing(rest[start:])]
+    calls = [name for group in _CALLS.findall(rest) for name in _NAMES.findall(group)]
+    return Instruction(
+        head[2],
+        tuple(_shape(m) for m in _ARRAY.finditer(types)),
+        opcode[1],
+        tuple(_NAMES.findall(inner)),
+        tuple(calls),
+        rest,
+        bool(head[1]),
+    )
+
+
+def _closing(text: str) -> int:
+    """Index behind the parenthesis that closes the first one."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+def _shape(found: re.Match[str]) -> Shape:
+    dims = tuple(int(d) for d in found[2].split(",") if d)
+    order = tuple(int(d) for d in (found[3] or "").split(",") if d)
+    layout = found[4] or ""
+    tile = re.search(r"T\(([\d,]*)\)", layout)
+    space = re.search(r"S\((\d+)\)", layout)
+    return Shape(
+        found[1],
+        dims,
+        order,
+        tuple(int(d) for d in tile[1].split(",") if d) if tile else (),
+        int(space[1]) if space else 0,
+    )
+
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """How often a `while` runs: what XLA says, else the bound in its condition; 1 if unknown."""
+    said = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
+    if said:
+        return int(said[1])
+    condition = re.search(r"condition=%([\w.\-]+)", loop.text)
+    bounds = [
+        int(found[1])
+        for instruction in (module.computations[condition[1]] if condition else ())
+        if instruction.opcode == "constant"
+        and (found := re.match(r"\s*constant\((\d+)\)", instruction.text))
+    ]
+    return max(bounds, default=1)
+
+
+def walk(module: Module, *, fusions: bool) -> Iterator[tuple[Instruction, int, str]]:
+    """(instruction, how often it runs, its computation), from the entry through all that it calls.
+
+    fusions: look into fused computations too, whose intermediate results are no buffers.
+    """
+    stack = [(module.entry, 1)]
+    while stack:
+        name, times = stack.pop()
+        for instruction in module.computations.get(name, ()):
+            yield instruction, times, name
+            if instruction.opcode == "fusion" and not fusions:
+                continue
+            if instruction.opcode in COLLECTIVES or instruction.opcode in ("reduce", "scatter", "sort"):
+                continue  # what they call is one addition
+            inner = times * (trip_count(module, instruction) if instruction.opcode == "while" else 1)
+            stack += [(called, inner) for called in instruction.calls]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of a kind: how many run in a step, and the bytes that a device receives."""
+
+    count: int
+    bytes: float
+
+
+def collectives(module: Module, devices: int) -> dict[str, Collective]:
+    """By kind. The received bytes of a ring over n devices are (n-1)/n of the whole array, twice that
+    for an all-reduce; XLA's fused reduce-scatters, written as all-reduce and slice, count as such."""
+    counts: collections.Counter[str] = collections.Counter()
+    received: collections.Counter[str] = collections.Counter()
+    for instruction, times, where in walk(module, fusions=True):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        if kind == "all-reduce" and "all-reduce-scatter" in where:
+            kind = "reduce-scatter"
+        n = _group_size(instruction, devices)
+        counts[kind] += times
+        received[kind] += times * _received(kind, instruction, module.computations[where], n)
+    return {kind: Collective(counts[kind], received[kind]) for kind in sorted(counts)}
+
+
+def _received(
+    kind: str, instruction: Instruction, computation: tuple[Instruction, ...], n: int
+) -> float:
+    own = {i.name: i for i in computation}
+    inputs = sum(s.bytes for o in instruction.operands if o in own for s in own[o].shapes)
+    # an asynchronous start returns its inputs beside its results
+    results = sum(
+        s.bytes for s in instruction.shapes if s.dtype != "u32" or kind != "collective-permute"
+    )
+    if instruction.opcode.endswith("-start") and len(instruction.shapes) > 1:
+        results -= inputs
+    whole = max(inputs, results)
+    share = (n - 1) / n
+    if kind == "all-reduce":
+        return 2 * share * inputs
+    return inputs if kind == "collective-permute" else share * whole
+
+
+def _group_size(instruction: Instruction, devices: int) -> int:
+    """Devices that take part together."""
+    text = instruction.text
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
+    if mesh:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    if listed:
+        return listed[1].count(",") + 1
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
+    return int(iota[1]) if iota else devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """Results of one kind: bytes of one of them as stored, how many, and the operation behind them."""
+
+    bytes: float
+    count: int
+    shape: str
+    opcode: str
+    op_name: str
+
+
+def largest_buffers(module: Module, most: int = 12) -> list[Buffer]:
+    """Results in main memory outside of fusions, largest first; equal ones together.
+
+    They need not live at the same time; those of one kind often do, as saved activations.
+    """
+    groups: collections.Counter[tuple[float, str, str, str]] = collections.Counter()
+    for instruction, _, _ in walk(module, fusions=False):
+        if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith(("-start", "-done")):
+            continue  # the halves of asynchronous copies share buffers with what they copy
+        for shape in instruction.shapes:
+            if shape.space == 0 and shape.bytes:
+                text = f"{shape.dtype}[{','.join(map(str, shape.dims))}]"
+                groups[shape.padded_bytes, text, instruction.opcode, instruction.op_name] += 1
+    ranked = sorted(groups.items(), key=lambda item: -item[0][0])[:most]
+    return [Buffer(size, count, shape, op, name) for (size, shape, op, name), count in ranked]
+
+
+def loop_corrections(module: Module) -> tuple[float, float]:
+    """(FLOPs, bytes) of loop bodies beyond their first run, which XLA's cost analysis leaves out."""
+    flops = moved = 0.0
+    for instruction, times, where in walk(module, fusions=True):
+        if times > 1 and instruction.opcode in ("convolution", "dot"):
+            flops += (times - 1) * _product_flops(instruction, module.computations[where])
+    for instruction, times, where in walk(module, fusions=False):
+        if times > 1 and instruction.opcode not in _NO_TRAFFIC:
+            moved += (times - 1) * _traffic(instruction, module.computations[where])
+    return flops, moved
+
+
+def _traffic(instruction: Instruction, computation: tuple[Instruction, ...]) -> float:
+    """Bytes of inputs and results; only the slice counts where one is cut out or put in."""
+    own = {i.name: i for i in computation}
+    results = sum(s.bytes for s in instruction.shapes)
+    inputs = [sum(s.bytes for s in own[o].shapes) for o in instruction.operands if o in own]
+    if "dynamic-slice" in instruction.name or "dynamic_slice" in instruction.op_name:
+        return 2 * results
+    if "dynamic-update-slice" in instruction.name or "dynamic_update_slice" in instruction.op_name:
+        return 2 * (sum(inputs) - max(inputs, default=0.0))
+    return results + sum(inputs)
+
+
+def _product_flops(instruction: Instruction, computation: tuple[Instruction, ...]) -> float:
+    own = {i.name: i for i in computation}
+    if len(instruction.operands) < 2 or any(o not in own for o in instruction.operands[:2]):
+        return 0.0
+    out = math.prod(instruction.shapes[0].dims)
+    left, right = (own[o].shapes[0].dims for o in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+        contracted = [left[int(a)] for a in axes[1].split(",") if a] if axes else []
+        return 2.0 * out * math.prod(contracted)
+    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)
+    if not labels:
+        return 0.0
+    kernel = [size for size, label in zip(right, labels[1], strict=True) if label != "o"]
+    return 2.0 * out * math.prod(kernel)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's programs, lowered from shapes alone: the train step, the U-Net's share, an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from digseg_jax.aot import shapes
+from digseg_jax.aot.shapes import Parts, ShapeTask, UNetTask
+from digseg_jax.arraytypes import Batch
+from digseg_jax.config import Config, MeshConfig
+from digseg_jax.data.vocabulary import num_classes
+from digseg_jax.errors import UserError
+from digseg_jax.evaluate import Evaluator
+from digseg_jax.models import functional
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.sharding import infer_shardings, make_mesh
+from digseg_jax.step import abstract_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program ready to be compiled.
+
+    Attributes:
+        name: train, unet or eval.
+        lowered: for the mesh.
+        images: of one call, on all devices.
+        queries: masks of one call, on all devices.
+    """
+
+    name: str
+    lowered: jax.stages.Lowered
+    images: int
+    queries: int
+
+
+def lower(config: Config, parts: Parts, mesh: Mesh) -> Program:
+    """What `config.compile` asks for.
+
+    Raises:
+      UserError: a batch that the devices do not divide.
+    """
+    if config.compile.program == "eval":
+        return _evaluation(config, parts, mesh)
+    images = train_images(config, mesh)
+    task, batch = train_task(config, parts, images)
+    lowered = lower_step(config, task, batch, mesh)
+    if config.compile.unet_only:
+        return Program("unet", lowered, images, images)
+    return Program("train", lowered, images, images * config.data.num_queries)
+
+
+def shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def train_images(config: Config, mesh: Mesh) -> int:
+    """Images of a step, on all devices.
+
+    Raises:
+      UserError: they do not divide.
+    """
+    key, images = "config.train.batch_size", config.train.batch_size
+    if config.compile.per_device_batch:
+        images = config.compile.per_device_batch * shards(mesh)
+        key = f"config.compile.per_device_batch={config.compile.per_device_batch} makes a batch"
+    parts = shards(mesh) * config.train.accumulation
+    if images % parts:
+        raise UserError(
+            f"{key}={images}: must be a multiple of {parts}: {shards(mesh)} devices along "
+            f"config.mesh.data and fsdp, times config.train.accumulation={config.train.accumulation}"
+        )
+    return images
+
+
+def train_task(config: Config, parts: Parts, images: int) -> tuple[ShapeTask | UNetTask, Batch]:
+    """The task and the shapes of its batch."""
+    if config.compile.unet_only:
+        return UNetTask(config, parts), shapes.unet_batch(config, parts, images)
+    return ShapeTask(config, parts), shapes.train_batch(config, images)
+
+
+def lower_step(
+    config: Config, task: ShapeTask | UNetTask, batch: Batch, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The very step that `Trainer` runs."""
+    state = abstract_state(task.abstract, config)
+    state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
+    step = make_train_step(task, config, mesh, state_shardings, frozen_shardings)
+    return step.trace(state, task.frozen, batch).lower(lowering_platforms=_platforms(mesh))
+
+
+def _platforms(mesh: Mesh) -> tuple[str, ...]:
+    return (mesh.devices.flat[0].platform,)
+
+
+def _evaluation(config: Config, parts: Parts, mesh: Mesh) -> Program:
+    """One batch of the evaluation: E members x S steps of every query, decoded and counted."""
+    queries, per_device = config.compile.eval_queries, config.compile.per_device_batch
+    images = per_device * shards(mesh) if per_device else config.eval.batch_size
+    if images % shards(mesh):
+        raise UserError(
+            f"config.eval.batch_size={images}: must be a multiple of {shards(mesh)} devices, or set "
+            "config.compile.per_device_batch"
+        )
+    palette = config.segmentation.codec == "palette"
+    task = ShapeTask(config, parts, prompts=1 if palette else queries)
+    classes = num_classes(config.data) if palette else queries
+    estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    step = Evaluator(config, task, mesh).counting(estep, classes)
+    params = _placed(task.abstract, infer_shardings(task.abstract, mesh))
+    fitted = {
+        "scale": jax.ShapeDtypeStruct((), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((classes,), jnp.float32),
+    }
+    batch = shapes.eval_batch(config, images)
+    traced = step.trace(params, task.frozen, fitted, batch)
+    lowered = traced.lower(lowering_platforms=_platforms(mesh))
+    return Program("eval", lowered, images, images * queries)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def model_flops(config: Config, parts: Parts, images: int) -> float:
+    """FLOPs of the train step on `images` without anything computed twice or in a loop.
+
+    By XLA's count of the program before optimisation, with plain attention and without
+    rematerialisation: what a model-FLOPs utilisation refers to.
+    """
+    plain = dataclasses.replace(config.model, attention="plain", remat="none", conv="xla")
+    train = dataclasses.replace(config.train, accumulation=1)
+    config = dataclasses.replace(config, model=plain, train=train, mesh=MeshConfig())
+    mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])
+    task, batch = train_task(config, parts, images)
+    cost = lower_step(config, task, batch, mesh).cost_analysis() or {}
+    return float(cost.get("flops", 0.0))
+
+
+def kept_bytes(config: Config, parts: Parts) -> float:
+    """Bytes an image that the forward pass keeps for the backward pass, as the program is written.
+
+    Traced, not compiled: the growth from one image to two. XLA may keep less, or other dtypes.
+    """
+
+    def residuals(images: int) -> int:
+        task, batch = train_task(config, parts, images)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+
+        def pullback(params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
+            return jax.vjp(lambda p: task.loss(p, frozen, batch, keys)[0], params)[1]
+
+        kept = jax.eval_shape(pullback, task.abstract, task.frozen, batch, keys)
+        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(kept))
+
+    return residuals(2) - residuals(1)
+
+
+def count(params: Any) -> int:
+    """Number of parameters."""
+    return sum(int(np.prod(x.shape)) for x in functional.flatten(params).values())

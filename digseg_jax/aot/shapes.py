@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks and batches without values: only shapes, so that nothing is downloaded, read or computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from digseg_jax import assets, known
+from digseg_jax.arraytypes import Array, Batch, Params
+from digseg_jax.config import Config, ModelConfig
+from digseg_jax.data.opening import parts_of, spec_of
+from digseg_jax.data.vocabulary import bank_prompts
+from digseg_jax.models import functional
+from digseg_jax.models.autoencoder_tiny import TinyVaeConfig
+from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
+from digseg_jax.models.vae import VaeConfig
+from digseg_jax.segmentation.latent_probe import LatentProbe
+from digseg_jax.segmentation.palette import Palette
+from digseg_jax.tasks.components import Vae, compute_options, schedule_of
+from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.weights import load_config
+from digseg_jax.weights.registry import component_of_config
+from digseg_jax.weights.text_tower import TEXT_CLASSES
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The architecture of a segmentation model."""
+
+    unet: UNetConfig
+    vae: VaeConfig | TinyVaeConfig
+    text_width: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Parts:
+        """From the table of known repositories where it has them, else from each `config.json`.
+
+        Raises:
+          UserError: a component that is neither known nor there.
+        """
+        return cls(_unet(model.unet), _vae(model.vae), _text_width(model.text))
+
+
+def _unet(spec: str) -> UNetConfig:
+    repository = known.find(spec)
+    if repository is None:
+        return load_config(assets.resolve(spec), expect="UNet2DConditionModel")
+    return UNetConfig(**repository.unet)
+
+
+def _vae(spec: str) -> VaeConfig | TinyVaeConfig:
+    repository = known.find(spec)
+    if repository is None:
+        return load_config(assets.resolve(spec), expect=("AutoencoderKL", "AutoencoderTiny"))
+    return TinyVaeConfig() if repository.name == "taesd" else VaeConfig()
+
+
+def _text_width(spec: str) -> int:
+    repository = known.find("all-minilm-l6-v2" if spec == "minilm" else spec)
+    if repository is None or not repository.text_width:
+        return load_config(assets.resolve(spec), expect=TEXT_CLASSES).hidden_size
+    return repository.text_width
+
+
+class ShapeTask(SegmentationTask):
+    """The segmentation task, its programs the real ones, its frozen parts `jax.ShapeDtypeStruct`s."""
+
+    def __init__(self, config: Config, parts: Parts, prompts: int | None = None):
+        model = config.model
+        self.config, self.schedule = config, schedule_of(config.diffusion)
+        self.codec = config.segmentation.codec
+        options = compute_options(model)
+        autoencoder = component_of_config(parts.vae).model_class
+        graphdef, abstract = functional.abstract(
+            lambda: autoencoder(parts.vae, rngs=functional.FixedRngs(), **options)
+        )
+        self.vae = Vae(graphdef, parts.vae, model.vae_limit)
+        if prompts is None:
+            prompts = 1 if self.codec == "palette" else len(bank_prompts(config.data))
+        self.frozen: Params = {"vae": abstract, "bank": bank_shapes(prompts, model, parts)}
+        self.unet_config = dataclasses.replace(
+            parts.unet,
+            in_channels=2 * parts.vae.latent_channels,
+            text_adapters=model.text_adapters,
+            text_dim=parts.text_width,
+        )
+        self.graphdef, self.abstract = functional.abstract(
+            lambda: UNet2DConditionModel(
+                self.unet_config, rngs=functional.FixedRngs(), remat=model.remat, **options
+            )
+        )
+
+    @functools.cached_property
+    def palette(self) -> Palette:
+        """Colours are constants of the program, whatever they are."""
+        table = np.zeros((self._num_classes(), 3), np.float32)
+        return Palette(table, table, 1.0)
+
+    @functools.cached_property
+    def probe(self) -> LatentProbe:
+        return LatentProbe(np.zeros(self.vae.config.latent_channels, np.float32), 0.0, 1.0)
+
+
+class UNetTask:
+    """The U-Net's share of training alone: latents, tokens and targets come with the batch.
+
+    The work that other trainers of Stable Diffusion report, for comparisons.
+    """
+
+    def __init__(self, config: Config, parts: Parts):
+        segmentation = ShapeTask(config, parts, prompts=1)
+        self.frozen: Params = {}
+        self.graphdef, self.abstract = segmentation.graphdef, segmentation.abstract
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, keys: Array, whole: Batch | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        unet = functional.merge(self.graphdef, params)
+        prediction = unet(batch["latent"], batch["timestep"], batch["tokens"])
+        return jnp.square(prediction - batch["target"]).mean(), {}
+
+
+def bank_shapes(prompts: int, model: ModelConfig, parts: Parts) -> Params:
+    """A bank of encoded prompts."""
+    length = model.max_tokens + int(model.sentence_token)
+    return {
+        "tokens": jax.ShapeDtypeStruct((prompts, length, parts.text_width), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((prompts, length), jnp.bool_),
+    }
+
+
+def train_batch(config: Config, images: int) -> Batch:
+    """What the stream of `config.data` hands to the train step."""
+    data = config.data
+    square, queries = (images, data.image_size, data.image_size), (images, data.num_queries)
+    batch = {
+        "image": _int(np.uint8, *square, 3),
+        "label": _int(np.int32, *square),
+        "query": _int(np.int32, *queries),
+        "query_class": _int(np.int32, *queries),
+        "index": _int(np.uint32, images),
+    }
+    if data.name != "landcover":
+        specs = [spec_of(part) for part in parts_of(data)]
+        covered = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
+        batch["query_kind"] = _int(np.int32, *queries)
+        if covered > 1:
+            batch["query_class"] = _int(np.int32, *queries, covered)
+    return batch
+
+
+def unet_batch(config: Config, parts: Parts, images: int) -> Batch:
+    """One latent for each image, as `UNetTask` takes them."""
+    side, channels = config.data.image_size // parts.vae.factor, parts.vae.latent_channels
+    tokens = bank_shapes(images, config.model, parts)["tokens"]
+    return {
+        "latent": jax.ShapeDtypeStruct((images, side, side, 2 * channels), jnp.float32),
+        "target": jax.ShapeDtypeStruct((images, side, side, channels), jnp.float32),
+        "timestep": _int(np.int32, images),
+        "tokens": tokens,
+        "index": _int(np.uint32, images),
+    }
+
+
+def eval_batch(config: Config, images: int) -> Batch:
+    """Squares of the training size with their labels."""
+    square = (images, config.data.image_size, config.data.image_size)
+    return {
+        "image": _int(np.uint8, *square, 3),
+        "label": _int(np.int32, *square),
+        "index": _int(np.int32, images),
+        "valid": jax.ShapeDtypeStruct((images,), jnp.bool_),
+    }
+
+
+def _int(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices that are not there: `v5e:4x4` by the real TPU compiler, `cpu:8` by simulated CPU devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import TYPE_CHECKING
+
+from digseg_jax.chips import CHIPS, Chip
+from digseg_jax.errors import UserError
+
+if TYPE_CHECKING:  # JAX must not be imported before `prepare`
+    import jax
+
+TPUS = ("v4", "v5e", "v5p", "v6e")
+LEGAL = "cpu:N, or a TPU slice such as v5e:4x4, v5p:2x2x2, v6e:4x4 (kinds " + ", ".join(TPUS) + ")"
+ONE_CHIP = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the smallest slices there are
+RESERVED = 2**28  # bytes of a TPU's memory that its system keeps; v5e's compiler says 15.75 of 16 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What was asked for, as devices to compile for.
+
+    hbm_bytes: what a program may use on one device; simulated CPU devices share the machine's.
+    """
+
+    text: str
+    devices: list[jax.Device]
+    chip: Chip | None
+    hbm_bytes: float
+
+
+def prepare(text: str) -> None:
+    """Checks the text and sets up the environment; before JAX is imported, which reads it.
+
+    Raises:
+      UserError: no such topology, or libtpu, the TPU compiler, is not installed.
+    """
+    kind, _ = _split(text)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if kind == "cpu":
+        return
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={text}: needs the TPU compiler, which runs on any Linux machine: "
+            'pip install "jax[tpu]" in an environment of its own; --topology=cpu:8 needs nothing'
+        )
+    # no TPU is looked for, and another process may use the compiler too
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
+def _split(text: str) -> tuple[str, str]:
+    """("v5e", "4x4"); raises UserError for anything else than a topology."""
+    found = re.fullmatch(r"(cpu|v\w+):([1-9]\d*(?:x[1-9]\d*){0,2})", text)
+    if (
+        not found
+        or (found[1] != "cpu" and found[1] not in TPUS)
+        or (found[1] == "cpu" and "x" in found[2])
+    ):
+        raise UserError(f"--topology={text!r}: legal are {LEGAL}")
+    return found[1], found[2]
+
+
+def open_topology(text: str) -> Topology:
+    """The devices; `prepare` must have run.
+
+    Raises:
+      UserError: the compiler does not know such a slice.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    kind, shape = _split(text)
+    if kind == "cpu":
+        with contextlib.suppress(RuntimeError):  # a back end runs already: it has what it has
+            jax.config.update("jax_num_cpu_devices", int(shape))
+        devices = jax.devices("cpu")[: int(shape)]
+        if len(devices) < int(shape):
+            raise UserError(f"--topology={text}: this process has only {len(devices)} CPU devices")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Topology(text, devices, None, memory / int(shape))
+    chip = CHIPS[kind]
+    name = ONE_CHIP[kind] if shape == "1" else shape
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}")
+    except Exception as error:  # libtpu's own errors have no common type
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology={text}: the TPU compiler refuses it ({reason}); legal: {LEGAL}"
+        ) from error
+    devices = list(found.devices)[: 1 if shape == "1" else None]
+    return Topology(text, devices, chip, chip.hbm_bytes - RESERVED)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--mode=compile: the run's own program compiled for devices that are not there, and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from digseg_jax.aot import hlo, programs
+from digseg_jax.aot.advice import Needs, advise
+from digseg_jax.aot.programs import Program
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.table import as_text
+from digseg_jax.aot.topology import Topology, open_topology
+from digseg_jax.config import Config, to_dict
+from digseg_jax.errors import UserError
+from digseg_jax.log import log
+from digseg_jax.sharding import make_mesh
+from digseg_jax.storage import AnyPath, write_bytes, write_json
+
+NAMES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # files, without ending
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+VERSIONS = ("jax", "jaxlib", "libtpu", "flax")
+
+
+def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
+    """Compiles, and writes DIR/compile.json and compile.txt (compile_eval.* for the evaluation).
+
+    Returns what is in the file. `fits` is False if the program needs more memory than the device has.
+
+    Raises:
+      UserError: no such topology, a mesh or a batch that its devices do not divide, or a program that
+        the compiler refuses for another reason than memory.
+    """
+    target = open_topology(topology)
+    mesh = make_mesh(config.mesh, target.devices)
+    parts = Parts.of(config.model)
+    start = time.monotonic()
+    program = programs.lower(config, parts, mesh)
+    lowered_after = time.monotonic() - start
+    log.info(
+        "compiling %s for %s: %d images, %d masks a call, mesh %s; a full-size model takes minutes",
+        program.name, topology, program.images, program.queries, dict(mesh.shape),
+    )  # fmt: skip
+    start = time.monotonic()
+    measured = compile_and_measure(program, target)
+    result = {
+        "topology": topology,
+        "program": program.name,
+        "chips": len(target.devices),
+        "device_kind": target.devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "images": program.images,
+        "queries": program.queries,
+        "images_per_chip": program.images / programs.shards(mesh),
+        "hbm_limit_bytes": target.hbm_bytes,
+        **measured,
+        "lower_seconds": round(lowered_after, 1),
+        "compile_seconds": round(time.monotonic() - start, 1),
+    }
+    if program.name != "eval":
+        per_chip = programs.model_flops(config, parts, program.images) / len(target.devices)
+        result["model_flops"] = per_chip
+        result["parameter_bytes"] = 4 * programs.count(
+            programs.train_task(config, parts, 1)[0].abstract
+        )
+    result |= roofline(result, target)
+    if not result["fits"]:
+        needs = Needs(
+            result["hbm_args_bytes"],
+            result["hbm_temp_bytes"],
+            max(1, math.ceil(result["images_per_chip"])),
+            target.hbm_bytes,
+        )
+        result["advice"] = advise(config, parts, mesh, needs)
+    result["config"] = to_dict(config)
+    result["versions"] = _versions()
+    write_json(workdir / f"{NAMES[program.name]}.json", result)
+    text = as_text(result)
+    write_bytes(workdir / f"{NAMES[program.name]}.txt", text.encode())
+    log.info("%s\n%s", workdir / f"{NAMES[program.name]}.json", text)
+    return result
+
+
+def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
+    """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is."""
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return over_budget(str(error))
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    module = hlo.parse(compiled.as_text())
+    collectives = hlo.collectives(module, len(target.devices))
+    more_flops, more_bytes = hlo.loop_corrections(module)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    return {
+        "fits": peak <= target.hbm_bytes,
+        "hbm_args_bytes": memory.argument_size_in_bytes,
+        "hbm_temp_bytes": memory.temp_size_in_bytes,
+        "hbm_result_bytes": results,  # beyond those that are written over donated arguments
+        "hbm_peak_bytes": peak,
+        "flops": cost.get("flops", 0.0) + more_flops,
+        "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,
+        "loop_flops": more_flops,  # the part of the two lines above that XLA's count leaves out
+        "loop_bytes": more_bytes,
+        "collective_bytes": sum(c.bytes for c in collectives.values()),
+        "collectives": {kind: dataclasses.asdict(c) for kind, c in collectives.items()},
+        "largest_buffers": [dataclasses.asdict(b) for b in hlo.largest_buffers(module)],
+    }
+
+
+def over_budget(message: str) -> dict[str, Any]:
+    """What the TPU compiler says of a program that does not fit.
+
+    Raises:
+      UserError: it failed for another reason.
+    """
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if not used:
+        raise UserError(f"the compiler refuses the program: {' '.join(message.split())[:600]}")
+    needed = float(used[1]) * UNITS[used[2]]
+    arguments = _said(message, "arguments")
+    return {
+        "fits": False,
+        "hbm_args_bytes": arguments,
+        "hbm_temp_bytes": needed - arguments,
+        "hbm_peak_bytes": needed,
+        "hbm_limit_bytes": float(used[3]) * UNITS[used[4]],
+        "compiler_message": message[:8000],
+    }
+
+
+def _said(message: str, what: str) -> float:
+    """Bytes behind a word of the message such as `arguments    2.65G`; 0 if it is not there."""
+    found = re.search(rf"\b{what}\b[^\d\n]*([\d.]+)([KMGT]?)", message)
+    return float(found[1]) * UNITS[found[2]] if found else 0.0
+
+
+def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
+    """Least times of one call: of computing, of memory traffic, of traffic between chips.
+
+    The longest is taken for the whole; with model FLOPs that bounds the utilisation (MFU).
+    """
+    chip = target.chip
+    if chip is None or "flops" not in result:
+        return {}
+    seconds = {
+        "compute": result["flops"] / chip.flops,
+        "memory": result["bytes_accessed"] / chip.hbm_bandwidth,
+        "collectives": result["collective_bytes"] / chip.ici_bandwidth,
+    }
+    longest = max(seconds.values())
+    values = {
+        "roofline_seconds": seconds,
+        "roofline_bound": max(seconds, key=seconds.get),
+        "roofline_images_per_second_per_chip": result["images"] / result["chips"] / longest,
+        "chip_source": chip.source,
+    }
+    if "model_flops" in result:
+        values["mfu_bound"] = result["model_flops"] / (longest * chip.flops)
+    return values
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the values of a configuration must satisfy beyond their types."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from digseg_jax.errors import UserError
+
+if TYPE_CHECKING:  # config imports this module
+    from digseg_jax.config import Config, DataConfig
+
+
+def check_combinations(c: Config) -> None:
+    """Raises UserError for a value out of range, or for values that do not go together."""
+    positive = {
+        "train.batch_size": c.train.batch_size,
+        "train.accumulation": c.train.accumulation,
+        "train.log_every": c.train.log_every,
+        "checkpoint.every": c.checkpoint.every,
+        "checkpoint.keep": c.checkpoint.keep,
+        "eval.ensemble": c.eval.ensemble,
+        "eval.steps": c.eval.steps,
+        "eval.batch_size": c.eval.batch_size,
+        "eval.gate_limit": c.eval.gate_limit,
+        "data.num_queries": c.data.num_queries,
+        "data.image_size": c.data.image_size,
+        "model.max_tokens": c.model.max_tokens,
+        "compile.eval_queries": c.compile.eval_queries,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise UserError(f"config.{key}={value}: must be at least 1")
+    if c.checkpoint.best and not c.train.eval_every:
+        raise UserError(
+            f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
+            "measures it while training"
+        )
+    if c.checkpoint.timeout <= 0:
+        raise UserError(f"config.checkpoint.timeout={c.checkpoint.timeout}: must be positive")
+    for key in (
+        "train.steps",
+        "train.eval_every",
+        "checkpoint.keep_every",
+        "optim.warmup_steps",
+        "eval.num_images",
+        "model.text_skip_layers",
+        "compile.per_device_batch",
+        "model.vae_limit",
+    ):
+        section, name = key.split(".")
+        if getattr(getattr(c, section), name) < 0:
+            raise UserError(f"config.{key}: must not be negative")
+    if c.eval.split == "val" and c.eval.calibrate:
+        raise UserError(
+            "config.eval.split='val' with config.eval.calibrate=True would fit the calibration on the "
+            "tiles that it scores: set config.eval.calibrate=False, or the split to test"
+        )
+    if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
+        raise UserError(
+            "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
+            "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
+        )
+    if not 0.0 <= c.optim.ema_decay < 1.0:
+        raise UserError(f"config.optim.ema_decay={c.optim.ema_decay}: legal range [0, 1)")
+    if c.train.profile and not (
+        len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
+    ):
+        raise UserError(
+            f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
+        )
+    for pattern in c.optim.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
+            ) from error
+    if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
+        raise UserError(
+            "config.model.attention='cudnn' takes 16-bit activations only: set "
+            "config.model.dtype='bfloat16', or attention to plain or chunked"
+        )
+    if c.diffusion.mask_loss_weight and c.segmentation.codec != "binary":
+        raise UserError(
+            f"config.diffusion.mask_loss_weight={c.diffusion.mask_loss_weight}: only with "
+            f"config.segmentation.codec='binary', not {c.segmentation.codec!r}"
+        )
+    if c.eval.steps > c.diffusion.num_train_timesteps:
+        raise UserError(
+            f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
+            f"{c.diffusion.num_train_timesteps}"
+        )
+    _check_estep_table(c)
+    _check_codec(c)
+    _check_crops(c.data)
+    if not 0.0 <= c.data.word_dropout <= 1.0:
+        raise UserError(f"config.data.word_dropout={c.data.word_dropout}: legal range [0, 1]")
+    if c.data.word_dropout and not c.model.sentence_token:
+        raise UserError(
+            f"config.data.word_dropout={c.data.word_dropout} leaves queries without any text unless "
+            "config.model.sentence_token=True"
+        )
+    if not 0.0 <= c.data.negative_rate < 1.0:
+        raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
+    for name in c.data.train_label_sets:
+        if name not in ("groups", "igbp"):
+            raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
+    if not c.data.train_label_sets:
+        raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
+
+
+def _check_codec(c: Config) -> None:
+    if c.segmentation.codec != "palette":
+        return
+    if c.eval.decoder == "probe":
+        raise UserError(
+            "config.eval.decoder='probe' reads binary masks; with config.segmentation.codec='palette' "
+            "choose vae or latent_mean"
+        )
+    if c.data.mixture:
+        raise UserError(
+            "config.data.mixture: a palette has the colours of one class list; with "
+            "config.segmentation.codec='palette' train on one data set"
+        )
+    if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
+        raise UserError(
+            f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
+            f"label set; with config.segmentation.codec='palette' it must be ('{c.data.label_set}',)"
+        )
+
+
+def _check_crops(data: DataConfig) -> None:
+    shares = ("hard_negative_rate", "class_share_cap", "flip", "jitter")
+    for key in shares:
+        if not 0.0 <= getattr(data, key) <= 1.0:
+            raise UserError(f"config.data.{key}={getattr(data, key)}: legal range [0, 1]")
+    if not 0.0 < data.scale_min <= data.scale_max:
+        raise UserError(
+            f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: "
+            "must be above 0, and the minimum at most the maximum"
+        )
+    for template in data.templates:
+        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+            raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")
+    for part in data.mixture:
+        if part.weight <= 0:
+            raise UserError(f"config.data.mixture: weight {part.weight} of {part.name!r}; above 0")
+
+
+def _check_estep_table(c: Config) -> None:
+    """Now rather than after the training, when the table is made."""
+    if not c.eval.estep:
+        return
+    from digseg_jax.segmentation.inference import EStep  # imports JAX, which a wrong key need not
+
+    for text in c.eval.estep:
+        if EStep.parse(text).steps > c.diffusion.num_train_timesteps:
+            raise UserError(
+                f"config.eval.estep: {text!r} has more steps than config.diffusion."
+                f"num_train_timesteps={c.diffusion.num_train_timesteps}"
+            )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny step through the real TPU compiler, where it is installed (`pip install "jax[tpu]"`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+TINY = (  # widths that compile in a minute
+    "--config.model.attention=splash",
+    "--config.model.dtype=bfloat16",
+    "--config.mesh.fsdp=4",
+    "--config.train.batch_size=4",
+)
+
+
+def compile_for(topology: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "digseg_jax.main", f"--config={ROOT}/configs/quickstart.py",
+        "--mode=compile", f"--topology={topology}", f"--workdir={workdir}", *TINY, *flags,
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_tiny_step_for_four_chips(tmp_path):
+    done = compile_for("v5e:2x2", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "compile.json").read_text())
+    assert result["chips"] == 4 and result["fits"] and result["device_kind"].startswith("TPU v5")
+    assert result["roofline_images_per_second_per_chip"] > 0
+    assert "all-gather" in result["collectives"]  # of the sharded parameters
+
+
+def test_too_large_a_batch_is_status_1_with_advice(tmp_path):
+    done = compile_for("v5e:2x2", tmp_path, "--config.compile.per_device_batch=6000",
+                       "--config.compile.unet_only=True", "--config.compile.advice=False")  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    result = json.loads((tmp_path / "compile.json").read_text())
+    assert not result["fits"] and result["hbm_peak_bytes"] > result["hbm_limit_bytes"]
+    assert any("config.compile.per_device_batch=" in line for line in result["advice"])
+
+
+def test_an_unknown_slice_is_refused_in_one_line(tmp_path):
+    done = compile_for("v5e:3x7", tmp_path)
+    assert done.returncode == 2
+    assert "--topology=v5e:3x7" in done.stderr and "Traceback" not in done.stderr

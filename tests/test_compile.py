@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--mode=compile: the real programs from shapes alone, for simulated devices; budget and advice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import pytest
+import tiny
+
+from digseg_jax import compile as compiling
+from digseg_jax.aot import page, programs, shapes, topology
+from digseg_jax.aot.advice import Needs, advise
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.table import size
+from digseg_jax.config import CompileConfig
+from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.sharding import make_mesh
+from digseg_jax.storage import as_path
+from digseg_jax.tasks.segmentation import SegmentationTask
+
+KEYS = {
+    "topology", "chips", "fits", "hbm_args_bytes", "hbm_temp_bytes", "hbm_peak_bytes", "flops",
+    "bytes_accessed", "collective_bytes", "compile_seconds",
+}  # fmt: skip
+
+
+def config(folders, **changes):
+    changes = {"mesh__data": 2, "mesh__fsdp": 4, "train__batch_size": 8} | changes
+    return tiny.config(folders, **changes)
+
+
+@pytest.fixture(scope="module")
+def compiled(folders, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compile")
+    return compiling.run(config(folders), "cpu:8", as_path(workdir)), workdir
+
+
+def test_the_file_has_what_others_read(compiled):
+    result, workdir = compiled
+    stored = json.loads((workdir / "compile.json").read_text())
+    assert stored.keys() >= KEYS and stored["chips"] == 8 and stored["fits"] is True
+    assert stored["hbm_peak_bytes"] >= stored["hbm_args_bytes"] + stored["hbm_temp_bytes"] > 0
+    assert stored["flops"] > 0 and stored["bytes_accessed"] > 0
+    assert stored["collective_bytes"] == sum(c["bytes"] for c in stored["collectives"].values()) > 0
+    text = (workdir / "compile.txt").read_text()
+    assert "memory a chip" in text and "all-" in text
+
+
+def test_nothing_is_needed_but_shapes(folders):
+    """The task without values has the shapes of the real one, and the same step."""
+    made = config(folders)
+    real = SegmentationTask(made)
+    task = shapes.ShapeTask(made, Parts.of(made.model))
+    described = jax.eval_shape(lambda: (real.frozen, task.abstract))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), (task.frozen, real.abstract)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), described
+    )
+    batch = shapes.train_batch(made, 8)
+    for name, value in tiny.batch().items():
+        assert (batch[name].shape, batch[name].dtype) == (value.shape, value.dtype), name
+
+
+def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
+    changes = {"compile__program": "eval", "compile__eval_queries": 3, "eval__batch_size": 8}
+    result = compiling.run(config(folders, **changes), "cpu:8", as_path(tmp_path))
+    assert (result["program"], result["images"], result["queries"]) == ("eval", 8, 24)
+    assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
+
+
+def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path):
+    made = config(folders, compile__unet_only=True, compile__per_device_batch=1)
+    alone = compiling.run(made, "cpu:8", as_path(tmp_path))
+    assert alone["program"] == "unet" and alone["images_per_chip"] == 1
+    assert alone["parameter_bytes"] == compiled[0]["parameter_bytes"]
+    assert alone["flops"] < compiled[0]["flops"]
+
+
+def test_rematerialisation_is_no_part_of_the_models_flops(folders):
+    parts = Parts.of(config(folders).model)
+    counted = [
+        programs.model_flops(config(folders, model__remat=mode), parts, 8) for mode in ("none", "block")
+    ]
+    assert counted[0] == counted[1] > 0
+
+
+def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
+    parts = Parts.of(config(folders).model)
+    kept = {m: programs.kept_bytes(config(folders, model__remat=m), parts) for m in ("none", "block")}
+    assert 0 < kept["block"] < kept["none"]
+
+
+def test_over_the_budget_the_advice_is_computed(folders):
+    made = config(folders, mesh__data=8, mesh__fsdp=1)
+    parts, mesh = Parts.of(made.model), make_mesh(made.mesh)
+    needs = Needs(arguments=3e6, temporaries=8e6, images=8, budget=6e6)
+    batch, *others = advise(made, parts, mesh, needs)
+    assert "per_device_batch=3 " in batch  # 3 MB of arguments and a MB an image leave room for three
+    assert any(line.startswith("fsdp: ") for line in others)
+    assert any("config.model.remat=block keeps" in line for line in others)
+    roomy = dataclasses.replace(needs, budget=1e12)
+    assert not any(line.startswith("batch") for line in advise(made, parts, mesh, roomy))
+
+
+def test_over_the_budget_of_the_compiler():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.\n\nTotal hbm usage >= 20.75G:\n"
+        "    reserved        258.00M\n    program          17.85G\n    arguments         2.65G\n"
+    )
+    found = compiling.over_budget(message)
+    assert found["fits"] is False and found["hbm_peak_bytes"] == 20.5 * 2**30
+    assert found["hbm_args_bytes"] == 2.65 * 2**30 and found["hbm_limit_bytes"] == 15.75 * 2**30
+    with pytest.raises(UserError, match="refuses the program: INTERNAL"):
+        compiling.over_budget("INTERNAL: something else")
+
+
+@pytest.mark.parametrize("text", ["v5e", "v9x:4x4", "cpu:2x2", "v5e:0x4", "tpu:8", "v5e:4x4x4x4", ""])
+def test_a_wrong_topology_is_told_with_the_legal_ones(text):
+    with pytest.raises(UserError, match="legal are cpu:N, or a TPU slice such as v5e:4x4"):
+        topology.prepare(text)
+
+
+def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the TPU compiler.*pip install"):
+        topology.prepare("v5e:4x4")
+
+
+def test_a_batch_that_does_not_divide_is_refused(folders):
+    made = config(folders, train__batch_size=12)
+    with pytest.raises(UserError, match="batch_size=12: must be a multiple of 8"):
+        programs.train_images(made, make_mesh(made.mesh))
+
+
+def test_known_repositories_need_no_network():
+    parts = Parts.of(dataclasses.replace(tiny_model(), unet="sd-2.1:unet", vae="sd-2.1:vae",
+                                         text="sd-2.1:text_encoder"))  # fmt: skip
+    assert parts.unet.cross_attention_dim == parts.text_width == 1024
+    assert parts.unet.heads == (5, 10, 20, 20) and parts.vae.factor == 8
+    parts = Parts.of(dataclasses.replace(tiny_model(), unet="sd-1.5:unet", vae="sd-1.5:vae",
+                                         text="clip-b16"))  # fmt: skip
+    assert parts.unet.cross_attention_dim == 768 and parts.text_width == 512
+    made = shapes.ShapeTask(sd_config(), parts, prompts=1)
+    assert programs.count(made.abstract) > 859_520_964  # conv_in is wider, adapters come on top
+    assert not functional.flatten(made.frozen)["bank.tokens"].shape[0] - 1
+
+
+def tiny_model():
+    from digseg_jax.config import ModelConfig
+
+    return ModelConfig()
+
+
+def sd_config():
+    from digseg_jax.config import Config
+
+    return dataclasses.replace(Config(), compile=CompileConfig(unet_only=True))
+
+
+def test_the_page_has_a_row_for_each_compilation(compiled, tmp_path, capsys):
+    _, workdir = compiled
+    out = tmp_path / "performance.html"
+    assert page.main([str(workdir), f"--out={out}"]) == 0
+    text = out.read_text()
+    assert "cpu:8" in text and text.count("<tr") == 2 and "data 2 x fsdp 4" in text
+    assert page.main([str(tmp_path)]) == 2
+    assert "no compile.json or compile_eval.json here" in capsys.readouterr().err
+    (tmp_path / "compile.json").write_text("[]")
+    assert page.main([str(tmp_path)]) == 2
+    assert "not made by --mode=compile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (171e9, "171 GB"), (2.654e9, "2.65 GB"), (12.3e6, "12.3 MB")]
+)
+def test_sizes_have_three_digits(count, text):
+    assert size(count) == text

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501
+"""Reading the text of compiled programs: layouts, loops, collectives, buffers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from digseg_jax.aot import hlo
+
+# as libtpu prints it, shortened: a loop of six runs with a gather of weights, a fused reduce-scatter
+TPU = """HloModule jit_step, is_scheduled=true
+
+%add.clone (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %add = bf16[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (input: bf16[3,3,320,320]) -> bf16[3,3,320,80] {
+  %input = bf16[3,3,320,320]{2,3,1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.6 = bf16[3,3,320,320]{2,3,1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add.clone
+  ROOT %slice = bf16[3,3,320,80]{2,3,1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.6), dynamic_slice_sizes={3,3,320,80}
+}
+
+%fused (a: bf16[2,64,64,320], b: bf16[320,320]) -> bf16[2,64,64,320] {
+  %a = bf16[2,64,64,320]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[320,320]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = bf16[2,64,64,320]{3,2,1,0:T(8,128)(2,1)} convolution(%a, %b), dim_labels=01bf_io->01bf
+}
+
+%body (p: (s32[], bf16[2,64,64,320], bf16[320,80])) -> (s32[], bf16[2,64,64,320], bf16[320,80]) {
+  %p = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) parameter(0)
+  %x = bf16[2,64,64,320]{3,2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %w = bf16[320,80]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %all-gather.1 = bf16[320,320]{1,0:T(8,128)(2,1)S(1)} all-gather(%w), replica_groups=mesh['a'=1,'b'=4] {'b'}, dimensions={1}
+  %fusion.1 = bf16[2,64,64,320]{3,2,1,0:T(8,128)(2,1)} fusion(%x, %all-gather.1), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/dot_general"}
+  ROOT %t = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) tuple(%p, %fusion.1, %w)
+}
+
+%condition (q: (s32[], bf16[2,64,64,320], bf16[320,80])) -> pred[] {
+  %q = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%q), index=0
+  %bound = s32[]{:T(128)} constant(6)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (p0: bf16[2,64,64,320], p1: bf16[320,80], p2: bf16[3,3,320,320]) -> bf16[3,3,320,80] {
+  %p0 = bf16[2,64,64,320]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[320,80]{1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = bf16[3,3,320,320]{2,3,1,0:T(8,128)(2,1)} parameter(2)
+  %start = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) tuple(%p0, %p1)
+  %while.1 = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = bf16[3,3,320,80]{2,3,1,0:T(8,128)(2,1)} fusion(%p2), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_tiles_pad_the_minor_dimensions():
+    shape = hlo.parse(TPU).computations["main"][1].shapes[0]
+    assert shape == hlo.Shape("bf16", (320, 80), (1, 0), (8, 128))
+    assert (shape.bytes, shape.padded_bytes) == (320 * 80 * 2, 320 * 128 * 2)
+
+
+def test_collectives_count_as_often_as_their_loop_runs():
+    found = hlo.collectives(hlo.parse(TPU), 4)
+    assert found["all-gather"] == hlo.Collective(6, 6 * 0.75 * 320 * 320 * 2)
+    # an all-reduce inside XLA's fusion of that name is half of one
+    assert found["reduce-scatter"] == hlo.Collective(1, 0.75 * 9 * 320 * 320 * 2)
+    assert set(found) == {"all-gather", "reduce-scatter"}
+
+
+def test_loop_corrections_are_the_runs_after_the_first():
+    flops, moved = hlo.loop_corrections(hlo.parse(TPU))
+    assert flops == 5 * 2 * (2 * 64 * 64 * 320) * 320
+    activation, weight = 2 * 64 * 64 * 320 * 2, 320 * 320 * 2
+    expected = 5 * ((2 * activation + weight) + (weight + weight // 4))
+    assert moved == pytest.approx(expected, rel=1e-5)  # the condition reads a few bytes
+
+
+def test_large_buffers_are_those_in_main_memory():
+    buffers = hlo.largest_buffers(hlo.parse(TPU))
+    assert [b.shape for b in buffers[:2]] == ["bf16[2,64,64,320]", "bf16[3,3,320,80]"]  # not S(1)
+    assert buffers[0].bytes == 2 * 64 * 64 * 384 * 2 and buffers[0].op_name == "jit(step)/dot_general"
+
+
+def test_text_of_something_else_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        hlo.parse("module @jit_f { }")
+
+
+def test_a_program_of_this_machine():
+    """Numbers that can be worked out: a scan of five products over four devices."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+
+    def f(a, b):
+        out, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=5)
+        return out.sum()
+
+    compiled = (
+        jax.jit(f, in_shardings=(rows, whole), out_shardings=whole)
+        .lower(jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((32, 32), jnp.float32))
+        .compile()
+    )
+    module = hlo.parse(compiled.as_text())
+    found = hlo.collectives(module, 4)
+    assert found["all-reduce"] == hlo.Collective(1, 2 * 0.75 * 4)
+    flops, _ = hlo.loop_corrections(module)
+    assert flops in (0.0, 4 * 2 * 16 * 32 * 32)  # XLA may unroll the loop, or call a library for it
