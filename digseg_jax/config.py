@@ -114,6 +114,9 @@ class ModelConfig:
     text: str = "minilm"  # minilm (pip package), a folder, a hub id, or a name of digseg_jax.known
     text_skip_layers: int = 0  # last layers of a CLIP tower to leave out; 1: the penultimate's output
     max_tokens: int = 16  # text length after padding
+    # False: padding is text like any other, for the tower and for cross-attention, as Stable
+    # Diffusion was trained; only for CLIP's towers
+    mask_padding: bool = True
     # one more token, the mean of a prompt's own: neighbours of a name mean the same to it (ours)
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention

@@ -51,6 +51,7 @@ def _model(config: ml_collections.ConfigDict, repository: str) -> None:
     config.model.unet = f"{repository}:unet"
     config.model.text = f"{repository}:text_encoder"  # paper: CLIP text
     config.model.max_tokens = 77  # CLIP's
+    config.model.mask_padding = False  # ours: Stable Diffusion attends to all 77 tokens
     config.model.sentence_token = False  # ours: the tokens that Stable Diffusion was trained with
     config.model.text_adapters = True  # paper: text enters at several scales
     config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32

@@ -228,6 +228,25 @@ def test_the_loss_hears_the_text(segmentation):
     assert float(loss(batch["query"])) != float(loss((batch["query"] + 5) % 40))
 
 
+def test_word_dropout_leaves_the_sentence_token_alone_and_no_query_without_text(folders):
+    task = SegmentationTask(tiny.config(folders, data__word_dropout=0.25))
+    mask = jnp.asarray(task.frozen["bank"]["mask"][:1].repeat(400, 0))
+    fewer = np.asarray(task._fewer_words(mask, jax.random.split(jax.random.key(0), 400)))
+    whole, alone = (fewer == mask).all(axis=1), fewer.sum(axis=1) == 1
+    assert (whole | alone).all() and fewer[:, -1].all()
+    assert 0.15 < alone.mean() < 0.35
+    never = SegmentationTask(tiny.config(folders))
+    assert never._fewer_words(mask, jax.random.split(jax.random.key(0), 400)) is mask
+
+
+def test_without_a_sentence_token_the_bank_is_one_shorter(folders):
+    with_token = SegmentationTask(tiny.config(folders)).frozen["bank"]
+    without = SegmentationTask(tiny.config(folders, model__sentence_token=False)).frozen["bank"]
+    assert with_token["tokens"].shape[1] == without["tokens"].shape[1] + 1 == 21
+    with pytest.raises(UserError, match="word_dropout=0.5 leaves queries without any text"):
+        tiny.config(folders, model__sentence_token=False, data__word_dropout=0.5)
+
+
 def test_text_noise_moves_tokens_by_the_stated_share_of_their_deviation(folders):
     task = SegmentationTask(tiny.config(folders, data__text_noise=0.2))
     tokens = jax.random.normal(jax.random.key(0), (64, 20, 16)) * 3.0

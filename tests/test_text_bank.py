@@ -13,7 +13,7 @@ from flax import nnx
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.bert import BertConfig, BertModel
-from digseg_jax.segmentation.text_bank import encode_prompts
+from digseg_jax.segmentation.text_bank import encode_prompts, with_sentence_token
 from digseg_jax.segmentation.tokenizer import Tokenizer
 from digseg_jax.weights import load_text_tower, save_component
 from digseg_jax.weights.text_tower import load_tokenizer
@@ -142,3 +142,14 @@ def test_a_malformed_tokenizer_json_is_one_clear_line(tower_folder):
     with pytest.raises(UserError, match=r"not a tokenizer.json") as caught:
         load_text_tower(str(tower_folder))
     assert str(tower_folder) in str(caught.value)
+
+
+def test_the_sentence_token_is_the_mean_of_the_real_ones(tower, tokenizer):
+    bank = encode_prompts(*tower, tokenizer, PROMPTS, max_length=6)
+    longer = with_sentence_token(bank)
+    assert longer.prompts == bank.prompts and longer.mask[:, -1].all()
+    np.testing.assert_array_equal(longer.tokens[:, :-1], bank.tokens)
+    np.testing.assert_array_equal(longer.mask[:, :-1], bank.mask)
+    for i, mask in enumerate(np.asarray(bank.mask)):
+        expected = np.asarray(bank.tokens)[i][mask].mean(axis=0)
+        np.testing.assert_allclose(longer.tokens[i, -1], expected, atol=1e-6)

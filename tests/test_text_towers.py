@@ -14,12 +14,15 @@ import pytest
 from flax import nnx
 
 from digseg_jax import known, weights
+from digseg_jax.config import ModelConfig
 from digseg_jax.errors import UserError
+from digseg_jax.models import functional
 from digseg_jax.models.bert import BertConfig
 from digseg_jax.models.clip_text import ClipTextConfig, CLIPTextModel
 from digseg_jax.models.open_clip_text import HFTextEncoder, OpenClipTextConfig
 from digseg_jax.segmentation import tokenizer as tokenizer_lib
 from digseg_jax.segmentation.text_bank import encode_prompts
+from digseg_jax.tasks.components import encode_bank
 from digseg_jax.weights import convert, hub, load_text_tower
 from digseg_jax.weights.carriers import locate
 from digseg_jax.weights.tokenizer_files import load_tokenizer
@@ -118,6 +121,21 @@ def test_tower_of_a_pipeline_finds_its_tokenizer(pipeline):
     assert (tower.width, tower.max_length, tower.tokenizer.pad_id) == (8, 6, 0)
     bank = encode_prompts(tower.graphdef, tower.params, tower.tokenizer, ("cat",), max_length=6)
     assert bank.tokens.shape == (1, 6, 8) and bank.mask.sum() == 3
+
+
+def test_unmasked_padding_is_text_as_stable_diffusion_has_it(pipeline, folders):
+    tower = load_text_tower(str(pipeline / "text_encoder"))
+    model = ModelConfig(max_tokens=6, sentence_token=False, mask_padding=False)
+    bank = encode_bank(tower, ("cat",), model)
+    masked = encode_bank(tower, ("cat",), dataclasses.replace(model, mask_padding=True))
+    ids, _ = tower.tokenizer(("cat",), 6)
+    plain = functional.merge(tower.graphdef, tower.params)(ids).last_hidden_state
+    np.testing.assert_allclose(bank.tokens, plain, atol=1e-6)
+    assert bank.mask.all() and masked.mask.sum() == 3
+    np.testing.assert_allclose(bank.tokens[:, :3], masked.tokens[:, :3], atol=1e-6)  # causal
+    with pytest.raises(UserError, match="mask_padding=False: the text tower .* is no CLIP's"):
+        bert = load_text_tower(folders["text"])
+        encode_bank(bert, ("cat",), dataclasses.replace(model, text=folders["text"]))
 
 
 def test_skipping_layers_is_for_clip_towers(pipeline, folders):

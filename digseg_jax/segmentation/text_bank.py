@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int, Params
@@ -40,6 +41,7 @@ def encode_prompts(
     *,
     max_length: int,
     batch_size: int = 64,
+    mask_padding: bool = True,
 ) -> PromptBank:
     """Encodes prompts in batches of one static shape, so the tower compiles once.
 
@@ -50,6 +52,7 @@ def encode_prompts(
         prompts: the texts, in the order of the bank's rows.
         max_length: tokens per row, padding included.
         batch_size: prompts per call of the tower; fewer prompts make a smaller batch.
+        mask_padding: False: padding counts as text, in the tower and in the bank's mask.
 
     Raises:
         UserError: no prompts, or one that is empty, blank or longer than `max_length` tokens.
@@ -57,6 +60,8 @@ def encode_prompts(
     if not prompts:
         raise UserError("no prompts to encode")
     ids, mask = tokenizer(prompts, max_length)
+    if not mask_padding:
+        mask = np.ones_like(mask)
     size = min(batch_size, len(prompts))
     parts = []
     for start in range(0, len(prompts), size):

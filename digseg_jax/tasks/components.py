@@ -99,14 +99,27 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
     """The prompts' tokens, with a sentence token behind them if the configuration wants one.
 
     Raises:
-      UserError: an empty prompt or one of too many tokens, or too large a length.
+      UserError: an empty prompt or one of too many tokens, too large a length, or unmasked padding
+        for a tower that was never trained with it.
     """
+    if not config.mask_padding and not tower.causal:
+        raise UserError(
+            f"config.model.mask_padding=False: the text tower {config.text} is no CLIP's; it was trained "
+            "with its padding masked, set it to True"
+        )
     length = config.max_tokens
     if length > tower.max_length:
         raise UserError(
             f"config.model.max_tokens={length}: at most {tower.max_length} for this text tower"
         )
-    bank = encode_prompts(tower.graphdef, tower.params, tower.tokenizer, prompts, max_length=length)
+    bank = encode_prompts(
+        tower.graphdef,
+        tower.params,
+        tower.tokenizer,
+        prompts,
+        max_length=length,
+        mask_padding=config.mask_padding,
+    )
     return with_sentence_token(bank) if config.sentence_token else bank
 
 

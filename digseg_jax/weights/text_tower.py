@@ -33,6 +33,7 @@ class TextTower:
         tokenizer: texts to ids.
         width: channels of a token.
         max_length: most tokens that the model has positions for.
+        causal: a token sees those before it only, as CLIP's do; such towers were trained without a mask.
     """
 
     graphdef: nnx.GraphDef
@@ -40,6 +41,7 @@ class TextTower:
     tokenizer: Tokenizer
     width: int
     max_length: int
+    causal: bool
 
 
 def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: int = 0) -> TextTower:
@@ -71,6 +73,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
         load_tokenizer(_tokenizer_folder(folder)),
         width=config.hidden_size,
         max_length=config.max_position_embeddings,
+        causal=isinstance(model, CLIPTextModel),
     )
 
 
