@@ -104,8 +104,8 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
     """
     if not config.mask_padding and not tower.causal:
         raise UserError(
-            f"config.model.mask_padding=False: the text tower {config.text} is no CLIP's; it was trained "
-            "with its padding masked, set it to True"
+            f"config.model.mask_padding=False: the text tower {config.text} is no CLIP's; it was "
+            "trained with its padding masked, set it to True"
         )
     length = config.max_tokens
     if length > tower.max_length:

@@ -33,7 +33,7 @@ class TextTower:
         tokenizer: texts to ids.
         width: channels of a token.
         max_length: most tokens that the model has positions for.
-        causal: a token sees those before it only, as CLIP's do; such towers were trained without a mask.
+        causal: a token sees only those before it; such towers (CLIP's) were trained without a mask.
     """
 
     graphdef: nnx.GraphDef
