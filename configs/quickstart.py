@@ -14,7 +14,7 @@ def get_config():
     config.data.word_dropout = 0.5
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.99
-    config.train.steps = 500
+    config.train.steps = 700
     config.train.batch_size = 8
     config.checkpoint.every = 100
     config.eval.ensemble = 2
