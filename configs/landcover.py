@@ -2,10 +2,11 @@
 """The long land-cover recipe: the segmenter shipped as digseg_jax/assets/segmenter.
 
 The quickstart's recipe with more steps, more draws at the last timestep (most of the score is made in
-the first denoising step) and more queries for absent classes (every class is asked in evaluation).
+the first denoising step), more queries for absent classes (every class is asked in evaluation) and the
+auxiliary loss on the predicted mask, which keeps rare classes from staying empty.
 
-Measured on two CPU cores: 30 minutes; held-out mIoU 0.459, accuracy 0.805 (2x2, seed 0). Cropland,
-wetland and urban stay empty at this length; boosted trees reach 0.522 on the same tiles.
+Measured on two CPU cores: 60 minutes; held-out mIoU 0.546, accuracy 0.851 (2x2, seed 0), against 0.522
+of boosted trees on the same tiles. Validation stops improving after about half of the steps.
 """
 
 from digseg_jax.config import default
