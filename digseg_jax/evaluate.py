@@ -38,6 +38,7 @@ from digseg_jax.storage import AnyPath, filled_locally, is_remote, write_bytes, 
 from digseg_jax.tables import results_markdown
 from digseg_jax.tasks.components import bank_arrays, encode_bank
 from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
+from digseg_jax.tpu import compiler_options
 from digseg_jax.writers import Progress
 
 COUNTED = {  # classes that the mean goes over, by the absent-class rule
@@ -230,7 +231,11 @@ class Evaluator:
         replicated, batch = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, BATCH)
         # None: the U-Net's parameters stay placed as training left them
         in_shardings = (None, *[replicated] * (shared - 1), batch)
-        return jax.jit(on_mesh(self.mesh, function), in_shardings=in_shardings)
+        return jax.jit(
+            on_mesh(self.mesh, function),
+            in_shardings=in_shardings,
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
+        )
 
     def _batches(self, examples: EvalExamples, label: str) -> Iterator[tuple[Params, list[str]]]:
         """Padded device batches, and the names of the real examples in them."""

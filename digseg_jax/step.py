@@ -23,6 +23,7 @@ from digseg_jax.optim import (
 )
 from digseg_jax.sharding import BATCH, on_mesh
 from digseg_jax.tasks.base import Task, example_keys
+from digseg_jax.tpu import compiler_options
 
 TrainState = dict[str, Any]  # {"step", "params", "opt"} and maybe "ema": a pure pytree
 LossAndGrads = tuple[tuple[Array, dict[str, Array]], Params]
@@ -96,6 +97,7 @@ def make_train_step(
         in_shardings=(state_shardings, frozen_shardings, NamedSharding(mesh, BATCH)),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 

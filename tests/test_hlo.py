@@ -56,6 +56,9 @@ ENTRY %main (p0: bf16[2,64,64,320], p1: bf16[320,80], p2: bf16[3,3,320,320]) -> 
   %p2 = bf16[3,3,320,320]{2,3,1,0:T(8,128)(2,1)} parameter(2)
   %start = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) tuple(%p0, %p1)
   %while.1 = (s32[], bf16[2,64,64,320]{3,2,1,0}, bf16[320,80]{1,0}) while(%start), condition=%condition, body=%body
+  %kernel.1 = bf16[2,64,64,8]{3,2,1,0:T(8,128)(2,1)} custom-call(%p0), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512
+}}, metadata={op_name="jit(step)/splash"}
   ROOT %out = bf16[3,3,320,80]{2,3,1,0:T(8,128)(2,1)} fusion(%p2), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
@@ -85,7 +88,9 @@ def test_loop_corrections_are_the_runs_after_the_first():
 
 def test_large_buffers_are_those_in_main_memory():
     buffers = hlo.largest_buffers(hlo.parse(TPU))
-    assert [b.shape for b in buffers[:2]] == ["bf16[2,64,64,320]", "bf16[3,3,320,80]"]  # not S(1)
+    shapes = ["bf16[2,64,64,320]", "bf16[2,64,64,8]", "bf16[3,3,320,80]"]
+    assert [b.shape for b in buffers[:3]] == shapes  # not the gathered one, in S(1)
+    assert buffers[1].op_name == "jit(step)/splash"  # behind a line break
     assert buffers[0].bytes == 2 * 64 * 64 * 384 * 2 and buffers[0].op_name == "jit(step)/dot_general"
 
 

@@ -91,10 +91,12 @@ def parse(text: str) -> Module:
         if header:
             name, lines = header[2], []
             entry = name if header[1] else entry
-        elif line.startswith("}") and name:
-            computations[name], name = tuple(lines), ""
-        elif name and (instruction := _instruction(line)):
-            lines.append(instruction)
+        elif line == "}" and name:
+            computations[name], name = tuple(filter(None, map(_instruction, lines))), ""
+        elif name and _INSTRUCTION.match(line):
+            lines.append(line)
+        elif name and lines:  # a kernel's metadata may hold line breaks
+            lines[-1] += line
     if not entry:
         raise ValueError("no ENTRY computation: not the text of a compiled program")
     return Module(computations, entry)
