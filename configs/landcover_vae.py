@@ -3,8 +3,8 @@
 
 Made once and shipped as digseg_jax/assets/vae. Training imagery: training blocks only.
 
-Measured on two CPU cores: 10 minutes; masks of held-out tiles come back with a mean IoU of 0.972, images
-with an error of 3.6 of 255, the mean colours of cells with 0.2.
+Measured on two CPU cores: 10 minutes; masks of held-out tiles come back with a mean IoU of 0.972,
+images with an error of 3.6 of 255, the mean colours of cells with 0.2.
 """
 
 from digseg_jax.config import default

@@ -116,7 +116,7 @@ def test_a_killed_suite_goes_on_and_ends_with_the_same_scores(tmp_path, scorer, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"eval": {"gate_limit": 1}}, {"data": {"image_size": 64}}, {"model": {"vae": "other"}}]
+    "change", [{"eval": {"gate_limit": 1}}, {"data": {"image_size": 128}}, {"model": {"vae": "other"}}]
 )
 def test_other_settings_do_not_reuse_what_was_counted(tmp_path, scorer, change):
     phenobench(tmp_path)

@@ -259,9 +259,9 @@ def test_text_noise_moves_tokens_by_the_stated_share_of_their_deviation(folders)
 
 def test_each_query_of_an_image_draws_its_own_noise_and_no_key_is_used_twice(segmentation):
     _, task = segmentation
-    noise_keys, text_keys = task._query_keys(example_keys(0, np.arange(5)), 3)
-    keys = jax.random.key_data(jnp.concatenate([noise_keys, text_keys]))
-    assert len({k.tobytes() for k in np.asarray(keys)}) == 2 * 15
+    kinds = task._query_keys(example_keys(0, np.arange(5)), 3)  # of noise, text and words
+    keys = jax.random.key_data(jnp.concatenate(kinds))
+    assert len({k.tobytes() for k in np.asarray(keys)}) == 3 * 15
 
 
 def test_draws_are_a_pure_function_of_seed_and_index(folders):
@@ -372,7 +372,7 @@ def test_the_real_text_tower_feeds_the_unet(folders):
     except UserError as error:
         pytest.skip(str(error))
     task = SegmentationTask(tiny.config(folders, model__text="minilm"), prompts=("water", "forest"))
-    assert task.frozen["bank"]["tokens"].shape == (2, 20, 384)
+    assert task.frozen["bank"]["tokens"].shape == (2, 21, 384)  # 20 words, the sentence
     batch = tiny.batch(2)
     batch["query"] %= 2
     keys = example_keys(0, batch["index"])
