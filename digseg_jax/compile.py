@@ -14,7 +14,7 @@ import jax
 
 from digseg_jax.aot import hlo, programs
 from digseg_jax.aot.advice import Needs, advise
-from digseg_jax.aot.programs import Program
+from digseg_jax.aot.programs import FILES, Program
 from digseg_jax.aot.shapes import Parts
 from digseg_jax.aot.table import as_text
 from digseg_jax.aot.topology import Topology, open_topology
@@ -24,7 +24,6 @@ from digseg_jax.log import log
 from digseg_jax.sharding import make_mesh
 from digseg_jax.storage import AnyPath, write_bytes, write_json
 
-NAMES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # files, without ending
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 VERSIONS = ("jax", "jaxlib", "libtpu", "flax")
 
@@ -81,10 +80,10 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         result["advice"] = advise(config, parts, mesh, needs)
     result["config"] = to_dict(config)
     result["versions"] = _versions()
-    write_json(workdir / f"{NAMES[program.name]}.json", result)
+    write_json(workdir / f"{FILES[program.name]}.json", result)
     text = as_text(result)
-    write_bytes(workdir / f"{NAMES[program.name]}.txt", text.encode())
-    log.info("%s\n%s", workdir / f"{NAMES[program.name]}.json", text)
+    write_bytes(workdir / f"{FILES[program.name]}.txt", text.encode())
+    log.info("%s\n%s", workdir / f"{FILES[program.name]}.json", text)
     return result
 
 

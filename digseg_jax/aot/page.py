@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from digseg_jax.aot.programs import FILES
 from digseg_jax.aot.table import size
-from digseg_jax.compile import NAMES
 from digseg_jax.errors import UserError
 
 COLUMNS = (
@@ -36,7 +36,7 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """
     results = []
     for folder in folders:
-        files = [folder / f"{name}.json" for name in sorted(set(NAMES.values()))]
+        files = [folder / f"{name}.json" for name in sorted(set(FILES.values()))]
         found = [path for path in files if path.is_file()]
         if not found:
             raise UserError(f"{folder}: no {' or '.join(p.name for p in files)} here")

@@ -24,6 +24,9 @@ from digseg_jax.sharding import infer_shardings, make_mesh
 from digseg_jax.step import abstract_state, make_train_step
 
 
+FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # names without ending
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A program ready to be compiled.
