@@ -23,7 +23,6 @@ from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import infer_shardings, make_mesh
 from digseg_jax.step import abstract_state, make_train_step
 
-
 FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # names without ending
 
 
