@@ -146,7 +146,7 @@ def test_known_repositories_need_no_network():
     assert parts.unet.cross_attention_dim == 768 and parts.text_width == 512
     made = shapes.ShapeTask(sd_config(), parts, prompts=1)
     assert programs.count(made.abstract) > 859_520_964  # conv_in is wider, adapters come on top
-    assert not functional.flatten(made.frozen)["bank.tokens"].shape[0] - 1
+    assert functional.flatten(made.frozen)["bank.tokens"].shape[0] == 1
 
 
 def tiny_model():
