@@ -63,4 +63,17 @@ def run(seeds: int, steps: int) -> dict[str, Any]:
         for name in ("miou", "accuracy")
         for kind, function in (("mean", np.mean), ("std", np.std))
     }
-    return {"steps": steps, "seeds": seeds, "estep": str(ESTEP), **summary, "runs": rows}
+    result = {"steps": steps, "seeds": seeds, "estep": str(ESTEP), **summary, "runs": rows}
+    return result | as_table(result)
+
+
+def as_table(result: dict[str, Any]) -> dict[str, Any]:
+    """What a report shows of it, if the file lies in RUN/bench (`report.sections.bench_tables`)."""
+    kinds = ("miou_mean", "miou_std", "accuracy_mean", "accuracy_std")
+    names = {"pretrained": "from the prior", "random": "from scratch"}
+    return {
+        "title": f"Does the prior help? {result['steps']} steps, {result['seeds']} seeds, "
+        f"{result['estep']}, uncalibrated",
+        "columns": ["start", "mIoU", "±", "accuracy", "±"],
+        "rows": [[name, *(result[f"{start}_{k}"] for k in kinds)] for start, name in names.items()],
+    }
