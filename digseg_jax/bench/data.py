@@ -37,6 +37,7 @@ from digseg_jax.data.spec import ClassInfo, DatasetSpec
 from digseg_jax.data.statistics import confusable
 from digseg_jax.data.stream import Batches, Part, mixed_stream
 from digseg_jax.errors import UserError
+from digseg_jax.memory import keep_freed_memory
 
 SIZE, BATCH, PICTURES = 512, 16, 128
 WIDTH, HEIGHT = 640, 480
@@ -170,6 +171,7 @@ def torch_rate(python: str, folder: Path, count: int) -> float:
 def run(torch_python: str | None, count: int) -> dict[str, Any]:
     """All rates, and their ratios, of this run on this machine."""
     cv2.setNumThreads(1)
+    keep_freed_memory()  # the bare limit gets it too
     with tempfile.TemporaryDirectory() as scratch:
         folder, root = Path(scratch) / "folder", Path(scratch) / "shards"
         write_pictures(folder)

@@ -19,6 +19,8 @@ PADDING = 127  # grey, close to 0 after scaling to [-1, 1]
 CAP_TRIES = 10  # draws of a window before one of too much of a class is taken (mmsegmentation's)
 CAP_GRID = 64  # samples a side that the class shares of a window are estimated from
 LUMA = np.array([0.299, 0.587, 0.114])
+_GREY_AXIS = np.full(3, 1 / math.sqrt(3))
+_CROSS, _OUTER = np.cross(np.eye(3), _GREY_AXIS), np.outer(_GREY_AXIS, _GREY_AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,4 @@ def colour_matrix(strength: float, rng: np.random.Generator) -> np.ndarray:
 
 def _rotation(angle: float) -> np.ndarray:
     """Rotation of colours about the grey axis; greys stay."""
-    axis = np.full(3, 1 / math.sqrt(3))
-    cross = np.cross(np.eye(3), axis)
-    outer = np.outer(axis, axis)
-    return math.cos(angle) * np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * outer
+    return math.cos(angle) * np.eye(3) + math.sin(angle) * _CROSS + (1 - math.cos(angle)) * _OUTER

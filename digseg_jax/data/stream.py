@@ -18,6 +18,7 @@ from absl import flags
 
 from digseg_jax.data.transforms import Example
 from digseg_jax.log import log
+from digseg_jax.memory import keep_freed_memory
 
 MakeExample = Callable[[Example, np.random.Generator], Example]
 
@@ -132,11 +133,14 @@ def _batches(
         # worker processes share the cores among them: no threads of OpenCV inside
         multiprocessing = grain.MultiprocessingOptions(num_workers=workers)
         batches = batches.mp_prefetch(multiprocessing, worker_init_fn=_start_worker)
+    else:
+        keep_freed_memory()
     return Batches(batches)
 
 
 def _start_worker(index: int, count: int) -> None:
     cv2.setNumThreads(1)
+    keep_freed_memory()
 
 
 def _with_index(i: int, example: Example) -> Example:

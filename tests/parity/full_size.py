@@ -107,6 +107,12 @@ COMPONENTS = {
     "clip_l14_text": Component(
         "CLIPTextModel", _L14 | {"num_hidden_layers": 12, "eos_token_id": 2}, 123_060_480, _clip_ids
     ),
+    "clip_l14_text_projected": Component(
+        "CLIPTextModelWithProjection",
+        _L14 | {"num_hidden_layers": 12, "eos_token_id": 2, "projection_dim": 768},
+        None,
+        _clip_ids,
+    ),
     "clip_b16_text": Component("CLIPTextModel", {}, None, _clip_ids),
     "clip_h14_text": Component(
         "CLIPTextModel",
@@ -115,6 +121,19 @@ COMPONENTS = {
         _clip_ids,
     ),
     "clip_b16_vision": Component("CLIPVisionModelWithProjection", {"patch_size": 16}, None, _pixels),
+    "clip_l14_vision": Component(
+        "CLIPVisionModelWithProjection",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "patch_size": 14,
+            "projection_dim": 768,
+        },
+        None,
+        _pixels,
+    ),
     "bert_base": Component("BertModel", {}, None, lambda: _bert_ids(256)),
 }
 
@@ -167,6 +186,8 @@ def _torch_call(component: Component, model: Any, arrays: list[Any]) -> tuple[An
         return out.last_hidden_state, out.image_embeds
     mask = {"attention_mask": arrays[1].long()} if len(arrays) > 1 else {}
     out = model(arrays[0], **mask)
+    if component.class_name == "CLIPTextModelWithProjection":
+        return out.last_hidden_state, out.text_embeds
     return out.last_hidden_state, out.pooler_output
 
 

@@ -13,7 +13,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.segmentation.text_bank import encode_prompts
 from digseg_jax.weights import load_component, load_text_tower, minilm_folder, save_component
 
-LIMIT = 1e-5  # relative L2
+LIMIT, LIMIT_BF16 = 1e-5, 2e-2  # relative L2
 SMALL = {
     "vocab_size": 60,
     "hidden_size": 24,
@@ -139,6 +139,15 @@ def sentence_cosines(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
     mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     unit = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
     return unit @ unit.T
+
+
+def test_real_weights_in_bfloat16(minilm, golden):
+    model = load_component(minilm_folder(), dtype=jnp.bfloat16)
+    out = model(jnp.asarray(golden["ids"]), jnp.asarray(golden["mask"]))
+    hidden = np.asarray(out.last_hidden_state, np.float32)
+    stride = int(golden["stride"])
+    assert relative_l2(hidden[..., ::stride], golden["hidden_slice"]) <= LIMIT_BF16
+    assert relative_l2(np.asarray(out.pooled, np.float32), golden["pooled"]) <= LIMIT_BF16
 
 
 def test_real_weights_and_sentence_similarities(minilm, golden):
