@@ -118,6 +118,24 @@ def test_shards_give_exactly_what_the_download_gives(folder, tmp_path, kind):
     assert_equal_sources(kind(folder), RecordSource(tmp_path, "train", spec()))
 
 
+@pytest.mark.parametrize("classes, dtype", [(127, np.int8), (128, np.int16), (300, np.int16)])
+def test_narrow_labels_are_the_same_ids(classes, dtype):
+    rng = np.random.default_rng(classes)
+    label = rng.integers(-1, classes, (20, 30)).astype(np.int32)
+    data = records.encode_record(np.zeros((20, 30, 3), np.uint8), label, "one", None)
+    got = records.decode_record(data, str, dtype)["label"]
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, label)
+
+
+def test_training_reads_labels_in_the_narrowest_type(folder, tmp_path):
+    make(folder, tmp_path)
+    wide, narrow = (RecordSource(tmp_path, "train", spec(), narrow=n) for n in (False, True))
+    for a, b in zip(wide, narrow, strict=True):
+        assert a["label"].dtype == np.int32 and b["label"].dtype == np.int16
+        np.testing.assert_array_equal(a["label"], b["label"])
+
+
 def test_jpegs_stay_as_they_are(folder, tmp_path):
     make(folder, tmp_path)
     shards = b"".join(p.read_bytes() for p in sorted(tmp_path.glob("train/*.array_record")))
@@ -289,7 +307,7 @@ def test_a_folder_of_ones_own_needs_only_its_shards(folder, tmp_path):
 def test_a_foreign_record_is_an_error():
     for data in (b"", b"\x00", b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b"\x02\x00\x00\x0012"):
         with pytest.raises(UnreadableError, match="here, record 3"):
-            records.decode_record(data, "here, record 3")
+            records.decode_record(data, lambda: "here, record 3")
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from digseg_jax.data.queries import QuerySampler, rarity
+from digseg_jax.data.queries import QuerySampler, class_counts, rarity
 
 N = 8
 LABEL = np.repeat([0, 1, 2, 3], 25).reshape(10, 10)  # four present, four absent
@@ -42,6 +42,18 @@ def test_no_class_is_asked_twice_while_others_are_present():
 def test_one_present_class_is_asked_again_rather_than_an_absent_one_unasked_for():
     only = np.zeros((4, 4), int)
     np.testing.assert_array_equal(draw(sampler(0.0), only, n=2, times=20), 0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+@pytest.mark.parametrize("ids", [3, 8, 60])
+def test_pixels_are_counted_exactly_in_every_type(dtype, ids):
+    rng = np.random.default_rng(ids)
+    label = np.kron(rng.integers(-1, ids, (4, 4)), np.ones((16, 16))).astype(dtype)
+    for speck in (None, ids + 1):  # one that a coarse sample does not show
+        if speck is not None:
+            label[1, 1] = speck
+        expected = [(label == c).sum() for c in range(ids + 2)]
+        np.testing.assert_array_equal(class_counts(label, ids + 2), expected)
 
 
 def test_rare_classes_are_preferred():

@@ -18,9 +18,7 @@ IGNORE = -1
 PADDING = 127  # grey, close to 0 after scaling to [-1, 1]
 CAP_TRIES = 10  # draws of a window before one of too much of a class is taken (mmsegmentation's)
 CAP_GRID = 64  # samples a side that the class shares of a window are estimated from
-LUMA = np.array([0.299, 0.587, 0.114])
-_GREY_AXIS = np.full(3, 1 / math.sqrt(3))
-_CROSS, _OUTER = np.cross(np.eye(3), _GREY_AXIS), np.outer(_GREY_AXIS, _GREY_AXIS)
+LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Window:
 def random_view(
     image: np.ndarray, label: np.ndarray, rules: CropRules, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picture uint8 [h, w, 3] and label int32 [h, w] to a crop: [s, s, 3] and [s, s]."""
+    """Picture uint8 [h, w, 3] and label [h, w] to a crop: [s, s, 3] and [s, s], of the same types."""
     window = balanced_window(label, rules, rng)
     image, label = view(image, label, window, rules.size)
     # in place: memory for another picture costs more than the work on it
@@ -135,13 +133,17 @@ def colour_matrix(strength: float, rng: np.random.Generator) -> np.ndarray:
     """
     used = rng.random(4) < 0.5
     draws = np.where(used, rng.uniform(-1, 1, 4), 0.0) * strength
-    brightness, contrast, saturation = 32 * draws[0], 1 + 0.5 * draws[1], 1 + 0.5 * draws[2]
-    mixed = saturation * np.eye(3) + (1 - saturation) * LUMA[None, :]
-    linear = contrast * (_rotation(math.radians(36 * draws[3])) @ mixed)
-    offset = 127.5 * (1 - contrast) + brightness
-    return np.concatenate([linear, np.full((3, 1), offset)], axis=1)
+    brightness, contrast, saturation, hue = draws.tolist()
+    contrast, saturation = 1 + 0.5 * contrast, 1 + 0.5 * saturation
+    # hue(saturation * colour + (1 - saturation) * luma): a rotation leaves greys, such as luma, alone
+    turned = _rotation(math.radians(36 * hue), contrast * saturation)
+    luma = [contrast * (1 - saturation) * weight for weight in LUMA]
+    offset = 127.5 * (1 - contrast) + 32 * brightness
+    return np.array([[t + g for t, g in zip(row, luma, strict=True)] + [offset] for row in turned])
 
 
-def _rotation(angle: float) -> np.ndarray:
-    """Rotation of colours about the grey axis; greys stay."""
-    return math.cos(angle) * np.eye(3) + math.sin(angle) * _CROSS + (1 - math.cos(angle)) * _OUTER
+def _rotation(angle: float, scale: float) -> list[list[float]]:
+    """Rotation of colours about the grey axis, times `scale`: 3 x 3."""
+    third, sine = (1 - math.cos(angle)) / 3, math.sin(angle) / math.sqrt(3)
+    a, b, c = (scale * x for x in (math.cos(angle) + third, third - sine, third + sine))
+    return [[a, b, c], [c, a, b], [b, c, a]]

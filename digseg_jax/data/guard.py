@@ -11,6 +11,7 @@ from digseg_jax.data.spec import IGNORE
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
+LABEL_DTYPES = (np.int32, np.int16, np.int8)  # the narrow ones come from shards, for training
 TRIES = 10  # replacements of one example; a data set with more in a row is broken as a whole
 
 
@@ -68,7 +69,7 @@ class Guarded:
         image, label = example["image"], example["label"]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"the image is {image.dtype} {image.shape}, not uint8 [h, w, 3]")
-        if label.dtype != np.int32 or label.shape != image.shape[:2]:
+        if label.dtype not in LABEL_DTYPES or label.shape != image.shape[:2]:
             raise ValueError(f"the label is {label.dtype} {label.shape}, the image {image.shape}")
         if not label.size:
             raise ValueError("the image has no pixels")

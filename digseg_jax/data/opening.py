@@ -30,8 +30,10 @@ def spec_of(part: PartConfig) -> DatasetSpec:
     return stored or registry.spec(part.name, part.root)
 
 
-def open_part(part: PartConfig, split: str) -> Source:
+def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """The examples of a split. A root that holds prepared shards of it is read as such.
+
+    narrow: labels of shards in the narrowest type, see `RecordSource`.
 
     Raises:
       UserError: no such data set, split or folder.
@@ -41,7 +43,7 @@ def open_part(part: PartConfig, split: str) -> Source:
 
         return tfds_source.TfdsSource(part.name.removeprefix(TFDS), part.root, split)
     if records.is_prepared(part.root, split):
-        return records.RecordSource(part.root, split, spec_of(part))
+        return records.RecordSource(part.root, split, spec_of(part), narrow=narrow)
     if prepared := records.prepared_splits(part.root):
         raise UserError(
             f"{part.root}: shards of {', '.join(prepared)} only; digseg_jax.data.prepare "

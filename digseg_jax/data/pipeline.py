@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from digseg_jax import storage
 from digseg_jax.config import DataConfig
 from digseg_jax.data import landcover
 from digseg_jax.data.augment import CropRules, random_view
@@ -21,6 +22,8 @@ from digseg_jax.data.transforms import Example, random_crop, random_dihedral
 from digseg_jax.data.vocabulary import vocabularies
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
+
+BUCKET_THREADS = 16  # of a worker: a record of a bucket takes tens of milliseconds to come (grain's)
 
 
 class CropWithQueries:
@@ -63,7 +66,8 @@ class CropWithCaption:
 class CropWithNames:
     """Example of any size -> a training crop with queries by name.
 
-    {"image" uint8 [s, s, 3], "label" int32 [s, s], "query", "query_class" and "query_kind" int32 [q]}
+    {"image" uint8 [s, s, 3], "label" [s, s] (int32 in a batch), "query", "query_class" and "query_kind"
+    int32 [q]}
     and what `Guarded` counts. "query" is a row of the run's prompt bank; "query_kind" tells whether
     the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one of the run's data sets has
     nested classes, "query_class" is [q, m]: the ids that a mask covers, repeated to m of them.
@@ -131,7 +135,7 @@ def _parts(config: DataConfig, seed: int) -> list[Part]:
         chosen, specs, vocabularies(config), _covers(specs), strict=True
     ):
         split = part.split or facts.train_split
-        source = open_part(part, split)
+        source = open_part(part, split, narrow=True)
         guarded = Guarded(source, facts.num_classes, config.on_error, seed)
         statistics = statistics_of(source, guarded)
         names = [(c.name, *c.synonyms) for c in facts.classes]
@@ -168,7 +172,10 @@ def training_stream(
         return _landcover_stream(config, task, seed=seed, batch_size=batch_size, **place)
     if task != "segmentation":
         raise UserError(f"config.task={task!r} trains on landcover only, not on {config.name!r}")
-    return mixed_stream(_parts(config, seed), seed=seed, batch_size=batch_size, **place)
+    remote = any(storage.is_remote(part.root) for part in parts_of(config))
+    threads = BUCKET_THREADS if remote else None
+    parts = _parts(config, seed)
+    return mixed_stream(parts, seed=seed, batch_size=batch_size, threads=threads, **place)
 
 
 def _landcover_stream(

@@ -83,11 +83,30 @@ def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
 
 def class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels per class of a label map with ignore = -1: int64 [c]."""
+    if label.itemsize == 1 and (counts := _counts_of_few(label, num_classes)) is not None:
+        return counts
     if num_classes < 256 and label.size < 2**24:  # float32 counts are exact up to there
-        narrow = np.ascontiguousarray(label).astype(np.uint8)  # -1 becomes 255
+        narrow = np.ascontiguousarray(label)  # -1 becomes 255
+        narrow = narrow.view(np.uint8) if narrow.itemsize == 1 else narrow.astype(np.uint8)
         counts = cv2.calcHist([narrow], [0], None, [256], [0, 256])
         return counts.ravel()[:num_classes].astype(np.int64)
     return np.bincount(label.ravel() + 1, minlength=num_classes + 1)[1:]
+
+
+def _counts_of_few(label: np.ndarray, num_classes: int) -> np.ndarray | None:
+    """Counts by comparing with each id of a coarse sample, a third of a histogram's time.
+
+    None: there are many ids, or some that the sample does not show.
+    """
+    ids = np.unique(label[::8, ::8])
+    if len(ids) > 12:
+        return None
+    found = [int(np.count_nonzero(label == i)) for i in ids]
+    if sum(found) != label.size:
+        return None
+    counts = np.zeros(num_classes + 1, np.int64)
+    counts[ids] = found  # -1 is the last one
+    return counts[:-1]
 
 
 def rarity(shares: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _narrow(label: np.ndarray) -> np.ndarray:
     return np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
 
 
-def _decode_picture(data: bytes) -> np.ndarray | None:
+def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
     """uint8 [h, w, 3], RGB, as stored; None: OpenCV cannot read it."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
@@ -110,28 +111,36 @@ def _decode_picture(data: bytes) -> np.ndarray | None:
         return None
 
 
-def decode_record(data: bytes, where: str) -> dict[str, Any]:
-    """The example: {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
+def decode_record(
+    data: bytes, where: Callable[[], str], dtype: type = np.int32
+) -> dict[str, Any]:
+    """The example: {"image" uint8 [h, w, 3], "label" [h, w] of a signed `dtype` for every id, "name"}.
 
     Raises:
-      UnreadableError: `where` is not a record of ours.
+      UnreadableError: what lies at `where()` is not a record of ours.
     """
     try:
         end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
         header = json.loads(data[_LENGTH:end])
         middle = end + header["image"]
-        image = _decode_picture(data[end:middle])
+        image = _decode_picture(memoryview(data)[end:middle])
         raw = cv2.imdecode(np.frombuffer(data, np.uint8, offset=middle), cv2.IMREAD_UNCHANGED)
         shape = tuple(header["shape"])
     except (ValueError, KeyError, TypeError, cv2.error) as error:
-        raise UnreadableError(f"{where}: not a record of a prepared data set") from error
+        raise UnreadableError(f"{where()}: not a record of a prepared data set") from error
     if image is None or raw is None or raw.shape != shape:
-        raise UnreadableError(f"{where}: damaged record {header['name']!r}")
+        raise UnreadableError(f"{where()}: damaged record {header['name']!r}")
     if header["orientation"] != 1:
         image = Picture(image, header["orientation"]).upright()
-    label = raw.astype(np.int32)
+    return {"image": image, "label": _ids(raw, dtype), "name": header["name"]}
+
+
+def _ids(raw: np.ndarray, dtype: type) -> np.ndarray:
+    if np.dtype(dtype).itemsize == raw.itemsize:  # the largest value reads as IGNORE
+        return raw.view(dtype)
+    label = raw.astype(dtype)
     label[raw == np.iinfo(raw.dtype).max] = IGNORE
-    return {"image": image, "label": label, "name": header["name"]}
+    return label
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -188,12 +197,18 @@ def is_prepared(root: str | Path, split: str) -> bool:
 class RecordSource:
     """Random access over the shards of a split; nothing but the manifest is read to open it.
 
+    narrow: labels are int8 or int16, if every id fits, rather than int32: for training crops, where
+    half of the time besides decoding is memory traffic.
+
     Raises:
       UserError: manifest and shards disagree (a missing shard, or one of another size).
     """
 
-    def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
+    def __init__(self, root: str | Path, split: str, spec: DatasetSpec, *, narrow: bool = False):
         self.folder = epath.Path(root).expanduser() / split
+        self.label_dtype = np.int32
+        if narrow:
+            self.label_dtype = np.int8 if spec.num_classes <= np.iinfo(np.int8).max else np.int16
         self.manifest = read_manifest(self.folder, spec)
         self.shards: Sequence[dict[str, Any]] = self.manifest["shards"]
         self._check_sizes()
@@ -217,12 +232,12 @@ class RecordSource:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        where = self._where(index)
         try:
             data = self.records[index]
         except (RuntimeError, ValueError) as error:  # what the reader says of a damaged shard
-            raise UnreadableError(f"{where}: {' '.join(str(error).split())}") from error
-        return decode_record(data, where)
+            reason = " ".join(str(error).split())
+            raise UnreadableError(f"{self._where(index)}: {reason}") from error
+        return decode_record(data, partial(self._where, index), self.label_dtype)
 
     def files(self, index: int) -> dict[str, Path]:
         """The shard that holds both."""

@@ -98,10 +98,12 @@ def mixed_stream(
     host: int = 0,
     hosts: int = 1,
     workers: int = 0,
+    threads: int | None = None,
 ) -> Batches:
     """Like `stream`, from several sources in the proportion of their weights, evenly interleaved.
 
     Each part is shuffled and repeated on its own: a small one is seen again while a large one lasts.
+    threads: of each worker, for reading; None: as many as a local disk needs.
 
     Raises:
       ValueError: the batch does not divide among the hosts.
@@ -114,18 +116,28 @@ def mixed_stream(
     weights = [part.weight for part in parts]
     dataset = datasets[0] if len(parts) == 1 else grain.MapDataset.mix(datasets, weights)
     dataset = dataset.map_with_index(_with_index)
-    return _batches(dataset, batch_size, start, host, hosts, workers)
+    return _batches(dataset, batch_size, start, host, hosts, workers, threads)
 
 
 def _batches(
-    dataset: grain.MapDataset, batch_size: int, start: int, host: int, hosts: int, workers: int
+    dataset: grain.MapDataset,
+    batch_size: int,
+    start: int,
+    host: int,
+    hosts: int,
+    workers: int,
+    threads: int | None = None,
 ) -> Batches:
     if batch_size % hosts:
         raise ValueError(f"batch size {batch_size} does not divide among {hosts} hosts")
     # whole parts of the batch: the global array is the same one for any number of hosts. The endless
     # repetition is cut because grain counts its batches in floats, which 2**63 - 1 does not survive
-    dataset = dataset[: 2**62].batch(batch_size // hosts)[host::hosts][start:]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = dataset[: 2**62]
+    dataset = dataset.batch(batch_size // hosts, batch_fn=_stacked)[host::hosts][start:]
+    if threads is None:  # a disk answers at once: a worker reads and works in turn, on one core
+        threads = 0 if workers else 1
+    ahead = max(4, threads) if threads else 0
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     batches = dataset.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # grain looks its flags up, also outside absl's app.run
@@ -136,6 +148,12 @@ def _batches(
     else:
         keep_freed_memory()
     return Batches(batches)
+
+
+def _stacked(examples: Sequence[Example]) -> Example:
+    """One array of each kind; labels, which may be narrow until here, as int32."""
+    types = {"label": np.int32}
+    return {k: np.stack([e[k] for e in examples], dtype=types.get(k)) for k in examples[0]}
 
 
 def _start_worker(index: int, count: int) -> None:
