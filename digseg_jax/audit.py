@@ -2,8 +2,9 @@
 """Which examples a run has seen: WORKDIR/examples/PROCESS.jsonl, for whoever must prove it.
 
 A line is one step of one process: {"step", "index": the examples' global numbers, "crc": checksums of
-their images}. With it, a run that was killed and resumed on other hosts can be compared with one that
-was left alone, example by example. Written if `config.train.log_examples` asks.
+their images, or of the images' latents where a cache gives those}. With it, a run that was killed and
+resumed on other hosts can be compared with one that was left alone, example by example. Written if
+`config.train.log_examples` asks.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class ExampleLog:
 
     def add(self, step: int, batch: dict[str, np.ndarray]) -> None:
         if self._record:
-            crc = [zlib.crc32(np.ascontiguousarray(image)) for image in batch["image"]]
+            images = batch["image"] if "image" in batch else batch["image_latent"]
+            crc = [zlib.crc32(np.ascontiguousarray(image)) for image in images]
             self._record.write({"step": step, "index": batch["index"].tolist(), "crc": crc})
 
     def sync(self) -> None:

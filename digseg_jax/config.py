@@ -77,6 +77,8 @@ class DataConfig:
     flip: float = 0.5  # probability of a mirrored crop (mmseg, Marigold)
     jitter: float = 0.5  # of colours; 1: mmseg's PhotoMetricDistortion, 0: off (ours: half of it)
     on_error: str = legal("raise", "skip")  # a broken example: stop, or count, log and replace it
+    # made by --mode=cache_latents and trained from instead of the pictures: a folder or gs://; "": none
+    latent_cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,7 @@ def check_combinations(c: Config) -> None:
     _check_estep_table(c)
     _check_codec(c)
     _check_crops(c.data)
+    _check_latent_cache(c)
     if not 0.0 <= c.data.word_dropout <= 1.0:
         raise UserError(f"config.data.word_dropout={c.data.word_dropout}: legal range [0, 1]")
     if c.data.word_dropout and not c.model.sentence_token:
@@ -147,6 +148,30 @@ def _check_crops(data: DataConfig) -> None:
     for part in data.mixture:
         if part.weight <= 0:
             raise UserError(f"config.data.mixture: weight {part.weight} of {part.name!r}; above 0")
+
+
+def _check_latent_cache(c: Config) -> None:
+    """Latents are of middle squares and their mirror images: what else augments would do nothing."""
+    if not c.data.latent_cache:
+        return
+    if c.task != "segmentation":
+        raise UserError(
+            f"config.data.latent_cache={c.data.latent_cache!r}: for config.task='segmentation' only, "
+            f"not {c.task!r}"
+        )
+    if c.data.name == "landcover":
+        raise UserError(
+            "config.data.latent_cache: the land cover is trained on random windows of its scenes, "
+            "which no cache holds; set it to '' or choose another config.data.name"
+        )
+    legal = {"scale_min": 1.0, "scale_max": 1.0, "class_share_cap": 1.0, "jitter": 0.0}
+    if differs := [key for key, value in legal.items() if getattr(c.data, key) != value]:
+        found = ", ".join(f"config.data.{key}={getattr(c.data, key)}" for key in differs)
+        wanted = ", ".join(f"{key}={legal[key]}" for key in differs)
+        raise UserError(
+            f"{found}: cached latents are augmented by mirroring alone; with config.data.latent_cache "
+            f"legal is {wanted}"
+        )
 
 
 def _check_estep_table(c: Config) -> None:

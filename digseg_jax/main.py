@@ -15,7 +15,7 @@ from digseg_jax.config import check_key
 from digseg_jax.errors import OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.log import log, setup
 
-MODES = ("train", "eval", "predict", "compile")
+MODES = ("train", "eval", "predict", "compile", "cache_latents")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
@@ -59,7 +59,7 @@ def run() -> None:
         _required(_IMAGE.value, "image", mode)
         if not _QUERY.value and not _VOCABULARY.value:
             raise UserError("--mode=predict needs --query or --vocabulary")
-    else:
+    elif mode != "cache_latents":
         _required(_WORKDIR.value, "workdir", mode)
 
     from digseg_jax import config as config_lib
@@ -105,6 +105,11 @@ def run() -> None:
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
     )
     distributed.start(cluster, timeout)
+    if mode == "cache_latents":
+        from digseg_jax import cache_latents
+
+        cache_latents.run(config)
+        return
     job = jobs.train if mode == "train" else jobs.run_eval
     job(config, as_path(_WORKDIR.value), accept_changes=_ACCEPT_CHANGES.value)
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Params
 from digseg_jax.audit import ExampleLog
+from digseg_jax.cache_latents import check_cache
 from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.config import Config
 from digseg_jax.data.pipeline import training_stream
@@ -54,6 +55,8 @@ class Trainer:
             )
         require_wandb(config.train.wandb)
         check_freeze(task.abstract, config.optim.freeze)
+        if config.data.latent_cache:
+            check_cache(config, task)
         abstract = abstract_state(task.abstract, config)
         self.state_shardings = infer_shardings(abstract, mesh)
         self.abstract_state = abstract_with_shardings(abstract, self.state_shardings)

@@ -59,7 +59,7 @@ def test_nothing_is_needed_but_shapes(folders):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), (task.frozen, real.abstract)) == jax.tree.map(
         lambda x: (x.shape, x.dtype), described
     )
-    batch = shapes.train_batch(made, 8)
+    batch = shapes.train_batch(made, 8, Parts.of(made.model))
     for name, value in tiny.batch().items():
         assert (batch[name].shape, batch[name].dtype) == (value.shape, value.dtype), name
 

@@ -54,6 +54,7 @@ def test_a_wrong_key_or_value_is_named_and_nothing_is_made(override, expected, w
         ([QUICKSTART], "--workdir"),
         ([QUICKSTART, "--workdir= "], "--workdir"),
         ([QUICKSTART, "--mode=eval"], "--workdir"),
+        ([QUICKSTART, "--mode=cache_latents"], "--config.data.latent_cache"),
         ([QUICKSTART, "--mode=predict", "--query=snow"], "--image"),
         ([QUICKSTART, "--mode=predict", "--image=a.png"], "--query"),
     ],
@@ -79,7 +80,7 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([QUICKSTART, "--mode=trian"], "value should be one of <train|eval|predict|compile>"),
+        ([QUICKSTART, "--mode=trian"], "one of <train|eval|predict|compile|cache_latents>"),
         (["--mode=train"], "--config must have a value"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),

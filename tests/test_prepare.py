@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from digseg_jax.config import PartConfig
-from digseg_jax.data import prepare, records
+from digseg_jax.data import prepare, records, shard_files
 from digseg_jax.data.files import UnreadableError, read_picture
 from digseg_jax.data.opening import open_part, spec_of
 from digseg_jax.data.prepare import prepare_split
@@ -185,9 +185,10 @@ def test_a_kill_at_any_point_is_made_up_for(folder, tmp_path, monkeypatch, point
         if point == "writer":
             patch.setattr(records, "encode_record", dying(records.encode_record, 6))
         elif point == "move":
-            patch.setattr(prepare, "_move", dying(prepare._move, 2))
+            patch.setattr(shard_files, "move", dying(shard_files.move, 2))
         else:  # writes: the plan, three sidecars, the manifest
-            patch.setattr(prepare, "_write", dying(prepare._write, 3 if point == "sidecar" else 5))
+            at = 3 if point == "sidecar" else 5
+            patch.setattr(shard_files, "write", dying(shard_files.write, at))
         with pytest.raises(Killed):
             make(folder, out)
     with pytest.raises(UserError, match="no readable manifest"):

@@ -87,7 +87,7 @@ def train_task(config: Config, parts: Parts, images: int) -> tuple[ShapeTask | U
     """The task and the shapes of its batch."""
     if config.compile.unet_only:
         return UNetTask(config, parts), shapes.unet_batch(config, parts, images)
-    return ShapeTask(config, parts), shapes.train_batch(config, images)
+    return ShapeTask(config, parts), shapes.train_batch(config, images, parts)
 
 
 def lower_step(

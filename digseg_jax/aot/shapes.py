@@ -22,7 +22,7 @@ from digseg_jax.models.vae import VaeConfig
 from digseg_jax.segmentation.latent_probe import LatentProbe
 from digseg_jax.segmentation.palette import Palette
 from digseg_jax.tasks.components import Vae, compute_options, schedule_of
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.tasks.segmentation import MASK_ENDS, SegmentationTask, wants_mask_ends
 from digseg_jax.weights import load_config
 from digseg_jax.weights.registry import component_of_config
 from digseg_jax.weights.text_tower import TEXT_CLASSES
@@ -83,6 +83,8 @@ class ShapeTask(SegmentationTask):
         if prompts is None:
             prompts = 1 if self.codec == "palette" else len(bank_prompts(config.data))
         self.frozen: Params = {"vae": abstract, "bank": bank_shapes(prompts, model, parts)}
+        if wants_mask_ends(config):
+            self.frozen[MASK_ENDS] = _float(2, *_latent_shape(config, parts))
         self.unet_config = dataclasses.replace(
             parts.unet,
             in_channels=2 * parts.vae.latent_channels,
@@ -134,7 +136,7 @@ def bank_shapes(prompts: int, model: ModelConfig, parts: Parts) -> Params:
     }
 
 
-def train_batch(config: Config, images: int) -> Batch:
+def train_batch(config: Config, images: int, parts: Parts) -> Batch:
     """What the stream of `config.data` hands to the train step."""
     data = config.data
     square, queries = (images, data.image_size, data.image_size), (images, data.num_queries)
@@ -151,16 +153,22 @@ def train_batch(config: Config, images: int) -> Batch:
         batch["query_kind"] = _int(np.int32, *queries)
         if covered > 1:
             batch["query_class"] = _int(np.int32, *queries, covered)
+    if data.latent_cache:
+        del batch["image"]
+        masks = 1 if config.segmentation.codec == "palette" else data.num_queries
+        latent = _latent_shape(config, parts)
+        batch["image_latent"] = _float(images, *latent)
+        batch["mask_latent"] = _float(images, masks, *latent)
     return batch
 
 
 def unet_batch(config: Config, parts: Parts, images: int) -> Batch:
     """One latent for each image, as `UNetTask` takes them."""
-    side, channels = config.data.image_size // parts.vae.factor, parts.vae.latent_channels
+    side, _, channels = _latent_shape(config, parts)
     tokens = bank_shapes(images, config.model, parts)["tokens"]
     return {
-        "latent": jax.ShapeDtypeStruct((images, side, side, 2 * channels), jnp.float32),
-        "target": jax.ShapeDtypeStruct((images, side, side, channels), jnp.float32),
+        "latent": _float(images, side, side, 2 * channels),
+        "target": _float(images, side, side, channels),
         "timestep": _int(np.int32, images),
         "tokens": tokens,
         "index": _int(np.uint32, images),
@@ -176,6 +184,15 @@ def eval_batch(config: Config, images: int) -> Batch:
         "index": _int(np.int32, images),
         "valid": jax.ShapeDtypeStruct((images,), jnp.bool_),
     }
+
+
+def _latent_shape(config: Config, parts: Parts) -> tuple[int, int, int]:
+    side = config.data.image_size // parts.vae.factor
+    return side, side, parts.vae.latent_channels
+
+
+def _float(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _int(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:

@@ -76,6 +76,12 @@ def draw_window(height: int, width: int, rules: CropRules, rng: np.random.Genera
     return Window(top, left, rows, columns, out_top, out_left, out_rows, out_columns)
 
 
+def central_window(height: int, width: int, size: int) -> Window:
+    """The middle square of a picture, its short side filling the crop: what cached latents show."""
+    side = min(height, width)
+    return Window((height - side) // 2, (width - side) // 2, side, side, 0, 0, size, size)
+
+
 def _extent(length: int, side: int, size: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Along one axis: start and extent in the source, then in the crop."""
     extent = min(side, length)

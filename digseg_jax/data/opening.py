@@ -30,6 +30,16 @@ def spec_of(part: PartConfig) -> DatasetSpec:
     return stored or registry.spec(part.name, part.root)
 
 
+def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, str]]:
+    """The data sets that training draws from, each with its facts and the split that it is.
+
+    Raises:
+      UserError: no such data set.
+    """
+    specs = [(part, spec_of(part)) for part in parts_of(config)]
+    return [(part, facts, part.split or facts.train_split) for part, facts in specs]
+
+
 def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """The examples of a split. A root that holds prepared shards of it is read as such.
 

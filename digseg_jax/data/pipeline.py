@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +15,13 @@ from digseg_jax.data import landcover
 from digseg_jax.data.augment import CropRules, random_view
 from digseg_jax.data.guard import Guarded
 from digseg_jax.data.landcover_prompts import caption_id, training_prompts
-from digseg_jax.data.opening import open_part, parts_of, spec_of, statistics_of
+from digseg_jax.data.latent_records import LatentSource, cache_folders
+from digseg_jax.data.opening import open_part, parts_of, statistics_of, training_parts
 from digseg_jax.data.queries import QuerySampler, rarity
+from digseg_jax.data.records import class_hash
 from digseg_jax.data.spec import DatasetSpec
-from digseg_jax.data.statistics import confusable
-from digseg_jax.data.stream import Batches, Part, mixed_stream, stream
+from digseg_jax.data.statistics import ClassStatistics, confusable
+from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream, stream
 from digseg_jax.data.transforms import Example, random_crop, random_dihedral
 from digseg_jax.data.vocabulary import vocabularies
 from digseg_jax.errors import UserError
@@ -63,6 +67,36 @@ class CropWithCaption:
         return {"image": np.ascontiguousarray(crop["image"]), "query": caption}
 
 
+class NamedQueries:
+    """Queries by name for a label crop of one data set.
+
+    rows[class]: the bank's rows of its prompts. covers: int32 [classes, m], the ids of each class's
+    mask, repeated to one m for all data sets of the run.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        sampler: QuerySampler,
+        rows: tuple[tuple[int, ...], ...],
+        covers: np.ndarray,
+    ):
+        self.num_queries, self.sampler = num_queries, sampler
+        self.rows, self.covers = rows, covers
+
+    def draw(self, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Example]:
+        """Class ids int32 [q], and {"query", "query_class", "query_kind"} as `CropWithNames` has it."""
+        classes, kinds = self.sampler.draw(label, self.num_queries, rng)
+        words = [self.rows[c] for c in classes]
+        query = [row[int(rng.integers(len(row)))] for row in words]
+        covers = self.covers[classes]
+        return classes, {
+            "query": np.asarray(query, np.int32),
+            "query_class": covers[:, 0] if covers.shape[1] == 1 else covers,
+            "query_kind": kinds,
+        }
+
+
 class CropWithNames:
     """Example of any size -> a training crop with queries by name.
 
@@ -81,26 +115,46 @@ class CropWithNames:
         rows: tuple[tuple[int, ...], ...],
         covers: np.ndarray,
     ):
-        self.rules, self.num_queries, self.sampler = rules, num_queries, sampler
-        self.rows, self.covers = rows, covers
+        self.rules = rules
+        self.queries = NamedQueries(num_queries, sampler, rows, covers)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image, label = random_view(example["image"], example["label"], self.rules, rng)
-        classes, kinds = self.sampler.draw(label, self.num_queries, rng)
-        words = [self.rows[c] for c in classes]
-        query = [row[int(rng.integers(len(row)))] for row in words]
-        covers = self.covers[classes]
-        return {
-            "image": image,
-            "label": label,
-            "query": np.asarray(query, np.int32),
-            "query_class": covers[:, 0] if covers.shape[1] == 1 else covers,
-            "query_kind": kinds,
-            "skipped": example["skipped"],
+        asked = self.queries.draw(label, rng)[1]
+        return {"image": image, "label": label} | asked | {"skipped": example["skipped"]}
+
+
+class CachedWithNames:
+    """Number of a cached example -> latents of its crop, mirrored or not, with queries by name.
+
+    {"image_latent" float32 [h, w, c], "mask_latent" float32 [q, h, w, c]} in the place of "image" of
+    `CropWithNames`; with a palette there is one mask, whatever q is. It takes numbers, because only
+    the draw decides which of an example's two records is read.
+    """
+
+    def __init__(
+        self,
+        source: LatentSource,
+        flip: float,
+        num_queries: int,
+        sampler: QuerySampler,
+        rows: tuple[tuple[int, ...], ...],
+        covers: np.ndarray,
+    ):
+        self.source, self.flip = source, flip
+        self.queries = NamedQueries(num_queries, sampler, rows, covers)
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        stored = self.source.read(index, bool(rng.random() < self.flip))
+        classes, asked = self.queries.draw(stored.label, rng)
+        latents = {
+            "image_latent": stored.picture,
+            "mask_latent": self.source.masks(stored, classes),
         }
+        return latents | {"label": stored.label} | asked
 
 
-def _covers(specs: Sequence[DatasetSpec]) -> list[np.ndarray]:
+def cover_tables(specs: Sequence[DatasetSpec]) -> list[np.ndarray]:
     """int32 [classes, m] for each data set, with one m for all: the ids of each class's mask."""
     m = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
     tables = []
@@ -119,8 +173,31 @@ def _members(facts: DatasetSpec) -> np.ndarray | None:
 
 
 def _parts(config: DataConfig, seed: int) -> list[Part]:
-    """Raises UserError: a data set that is not there."""
-    rules = CropRules(
+    """Raises UserError: a data set, or its cache of latents, that is not there."""
+    chosen = training_parts(config)
+    words, covers = vocabularies(config), cover_tables([facts for _, facts, _ in chosen])
+    folders = cache_folders(config.latent_cache, chosen) if config.latent_cache else []
+    made = []
+    for k, (part, facts, split) in enumerate(chosen):
+        asked = partial(_asked, config, facts, words[k].rows, covers[k])
+        source: Any
+        make: MakeExample
+        if folders:
+            known = {"image_size": config.image_size, "class_hash": class_hash(facts)}
+            latents = LatentSource(folders[k], known)
+            source = range(len(latents))
+            make = CachedWithNames(latents, config.flip, *asked(latents.statistics()))
+        else:
+            opened = open_part(part, split, narrow=True)
+            source = Guarded(opened, facts.num_classes, config.on_error, seed)
+            make = CropWithNames(_rules(config), *asked(statistics_of(opened, source)))
+        made.append(Part(source, make, part.weight))
+        log.info("training data: %s %s, %d examples", part.name, split, len(source))
+    return made
+
+
+def _rules(config: DataConfig) -> CropRules:
+    return CropRules(
         size=config.image_size,
         scale_min=config.scale_min,
         scale_max=config.scale_max,
@@ -128,28 +205,25 @@ def _parts(config: DataConfig, seed: int) -> list[Part]:
         flip=config.flip,
         jitter=config.jitter,
     )
-    chosen = parts_of(config)
-    specs = [spec_of(part) for part in chosen]
-    made = []
-    for part, facts, words, covers in zip(
-        chosen, specs, vocabularies(config), _covers(specs), strict=True
-    ):
-        split = part.split or facts.train_split
-        source = open_part(part, split, narrow=True)
-        guarded = Guarded(source, facts.num_classes, config.on_error, seed)
-        statistics = statistics_of(source, guarded)
-        names = [(c.name, *c.synonyms) for c in facts.classes]
-        sampler = QuerySampler(
-            statistics.rarity(),
-            config.negative_rate,
-            confusable=confusable(statistics, names),
-            hard_rate=config.hard_negative_rate,
-            members=_members(facts),
-        )
-        make = CropWithNames(rules, config.num_queries, sampler, words.rows, covers)
-        made.append(Part(guarded, make, part.weight))
-        log.info("training data: %s %s, %d examples", part.name, split, len(source))
-    return made
+
+
+def _asked(
+    config: DataConfig,
+    facts: DatasetSpec,
+    rows: tuple[tuple[int, ...], ...],
+    covers: np.ndarray,
+    statistics: ClassStatistics,
+) -> tuple[int, QuerySampler, tuple[tuple[int, ...], ...], np.ndarray]:
+    """The arguments of `NamedQueries`."""
+    names = [(c.name, *c.synonyms) for c in facts.classes]
+    sampler = QuerySampler(
+        statistics.rarity(),
+        config.negative_rate,
+        confusable=confusable(statistics, names),
+        hard_rate=config.hard_negative_rate,
+        members=_members(facts),
+    )
+    return config.num_queries, sampler, rows, covers
 
 
 def training_stream(
@@ -172,7 +246,8 @@ def training_stream(
         return _landcover_stream(config, task, seed=seed, batch_size=batch_size, **place)
     if task != "segmentation":
         raise UserError(f"config.task={task!r} trains on landcover only, not on {config.name!r}")
-    remote = any(storage.is_remote(part.root) for part in parts_of(config))
+    places = [config.latent_cache or part.root for part in parts_of(config)]
+    remote = any(storage.is_remote(place) for place in places)
     threads = BUCKET_THREADS if remote else None
     parts = _parts(config, seed)
     return mixed_stream(parts, seed=seed, batch_size=batch_size, threads=threads, **place)

@@ -12,17 +12,15 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from digseg_jax.data import records, registry
+from digseg_jax.data import records, registry, shard_files
 from digseg_jax.data.guard import Guarded
 from digseg_jax.data.registry import Source
 from digseg_jax.data.spec import DatasetSpec
@@ -66,11 +64,11 @@ def prepare_split(
         "shard_examples": shard_examples,
         "on_error": on_error,
     }
-    _claim(folder, plan)
+    shard_files.claim(folder, plan, "--out")
     if (folder / records.MANIFEST).exists():
         log.info("%s %s: complete already", spec.name, split)
         return records.read_manifest(folder, spec)
-    todo = [i for i in range(shards) if not (folder / _sidecar(i, shards)).exists()]
+    todo = shard_files.missing(folder, shards)
     log.info("%s %s: %d of %d shards to write", spec.name, split, len(todo), shards)
     job = partial(_write_shard, open_split, spec, str(folder), shards, shard_examples, on_error)
     if workers and todo:
@@ -93,26 +91,6 @@ def _in_parallel(job: Callable[[int], None], shards: list[int], workers: int) ->
             raise
 
 
-def _sidecar(shard: int, shards: int) -> str:
-    return records.shard_name(shard, shards) + ".json"
-
-
-def _claim(folder: epath.Path, plan: dict[str, Any]) -> None:
-    """Shards of two plans in one folder would make a data set of neither."""
-    path = folder / "plan.json"
-    if not path.exists():
-        _write(path, json.dumps(plan).encode())
-        return
-    found = json.loads(path.read_text())
-    differs = [key for key in plan if found.get(key) != plan[key]]
-    if differs:
-        key = differs[0]
-        raise UserError(
-            f"{folder}: holds shards made with {key}={found.get(key)!r}, now {plan[key]!r}: "
-            "choose another --out or remove it"
-        )
-
-
 def _write_shard(
     open_split: OpenSplit,
     spec: DatasetSpec,
@@ -127,34 +105,22 @@ def _write_shard(
     start = shard * shard_examples
     statistics = ClassStatistics.empty(spec.num_classes)
     broken: list[str] = []
-    name = records.shard_name(shard, shards)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / name
-        # pictures and labels are compressed already; one record a group, for random access
-        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        try:
-            for i in range(start, min(start + shard_examples, len(source))):
-                try:
-                    example = source[i]
-                except UserError as error:
-                    if on_error == "raise":
-                        raise
-                    broken.append(str(error))
-                    continue
-                statistics.add(example["label"])
-                writer.write(_record(source.source, i, example))
-        finally:
-            writer.close()
-        done = {
-            "file": name,
+    with shard_files.new_shard(epath.Path(folder), shard, shards) as (writer, facts):
+        for i in range(start, min(start + shard_examples, len(source))):
+            try:
+                example = source[i]
+            except UserError as error:
+                if on_error == "raise":
+                    raise
+                broken.append(str(error))
+                continue
+            statistics.add(example["label"])
+            writer.write(_record(source.source, i, example))
+        facts |= {
             "examples": statistics.examples,
-            "bytes": path.stat().st_size,
-            "sha256": records.checksum(path),
             "broken": broken,
             "statistics": statistics.to_dict(),
         }
-        _move(path, epath.Path(folder) / name)
-    _write(epath.Path(folder) / _sidecar(shard, shards), json.dumps(done).encode())
 
 
 def _record(source: Source, index: int, example: dict[str, Any]) -> bytes:
@@ -166,38 +132,15 @@ def _record(source: Source, index: int, example: dict[str, Any]) -> bytes:
 def _finish(folder: epath.Path, plan: dict[str, Any], shards: int) -> dict[str, Any]:
     """Adds the sidecars up to the manifest, and removes them."""
     statistics = ClassStatistics.empty(len(plan["spec"]["classes"]))
-    rows, broken = [], []
-    sidecars = [folder / _sidecar(shard, shards) for shard in range(shards)]
-    for path in sidecars:
-        row = json.loads(path.read_text())
+    rows, broken = shard_files.sidecars(folder, shards), []
+    for row in rows:
         statistics.merge(ClassStatistics.from_dict(row.pop("statistics")))
         broken += row.pop("broken")
-        rows.append(row)
     counted = {"examples": statistics.examples, "shards": rows, "broken": broken}
     manifest = plan | counted | {"statistics": statistics.to_dict()}
-    _write(folder / records.MANIFEST, json.dumps(manifest).encode())
-    for path in sidecars:
-        path.unlink()
+    shard_files.write(folder / records.MANIFEST, json.dumps(manifest).encode())
+    shard_files.remove_sidecars(folder, shards)
     return manifest
-
-
-def _write(path: epath.Path, data: bytes) -> None:
-    """Whole or not at all; an object of a bucket appears only when it is complete."""
-    if str(path).startswith("gs://"):
-        path.write_bytes(data)
-        return
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(data)
-    scratch.replace(path)
-
-
-def _move(local: Path, path: epath.Path) -> None:
-    if str(path).startswith("gs://"):
-        epath.Path(local).copy(path, overwrite=True)
-        return
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    epath.Path(local).copy(scratch, overwrite=True)
-    scratch.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:

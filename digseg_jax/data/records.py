@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 from etils import epath
 
 from digseg_jax.data.files import Picture, UnreadableError
+from digseg_jax.data.shard_files import Shards, checksum
 from digseg_jax.data.spec import IGNORE, ClassInfo, DatasetSpec
 from digseg_jax.data.statistics import ClassStatistics
 from digseg_jax.errors import UserError
@@ -71,7 +71,7 @@ def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes |
     turn, picture = _kept(image, jpeg) if jpeg else (1, None)
     if picture is None:
         picture = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
-    label_png = _png(_narrow(label), level=_LABEL_LEVEL, filters=_NO_FILTER)
+    label_png = encode_label(label)
     header = {
         "name": name,
         "image": len(picture),
@@ -97,10 +97,35 @@ def _png(value: np.ndarray, level: int, filters: Sequence[int] = ()) -> bytes:
     return cv2.imencode(".png", value, options)[1].tobytes()
 
 
-def _narrow(label: np.ndarray) -> np.ndarray:
-    """uint8 if that leaves 255 for ignored pixels, else uint16 with 65535 for them."""
+def encode_label(label: np.ndarray) -> bytes:
+    """int32 [h, w] with ignore = -1 as a PNG: uint8 if that leaves 255 for ignored pixels, else uint16
+    with 65535 for them."""
     dtype = np.uint8 if label.max(initial=IGNORE) < 255 else np.uint16
-    return np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
+    narrow = np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
+    return _png(narrow, level=_LABEL_LEVEL, filters=_NO_FILTER)
+
+
+def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
+    """[h, w] of a signed `dtype` for every id, from the bytes (uint8 [n]) of `encode_label`; None: they
+    are damaged.
+
+    Raises:
+      cv2.error: no bytes.
+    """
+    raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if raw is None:
+        return None
+    if np.dtype(dtype).itemsize == raw.itemsize:  # the largest value reads as IGNORE
+        return raw.view(dtype)
+    label = raw.astype(dtype)
+    label[raw == np.iinfo(raw.dtype).max] = IGNORE
+    return label
+
+
+def narrow_type(num_classes: int) -> type:
+    """The narrowest signed type of labels: for training crops, where half of the time besides decoding
+    is memory traffic."""
+    return np.int8 if num_classes <= np.iinfo(np.int8).max else np.int16
 
 
 def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
@@ -124,36 +149,15 @@ def decode_record(
         header = json.loads(data[_LENGTH:end])
         middle = end + header["image"]
         image = _decode_picture(memoryview(data)[end:middle])
-        raw = cv2.imdecode(np.frombuffer(data, np.uint8, offset=middle), cv2.IMREAD_UNCHANGED)
+        label = decode_label(np.frombuffer(data, np.uint8, offset=middle), dtype)
         shape = tuple(header["shape"])
     except (ValueError, KeyError, TypeError, cv2.error) as error:
         raise UnreadableError(f"{where()}: not a record of a prepared data set") from error
-    if image is None or raw is None or raw.shape != shape:
+    if image is None or label is None or label.shape != shape:
         raise UnreadableError(f"{where()}: damaged record {header['name']!r}")
     if header["orientation"] != 1:
         image = Picture(image, header["orientation"]).upright()
-    return {"image": image, "label": _ids(raw, dtype), "name": header["name"]}
-
-
-def _ids(raw: np.ndarray, dtype: type) -> np.ndarray:
-    if np.dtype(dtype).itemsize == raw.itemsize:  # the largest value reads as IGNORE
-        return raw.view(dtype)
-    label = raw.astype(dtype)
-    label[raw == np.iinfo(raw.dtype).max] = IGNORE
-    return label
-
-
-def shard_name(shard: int, shards: int) -> str:
-    return f"shard-{shard:05d}-of-{shards:05d}.array_record"
-
-
-def checksum(path: Any) -> str:
-    """SHA-256 of a local or remote file, read in pieces."""
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return {"image": image, "label": label, "name": header["name"]}
 
 
 def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any]:
@@ -197,8 +201,7 @@ def is_prepared(root: str | Path, split: str) -> bool:
 class RecordSource:
     """Random access over the shards of a split; nothing but the manifest is read to open it.
 
-    narrow: labels are int8 or int16, if every id fits, rather than int32: for training crops, where
-    half of the time besides decoding is memory traffic.
+    narrow: labels are of `narrow_type` rather than int32.
 
     Raises:
       UserError: manifest and shards disagree (a missing shard, or one of another size).
@@ -206,51 +209,25 @@ class RecordSource:
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec, *, narrow: bool = False):
         self.folder = epath.Path(root).expanduser() / split
-        self.label_dtype = np.int32
-        if narrow:
-            self.label_dtype = np.int8 if spec.num_classes <= np.iinfo(np.int8).max else np.int16
+        self.label_dtype = narrow_type(spec.num_classes) if narrow else np.int32
         self.manifest = read_manifest(self.folder, spec)
         self.shards: Sequence[dict[str, Any]] = self.manifest["shards"]
-        self._check_sizes()
-        self.starts = np.cumsum([0, *(s["examples"] for s in self.shards)])
-        # with the range of records in the name no shard has to be opened now
-        paths = [f"{self.folder / s['file']}[0:{s['examples']}]" for s in self.shards]
-        self.records = grain.sources.ArrayRecordDataSource(paths)
-
-    def _check_sizes(self) -> None:
-        for shard in self.shards:
-            path = self.folder / shard["file"]
-            size = path.stat().length if path.exists() else None
-            if size != shard["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"{path}: {found}; the manifest says {shard['bytes']} bytes")
+        self.records = Shards(self.folder, self.shards, [s["examples"] for s in self.shards])
 
     def statistics(self) -> ClassStatistics:
         return ClassStatistics.from_dict(self.manifest["statistics"])
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            data = self.records[index]
-        except (RuntimeError, ValueError) as error:  # what the reader says of a damaged shard
-            reason = " ".join(str(error).split())
-            raise UnreadableError(f"{self._where(index)}: {reason}") from error
-        return decode_record(data, partial(self._where, index), self.label_dtype)
+        where = partial(self.records.where, index)
+        return decode_record(self.records[index], where, self.label_dtype)
 
     def files(self, index: int) -> dict[str, Path]:
         """The shard that holds both."""
-        path = self.folder / self.shards[self._shard(index)]["file"]
+        path = self.records.file(index)
         return {"image": path, "label": path}
-
-    def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self.starts, index, side="right")) - 1
-
-    def _where(self, index: int) -> str:
-        shard = self._shard(index)
-        file = self.folder / self.shards[shard]["file"]
-        return f"{file}, record {index - int(self.starts[shard])}"
 
 
 def verify(root: str | Path, split: str) -> list[str]:

@@ -52,6 +52,13 @@ from digseg_jax.weights import load_config, load_unet_params, save_component
 
 PALETTE_PROMPT = "segmentation map of all classes"
 PALETTE_NAME = "palette.json"  # beside the weights: another palette would misread their output
+MASK_ENDS = "mask_ends"  # key of the frozen tree
+
+
+def wants_mask_ends(config: Config) -> bool:
+    """Whether the latents of an empty and of a full mask are frozen parts, [2, h, w, c]: the auxiliary
+    loss needs them, and training from a cache does not run the autoencoder."""
+    return bool(config.data.latent_cache and config.diffusion.mask_loss_weight)
 
 
 class SegmentationTask:
@@ -77,6 +84,10 @@ class SegmentationTask:
             "vae": vae_params,
             "bank": bank_arrays(encode_bank(self.tower, prompts, model)),
         }
+        if wants_mask_ends(config):
+            ends = np.full((2, *[config.data.image_size] * 2, 3), -1.0, np.float32)
+            ends[1] = 1.0
+            self.frozen[MASK_ENDS] = np.asarray(self._encode(vae_params, jnp.asarray(ends)))
         stored: UNetConfig = load_config(assets.resolve(model.unet))
         self.unet_config = dataclasses.replace(
             stored,
@@ -173,17 +184,11 @@ class SegmentationTask:
         keys: Array,
         whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        image, label = to_unit(batch["image"]), batch["label"]
-        query = self._bank_rows(batch)
-        b, q = query.shape
-        masks = self._targets(batch)
-        # beside its masks, so that no device hands a picture to another
-        pictures = jnp.concatenate([image[:, None], masks], axis=1)
-        latents = self.vae.encode(frozen["vae"], pictures.reshape(-1, *image.shape[1:]))
-        latents = latents.reshape(b, 1 + q, *latents.shape[1:])
-        image_latent = jnp.repeat(latents[:, 0], q, axis=0)
-        x0 = latents[:, 1:].reshape(b * q, *latents.shape[2:])
-        masks = masks.reshape(b * q, *image.shape[1:])
+        label, query = batch["label"], self._bank_rows(batch)
+        q = query.shape[1]
+        latents, x0 = self._latents(frozen, batch)
+        image_latent = jnp.repeat(latents, q, axis=0)
+        x0 = x0.reshape(-1, *x0.shape[2:])
         noise_keys, text_keys, word_keys = self._query_keys(keys, q)
         noise, t = draw_noise_and_timestep(
             noise_keys, x0.shape[1:], self.config.diffusion, self.schedule
@@ -207,15 +212,34 @@ class SegmentationTask:
         if self.config.diffusion.mask_loss_weight:
             metrics["mse"] = loss
             clean, _ = self.schedule.x0_and_eps(prediction, noisy, t)
-            metrics["mask_loss"] = self._mask_loss(frozen, clean, masks, valid, t)
+            metrics["mask_loss"] = self._mask_loss(frozen, batch, clean, valid, t)
             loss += self.config.diffusion.mask_loss_weight * metrics["mask_loss"]
         return loss, metrics
 
+    def _latents(
+        self, frozen: Params, batch: Batch
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b q h w c"]]:
+        """Of the pictures and of their targets: those of a cache, or encoded here."""
+        if "image_latent" in batch:
+            return batch["image_latent"], batch["mask_latent"]
+        image, masks = to_unit(batch["image"]), self._targets(batch)
+        # beside its masks, so that no device hands a picture to another
+        pictures = jnp.concatenate([image[:, None], masks], axis=1)
+        latents = self.vae.encode(frozen["vae"], pictures.reshape(-1, *image.shape[1:]))
+        latents = latents.reshape(*pictures.shape[:2], *latents.shape[1:])
+        return latents[:, 0], latents[:, 1:]
+
     def _mask_loss(
-        self, frozen: Params, clean: Array, masks: Array, valid: Array, t: Int[Array, " n"]
+        self, frozen: Params, batch: Batch, clean: Array, valid: Array, t: Int[Array, " n"]
     ) -> Array:
         """Mean of the auxiliary loss over all queries; those at low noise count as zero."""
-        encode = partial(self.vae.encode, frozen["vae"])
+        masks = self._targets(batch)
+        masks = masks.reshape(-1, *masks.shape[2:])
+
+        def encode(ends: Float[Array, "2 H W 3"]) -> Float[Array, "2 h w c"]:
+            # latents of a cache are trained from without the autoencoder
+            return frozen[MASK_ENDS] if MASK_ENDS in frozen else self.vae.encode(frozen["vae"], ends)
+
         evidence = latent_evidence(clean, encode, masks.shape[1])
         share = cell_shares(masks, self.vae.config.factor)
         counts = t >= self.config.diffusion.mask_loss_from * self.schedule.num_timesteps

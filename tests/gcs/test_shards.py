@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+import test_latent_records
 from test_stream import CLASSES, Made, part
 
 from digseg_jax.data.prepare import prepare_split
@@ -48,3 +49,13 @@ def test_a_bucket_gives_what_a_disk_gives(root, tmp_path):
     for a, b in zip(batches(far), batches(near), strict=True):
         for key in a:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_cached_latents_are_streamed_from_a_bucket_as_from_a_disk(root, tmp_path):
+    far, near = f"{root}/latents", tmp_path
+    for out in (far, near):
+        test_latent_records.write_cache(out)
+    batches = [
+        test_latent_records.batches(test_latent_records.config(out), 4) for out in (far, near)
+    ]
+    test_latent_records.assert_same(*batches)
