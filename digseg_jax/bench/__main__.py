@@ -52,10 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--repeats", type=int, default=3, help="the best of so many steps counts")
     train.add_argument("--attention", choices=("plain", "chunked"), default="plain")
+    sample = jobs.add_parser("sample", help="the E-Step grid against the same loop in torch diffusers")
+    sample.add_argument("--size", choices=("full", "small"), default="full")
+    sample.add_argument("--pixels", type=int, default=0, help="a side of the image; 0: 256, small 64")
+    sample.add_argument("--rows", default="1x1,1x2,4x2,8x2", help="members x steps, with commas")
+    sample.add_argument("--queries", type=int, default=1)
+    sample.add_argument("--threads", type=int, default=2)
+    sample.add_argument("--repeats", type=int, default=2, help="the best of so many counts")
+    sample.add_argument("--torch-batch", type=int, default=1, help="members of a call of torch's")
+    sample.add_argument("--conv", choices=("xla", "im2col"), default="xla")
+    sample.add_argument("--attention", choices=("plain", "chunked"), default="plain")
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
-    for job in (cover, vocabulary, prior, step, checkpoint, models, train, data):
+    for job in (cover, vocabulary, prior, step, checkpoint, models, train, sample, data):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -77,9 +87,9 @@ def _models(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
-    for flag in names:
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag}={getattr(arguments, flag)}: must be at least 1")
+    for name in names:
+        if (value := getattr(arguments, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value}: must be at least 1")
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -94,6 +104,23 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
         repeats=arguments.repeats,
         attention=arguments.attention,
         cells=arguments.cells,
+    )
+
+
+def _sample(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import sample
+
+    _check_counts(arguments, "queries", "threads", "repeats", "torch_batch")
+    return sample.run(
+        arguments.size,
+        pixels=arguments.pixels,
+        rows=tuple(arguments.rows.split(",")),
+        queries=arguments.queries,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        torch_batch=arguments.torch_batch,
+        conv=arguments.conv,
+        attention=arguments.attention,
     )
 
 
@@ -129,6 +156,8 @@ def main() -> int:
             result = _models(arguments)
         elif arguments.job == "train":
             result = _train(arguments)
+        elif arguments.job == "sample":
+            result = _sample(arguments)
         elif arguments.job == "data":
             from digseg_jax.bench import data
 

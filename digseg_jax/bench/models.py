@@ -9,23 +9,18 @@ is given too.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from digseg_jax.errors import UserError
+from digseg_jax.bench.sides import relative_l2, require_torch, run_side
 from digseg_jax.log import log
 
 PASSES = ("forward", "forward_backward", "train_step")
 # of AdamW, the same on both sides
 ADAMW = {"learning_rate": 1e-5, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-INSTALL = "pip install torch diffusers"
 
 # component -> hub class and config, per size; the full ones are Stable Diffusion 1.5's defaults
 UNET = {
@@ -95,8 +90,7 @@ def run(
     Raises:
         UserError: torch or diffusers is not installed.
     """
-    if missing := [name for name in ("torch", "diffusers") if not importlib.util.find_spec(name)]:
-        raise UserError(f"bench models needs {' and '.join(missing)}, to compare with: {INSTALL}")
+    require_torch("models")
     result: dict[str, Any] = {"size": size, "threads": threads, "best_of": repeats, "cases": {}}
     result |= {"conv": conv, "attention": attention}
     for case in cases:
@@ -119,19 +113,12 @@ def run(
 
 
 def _worker(module: str, spec: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", f"digseg_jax.bench.{module}", json.dumps(spec)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"bench models: {module} ended with status {done.returncode} in case {spec['case']!r}; "
-            "its own message is above (-9: out of memory)"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_side(module, spec, "models", f"case {spec['case']!r}")
 
 
 def _compare(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> dict[str, Any]:
-    a, b = (np.load(folder / f"{side}.npy").astype(np.float64) for side in ("ours", "torch"))
-    row: dict[str, Any] = {"relative_l2": float(np.linalg.norm(a - b) / np.linalg.norm(b))}
+    outputs = [np.load(folder / f"{side}.npy") for side in ("ours", "torch")]
+    row: dict[str, Any] = {"relative_l2": relative_l2(*outputs)}
     for name in PASSES:
         if name not in ours:
             continue
