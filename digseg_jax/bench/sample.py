@@ -146,6 +146,7 @@ def _compare(
         raise UserError(f"bench sample: masks of row {row} differ, relative L2 {distance:.2e}")
     result = {
         "ratio": ours["seconds"] / theirs["seconds"],
+        "cpu_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],  # other work disturbs it less
         "relative_l2": distance,
         "mask_deviation": float(other.std()),  # random weights must not make it a constant
         "ours": ours | {"images_per_second": 1.0 / ours["seconds"]},
