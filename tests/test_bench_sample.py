@@ -70,7 +70,7 @@ def test_rows_are_read_and_repeats_named(monkeypatch, capsys, with_torch):
     monkeypatch.setattr(sample, "run_side", fake_side(1e-6))
     assert run(monkeypatch, "--rows=1x1,8x2,1x1", "--repeats=5") == 0
     result = json.loads(capsys.readouterr().out)
-    assert list(result["rows"]) == ["1x1", "8x2"] and result["best_of"] == 5
+    assert list(result["rows"]) == ["1x1", "8x2"] and result["repeats"] == 5
     assert result["schedule"]["prediction_type"] == "v_prediction" and result["pixels"] == 256
     assert result["rows"]["8x2"]["ratio"] == 0.75
     assert result["rows"]["8x2"]["relative_l2"] == pytest.approx(1e-6)

@@ -76,23 +76,23 @@ def run(
     spec = {
         "size": size,
         "pixels": pixels,
-        "rows": [str(row) for row in _parse(rows)],
         "queries": queries,
         "threads": threads,
-        "repeats": repeats,
         "torch_batch": torch_batch,
+        "repeats": repeats,
+        "schedule": _schedule(),
         "options": {"conv": conv, "attention": attention},
+        "rows": [str(row) for row in _parse(rows)],
     }
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        _write_noise(spec, folder)
-        spec |= {"folder": scratch, "schedule": _schedule()}
-        torch_times = run_side("sample_torch", spec, "sample", f"size {size!r}")
-        ours = run_side("sample_ours", spec, "sample", f"size {size!r}")
-        table = {row: _compare(row, ours[row], torch_times[row], folder) for row in spec["rows"]}
-    described = {k: spec[k] for k in ("size", "pixels", "queries", "threads", "torch_batch")}
-    schedule = {"schedule": spec["schedule"], "best_of": repeats}
-    return described | schedule | spec["options"] | {"rows": table}
+        return spec | {"rows": _table(spec | {"folder": scratch}, Path(scratch))}
+
+
+def _table(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    _write_noise(spec, folder)
+    theirs = run_side("sample_torch", spec, "sample", f"size {spec['size']!r}")
+    ours = run_side("sample_ours", spec, "sample", f"size {spec['size']!r}")
+    return {row: _compare(row, ours[row], theirs[row], folder) for row in spec["rows"]}
 
 
 def _parse(rows: tuple[str, ...]) -> list[Any]:
@@ -132,9 +132,7 @@ def _write_noise(spec: dict[str, Any], folder: Path) -> None:
     np.save(folder / "noise.npy", np.asarray(noise[0]))
 
 
-def _compare(
-    row: str, ours: dict[str, Any], theirs: dict[str, Any], folder: Path
-) -> dict[str, Any]:
+def _compare(row: str, ours: dict[str, Any], theirs: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One line of the table.
 
     Raises:
