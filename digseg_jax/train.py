@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.config import Config
 from digseg_jax.data.pipeline import training_stream
 from digseg_jax.data.stream import Batches
+from digseg_jax.distributed import barrier
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.failure import REPLAY, save_failure
 from digseg_jax.log import log
@@ -29,6 +31,8 @@ from digseg_jax.storage import as_path
 from digseg_jax.tasks.base import Task
 from digseg_jax.train_log import NotFinite, TrainLog
 from digseg_jax.writers import require_wandb
+
+COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled waits for the last
 
 
 class Trainer:
@@ -171,8 +175,9 @@ class Trainer:
                 if step == start + 1:
                     lowered = self.step_fn.lower(state, self.frozen, batch)
                     log.flops = step_flops(lowered, train.accumulation)
+                    run_step = self._compiled_by_all(lowered)
                 profile.before(step)
-                state, metrics = self.step_fn(state, self.frozen, batch)
+                state, metrics = run_step(state, self.frozen, batch)
                 profile.after(step, metrics)
                 log.add(step, metrics)
                 extra = {}
@@ -192,6 +197,18 @@ class Trainer:
                     checkpointer.wait()
                     raise Preempted(f"preempted: step {step} is saved in {checkpointer.folder}")
         return state
+
+    def _compiled_by_all(self, lowered: jax.stages.Lowered) -> Callable[..., Any]:
+        """The step, once every process has compiled it.
+
+        A collective gives up on a process that is late (on CPUs after 30 s, which nothing changes), and
+        busy machines compile at different speeds.
+        """
+        if jax.process_count() == 1:
+            return self.step_fn
+        compiled = lowered.compile()
+        barrier("the compiled train step", COMPILE_TIMEOUT)
+        return compiled
 
     def _is_saved(self, step: int, extra: dict[str, float]) -> bool:
         """Every so often, at the end, and where the metric is known by which the best is chosen."""
