@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from same import assert_same
 
 from digseg_jax.config import DataConfig, PartConfig
 from digseg_jax.data import latent_records, registry, shard_files
@@ -102,14 +103,6 @@ def batches(config, n, **options):
     options = {"seed": 1, "batch_size": 4, "start": 0, "host": 0, "hosts": 1} | options
     with training_stream(config, "segmentation", **options) as stream:
         return list(itertools.islice(stream, n))
-
-
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for key in x:
-            np.testing.assert_array_equal(x[key], y[key], err_msg=key)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from same import assert_same
 
 from digseg_jax.config import DataConfig
 from digseg_jax.data.landcover_prompts import captions, training_prompts
@@ -39,14 +40,6 @@ def toy(n, **options):
 
 def take(batches, n):
     return list(itertools.islice(batches, n))
-
-
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for key in x:
-            np.testing.assert_array_equal(x[key], y[key], err_msg=key)
 
 
 def test_the_same_seed_gives_the_same_batches():

@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from same import assert_same
 
 from digseg_jax.data.augment import CropRules
 from digseg_jax.data.guard import Guarded
@@ -74,14 +75,6 @@ def batches(n, parts=None, **options):
     options = {"seed": 1, "batch_size": 4} | options
     with mixed_stream(parts or mixture(), **options) as stream:
         return list(itertools.islice(stream, n))
-
-
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for key in x:
-            np.testing.assert_array_equal(x[key], y[key], err_msg=key)
 
 
 @pytest.fixture(scope="module")
