@@ -206,6 +206,9 @@ class EvalConfig:
     # pictures of other sizes than the training crop, in predict and in suites: overlapping windows at
     # their own resolution, squeezed to one square, or scaled by the long side (the paper is silent)
     inference: str = legal("window", "whole", "aspect")
+    # pixels that the short side of a picture gets before it is segmented, in the evaluation of a data
+    # set and for windows; its masks are brought back to the label's size. 0: as it comes
+    short_side: int = 0
     # what a class counts that the labels never show; a suite takes the rule of each of its data sets
     absent_rule: str = legal("mmseg", "detectron2", "official")
     # open vocabulary: how many classes a coarse pass lets through (16 to 32 of hundreds), from
@@ -216,7 +219,9 @@ class EvalConfig:
     batch_size: int = 4  # images per compiled call
     num_images: int = 0  # 0: the whole split
     gallery: int = 24  # images shown in the report
-    calibrate: bool = True  # fit the probability's scale and each query's bias on the val split
+    calibrate: bool = True  # fit the probability's scale and each query's bias on calibrate_split
+    calibrate_split: str = legal("val", "train")  # train: where a data set has no third split
+    calibrate_images: int = 0  # of that split; 0: num_images
     estep: tuple[str, ...] = ()  # rows of the E-Step table, such as "4x2" or "4x2:leading"
 
 

@@ -45,6 +45,8 @@ def check_combinations(c: Config) -> None:
         "checkpoint.keep_every",
         "optim.warmup_steps",
         "eval.num_images",
+        "eval.short_side",
+        "eval.calibrate_images",
         "model.text_skip_layers",
         "compile.per_device_batch",
         "model.vae_limit",
@@ -52,10 +54,11 @@ def check_combinations(c: Config) -> None:
         section, name = key.split(".")
         if getattr(getattr(c, section), name) < 0:
             raise UserError(f"config.{key}: must not be negative")
-    if c.eval.split == "val" and c.eval.calibrate:
+    if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
         raise UserError(
-            "config.eval.split='val' with config.eval.calibrate=True would fit the calibration on the "
-            "tiles that it scores: set config.eval.calibrate=False, or the split to test"
+            f"config.eval.split={c.eval.split!r} with config.eval.calibrate=True would fit the "
+            "calibration on the images that it scores: set config.eval.calibrate=False, or another "
+            "config.eval.calibrate_split (val, train)"
         )
     if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
         raise UserError(

@@ -88,9 +88,9 @@ class Evaluator:
     def _frozen(self, bank: PromptBank) -> Params:
         return {"vae": self.task.frozen["vae"], "bank": bank_arrays(bank)}
 
-    def examples(self, split: str) -> EvalExamples:
-        """The split's examples; `config.eval.num_images` of them, evenly spread, if it is set."""
-        return eval_examples(self.config.data, split, self.config.eval.num_images)
+    def examples(self, split: str, num_images: int = 0) -> EvalExamples:
+        """The split's examples; if set, `num_images` of them, by default the configuration's."""
+        return eval_examples(self.config.data, split, num_images or self.config.eval.num_images)
 
     def evidence(
         self, params: Params, examples: EvalExamples, bank: PromptBank, estep: EStep
@@ -106,10 +106,12 @@ class Evaluator:
         return np.concatenate(parts), np.concatenate(labels)
 
     def calibrate(
-        self, params: Params, bank: PromptBank, estep: EStep, split: str = "val"
+        self, params: Params, bank: PromptBank, estep: EStep, split: str = ""
     ) -> Calibration:
-        """Fits scale and biases on a split that training and test do not touch."""
-        evidence, label = self.evidence(params, self.examples(split), bank, estep)
+        """Fits scale and biases on a split that is not scored: by default the configuration's."""
+        split = split or self.config.eval.calibrate_split
+        examples = self.examples(split, self.config.eval.calibrate_images)
+        evidence, label = self.evidence(params, examples, bank, estep)
         return calibration_lib.fit(evidence, label, split, self.fixed_scale())
 
     def fixed_scale(self) -> float | None:
@@ -181,8 +183,8 @@ class Evaluator:
         return self._jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
-        evidence = self._ask(params, frozen, batch, estep)
-        return evidence.mean(axis=2)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+        evidence = self._ask(params, frozen, batch, estep).mean(axis=2)
+        return at_labels(evidence, batch)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
 
     def _counts(
         self,
@@ -202,8 +204,8 @@ class Evaluator:
             rule=self.config.eval.ensemble_rule,
         )
         # a query on its own is judged at evidence 0; the biases only matter between queries
-        alone = combined(jnp.zeros(num_classes)) > 0.5
-        probability = combined(fitted["bias"], exclusive=True)
+        alone = at_labels(combined(jnp.zeros(num_classes)), batch) > 0.5
+        probability = at_labels(combined(fitted["bias"], exclusive=True), batch)
         label = jnp.where(batch["valid"][:, None, None], batch["label"], -1)
         true = label[:, None] == jnp.arange(num_classes)[None, :, None, None]
         return {
@@ -242,7 +244,9 @@ class Evaluator:
         progress = Progress(len(examples), label=label, unit="images")
         started, done = time.monotonic(), 0
         # every process reads the whole batch: its common size depends on all of its images
-        for batch, names in padded_batches(examples, self.batch_size):
+        for batch, names in padded_batches(
+            examples, self.batch_size, short_side=self.config.eval.short_side
+        ):
 
             def read(i: int, batch: dict[str, np.ndarray] = batch) -> dict[str, np.ndarray]:
                 return {name: values[i] for name, values in batch.items()}
@@ -251,6 +255,14 @@ class Evaluator:
             done += len(names)
             progress.update(done, done / (time.monotonic() - started))
         progress.close()
+
+
+def at_labels(probability: Array, batch: Params) -> Array:
+    """Values [n, q, h, w] at the pictures' size, brought to that of the labels where it is another."""
+    if "image_size" not in batch:
+        return probability
+    shape = batch["label"].shape[1:]
+    return inference.enlarge_padded(probability, batch["image_size"], batch["size"], shape)
 
 
 def results_of(scores: Scores, config: Config, calibration: Calibration, estep: EStep) -> dict:
@@ -272,6 +284,7 @@ def results_of(scores: Scores, config: Config, calibration: Calibration, estep: 
         "codec": config.segmentation.codec,
         "ensemble_rule": config.eval.ensemble_rule,
         "decoder": config.eval.decoder,
+        "short_side": config.eval.short_side,
         "miou": metrics.mean_iou(scores.confusion, config.eval.absent_rule),
         "mean_accuracy": plain(metrics.mean_accuracy(scores.confusion)),
         "fwiou": plain(metrics.frequency_weighted_iou(scores.confusion)),

@@ -52,6 +52,7 @@ class Predictor:
     ):
         self.task, self.params, self.mesh = task, params, mesh
         self.size = task.config.data.image_size
+        self.short_side = task.config.eval.short_side
         self.scale = task.palette.scale if task.codec == "palette" else scale
         self.rule, self.decoder = rule, decoder
         devices = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
@@ -92,7 +93,7 @@ class Predictor:
         estep = EStep(ensemble, steps, spacing)
         root = jax.random.key(key) if isinstance(key, int) else key
         shift = np.zeros(len(queries), np.float32) if bias is None else np.asarray(bias, np.float32)
-        views = [make_views(np.asarray(image), self.size, mode) for image in images]
+        views = [make_views(np.asarray(i), self.size, mode, self.short_side) for i in images]
         squares = [(i, k) for i, view in enumerate(views) for k in range(len(view.crops))]
         parts = [[None] * len(view.crops) for view in views]
         for group in self._groups(squares):

@@ -20,16 +20,21 @@ REPOSITORIES = {
 }
 
 
-def stable_diffusion(version: str, dataset: str) -> ml_collections.ConfigDict:
+def stable_diffusion(
+    version: str, dataset: str, others: tuple[str, ...] = ()
+) -> ml_collections.ConfigDict:
     """A configuration that fine-tunes a version of `REPOSITORIES` on a data set; evaluates on val.
+
+    others: versions that the experiment file has of its own, for the message.
 
     Raises:
       UserError: no such version.
     """
     if version not in REPOSITORIES:
+        versions = (*REPOSITORIES, *others)
         raise UserError(
-            f"--config: no version {version!r}{nearest(version, REPOSITORIES)}; legal after the "
-            f"colon: {', '.join(REPOSITORIES)}"
+            f"--config: no version {version!r}{nearest(version, versions)}; legal after the "
+            f"colon: {', '.join(versions)}"
         )
     config = config_lib.default()
     config.data.name = dataset

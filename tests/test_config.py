@@ -101,6 +101,7 @@ def test_a_calibration_is_never_fitted_on_the_tiles_that_it_scores():
     message = refused({"eval": {"split": "val"}})
     assert "config.eval.split='val'" in message and "calibrate" in message
     assert parse({"eval": {"split": "val", "calibrate": False}}).eval.split == "val"
+    assert parse({"eval": {"split": "val", "calibrate_split": "train"}}).eval.calibrate
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -54,6 +54,20 @@ def test_shapes_are_multiples_and_as_few_as_the_sizes_allow():
     assert set(one_size) == {(2, 64, 64)}
 
 
+def test_pictures_of_another_size_keep_their_labels():
+    for batch, names in padded_batches(EXAMPLES, 2, multiple=32, short_side=16):
+        for k in range(len(names)):
+            i = int(batch["index"][k])
+            (h, w), (height, width) = SIZES[i], batch["image_size"][k]
+            assert min(height, width) == 16 and abs(height * w - width * h) <= max(h, w) / 2
+            np.testing.assert_array_equal(batch["label"][k, :h, :w], EXAMPLES[i]["label"])
+            assert (batch["image"][k, height:] == PADDING).all()
+            assert (batch["image"][k, :, width:] == PADDING).all()
+            difference = batch["image"][k, :height, :width].mean() - EXAMPLES[i]["image"].mean()
+            assert abs(difference) < 2
+        assert batch["image"].shape[1] % 32 == batch["image"].shape[2] % 32 == 0
+
+
 @pytest.fixture
 def camvid(tmp_path):
     for split, count in (("train", 2), ("val", 7)):

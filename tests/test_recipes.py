@@ -20,6 +20,7 @@ from digseg_jax.weights.hub import _HUB_ID
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FROM_FILES = sorted(set(registry.names()) - {"landcover", "landcover_igbp"})
+SMALL = {"camvid": ("binary", "palette")}  # these start from shipped weights by default
 
 
 def get_config(name: str, *arguments: str) -> ml_collections.ConfigDict:
@@ -31,8 +32,9 @@ def get_config(name: str, *arguments: str) -> ml_collections.ConfigDict:
 
 @pytest.mark.parametrize("name", FROM_FILES)
 def test_every_data_set_has_its_file(name):
-    config = parse(get_config(name))
-    assert config.data.name == name and config == parse(get_config(name, "sd15"))
+    config = parse(get_config(name, "sd15"))
+    assert config.data.name == name
+    assert name in SMALL or config == parse(get_config(name))
     if name != "folder":
         assert config.eval.split == registry.spec(name).eval_split
         assert config.eval.split in registry.spec(name).splits
@@ -50,9 +52,19 @@ def test_the_version_comes_after_the_colon_of_the_flag():
     assert parse(values.config).model.unet == f"{REPOSITORIES['sd21']}:unet"
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_recipe_needs_no_hub(name):
+    assert get_config(name).to_dict() == get_config(name, SMALL[name][0]).to_dict()
+    for version in SMALL[name]:
+        model = parse(get_config(name, version)).model
+        assert model.unet.startswith("assets:") and model.vae.startswith("assets:")
+
+
 def test_another_version_is_refused_with_the_legal_ones():
     with pytest.raises(UserError, match="'sd14'.*sd15, sd21"):
         stable_diffusion("sd14", "ade20k")
+    with pytest.raises(UserError, match="'sd14'.*sd15, sd21.*palette"):
+        get_config("camvid", "sd14")
 
 
 def test_the_configuration_knows_exactly_the_registered_names():

@@ -57,6 +57,16 @@ def test_aspect_keeps_proportions_and_cuts_its_padding_off(shape):
     assert ((got > 0.5) == (image[..., 0] > 100)).mean() > 0.97
 
 
+def test_windows_of_a_picture_brought_to_a_short_side():
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[:, 100:] = 200
+    views = make_views(image, 32, "window", short_side=40)
+    assert len(views.crops) == len(starts(40, 32)) * len(starts(80, 32))
+    got = views.assemble((views.crops[..., 0] / 200.0)[:, None])[0]
+    assert got.shape == (100, 200)
+    assert (got[:, :97] < 0.01).all() and (got[:, 103:] > 0.99).all()
+
+
 def test_wrong_modes_and_pictures_are_refused():
     with pytest.raises(ValueError, match="legal: window, whole, aspect"):
         make_views(noise(4, 4), 32, "crop")

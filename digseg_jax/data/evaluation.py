@@ -14,6 +14,7 @@ from digseg_jax.data import landcover
 from digseg_jax.data.augment import IGNORE, PADDING
 from digseg_jax.data.guard import Guarded
 from digseg_jax.data.opening import open_part, spec_of
+from digseg_jax.segmentation.resolution import to_short_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
 
 
 def padded_batches(
-    examples: Any, batch_size: int, multiple: int = 64
+    examples: Any, batch_size: int, multiple: int = 64, short_side: int = 0
 ) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
     """Batches of one number of examples, and the names of the real ones among them.
 
@@ -67,22 +68,39 @@ def padded_batches(
     "index" int32 [n], "valid" bool [n]}. H and W are the largest of the batch, rounded up to
     `multiple`: a split of one size is one shape, one compiled program. Pictures sit at the top left;
     what is padding has the ignore label; the last batch is filled up with examples that are not valid.
+
+    short_side: pictures (never labels) are brought to it, and "image" has an H and W of its own;
+    "image_size" int32 [n, 2] is then what they fill of it.
     """
     for start in range(0, len(examples), batch_size):
         rows = range(start, min(start + batch_size, len(examples)))
         found = [examples[i] for i in rows]
-        sizes = np.asarray([e["label"].shape for e in found], np.int32)
-        height, width = -(-sizes.max(axis=0) // multiple) * multiple
+        labels = [e["label"] for e in found]
+        pictures = [e["image"] for e in found]
+        if short_side:
+            pictures = [to_short_side(picture, short_side) for picture in pictures]
+        unused = batch_size - len(found)
         batch = {
-            "image": np.full((batch_size, height, width, 3), PADDING, np.uint8),
-            "label": np.full((batch_size, height, width), IGNORE, np.int32),
-            "size": np.zeros((batch_size, 2), np.int32),
-            "index": np.full(batch_size, start, np.int32),
+            "image": _stacked(pictures, batch_size, multiple, PADDING),
+            "label": _stacked(labels, batch_size, multiple, IGNORE).astype(np.int32),
+            "size": _sizes(labels, unused),
+            "index": np.asarray([*rows, *[start] * unused], np.int32),
             "valid": np.arange(batch_size) < len(found),
         }
-        for k, (row, example) in enumerate(zip(rows, found, strict=True)):
-            h, w = sizes[k]
-            batch["image"][k, :h, :w] = example["image"]
-            batch["label"][k, :h, :w] = example["label"]
-            batch["size"][k], batch["index"][k] = sizes[k], row
+        if short_side:
+            batch["image_size"] = _sizes(pictures, unused)
         yield batch, [str(e["name"]) for e in found]
+
+
+def _stacked(values: list[np.ndarray], count: int, multiple: int, fill: int) -> np.ndarray:
+    """[count, H, W, ...] of arrays [h, w, ...] at the top left of each."""
+    height, width = (-(-max(v.shape[axis] for v in values) // multiple) * multiple for axis in (0, 1))
+    out = np.full((count, height, width, *values[0].shape[2:]), fill, values[0].dtype)
+    for k, value in enumerate(values):
+        out[k, : value.shape[0], : value.shape[1]] = value
+    return out
+
+
+def _sizes(values: list[np.ndarray], unused: int) -> np.ndarray:
+    """int32 [n + unused, 2]; the unused ones, which nothing is read from, say 1."""
+    return np.asarray([*(v.shape[:2] for v in values), *[(1, 1)] * unused], np.int32)

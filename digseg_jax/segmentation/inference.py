@@ -141,3 +141,21 @@ def probabilities(
     """`member_probabilities`, combined over the members."""
     members = member_probabilities(evidence, scale, bias, codec)
     return combine(members, rule, exclusive=exclusive)
+
+def enlarge_padded(
+    probability: Float[Array, "n q h w"],
+    filled: Int[Array, "n 2"],
+    size: Int[Array, "n 2"],
+    shape: tuple[int, int],
+) -> Float[Array, "n q H W"]:
+    """`resize_probability` of a padded batch: what fills `filled` pixels is to fill `size` of `shape`.
+
+    Bilinear with half-pixel centres. At the edge towards the padding half a pixel of it is mixed in.
+    """
+
+    def one(planes: Array, scale: jax.Array) -> jax.Array:
+        return jax.image.scale_and_translate(
+            planes, (len(planes), *shape), (1, 2), scale, jnp.zeros(2), "linear", antialias=False
+        )
+
+    return jax.vmap(one)(probability, size / filled)

@@ -29,3 +29,10 @@ def resize_image(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> 
     shrinking = height * width < image.shape[0] * image.shape[1]
     how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), interpolation=how)
+
+
+def to_short_side(image: UInt8[np.ndarray, "h w 3"], side: int) -> np.ndarray:
+    """The picture in its proportions with a short side of `side` pixels; uint8 [h2, w2, 3]."""
+    height, width = image.shape[:2]
+    scale = side / min(height, width)
+    return resize_image(image, max(1, round(height * scale)), max(1, round(width * scale)))

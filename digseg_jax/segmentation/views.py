@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from digseg_jax.arraytypes import Float, UInt8
-from digseg_jax.segmentation.resolution import resize_image, resize_probability
+from digseg_jax.segmentation.resolution import resize_image, resize_probability, to_short_side
 
 MODES = ("window", "whole", "aspect")
 OVERLAP = 0.25  # of a window's side, at least
@@ -30,12 +30,14 @@ class Views:
     assemble: Callable[[Float[np.ndarray, "k q s s"]], Float[np.ndarray, "q h w"]]
 
 
-def make_views(image: UInt8[np.ndarray, "h w 3"], size: int, mode: str) -> Views:
+def make_views(
+    image: UInt8[np.ndarray, "h w 3"], size: int, mode: str, short_side: int = 0
+) -> Views:
     """Cuts a picture.
 
     whole: squeezed to one square. aspect: the long side becomes `size`, the rest is mirrored padding
-    that is cut off again. window: overlapping squares at the picture's own resolution, blended with a
-    weight that falls towards their borders.
+    that is cut off again. window: overlapping squares at the picture's own resolution, or with its
+    short side brought to `short_side` pixels; blended with a weight that falls towards their borders.
 
     Raises:
       ValueError: another mode, or a picture without pixels.
@@ -44,6 +46,9 @@ def make_views(image: UInt8[np.ndarray, "h w 3"], size: int, mode: str) -> Views
         raise ValueError(f"inference {mode!r}; legal: {', '.join(MODES)}")
     if image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"image has shape {image.shape}; expected [h, w, 3] with some pixels")
+    if mode == "window" and short_side:
+        views, shape = _windows(to_short_side(image, short_side), size), image.shape[:2]
+        return Views(views.crops, lambda p: resize_probability(views.assemble(p), *shape))
     return {"whole": _whole, "aspect": _aspect, "window": _windows}[mode](image, size)
 
 
