@@ -105,8 +105,10 @@ class Checkpointer:
         except Exception as error:  # disks and buckets refuse in many types
             raise self._failed(step, error) from error
 
-    def check(self) -> None:
-        """Looks, without waiting, whether the save under way failed or takes too long.
+    def check(self, running: int) -> None:
+        """Looks whether the save under way failed or takes too long, while step `running` is computed.
+
+        It waits for the save only once `config.overlap` steps have begun since.
 
         Raises:
           UserError: names the checkpoint that is missing and those that are there.
@@ -114,6 +116,9 @@ class Checkpointer:
         if self._started is None:
             return
         step, since = self._started
+        if self.config.overlap and running >= step + self.config.overlap:
+            self.wait()
+            return
         if self.manager.is_saving_in_progress():
             if time.monotonic() - since > self.config.timeout:
                 raise self._failed(step, f"not written after {self.config.timeout:.0f} s")

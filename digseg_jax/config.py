@@ -183,6 +183,9 @@ class CheckpointConfig:
     keep: int = 2  # the newest ones
     keep_every: int = 0  # steps; those at its multiples are never removed; 0: none
     best: str = ""  # metric of the in-training evaluation (val_miou); its best is kept and exported
+    # steps that may run while a save is being written; then the loop waits for it, so that a kill
+    # costs no more than `every` + overlap - 1 finished steps. 0: no limit (ours)
+    overlap: int = 1
     timeout: float = 900.0  # seconds that a save may take before the run stops; ours
 
 

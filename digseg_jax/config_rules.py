@@ -43,6 +43,7 @@ def check_combinations(c: Config) -> None:
         "train.steps",
         "train.eval_every",
         "checkpoint.keep_every",
+        "checkpoint.overlap",
         "optim.warmup_steps",
         "eval.num_images",
         "eval.short_side",

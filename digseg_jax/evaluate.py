@@ -36,7 +36,7 @@ from digseg_jax.segmentation.text_bank import PromptBank
 from digseg_jax.sharding import BATCH, on_mesh
 from digseg_jax.storage import AnyPath, filled_locally, is_remote, write_bytes, write_json
 from digseg_jax.tables import results_markdown
-from digseg_jax.tasks.components import bank_arrays, encode_bank
+from digseg_jax.tasks.components import bank_arrays, encode_bank, picture_step
 from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
 from digseg_jax.tpu import compiler_options
 from digseg_jax.writers import Progress
@@ -75,6 +75,7 @@ class Evaluator:
 
     def __init__(self, config: Config, task: SegmentationTask, mesh: Mesh):
         self.config, self.task, self.mesh = config, task, mesh
+        self.step = picture_step(task.vae, task.unet_config)
         self.devices = mesh.shape["data"] * mesh.shape["fsdp"]
         # the batch must split evenly over the devices; the padding is masked
         self.batch_size = math.ceil(config.eval.batch_size / self.devices) * self.devices
@@ -245,7 +246,7 @@ class Evaluator:
         started, done = time.monotonic(), 0
         # every process reads the whole batch: its common size depends on all of its images
         for batch, names in padded_batches(
-            examples, self.batch_size, short_side=self.config.eval.short_side
+            examples, self.batch_size, self.step, self.config.eval.short_side
         ):
 
             def read(i: int, batch: dict[str, np.ndarray] = batch) -> dict[str, np.ndarray]:

@@ -179,6 +179,8 @@ class Trainer:
                 profile.before(step)
                 state, metrics = run_step(state, self.frozen, batch)
                 profile.after(step, metrics)
+                with log.watch("checkpoint"):
+                    checkpointer.check(step)  # before the step counts as done
                 log.add(step, metrics)
                 extra = {}
                 if on_eval and train.eval_every and step % train.eval_every == 0:
@@ -188,7 +190,6 @@ class Trainer:
                 if step % train.log_every == 0 or step == steps or extra:
                     log.write(step, extra)
                 leaving = preemption.reached(step)
-                checkpointer.check()
                 if leaving or self._is_saved(step, extra):
                     log.check()  # a state that is no number must not become a checkpoint
                     with log.watch("checkpoint"):

@@ -153,6 +153,24 @@ class TestStart:
         train(folders, tmp_path, task=Other(), accept_changes=True)
 
 
+@pytest.mark.parametrize(("overlap", "waits_at"), [(1, 11), (3, 13), (0, None)])
+def test_a_slow_save_holds_up_the_step_that_would_be_lost_too(overlap, waits_at, tmp_path, monkeypatch):
+    with Checkpointer(str(tmp_path), CheckpointConfig(overlap=overlap)) as checkpointer:
+        checkpointer.save(10, {"x": np.zeros(3, np.float32)}, {})
+        asked = []
+
+        def is_saving():  # the third time that one step asks
+            asked.append(step)
+            return asked.count(step) < 3
+
+        monkeypatch.setattr(checkpointer.manager, "is_saving_in_progress", is_saving)
+        for step in range(11, 15):
+            checkpointer.check(step)
+        waited = [step for step in set(asked) if asked.count(step) == 3]
+        assert waited == ([waits_at] if overlap else [])
+        monkeypatch.undo()
+
+
 def test_sigterm_saves_the_step_and_leaves(cover, folders, tmp_path):
     """One process: the signal may come at any moment of a step."""
 

@@ -161,6 +161,11 @@ def _draw(
     return noise.gaussian(noise_key, shape), t
 
 
+def picture_step(vae: Vae, unet: UNetConfig) -> int:
+    """Pixels that the sides of a picture must be multiples of."""
+    return vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
+
+
 def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
     """What the parts must agree on.
 
@@ -168,7 +173,7 @@ def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> N
       UserError: a picture size that cannot be halved often enough, or tokens of the wrong width.
     """
     size = config.data.image_size
-    step = vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
+    step = picture_step(vae, unet)
     if size % step:
         raise UserError(
             f"config.data.image_size={size}: must be a multiple of {step} pixels for this VAE and U-Net"

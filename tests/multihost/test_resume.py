@@ -47,8 +47,7 @@ class Run:
     def kill(self, count: int, after: int, *, while_saving: bool) -> None:
         """Kills all processes with -9 once step `after` is logged, or at the next save from then on.
 
-        What the next start may lose is then known: the steps since the last checkpoint, and those of
-        one more interval if the save after it was still under way.
+        The next start loses no more than one interval, also if a save was under way.
         """
         processes = self.start(count)
         processes.when(lambda: pod.last_step(self.run) >= after)
@@ -59,7 +58,7 @@ class Run:
         lost = pod.last_step(self.run) - saved
         print(f"{count} processes, killed after step {pod.last_step(self.run)}, saving: {saving}, "
               f"goes on from {saved}")  # fmt: skip
-        assert lost <= (2 if saving else 1) * INTERVAL
+        assert lost <= INTERVAL
 
 
 def assert_same_run(ours: Run, whole: Run, *, bits: bool) -> None:
