@@ -232,7 +232,27 @@ def gathered(kernel: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
         return kernel
+    return _whole(kernel, spec_of("", kernel.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _whole(kernel: Array, spec: P) -> Array:
+    # Sharded first: without that, the kernel before its conversion to bfloat16 is what XLA gathers.
+    kernel = jax.lax.with_sharding_constraint(kernel, spec)
     return jax.lax.with_sharding_constraint(kernel, P())
+
+
+def _whole_forward(kernel: Array, spec: P) -> tuple[Array, None]:
+    return _whole(kernel, spec), None
+
+
+def _whole_backward(spec: P, _: None, gradient: Array) -> tuple[Array]:
+    # The constraint's own gradient would be whole on every device: an all-reduce, twice the bytes of
+    # the reduce-scatter that each device's part of the sum needs.
+    return (jax.lax.with_sharding_constraint(gradient, spec),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 @dataclasses.dataclass(frozen=True)
