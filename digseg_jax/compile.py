@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from digseg_jax.aot import hlo, programs
 from digseg_jax.aot.advice import Needs, advise
+from digseg_jax.aot.kernels import kernel_flops
 from digseg_jax.aot.programs import FILES, Program
 from digseg_jax.aot.shapes import Parts
 from digseg_jax.aot.table import as_text
@@ -48,7 +51,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         program.name, topology, program.images, program.queries, dict(mesh.shape),
     )  # fmt: skip
     start = time.monotonic()
-    measured = compile_and_measure(program, target)
+    with effort(config.compile.effort):
+        measured = compile_and_measure(program, target)
     result = {
         "topology": topology,
         "program": program.name,
@@ -59,6 +63,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "queries": program.queries,
         "images_per_chip": program.images / programs.shards(mesh),
         "hbm_limit_bytes": target.hbm_bytes,
+        "effort": config.compile.effort,
         **measured,
         "lower_seconds": round(lowered_after, 1),
         "compile_seconds": round(time.monotonic() - start, 1),
@@ -87,6 +92,17 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     return result
 
 
+@contextlib.contextmanager
+def effort(value: float) -> Iterator[None]:
+    """Compiles with this much of XLA's effort for fast code."""
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", value)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)
+
+
 def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
     """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is."""
     try:
@@ -97,6 +113,7 @@ def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, len(target.devices))
     more_flops, more_bytes = hlo.loop_corrections(module)
+    kernels = kernel_flops(module)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
     return {
@@ -105,9 +122,10 @@ def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
         "hbm_temp_bytes": memory.temp_size_in_bytes,
         "hbm_result_bytes": results,  # beyond those that are written over donated arguments
         "hbm_peak_bytes": peak,
-        "flops": cost.get("flops", 0.0) + more_flops,
+        "flops": cost.get("flops", 0.0) + more_flops + kernels,
         "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,
-        "loop_flops": more_flops,  # the part of the two lines above that XLA's count leaves out
+        "loop_flops": more_flops,  # the parts of the two lines above that XLA's count leaves out
+        "kernel_flops": kernels,
         "loop_bytes": more_bytes,
         "collective_bytes": sum(c.bytes for c in collectives.values()),
         "collectives": {kind: dataclasses.asdict(c) for kind, c in collectives.items()},

@@ -66,6 +66,8 @@ def check_combinations(c: Config) -> None:
             "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
             "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
         )
+    if not -1.0 <= c.compile.effort <= 1.0:
+        raise UserError(f"config.compile.effort={c.compile.effort}: legal range [-1, 1]")
     if not 0.0 <= c.optim.ema_decay < 1.0:
         raise UserError(f"config.optim.ema_decay={c.optim.ema_decay}: legal range [0, 1)")
     if c.train.profile and not (

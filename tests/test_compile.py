@@ -50,6 +50,13 @@ def test_the_file_has_what_others_read(compiled):
     assert "memory a chip" in text and "all-" in text
 
 
+def test_the_effort_is_the_compilations_own():
+    before = jax.config.jax_exec_time_optimization_effort
+    with compiling.effort(-0.5):
+        assert jax.config.jax_exec_time_optimization_effort == -0.5
+    assert jax.config.jax_exec_time_optimization_effort == before == 0.0
+
+
 def test_nothing_is_needed_but_shapes(folders):
     """The task without values has the shapes of the real one, and the same step."""
     made = config(folders)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax.aot import hlo
+from digseg_jax.aot.kernels import kernel_flops
 
 # as libtpu prints it, shortened: a loop of six runs with a gather of weights, a fused reduce-scatter
 TPU = """HloModule jit_step, is_scheduled=true
@@ -92,6 +93,23 @@ def test_large_buffers_are_those_in_main_memory():
     assert [b.shape for b in buffers[:3]] == shapes  # not the gathered one, in S(1)
     assert buffers[1].op_name == "jit(step)/splash"  # behind a line break
     assert buffers[0].bytes == 2 * 64 * 64 * 384 * 2 and buffers[0].op_name == "jit(step)/dot_general"
+
+
+SPLASH = """
+ENTRY %main (p0: bf16[4,5,4096,64], p1: bf16[4,5,1024,64]) -> bf16[4,5,4096,64] {
+  %p0 = bf16[4,5,4096,64]{3,2,1,0} parameter(0)
+  %p1 = bf16[4,5,1024,64]{3,2,1,0} parameter(1)
+  %splash_mha_fwd_residuals.1 = (f32[4,512,64]{2,1,0}, bf16[4,5,4096,64]{3,2,1,0}) custom-call(%p0, %p1), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, s8[1,8,8]{2,1,0}, bf16[4,5,4096,64]{3,2,1,0}, bf16[4,5,1024,64]{3,2,1,0}, bf16[4,5,1024,64]{3,2,1,0}}
+  %splash_mha_dkv_no_residuals.2 = bf16[4,5,1024,64]{3,2,1,0} custom-call(%p0, %p1), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,8]{2,1,0}, s8[1,8,8]{2,1,0}, bf16[4,5,4096,64]{3,2,1,0}, bf16[4,5,1024,64]{3,2,1,0}, bf16[4,5,1024,64]{3,2,1,0}, f32[4,5,8,4096]{3,2,1,0}}
+  ROOT %other = bf16[4,5,4096,64]{3,2,1,0} custom-call(%p0), custom_call_target="ConcatBitcast"
+}
+"""  # noqa: E501
+
+
+def test_kernels_have_the_flops_that_xla_does_not_count():
+    product = 2 * 4 * 5 * 4096 * 1024 * 64
+    assert kernel_flops(hlo.parse(SPLASH)) == (2 + 4) * product
+    assert kernel_flops(hlo.parse(TPU)) == 0
 
 
 def test_text_of_something_else_is_refused():

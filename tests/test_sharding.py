@@ -272,6 +272,24 @@ def test_kernels_are_gathered_over_fsdp_but_not_beside_a_tensor_axis():
     assert sharding.gathered(kernel) is kernel  # no mesh at all
 
 
+def test_a_gathered_kernels_gradient_stays_in_parts():
+    mesh = tiny.mesh(fsdp=4)
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((8, 512), (512, 256)))
+    place = NamedSharding(mesh, sharding.spec_of("", kernel.shape, mesh))
+
+    def loss(kernel, x):
+        return jnp.square(x @ sharding.gathered(kernel)).sum()
+
+    run = jax.jit(
+        sharding.on_mesh(mesh, jax.grad(loss)),
+        in_shardings=(place, NamedSharding(mesh, sharding.BATCH)),
+    )
+    gradient = run(kernel, x)
+    assert gradient.sharding.is_equivalent_to(place, 2) and not place.is_fully_replicated
+    np.testing.assert_allclose(gradient, x.T @ (2 * x @ kernel), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 4, 100])
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2}])
 def test_slices_change_the_order_of_work_and_nothing_else(limit, axes):

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs of the Pallas kernels in a compiled program: XLA's own count takes them for nothing."""
+
+from __future__ import annotations
+
+import re
+
+from digseg_jax.aot import hlo
+
+# matrix products of queries x keys x width in each of splash attention's kernels; the backward ones
+# compute the scores and the weights' gradient again (jax: splash_attention_kernel.py)
+PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def kernel_flops(module: hlo.Module) -> float:
+    """Of all calls on a device, loops counted as often as they run."""
+    total = 0.0
+    for instruction, times, _ in hlo.walk(module, fusions=False):
+        if instruction.opcode == "custom-call":
+            total += times * _flops(instruction)
+    return total
+
+
+def _flops(instruction: hlo.Instruction) -> float:
+    """2 x products x batch x heads x queries x keys x width; 0 for another custom call.
+
+    The operands are two of the kernel's own, then q [b, heads, l, d], k [b, heads, m, d] and v.
+    """
+    kinds = [count for name, count in PRODUCTS.items() if instruction.name.startswith(name)]
+    operands = _OPERANDS.search(instruction.text)
+    if not kinds or not operands:
+        return 0.0
+    shapes = [[int(n) for n in s.split(",") if n] for s in _SHAPE.findall(operands[1])]
+    q, k = [shape for shape in shapes if len(shape) == 4][:2]
+    return 2.0 * kinds[0] * q[0] * q[1] * q[2] * q[3] * k[2]
