@@ -85,7 +85,8 @@ def open_topology(text: str) -> Topology:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Topology(text, devices, None, memory / int(shape))
     chip = CHIPS[kind]
-    name = ONE_CHIP[kind] if shape == "1" else shape
+    one = set(shape) <= {"1", "x"}
+    name = ONE_CHIP[kind] if one else shape
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}")
     except Exception as error:  # libtpu's own errors have no common type
@@ -93,5 +94,5 @@ def open_topology(text: str) -> Topology:
         raise UserError(
             f"--topology={text}: the TPU compiler refuses it ({reason}); legal: {LEGAL}"
         ) from error
-    devices = list(found.devices)[: 1 if shape == "1" else None]
+    devices = list(found.devices)[: 1 if one else None]
     return Topology(text, devices, chip, chip.hbm_bytes - RESERVED)

@@ -28,6 +28,11 @@ def _parser() -> argparse.ArgumentParser:
     vocabulary.add_argument("--images", type=int, default=24, help="tiles, evenly spread; 0: all")
     vocabulary.add_argument("--limit", type=int, default=6, help="classes the gate lets through")
     vocabulary.add_argument("--cut", type=float, default=0.3, help="least presence score")
+    stamps = jobs.add_parser("stamps", help="masks by name: trained, never trained and wrong names")
+    stamps.add_argument("--weights", required=True, help="RUN/export of configs/stamps.py")
+    stamps.add_argument("--root", type=Path, required=True, help="what digseg_jax.data.stamps made")
+    stamps.add_argument("--estep", default="1x1")
+    stamps.add_argument("--images", type=int, default=0, help="scenes of each set; 0: all")
     prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
     prior.add_argument("--seeds", type=int, default=3)
     prior.add_argument("--steps", type=int, default=300)
@@ -65,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
-    for job in (cover, vocabulary, prior, step, checkpoint, models, train, sample, data):
+    for job in (cover, vocabulary, stamps, prior, step, checkpoint, models, train, sample, data):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -143,6 +148,12 @@ def main() -> int:
                 arguments.images,
                 arguments.limit,
                 arguments.cut,
+            )
+        elif arguments.job == "stamps":
+            from digseg_jax.bench import stamps
+
+            result = stamps.run(
+                arguments.weights, arguments.root, arguments.estep, arguments.images
             )
         elif arguments.job == "step":
             from digseg_jax.bench import step
