@@ -124,8 +124,9 @@ class ModelConfig:
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
     conv: str = legal("xla", "im2col")
-    # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU. Equal in result
-    attention: str = legal("plain", "chunked", "splash", "cudnn")
+    # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU; auto: the one of these
+    # for the devices. Equal in result
+    attention: str = legal("plain", "auto", "chunked", "splash", "cudnn")
     remat: str = legal("none", "block", "attention", "dots")  # of training; see models/remat.py
     vae_limit: int = 0  # pictures that the autoencoder takes at a time on a device; 0: all of a batch
     vae_arch: VaeArch = VaeArch()

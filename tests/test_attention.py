@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import types
 from functools import partial
 
 import jax
@@ -20,7 +21,7 @@ from digseg_jax.models import functional
 from digseg_jax.models.attention import attention
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.sharding import BATCH, LocalAttention, on_mesh
-from digseg_jax.tasks.components import check_attention, compute_options
+from digseg_jax.tasks.components import compute_options, with_attention
 
 LIMIT = 2e-5  # relative L2, float32
 INTERPRETED = partial(kernels.splash, interpret=True)
@@ -180,8 +181,8 @@ def test_an_unknown_name_lists_the_legal_ones():
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
 def test_a_kernel_of_another_platform_is_refused_by_name(folders, name):
     config = tiny.config(folders, model__attention=name, model__dtype="bfloat16")
-    with pytest.raises(UserError, match=f"attention='{name}'.*legal: plain, chunked") as caught:
-        check_attention(config.model, jax.devices())
+    with pytest.raises(UserError, match=f"attention='{name}'.*legal: auto, plain, chunked") as caught:
+        with_attention(config, jax.devices())
     assert "cpu" in tiny.one_line(caught.value)
     # compiling for a platform that is not there needs the model all the same
     assert compute_options(config.model)["attention"] == LocalAttention(name)
@@ -194,7 +195,25 @@ def test_cudnn_needs_16_bits(folders):
 
 @pytest.mark.parametrize("name", ["plain", "chunked"])
 def test_portable_implementations_run_anywhere(folders, name):
-    check_attention(tiny.config(folders, model__attention=name).model, jax.devices())
+    config = tiny.config(folders, model__attention=name)
+    assert with_attention(config, jax.devices()) is config
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "expected"),
+    [
+        ("tpu", "bfloat16", "splash"),
+        ("tpu", "float32", "splash"),
+        ("gpu", "bfloat16", "cudnn"),
+        ("cuda", "float32", "chunked"),
+        ("cpu", "bfloat16", "chunked"),
+    ],
+)
+def test_auto_is_the_best_that_the_devices_run(folders, platform, dtype, expected):
+    config = tiny.config(folders, model__attention="auto", model__dtype=dtype)
+    found = with_attention(config, [types.SimpleNamespace(platform=platform)])
+    assert found.model.attention == expected
+    assert compute_options(config.model)["attention"] == "chunked"  # where nobody asked
 
 
 def test_a_model_takes_a_function():

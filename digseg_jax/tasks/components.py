@@ -27,6 +27,7 @@ from digseg_jax.sharding import LocalAttention, gathered, in_slices
 from digseg_jax.weights import TextTower, load_component, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+PORTABLE = "chunked"
 PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # of kernels that run on one kind only
 
 
@@ -61,24 +62,35 @@ class Vae:
 
 def compute_options(config: ModelConfig) -> dict[str, Any]:
     """Constructor arguments of a model that say how it computes."""
+    attention = PORTABLE if config.attention == "auto" else config.attention
     return {
         "dtype": jnp.dtype(config.dtype),
         "conv": config.conv,
         "weights": gathered,
-        "attention": (
-            LocalAttention(config.attention) if config.attention in PLATFORMS else config.attention
-        ),
+        "attention": LocalAttention(attention) if attention in PLATFORMS else attention,
     }
 
 
-def check_attention(config: ModelConfig, devices: Sequence[jax.Device]) -> None:
-    """Raises UserError if the devices cannot run `config.model.attention`."""
-    platform, wanted = devices[0].platform, PLATFORMS.get(config.attention)
+def with_attention(config: Config, devices: Sequence[jax.Device]) -> Config:
+    """The configuration with an attention that the devices run: "auto" is replaced by the best one.
+
+    Raises:
+      UserError: the devices cannot run `config.model.attention`.
+    """
+    platform, name = devices[0].platform, config.model.attention
+    wanted = PLATFORMS.get(name)
     if wanted and platform not in wanted:
         raise UserError(
-            f"config.model.attention={config.attention!r} runs on {wanted[0].upper()}s only, the "
-            f"devices here are of platform {platform!r}; legal: plain, chunked"
+            f"config.model.attention={name!r} runs on {wanted[0].upper()}s only, the "
+            f"devices here are of platform {platform!r}; legal: auto, plain, chunked"
         )
+    if name != "auto":
+        return config
+    fits = [n for n, kinds in PLATFORMS.items() if platform in kinds]
+    if fits == ["cudnn"] and config.model.dtype != "bfloat16":
+        fits = []
+    model = dataclasses.replace(config.model, attention=[*fits, PORTABLE][0])
+    return dataclasses.replace(config, model=model)
 
 
 def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
