@@ -29,6 +29,10 @@ from digseg_jax.storage import AnyPath, write_bytes, write_json
 from digseg_jax.tasks.components import with_attention
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+TOO_MUCH = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
 VERSIONS = ("jax", "jaxlib", "libtpu", "flax")
 
 
@@ -141,7 +145,7 @@ def over_budget(message: str) -> dict[str, Any]:
     Raises:
       UserError: it failed for another reason.
     """
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    used = next(filter(None, (re.search(form, message) for form in TOO_MUCH)), None)
     if not used:
         raise UserError(f"the compiler refuses the program: {' '.join(message.split())[:600]}")
     needed = float(used[1]) * UNITS[used[2]]

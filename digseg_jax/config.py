@@ -129,6 +129,7 @@ class ModelConfig:
     attention: str = legal("plain", "auto", "chunked", "splash", "cudnn")
     remat: str = legal("none", "block", "attention", "dots")  # of training; see models/remat.py
     vae_limit: int = 0  # pictures that the autoencoder takes at a time on a device; 0: all of a batch
+    unet_limit: int = 0  # masks that the U-Net denoises at a time on a device in evaluation; 0: all
     vae_arch: VaeArch = VaeArch()
     unet_arch: UnetArch = UnetArch()
 

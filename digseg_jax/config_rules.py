@@ -51,6 +51,7 @@ def check_combinations(c: Config) -> None:
         "model.text_skip_layers",
         "compile.per_device_batch",
         "model.vae_limit",
+        "model.unet_limit",
     ):
         section, name = key.split(".")
         if getattr(getattr(c, section), name) < 0:

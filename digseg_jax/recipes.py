@@ -63,6 +63,7 @@ def _model(config: ml_collections.ConfigDict, repository: str) -> None:
     config.model.attention = "auto"
     config.model.remat = "block"  # ours: a third more FLOPs for a fifth of the activations
     config.model.vae_limit = 4  # ours: at 512 px a picture's maps take a quarter of a GB each
+    config.model.unet_limit = 32  # ours: an 8x2 ensemble for 16 queries takes 24 GB at once
     config.diffusion.prediction_type = "v_prediction"  # Marigold
     config.diffusion.zero_snr = True  # Marigold 1.1
     # ours, after GenMask: with Marigold's uniform timesteps, public attempts at binary masks began

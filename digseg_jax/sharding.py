@@ -206,19 +206,20 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def in_slices(function: Callable[[Array], Array], x: Array, limit: int) -> Array:
+def in_slices(function: Callable[[Any], Array], x: Any, limit: int) -> Array:
     """function(x), taken `limit` examples a device at a time, one slice after another; 0: all at once.
 
-    `function` maps examples to examples. Slice s has the examples s, s + slices, ...: every device's
-    part is split, and none is moved to another device.
+    `function` maps examples to examples; x is an array of them, or a tree of arrays. Slice s has the
+    examples s, s + slices, ...: every device's part is split, and none is moved to another device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    local = max(x.shape[0] // shards, 1)
-    if not limit or local <= limit or x.shape[0] % shards:
+    count = jax.tree.leaves(x)[0].shape[0]
+    local = max(count // shards, 1)
+    if not limit or local <= limit or count % shards:
         return function(x)
     slices = next(s for s in range(2, local + 1) if local % s == 0 and local // s <= limit)
-    parts = x.reshape(-1, slices, *x.shape[1:]).swapaxes(0, 1)
+    parts = jax.tree.map(lambda a: a.reshape(-1, slices, *a.shape[1:]).swapaxes(0, 1), x)
     out = jax.lax.map(function, parts).swapaxes(0, 1)
     return out.reshape(-1, *out.shape[2:])
 

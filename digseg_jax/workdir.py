@@ -33,6 +33,7 @@ FREE_KEYS = (
     "model.attention",
     "model.remat",
     "model.vae_limit",
+    "model.unet_limit",
 )
 
 

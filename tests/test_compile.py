@@ -121,6 +121,12 @@ def test_over_the_budget_of_the_compiler():
     found = compiling.over_budget(message)
     assert found["fits"] is False and found["hbm_peak_bytes"] == 20.5 * 2**30
     assert found["hbm_args_bytes"] == 2.65 * 2**30 and found["hbm_limit_bytes"] == 15.75 * 2**30
+    other = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(23.60G) exceeds available HBM (15.75G)."
+    )
+    found = compiling.over_budget(other)
+    assert found["fits"] is False and found["hbm_temp_bytes"] == 23.6 * 2**30
     with pytest.raises(UserError, match="refuses the program: INTERNAL"):
         compiling.over_budget("INTERNAL: something else")
 

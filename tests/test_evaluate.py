@@ -93,6 +93,13 @@ def test_a_batch_of_two_with_a_padded_end_counts_the_same(config, task, params, 
     assert np.abs(got.overlaps - one_device.overlaps).sum() <= 20
 
 
+def test_masks_denoised_a_few_at_a_time_count_the_same(config, folders, params, one_device):
+    few = dataclasses.replace(config, model=dataclasses.replace(config.model, unet_limit=3))
+    got = scores(few, SegmentationTask(few), params)
+    np.testing.assert_array_equal(got.areas, one_device.areas)
+    assert np.abs(got.confusion - one_device.confusion).sum() <= 20
+
+
 def test_probabilities_are_kept_for_some_images_and_explain_the_counts(
     one_device, config, task
 ):

@@ -297,11 +297,14 @@ def test_slices_change_the_order_of_work_and_nothing_else(limit, axes):
     sizes = []
 
     def function(part):
-        sizes.append(part.shape[0])
-        return 2.0 * part[:, :2]
+        sizes.append(part["x"].shape[0])
+        return part["two"][:, None] * part["x"][:, :2]
+
+    def slices(x):
+        return sharding.in_slices(function, {"x": x, "two": jnp.full(len(x), 2.0)}, limit)
 
     mesh = tiny.mesh(**axes)
-    run = sharding.on_mesh(mesh, lambda x: sharding.in_slices(function, x, limit))
+    run = sharding.on_mesh(mesh, slices)
     batch = NamedSharding(mesh, sharding.BATCH)
     compiled = jax.jit(run, in_shardings=batch, out_shardings=batch).lower(x).compile()
     np.testing.assert_array_equal(compiled(x), 2.0 * x[:, :2])

@@ -37,6 +37,7 @@ from digseg_jax.segmentation.palette import (
     decode_palette,
     encode_palette,
 )
+from digseg_jax.sharding import in_slices
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
     bank_arrays,
@@ -300,8 +301,13 @@ class SegmentationTask:
         """
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
         seed = self.config.seed if seed is None else seed
+
+        def denoise(*rows: Array) -> Array:
+            limit = self.config.model.unet_limit
+            return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
+
         latents = sample_mask_latents(
-            partial(self.predict_latent, params),
+            denoise,
             image_latent,
             frozen["bank"]["tokens"],
             frozen["bank"]["mask"],

@@ -45,7 +45,7 @@ def test_a_tiny_step_for_four_chips(tmp_path):
 
 
 def test_too_large_a_batch_is_status_1_with_advice(tmp_path):
-    done = compile_for("v5e:2x2", tmp_path, "--config.compile.per_device_batch=6000",
+    done = compile_for("v5e:2x2", tmp_path, "--config.compile.per_device_batch=60000",
                        "--config.compile.unet_only=True", "--config.compile.advice=False")  # fmt: skip
     assert done.returncode == 1, done.stderr
     result = json.loads((tmp_path / "compile.json").read_text())
