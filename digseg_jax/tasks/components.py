@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,10 @@ PORTABLE = "chunked"
 PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # of kernels that run on one kind only
 
 
+def identity(x: Array) -> Array:
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Vae:
     """The frozen autoencoder as functions of its parameters; latents here are *scaled*.
@@ -51,11 +55,18 @@ class Vae:
 
         return in_slices(encode, image, self.limit)
 
-    def decode(self, params: Params, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    def decode(
+        self, params: Params, latent: Float[Array, "b h w c"], read: Callable[[Array], Array] = identity
+    ) -> Array:
+        """Pictures float [b, H, W, 3], or what `read` makes of them.
+
+        A few pictures of `limit` at a time are read before the next are made: many pictures with
+        their three channels would fill a TPU's memory, whose tiles are 128 channels wide.
+        """
         vae = functional.merge(self.graphdef, params)
 
         def decode(latent: Array) -> Array:
-            return vae.decode(latent / self.config.scaling_factor)
+            return read(vae.decode(latent / self.config.scaling_factor))
 
         return in_slices(decode, latent, self.limit)
 

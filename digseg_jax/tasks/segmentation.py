@@ -329,10 +329,12 @@ class SegmentationTask:
             return enlarge(self.probe(latents), *size)
         if decoder == "latent_mean":
             latents = latents.mean(axis=2, keepdims=True)
-        decoded = self.vae.decode(frozen["vae"], latents.reshape(-1, *latents.shape[3:]))
+        read = decode_binary
+        if self.codec == "palette":
+            read = partial(decode_palette, prototypes=jnp.asarray(self.palette.prototypes))
+        evidence = self.vae.decode(frozen["vae"], latents.reshape(-1, *latents.shape[3:]), read)
         if self.codec == "binary":
-            return decode_binary(decoded).reshape(*latents.shape[:3], *size)
-        evidence = decode_palette(decoded, jnp.asarray(self.palette.prototypes))
+            return evidence.reshape(*latents.shape[:3], *size)
         n, _, e = latents.shape[:3]
         return jnp.moveaxis(evidence.reshape(n, e, -1, *size), 1, 2)
 
