@@ -107,6 +107,8 @@ ENTRY %main (p0: bf16[4,5,4096,64], p1: bf16[4,5,1024,64]) -> bf16[4,5,4096,64] 
 
 
 def test_kernels_have_the_flops_that_xla_does_not_count():
+    alone = hlo.parse(SPLASH.replace("[4,5,", "[5,"))  # one example
+    assert kernel_flops(alone) == (2 + 4) * 2 * 5 * 4096 * 1024 * 64
     product = 2 * 4 * 5 * 4096 * 1024 * 64
     assert kernel_flops(hlo.parse(SPLASH)) == (2 + 4) * product
     assert kernel_flops(hlo.parse(TPU)) == 0

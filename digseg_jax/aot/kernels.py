@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from digseg_jax.aot import hlo
@@ -11,7 +12,7 @@ from digseg_jax.aot import hlo
 # compute the scores and the weights' gradient again (jax: splash_attention_kernel.py)
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+_FLOATS = re.compile(r"(?:bf16|f16|f32)\[([\d,]*)\]")  # the kernel's tables are integers
 
 
 def kernel_flops(module: hlo.Module) -> float:
@@ -26,12 +27,11 @@ def kernel_flops(module: hlo.Module) -> float:
 def _flops(instruction: hlo.Instruction) -> float:
     """2 x products x batch x heads x queries x keys x width; 0 for another custom call.
 
-    The operands are two of the kernel's own, then q [b, heads, l, d], k [b, heads, m, d] and v.
+    The first operands of floats are q [*b, heads, l, d], k [*b, heads, m, d] and v.
     """
     kinds = [count for name, count in PRODUCTS.items() if instruction.name.startswith(name)]
     operands = _OPERANDS.search(instruction.text)
     if not kinds or not operands:
         return 0.0
-    shapes = [[int(n) for n in s.split(",") if n] for s in _SHAPE.findall(operands[1])]
-    q, k = [shape for shape in shapes if len(shape) == 4][:2]
-    return 2.0 * kinds[0] * q[0] * q[1] * q[2] * q[3] * k[2]
+    q, k = ([int(n) for n in s.split(",")] for s in _FLOATS.findall(operands[1])[:2])
+    return 2.0 * kinds[0] * math.prod(q) * k[-2]
