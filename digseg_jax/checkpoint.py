@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: DIR/checkpoints/STEP/{state,data,meta}, written by orbax in the background.
 
-`state` is the sharded train state, `data` one integer (the next step of the stream), `meta` the
-configuration, the vocabulary and the library versions. A checkpoint that was cut off never gets its
-final name (in a bucket: its commit marker), so it is never seen. Every process must call every
-method, at the same step.
+`state` is the sharded train state (see `packing`), `data` one integer (the next step of the stream),
+`meta` the configuration, the vocabulary and the library versions. A checkpoint that was cut off never
+gets its final name (in a bucket: its commit marker), so it is never seen. Every process must call
+every method, at the same step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from digseg_jax import memory, storage
+from digseg_jax import memory, packing, storage
 from digseg_jax.config import CheckpointConfig
 from digseg_jax.errors import UserError
 
@@ -95,9 +95,9 @@ class Checkpointer:
             return
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(packing.pack(state)),
             data=ocp.args.JsonSave({"next_step": step}),
-            meta=ocp.args.JsonSave({**meta, "versions": versions}),
+            meta=ocp.args.JsonSave({**meta, "versions": versions, "small": packing.layout(state)}),
         )
         self._started = (step, time.monotonic())
         try:
@@ -164,28 +164,58 @@ class Checkpointer:
         step = self.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.folder}: no checkpoint here; train first")
-        restored = self._read(
-            step,
-            state=_restore_args(abstract_state),
-            data=ocp.args.JsonRestore(),
-            meta=ocp.args.JsonRestore(),
-        )
-        return int(restored["data"]["next_step"]), restored["state"], restored["meta"]
+        facts = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        meta = facts["meta"]
+        state = self._read_state(abstract_state, step, meta.pop("small", None))
+        return int(facts["data"]["next_step"]), state, meta
 
     def restore_part(self, abstract_part: dict[str, Any], step: int) -> dict[str, Any]:
         """Some top-level entries of the state, such as {"ema": tree}; raises what `restore` raises."""
-        return self._read(step, state=_restore_args(abstract_part, partial_restore=True))["state"]
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        return self._read_state(abstract_part, step, meta.get("small"), partial_restore=True)
+
+    def _read_state(
+        self,
+        abstract: dict[str, Any],
+        step: int,
+        small: dict[str, dict[str, list]] | None,
+        **options: bool,
+    ) -> dict[str, Any]:
+        """small: the stored layout; None: a checkpoint of before there was one.
+
+        Raises:
+          UserError: another layout, or arrays that are missing, damaged or of another shape.
+        """
+        if small is None:
+            return self._read(step, state=_restore_args(abstract, **options))["state"]
+        for entry, wanted in packing.layout(abstract).items():
+            if (stored := small.get(entry, {})) != wanted:
+                raise self._unusable(step, _difference(entry, stored, wanted))
+        packed = packing.abstract_packed(abstract)
+        stored = self._read(step, state=_restore_args(packed, **options))["state"]
+        return packing.unpack(stored, abstract)
 
     def _read(self, step: int, **items: Any) -> Any:
-        path = self.folder / str(step)
         try:
             with memory.kept_while_loading():
                 return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises many types; all of them mean an unusable folder
-            reason = " ".join(str(error).split())[:400]
-            earlier = [s for s in self.manager.all_steps() if s < step]
-            advice = f"; to go back to step {max(earlier)}, remove {path}" if earlier else ""
-            raise UserError(f"{path}: checkpoint cannot be read ({reason}){advice}") from error
+            raise self._unusable(step, " ".join(str(error).split())[:400]) from error
+
+    def _unusable(self, step: int, reason: str) -> UserError:
+        path = self.folder / str(step)
+        earlier = [s for s in self.manager.all_steps() if s < step]
+        advice = f"; to go back to step {max(earlier)}, remove {path}" if earlier else ""
+        return UserError(f"{path}: checkpoint cannot be read ({reason}){advice}")
+
+
+def _difference(entry: str, stored: dict[str, list], wanted: dict[str, list]) -> str:
+    """The first array that is not as stored."""
+    for path in [*wanted, *stored]:
+        if stored.get(path) != wanted.get(path):
+            there, here = (str(side.get(path, "not there")) for side in (stored, wanted))
+            return f"another model: {entry}.{path} is {there} in the checkpoint, here {here}"
+    return f"another model: the arrays of {entry} are in another order"
 
 
 def _restore_args(abstract: Any, **options: bool) -> ocp.args.PyTreeRestore:
