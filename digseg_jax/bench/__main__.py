@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     stamps.add_argument("--weights", required=True, help="RUN/export of configs/stamps.py")
     stamps.add_argument("--root", type=Path, required=True, help="what digseg_jax.data.stamps made")
     stamps.add_argument("--estep", default="1x1")
-    stamps.add_argument("--images", type=int, default=0, help="scenes of each set; 0: all")
+    stamps.add_argument("--images", type=int, default=200, help="scenes of each set; 0: all")
+    stamps.add_argument("--sheet", type=Path, help="PNG of some scenes, names and masks to write")
     prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
     prior.add_argument("--seeds", type=int, default=3)
     prior.add_argument("--steps", type=int, default=300)
@@ -153,8 +154,14 @@ def main() -> int:
             from digseg_jax.bench import stamps
 
             result = stamps.run(
-                arguments.weights, arguments.root, arguments.estep, arguments.images
+                arguments.weights,
+                arguments.root,
+                arguments.estep,
+                arguments.images,
+                arguments.sheet,
             )
+            if not arguments.json:
+                print(stamps.table(result))
         elif arguments.job == "step":
             from digseg_jax.bench import step
 

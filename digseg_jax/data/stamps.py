@@ -12,136 +12,23 @@ split, number).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from digseg_jax.data import landcover
+from digseg_jax.data.stamp_files import held_out, near_duplicates, read_stamps
+from digseg_jax.data.stamp_scenes import Scenes
 from digseg_jax.errors import UserError
 from digseg_jax.log import setup
 from digseg_jax.writers import Progress
 
-FOLDER = Path("usr/share/tuxpaint/stamps")
-MIN_SIDE = 48  # pixels of a stamp
-OPAQUE = (0.05, 0.97)  # share of a stamp's pixels: less is a line, more is no cut-out
-SCALE = (0.35, 0.65)  # long side of a pasted stamp, as a share of the scene's side
-VISIBLE = 0.6  # share of a stamp's pixels that those above it must leave
-TRIES = 50
 BACKGROUND = "background"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stamp:
-    """A named photograph with alpha, uint8 [h, w, 4], and the folder it is from."""
-
-    name: str
-    category: str
-    rgba: np.ndarray
-
-
-def read_stamps(root: Path) -> list[Stamp]:
-    """All photographs with a short name, in the order of their paths.
-
-    Raises:
-      UserError: no stamps there, or a file that is no picture.
-    """
-    root = root / FOLDER if (root / FOLDER).is_dir() else root
-    found = [stamp for path in sorted(root.rglob("*.png")) if (stamp := _stamp(root, path))]
-    if not found:
-        raise UserError(f"--stamps={root}: no PNG files with a name in a .txt file beside them")
-    return found
-
-
-def _stamp(root: Path, path: Path) -> Stamp | None:
-    text = path.with_suffix(".txt")
-    drawn = {"cartoon", "symbols"} & set(path.parts) or path.stem.endswith("_mirror")
-    if drawn or not text.is_file():
-        return None
-    lines = text.read_text("utf-8").splitlines() or [""]
-    name = re.sub(r"^(a|an|the)\s+", "", lines[0].strip().rstrip(".!").lower())
-    if not name or len(name.split()) > 4 or re.search(r"[,:]", name):
-        return None
-    try:
-        rgba = np.asarray(Image.open(path).convert("RGBA"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path}: no readable picture ({error})") from error
-    opaque = (rgba[..., 3] > 127).mean()
-    if min(rgba.shape[:2]) < MIN_SIDE or not OPAQUE[0] < opaque < OPAQUE[1]:
-        return None
-    return Stamp(name, path.relative_to(root).parts[0], rgba)
-
-
-def held_out(stamps: list[Stamp], share: float, seed: int) -> set[str]:
-    """Names for the unseen set: that share of every category; a plural goes where its singular goes."""
-    rng = np.random.default_rng([seed, 0])
-    names = {s.name for s in stamps}
-    first = {name: name[:-1] if name[-1] == "s" and name[:-1] in names else name for name in names}
-    categories: dict[str, list[str]] = {}
-    for stamp in stamps:  # a name's category is that of its first picture
-        known = [n for group in categories.values() for n in group]
-        if first[stamp.name] == stamp.name and stamp.name not in known:
-            categories.setdefault(stamp.category, []).append(stamp.name)
-    unseen: set[str] = set()
-    for _, group in sorted(categories.items()):
-        unseen |= set(rng.permutation(sorted(group))[: round(share * len(group))].tolist())
-    return {name for name in names if first[name] in unseen}
-
-
-class Scenes:
-    """Scenes of some stamps on crops of some tiles; `size` pixels a side."""
-
-    def __init__(self, stamps: list[Stamp], split: str, size: int):
-        self.names = sorted({s.name for s in stamps})
-        self.stamps = {n: [s for s in stamps if s.name == n] for n in self.names}
-        self.cover = landcover.load()
-        self.tiles = self.cover.tiles(split)
-        self.size = size
-
-    def scene(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Picture uint8 [s, s, 3] and label uint16 [s, s]: 0 background, i + 1 for names[i]."""
-        count = int(rng.integers(2, 4))
-        for _ in range(TRIES):
-            picture, label = self._background(rng), np.zeros((self.size, self.size), np.uint16)
-            pasted = {}
-            for k in rng.permutation(len(self.names))[:count]:
-                mask = self._paste(picture, label, int(k), rng)
-                pasted[int(k) + 1] = mask.sum()
-            left = [(label == k).sum() / max(n, 1) for k, n in pasted.items()]
-            if min(left) >= VISIBLE:
-                break
-        return picture, label
-
-    def _background(self, rng: np.random.Generator) -> np.ndarray:
-        tile = self.tiles[int(rng.integers(len(self.tiles)))]
-        image = self.cover.window(tile.top, tile.left, landcover.TILE)["image"]
-        return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
-
-    def _paste(
-        self, picture: np.ndarray, label: np.ndarray, k: int, rng: np.random.Generator
-    ) -> np.ndarray:
-        """Draws names[k] somewhere onto both; returns where, bool [s, s]."""
-        choice = self.stamps[self.names[k]]
-        rgba = choice[int(rng.integers(len(choice)))].rgba
-        side = rng.uniform(*SCALE) * self.size / max(rgba.shape[:2])
-        h, w = (max(1, round(n * side)) for n in rgba.shape[:2])
-        small = cv2.resize(rgba, (w, h), interpolation=cv2.INTER_AREA)
-        small = small[:, ::-1] if rng.integers(2) else small
-        top, left = (int(rng.integers(self.size - n + 1)) for n in (h, w))
-        place = (slice(top, top + h), slice(left, left + w))
-        alpha = small[..., 3:].astype(np.float32) / 255
-        mixed = alpha * small[..., :3] + (1 - alpha) * picture[place]
-        picture[place] = mixed.round().astype(np.uint8)
-        inside = np.zeros(label.shape, bool)
-        inside[place] = small[..., 3] > 127
-        label[inside] = k + 1
-        return inside
+MANIFEST = "manifest.json"
 
 
 def write_set(folder: Path, scenes: Scenes, split: str, count: int, key: list[int]) -> None:
@@ -159,47 +46,76 @@ def write_set(folder: Path, scenes: Scenes, split: str, count: int, key: list[in
 
 
 def write_classes(folder: Path, names: list[str]) -> None:
+    """FOLDER/classes.txt: background is class 0, so that its pixels count as not being a name's."""
     rows = [f"{i}: {name}" for i, name in enumerate([BACKGROUND, *names])]
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def make(stamps: Path, out: Path, *, size: int, scenes: int, val: int, seed: int, share: float) -> dict:
-    """Writes both data sets and OUT/manifest.json; returns the manifest.
+def claim(out: Path, manifest: dict[str, Any]) -> None:
+    """Writes OUT/manifest.json before the first scene: a killed command may be given again.
 
     Raises:
-      UserError: OUT is in use, a value out of range, or no stamps.
+      UserError: OUT holds something else.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out={out}: is not empty; name another folder, or remove it")
-    for flag, value, least in (("size", size, 32), ("scenes", scenes, 1), ("val", val, 1)):
-        if value < least:
-            raise UserError(f"--{flag}={value}: must be at least {least}")
+    place = out / MANIFEST
+    text = json.dumps(manifest, indent=1) + "\n"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not place.is_file() or place.read_text("utf-8") != text:
+            raise UserError(f"--out={out}: is not empty, and holds another set; name another folder")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    place.write_text(text, encoding="utf-8")
+
+
+def check_numbers(*, size: int, scenes: int, val: int, seed: int, share: float) -> None:
+    """Raises UserError: a value out of range."""
+    least = (("size", size, 32), ("scenes", scenes, 1), ("val", val, 1), ("seed", seed, 0))
+    for flag, value, minimum in least:
+        if value < minimum:
+            raise UserError(f"--{flag}={value}: must be at least {minimum}")
     if not 0 < share < 1:
         raise UserError(f"--held_out={share}: legal range (0, 1)")
+
+
+def make(
+    stamps: Path, out: Path, *, size: int, scenes: int, val: int, seed: int, share: float
+) -> dict[str, Any]:
+    """Writes both data sets and OUT/manifest.json; returns the manifest.
+
+    A name that was drawn for the unseen set and is nearly a seen one ("some flowers", "flower") is in
+    neither: training has not heard it, yet it would be no test.
+
+    Raises:
+      UserError: OUT holds something else, a value out of range, or too few stamps.
+    """
+    check_numbers(size=size, scenes=scenes, val=val, seed=seed, share=share)
     found = read_stamps(stamps)
     unseen = held_out(found, share, seed)
+    near = near_duplicates(unseen, {s.name for s in found} - unseen)
     parts = {
         "seen": [s for s in found if s.name not in unseen],
-        "unseen": [s for s in found if s.name in unseen],
+        "unseen": [s for s in found if s.name in unseen - set(near)],
     }
-    manifest = {"size": size, "seed": seed, "held_out": share}
-    for number, (part, own) in enumerate(parts.items()):
+    manifest: dict[str, Any] = {"size": size, "seed": seed, "held_out": share, "left_out": near}
+    for part, own in parts.items():
         names = sorted({s.name for s in own})
         if len(names) < 3:
             raise UserError(f"--held_out={share}: {len(names)} {part} names; a scene needs up to 3")
         splits = {"train": scenes, "val": val} if part == "seen" else {"val": val}
-        for place, (split, count) in enumerate(splits.items()):
-            tiles = "train" if split == "train" else "test"
-            key = [seed, 1 + number, place]
-            write_set(out / part, Scenes(own, tiles, size), split, count, key)
-        write_classes(out / part, names)
         manifest[part] = {"names": names, "pictures": len(own), "scenes": splits}
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    claim(out, manifest)
+    for number, (part, own) in enumerate(parts.items()):
+        for place, (split, count) in enumerate(manifest[part]["scenes"].items()):
+            composed = Scenes(own, "train" if split == "train" else "test", size)
+            write_set(out / part, composed, split, count, [seed, 1 + number, place])
+        # last: without it the folder is no data set, and nobody trains on a half of it
+        write_classes(out / part, manifest[part]["names"])
     return manifest
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.data.stamps", description=__doc__)
     parser.add_argument("--stamps", type=Path, required=True, help="the unpacked package")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
@@ -208,7 +124,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val", type=int, default=200, help="of each validation split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held_out", type=float, default=0.2, help="share of the names")
-    a = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = _parser().parse_args(argv)
     setup()
     try:
         made = make(
@@ -217,8 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: cannot write {a.out}: {error}", file=sys.stderr)
+        return 2
     for part in ("seen", "unseen"):
         print(f"{part}: {len(made[part]['names'])} names, scenes {made[part]['scenes']}")
+    for name, other in made["left_out"].items():
+        print(f"left out: {name!r}, nearly the seen {other!r}")
     return 0
 
 
