@@ -9,7 +9,8 @@
 The figures that count are the bench's. The evaluation at the end of training asks for all 250 names on
 eight scenes only: some five seconds a scene on two busy cores, and 3.0 GB at the peak of the run.
 "background" is a name like any other here, so that what lies around a stamp counts as not being it; as
-the commonest one it is drawn for 2 % of the queries. Not trained yet: 40 steps were run, to see it work.
+the commonest one it is drawn for 2 % of the queries. Not trained yet:
+40 steps were run, to see it work.
 """
 
 from digseg_jax.config import default
