@@ -246,7 +246,8 @@ class CompileConfig:
     per_device_batch: int = 0  # images a device; 0: what train.batch_size or eval.batch_size gives
     eval_queries: int = 16  # eval: queries an image
     # of XLA's search for the fastest code (exec_time_optimization_effort), from -1 to 1. A run is
-    # compiled with 0, which takes ten times as long for the memory and traffic that -1 reports too
+    # compiled with 0, which takes ten times as long; memory and FLOPs are the same with -1, but the
+    # counts of bytes are lower (aot/RECORD.md)
     effort: float = -1.0
     advice: bool = True  # over budget: trace the step with other settings, to say what would fit
 
