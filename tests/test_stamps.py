@@ -20,7 +20,7 @@ from digseg_jax.data.stamp_files import (
     read_stamps,
     unrelated,
 )
-from digseg_jax.data.stamp_scenes import TRIES, VISIBLE, Scenes, paste
+from digseg_jax.data.stamp_scenes import Scenes, TRIES, VISIBLE, paste, shrunk
 from digseg_jax.errors import UserError
 
 NAMES = ["red cow", "cows", "cow", "owl", "apple", "big pear", "drum", "bus", "boat", "tram"]
@@ -61,6 +61,16 @@ def test_a_name_is_on_one_side_and_takes_its_plural_along(package):
         assert ("cow" in unseen) == ("cows" in unseen)
         assert 3 <= len(unseen) <= 5
     assert held_out(found, 0.4, 3) == held_out(found, 0.4, 3)
+
+
+def test_hidden_colours_do_not_show_at_a_stamps_edge():
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[..., 1] = 255  # green wherever nothing is to be seen
+    rgba[6:31, 6:31] = (200, 10, 20, 255)
+    small = shrunk(rgba, 13, 13)
+    seen = small[..., 3] > 10
+    assert 0 < seen.sum() < seen.size and (small[seen][:, 3] < 255).any()
+    assert (np.abs(small[seen][:, :3].astype(int) - (200, 10, 20)) <= 1).all()
 
 
 def test_training_never_hears_an_unseen_name(made):

@@ -54,10 +54,19 @@ class Scenes:
         rgba = choice[int(rng.integers(len(choice)))].rgba
         side = rng.uniform(*SCALE) * self.size / max(rgba.shape[:2])
         h, w = (max(1, round(n * side)) for n in rgba.shape[:2])
-        small = cv2.resize(rgba, (w, h), interpolation=cv2.INTER_AREA)
+        small = shrunk(rgba, h, w)
         small = small[:, ::-1] if rng.integers(2) else small
         top, left = (int(rng.integers(self.size - n + 1)) for n in (h, w))
         return small, top, left
+
+
+def shrunk(rgba: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 4] to another size; colours are averaged by alpha, so that hidden ones stay hidden."""
+    weighted = rgba.astype(np.float32)
+    weighted[..., :3] *= weighted[..., 3:]
+    small = cv2.resize(weighted, (width, height), interpolation=cv2.INTER_AREA)
+    small[..., :3] /= np.maximum(small[..., 3:], 1e-6)
+    return small.round().clip(0, 255).astype(np.uint8)
 
 
 def paste(
