@@ -20,7 +20,7 @@ from digseg_jax.data.stamp_files import (
     read_stamps,
     unrelated,
 )
-from digseg_jax.data.stamp_scenes import Scenes, TRIES, VISIBLE, paste, shrunk
+from digseg_jax.data.stamp_scenes import TRIES, VISIBLE, Scenes, paste, shrunk
 from digseg_jax.errors import UserError
 
 NAMES = ["red cow", "cows", "cow", "owl", "apple", "big pear", "drum", "bus", "boat", "tram"]

@@ -61,7 +61,7 @@ class Scenes:
 
 
 def shrunk(rgba: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 4] to another size; colours are averaged by alpha, so that hidden ones stay hidden."""
+    """uint8 [h, w, 4] at another size; colours are averaged by alpha, so hidden ones stay hidden."""
     weighted = rgba.astype(np.float32)
     weighted[..., :3] *= weighted[..., 3:]
     small = cv2.resize(weighted, (width, height), interpolation=cv2.INTER_AREA)
