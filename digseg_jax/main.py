@@ -115,17 +115,20 @@ def run() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line for what `ml_collections` answers with a traceback."""
+    """absl's parser, with one line for what it and `ml_collections` answer with a traceback."""
     try:
         for argument in argv[1:]:
             if argument.startswith(("--config.", "-config.")):
                 check_key(argument.lstrip("-").split("=")[0])
-        rest = app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
             _CONFIG.value.items()  # a file that could not be loaded tells so only when it is used
         return rest
     except UserError as error:
         _fail(str(error))
+    except flags.Error as error:  # what a config file itself raised ends the text that holds it
+        said = str(error).strip().splitlines()
+        _fail(said[0] if len(said) == 1 else said[-1].partition(": ")[2] or said[-1])
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
         _fail(f"--config: {' '.join(str(error).split())}")
 

@@ -84,13 +84,17 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
         (["--mode=train"], "--config must have a value"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
-        ([QUICKSTART, "extra"], "unexpected argument 'extra'"),
+        (["--config=configs/camvid.py:sd3"], "no version 'sd3'"),
     ],
 )
-def test_absl_tells_what_is_wrong_with_a_flag(arguments, expected, workdir):
-    done = run(*arguments, workdir)
+def test_a_wrong_flag_is_one_line(arguments, expected, workdir):
+    assert expected in refused(*arguments, workdir)
+
+
+def test_a_word_that_is_no_flag_is_told(workdir):
+    done = run(QUICKSTART, "extra", workdir)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert expected in done.stdout + done.stderr
+    assert "unexpected argument 'extra'" in done.stdout + done.stderr
 
 
 def test_eval_without_trained_weights_says_to_train_first(folders, tmp_path, workdir):
