@@ -29,10 +29,10 @@ def get_config(version: str = "binary"):
     config = default()
     config.data.name = "camvid"
     # pictures are segmented whole, at 213x160; crops show 60 to 100 % of their height
-    config.data.image_size = 128
+    config.data.image_size = 112
     config.data.scale_min = 1.0
     config.data.scale_max = 1.7
-    config.eval.short_side = 160
+    config.eval.short_side = 140
     config.data.negative_rate = 0.2
     config.model.unet = "assets:segmenter"
     config.diffusion.terminal_fraction = 0.7
@@ -50,6 +50,9 @@ def get_config(version: str = "binary"):
     if version == "palette":
         config.segmentation.codec = "palette"
         config.data.num_queries = 1
+        config.diffusion.mask_loss_weight = 0.3
+        config.diffusion.terminal_fraction = 0.9
+        config.train.steps = 5000
         return config
     config.data.num_queries = 2
     config.diffusion.mask_loss_weight = 0.2

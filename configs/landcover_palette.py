@@ -15,6 +15,7 @@ def get_config():
     config.data.repeat_threshold = 0.3
     config.data.num_queries = 1
     config.diffusion.terminal_fraction = 0.7
+    config.diffusion.mask_loss_weight = 0.3
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.998
     config.train.steps = 2600

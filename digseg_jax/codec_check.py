@@ -49,6 +49,9 @@ class CodecCheck:
         self.decode = jax.jit(vae.decode)
         self.factor = vae.config.factor
 
+    def latents(self, image: Array) -> np.ndarray:
+        return np.asarray(self.encode(self.params, jnp.asarray(image)))
+
     def round_trip(self, image: Array) -> np.ndarray:
         return np.asarray(self.decode(self.params, self.encode(self.params, jnp.asarray(image))))
 
@@ -68,10 +71,10 @@ class CodecCheck:
 def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> dict[str, Any]:
     """Accuracy and mIoU of every way back, over `images` label maps spread over the source."""
     checker = CodecCheck(vae, params)
-    probe = fit_probe(lambda image: checker.encode(params, jnp.asarray(image)))
+    probe = fit_probe(checker.latents)
     palette = None
     if num_classes <= MAX_CLASSES:
-        palette = build_palette(num_classes, checker.round_trip)
+        palette = build_palette(num_classes, checker.round_trip, checker.latents)
     counts: dict[str, np.ndarray] = {}
     rows = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(int))
     for row in rows:

@@ -89,11 +89,6 @@ def check_combinations(c: Config) -> None:
             "config.model.attention='cudnn' takes 16-bit activations only: set "
             "config.model.dtype='bfloat16', or attention to plain or chunked"
         )
-    if c.diffusion.mask_loss_weight and c.segmentation.codec != "binary":
-        raise UserError(
-            f"config.diffusion.mask_loss_weight={c.diffusion.mask_loss_weight}: only with "
-            f"config.segmentation.codec='binary', not {c.segmentation.codec!r}"
-        )
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="

@@ -133,7 +133,11 @@ CASES = {
     "binary": {},
     "auxiliary": {"diffusion__mask_loss_weight": 0.5, "diffusion__mask_loss_from": 0.0},
     "nested": {},
-    "palette": {"segmentation__codec": "palette"},
+    "palette": {
+        "segmentation__codec": "palette",
+        "diffusion__mask_loss_weight": 0.5,
+        "diffusion__mask_loss_from": 0.0,
+    },
 }
 
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from digseg_jax.segmentation.mask_loss import (
+    MARGIN,
     MAX_WEIGHT,
     SHARPNESS,
     balanced_bce_and_dice,
+    balanced_ce_and_dice,
     cell_shares,
+    class_shares,
     latent_evidence,
+    palette_logits,
 )
 
 FACTOR = 4
@@ -79,3 +83,64 @@ def test_cells_without_a_label_neither_cost_nor_pull():
     nothing = jnp.zeros((1, 4, 4), bool)
     pull = jax.grad(lambda e: balanced_bce_and_dice(e, share, nothing).sum())(evidence)
     assert np.isfinite(np.asarray(pull)).all() and not np.asarray(pull).any()
+
+
+COLORS = np.array([[0.0, 0, 0, 0], [2, 0, 0, 0], [0, 3, 0, 0], [0, 0, 0, -9]], np.float32)
+
+
+def test_a_palettes_logits_are_distances_and_its_closest_pair_is_told_apart_by_the_margin():
+    latent = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
+    logits = np.asarray(palette_logits(jnp.asarray(latent), jnp.asarray(COLORS)))
+    distance = np.square(latent[..., None, :] - COLORS).sum(-1)
+    expected = -MARGIN * (distance - distance[..., :1]) / 4.0
+    np.testing.assert_allclose(logits - logits[..., :1], expected, atol=1e-4)
+    own = np.asarray(palette_logits(jnp.asarray(COLORS)[None, None], jnp.asarray(COLORS)))[0, 0]
+    assert own[0, 0] - own[0, 1] == pytest.approx(MARGIN)
+    assert (own.argmax(-1) == np.arange(4)).all()
+
+
+def test_one_colour_alone_is_sure_of_itself():
+    logits = palette_logits(jnp.zeros((1, 2, 2, 4)), jnp.asarray(COLORS[1:2]))
+    assert np.isfinite(np.asarray(logits)).all()
+
+
+def test_class_shares_leave_ignored_pixels_out():
+    label = np.random.default_rng(0).integers(-1, 4, (2, 8, 8))
+    share = np.asarray(class_shares(jnp.asarray(label), FACTOR, 4))
+    for n, i, j, k in np.ndindex(share.shape):
+        cell = label[n, i * FACTOR : (i + 1) * FACTOR, j * FACTOR : (j + 1) * FACTOR]
+        assert share[n, i, j, k] == pytest.approx((cell == k).mean())
+
+
+def classes_oracle(logits, share, valid):
+    """Weighted cross-entropy and mean Dice in plain loops over the classes."""
+    share, p = share[valid], np.exp(logits[valid])
+    p /= p.sum(-1, keepdims=True)
+    up = down = 0.0
+    dice = []
+    for k, cells in enumerate(share.sum(0)):
+        weight = np.sqrt(np.clip(share.sum() / cells, 1, MAX_WEIGHT**2)) if cells else 0.0
+        up -= weight * (share[:, k] * np.log(p[:, k])).sum()
+        down += weight * cells
+        if cells:
+            both = (share[:, k] * p[:, k]).sum()
+            dice.append(1 - (2 * both + 1) / (p[:, k].sum() + cells + 1))
+    return up / down + np.mean(dice)
+
+
+def test_cross_entropy_over_classes_and_dice_against_plain_loops():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(2, 6, 6, 5)).astype(np.float32)
+    share = np.eye(5, dtype=np.float32)[rng.choice(4, p=[0.7, 0.2, 0.08, 0.02], size=(2, 6, 6))]
+    valid = rng.random((2, 6, 6)) < 0.8
+    ours = balanced_ce_and_dice(jnp.asarray(logits), jnp.asarray(share), jnp.asarray(valid))
+    theirs = [classes_oracle(*row) for row in zip(logits, share, valid, strict=True)]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_label_maps_without_a_label_neither_cost_nor_pull():
+    share, nothing = jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 4, 4), bool)
+    cost, pull = jax.value_and_grad(lambda x: balanced_ce_and_dice(x, share, nothing).sum())(
+        jnp.ones((1, 4, 4, 3))
+    )
+    assert float(cost) == 0 and not np.asarray(pull).any()

@@ -23,9 +23,14 @@ def blur(noise=0.05):
     return round_trip
 
 
+def identity(image):
+    """Latents in which colours are as far apart as in pictures."""
+    return image
+
+
 @pytest.mark.parametrize("n", [1, 2, 8, 17, 150, 216])
 def test_colours_are_distinct_and_label_maps_come_back(n):
-    made = build_palette(n, blur())
+    made = build_palette(n, blur(), identity)
     assert len({tuple(c) for c in made.colors.tolist()}) == n
     label = np.random.default_rng(1).integers(0, n, (2, 9, 7))
     image = np.asarray(encode_palette(label, made.colors))
@@ -52,7 +57,7 @@ def test_probabilities_are_the_softmax_over_two_sigma_squared():
 
 def test_sigma_is_the_scatter_of_the_round_trip():
     # the shift of the colours is in the prototypes, the noise is not
-    assert build_palette(8, blur(0.2)).sigma == pytest.approx(0.2, rel=0.05)
+    assert build_palette(8, blur(0.2), identity).sigma == pytest.approx(0.2, rel=0.05)
 
 
 def test_colours_that_the_autoencoder_cannot_hold_are_avoided():
@@ -61,13 +66,22 @@ def test_colours_that_the_autoencoder_cannot_hold_are_avoided():
         out[..., 2] = 0.0
         return out
 
-    made = build_palette(8, no_blue)
+    made = build_palette(8, no_blue, identity)
     pairs = np.linalg.norm(made.prototypes[:, None] - made.prototypes[None], axis=-1)
     assert pairs[~np.eye(8, dtype=bool)].min() > 0.5
 
 
+def test_colours_that_latents_hardly_tell_apart_are_avoided():
+    def faint_blue(image):
+        return image * np.array([1.0, 1.0, 0.02], np.float32)
+
+    made = build_palette(8, blur(0.001), faint_blue)
+    pairs = np.linalg.norm((made.colors[:, None] - made.colors[None])[..., :2], axis=-1)
+    assert pairs[~np.eye(8, dtype=bool)].min() > 0.5  # apart in red and green alone
+
+
 def test_few_classes_are_far_apart():
-    made = build_palette(8, blur())
+    made = build_palette(8, blur(), identity)
     pairs = np.linalg.norm(made.colors[:, None] - made.colors[None], axis=-1)
     assert pairs[~np.eye(8, dtype=bool)].min() > 1.5  # the cube's corners would have 2
 
@@ -80,12 +94,12 @@ def test_ignored_pixels_are_grey():
 @pytest.mark.parametrize("n", [0, 217, 847])
 def test_too_many_classes_are_refused(n):
     with pytest.raises(UserError) as caught:
-        build_palette(n, blur())
+        build_palette(n, blur(), identity)
     assert "legal 1 to 216" in tiny.one_line(caught.value)
 
 
 def test_a_palette_survives_its_file():
-    made = build_palette(5, blur())
+    made = build_palette(5, blur(), identity)
     again = Palette.from_dict(made.to_dict())
     np.testing.assert_array_equal(again.colors, made.colors)
     np.testing.assert_array_equal(again.prototypes, made.prototypes)

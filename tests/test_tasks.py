@@ -309,11 +309,12 @@ def test_to_unit_maps_0_and_255_to_minus_and_plus_one():
     np.testing.assert_allclose(to_unit(np.array([[0, 255]], np.uint8)), [[-1, 1]])
 
 
-def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise(folders):
+@pytest.mark.parametrize("codec", ["binary", "palette"])
+def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise(codec, folders):
     batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
 
     def loss(**changes):
-        task = SegmentationTask(tiny.config(folders, **changes))
+        task = SegmentationTask(tiny.config(folders, segmentation__codec=codec, **changes))
         return task.loss(task.initial(), task.frozen, batch, keys)
 
     plain, metrics = loss()

@@ -104,6 +104,11 @@ class ShapeTask(SegmentationTask):
         return Palette(table, table, 1.0)
 
     @functools.cached_property
+    def palette_latents(self) -> np.ndarray:
+        size = (self._num_classes(), self.vae.config.latent_channels)
+        return np.arange(np.prod(size), dtype=np.float32).reshape(size)  # no two alike
+
+    @functools.cached_property
     def probe(self) -> LatentProbe:
         return LatentProbe(np.zeros(self.vae.config.latent_channels, np.float32), 0.0, 1.0)
 

@@ -2,8 +2,9 @@
 """An auxiliary loss on the mask that a predicted latent stands for, without decoding it.
 
 Latents of binary masks lie close to one line, from the latent of an empty mask to that of a full one;
-the position on it tells the foreground share of a cell. A deviation from the paper's plain MSE that
-keeps masks of rare classes from staying empty in short trainings (it is off by default).
+the position on it tells the foreground share of a cell. Latents of a palette's flat colours are points,
+and the nearest one tells the class. A deviation from the paper's plain MSE that keeps masks of rare
+classes from staying empty in short trainings (it is off by default).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.arraytypes import Array, Bool, Float, Int
 
 SHARPNESS = 4.0  # logits per unit of evidence, which runs from -1 (empty) to 1 (full)
 MAX_WEIGHT = 10.0  # of foreground cells against background cells
+MARGIN = 6.0  # logits by which the closest two colours of a palette are told apart
 
 
 def latent_evidence(
@@ -56,3 +58,43 @@ def balanced_bce_and_dice(
     both = (soft * share).sum(axis=(1, 2))
     dice = 1.0 - (2.0 * both + 1.0) / (soft.sum(axis=(1, 2)) + foreground + 1.0)
     return bce + dice
+
+
+def palette_logits(
+    latent: Float[Array, "n h w c"], colors: Float[Array, "k c"]
+) -> Float[Array, "n h w k"]:
+    """Minus the squared distance to every colour's latent, in units of the closest two colours'."""
+    square = jnp.square(colors).sum(axis=-1)
+    # the latent's own square is the same for every class: a softmax does not see it
+    distance = square - 2.0 * latent @ colors.T
+    apart = jnp.square(colors[:, None] - colors[None]).sum(axis=-1)
+    closest = jnp.where(jnp.eye(len(colors), dtype=bool), jnp.inf, apart).min()
+    return -MARGIN * distance / jnp.where(jnp.isfinite(closest), closest, 1.0)
+
+
+def class_shares(label: Int[Array, "n H W"], factor: int, num_classes: int) -> Float[Array, "n h w k"]:
+    """Share of every class, 0 to 1, in each latent cell; ignored pixels are of none."""
+    n, height, width = label.shape
+    cells = label.reshape(n, height // factor, factor, width // factor, factor)
+    return jax.nn.one_hot(cells, num_classes).mean(axis=(2, 4))
+
+
+def balanced_ce_and_dice(
+    logits: Float[Array, "n h w k"], share: Float[Array, "n h w k"], valid: Bool[Array, "n h w"]
+) -> Float[Array, " n"]:
+    """Cross-entropy plus soft Dice of each label map, over its valid cells.
+
+    A class weighs by the inverse root of its cells in the picture; Dice is the mean over the classes
+    that the picture shows.
+    """
+    weight = valid.astype(jnp.float32)[..., None]
+    share = share * weight
+    cells = share.sum(axis=(1, 2))
+    total = jnp.maximum(cells.sum(axis=-1, keepdims=True), 1.0)
+    ratio = jnp.sqrt(jnp.clip(total / jnp.maximum(cells, 1e-6), 1.0, MAX_WEIGHT**2))[:, None, None]
+    error = -(ratio * share * jax.nn.log_softmax(logits)).sum(axis=(1, 2, 3))
+    ce = error / jnp.maximum((ratio * share).sum(axis=(1, 2, 3)), 1e-6)
+    soft = weight * jax.nn.softmax(logits)
+    both, seen = (soft * share).sum(axis=(1, 2)), cells > 0
+    dice = 1.0 - (2.0 * both + 1.0) / (soft.sum(axis=(1, 2)) + cells + 1.0)
+    return ce + (seen * dice).sum(axis=-1) / jnp.maximum(seen.sum(axis=-1), 1)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`palette` codec: one colour a class, all classes of a closed set painted and read in one pass.
 
-Colours are chosen here, by how far apart they are *after* the autoencoder: never a data set's own
-(several of those have duplicates). A pixel is read as probabilities, the softmax of the negative
-squared distance to every class's colour over 2 sigma^2, sigma being what the autoencoder scatters.
+Colours are chosen here, by how far apart they are *after* the autoencoder and in its latents: never a
+data set's own (several of those have duplicates). A pixel is read as probabilities, the softmax of the
+negative squared distance to every class's colour over 2 sigma^2, sigma being what the autoencoder
+scatters.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ import numpy as np
 from digseg_jax.arraytypes import Array, Float, Int
 from digseg_jax.errors import UserError
 
-RoundTrip = Callable[[np.ndarray], np.ndarray]  # images [n h w 3] in [-1, 1] through the autoencoder
+ImageMap = Callable[[np.ndarray], np.ndarray]
+"""`encode`: images [n h w 3] in [-1, 1] to latents [n h2 w2 c]; `round_trip`: to images again."""
 
-LEVELS = 6  # per channel: 216 candidates, 0.4 (51 of 255) apart
+LEVELS = 6  # per channel, 0.4 (51 of 255) apart: the cube that candidates are taken from
+SATURATIONS = (1.0, 0.6, 0.35, 0.2)  # every one of them also nearer to its grey
 MAX_CLASSES = LEVELS**3
+REACH = 4.0  # norm of a colour's latent; pictures have about 2 (unit variance, 4 channels)
 PATCH = 32  # pixels; a side of the flat picture that a candidate is tried with
+BATCH = 54  # flat pictures at a time
 FLOOR = 0.02  # scatter that every colour is granted, so that distance decides among clean ones
 EXCHANGE_SWEEPS = 10
 SYNTHETIC_MAPS = 16
@@ -73,8 +78,13 @@ def decode_palette(
     return jnp.minimum(cross - 0.5 * (squares + own), 0.0)
 
 
-def build_palette(num_classes: int, round_trip: RoundTrip) -> Palette:
+def build_palette(num_classes: int, round_trip: ImageMap, encode: ImageMap) -> Palette:
     """Colours for a closed set in the eyes of one autoencoder; deterministic.
+
+    A U-Net errs in latents, and about as far along each axis: colours that an autoencoder tells apart
+    by a small shift of one channel are lost to it, however far apart the eye finds them. And it starts
+    from latents of the size that pictures have, which the noise schedule supposes: an autoencoder that
+    saw few bright colours puts those ten times as far out, so that it would learn a scale for long.
 
     Raises:
       UserError: more classes than there are candidate colours.
@@ -86,29 +96,50 @@ def build_palette(num_classes: int, round_trip: RoundTrip) -> Palette:
         )
     colors = candidates()
     flat = np.broadcast_to(colors[:, None, None], (len(colors), PATCH, PATCH, 3))
-    decoded = np.concatenate([round_trip(flat[i : i + 27]) for i in range(0, len(flat), 27)])
+    decoded, latents = (
+        np.concatenate([f(flat[i : i + BATCH]) for i in range(0, len(flat), BATCH)])
+        for f in (round_trip, encode)
+    )
+    near = _within_reach(latents.mean(axis=(1, 2)))
+    colors, decoded, latents = colors[near], decoded[near], latents[near]
     means = decoded.mean(axis=(1, 2))
     scatter = np.sqrt(np.square(decoded - means[:, None, None]).mean(axis=(1, 2, 3)))
-    chosen = choose(means, scatter, num_classes)
+    chosen = choose(means, scatter, latents.mean(axis=(1, 2)), num_classes)
     # rounded, so that another machine's last digits make no other palette
     drawn = Palette(colors[chosen], means[chosen].round(4).astype(np.float32), 1.0)
     return dataclasses.replace(drawn, sigma=fit_sigma(drawn, round_trip))
 
 
 def candidates() -> Float[np.ndarray, "n 3"]:
-    """All colours of LEVELS evenly spaced values per channel, in [-1, 1]."""
-    levels = np.linspace(-1, 1, LEVELS, dtype=np.float32)
-    return np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    """All colours of LEVELS evenly spaced values per channel, in [-1, 1], at every saturation."""
+    levels = np.linspace(-1, 1, LEVELS)
+    cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    grey = cube.mean(axis=-1, keepdims=True)
+    drawn = np.concatenate([grey + s * (cube - grey) for s in SATURATIONS])
+    return np.unique(drawn.round(3), axis=0).astype(np.float32)
 
 
-def choose(means: Float[np.ndarray, "n 3"], scatter: Float[np.ndarray, "n"], count: int) -> list[int]:
+def _within_reach(latents: Float[np.ndarray, "n c"]) -> Int[np.ndarray, " m"]:
+    """Those of at most REACH; if they are fewer than MAX_CLASSES, that many of the nearest."""
+    norm = np.linalg.norm(latents, axis=-1).round(4)
+    return np.flatnonzero(norm <= max(REACH, np.sort(norm)[MAX_CLASSES - 1]))
+
+
+def choose(
+    means: Float[np.ndarray, "n 3"],
+    scatter: Float[np.ndarray, "n"],
+    latents: Float[np.ndarray, "n c"],
+    count: int,
+) -> list[int]:
     """`count` candidates, each as far as can be from its nearest neighbour.
 
-    Distance: between the decoded means, in units of what both scatter. Greedy, then single colours
-    are exchanged as long as that takes one further from the others.
+    Distance: the smaller of that between the decoded means, in units of what both scatter, and that
+    between the latents, each in units of its median. Greedy, then single colours are exchanged as long
+    as that takes one further from the others.
     """
-    apart = np.linalg.norm(means[:, None] - means[None], axis=-1)
-    distance = (apart / (scatter[:, None] + scatter[None] + FLOOR)).round(4)
+    seen = _distances(means) / (scatter[:, None] + scatter[None] + FLOOR)
+    coded = _distances(latents)
+    distance = np.minimum(seen / np.median(seen), coded / np.median(coded)).round(4)
     chosen = [int(np.argmax(np.linalg.norm(means - means.mean(axis=0), axis=1).round(4)))]
     while len(chosen) < count:
         chosen.append(_farthest(distance, chosen))
@@ -124,13 +155,17 @@ def choose(means: Float[np.ndarray, "n 3"], scatter: Float[np.ndarray, "n"], cou
     return chosen
 
 
+def _distances(points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n n"]:
+    return np.linalg.norm(points[:, None] - points[None], axis=-1)
+
+
 def _farthest(distance: np.ndarray, taken: list[int]) -> int:
     nearest = distance[:, taken].min(axis=1)
     nearest[taken] = -1.0
     return int(np.argmax(nearest))
 
 
-def fit_sigma(palette: Palette, round_trip: RoundTrip) -> float:
+def fit_sigma(palette: Palette, round_trip: ImageMap) -> float:
     """Root mean square distance per channel of round-tripped pixels from their class's prototype."""
     labels = synthetic_maps(SYNTHETIC_MAPS, len(palette.colors))
     residual = round_trip(palette.colors[labels]) - palette.prototypes[labels]

@@ -28,8 +28,11 @@ from digseg_jax.segmentation.inference import EStep, member_noise, sample_mask_l
 from digseg_jax.segmentation.latent_probe import LatentProbe, enlarge, fit_probe
 from digseg_jax.segmentation.mask_loss import (
     balanced_bce_and_dice,
+    balanced_ce_and_dice,
     cell_shares,
+    class_shares,
     latent_evidence,
+    palette_logits,
 )
 from digseg_jax.segmentation.palette import (
     Palette,
@@ -53,13 +56,15 @@ from digseg_jax.weights import load_config, load_unet_params, save_component
 
 PALETTE_PROMPT = "segmentation map of all classes"
 PALETTE_NAME = "palette.json"  # beside the weights: another palette would misread their output
+PATCH_CELLS = 8  # latent cells; a side of the flat pictures of the palette's colours
 MASK_ENDS = "mask_ends"  # key of the frozen tree
 
 
 def wants_mask_ends(config: Config) -> bool:
     """Whether the latents of an empty and of a full mask are frozen parts, [2, h, w, c]: the auxiliary
     loss needs them, and training from a cache does not run the autoencoder."""
-    return bool(config.data.latent_cache and config.diffusion.mask_loss_weight)
+    binary = config.segmentation.codec == "binary"
+    return bool(binary and config.data.latent_cache and config.diffusion.mask_loss_weight)
 
 
 class SegmentationTask:
@@ -140,7 +145,7 @@ class SegmentationTask:
     @functools.cached_property
     def palette(self) -> Palette:
         """The colours of the label set, chosen with this autoencoder."""
-        return build_palette(self._num_classes(), self.round_trip)
+        return build_palette(self._num_classes(), self.round_trip, self.latents)
 
     @functools.cached_property
     def probe(self) -> LatentProbe:
@@ -151,11 +156,22 @@ class SegmentationTask:
     def _num_classes(self) -> int:
         return num_classes(self.config.data)
 
+    @functools.cached_property
+    def palette_latents(self) -> Float[np.ndarray, "k c"]:
+        """What the autoencoder makes of flat pictures of the palette's colours."""
+        size = PATCH_CELLS * self.vae.config.factor
+        flat = np.broadcast_to(self.palette.colors[:, None, None], (self._num_classes(), size, size, 3))
+        return self.latents(flat.astype(np.float32)).mean(axis=(1, 2))
+
+    def latents(self, image: np.ndarray) -> np.ndarray:
+        """Images [n, h, w, 3] in [-1, 1] to latents, on the host."""
+        with jax.ensure_compile_time_eval():  # may be asked for while a program is traced
+            return np.asarray(self._encode(self.frozen["vae"], jnp.asarray(image)))
+
     def round_trip(self, image: np.ndarray) -> np.ndarray:
         """Images [n, h, w, 3] in [-1, 1] through the autoencoder and back, on the host."""
-        with jax.ensure_compile_time_eval():  # may be asked for while a program is traced
-            latent = self._encode(self.frozen["vae"], jnp.asarray(image))
-            return np.asarray(self._decode(self.frozen["vae"], latent))
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self._decode(self.frozen["vae"], jnp.asarray(self.latents(image))))
 
     @functools.cached_property
     def _encode(self):
@@ -234,6 +250,11 @@ class SegmentationTask:
         self, frozen: Params, batch: Batch, clean: Array, valid: Array, t: Int[Array, " n"]
     ) -> Array:
         """Mean of the auxiliary loss over all queries; those at low noise count as zero."""
+        counts = t >= self.config.diffusion.mask_loss_from * self.schedule.num_timesteps
+        if self.codec == "palette":
+            shares = class_shares(batch["label"], self.vae.config.factor, self._num_classes())
+            logits = palette_logits(clean, jnp.asarray(self.palette_latents))
+            return jnp.mean(counts * balanced_ce_and_dice(logits, shares, valid))
         masks = self._targets(batch)
         masks = masks.reshape(-1, *masks.shape[2:])
 
@@ -243,7 +264,6 @@ class SegmentationTask:
 
         evidence = latent_evidence(clean, encode, masks.shape[1])
         share = cell_shares(masks, self.vae.config.factor)
-        counts = t >= self.config.diffusion.mask_loss_from * self.schedule.num_timesteps
         return jnp.mean(counts * balanced_bce_and_dice(evidence, share, valid))
 
     def _valid_cells(self, valid: Bool[Array, "n h w"], whole: Batch | None) -> Array:
