@@ -58,12 +58,35 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
         del state
         params, source = trainer.weights_of(str(workdir), best=True)
         log.info("best %s: exporting %s", config.checkpoint.best, source)
-    if isinstance(task, AutoencoderTask):
-        export_autoencoder(config, task, params, workdir)
-        return
-    export(task, params, workdir, provenance(config))
+    deliver(config, task, params, workdir)
     if isinstance(task, SegmentationTask):
         finish(config, task, params, mesh, workdir)
+
+
+def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
+    """Exports the newest checkpoint (with `checkpoint.best`, the best one) of a run at any stage.
+
+    Raises:
+      UserError: no checkpoint there, or not of this configuration.
+    """
+    if not (workdir / CONFIG_NAME).is_file():
+        raise UserError(f"{workdir}: no run here to export; run --mode=train first")
+    take(workdir, config, accept_changes)
+    mesh = make_mesh(config.mesh)
+    config = with_attention(config, list(mesh.devices.flat))
+    task: Task = TASKS[config.task](config)
+    trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
+    params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
+    deliver(config, task, params, workdir)
+    log.info("exported %s to %s", source, workdir / EXPORT)
+
+
+def deliver(config: Config, task: Task, params: Params, workdir: AnyPath) -> None:
+    """Writes the weights where evaluation, prediction and other runs look for them."""
+    if isinstance(task, AutoencoderTask):
+        export_autoencoder(config, task, params, workdir)
+    else:
+        export(task, params, workdir, provenance(config))
 
 
 def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
@@ -71,7 +94,10 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
     if config.task != "segmentation":
         raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
     if not (workdir / EXPORT).is_dir():
-        raise UserError(f"{workdir / EXPORT}: no trained weights here; run --mode=train first")
+        raise UserError(
+            f"{workdir / EXPORT}: no trained weights here; run --mode=train first, or "
+            "--mode=export for the newest checkpoint of a run that is not finished"
+        )
     use_compile_cache(config.train.compile_cache)
     take(workdir, config, accept_changes)
     mesh = make_mesh(config.mesh)

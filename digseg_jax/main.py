@@ -15,7 +15,7 @@ from digseg_jax.config import check_key
 from digseg_jax.errors import OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.log import log, setup
 
-MODES = ("train", "eval", "predict", "compile", "cache_latents")
+MODES = ("train", "eval", "export", "predict", "compile", "cache_latents")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
@@ -110,7 +110,7 @@ def run() -> None:
 
         cache_latents.run(config)
         return
-    job = jobs.train if mode == "train" else jobs.run_eval
+    job = {"train": jobs.train, "eval": jobs.run_eval, "export": jobs.run_export}[mode]
     job(config, as_path(_WORKDIR.value), accept_changes=_ACCEPT_CHANGES.value)
 
 

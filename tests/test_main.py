@@ -104,6 +104,13 @@ def test_eval_without_trained_weights_says_to_train_first(folders, tmp_path, wor
     assert not Path(workdir.split("=")[1]).exists()
 
 
+def test_export_without_a_run_says_to_train_first(folders, tmp_path, workdir):
+    config = tiny.config_file(tmp_path, folders)
+    message = refused(f"--config={config}", workdir, "--mode=export")
+    assert "no run here to export; run --mode=train first" in message
+    assert not Path(workdir.split("=")[1]).exists()
+
+
 def test_predict_on_a_missing_image_is_one_line(folders, tmp_path, workdir):
     config = tiny.config_file(tmp_path, folders)
     message = refused(f"--config={config}", workdir, "--mode=predict", "--image=no.png", "--query=ice")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -144,3 +145,25 @@ def test_a_run_trains_evaluates_and_reports(folders, camvid, tmp_path):
     assert (tmp_path / "report" / "index.html").is_file()
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 <= line["hard_negative_share"] <= line["negative_share"] <= 1
+
+
+def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, tmp_path):
+    from digseg_jax import jobs
+    from digseg_jax.sharding import make_mesh
+    from digseg_jax.tasks.segmentation import SegmentationTask
+    from digseg_jax.train import Trainer
+    from digseg_jax.weights import load_params
+    from digseg_jax.workdir import claim
+
+    config = tiny.config(
+        folders, data__name="camvid", data__root=camvid, train__steps=2, eval__split="val",
+        eval__num_images=1, eval__batch_size=1,
+    )  # fmt: skip
+    claim(tmp_path, config)
+    task = SegmentationTask(config)
+    state = Trainer(config, task, make_mesh(config.mesh), str(tmp_path)).run()
+    jobs.run_export(config, tmp_path)
+    exported = load_params(tmp_path / "export", task.abstract)
+    jax.tree.map(np.testing.assert_array_equal, exported, dict(state["ema"]))
+    jobs.run_eval(config, tmp_path)
+    assert (tmp_path / "eval" / "results.json").is_file()
