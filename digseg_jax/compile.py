@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from digseg_jax.aot import hlo, programs
+from digseg_jax.aot import hlo, programs, traffic
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.kernels import kernel_flops
 from digseg_jax.aot.programs import FILES, Program
@@ -118,7 +118,7 @@ def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, len(target.devices))
-    more_flops, more_bytes = hlo.loop_corrections(module)
+    more_flops, more_bytes = traffic.loop_corrections(module)
     kernels = kernel_flops(module)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
@@ -130,7 +130,8 @@ def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
         "hbm_peak_bytes": peak,
         "flops": cost.get("flops", 0.0) + more_flops + kernels,
         "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,
-        "loop_flops": more_flops,  # the parts of the two lines above that XLA's count leaves out
+        "memory_bytes": traffic.memory_traffic(module),  # of these, with the device's main memory
+        "loop_flops": more_flops,  # the parts of flops and bytes_accessed that XLA's count leaves out
         "kernel_flops": kernels,
         "loop_bytes": more_bytes,
         "collective_bytes": sum(c.bytes for c in collectives.values()),
@@ -176,7 +177,7 @@ def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
         return {}
     seconds = {
         "compute": result["flops"] / chip.flops,
-        "memory": result["bytes_accessed"] / chip.hbm_bandwidth,
+        "memory": result["memory_bytes"] / chip.hbm_bandwidth,
         "collectives": result["collective_bytes"] / chip.ici_bandwidth,
     }
     longest = max(seconds.values())

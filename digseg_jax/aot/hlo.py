@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a compiled program's text (optimised HLO): collectives, loops, large buffers.
+"""Reading a compiled program's text (optimised HLO): its operations, collectives and large buffers.
 
-Everything is per device. A loop's body counts as often as it runs; XLA's own cost analysis counts it
-once, so `loop_corrections` tells what to add.
+Everything is per device. A loop's body counts as often as it runs.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ BYTES = {
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # no buffers of their own
 _VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all"}
-_NO_TRAFFIC = _VIEWS | {"while", "conditional", "call", "partition-id", "replica-id"}
+NO_TRAFFIC = _VIEWS | {"while", "conditional", "call", "partition-id", "replica-id"}
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_CHAIN = re.compile(r"channel_id=(\d+),.*\bchain_id=\"(\d+)\"")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
@@ -194,13 +194,23 @@ class Collective:
 
 def collectives(module: Module, devices: int) -> dict[str, Collective]:
     """By kind. The received bytes of a ring over n devices are (n-1)/n of the whole array, twice that
-    for an all-reduce; XLA's fused reduce-scatters, written as all-reduce and slice, count as such."""
+    for an all-reduce; XLA's fused reduce-scatters, written as all-reduce and slice, count as such.
+
+    A collective that the TPU compiler runs beside other operations is written once for its start, its
+    end and every operation between them, with the same channel and chain: it counts once.
+    """
     counts: collections.Counter[str] = collections.Counter()
     received: collections.Counter[str] = collections.Counter()
+    chains = set()
     for instruction, times, where in walk(module, fusions=True):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
+        chain = _CHAIN.search(instruction.text)
+        if chain:
+            if chain.groups() in chains:
+                continue
+            chains.add(chain.groups())
         if kind == "all-reduce" and "all-reduce-scatter" in where:
             kind = "reduce-scatter"
         n = _group_size(instruction, devices)
@@ -259,7 +269,7 @@ def largest_buffers(module: Module, most: int = 12) -> list[Buffer]:
     """
     groups: collections.Counter[tuple[float, str, str, str]] = collections.Counter()
     for instruction, _, _ in walk(module, fusions=False):
-        if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith(("-start", "-done")):
+        if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith(("-start", "-done")):
             continue  # the halves of asynchronous copies share buffers with what they copy
         for shape in instruction.shapes:
             if shape.space == 0 and shape.bytes:
@@ -267,44 +277,3 @@ def largest_buffers(module: Module, most: int = 12) -> list[Buffer]:
                 groups[shape.padded_bytes, text, instruction.opcode, instruction.op_name] += 1
     ranked = sorted(groups.items(), key=lambda item: -item[0][0])[:most]
     return [Buffer(size, count, shape, op, name) for (size, shape, op, name), count in ranked]
-
-
-def loop_corrections(module: Module) -> tuple[float, float]:
-    """(FLOPs, bytes) of loop bodies beyond their first run, which XLA's cost analysis leaves out."""
-    flops = moved = 0.0
-    for instruction, times, where in walk(module, fusions=True):
-        if times > 1 and instruction.opcode in ("convolution", "dot"):
-            flops += (times - 1) * _product_flops(instruction, module.computations[where])
-    for instruction, times, where in walk(module, fusions=False):
-        if times > 1 and instruction.opcode not in _NO_TRAFFIC:
-            moved += (times - 1) * _traffic(instruction, module.computations[where])
-    return flops, moved
-
-
-def _traffic(instruction: Instruction, computation: tuple[Instruction, ...]) -> float:
-    """Bytes of inputs and results; only the slice counts where one is cut out or put in."""
-    own = {i.name: i for i in computation}
-    results = sum(s.bytes for s in instruction.shapes)
-    inputs = [sum(s.bytes for s in own[o].shapes) for o in instruction.operands if o in own]
-    if "dynamic-slice" in instruction.name or "dynamic_slice" in instruction.op_name:
-        return 2 * results
-    if "dynamic-update-slice" in instruction.name or "dynamic_update_slice" in instruction.op_name:
-        return 2 * (sum(inputs) - max(inputs, default=0.0))
-    return results + sum(inputs)
-
-
-def _product_flops(instruction: Instruction, computation: tuple[Instruction, ...]) -> float:
-    own = {i.name: i for i in computation}
-    if len(instruction.operands) < 2 or any(o not in own for o in instruction.operands[:2]):
-        return 0.0
-    out = math.prod(instruction.shapes[0].dims)
-    left, right = (own[o].shapes[0].dims for o in instruction.operands[:2])
-    if instruction.opcode == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
-        contracted = [left[int(a)] for a in axes[1].split(",") if a] if axes else []
-        return 2.0 * out * math.prod(contracted)
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)
-    if not labels:
-        return 0.0
-    kernel = [size for size, label in zip(right, labels[1], strict=True) if label != "o"]
-    return 2.0 * out * math.prod(kernel)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program computes and moves, where XLA's own count is not what one wants.
+
+XLA counts a loop's body once, and counts on-chip copies like traffic with the device's memory: of a
+program that fetches its operands ahead, every byte up to four times.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from digseg_jax.aot.hlo import NO_TRAFFIC, Instruction, Module, Shape, walk
+
+
+def loop_corrections(module: Module) -> tuple[float, float]:
+    """(FLOPs, bytes) of loop bodies beyond their first run, which XLA's cost analysis leaves out."""
+    flops = moved = 0.0
+    for instruction, times, where in walk(module, fusions=True):
+        if times > 1 and instruction.opcode in ("convolution", "dot"):
+            flops += (times - 1) * _product_flops(instruction, module.computations[where])
+    for instruction, times, where in walk(module, fusions=False):
+        if times > 1 and instruction.opcode not in NO_TRAFFIC:
+            moved += (times - 1) * _traffic(instruction, module.computations[where])
+    return flops, moved
+
+
+def memory_traffic(module: Module) -> float:
+    """Bytes read from and written to the device's main memory, loops as often as they run.
+
+    Arrays in on-chip memory cost nothing; an asynchronous copy counts where it starts.
+    """
+    moved = 0.0
+    for instruction, times, where in walk(module, fusions=False):
+        if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith("-done"):
+            continue
+        computation = module.computations[where]
+        own = {i.name: i for i in computation}
+        inputs = [own[name].shapes for name in instruction.operands if name in own]
+        if instruction.opcode in ("copy-start", "slice-start"):
+            moved += times * _prefetched(instruction, inputs[0][0])
+        else:
+            moved += times * _traffic(instruction, computation, main_memory=True)
+    return moved
+
+
+def _prefetched(instruction: Instruction, source: Shape) -> float:
+    """Of an asynchronous copy, whose results also name its source: the part that is fetched, once for
+    either end in main memory."""
+    fetched = instruction.shapes[1 if instruction.opcode == "slice-start" else 0]
+    return fetched.bytes * ((source.space == 0) + (fetched.space == 0))
+
+
+def _traffic(
+    instruction: Instruction, computation: tuple[Instruction, ...], *, main_memory: bool = False
+) -> float:
+    """Bytes of inputs and results; only the slice counts where one is cut out or put in."""
+
+    def total(shapes: tuple[Shape, ...]) -> float:
+        return sum(s.bytes for s in shapes if not main_memory or s.space == 0)
+
+    own = {i.name: i for i in computation}
+    results = total(instruction.shapes)
+    inputs = [total(own[o].shapes) for o in instruction.operands if o in own]
+    if "dynamic-slice" in instruction.name or "dynamic_slice" in instruction.op_name:
+        return 2 * results
+    if "dynamic-update-slice" in instruction.name or "dynamic_update_slice" in instruction.op_name:
+        return 2 * (sum(inputs) - max(inputs, default=0.0))
+    return results + sum(inputs)
+
+
+def _product_flops(instruction: Instruction, computation: tuple[Instruction, ...]) -> float:
+    own = {i.name: i for i in computation}
+    if len(instruction.operands) < 2 or any(o not in own for o in instruction.operands[:2]):
+        return 0.0
+    out = math.prod(instruction.shapes[0].dims)
+    left, right = (own[o].shapes[0].dims for o in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+        contracted = [left[int(a)] for a in axes[1].split(",") if a] if axes else []
+        return 2.0 * out * math.prod(contracted)
+    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)
+    if not labels:
+        return 0.0
+    kernel = [size for size, label in zip(right, labels[1], strict=True) if label != "o"]
+    return 2.0 * out * math.prod(kernel)
