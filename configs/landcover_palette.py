@@ -3,8 +3,8 @@
 
 Trained on the same tiles as configs/landcover.py, for a comparison of the two codecs. One picture per
 image instead of one per query: a step costs about half, an evaluation about an eighth.
-Measured after 400 steps, about five minutes on one core (train.steps=400, optim.ema_decay=0.98, 1x1): mIoU
-0.406, accuracy 0.736 on the held-out tiles. The whole recipe was not run.
+Measured after 400 steps, about five minutes on one core (train.steps=400, optim.ema_decay=0.98, 1x1):
+mIoU 0.406, accuracy 0.736 on the held-out tiles. The whole recipe was not run.
 
 `python -m digseg_jax.codec_check` tells what the autoencoder lets through before anything is trained.
 """
