@@ -80,7 +80,7 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([QUICKSTART, "--mode=trian"], "one of <train|eval|predict|compile|cache_latents>"),
+        ([QUICKSTART, "--mode=trian"], "one of <train|eval|export|predict|compile|cache_latents>"),
         (["--mode=train"], "--config must have a value"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
