@@ -171,7 +171,7 @@ class TestRematerialisation:
         assert functional.flatten(trees[0]) == functional.flatten(trees[1])
 
     def test_an_unknown_mode_is_refused_by_the_models(self):
-        with pytest.raises(ValueError, match="legal: none, block, attention, dots"):
+        with pytest.raises(ValueError, match="legal: none, block, large, attention, dots"):
             remat.block(abs, "some")
 
 

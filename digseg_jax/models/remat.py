@@ -10,6 +10,10 @@ parameters, their paths and the results stay the same, only memory and time chan
 | attention | everything but the attention weights | scores and softmax, from q, k and v |
 | dots | results of weight products and convolutions | norms, activations, attention |
 | block | the input of every resnet and transformer | all that happens in it |
+| large | the same where a map has more pixels than channels, else everything | all that happens there |
+
+`large` is `block` without what it does not pay for: a small map of many channels takes little memory,
+but its kernels, which computing it again reads (and, sharded, gathers) once more, are the largest.
 """
 
 from __future__ import annotations
@@ -19,14 +23,18 @@ from typing import Any, TypeVar
 
 import jax
 
-MODES = ("none", "block", "attention", "dots")
+from digseg_jax.arraytypes import Array, Float
+
+MODES = ("none", "block", "large", "attention", "dots")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def block(function: F, mode: str) -> F:
-    """Wraps a resnet or a transformer; its arguments are arrays (or None)."""
+    """Wraps a resnet or a transformer; its arguments are maps [b, h, w, c], then arrays (or None)."""
     if mode == "block":
         return jax.checkpoint(function)
+    if mode == "large":
+        return _if_large(function)
     if mode == "dots":
         return jax.checkpoint(function, policy=weight_products)
     return _unchanged(function, mode)
@@ -35,6 +43,16 @@ def block(function: F, mode: str) -> F:
 def attention(function: F, mode: str) -> F:
     """Wraps a function of (q, k, v, mask)."""
     return jax.checkpoint(function) if mode == "attention" else _unchanged(function, mode)
+
+
+def _if_large(function: F) -> F:
+    again = jax.checkpoint(function)
+
+    def choose(x: Float[Array, "b h w c"], *others: Any) -> Any:
+        _, h, w, c = x.shape
+        return (again if h * w > c else function)(x, *others)
+
+    return choose
 
 
 def weight_products(primitive: Any, *_: Any, **params: Any) -> bool:
