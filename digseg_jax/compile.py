@@ -130,7 +130,7 @@ def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
         "hbm_peak_bytes": peak,
         "flops": cost.get("flops", 0.0) + more_flops + kernels,
         "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,
-        "memory_bytes": traffic.memory_traffic(module),  # of these, with the device's main memory
+        "memory_bytes": traffic.memory_traffic(module),  # our count, main memory alone
         "loop_flops": more_flops,  # the parts of flops and bytes_accessed that XLA's count leaves out
         "kernel_flops": kernels,
         "loop_bytes": more_bytes,

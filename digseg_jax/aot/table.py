@@ -47,8 +47,8 @@ def _speed(result: dict[str, Any]) -> list[str]:
     if "flops" in result:
         lines += [
             f"  FLOPs a chip     {size(result['flops'], 'F'):>9}",
-            f"  bytes touched    {size(result['bytes_accessed']):>9}, "
-            f"{size(result['memory_bytes'])} of them in the chip's main memory",
+            f"  bytes touched    {size(result['bytes_accessed']):>9} (XLA's count)",
+            f"    main memory    {size(result['memory_bytes']):>9} read and written there",
         ]
     if model := result.get("model_flops"):
         extra = f", {result['flops'] / model - 1:+.0%} computed" if "flops" in result else ""
