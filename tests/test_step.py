@@ -170,6 +170,15 @@ class TestRematerialisation:
                  for mode in ("none", "block")]  # fmt: skip
         assert functional.flatten(trees[0]) == functional.flatten(trees[1])
 
+    @pytest.mark.parametrize(("shape", "again"), [((1, 8, 8, 63), True), ((1, 8, 8, 64), False)])
+    def test_large_is_block_where_a_map_has_more_pixels_than_channels(self, shape, again):
+        def eqns(mode):
+            run = remat.block(lambda x, time: jnp.sin(x), mode)
+            return [e.primitive for e in jax.make_jaxpr(lambda x: run(x, None))(jnp.ones(shape)).eqns]
+
+        assert eqns("large") == eqns("block" if again else "none")
+        assert eqns("block") != eqns("none")
+
     def test_an_unknown_mode_is_refused_by_the_models(self):
         with pytest.raises(ValueError, match="legal: none, block, large, attention, dots"):
             remat.block(abs, "some")
