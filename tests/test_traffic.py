@@ -64,4 +64,6 @@ def test_the_flops_of_a_loop_are_those_of_its_runs():
     shapes = jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((32, 32), jnp.float32)
     module = hlo.parse(jax.jit(f).lower(*shapes).compile().as_text())
     flops, _ = traffic.loop_corrections(module)
-    assert flops in (0.0, 4 * 2 * 64 * 32 * 32)  # XLA may unroll the loop, or call a library for it
+    if not flops:
+        pytest.skip("this XLA unrolls the loop, or calls a library for its product")
+    assert flops == 4 * 2 * 64 * 32 * 32
