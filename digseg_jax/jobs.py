@@ -37,7 +37,7 @@ from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import CONFIG_NAME, EXPORT, claim
+from digseg_jax.workdir import CALIBRATION, CONFIG_NAME, EXPORT, claim
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
@@ -142,6 +142,7 @@ def export(task: Task, params: Params, workdir: AnyPath, metadata: dict[str, str
     whole = fetch_to_main(params)
     with together("the exported weights"):
         if is_main():
+            (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)  # other weights' biases
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)
 
@@ -155,7 +156,7 @@ def finish(
     with together("the report"):
         if is_main():
             # predict reads it beside the weights
-            write_json(workdir / EXPORT / "calibration.json", results["calibration"])
+            write_json(workdir / EXPORT / CALIBRATION, results["calibration"])
             page = build_report(workdir)
     log.info(
         "mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s",

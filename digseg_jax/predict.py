@@ -28,7 +28,7 @@ from digseg_jax.storage import as_path, local_copy
 from digseg_jax.tasks.components import with_attention
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import EXPORT
+from digseg_jax.workdir import CALIBRATION, EXPORT
 from digseg_jax.writers import Progress
 
 SHIPPED = "assets:segmenter"
@@ -89,7 +89,7 @@ def load_predictor(config: Config, folder: Path) -> Predictor:
     config = with_attention(config, jax.devices())
     task = SegmentationTask(config, prompts=("any",))  # the predictor encodes its own queries
     task.adopt(folder)
-    calibration = folder / "calibration.json"
+    calibration = folder / CALIBRATION
     scale = json.loads(calibration.read_text())["scale"] if calibration.is_file() else 2.0
     return Predictor(
         task,

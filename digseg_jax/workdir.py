@@ -15,6 +15,7 @@ from digseg_jax.storage import AnyPath
 
 CONFIG_NAME = "config.json"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
+CALIBRATION = "calibration.json"  # in it; what an evaluation fitted for these weights
 # settings that do not change what was trained
 FREE_SECTIONS = ("eval", "mesh", "compile")
 FREE_KEYS = (

@@ -163,7 +163,10 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
     task = SegmentationTask(config)
     state = Trainer(config, task, make_mesh(config.mesh), str(tmp_path)).run()
     jobs.run_export(config, tmp_path)
-    exported = load_params(tmp_path / "export", task.abstract)
-    jax.tree.map(np.testing.assert_array_equal, exported, dict(state["ema"]))
     jobs.run_eval(config, tmp_path)
     assert (tmp_path / "eval" / "results.json").is_file()
+    assert (tmp_path / "export" / "calibration.json").is_file()
+    jobs.run_export(config, tmp_path)
+    assert not (tmp_path / "export" / "calibration.json").exists()  # it was another checkpoint's
+    exported = load_params(tmp_path / "export", task.abstract)
+    jax.tree.map(np.testing.assert_array_equal, exported, dict(state["ema"]))
