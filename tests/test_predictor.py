@@ -75,7 +75,8 @@ def test_queries_share_the_noise_and_do_not_hear_each_other(predictor):
     alone, together = ask(predictor, image, QUERIES[1:2]), ask(predictor, image)
     np.testing.assert_allclose(alone[0][0], together[0][1], atol=1e-4)
     same = ask(predictor, image, ["water", "water"])[0]
-    np.testing.assert_array_equal(same[0], same[1])
+    # the same noise and text: equal but for the place in the batch, which a processor's kernels may feel
+    np.testing.assert_allclose(same[0], same[1], atol=1e-5)
 
 
 def test_an_image_has_its_answer_in_any_company(predictor):
