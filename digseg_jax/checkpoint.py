@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from digseg_jax import memory, packing, storage
 from digseg_jax.config import CheckpointConfig
 from digseg_jax.errors import UserError
+from digseg_jax.workdir import CHECKPOINTS
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -226,7 +227,7 @@ def _restore_args(abstract: Any, **options: bool) -> ocp.args.PyTreeRestore:
 
 def _folder(workdir: str) -> epath.Path:
     path = epath.Path(storage.as_path(workdir))
-    return (path if storage.is_remote(workdir) else path.absolute()) / "checkpoints"
+    return (path if storage.is_remote(workdir) else path.absolute()) / CHECKPOINTS
 
 
 def _policy(config: CheckpointConfig) -> policies.PreservationPolicy:

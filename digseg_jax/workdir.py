@@ -12,8 +12,10 @@ from digseg_jax.config import Config
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.storage import AnyPath
+from digseg_jax.writers import METRICS_NAME
 
 CONFIG_NAME = "config.json"
+CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 CALIBRATION = "calibration.json"  # in it; what an evaluation fitted for these weights
 # settings that do not change what was trained
@@ -41,6 +43,8 @@ FREE_KEYS = (
 def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
     """Writes DIR/config.json, or checks that the one there trains the same thing.
 
+    A run that ended before it had made anything, say on a wrong path, leaves no claim.
+
     accept_changes: go on with the run in spite of a changed configuration, and write down the new one.
 
     Raises:
@@ -52,7 +56,11 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
     with storage.explained(path, "cannot be read"):
         known = path.exists()
     if known:
-        changes = differences(_stored(path), values)
+        stored = _stored(path)
+        changes = differences(stored, values)
+        if changes and _unused(workdir) and _ours(stored):
+            log.info("%s: nothing was trained there yet, taken with another configuration", workdir)
+            changes = []
         if changes and not accept_changes:
             raise UserError(
                 f"{workdir} holds a run of another configuration ({'; '.join(changes)}); "
@@ -65,6 +73,26 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
         storage.write_json(path, values)
     except UserError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
+
+
+def _unused(workdir: AnyPath) -> bool:
+    """Nothing was trained there: no weights, no checkpoint, no line of metrics."""
+    with storage.explained(workdir, "cannot be read"):
+        checkpoints, metrics = workdir / CHECKPOINTS, workdir / METRICS_NAME
+        return not (
+            (workdir / EXPORT).exists()
+            or (checkpoints.exists() and any(checkpoints.iterdir()))
+            or (metrics.exists() and metrics.stat().st_size)
+        )
+
+
+def _ours(stored: dict[str, Any]) -> bool:
+    """Whether it is a configuration of this program: others have a config.json too."""
+    try:
+        config_lib.parse(stored)
+    except UserError:
+        return False
+    return True
 
 
 def _stored(path: AnyPath) -> dict[str, Any]:

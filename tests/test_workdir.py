@@ -44,6 +44,18 @@ def test_another_config_is_refused_with_the_differing_keys_and_nothing_is_touche
     assert contents(tmp_path) == before
 
 
+def test_a_run_that_made_nothing_leaves_no_claim(tmp_path):
+    wrong, right = parse({"data": {"root": "/nowhere"}}), parse({"data": {"root": "/data"}})
+    claim(tmp_path, wrong)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    claim(tmp_path, right)
+    assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == right
+    (tmp_path / "checkpoints" / "100").mkdir()
+    with pytest.raises(UserError, match="data.root: /data -> /nowhere"):
+        claim(tmp_path, wrong)
+
+
 @pytest.mark.parametrize(
     "free",
     [
@@ -75,7 +87,7 @@ def test_a_setting_that_is_no_more_is_a_difference():
     assert differences(old, to_dict(parse({}))) == ["optim.gone: 1 -> absent"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", '{"train": 3}', ""])
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"train": 3}', '{"model_type": "clip"}', ""])
 def test_a_config_file_that_is_no_config_is_one_clear_error(tmp_path, text):
     (tmp_path / CONFIG_NAME).write_text(text)
     with pytest.raises(UserError) as caught:
