@@ -18,7 +18,7 @@ from digseg_jax.arraytypes import Array, Bool, Float, Int
 
 SHARPNESS = 4.0  # logits per unit of evidence, which runs from -1 (empty) to 1 (full)
 MAX_WEIGHT = 10.0  # of foreground cells against background cells
-MARGIN = 6.0  # logits by which the closest two colours of a palette are told apart
+MARGIN = 2.0  # logits by which the closest two colours of a palette are told apart
 
 
 def latent_evidence(
