@@ -22,6 +22,12 @@ def _parser() -> argparse.ArgumentParser:
     cover = jobs.add_parser("landcover", help="our segmenter against boosted trees; text; E-Step")
     cover.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
     cover.add_argument("--estep", action="store_true", help="also the E-Step table")
+    grid = jobs.add_parser("estep", help="E-Step rows and decoders over seeds, on the land cover")
+    grid.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
+    grid.add_argument("--rows", default="1x2,2x2,4x2,8x2", help="members x steps, with commas")
+    grid.add_argument("--decoders", default="vae", help="vae, latent_mean, probe, with commas")
+    grid.add_argument("--seeds", type=int, default=3)
+    grid.add_argument("--images", type=int, default=0, help="tiles, evenly spread; 0: all")
     vocabulary = jobs.add_parser("open_vocab", help="oracle, gated, exhaustive on 17 IGBP classes")
     vocabulary.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
     vocabulary.add_argument("--estep", default="8x2")
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
-    for job in (cover, vocabulary, stamps, prior, step, checkpoint, models, train, sample, data):
+    for job in (cover, grid, vocabulary, stamps, prior, step, checkpoint, models, train, sample, data):
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -113,6 +119,19 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _estep(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import estep
+
+    _check_counts(arguments, "seeds")
+    rows, decoders = arguments.rows.split(","), arguments.decoders.split(",")
+    result = estep.run(
+        arguments.weights, tuple(rows), tuple(decoders), arguments.seeds, arguments.images
+    )
+    if not arguments.json:
+        print(estep.table(result))
+    return result
+
+
 def _sample(arguments: argparse.Namespace) -> dict[str, Any]:
     from digseg_jax.bench import sample
 
@@ -140,6 +159,8 @@ def main() -> int:
             from digseg_jax.bench import landcover
 
             result = landcover.run(arguments.weights, with_estep=arguments.estep)
+        elif arguments.job == "estep":
+            result = _estep(arguments)
         elif arguments.job == "open_vocab":
             from digseg_jax.bench import open_vocab
 
