@@ -6,28 +6,34 @@ Both go to disk as they come, so that a killed evaluation goes on and ends with 
 
 from __future__ import annotations
 
-import shutil
+import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
+from digseg_jax.distributed import is_main
 from digseg_jax.journal import Journal, pack, unpack
+from digseg_jax.storage import AnyPath, explained, write_bytes
 
 EXTREMES = 3  # worst and best images that the gallery shows beside those from all over the split
 COUNTS = ("confusion", "overlap", "area")
 
 
 class Progress:
-    """The journal of one evaluation and its folder; `None` keeps everything in memory."""
+    """The journal of one evaluation and its folder; `None` keeps everything in memory.
 
-    def __init__(self, folder: Path | None, identity: str):
-        self.folder = folder
-        self.journal = Journal(folder, "counts", identity)
-        if folder is not None and not self.journal.done:
-            for stale in folder.glob("*.npy"):
-                stale.unlink()
+    With several processes all of them know what is done, and process 0 alone writes and keeps masks.
+    """
+
+    def __init__(self, folder: AnyPath | None, identity: str):
+        """Raises UserError if the disk or the bucket refuses; every process must come."""
+        self.folder = folder if is_main() else None
+        if folder is None:
+            self.journal = Journal(None, "counts", identity)
+        else:
+            self.journal = Journal.shared(folder, "counts", identity)
 
     def batch(
         self, key: str, compute: Callable[[], dict[str, np.ndarray]]
@@ -55,20 +61,24 @@ class Progress:
     def keep(self, image: int, masks: np.ndarray) -> None:
         """Puts the soft masks of an image on disk."""
         if self.folder is not None:
-            scratch = self.folder / f"{image}.tmp"
-            with scratch.open("wb") as file:
-                np.save(file, masks)
-            scratch.replace(self.folder / f"{image}.npy")
+            data = io.BytesIO()
+            np.save(data, masks)
+            write_bytes(self.folder / f"{image}.npy", data.getvalue())
 
-    def kept(self, image: int) -> np.ndarray:
-        """What `keep` stored in this run or in the one before it."""
-        return np.load(self.folder / f"{image}.npy")
+    def kept(self, image: int) -> np.ndarray | None:
+        """What `keep` stored in this run or in the one before it; None where nothing is kept."""
+        if self.folder is None:
+            return None
+        path = self.folder / f"{image}.npy"
+        with explained(path, "cannot be read"):
+            return np.load(io.BytesIO(path.read_bytes()))
 
     def finish(self) -> None:
         """Everything is written elsewhere now."""
         self.journal.close()
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with explained(self.folder, "cannot be removed"):
+                epath.Path(self.folder).rmtree(missing_ok=True)
 
 
 class Shown:
@@ -91,11 +101,11 @@ class Shown:
             self.scores[image] = score
         if image not in self.spread and image not in self.worst() + self.best():
             return
-        if masks is None:
-            self.masks[image] = self.progress.kept(image)
-        else:
+        if masks is not None:
             self.masks[image] = masks()
             self.progress.keep(image, self.masks[image])
+        elif (kept := self.progress.kept(image)) is not None:
+            self.masks[image] = kept
 
     def worst(self) -> list[int]:
         return sorted(self.scores, key=lambda i: (self.scores[i], i))[: self.extremes]

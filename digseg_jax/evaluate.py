@@ -24,7 +24,7 @@ from digseg_jax.data.evaluation import EvalExamples, eval_examples, padded_batch
 from digseg_jax.distributed import is_main, together
 from digseg_jax.eval_progress import Progress as Recorded
 from digseg_jax.eval_progress import Shown
-from digseg_jax.hosts import fetch, place_rows
+from digseg_jax.hosts import fetch, fetch_to_main, place_rows
 from digseg_jax.journal import identity_of
 from digseg_jax.log import log
 from digseg_jax.report.gallery import GalleryItem, write_gallery
@@ -34,7 +34,7 @@ from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.segmentation.text_bank import PromptBank
 from digseg_jax.sharding import BATCH, on_mesh
-from digseg_jax.storage import AnyPath, filled_locally, is_remote, write_bytes, write_json
+from digseg_jax.storage import AnyPath, filled_locally, write_bytes, write_json
 from digseg_jax.tables import results_markdown
 from digseg_jax.tasks.components import bank_arrays, encode_bank, picture_step
 from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
@@ -317,11 +317,8 @@ def evaluate(
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
     folder = workdir / "eval"
     values = config_lib.to_dict(config)
-    recorded = Recorded(None, "")
-    # several processes would have to agree on what is left to do; a bucket cannot append
-    if jax.process_count() == 1 and not is_remote(folder):
-        facts = (values["data"], values["eval"], config.seed, len(examples))
-        recorded = Recorded(folder / "unfinished", identity_of(params, *facts))
+    facts = (values["data"], values["eval"], config.seed, len(examples))
+    recorded = Recorded(folder / "unfinished", identity_of(fetch_to_main(params), *facts))
 
     def calibrate() -> dict[str, Any]:
         once = EStep(1, estep.steps, estep.spacing)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,14 @@ def fetch_to_main(tree: Any) -> Any:
         value = fetch(leaf)
         fetched.append(value if is_main() else None)
     return structure.unflatten(fetched) if is_main() else None
+
+
+def tell_all(value: Any) -> Any:
+    """Process 0's JSON-ready value on every process; every process must come."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # two rounds, since the arrays of a broadcast have one shape on all processes
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size if is_main() else 0)))
+    told = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(size, np.uint8))
+    return json.loads(np.asarray(told).astype(np.uint8).tobytes())

@@ -8,7 +8,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from digseg_jax import journal as journal_module
+from digseg_jax.errors import UserError
 from digseg_jax.journal import Journal, identity_of, pack, unpack
 
 
@@ -28,7 +31,8 @@ def test_a_new_journal_knows_what_the_old_one_finished(tmp_path):
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_line_cut_short_by_a_kill_is_forgotten_and_the_next_is_whole(tmp_path, cut):
-    path = filled(tmp_path).path
+    filled(tmp_path)
+    path = tmp_path / "set.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     again = Journal(tmp_path, "set", "a")
     assert set(again.done) <= {"0", "1", "2"} and "0" in again
@@ -41,6 +45,25 @@ def test_a_journal_of_something_else_is_begun_anew(tmp_path):
     filled(tmp_path)
     assert Journal(tmp_path, "set", "b").done == {}
     assert Journal(tmp_path, "set", "a").done == {}, "its lines are gone"
+
+
+def test_in_a_bucket_it_is_one_object_for_each_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal_module, "is_remote", lambda folder: True)
+    folder = epath.Path(tmp_path)
+    filled(folder).close()
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [f"0000{i}.json" for i in range(3)]
+    again = Journal(folder, "set", "a")
+    assert again.done == {str(i): {"value": i / 3} for i in range(3)}
+    again.add("9", 9)
+    assert Journal(folder, "set", "a")["9"] == 9
+    assert Journal(folder, "set", "b").done == {}
+    assert not (tmp_path / "set").exists(), "another one's pieces are gone"
+
+
+def test_a_disk_that_refuses_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="set.jsonl: cannot be written"):
+        Journal(tmp_path / "file", "set", "a")
 
 
 def test_garbage_is_no_journal(tmp_path):

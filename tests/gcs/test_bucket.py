@@ -25,11 +25,11 @@ def store():
         yield server
 
 
-def start(store, folder, folders, run, count=1, **changes):
+def start(store, folder, folders, run, count=1, mode="train", **changes):
     folder.mkdir(parents=True, exist_ok=True)
     options = {"task": "prior", "train__steps": 8, "checkpoint__every": 2, "checkpoint__keep": 2}
     config = tiny.config_file(folder, folders, **(options | changes))
-    flags = [f"--config={config}", f"--workdir=gs://{BUCKET}/{run}"]
+    flags = [f"--config={config}", f"--workdir=gs://{BUCKET}/{run}", f"--mode={mode}"]
     return pod.Pod(folder, flags, count, env=store.env())
 
 
@@ -56,6 +56,29 @@ def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path)
     assert "run/report/index.html" in names and "run/eval/gallery/gallery.json" in names
     assert json.loads(store.read("run/eval/results.json"))["num_images"] == 2
     assert b"Training" in store.read("run/report/index.html")
+
+
+def test_a_killed_evaluation_goes_on(store, folders, tmp_path):
+    """The same numbers as the evaluation that was left alone, and no batch is counted twice."""
+    changes = {"task": "segmentation", "train__steps": 2, "eval__num_images": 12,
+               "eval__batch_size": 1, "eval__ensemble": 4}  # fmt: skip
+    start(store, tmp_path / "a", folders, "run", **changes).check()
+    whole = store.read("run/eval/results.json")
+    assert not store.names("run/eval/unfinished/")
+
+    def counted():
+        return {n: store.read(n) for n in store.names("run/eval/unfinished/counts/")}
+
+    killed = start(store, tmp_path / "b", folders, "run", mode="eval", **changes)
+    killed.when(lambda: len(counted()) >= 4)  # the calibration and some batches
+    killed.kill()
+    before = counted()
+    again = start(store, tmp_path / "c", folders, "run", mode="eval", **changes)
+    again.when(lambda: len(counted()) > len(before))
+    assert before.items() <= counted().items()
+    again.check()
+    assert store.read("run/eval/results.json") == whole
+    assert not store.names("run/eval/unfinished/")
 
 
 @pytest.mark.slow

@@ -130,5 +130,17 @@ def test_training_evaluation_export_and_report_on_two_processes(folders, tmp_pat
     assert (run / "report" / "index.html").is_file()
     assert len(list((run / "eval" / "gallery").glob("*_image.png"))) == 3
     assert (run / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    # a longer one, left alone, and the same killed and started again
+    changes |= {"eval__num_images": 12, "eval__batch_size": 2, "eval__ensemble": 4}
     command = flags(tmp_path / "two", folders, run, **changes, mesh__fsdp=2, mesh__data=1)
-    pod.Pod(tmp_path / "eval", [*command, "--mode=eval"], 2).check()
+    command += ["--mode=eval"]
+    pod.Pod(tmp_path / "eval", command, 2).check()
+    whole = (run / "eval" / "results.json").read_bytes()
+    journal = run / "eval" / "unfinished" / "counts.jsonl"
+    killed = pod.Pod(tmp_path / "killed", command, 2)
+    killed.when(lambda: journal.exists() and len(journal.read_text().splitlines()) >= 4)
+    killed.kill()
+    (run / "eval" / "results.json").unlink()
+    pod.Pod(tmp_path / "again", command, 2).check()
+    assert (run / "eval" / "results.json").read_bytes() == whole
+    assert not journal.parent.exists()
