@@ -206,7 +206,7 @@ class EvalConfig:
     spacing: str = legal("trailing", "leading")
     ensemble_rule: str = legal("mean", "median", "vote")  # of the members' probabilities (ours)
     # how mask latents become masks: each member decoded; decoded once, after the mean over members;
-    # or a linear probe that needs no decoder (binary codec only)
+    # or read from the latents without a decoder: by a linear probe, a palette's by the nearest colour
     decoder: str = legal("vae", "latent_mean", "probe")
     # pictures of other sizes than the training crop, in predict and in suites: overlapping windows at
     # their own resolution, squeezed to one square, or scaled by the long side (the paper is silent)

@@ -117,11 +117,6 @@ def check_combinations(c: Config) -> None:
 def _check_codec(c: Config) -> None:
     if c.segmentation.codec != "palette":
         return
-    if c.eval.decoder == "probe":
-        raise UserError(
-            "config.eval.decoder='probe' reads binary masks; with config.segmentation.codec='palette' "
-            "choose vae or latent_mean"
-        )
     if c.data.mixture:
         raise UserError(
             "config.data.mixture: a palette has the colours of one class list; with "

@@ -38,4 +38,4 @@ def test_shipped_weights_by_seed_and_decoder():
 def test_a_decoder_that_is_none_is_named():
     with pytest.raises(UserError) as caught:
         estep.run("assets:segmenter", ("1x1",), ("mean",), seeds=1, images=2)
-    assert "'mean'; legal for binary: vae, latent_mean, probe" in one_line(caught.value)
+    assert "'mean'; legal: vae, latent_mean, probe" in one_line(caught.value)

@@ -57,6 +57,17 @@ def test_evidence_names_every_class_and_members_differ(task, params):
     np.testing.assert_allclose(np.asarray(probability).sum(axis=1), 1.0, rtol=1e-4)
 
 
+def test_without_a_decoder_the_nearest_colour_is_read(task):
+    classes = np.arange(8).reshape(1, 1, 2, 4).repeat(4, 2).repeat(2, 3)  # [n, e, h, w] of cells
+    latents = jnp.asarray(task.palette_latents[classes])[:, None]
+    evidence = task.read(task.frozen, latents, (tiny.SIZE, tiny.SIZE), "probe")
+    assert evidence.shape == (1, len(GROUPS), 1, tiny.SIZE, tiny.SIZE)
+    found = np.asarray(probabilities(evidence, task.palette.scale, jnp.zeros(8), codec="palette"))
+    factor = tiny.SIZE // classes.shape[-1]
+    middle = slice(factor // 2, None, factor)  # of the cells: between them it is interpolated
+    np.testing.assert_array_equal(found[0].argmax(axis=0)[middle, middle], classes[0, 0])
+
+
 def test_the_colours_are_the_same_before_and_during_tracing(config, task):
     again = SegmentationTask(config)
     jax.eval_shape(
@@ -85,8 +96,7 @@ def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_p
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"eval__decoder": "probe"}, "config.eval.decoder"),
-     ({"data__train_label_sets": ("groups", "igbp")}, "config.data.train_label_sets")],
+    [({"data__train_label_sets": ("groups", "igbp")}, "config.data.train_label_sets")],
 )  # fmt: skip
 def test_what_a_palette_cannot_do_is_told_at_the_start(folders, change, named):
     with pytest.raises(UserError) as caught:

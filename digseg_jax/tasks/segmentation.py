@@ -345,6 +345,10 @@ class SegmentationTask:
         decoder: str = "vae",
     ) -> Float[Array, "n q e H W"]:
         """Mask latents to evidence at `size` pixels."""
+        if decoder == "probe" and self.codec == "palette":
+            # what the auxiliary loss trains: the nearest colour's latent, in units of decoded evidence
+            logits = palette_logits(latents[:, 0], jnp.asarray(self.palette_latents))
+            return enlarge(jnp.moveaxis(logits, -1, 1) / self.palette.scale, *size)
         if decoder == "probe":
             return enlarge(self.probe(latents), *size)
         if decoder == "latent_mean":
