@@ -20,7 +20,7 @@ from digseg_jax.weights.hub import _HUB_ID
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FROM_FILES = sorted(set(registry.names()) - {"landcover", "landcover_igbp"})
-SMALL = {"camvid": ("binary", "palette")}  # these start from shipped weights by default
+SMALL = {"camvid": ("palette", "binary")}  # these start from shipped weights by default
 
 
 def get_config(name: str, *arguments: str) -> ml_collections.ConfigDict:
