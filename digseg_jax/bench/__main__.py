@@ -14,6 +14,7 @@ from absl import flags
 from digseg_jax import cpu
 from digseg_jax.errors import UserError
 from digseg_jax.log import setup
+from digseg_jax.storage import write_bytes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +84,68 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+
+
+def _landcover(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import landcover
+
+    return landcover.run(arguments.weights, with_estep=arguments.estep)
+
+
+def _estep(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import estep
+
+    _check_counts(arguments, "seeds")
+    rows, decoders = arguments.rows.split(","), arguments.decoders.split(",")
+    result = estep.run(
+        arguments.weights, tuple(rows), tuple(decoders), arguments.seeds, arguments.images
+    )
+    if not arguments.json:
+        print(estep.table(result))
+    return result
+
+
+def _open_vocab(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import open_vocab
+
+    return open_vocab.run(
+        arguments.weights, arguments.estep, arguments.images, arguments.limit, arguments.cut
+    )
+
+
+def _stamps(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import stamps
+
+    result = stamps.run(
+        arguments.weights, arguments.root, arguments.estep, arguments.images, arguments.sheet
+    )
+    if not arguments.json:
+        print(stamps.table(result))
+    return result
+
+
+def _prior(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import prior
+
+    return prior.run(arguments.seeds, arguments.steps)
+
+
+def _step(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import step
+
+    return step.run(arguments.size, arguments.dtype, ema=not arguments.no_ema)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import checkpoint
+
+    return checkpoint.run(arguments.part, arguments.saves)
+
+
 def _models(arguments: argparse.Namespace) -> dict[str, Any]:
     from digseg_jax.bench import models
 
@@ -98,12 +161,6 @@ def _models(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if (value := getattr(arguments, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')}={value}: must be at least 1")
-
-
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     from digseg_jax.bench import models
 
@@ -117,19 +174,6 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
         attention=arguments.attention,
         cells=arguments.cells,
     )
-
-
-def _estep(arguments: argparse.Namespace) -> dict[str, Any]:
-    from digseg_jax.bench import estep
-
-    _check_counts(arguments, "seeds")
-    rows, decoders = arguments.rows.split(","), arguments.decoders.split(",")
-    result = estep.run(
-        arguments.weights, tuple(rows), tuple(decoders), arguments.seeds, arguments.images
-    )
-    if not arguments.json:
-        print(estep.table(result))
-    return result
 
 
 def _sample(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -149,69 +193,41 @@ def _sample(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _data(arguments: argparse.Namespace) -> dict[str, Any]:
+    from digseg_jax.bench import data
+
+    return data.run(arguments.torch_python, arguments.crops)
+
+
+JOBS = {
+    "landcover": _landcover,
+    "estep": _estep,
+    "open_vocab": _open_vocab,
+    "stamps": _stamps,
+    "prior": _prior,
+    "step": _step,
+    "checkpoint": _checkpoint,
+    "models": _models,
+    "train": _train,
+    "sample": _sample,
+    "data": _data,
+}
+
+
 def main() -> int:
     arguments = _parser().parse_args()
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags outside absl.app
     setup(quiet=arguments.json)
     cpu.tune()
     try:
-        if arguments.job == "landcover":
-            from digseg_jax.bench import landcover
-
-            result = landcover.run(arguments.weights, with_estep=arguments.estep)
-        elif arguments.job == "estep":
-            result = _estep(arguments)
-        elif arguments.job == "open_vocab":
-            from digseg_jax.bench import open_vocab
-
-            result = open_vocab.run(
-                arguments.weights,
-                arguments.estep,
-                arguments.images,
-                arguments.limit,
-                arguments.cut,
-            )
-        elif arguments.job == "stamps":
-            from digseg_jax.bench import stamps
-
-            result = stamps.run(
-                arguments.weights,
-                arguments.root,
-                arguments.estep,
-                arguments.images,
-                arguments.sheet,
-            )
-            if not arguments.json:
-                print(stamps.table(result))
-        elif arguments.job == "step":
-            from digseg_jax.bench import step
-
-            result = step.run(arguments.size, arguments.dtype, ema=not arguments.no_ema)
-        elif arguments.job == "checkpoint":
-            from digseg_jax.bench import checkpoint
-
-            result = checkpoint.run(arguments.part, arguments.saves)
-        elif arguments.job == "models":
-            result = _models(arguments)
-        elif arguments.job == "train":
-            result = _train(arguments)
-        elif arguments.job == "sample":
-            result = _sample(arguments)
-        elif arguments.job == "data":
-            from digseg_jax.bench import data
-
-            result = data.run(arguments.torch_python, arguments.crops)
-        else:
-            from digseg_jax.bench import prior
-
-            result = prior.run(arguments.seeds, arguments.steps)
+        result = JOBS[arguments.job](arguments)
+        text = json.dumps(result, indent=None if arguments.json else 2)
+        print(text)
+        if arguments.out:
+            write_bytes(arguments.out, f"{text}\n".encode())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = json.dumps(result, indent=None if arguments.json else 2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

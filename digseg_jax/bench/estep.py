@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The E-Step grid over seeds of the members' noise, and what a cheaper decoder costs in mIoU.
 
-One model, the land cover's held-out tiles, one calibration for all rows: rows differ by the members,
-the steps, the decoder and the noise alone. Seeds tell an ensemble's gain from luck.
+One model, the land cover's held-out tiles, one calibration for all rows of a decoder: these differ by
+the members, the steps and the noise alone. Seeds tell an ensemble's gain from luck.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-from digseg_jax.arraytypes import Params
 from digseg_jax.bench.landcover import bench_config
 from digseg_jax.config import Config
-from digseg_jax.data.evaluation import EvalExamples
 from digseg_jax.data.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluate import Evaluator, Scores
@@ -27,10 +23,10 @@ from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import make_mesh
 from digseg_jax.tasks.segmentation import PALETTE_NAME, SegmentationTask
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import CALIBRATION
 
 ROWS = ("1x2", "2x2", "4x2", "8x2")
 DECODERS = ("vae", "latent_mean", "probe")
+CALIBRATED_ON = "val"
 
 
 def run(
@@ -57,17 +53,19 @@ def run(
         eval=dataclasses.replace(config.eval, num_images=images),
     )
     found: dict[tuple[str, str], list[Scores]] = {}
-    fitted: Calibration | None = None
+    fitted: dict[str, Calibration] = {}
     for seed in range(seeds):
         task = SegmentationTask(dataclasses.replace(config, seed=seed))
         task.adopt(folder)
         params = load_params(folder, task.abstract)
         for decoder in decoders:
             evaluator = Evaluator(_with_decoder(config, decoder), task, make_mesh(config.mesh))
-            fitted = fitted or _calibration(folder, evaluator, params, esteps[0])
-            examples = evaluator.examples("test")
+            examples, bank = evaluator.examples("test"), evaluator.bank(GROUPS)
+            if decoder not in fitted:
+                once = dataclasses.replace(esteps[0], ensemble=1)
+                fitted[decoder] = evaluator.calibrate(params, bank, once, CALIBRATED_ON)
             for estep in esteps:
-                scores = _score(evaluator, params, examples, estep, fitted)
+                scores = evaluator.scores(params, examples, bank, estep, fitted[decoder])
                 log.info("seed %d, %s, %s: mIoU %.4f", seed, decoder, estep, scores.miou)
                 found.setdefault((decoder, str(estep)), []).append(scores)
     summary = [_row(decoder, estep, scores) for (decoder, estep), scores in found.items()]
@@ -77,7 +75,7 @@ def run(
         "split": "test",
         "images": len(examples),
         "seeds": seeds,
-        "calibrated_on": fitted.split if fitted else "none",
+        "calibrated_on": CALIBRATED_ON,
         "rows": summary,
         "monotone_in_members": {
             d: monotone([row for row in summary if row["decoder"] == d]) for d in decoders
@@ -87,20 +85,6 @@ def run(
 
 def _with_decoder(config: Config, decoder: str) -> Config:
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, decoder=decoder))
-
-
-def _calibration(folder: Path, evaluator: Evaluator, params: Params, estep: EStep) -> Calibration:
-    """What was fitted for the weights on another split; fitted here where nothing lies beside them."""
-    path = folder / CALIBRATION
-    if path.is_file():
-        return Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    return evaluator.calibrate(params, evaluator.bank(GROUPS), EStep(1, estep.steps), "val")
-
-
-def _score(
-    evaluator: Evaluator, params: Params, examples: EvalExamples, estep: EStep, fitted: Calibration
-) -> Scores:
-    return evaluator.scores(params, examples, evaluator.bank(GROUPS), estep, fitted)
 
 
 def _row(decoder: str, estep: str, scores: list[Scores]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between NNX modules and the pure nested dicts that the rest of the project passes around.
 
-To call a `jax.jit` function with a dict of 700 arrays takes 0.3 ms of dispatch, an `nnx.jit` one with a
-module of 700 parameters 20 ms (two CPU cores, jax 0.10, flax 0.12). And checkpoints of a dict do not
-depend on flax's variable classes.
+Jitted functions are given arrays alone: `jax.jit` takes a dict of 700 of them tens of times faster than
+`nnx.jit` takes a module with as many parameters, and a checkpoint of a dict does not depend on flax's
+variable classes.
 """
 
 from __future__ import annotations
