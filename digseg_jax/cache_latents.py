@@ -52,7 +52,7 @@ from digseg_jax.log import log
 from digseg_jax.perf import use_compile_cache
 from digseg_jax.sharding import make_mesh
 from digseg_jax.storage import explained
-from digseg_jax.tasks.components import with_attention
+from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.latents import Crop, FrozenTask, LatentEncoder, made_with
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.writers import Progress
@@ -73,7 +73,7 @@ def run(config: Config) -> None:
         raise UserError(f"{MODE} needs --config.data.latent_cache=DIR or gs://BUCKET/DIR")
     use_compile_cache(config.train.compile_cache)
     devices = jax.local_devices()
-    config = with_attention(config, devices)
+    config = for_devices(config, devices)
     task = FrozenTask(config)
     # no more pictures at a time than a train step encodes, on the devices of one process
     rows = math.ceil(config.train.batch_size / jax.process_count())

@@ -26,7 +26,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.sharding import make_mesh
 from digseg_jax.storage import AnyPath, write_bytes, write_json
-from digseg_jax.tasks.components import with_attention
+from digseg_jax.tasks.components import for_devices
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 TOO_MUCH = (
@@ -47,7 +47,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     """
     target = open_topology(topology)
     mesh = make_mesh(config.mesh, target.devices)
-    config = with_attention(config, target.devices)
+    config = for_devices(config, target.devices)
     parts = Parts.of(config.model)
     start = time.monotonic()
     program = programs.lower(config, parts, mesh)

@@ -123,7 +123,9 @@ class ModelConfig:
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
-    conv: str = legal("xla", "im2col")
+    # of a doubled map. folded: half the products, good on CPUs; xla: as XLA has it; auto: the one of
+    # these for the devices. Equal in result
+    conv: str = legal("auto", "xla", "folded")
     # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU; auto: the one of these
     # for the devices. Equal in result
     attention: str = legal("plain", "auto", "chunked", "splash", "cudnn")

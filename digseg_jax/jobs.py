@@ -32,7 +32,7 @@ from digseg_jax.step import averaged
 from digseg_jax.storage import AnyPath, filled_locally, local_copy, write_json
 from digseg_jax.tasks.autoencoder import AutoencoderTask
 from digseg_jax.tasks.base import Task
-from digseg_jax.tasks.components import provenance, with_attention
+from digseg_jax.tasks.components import for_devices, provenance
 from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
@@ -47,7 +47,7 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
     use_compile_cache(config.train.compile_cache)
     take(workdir, config, accept_changes)
     mesh = make_mesh(config.mesh)
-    config = with_attention(config, list(mesh.devices.flat))
+    config = for_devices(config, list(mesh.devices.flat))
     task: Task = TASKS[config.task](config)
     log_summary(config, task, mesh)
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
@@ -73,7 +73,7 @@ def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
     take(workdir, config, accept_changes)
     mesh = make_mesh(config.mesh)
-    config = with_attention(config, list(mesh.devices.flat))
+    config = for_devices(config, list(mesh.devices.flat))
     task: Task = TASKS[config.task](config)
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
@@ -101,7 +101,7 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
     use_compile_cache(config.train.compile_cache)
     take(workdir, config, accept_changes)
     mesh = make_mesh(config.mesh)
-    config = with_attention(config, list(mesh.devices.flat))
+    config = for_devices(config, list(mesh.devices.flat))
     task = SegmentationTask(config)
     folder = local_copy(workdir / EXPORT)
     task.adopt(folder)

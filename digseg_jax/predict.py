@@ -25,7 +25,7 @@ from digseg_jax.predict_files import (
 from digseg_jax.predictor import Predictor
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.storage import as_path, local_copy
-from digseg_jax.tasks.components import with_attention
+from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from digseg_jax.workdir import CALIBRATION, EXPORT
@@ -86,7 +86,7 @@ def load_predictor(config: Config, folder: Path) -> Predictor:
         raise UserError(f"{folder}: no trained weights here; run --mode=train first")
     # the architecture comes with the weights; nothing of the prior is needed
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
-    config = with_attention(config, jax.devices())
+    config = for_devices(config, jax.devices())
     task = SegmentationTask(config, prompts=("any",))  # the predictor encodes its own queries
     task.adopt(folder)
     calibration = folder / CALIBRATION

@@ -21,7 +21,7 @@ from digseg_jax.models import functional
 from digseg_jax.models.attention import attention
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.sharding import BATCH, LocalAttention, on_mesh
-from digseg_jax.tasks.components import compute_options, with_attention
+from digseg_jax.tasks.components import compute_options, for_devices
 
 LIMIT = 2e-5  # relative L2, float32
 INTERPRETED = partial(kernels.splash, interpret=True)
@@ -182,7 +182,7 @@ def test_an_unknown_name_lists_the_legal_ones():
 def test_a_kernel_of_another_platform_is_refused_by_name(folders, name):
     config = tiny.config(folders, model__attention=name, model__dtype="bfloat16")
     with pytest.raises(UserError, match=f"attention='{name}'.*legal: auto, plain, chunked") as caught:
-        with_attention(config, jax.devices())
+        for_devices(config, jax.devices())
     assert "cpu" in tiny.one_line(caught.value)
     # compiling for a platform that is not there needs the model all the same
     assert compute_options(config.model)["attention"] == LocalAttention(name)
@@ -196,7 +196,7 @@ def test_cudnn_needs_16_bits(folders):
 @pytest.mark.parametrize("name", ["plain", "chunked"])
 def test_portable_implementations_run_anywhere(folders, name):
     config = tiny.config(folders, model__attention=name)
-    assert with_attention(config, jax.devices()) is config
+    assert for_devices(config, jax.devices()).model.attention == name
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_portable_implementations_run_anywhere(folders, name):
 )
 def test_auto_is_the_best_that_the_devices_run(folders, platform, dtype, expected):
     config = tiny.config(folders, model__attention="auto", model__dtype=dtype)
-    found = with_attention(config, [types.SimpleNamespace(platform=platform)])
+    found = for_devices(config, [types.SimpleNamespace(platform=platform)])
     assert found.model.attention == expected
     assert compute_options(config.model)["attention"] == "chunked"  # where nobody asked
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from digseg_jax import assets
@@ -24,6 +25,7 @@ from digseg_jax.segmentation import metrics
 from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import make_mesh
+from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 
@@ -37,7 +39,7 @@ def bench_config(weights: str) -> tuple[Config, Path]:
     folder = Path(assets.resolve(weights))
     base = config_lib.Config()
     model = dataclasses.replace(base.model, unet=str(folder))
-    return dataclasses.replace(base, model=model), folder
+    return for_devices(dataclasses.replace(base, model=model), jax.devices()), folder
 
 
 def run(weights: str, *, with_estep: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from digseg_jax.arraytypes import Array, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
-from digseg_jax.models.layers import Compute, Conv, WeightsFn, as_it_is, upsample_nearest
+from digseg_jax.models.layers import Compute, Conv, WeightsFn, as_it_is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +85,10 @@ class ReLU(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling; a layer without parameters."""
+    """Keeps torch's index; the convolution behind it does the doubling."""
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-        return upsample_nearest(x)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return x
 
 
 class TinyBlock(nnx.Module):
@@ -129,7 +129,7 @@ class TinyDecoder(nnx.Module):
         layers: list[nnx.Module] = [Conv(config.latent_channels, width, **options), ReLU()]
         for count in config.num_decoder_blocks[:-1]:
             layers += [TinyBlock(width, **options) for _ in range(count)]
-            layers += [Upsample(), Conv(width, width, use_bias=False, **options)]
+            layers += [Upsample(), Conv(width, width, use_bias=False, doubled=True, **options)]
         layers += [TinyBlock(width, **options) for _ in range(config.num_decoder_blocks[-1])]
         layers.append(Conv(width, config.out_channels, **options))
         self.layers = nnx.List(layers)

@@ -14,6 +14,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.group_norm import group_norm
+from digseg_jax.models.upsample import folded_conv, upsample_nearest
 
 WeightsFn = Callable[[Array], Array]
 
@@ -27,8 +28,9 @@ class Compute:
     """How a model computes; never what it computes.
 
     dtype: activations; norms, softmax and timestep embeddings stay in float32.
-    conv: "xla" | "im2col" (one matrix product; up to twice as fast on CPU for maps of 16x16 and
-      less, where XLA's convolution gradient is slow; the same numbers up to summation order).
+    conv: of a doubled map: "xla", as XLA has it; or "folded", see `models.upsample`: twice as fast on
+      a CPU, slower on a TPU, where the kernels' sums cost more than they save; the same numbers up to
+      summation order.
     attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
     weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
@@ -43,7 +45,10 @@ class Compute:
 
 
 class Conv(nnx.Module):
-    """2-D convolution, kernel HWIO. `padding` is ((top, bottom), (left, right))."""
+    """2-D convolution, kernel HWIO. `padding` is ((top, bottom), (left, right)).
+
+    doubled: of the map at twice its size (nearest neighbour); for 3x3 kernels as they are by default.
+    """
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
         use_bias: bool = True,
+        doubled: bool = False,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
@@ -65,33 +71,22 @@ class Conv(nnx.Module):
         self.stride = stride
         half = (size - 1) // 2
         self.padding = padding if padding is not None else ((half, half), (half, half))
-        self.compute = compute
+        self.doubled, self.compute = doubled, compute
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         dtype = self.compute.dtype
         x, kernel = x.astype(dtype), self.compute.weights(self.kernel[...].astype(dtype))
-        small = x.shape[1] * x.shape[2] <= 16 * 16
-        if self.compute.conv == "im2col" and self.stride == 1 and small:
-            y = _conv_im2col(x, kernel, self.padding)
+        if self.doubled and self.compute.conv == "folded":
+            y = folded_conv(x, kernel)
         else:
             y = jax.lax.conv_general_dilated(
-                x,
+                upsample_nearest(x) if self.doubled else x,
                 kernel,
                 (self.stride, self.stride),
                 self.padding,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
         return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
-
-
-def _conv_im2col(x: Array, kernel: Array, padding: tuple[tuple[int, int], ...]) -> Array:
-    size_h, size_w, _, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    h, w = x.shape[1] - size_h + 1, x.shape[2] - size_w + 1
-    shifts = [x[:, i : i + h, j : j + w] for i in range(size_h) for j in range(size_w)]
-    columns = jnp.concatenate(shifts, axis=-1)  # b h w (size_h size_w c)
-    y = columns.reshape(-1, columns.shape[-1]) @ kernel.reshape(-1, features)
-    return y.reshape(x.shape[0], h, w, features)
 
 
 class GroupNorm(nnx.Module):
@@ -137,13 +132,6 @@ def linear(
 def layer_norm(features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
     """Layer normalisation; flax keeps its statistics in float32."""
     return nnx.LayerNorm(features, epsilon=eps, dtype=compute.dtype, use_fast_variance=False, rngs=rngs)
-
-
-def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """Doubles the resolution by repetition."""
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)
 
 
 def timestep_embedding(

@@ -8,7 +8,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models import remat
-from digseg_jax.models.layers import Compute, Conv, GroupNorm, linear, upsample_nearest
+from digseg_jax.models.layers import Compute, Conv, GroupNorm, linear
 
 
 class ResnetBlock2D(nnx.Module):
@@ -63,7 +63,7 @@ class Upsample2D(nnx.Module):
     """Nearest-neighbour doubling, then a convolution."""
 
     def __init__(self, features: int, *, compute: Compute, rngs: nnx.Rngs):
-        self.conv = Conv(features, features, compute=compute, rngs=rngs)
+        self.conv = Conv(features, features, doubled=True, compute=compute, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-        return self.conv(upsample_nearest(x))
+        return self.conv(x)

@@ -39,7 +39,7 @@ class AutoencoderTask:
                 self.config,
                 rngs=functional.FixedRngs(),
                 dtype=jnp.dtype(config.model.dtype),
-                conv=config.model.conv,
+                conv="folded" if config.model.conv == "folded" else "xla",
                 remat=config.model.remat,
             )
         )

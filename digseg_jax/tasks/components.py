@@ -76,14 +76,14 @@ def compute_options(config: ModelConfig) -> dict[str, Any]:
     attention = PORTABLE if config.attention == "auto" else config.attention
     return {
         "dtype": jnp.dtype(config.dtype),
-        "conv": config.conv,
+        "conv": "xla" if config.conv == "auto" else config.conv,
         "weights": gathered,
         "attention": LocalAttention(attention) if attention in PLATFORMS else attention,
     }
 
 
-def with_attention(config: Config, devices: Sequence[jax.Device]) -> Config:
-    """The configuration with an attention that the devices run: "auto" is replaced by the best one.
+def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
+    """The configuration with "auto" replaced by the convolution and the attention for the devices.
 
     Raises:
       UserError: the devices cannot run `config.model.attention`.
@@ -95,12 +95,15 @@ def with_attention(config: Config, devices: Sequence[jax.Device]) -> Config:
             f"config.model.attention={name!r} runs on {wanted[0].upper()}s only, the "
             f"devices here are of platform {platform!r}; legal: auto, plain, chunked"
         )
-    if name != "auto":
-        return config
-    fits = [n for n, kinds in PLATFORMS.items() if platform in kinds]
-    if fits == ["cudnn"] and config.model.dtype != "bfloat16":
-        fits = []
-    model = dataclasses.replace(config.model, attention=[*fits, PORTABLE][0])
+    conv = config.model.conv
+    if conv == "auto":
+        conv = "folded" if platform == "cpu" else "xla"
+    if name == "auto":
+        fits = [n for n, kinds in PLATFORMS.items() if platform in kinds]
+        if fits == ["cudnn"] and config.model.dtype != "bfloat16":
+            fits = []
+        name = [*fits, PORTABLE][0]
+    model = dataclasses.replace(config.model, conv=conv, attention=name)
     return dataclasses.replace(config, model=model)
 
 
