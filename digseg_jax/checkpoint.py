@@ -49,9 +49,7 @@ class Checkpointer:
             "meta": ocp.JsonCheckpointHandler(),
         }
         with storage.explained(self.folder, "cannot be read or written"):
-            self.manager = ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=handlers
-            )
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         self._started: tuple[int, float] | None = None  # step and time of the save under way
 
     def __enter__(self) -> Checkpointer:

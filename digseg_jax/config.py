@@ -313,9 +313,7 @@ def check_key(path: str) -> None:
     node, done = Config, "config"
     for key in path.split(".")[1:]:
         key = key.split("[")[0]  # ml_collections reads config.eval.estep[0] too
-        fields = (
-            [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
-        )
+        fields = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if key not in fields:
             raise _no_such_key(done, key, fields)
         node, done = typing.get_type_hints(node)[key], f"{done}.{key}"

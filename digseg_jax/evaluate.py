@@ -106,9 +106,7 @@ class Evaluator:
             labels.append(fetch(batch["label"])[: len(names), stride, stride].ravel())
         return np.concatenate(parts), np.concatenate(labels)
 
-    def calibrate(
-        self, params: Params, bank: PromptBank, estep: EStep, split: str = ""
-    ) -> Calibration:
+    def calibrate(self, params: Params, bank: PromptBank, estep: EStep, split: str = "") -> Calibration:
         """Fits scale and biases on a split that is not scored: by default the configuration's."""
         split = split or self.config.eval.calibrate_split
         examples = self.examples(split, self.config.eval.calibrate_images)

@@ -75,9 +75,7 @@ def make_train_step(
             (loss, metrics), grads = gradient(batch)
         else:
             zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), like)
-            (loss, metrics), grads = accumulate(
-                gradient, zeros, batch, config.train.accumulation, mesh
-            )
+            (loss, metrics), grads = accumulate(gradient, zeros, batch, config.train.accumulation, mesh)
         updates, opt = optimizer.update(grads, state["opt"], trainable)
         params = join_frozen(optax.apply_updates(trainable, updates), fixed)
         metrics |= {
@@ -101,9 +99,7 @@ def make_train_step(
     )
 
 
-def accumulate(
-    gradient: Gradient, zeros: Params, batch: Batch, parts: int, mesh: Mesh
-) -> LossAndGrads:
+def accumulate(gradient: Gradient, zeros: Params, batch: Batch, parts: int, mesh: Mesh) -> LossAndGrads:
     """Loss, metrics and gradients of a batch, as means over equal parts taken one after another.
 
     Part i has the examples i, i + parts, ...: so every device's share of the batch is split, and

@@ -130,9 +130,7 @@ class Trainer:
         optimizer = make_optimizer(self.config.optim, self.config.train.steps)
         return initial_state(params, optimizer, self.config.optim)
 
-    def run(
-        self, on_eval: Callable[[int, TrainState], dict[str, float]] | None = None
-    ) -> TrainState:
+    def run(self, on_eval: Callable[[int, TrainState], dict[str, float]] | None = None) -> TrainState:
         """Trains until `config.train.steps`; returns the final state.
 
         Raises:

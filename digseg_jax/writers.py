@@ -62,9 +62,7 @@ def _wandb_run(project: str, workdir: AnyPath, local: Path) -> Any:
 
     place = str(workdir if is_remote(workdir) else workdir.absolute())
     identity = hashlib.sha256(place.encode()).hexdigest()[:16]
-    return wandb.init(
-        project=project, name=workdir.name, id=identity, dir=str(local), resume="allow"
-    )
+    return wandb.init(project=project, name=workdir.name, id=identity, dir=str(local), resume="allow")
 
 
 class MetricWriter:
@@ -94,9 +92,7 @@ class MetricWriter:
         mirror = self._record.mirror
         folder = mirror.local if mirror else self.path.parent
         purge = None if truncate_after is None else max(truncate_after + 1, 0)
-        self._events = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=purge, flush_secs=10
-        )
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
         self._wandb = _wandb_run(wandb, self.path.parent, folder) if wandb else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:

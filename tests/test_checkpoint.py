@@ -209,9 +209,7 @@ def test_main_ends_with_the_documented_status_after_sigterm(cover, folders, tmp_
     assert pod.checkpoints(tmp_path / "run")[-1] == pod.last_step(tmp_path / "run")
 
 
-def test_a_disk_that_refuses_ends_the_run_loudly_and_older_checkpoints_stay(
-    cover, folders, tmp_path
-):
+def test_a_disk_that_refuses_ends_the_run_loudly_and_older_checkpoints_stay(cover, folders, tmp_path):
     """After the second checkpoint, files of the process may no longer grow beyond 64 kB (EFBIG)."""
     run = tmp_path / "run"
     config = tiny.config_file(

@@ -100,9 +100,7 @@ def test_masks_denoised_a_few_at_a_time_count_the_same(config, folders, params, 
     assert np.abs(got.confusion - one_device.confusion).sum() <= 20
 
 
-def test_probabilities_are_kept_for_some_images_and_explain_the_counts(
-    one_device, config, task
-):
+def test_probabilities_are_kept_for_some_images_and_explain_the_counts(one_device, config, task):
     assert len(one_device.probability) == 3
     tiles = Evaluator(config, task, tiny.mesh()).examples("test")
     for i, probability in one_device.probability.items():

@@ -117,9 +117,7 @@ class TestAccumulation:
         assert abs(naive - reference[0]["loss"]) > 1e-3
 
     def test_clipping_and_average_happen_once_per_step(self, folders):
-        config = tiny.config(
-            folders, train__accumulation=2, **OPTIONS | {"optim__clip_norm": 0.01}
-        )
+        config = tiny.config(folders, train__accumulation=2, **OPTIONS | {"optim__clip_norm": 0.01})
         task = SegmentationTask(config)
         before = functional.flatten(task.initial())
         metrics, state = one_step(config, task=task)

@@ -127,9 +127,7 @@ def test_each_line_of_the_metrics_has_what_readers_rely_on(whole):
 
 
 def test_a_line_is_the_mean_of_the_steps_since_the_last(folders, whole, tmp_path):
-    config = tiny.config(
-        folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=4
-    )
+    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=4)
     trainer(config, tmp_path).run()
     each = {r["step"]: r["loss"] for r in read_metrics(whole[0] / "metrics.jsonl")}
     rows = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")}
@@ -221,9 +219,7 @@ class Poisoned(ToyTask):
 def stopped(folders, tmp_path_factory):
     """It logs only at the end, so that it is the checkpoint at step 4 that looks first."""
     workdir = tmp_path_factory.mktemp("poisoned")
-    config = tiny.config(
-        folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=100
-    )
+    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=100)
     with pytest.raises(NotFinite, match="loss nan, grad_norm nan at step 3"):
         trainer(config, workdir, Poisoned()).run()
     return config, workdir

@@ -93,9 +93,7 @@ def test_metadata_must_be_strings(tmp_path, params):
 def test_saving_leaves_no_temporary_file_and_replaces_the_old(folder, params):
     before = sorted(p.name for p in folder.iterdir())
     weights.save_component((CONFIG, jax.tree.map(jnp.zeros_like, params)), folder)
-    assert (
-        sorted(p.name for p in folder.iterdir()) == before == ["config.json", "model.safetensors"]
-    )
+    assert sorted(p.name for p in folder.iterdir()) == before == ["config.json", "model.safetensors"]
     assert not loaded(folder)["pooler"]["dense"]["kernel"].any()
 
 

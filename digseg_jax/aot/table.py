@@ -62,9 +62,7 @@ def _speed(result: dict[str, Any]) -> list[str]:
 
 
 def _collectives(collectives: dict[str, dict[str, float]]) -> list[str]:
-    rows = [
-        f"    {kind:<18} {c['count']:6d} {size(c['bytes']):>9}" for kind, c in collectives.items()
-    ]
+    rows = [f"    {kind:<18} {c['count']:6d} {size(c['bytes']):>9}" for kind, c in collectives.items()]
     return ["  collectives, bytes that a chip receives:", *rows] if rows else []
 
 

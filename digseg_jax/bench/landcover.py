@@ -74,9 +74,7 @@ def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
         esteps = dataclasses.replace(config.eval, estep=ESTEPS, num_images=ESTEP_IMAGES)
         small = Evaluator(dataclasses.replace(config, eval=esteps), task, make_mesh(config.mesh))
         result["estep_images"] = ESTEP_IMAGES
-        result["estep_rows"] = estep_rows(
-            small, params, small.examples("test"), bank, fitted
-        )
+        result["estep_rows"] = estep_rows(small, params, small.examples("test"), bank, fitted)
     return result
 
 

@@ -53,9 +53,7 @@ def configuration(size: int, dtype: str, ema: bool) -> Config:
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, image_size=size, num_queries=1),
-        model=dataclasses.replace(
-            base.model, dtype=dtype, max_tokens=TOKENS, sentence_token=False
-        ),
+        model=dataclasses.replace(base.model, dtype=dtype, max_tokens=TOKENS, sentence_token=False),
         optim=dataclasses.replace(
             base.optim,
             learning_rate=3e-5,

@@ -67,9 +67,7 @@ GROUP_PROMPTS = {
         "arid wasteland",
     ),
 }
-IGBP_PROMPTS = {
-    name: (name,) if name in GROUP_PROMPTS else (name, f"area of {name}") for name in IGBP
-}
+IGBP_PROMPTS = {name: (name,) if name in GROUP_PROMPTS else (name, f"area of {name}") for name in IGBP}
 PROMPTS = {"groups": GROUP_PROMPTS, "igbp": IGBP_PROMPTS}
 
 # never shown in training; each is asked in place of the group's trained name

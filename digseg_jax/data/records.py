@@ -136,9 +136,7 @@ def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
         return None
 
 
-def decode_record(
-    data: bytes, where: Callable[[], str], dtype: type = np.int32
-) -> dict[str, Any]:
+def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32) -> dict[str, Any]:
     """The example: {"image" uint8 [h, w, 3], "label" [h, w] of a signed `dtype` for every id, "name"}.
 
     Raises:

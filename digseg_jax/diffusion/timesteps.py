@@ -16,9 +16,7 @@ def uniform(key: Array, schedule: Schedule) -> Int[Array, ""]:
     return jax.random.randint(key, (), 0, schedule.num_timesteps)
 
 
-def high_noise(
-    key: Array, schedule: Schedule, *, a: float, terminal_fraction: float
-) -> Int[Array, ""]:
+def high_noise(key: Array, schedule: Schedule, *, a: float, terminal_fraction: float) -> Int[Array, ""]:
     """One timestep: T-1 with probability `terminal_fraction`, else heavy-tailed towards high noise.
 
     The tail draws g = a sqrt(u / (1 - u)) with uniform u, reads it as flow time with pure noise at 0,

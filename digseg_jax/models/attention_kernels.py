@@ -45,9 +45,7 @@ def _attend(
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     # Any shift leaves the softmax as it is, so the maximum needs no gradient.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    out = jnp.einsum(
-        "bhlm,bhmd->bhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     # Divided here rather than in the weights, which are many more numbers.
     return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 

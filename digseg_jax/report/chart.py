@@ -84,15 +84,17 @@ def _axes(
 ) -> str:
     parts = []
     for t in ticks[1]:
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" '
-                     f'y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-                     f'<text x="{_LEFT - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" '
+            f'y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+            f'<text x="{_LEFT - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{t:g}</text>'
+        )
     for t in ticks[0]:
-        parts.append(f'<text x="{x(t):.1f}" y="{_HEIGHT - _BOTTOM + 20}" '
-                     f'text-anchor="middle">{t:,.0f}</text>')
+        parts.append(
+            f'<text x="{x(t):.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{t:,.0f}</text>'
+        )
     base = _HEIGHT - _BOTTOM
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" '
-                 f'y1="{base}" y2="{base}"/>')
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)  # fmt: skip
 
 

@@ -96,9 +96,7 @@ def save_photo(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     Image.fromarray(image).save(path, optimize=True)
 
 
-def save_label(
-    path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarray, "n 3"]
-) -> None:
+def save_label(path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarray, "n 3"]) -> None:
     """Writes a label map as a palette PNG (index = class, 255 = ignored); RGB if over 255."""
     label = _checked(label, len(colors))
     if len(colors) > 255:

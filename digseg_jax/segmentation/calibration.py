@@ -37,9 +37,7 @@ def identity(num_classes: int, scale: float = 2.0) -> Calibration:
     return Calibration(scale, (0.0,) * num_classes, "none")
 
 
-def fit(
-    evidence: np.ndarray, label: np.ndarray, split: str, scale: float | None = None
-) -> Calibration:
+def fit(evidence: np.ndarray, label: np.ndarray, split: str, scale: float | None = None) -> Calibration:
     """Scale by cross-entropy of the single masks; biases by mIoU of the argmax, class by class.
 
     Args:

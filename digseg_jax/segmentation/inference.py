@@ -142,6 +142,7 @@ def probabilities(
     members = member_probabilities(evidence, scale, bias, codec)
     return combine(members, rule, exclusive=exclusive)
 
+
 def enlarge_padded(
     probability: Float[Array, "n q h w"],
     filled: Int[Array, "n 2"],

@@ -30,9 +30,7 @@ class Views:
     assemble: Callable[[Float[np.ndarray, "k q s s"]], Float[np.ndarray, "q h w"]]
 
 
-def make_views(
-    image: UInt8[np.ndarray, "h w 3"], size: int, mode: str, short_side: int = 0
-) -> Views:
+def make_views(image: UInt8[np.ndarray, "h w 3"], size: int, mode: str, short_side: int = 0) -> Views:
     """Cuts a picture.
 
     whole: squeezed to one square. aspect: the long side becomes `size`, the rest is mirrored padding

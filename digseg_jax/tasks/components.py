@@ -109,9 +109,7 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
 
 def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
     """Raises UserError if the weights are missing or no autoencoder."""
-    model = load_component(
-        assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config)
-    )
+    model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config))
     graphdef, params = functional.split(model)
     return Vae(graphdef, model.config, config.vae_limit), params
 

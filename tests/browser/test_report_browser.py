@@ -64,13 +64,17 @@ def value(page, card=0):
 
 def shares(page, card=0):
     """Where the handle is and where the right picture begins, as shares of the stage's width."""
-    return page.locator(".card").nth(card).evaluate("""card => {
+    return (
+        page.locator(".card")
+        .nth(card)
+        .evaluate("""card => {
         const stage = card.querySelector('.stage').getBoundingClientRect();
         const handle = card.querySelector('.handle').getBoundingClientRect();
         const cut = getComputedStyle(card.querySelector('.layer')).clipPath;
         return [(handle.left + handle.width / 2 - stage.left) / stage.width,
                 Number(cut.match(/([\\d.]+)%\\)$/)[1]) / 100];
     }""")
+    )
 
 
 def test_dragging_moves_the_line_and_the_cut(page):

@@ -55,7 +55,5 @@ def test_cached_latents_are_streamed_from_a_bucket_as_from_a_disk(root, tmp_path
     far, near = f"{root}/latents", tmp_path
     for out in (far, near):
         test_latent_records.write_cache(out)
-    batches = [
-        test_latent_records.batches(test_latent_records.config(out), 4) for out in (far, near)
-    ]
+    batches = [test_latent_records.batches(test_latent_records.config(out), 4) for out in (far, near)]
     test_latent_records.assert_same(*batches)

@@ -22,9 +22,7 @@ def main() -> None:
     model = AutoencoderKL.from_config(VAE)
     fill_torch(model)
     with torch.no_grad():
-        posterior = model.encode(
-            torch.from_numpy(seeded_input("image", (2, 3, 16, 24)))
-        ).latent_dist
+        posterior = model.encode(torch.from_numpy(seeded_input("image", (2, 3, 16, 24)))).latent_dist
         image = model.decode(torch.from_numpy(seeded_input("latent", (2, 4, 4, 6)))).sample
     np.savez_compressed(
         GOLDEN / "vae_small.npz",

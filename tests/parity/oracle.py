@@ -94,9 +94,7 @@ def seeded_component(config: dict[str, Any], folder: Path) -> nnx.Module:
     """Our model of a hub config with seeded weights, by way of a checkpoint in `folder`."""
     component = component_of(config, "test")
     ours = component.config_class.from_dict(config)
-    _, params = functional.abstract(
-        lambda: component.model_class(ours, rngs=functional.FixedRngs())
-    )
+    _, params = functional.abstract(lambda: component.model_class(ours, rngs=functional.FixedRngs()))
     tensors = {}
     for path, leaf in functional.flatten(params).items():
         key = keymap.hub_key(path)
