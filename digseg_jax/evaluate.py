@@ -86,7 +86,8 @@ class Evaluator:
             prompts = (PALETTE_PROMPT,)
         return encode_bank(self.task.tower, prompts, self.config.model)
 
-    def _frozen(self, bank: PromptBank) -> Params:
+    def frozen(self, bank: PromptBank) -> Params:
+        """What every program reads beside the parameters: the autoencoder and the encoded queries."""
         return {"vae": self.task.frozen["vae"], "bank": bank_arrays(bank)}
 
     def examples(self, split: str, num_images: int = 0) -> EvalExamples:
@@ -97,11 +98,11 @@ class Evaluator:
         self, params: Params, examples: EvalExamples, bank: PromptBank, estep: EStep
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean decoded evidence [pixels, q] and labels [pixels], subsampled."""
-        step = self._jit(partial(self._evidence, estep=estep), shared=2)
+        step = self.jit(partial(self._evidence, estep=estep), shared=2)
         stride = slice(None, None, CALIBRATION_STRIDE)
         parts, labels = [], []
-        for batch, names in self._batches(examples, "calibration"):
-            evidence = fetch(step(params, self._frozen(bank), batch))[: len(names)]
+        for batch, names in self.batches(examples, "calibration"):
+            evidence = fetch(step(params, self.frozen(bank), batch))[: len(names)]
             parts.append(np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1]))
             labels.append(fetch(batch["label"])[: len(names), stride, stride].ravel())
         return np.concatenate(parts), np.concatenate(labels)
@@ -144,7 +145,7 @@ class Evaluator:
         compiled = set()
 
         def compute(batch: Params, count: int) -> dict[str, Any]:
-            arguments = (params, self._frozen(bank), fitted, batch)
+            arguments = (params, self.frozen(bank), fitted, batch)
             if batch["label"].shape not in compiled:  # outside the clock
                 jax.block_until_ready(step(*arguments))
                 compiled.add(batch["label"].shape)
@@ -153,7 +154,7 @@ class Evaluator:
             seconds = time.monotonic() - start
             return {n: fetch(v)[:count] for n, v in out.items()} | {"seconds": seconds}
 
-        for batch, own in self._batches(examples, f"eval {estep}"):
+        for batch, own in self.batches(examples, f"eval {estep}"):
             done, count = len(names), len(own)
             key = f"{estep} {done}+{count}"
             out, new = recorded.batch(key, partial(compute, batch, count))
@@ -179,7 +180,7 @@ class Evaluator:
 
     def counting(self, estep: EStep, num_classes: int) -> Any:
         """The jitted program of one batch: (params, frozen, fitted, batch) to its counts."""
-        return self._jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
+        return self.jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
         evidence = self._ask(params, frozen, batch, estep).mean(axis=2)
@@ -194,7 +195,12 @@ class Evaluator:
         estep: EStep,
         num_classes: int,
     ) -> dict[str, Array]:
-        evidence = self._ask(params, frozen, batch, estep)
+        return self.counts(self._ask(params, frozen, batch, estep), fitted, batch, num_classes)
+
+    def counts(
+        self, evidence: Array, fitted: Params, batch: Params, num_classes: int
+    ) -> dict[str, Array]:
+        """Confusion, overlaps and areas of each image of a batch, from its evidence [n, q, e, h, w]."""
         combined = partial(
             inference.probabilities,
             evidence,
@@ -227,7 +233,7 @@ class Evaluator:
             decoder=self.config.eval.decoder,
         )
 
-    def _jit(self, function: Any, shared: int) -> Any:
+    def jit(self, function: Any, shared: int) -> Any:
         """Compiles a function of `shared` whole arguments and one batch that is split."""
         replicated, batch = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, BATCH)
         # None: the U-Net's parameters stay placed as training left them
@@ -238,7 +244,7 @@ class Evaluator:
             compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
         )
 
-    def _batches(self, examples: EvalExamples, label: str) -> Iterator[tuple[Params, list[str]]]:
+    def batches(self, examples: EvalExamples, label: str) -> Iterator[tuple[Params, list[str]]]:
         """Padded device batches, and the names of the real examples in them."""
         progress = Progress(len(examples), label=label, unit="images")
         started, done = time.monotonic(), 0

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 from tiny import one_line
 
 from digseg_jax.bench import estep
 from digseg_jax.errors import UserError
+from digseg_jax.tasks.segmentation import SegmentationTask
 
 
 def rows(**means):
@@ -22,8 +24,12 @@ def test_monotone_compares_rows_of_the_same_steps_alone():
     assert estep.monotone([*leading, *rows(_4x2=0.5)])
 
 
-def test_shipped_weights_by_seed_and_decoder():
-    result = estep.run("assets:segmenter", ("1x1", "2x1"), ("vae", "probe"), seeds=2, images=2)
+def test_rows_by_seed_and_decoder(folders, tmp_path, monkeypatch):
+    config = tiny.config(folders, eval__batch_size=8)
+    task = SegmentationTask(config)
+    task.export(task.initial(), tmp_path, {})
+    monkeypatch.setattr(estep, "bench_config", lambda weights: (config, tmp_path))
+    result = estep.run("tiny", ("1x1", "2x1"), ("vae", "probe"), seeds=2, images=2)
     assert [(r["decoder"], r["estep"]) for r in result["rows"]] == [
         ("vae", "1x1"), ("vae", "2x1"), ("probe", "1x1"), ("probe", "2x1"),
     ]  # fmt: skip

@@ -319,6 +319,20 @@ class SegmentationTask:
         by default the configuration's. frozen["bank"]: texts for all images, or [n, q, ...] for each.
         decoder: "latent_mean" and "probe" are cheaper than "vae"; the former leaves one member.
         """
+        latents = self.sample(params, frozen, image, index, estep, seed=seed)
+        return self.read(frozen, latents, image.shape[1:3], decoder)
+
+    def sample(
+        self,
+        params: Params,
+        frozen: Params,
+        image: UInt8[Array, "n h w 3"],
+        index: Int[Array, " n"],
+        estep: EStep,
+        *,
+        seed: int | Array | None = None,
+    ) -> Float[Array, "n q e h w c"]:
+        """The mask latents that `evidence` reads; a larger ensemble begins with the smaller one."""
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
         seed = self.config.seed if seed is None else seed
 
@@ -326,7 +340,7 @@ class SegmentationTask:
             limit = self.config.model.unet_limit
             return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
-        latents = sample_mask_latents(
+        return sample_mask_latents(
             denoise,
             image_latent,
             frozen["bank"]["tokens"],
@@ -335,7 +349,6 @@ class SegmentationTask:
             self.schedule,
             estep,
         )
-        return self.read(frozen, latents, image.shape[1:3], decoder)
 
     def read(
         self,
