@@ -25,9 +25,7 @@ from digseg_jax.models.attention_kernels import AttentionFn
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-FSDP_MIN_SIZE = (
-    2**16
-)  # elements; smaller arrays are replicated, gathering them costs more than it saves
+FSDP_MIN_SIZE = 2**16  # elements; smaller arrays are replicated: gathering costs more than it saves
 
 # regex on the parameter path -> dimension that the tensor axis splits; the first match wins
 TENSOR_RULES: tuple[tuple[str, int], ...] = (
