@@ -43,6 +43,21 @@ def test_values_are_the_formulas(shape, silu):
     np.testing.assert_allclose(ours(*x, silu), plain(*x, silu), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mean, outlier", [(1e3, 0.0), (-30.0, 1e3), (0.0, -1e4)])
+def test_float32_statistics_do_not_cancel(mean, outlier):
+    """Far means, channels apart, and a pixel far from all others, against float64."""
+    x, scale, bias = (np.array(a) for a in arguments((2, 16, 9, 8), mean=mean))
+    x += np.arange(8)
+    x[:, 0, 0] += outlier
+    grouped = x.astype(np.float64).reshape(2, -1, GROUPS, 2)
+    centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+    deviation = np.sqrt(np.square(centred).mean(axis=(1, 3), keepdims=True) + EPS)
+    expected = (centred / deviation).reshape(x.shape) * scale + bias
+    # half a digit of x itself, in units of the deviation
+    tolerance = 2e-5 + np.abs(x).max() * 1e-7 / deviation.min()
+    np.testing.assert_allclose(ours(x, scale, bias, False), expected, rtol=1e-5, atol=tolerance)
+
+
 @pytest.mark.parametrize("silu", [False, True])
 def test_gradients_are_those_of_automatic_differentiation(silu):
     x = arguments()

@@ -31,8 +31,9 @@ def group_norm(
 ) -> Float[Array, "b *space c"]:
     """silu(normalised x * scale + bias) in `dtype`; computed in float32.
 
-    Statistics of float32 inputs take two passes; those of 16-bit inputs one, as the mean of squares
-    minus the square of the mean, whose cancellation is far below those inputs' own rounding.
+    Statistics take one pass (two took four times as long on a CPU), as the mean of squares minus the
+    square of the mean. Its cancellation is far below 16-bit inputs' own rounding; float32 inputs are
+    shifted beforehand, each channel by the mean of the middle row.
     """
     return _forward(x, scale, bias, groups, eps, silu, dtype)[0]
 
@@ -74,14 +75,34 @@ group_norm.defvjp(_forward, _backward)
 
 def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
     """Mean and 1 / deviation of each example's groups, repeated to its channels: [b, c] each."""
-    wide, space = x.astype(F32), _space(x)
-    mean = _group_mean(wide.mean(axis=space), groups)
-    if x.dtype == F32:
-        variance = _group_mean(jnp.square(wide - _over(mean, x)).mean(axis=space), groups)
-    else:
+    space, positions = _space(x), x[0, ..., 0].size
+    if x.dtype != F32:
+        wide = x.astype(F32)
+        mean = _group_mean(wide.mean(axis=space), groups)
         squares = _group_mean(jnp.square(wide).mean(axis=space), groups)
         variance = jnp.maximum(squares - jnp.square(mean), 0.0)
+        return mean, jax.lax.rsqrt(variance + eps)
+    middle = x[:, x.shape[1] // 2]
+    shift = middle.mean(axis=tuple(range(1, middle.ndim - 1)))  # b c
+    sums, squares = _two_sums(x - _over(shift, x))
+    offset = sums / positions
+    own_mean = shift + offset
+    own_variance = jnp.maximum(squares / positions - jnp.square(offset), 0.0)
+    mean = _group_mean(own_mean, groups)
+    variance = _group_mean(own_variance + jnp.square(own_mean - mean), groups)
     return mean, jax.lax.rsqrt(variance + eps)
+
+
+def _two_sums(x: Float[Array, "b *space c"]) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """Of the values and of their squares, over all positions, from one reading of x."""
+
+    def add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        return a[0] + b[0], a[1] + b[1]
+
+    zero = jnp.zeros((), x.dtype)
+    rows = jax.lax.reduce((x, jnp.square(x)), (zero, zero), add, (x.ndim - 2,))
+    rest = tuple(range(1, x.ndim - 2))
+    return rows[0].sum(axis=rest), rows[1].sum(axis=rest)
 
 
 def _group_mean(values: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]:
