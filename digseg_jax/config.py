@@ -123,9 +123,9 @@ class ModelConfig:
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
-    # of a doubled map. folded: half the products, good on CPUs; xla: as XLA has it; auto: the one of
-    # these for the devices. Equal in result
-    conv: str = legal("auto", "xla", "folded")
+    # cpu: fewer products, see models/cpu_conv.py; xla: as XLA has it; auto: the one of these for the
+    # devices. Equal in result
+    conv: str = legal("auto", "xla", "cpu")
     # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU; auto: the one of these
     # for the devices. Equal in result
     attention: str = legal("plain", "auto", "chunked", "splash", "cudnn")

@@ -81,7 +81,7 @@ def run(
     passes: tuple[str, ...] = PASSES[:2],
     threads: int = 2,
     repeats: int = 3,
-    conv: str = "folded",
+    conv: str = "cpu",
     attention: str = "chunked",
     cells: int = 0,
 ) -> dict[str, Any]:

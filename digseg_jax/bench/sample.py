@@ -56,7 +56,7 @@ def run(
     threads: int = 2,
     repeats: int = 2,
     torch_batch: int = 1,
-    conv: str = "folded",
+    conv: str = "cpu",
     attention: str = "plain",
 ) -> dict[str, Any]:
     """Times every row on both sides; `ratio` is our time divided by torch's, below 1 is faster.

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models import cpu_conv
 from digseg_jax.models.attention_kernels import AttentionFn
+from digseg_jax.models.cpu_conv import xla_conv
 from digseg_jax.models.group_norm import group_norm
 from digseg_jax.models.upsample import folded_conv, upsample_nearest
 
@@ -28,9 +30,8 @@ class Compute:
     """How a model computes; never what it computes.
 
     dtype: activations; norms, softmax and timestep embeddings stay in float32.
-    conv: of a doubled map: "xla", as XLA has it; or "folded", see `models.upsample`: twice as fast on
-      a CPU, slower on a TPU, where the kernels' sums cost more than they save; the same numbers up to
-      summation order.
+    conv: "xla", as XLA has it; or "cpu": fewer products, see `models.cpu_conv`, and for a doubled map
+      `models.upsample`. On a TPU that would cost more traffic than it saves. Equal up to rounding.
     attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
     weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
@@ -76,16 +77,14 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         dtype = self.compute.dtype
         x, kernel = x.astype(dtype), self.compute.weights(self.kernel[...].astype(dtype))
-        if self.doubled and self.compute.conv == "folded":
+        # Winograd's sums and differences are for float32's digits
+        ours = self.compute.conv == "cpu" and self.stride == 1 and dtype == jnp.float32
+        if ours and self.doubled:
             y = folded_conv(x, kernel)
+        elif ours:
+            y = cpu_conv.conv(x, kernel, self.padding)
         else:
-            y = jax.lax.conv_general_dilated(
-                upsample_nearest(x) if self.doubled else x,
-                kernel,
-                (self.stride, self.stride),
-                self.padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = xla_conv(upsample_nearest(x) if self.doubled else x, kernel, self.padding, self.stride)
         return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
 
 

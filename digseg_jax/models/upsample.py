@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models import cpu_conv
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -29,13 +29,8 @@ def folded_conv(
     for row in (0, 1):
         columns = []
         for column in (0, 1):
-            phase = jax.lax.conv_general_dilated(
-                x,
-                _fold(_fold(kernel, row, axis=0), column, axis=1),
-                (1, 1),
-                ((1 - row, row), (1 - column, column)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            folded = _fold(_fold(kernel, row, axis=0), column, axis=1)  # 2 2 c d
+            phase = cpu_conv.conv(x, folded, ((1 - row, row), (1 - column, column)))
             columns.append(phase)
         rows.append(jnp.stack(columns, axis=3))  # b h w 2 d
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)  # from b h 2 w 2 d

@@ -39,7 +39,7 @@ class AutoencoderTask:
                 self.config,
                 rngs=functional.FixedRngs(),
                 dtype=jnp.dtype(config.model.dtype),
-                conv="folded" if config.model.conv == "folded" else "xla",
+                conv="cpu" if config.model.conv == "cpu" else "xla",
                 remat=config.model.remat,
             )
         )

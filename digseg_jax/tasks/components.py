@@ -97,7 +97,7 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
         )
     conv = config.model.conv
     if conv == "auto":
-        conv = "folded" if platform == "cpu" else "xla"
+        conv = "cpu" if platform == "cpu" else "xla"
     if name == "auto":
         fits = [n for n, kinds in PLATFORMS.items() if platform in kinds]
         if fits == ["cudnn"] and config.model.dtype != "bfloat16":
