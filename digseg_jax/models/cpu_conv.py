@@ -4,12 +4,13 @@
 XLA's own convolution on CPUs gathers a patch for each cell and multiplies. Against it, on one AVX-512
 processor, forward: Winograd's products 1.2 to 1.8 times as fast on large maps of many channels; all
 patches gathered at once 1.1 to 3 times on maps smaller than their kernels, where XLA reads the kernel
-too often. The kernel's gradient is 0.7 to 3 times as fast as XLA's, a 1x1 kernel's up to seven times.
+too often; the gradient of a wide kernel, one product a tap, up to 3 times, a 1x1 convolution up to 4.
 `python -m digseg_jax.bench models` times whole networks either way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -43,33 +44,33 @@ KERNEL = (
 )
 OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
-# fewer cells, or fewer channels, and Winograd's sums cost more than its products save
-WINOGRAD_CELLS, WINOGRAD_CHANNELS = 2048, 192
+WIDE = 192  # channels; with fewer, XLA's convolution is as fast as anything here
+MANY = 2048  # cells; with fewer, Winograd's sums cost more than its products save
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "i j c d"], padding: Padding
 ) -> Float[Array, "b h2 w2 d"]:
     """The convolution of stride 1, equal to XLA's up to rounding, which is some 1e-6 of the result."""
     if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
+    if min(kernel.shape[2:]) < WIDE:
+        return xla_conv(x, kernel, padding)
+    return _wide_conv(x, kernel, padding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide_conv(x: Array, kernel: Array, padding: Padding) -> Array:
     if _smaller_than_kernel(x, kernel):
         return patches_conv(x, kernel, padding)
-    cells, channels = x.shape[0] * x.shape[1] * x.shape[2], min(kernel.shape[2:])
-    if (
-        kernel.shape[:2] == (3, 3)
-        and padding == SAME
-        and x.shape[2] % TILE == 0
-        and cells >= WINOGRAD_CELLS
-        and channels >= WINOGRAD_CHANNELS
-    ):
+    same = kernel.shape[:2] == (3, 3) and padding == SAME
+    if same and x.shape[2] % TILE == 0 and _cells(x) >= MANY:
         return winograd_conv(x, kernel)
     return xla_conv(x, kernel, padding)
 
 
 def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return conv(x, kernel, padding), (x, kernel)
+    return _wide_conv(x, kernel, padding), (x, kernel)
 
 
 def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
@@ -79,15 +80,19 @@ def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) ->
     i, j = kernel.shape[:2]
     (top, bottom), (left, right) = padding
     opposite = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
-    towards_x = conv(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), opposite)
+    towards_x = _wide_conv(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), opposite)
     return towards_x, _kernel_gradient(x, cotangent, kernel.shape[:2], padding)
 
 
-conv.defvjp(_forward, _backward)
+_wide_conv.defvjp(_forward, _backward)
+
+
+def _cells(x: Array) -> int:
+    return math.prod(x.shape[:3])
 
 
 def _smaller_than_kernel(x: Array, kernel: Array) -> bool:
-    return x.shape[0] * x.shape[1] * x.shape[2] <= min(kernel.shape[2:])
+    return _cells(x) <= min(kernel.shape[2:])
 
 
 def xla_conv(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Array:
