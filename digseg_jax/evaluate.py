@@ -99,12 +99,11 @@ class Evaluator:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean decoded evidence [pixels, q] and labels [pixels], subsampled."""
         step = self.jit(partial(self._evidence, estep=estep), shared=2)
-        stride = slice(None, None, CALIBRATION_STRIDE)
         parts, labels = [], []
         for batch, names in self.batches(examples, "calibration"):
             evidence = fetch(step(params, self.frozen(bank), batch))[: len(names)]
-            parts.append(np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1]))
-            labels.append(fetch(batch["label"])[: len(names), stride, stride].ravel())
+            parts.append(by_pixel(evidence))
+            labels.append(subsampled_labels(batch, len(names)))
         return np.concatenate(parts), np.concatenate(labels)
 
     def calibrate(self, params: Params, bank: PromptBank, estep: EStep, split: str = "") -> Calibration:
@@ -183,8 +182,7 @@ class Evaluator:
         return self.jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
-        evidence = self._ask(params, frozen, batch, estep).mean(axis=2)
-        return at_labels(evidence, batch)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+        return subsampled(self._ask(params, frozen, batch, estep).mean(axis=2), batch)
 
     def _counts(
         self,
@@ -268,6 +266,22 @@ def at_labels(probability: Array, batch: Params) -> Array:
         return probability
     shape = batch["label"].shape[1:]
     return inference.enlarge_padded(probability, batch["image_size"], batch["size"], shape)
+
+
+def subsampled(evidence: Array, batch: Params) -> Array:
+    """Evidence [n, q, h, w] at every 4th pixel of the labels: what a calibration is fitted to."""
+    return at_labels(evidence, batch)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+
+
+def subsampled_labels(batch: Params, count: int) -> np.ndarray:
+    """The labels of those pixels, [pixels], of the first `count` pictures."""
+    stride = slice(None, None, CALIBRATION_STRIDE)
+    return fetch(batch["label"])[:count, stride, stride].ravel()
+
+
+def by_pixel(evidence: np.ndarray) -> np.ndarray:
+    """[n, q, h, w] to [pixels, q]."""
+    return np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1])
 
 
 def results_of(scores: Scores, config: Config, calibration: Calibration, estep: EStep) -> dict:

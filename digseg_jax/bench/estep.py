@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The E-Step grid over seeds of the members' noise, and what a cheaper decoder costs in mIoU.
 
-One model, the land cover's held-out tiles, one calibration for all rows of a decoder: these differ by
-the members, the steps and the noise alone. Seeds tell an ensemble's gain from luck. Members are nested,
-so the largest ensemble is sampled once and scored for every smaller one and every decoder.
+One model, the land cover's held-out tiles. Each row's scale and biases are fitted on the val split with
+as many members as the row has, and once for all seeds, which tell an ensemble's gain from luck. Members
+are nested, so the largest ensemble is sampled once and read for every smaller one and every decoder.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from digseg_jax.config import Config
 from digseg_jax.data.evaluation import EvalExamples
 from digseg_jax.data.landcover import GROUPS
 from digseg_jax.errors import UserError
-from digseg_jax.evaluate import Evaluator
+from digseg_jax.evaluate import Evaluator, by_pixel, subsampled, subsampled_labels
 from digseg_jax.log import log
-from digseg_jax.segmentation import metrics
+from digseg_jax.segmentation import calibration, metrics
 from digseg_jax.segmentation.inference import DECODERS, EStep
 from digseg_jax.segmentation.text_bank import PromptBank
 from digseg_jax.sharding import make_mesh
@@ -34,6 +34,10 @@ from digseg_jax.tasks.segmentation import PALETTE_NAME, SegmentationTask
 from digseg_jax.weights import load_params
 
 CALIBRATED_ON = "val"
+
+Row = tuple[str, int]  # decoder, members
+# what a row's evidence [n q e h w] of a batch becomes
+Reduce = Callable[[Row, Array, Params], Array]
 
 
 def run(
@@ -53,20 +57,26 @@ def run(
         if decoder not in DECODERS:
             raise UserError(f"--decoders: {decoder!r}; legal: {', '.join(DECODERS)}")
     grid = Grid(weights, decoders, images)
-    fitted = {d: grid.calibrate(d, dataclasses.replace(esteps[0], ensemble=1)) for d in decoders}
-    confusions = grid.confusions(esteps, fitted, seeds)
-    summary = []
-    for decoder in decoders:
-        for estep in esteps:
-            seconds = grid.seconds_per_image(decoder, estep, fitted[decoder])
-            summary.append(_row(decoder, estep, confusions[decoder, estep], seconds))
+    confusions, seconds = {}, {}
+    for steps, spacing in dict.fromkeys((e.steps, e.spacing) for e in esteps):
+        same = [e for e in esteps if (e.steps, e.spacing) == (steps, spacing)]
+        fitted = grid.calibrate(same)
+        for (decoder, members), found in grid.confusions(same, fitted, seeds).items():
+            estep = EStep(members, steps, spacing)
+            confusions[decoder, estep] = found
+            seconds[decoder, estep] = grid.seconds_per_image(decoder, estep, fitted[decoder, members])
+    summary = [
+        _row(decoder, estep, confusions[decoder, estep], seconds[decoder, estep])
+        for decoder in decoders
+        for estep in esteps
+    ]
     return {
         "weights": weights,
         "codec": grid.task.codec,
         "split": "test",
         "images": len(grid.examples),
         "seeds": seeds,
-        "calibrated_on": CALIBRATED_ON,
+        "calibrated_on": CALIBRATED_ON,  # with as many members as the row has
         "rows": summary,
         "monotone_in_members": {
             d: monotone([row for row in summary if row["decoder"] == d]) for d in decoders
@@ -92,43 +102,65 @@ class Grid:
         self.examples: EvalExamples = self.any.examples("test")
         self.bank: PromptBank = self.any.bank(GROUPS)
 
-    def calibrate(self, decoder: str, estep: EStep) -> Params:
-        """Scale and biases of a decoder."""
-        found = self.evaluators[decoder].calibrate(self.params, self.bank, estep, CALIBRATED_ON)
-        return {"scale": np.float32(found.scale), "bias": np.float32(found.bias)}
+    def calibrate(self, esteps: list[EStep]) -> dict[Row, Params]:
+        """Scale and biases of every row, of E-Steps that differ in their members alone."""
+
+        def few(row: Row, evidence: Array, batch: Params) -> Array:
+            return subsampled(evidence.mean(axis=2), batch)
+
+        program = self.any.jit(self._nested(esteps, few), shared=3)
+        examples = self.any.examples(CALIBRATED_ON)
+        key, labels = jax.random.key(self.task.config.seed), []
+        parts: dict[Row, list[np.ndarray]] = {}
+        for batch, names in self.any.batches(examples, f"calibration x{esteps[0].steps}"):
+            found = program(self.params, self.any.frozen(self.bank), key, batch)
+            for row, evidence in found.items():
+                parts.setdefault(row, []).append(by_pixel(np.asarray(evidence)[: len(names)]))
+            labels.append(subsampled_labels(batch, len(names)))
+        label, scale = np.concatenate(labels), self.any.fixed_scale()
+        fits = {
+            row: calibration.fit(np.concatenate(part), label, CALIBRATED_ON, scale)
+            for row, part in parts.items()
+        }
+        return {
+            row: {"scale": np.float32(fit.scale), "bias": np.float32(fit.bias)}
+            for row, fit in fits.items()
+        }
 
     def confusions(
-        self, esteps: list[EStep], fitted: dict[str, Params], seeds: int
-    ) -> dict[tuple[str, EStep], list[np.ndarray]]:
-        """Confusion matrices of every decoder and row, one a seed."""
-        found = {(d, e): [] for d in fitted for e in esteps}
-        for steps, spacing in dict.fromkeys((e.steps, e.spacing) for e in esteps):
-            members = sorted(e.ensemble for e in esteps if (e.steps, e.spacing) == (steps, spacing))
-            program = self.any.jit(self._nested(members, steps, spacing), shared=4)
-            for seed in range(seeds):
-                label = f"seed {seed}, {members[-1]}x{steps}"
-                total: dict[Any, np.ndarray] = {}
-                for batch, _ in self.any.batches(self.examples, label):
-                    frozen, key = self.any.frozen(self.bank), jax.random.key(seed)
-                    for name, counts in program(self.params, frozen, fitted, key, batch).items():
-                        total[name] = total.get(name, 0) + np.asarray(counts, np.int64)
-                for (decoder, ensemble), counts in total.items():
-                    found[decoder, EStep(ensemble, steps, spacing)].append(counts)
-                    miou = metrics.mean_iou(counts)
-                    log.info("seed %d, %s, %dx%d: mIoU %.4f", seed, decoder, ensemble, steps, miou)
+        self, esteps: list[EStep], fitted: dict[Row, Params], seeds: int
+    ) -> dict[Row, list[np.ndarray]]:
+        """Confusion matrices of every row, one a seed; the E-Steps differ in their members alone."""
+        classes = len(self.examples.classes)
+
+        def count(row: Row, evidence: Array, batch: Params) -> Array:
+            evaluator = self.evaluators[row[0]]
+            return evaluator.counts(evidence, fitted[row], batch, classes)["confusion"].sum(axis=0)
+
+        program = self.any.jit(self._nested(esteps, count), shared=3)
+        found: dict[Row, list[np.ndarray]] = {}
+        for seed in range(seeds):
+            total: dict[Row, np.ndarray] = {}
+            for batch, _ in self.any.batches(self.examples, f"seed {seed}, x{esteps[0].steps}"):
+                frozen, key = self.any.frozen(self.bank), jax.random.key(seed)
+                for row, counts in program(self.params, frozen, key, batch).items():
+                    total[row] = total.get(row, 0) + np.asarray(counts, np.int64)
+            for (decoder, members), counts in total.items():
+                found.setdefault((decoder, members), []).append(counts)
+                miou = metrics.mean_iou(counts)
+                log.info("seed %d, %s, %dx%d: mIoU %.4f", seed, decoder, members, esteps[0].steps, miou)
         return found
 
-    def _nested(self, members: list[int], steps: int, spacing: str) -> Callable[..., Any]:
-        """The program that counts for each number of members, the first ones of the largest."""
+    def _nested(self, esteps: list[EStep], reduce: Reduce) -> Callable[..., dict[Row, Array]]:
+        """The program that reads each number of members, the first ones of the largest."""
+        largest = max(esteps, key=lambda e: e.ensemble)
+        members = sorted({e.ensemble for e in esteps})
 
-        def program(
-            params: Params, frozen: Params, fitted: dict[str, Params], key: Array, batch: Params
-        ) -> dict[tuple[str, int], Array]:
-            estep = EStep(members[-1], steps, spacing)
+        def program(params: Params, frozen: Params, key: Array, batch: Params) -> dict[Row, Array]:
             image, index = batch["image"], batch["index"]
-            latents = self.task.sample(params, frozen, image, index, estep, seed=key)
-            counts = {}
-            for decoder, evaluator in self.evaluators.items():
+            latents = self.task.sample(params, frozen, image, index, largest, seed=key)
+            rows = {}
+            for decoder in self.evaluators:
                 read = partial(self.task.read, frozen, size=image.shape[1:3], decoder=decoder)
                 if decoder == "latent_mean":
                     evidence = {e: read(latents[:, :, :e]) for e in members}
@@ -136,9 +168,8 @@ class Grid:
                     whole = read(latents)
                     evidence = {e: whole[:, :, :e] for e in members}
                 for ensemble, part in evidence.items():
-                    found = evaluator.counts(part, fitted[decoder], batch, len(self.examples.classes))
-                    counts[decoder, ensemble] = found["confusion"].sum(axis=0)
-            return counts
+                    rows[decoder, ensemble] = reduce((decoder, ensemble), part, batch)
+            return rows
 
         return program
 
