@@ -126,9 +126,9 @@ class ModelConfig:
     # cpu: fewer products, see models/cpu_conv.py; xla: as XLA has it; auto: the one of these for the
     # devices. Equal in result
     conv: str = legal("auto", "xla", "cpu")
-    # chunked: bounded memory on any platform; splash: TPU; cudnn: NVIDIA GPU; auto: the one of these
-    # for the devices. Equal in result
-    attention: str = legal("plain", "auto", "chunked", "splash", "cudnn")
+    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: the
+    # one of these for the devices. Equal in result
+    attention: str = legal("plain", "auto", "chunked", "headwise", "splash", "cudnn")
     remat: str = legal("none", "block", "large", "attention", "dots")  # see models/remat.py
     vae_limit: int = 0  # pictures that the autoencoder takes at a time on a device; 0: all of a batch
     unet_limit: int = 0  # masks that the U-Net denoises at a time on a device in evaluation; 0: all

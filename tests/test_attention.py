@@ -61,9 +61,11 @@ def gradients(function, q, k, v):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "QUERY_CHUNK", 16)
+    monkeypatch.setattr(kernels, "HEADWISE_CHUNK", 16 * 9)
+    monkeypatch.setattr(kernels, "HEADWISE_FEW", 100)
 
 
-@pytest.mark.parametrize("name", ["plain", "chunked"])
+@pytest.mark.parametrize("name", ["plain", "chunked", "headwise"])
 @pytest.mark.parametrize("length", [7, 16, 48, 50])
 def test_against_one_query_at_a_time(small_chunks, name, length):
     q, k, v = arrays(2, length, 9)
@@ -79,11 +81,14 @@ def test_a_row_without_any_key_attends_evenly(name):
     assert relative_l2(attention(q, k, v, mask, name), reference(q, k, v, mask)) <= LIMIT
 
 
+@pytest.mark.parametrize("name", ["chunked", "headwise"])
 @pytest.mark.parametrize("length", [48, 50])
-def test_gradients_of_chunks_are_those_of_plain(small_chunks, length):
+def test_gradients_of_chunks_are_those_of_plain(small_chunks, name, length):
     q, k, v = arrays(1, length, 9)
     for got, expected in zip(
-        gradients(kernels.chunked, q, k, v), gradients(kernels.plain, q, k, v), strict=True
+        gradients(kernels.IMPLEMENTATIONS[name], q, k, v),
+        gradients(kernels.plain, q, k, v),
+        strict=True,
     ):
         assert relative_l2(got, expected) <= LIMIT
 
@@ -107,6 +112,7 @@ def test_chunks_bound_the_memory_of_forward_and_backward():
 
     assert largest("plain") == 3 * 3840 * 3840
     assert largest("chunked") == 3 * 256 * 3840
+    assert largest("headwise") == 3840 * 480  # of 8 MB, one head at a time
 
 
 def test_splash_equals_plain_forward_and_backward():
@@ -174,7 +180,7 @@ def test_cudnn_is_asked_for_what_plain_computes(monkeypatch):
 
 
 def test_an_unknown_name_lists_the_legal_ones():
-    with pytest.raises(ValueError, match="'flash'; legal: plain, chunked, splash, cudnn"):
+    with pytest.raises(ValueError, match="'flash'; legal: plain, chunked, headwise, splash, cudnn"):
         attention(*arrays(1, 2, 2), None, "flash")
 
 
@@ -193,8 +199,8 @@ def test_cudnn_needs_16_bits(folders):
         tiny.config(folders, model__attention="cudnn")
 
 
-@pytest.mark.parametrize("name", ["plain", "chunked"])
-def test_portable_implementations_run_anywhere(folders, name):
+@pytest.mark.parametrize("name", ["plain", "chunked", "headwise"])
+def test_these_run_on_the_cpus_here(folders, name):
     config = tiny.config(folders, model__attention=name)
     assert for_devices(config, jax.devices()).model.attention == name
 
@@ -206,7 +212,7 @@ def test_portable_implementations_run_anywhere(folders, name):
         ("tpu", "float32", "splash"),
         ("gpu", "bfloat16", "cudnn"),
         ("cuda", "float32", "chunked"),
-        ("cpu", "bfloat16", "chunked"),
+        ("cpu", "bfloat16", "headwise"),
     ],
 )
 def test_auto_is_the_best_that_the_devices_run(folders, platform, dtype, expected):

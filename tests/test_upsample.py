@@ -12,7 +12,7 @@ import tiny
 from digseg_jax.models import functional
 from digseg_jax.models.autoencoder_tiny import AutoencoderTiny, TinyVaeConfig
 from digseg_jax.models.unet import UNet2DConditionModel
-from digseg_jax.models.upsample import folded_conv, upsample_nearest
+from digseg_jax.models.upsample import doubled_conv, folded_conv, upsample_nearest
 from digseg_jax.models.vae import AutoencoderKL
 from digseg_jax.tasks.components import for_devices
 
@@ -42,6 +42,14 @@ def test_nearest_doubling_repeats_rows_and_columns():
 def test_folded_is_the_convolution_of_the_doubled_map(shape):
     x, kernel = draw(*shape), draw(3, 3, shape[-1], 6)
     np.testing.assert_allclose(folded_conv(x, kernel), made(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize("side, convolutions", [(2, 1), (16, 4)])
+def test_a_large_map_is_folded_and_a_small_one_made(side, convolutions):
+    x, kernel = draw(1, side, side, 4), draw(3, 3, 4, 6)
+    lowered = jax.jit(doubled_conv).lower(x, kernel).as_text()
+    assert lowered.count("stablehlo.convolution") == convolutions
+    np.testing.assert_allclose(doubled_conv(x, kernel), made(x, kernel), atol=1e-5)
 
 
 def test_so_are_its_gradients():

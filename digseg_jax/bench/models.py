@@ -82,7 +82,7 @@ def run(
     threads: int = 2,
     repeats: int = 3,
     conv: str = "cpu",
-    attention: str = "chunked",
+    attention: str = "headwise",
     cells: int = 0,
 ) -> dict[str, Any]:
     """Times every case on both sides; `ratio` is ours divided by torch's, below 1 is faster.

@@ -57,7 +57,7 @@ def run(
     repeats: int = 2,
     torch_batch: int = 1,
     conv: str = "cpu",
-    attention: str = "plain",
+    attention: str = "headwise",
 ) -> dict[str, Any]:
     """Times every row on both sides; `ratio` is our time divided by torch's, below 1 is faster.
 

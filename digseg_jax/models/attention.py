@@ -26,9 +26,9 @@ def attention(
 
     Args:
       mask: False where a key is padding. A row without any valid key attends to all keys evenly.
-      implementation: "plain" | "chunked" (bounded memory, any platform) | "splash" (TPU) | "cudnn"
-        (GPU), see `models.attention_kernels`; or a function of (q, k, v, mask), such as one that
-        knows how the arrays are sharded.
+      implementation: "plain" | "chunked" (bounded memory, any platform) | "headwise" (CPU) | "splash"
+        (TPU) | "cudnn" (GPU), see `models.attention_kernels`; or a function of (q, k, v, mask), such
+        as one that knows how the arrays are sharded.
     """
     if callable(implementation):
         return implementation(q, k, v, mask)
@@ -85,9 +85,12 @@ class GEGLU(nnx.Module):
         self.proj = linear(features, 2 * hidden, compute=compute, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l hidden"]:
+        compute = self.proj.compute
+        if compute.conv == "cpu":  # which would copy the halves of a kernel
+            value, gate = jnp.split(self.proj(x), 2, axis=-1)
+            return value * jax.nn.gelu(gate, approximate=False)
         # The kernel is split, not its product: the gate's product then ends in the activation, and the
         # two halves never lie in memory as one array (a sixth of a transformer block's traffic on TPU).
-        compute = self.proj.compute
         x, bias = x.astype(compute.dtype), self.proj.bias[...].astype(compute.dtype)
         kernel = compute.weights(self.proj.kernel[...].astype(compute.dtype))
         halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)

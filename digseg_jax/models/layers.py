@@ -16,7 +16,7 @@ from digseg_jax.models import cpu_conv
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.cpu_conv import xla_conv
 from digseg_jax.models.group_norm import group_norm
-from digseg_jax.models.upsample import folded_conv, upsample_nearest
+from digseg_jax.models.upsample import doubled_conv, upsample_nearest
 
 WeightsFn = Callable[[Array], Array]
 
@@ -32,6 +32,7 @@ class Compute:
     dtype: activations; norms, softmax and timestep embeddings stay in float32.
     conv: "xla", as XLA has it; or "cpu": fewer products, see `models.cpu_conv`, and for a doubled map
       `models.upsample`. On a TPU that would cost more traffic than it saves. Equal up to rounding.
+      `models.attention.GEGLU` has its own way for each of them too.
     attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
     weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
@@ -80,7 +81,7 @@ class Conv(nnx.Module):
         # Winograd's sums and differences are for float32's digits
         ours = self.compute.conv == "cpu" and self.stride == 1 and dtype == jnp.float32
         if ours and self.doubled:
-            y = folded_conv(x, kernel)
+            y = doubled_conv(x, kernel)
         elif ours:
             y = cpu_conv.conv(x, kernel, self.padding)
         else:

@@ -28,7 +28,8 @@ from digseg_jax.weights import TextTower, load_component, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 PORTABLE = "chunked"
-PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda")}  # of kernels that run on one kind only
+# of kernels for one kind of device only
+PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda"), "headwise": ("cpu",)}
 
 
 def identity(x: Array) -> Array:
