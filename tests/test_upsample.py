@@ -70,8 +70,8 @@ TAESD = TinyVaeConfig(
 @pytest.mark.parametrize(
     "model_class, config, call",
     [
-        (AutoencoderKL, tiny.VAE, lambda m: m.decode(jnp.ones((1, 8, 8, 4)))),
-        (AutoencoderTiny, TAESD, lambda m: m.decode(jnp.ones((1, 4, 4, 4)))),
+        (AutoencoderKL, tiny.VAE, lambda m: m.decode(jnp.ones((1, 12, 12, 4)))),
+        (AutoencoderTiny, TAESD, lambda m: m.decode(jnp.ones((1, 12, 12, 4)))),
         (
             UNet2DConditionModel,
             tiny.UNET,
