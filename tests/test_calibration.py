@@ -79,3 +79,25 @@ def test_biases_stay_within_bounds_and_in_json():
 def test_a_class_that_does_not_occur_does_not_break_the_fit():
     evidence, label = pixels(rates=[0.5, 0.5, 0.0, 0.0])
     assert np.isfinite(fit(evidence, label, "val").bias).all()
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])  # binary; a palette's
+def test_equal_members_are_fitted_like_one(scale):
+    evidence, label = pixels(offset=(0.4, 0.0, 0.0, -0.3))
+    members = np.repeat(evidence[..., None], 3, axis=2)
+    assert fit(members, label, "val", scale) == fit(evidence, label, "val", scale)
+
+
+def test_biases_are_fitted_to_the_mean_of_the_members_probabilities():
+    """As an evaluation combines them; the mean of their evidence is another thing."""
+    parts = [pixels(noise=0.9, seed=0, offset=(0.6 * sign, 0, 0, 0)) for sign in (-1, 1)]
+    label = parts[0][1]
+    members = np.stack([evidence for evidence, _ in parts], axis=2)
+
+    def score(fitted):
+        logits = fitted.scale * members + np.asarray(fitted.bias)[:, None]
+        return calibration._argmax_miou((1 / (1 + np.exp(-logits))).mean(axis=2), label)
+
+    both, mean = fit(members, label, "val"), fit(members.mean(axis=2), label, "val")
+    assert score(both) >= score(identity(N, both.scale))
+    assert score(both) > score(calibration.Calibration(both.scale, mean.bias, "val"))

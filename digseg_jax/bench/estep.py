@@ -106,7 +106,8 @@ class Grid:
         """Scale and biases of every row, of E-Steps that differ in their members alone."""
 
         def few(row: Row, evidence: Array, batch: Params) -> Array:
-            return subsampled(evidence.mean(axis=2), batch)
+            n, q, e, h, w = evidence.shape  # members are kept: they are combined by the fit
+            return subsampled(evidence.reshape(n, q * e, h, w), batch)
 
         program = self.any.jit(self._nested(esteps, few), shared=3)
         examples = self.any.examples(CALIBRATED_ON)
@@ -119,7 +120,12 @@ class Grid:
             labels.append(subsampled_labels(batch, len(names)))
         label, scale = np.concatenate(labels), self.any.fixed_scale()
         fits = {
-            row: calibration.fit(np.concatenate(part), label, CALIBRATED_ON, scale)
+            row: calibration.fit(
+                np.concatenate(part).reshape(len(label), len(self.examples.classes), -1),
+                label,
+                CALIBRATED_ON,
+                scale,
+            )
             for row, part in parts.items()
         }
         return {
