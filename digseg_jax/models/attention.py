@@ -85,17 +85,19 @@ class GEGLU(nnx.Module):
         self.proj = linear(features, 2 * hidden, compute=compute, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l hidden"]:
+        value, gate = self._halves(x)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+    def _halves(self, x: Float[Array, "b l c"]) -> list[Array]:
         compute = self.proj.compute
-        if compute.conv == "cpu":  # which would copy the halves of a kernel
-            value, gate = jnp.split(self.proj(x), 2, axis=-1)
-            return value * jax.nn.gelu(gate, approximate=False)
+        if compute.conv == "cpu":  # where the halves of a kernel would be copies
+            return jnp.split(self.proj(x), 2, axis=-1)
         # The kernel is split, not its product: the gate's product then ends in the activation, and the
         # two halves never lie in memory as one array (a sixth of a transformer block's traffic on TPU).
         x, bias = x.astype(compute.dtype), self.proj.bias[...].astype(compute.dtype)
         kernel = compute.weights(self.proj.kernel[...].astype(compute.dtype))
         halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
-        value, gate = (x @ half + offset for half, offset in halves)
-        return value * jax.nn.gelu(gate, approximate=False)
+        return [x @ half + offset for half, offset in halves]
 
 
 class FeedForward(nnx.Module):
