@@ -152,11 +152,13 @@ def test_each_device_computes_its_own_examples_and_heads(shape):
     assert seen == [(batch, 128, heads, 4)]
 
 
-def test_the_mask_is_split_with_its_examples():
+@pytest.mark.parametrize("name", ["plain", "headwise"])
+def test_the_mask_is_split_with_its_examples(name, monkeypatch):
+    monkeypatch.setattr(kernels, "HEADWISE_FEW", 1)
     mesh = tiny.mesh(2, 2, 2)
     q, k, v = arrays(4, 6, 5)
     mask = np.arange(5)[None] < np.array([[5], [2], [1], [4]])
-    step = on_mesh(mesh, LocalAttention("plain"))
+    step = on_mesh(mesh, LocalAttention(name))
     got = jax.jit(step, in_shardings=NamedSharding(mesh, BATCH))(q, k, v, mask)
     assert relative_l2(got, reference(q, k, v, mask)) <= LIMIT
 
