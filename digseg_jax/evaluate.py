@@ -97,7 +97,7 @@ class Evaluator:
     def evidence(
         self, params: Params, examples: EvalExamples, bank: PromptBank, estep: EStep
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean decoded evidence [pixels, q] and labels [pixels], subsampled."""
+        """Decoded evidence [pixels, q, e] and labels [pixels], subsampled."""
         step = self.jit(partial(self._evidence, estep=estep), shared=2)
         parts, labels = [], []
         for batch, names in self.batches(examples, "calibration"):
@@ -107,7 +107,10 @@ class Evaluator:
         return np.concatenate(parts), np.concatenate(labels)
 
     def calibrate(self, params: Params, bank: PromptBank, estep: EStep, split: str = "") -> Calibration:
-        """Fits scale and biases on a split that is not scored: by default the configuration's."""
+        """Scale and biases of an E-Step, fitted with its members on a split that is not scored.
+
+        split: by default the configuration's.
+        """
         split = split or self.config.eval.calibrate_split
         examples = self.examples(split, self.config.eval.calibrate_images)
         evidence, label = self.evidence(params, examples, bank, estep)
@@ -182,7 +185,7 @@ class Evaluator:
         return self.jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
-        return subsampled(self._ask(params, frozen, batch, estep).mean(axis=2), batch)
+        return subsampled(self._ask(params, frozen, batch, estep), batch)
 
     def _counts(
         self,
@@ -269,8 +272,10 @@ def at_labels(probability: Array, batch: Params) -> Array:
 
 
 def subsampled(evidence: Array, batch: Params) -> Array:
-    """Evidence [n, q, h, w] at every 4th pixel of the labels: what a calibration is fitted to."""
-    return at_labels(evidence, batch)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+    """Evidence [n, q, e, h, w] at every 4th pixel of the labels: what a calibration is fitted to."""
+    planes = evidence.reshape(len(evidence), -1, *evidence.shape[-2:])
+    few = at_labels(planes, batch)[..., ::CALIBRATION_STRIDE, ::CALIBRATION_STRIDE]
+    return few.reshape(*evidence.shape[:3], *few.shape[-2:])
 
 
 def subsampled_labels(batch: Params, count: int) -> np.ndarray:
@@ -280,8 +285,8 @@ def subsampled_labels(batch: Params, count: int) -> np.ndarray:
 
 
 def by_pixel(evidence: np.ndarray) -> np.ndarray:
-    """[n, q, h, w] to [pixels, q]."""
-    return np.moveaxis(evidence, 1, -1).reshape(-1, evidence.shape[1])
+    """[n, q, e, h, w] to [pixels, q, e]."""
+    return np.moveaxis(evidence, (1, 2), (-2, -1)).reshape(-1, *evidence.shape[1:3])
 
 
 def results_of(scores: Scores, config: Config, calibration: Calibration, estep: EStep) -> dict:
@@ -338,20 +343,20 @@ def evaluate(
     facts = (values["data"], values["eval"], config.seed, len(examples))
     recorded = Recorded(folder / "unfinished", identity_of(fetch_to_main(params), *facts))
 
-    def calibrate() -> dict[str, Any]:
-        once = EStep(1, estep.steps, estep.spacing)
-        return evaluator.calibrate(params, bank, once).to_dict()
+    def scored(estep: EStep, keep: int = 0) -> tuple[Scores, Calibration]:
+        """Each E-Step with scale and biases of its own: fitted once, they would favour that one."""
+        fitted = calibration_lib.identity(len(classes), evaluator.fixed_scale() or 2.0)
+        if config.eval.calibrate:
+            fit = partial(evaluator.calibrate, params, bank, estep)
+            values = recorded.fitted(f"calibration {estep}", lambda: fit().to_dict())
+            fitted = Calibration.from_dict(values)
+            log.info("calibration of %s on %s: %s", estep, fitted.split, fitted.to_dict())
+        arguments = (params, examples, bank, estep, fitted)
+        return evaluator.scores(*arguments, keep=keep, recorded=recorded), fitted
 
-    fitted = calibration_lib.identity(len(classes), evaluator.fixed_scale() or 2.0)
-    if config.eval.calibrate:
-        fitted = Calibration.from_dict(recorded.fitted("calibration", calibrate))
-        log.info("calibration on %s: %s", fitted.split, fitted.to_dict())
-    keep = min(config.eval.gallery, len(examples))
-    scores = evaluator.scores(params, examples, bank, estep, fitted, keep=keep, recorded=recorded)
+    scores, fitted = scored(estep, min(config.eval.gallery, len(examples)))
     results = results_of(scores, config, fitted, estep)
-    rows = []
-    if config.eval.estep:
-        rows = estep_rows(evaluator, params, examples, bank, fitted, recorded)
+    rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.estep)]
     with together("the files of the evaluation"):
         if is_main():
             _write(folder, results, rows, scores, examples)
@@ -376,27 +381,14 @@ def _write(
         write_json(folder / "estep.json", {"rows": rows, "note": note})
 
 
-def estep_rows(
-    evaluator: Evaluator,
-    params: Params,
-    examples: EvalExamples,
-    bank: PromptBank,
-    calibration: Calibration,
-    recorded: Recorded | None = None,
-) -> list[dict[str, Any]]:
-    """One row per E-Step of `config.eval.estep`: mIoU and queries per second."""
-    rows = []
-    for text in evaluator.config.eval.estep:
-        estep = EStep.parse(text)
-        scores = evaluator.scores(params, examples, bank, estep, calibration, recorded=recorded)
-        rows.append(
-            {
-                **dataclasses.asdict(estep),
-                "miou": scores.miou,
-                "queries_per_second": scores.queries_per_second(),
-            }
-        )
-    return rows
+def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[str, Any]:
+    """One row of the E-Step table: mIoU and queries per second."""
+    return {
+        **dataclasses.asdict(estep),
+        "miou": scores.miou,
+        "queries_per_second": scores.queries_per_second(),
+        "calibration": calibration.to_dict(),
+    }
 
 
 def _write_gallery(folder: Path, scores: Scores, examples: EvalExamples) -> None:

@@ -9,6 +9,7 @@ from tiny import one_line
 
 from digseg_jax.bench import estep
 from digseg_jax.errors import UserError
+from digseg_jax.segmentation.inference import EStep
 from digseg_jax.tasks.segmentation import SegmentationTask
 
 
@@ -29,7 +30,7 @@ def test_rows_by_seed_and_decoder(folders, tmp_path, monkeypatch):
     task = SegmentationTask(config)
     task.export(task.initial(), tmp_path, {})
     monkeypatch.setattr(estep, "bench_config", lambda weights: (config, tmp_path))
-    result = estep.run("tiny", ("1x1", "2x1"), ("vae", "probe"), seeds=2, images=2)
+    result = estep.run("tiny", ("1x1", "2x1"), ("vae", "probe"), seeds=(3, 4), images=2)
     assert [(r["decoder"], r["estep"]) for r in result["rows"]] == [
         ("vae", "1x1"), ("vae", "2x1"), ("probe", "1x1"), ("probe", "2x1"),
     ]  # fmt: skip
@@ -41,7 +42,21 @@ def test_rows_by_seed_and_decoder(folders, tmp_path, monkeypatch):
     assert "probe" in estep.table(result)
 
 
+def test_rows_are_calibrated_as_an_evaluation_calibrates_them(folders, tmp_path, monkeypatch):
+    config = tiny.config(folders, eval__batch_size=8)
+    task = SegmentationTask(config)
+    task.export(task.initial(), tmp_path, {})
+    monkeypatch.setattr(estep, "bench_config", lambda weights: (config, tmp_path))
+    grid = estep.Grid("tiny", ("vae",), 2)
+    esteps = [EStep(1, 1), EStep(2, 1)]
+    nested = grid.calibrate(esteps)
+    for step in esteps:
+        alone = grid.any.calibrate(grid.params, grid.bank, step)
+        found = nested["vae", step.ensemble]
+        assert (float(found["scale"]), tuple(found["bias"])) == (alone.scale, alone.bias)
+
+
 def test_a_decoder_that_is_none_is_named():
     with pytest.raises(UserError) as caught:
-        estep.run("assets:segmenter", ("1x1",), ("mean",), seeds=1, images=2)
+        estep.run("assets:segmenter", ("1x1",), ("mean",), seeds=(0,), images=2)
     assert "'mean'; legal: vae, latent_mean, probe" in one_line(caught.value)

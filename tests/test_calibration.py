@@ -23,7 +23,7 @@ def pixels(n=4000, seed=0, offset=(0.0, 0.0, 0.0, 0.0), noise=0.5, rates=None):
 
 
 def miou(fitted, evidence, label):
-    return calibration._argmax_miou(fitted.scale * evidence + np.asarray(fitted.bias), label)
+    return calibration._argmax_miou((fitted.scale * evidence + np.asarray(fitted.bias)).T, label)
 
 
 def test_identity_is_scale_two_without_bias():
@@ -96,8 +96,20 @@ def test_biases_are_fitted_to_the_mean_of_the_members_probabilities():
 
     def score(fitted):
         logits = fitted.scale * members + np.asarray(fitted.bias)[:, None]
-        return calibration._argmax_miou((1 / (1 + np.exp(-logits))).mean(axis=2), label)
+        return calibration._argmax_miou((1 / (1 + np.exp(-logits))).mean(axis=2).T, label)
 
     both, mean = fit(members, label, "val"), fit(members.mean(axis=2), label, "val")
     assert score(both) >= score(identity(N, both.scale))
     assert score(both) > score(calibration.Calibration(both.scale, mean.bias, "val"))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_bias_tried_alone_gives_the_values_of_all(softmax, members):
+    rng = np.random.default_rng(0)
+    logits, bias = rng.normal(size=(N, 50, members)), rng.normal(size=N)
+    other = bias + np.eye(N)[2]
+    before = calibration._values(logits, bias, softmax=softmax)
+    after = calibration._rebiased(before, logits, other, 2, softmax=softmax)
+    np.testing.assert_array_equal(after, calibration._values(logits, other, softmax=softmax))
+    assert not np.array_equal(before, after)

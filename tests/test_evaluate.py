@@ -148,7 +148,7 @@ def run(folders, task, params, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny.config(
         folders, eval__num_images=3, eval__gallery=2, eval__ensemble=2,
-        eval__estep=("1x1", "2x1:leading"), seed=0,
+        eval__estep=("1x1", "2x1:leading"), eval__calibrate=True, seed=0,
     )  # fmt: skip
     return workdir, evaluate(config, task, params, tiny.mesh(), workdir)
 
@@ -183,6 +183,18 @@ class TestFiles:
             (1, 1, "trailing"), (2, 1, "leading"),
         ]  # fmt: skip
         assert all(r["queries_per_second"] > 0 and 0 <= r["miou"] <= 1 for r in rows)
+
+    def test_every_estep_is_calibrated_with_its_own_members(self, run, folders, task, params):
+        """Biases of one member would favour rows of one; see `Evaluator.calibrate`."""
+        workdir, results = run
+        rows = json.loads((workdir / "eval" / "estep.json").read_text())["rows"]
+        fits = [results["calibration"], *(row["calibration"] for row in rows)]
+        config = tiny.config(folders, eval__num_images=3)
+        evaluator = Evaluator(config, task, tiny.mesh())
+        bank = evaluator.bank(GROUPS)
+        for text, fitted in zip(("2x1", "1x1", "2x1:leading"), fits, strict=True):
+            assert fitted == evaluator.calibrate(params, bank, EStep.parse(text)).to_dict()
+        assert fits[0] != fits[1] and fits[0] != fits[2]
 
     def test_the_gallery_shows_the_first_images_with_their_present_classes(self, run):
         gallery = json.loads((run[0] / "eval" / "gallery" / "gallery.json").read_text())

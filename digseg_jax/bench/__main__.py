@@ -20,14 +20,14 @@ from digseg_jax.storage import write_bytes
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.bench", description=__doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
-    cover = jobs.add_parser("landcover", help="our segmenter against boosted trees; text; E-Step")
+    cover = jobs.add_parser("landcover", help="our segmenter against boosted trees; text")
     cover.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
-    cover.add_argument("--estep", action="store_true", help="also the E-Step table")
     grid = jobs.add_parser("estep", help="E-Step rows and decoders over seeds, on the land cover")
     grid.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
     grid.add_argument("--rows", default="1x2,2x2,4x2,8x2", help="members x steps, with commas")
     grid.add_argument("--decoders", default="vae", help="vae, latent_mean, probe, with commas")
-    grid.add_argument("--seeds", type=int, default=3)
+    grid.add_argument("--seeds", type=int, default=3, help="how many seeds of the noise")
+    grid.add_argument("--first-seed", type=int, default=0)
     grid.add_argument("--images", type=int, default=0, help="tiles, evenly spread; 0: all")
     vocabulary = jobs.add_parser("open_vocab", help="oracle, gated, exhaustive on 17 IGBP classes")
     vocabulary.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
@@ -93,7 +93,7 @@ def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
 def _landcover(arguments: argparse.Namespace) -> dict[str, Any]:
     from digseg_jax.bench import landcover
 
-    return landcover.run(arguments.weights, with_estep=arguments.estep)
+    return landcover.run(arguments.weights)
 
 
 def _estep(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +102,11 @@ def _estep(arguments: argparse.Namespace) -> dict[str, Any]:
     _check_counts(arguments, "seeds")
     rows, decoders = arguments.rows.split(","), arguments.decoders.split(",")
     result = estep.run(
-        arguments.weights, tuple(rows), tuple(decoders), arguments.seeds, arguments.images
+        arguments.weights,
+        tuple(rows),
+        tuple(decoders),
+        range(arguments.first_seed, arguments.first_seed + arguments.seeds),
+        arguments.images,
     )
     if not arguments.json:
         print(estep.table(result))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The E-Step grid over seeds of the members' noise, and what a cheaper decoder costs in mIoU.
 
-One model, the land cover's held-out tiles. Each row's scale and biases are fitted on the val split with
-as many members as the row has, and once for all seeds, which tell an ensemble's gain from luck. Members
-are nested, so the largest ensemble is sampled once and read for every smaller one and every decoder.
+One model, the land cover's held-out tiles. Each row's scale and biases are fitted as an evaluation does
+it: on the val split, with as many members as the row has and the noise of the configuration's seed; the
+seeds of the scored tiles tell an ensemble's gain from luck. Members are nested, so the largest ensemble
+is sampled once and read for every smaller one and every decoder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,12 +42,13 @@ Reduce = Callable[[Row, Array, Params], Array]
 
 
 def run(
-    weights: str, rows: tuple[str, ...], decoders: tuple[str, ...], seeds: int, images: int
+    weights: str, rows: tuple[str, ...], decoders: tuple[str, ...], seeds: Sequence[int], images: int
 ) -> dict[str, Any]:
     """mIoU, its mean and deviation over the seeds, and time, of every row with every decoder.
 
     Args:
       rows: E-Steps such as "8x2".
+      seeds: of the noise on the scored tiles.
       images: of the test split, and of the val split that calibrates, evenly spread; 0: all.
 
     Raises:
@@ -75,7 +77,7 @@ def run(
         "codec": grid.task.codec,
         "split": "test",
         "images": len(grid.examples),
-        "seeds": seeds,
+        "seeds": list(seeds),
         "calibrated_on": CALIBRATED_ON,  # with as many members as the row has
         "rows": summary,
         "monotone_in_members": {
@@ -106,8 +108,7 @@ class Grid:
         """Scale and biases of every row, of E-Steps that differ in their members alone."""
 
         def few(row: Row, evidence: Array, batch: Params) -> Array:
-            n, q, e, h, w = evidence.shape  # members are kept: they are combined by the fit
-            return subsampled(evidence.reshape(n, q * e, h, w), batch)
+            return subsampled(evidence, batch)
 
         program = self.any.jit(self._nested(esteps, few), shared=3)
         examples = self.any.examples(CALIBRATED_ON)
@@ -120,12 +121,7 @@ class Grid:
             labels.append(subsampled_labels(batch, len(names)))
         label, scale = np.concatenate(labels), self.any.fixed_scale()
         fits = {
-            row: calibration.fit(
-                np.concatenate(part).reshape(len(label), len(self.examples.classes), -1),
-                label,
-                CALIBRATED_ON,
-                scale,
-            )
+            row: calibration.fit(np.concatenate(part), label, CALIBRATED_ON, scale)
             for row, part in parts.items()
         }
         return {
@@ -134,7 +130,7 @@ class Grid:
         }
 
     def confusions(
-        self, esteps: list[EStep], fitted: dict[Row, Params], seeds: int
+        self, esteps: list[EStep], fitted: dict[Row, Params], seeds: Sequence[int]
     ) -> dict[Row, list[np.ndarray]]:
         """Confusion matrices of every row, one a seed; the E-Steps differ in their members alone."""
         classes = len(self.examples.classes)
@@ -145,7 +141,7 @@ class Grid:
 
         program = self.any.jit(self._nested(esteps, count), shared=3)
         found: dict[Row, list[np.ndarray]] = {}
-        for seed in range(seeds):
+        for seed in seeds:
             total: dict[Row, np.ndarray] = {}
             for batch, _ in self.any.batches(self.examples, f"seed {seed}, x{esteps[0].steps}"):
                 frozen, key = self.any.frozen(self.bank), jax.random.key(seed)

@@ -19,7 +19,7 @@ from digseg_jax.config import Config
 from digseg_jax.data import landcover
 from digseg_jax.data.evaluation import EvalExamples
 from digseg_jax.data.landcover_prompts import HELD_OUT
-from digseg_jax.evaluate import Evaluator, estep_rows
+from digseg_jax.evaluate import Evaluator
 from digseg_jax.log import log
 from digseg_jax.segmentation import metrics
 from digseg_jax.segmentation.calibration import Calibration
@@ -30,8 +30,6 @@ from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 
 HEADLINE = EStep(2, 2)
-ESTEPS = ("1x1", "1x2", "4x2", "8x2", "1x1:leading", "1x2:leading", "4x2:leading")
-ESTEP_IMAGES = 24  # of the split's 81, evenly spread: 8x2 on all of them takes many minutes
 
 
 def bench_config(weights: str) -> tuple[Config, Path]:
@@ -42,7 +40,7 @@ def bench_config(weights: str) -> tuple[Config, Path]:
     return for_devices(dataclasses.replace(base, model=model), jax.devices()), folder
 
 
-def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
+def run(weights: str) -> dict[str, Any]:
     """Everything measured in this run, on the test split."""
     config, folder = bench_config(weights)
     task = SegmentationTask(config)
@@ -50,12 +48,12 @@ def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
     evaluator = Evaluator(config, task, make_mesh(config.mesh))
     tiles = evaluator.examples("test")
     bank = evaluator.bank(landcover.GROUPS)
-    fitted = evaluator.calibrate(params, bank, EStep(1, HEADLINE.steps))
+    fitted = evaluator.calibrate(params, bank, HEADLINE)
     scores = evaluator.scores(params, tiles, bank, HEADLINE, fitted)
     baseline = trees.fit_and_count(landcover.load(), "groups", "test")
     ours = metrics.iou_per_class(scores.confusion)
     theirs = metrics.iou_per_class(baseline)
-    result = {
+    return {
         "split": "test",
         "num_images": len(tiles),
         "estep": str(HEADLINE),
@@ -70,12 +68,6 @@ def run(weights: str, *, with_estep: bool) -> dict[str, Any]:
         **metrics.query_scores(scores.overlaps, scores.areas, landcover.TILE**2),
         **unseen_queries(evaluator, params, tiles, fitted, scores.overlaps, scores.areas),
     }
-    if with_estep:
-        esteps = dataclasses.replace(config.eval, estep=ESTEPS, num_images=ESTEP_IMAGES)
-        small = Evaluator(dataclasses.replace(config, eval=esteps), task, make_mesh(config.mesh))
-        result["estep_images"] = ESTEP_IMAGES
-        result["estep_rows"] = estep_rows(small, params, small.examples("test"), bank, fitted)
-    return result
 
 
 def unseen_queries(

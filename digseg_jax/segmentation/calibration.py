@@ -42,39 +42,54 @@ def fit(evidence: np.ndarray, label: np.ndarray, split: str, scale: float | None
 
     Args:
       evidence: float [pixels, classes] or, of an ensemble, [pixels, classes, members], in [-1, 1].
-        Members are combined as an evaluation combines them: the mean of their probabilities.
+        Members are combined as an evaluation combines them by default: the mean of their
+        probabilities.
       label: int [pixels], -1 is ignored.
       scale: known already (a palette's follows from its autoencoder, and its members' probabilities
         are those of a softmax); only biases are fitted.
     """
     evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
-    evidence = evidence.reshape(*evidence.shape[:2], -1)
-    true = np.eye(evidence.shape[1], dtype=np.float32)[label]
-    probabilities = _sigmoid if scale is None else _softmax
+    members = np.ascontiguousarray(np.moveaxis(evidence.reshape(*evidence.shape[:2], -1), 1, 0))
+    known = scale is not None
     if scale is None:
-        scale = min(SCALES, key=lambda s: _cross_entropy(s * evidence, true[..., None]))
-    logits = scale * evidence
-
-    def score(bias: np.ndarray) -> float:
-        biased = logits + bias[:, None]
-        # one member's argmax needs no probabilities
-        one = biased.shape[2] == 1
-        return _argmax_miou(biased[..., 0] if one else probabilities(biased).mean(axis=2), label)
-
-    bias = np.zeros(evidence.shape[1], np.float32)
-    best = score(bias)
+        true = np.eye(len(members), dtype=np.float32)[label].T[..., None]
+        scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true))
+    logits = scale * members  # [classes, pixels, members]
+    bias = np.zeros(len(members), np.float32)
+    values = _values(logits, bias, softmax=known)
+    best = _argmax_miou(values, label)
     for _ in range(SWEEPS):
         before = best
         for c in range(len(bias)):
             for delta in BIAS_STEPS:
                 trial = bias.copy()
                 trial[c] = np.clip(trial[c] + delta, -MAX_BIAS, MAX_BIAS)
-                found = score(trial)
+                tried = _rebiased(values, logits, trial, c, softmax=known)
+                found = _argmax_miou(tried, label)
                 if found > best + 1e-5:
-                    best, bias = found, trial
+                    best, bias, values = found, trial, tried
         if best == before:
             break
     return Calibration(scale, tuple(float(b) for b in bias), split)
+
+
+def _values(logits: np.ndarray, bias: np.ndarray, *, softmax: bool) -> np.ndarray:
+    """What the argmax goes over, [classes, pixels], of [classes, pixels, members]."""
+    biased = logits + bias[:, None, None]
+    if biased.shape[2] == 1:  # one member's argmax needs no probabilities
+        return biased[..., 0]
+    return (_softmax(biased) if softmax else _sigmoid(biased)).mean(axis=2)
+
+
+def _rebiased(
+    values: np.ndarray, logits: np.ndarray, bias: np.ndarray, c: int, *, softmax: bool
+) -> np.ndarray:
+    """`_values` where only the bias of class c has changed since `values`."""
+    if softmax and logits.shape[2] > 1:  # its classes share a denominator
+        return _values(logits, bias, softmax=True)
+    values = values.copy()
+    values[c] = _values(logits[c : c + 1], bias[c : c + 1], softmax=softmax)[0]
+    return values
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -82,9 +97,9 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the classes, axis 1."""
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weights / weights.sum(axis=1, keepdims=True)
+    """Over the classes, axis 0."""
+    weights = np.exp(logits - logits.max(axis=0))
+    return weights / weights.sum(axis=0)
 
 
 def _cross_entropy(logits: np.ndarray, true: np.ndarray) -> float:
@@ -92,6 +107,6 @@ def _cross_entropy(logits: np.ndarray, true: np.ndarray) -> float:
 
 
 def _argmax_miou(values: np.ndarray, label: np.ndarray) -> float:
-    n = values.shape[1]
-    cells = label * (n + 1) + values.argmax(axis=1)
+    n = len(values)  # [classes, pixels]
+    cells = label * (n + 1) + values.argmax(axis=0)
     return mean_iou(np.bincount(cells, minlength=n * (n + 1)).reshape(n, n + 1))
