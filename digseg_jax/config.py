@@ -129,6 +129,8 @@ class ModelConfig:
     # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: the
     # one of these for the devices. Equal in result
     attention: str = legal("plain", "auto", "chunked", "headwise", "splash", "cudnn")
+    # plain: layer by layer; fused: one kernel, TPU; auto: the one of these for the devices
+    feed_forward: str = legal("auto", "plain", "fused")
     remat: str = legal("none", "block", "large", "attention", "dots")  # see models/remat.py
     vae_limit: int = 0  # pictures that the autoencoder takes at a time on a device; 0: all of a batch
     unet_limit: int = 0  # masks that the U-Net denoises at a time on a device in evaluation; 0: all

@@ -89,6 +89,11 @@ def check_combinations(c: Config) -> None:
             "config.model.attention='cudnn' takes 16-bit activations only: set "
             "config.model.dtype='bfloat16', or attention to plain or chunked"
         )
+    if c.model.feed_forward == "fused" and c.mesh.tensor > 1:
+        raise UserError(
+            f"config.model.feed_forward='fused' with config.mesh.tensor={c.mesh.tensor}: its kernel "
+            "needs whole weights; set it to auto or plain"
+        )
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="

@@ -22,6 +22,7 @@ from digseg_jax.config import MeshConfig
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention import attention
 from digseg_jax.models.attention_kernels import AttentionFn
+from digseg_jax.models.feed_forward_kernel import fused
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -252,6 +253,24 @@ def _whole_backward(spec: P, _: None, gradient: Array) -> tuple[Array]:
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
+
+
+def local_feed_forward(x: Float[Array, "b l c"], *weights: Array) -> Float[Array, "b l c"]:
+    """`models.feed_forward_kernel.fused` on every device's own examples; see `LocalAttention`.
+
+    The weights are whole on each; their gradients are summed over the devices.
+    """
+
+    def local(x: Array, *weights: Array) -> Array:
+        return fused(x.reshape(-1, x.shape[-1]), *weights).reshape(x.shape)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(x, *weights)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    spec = P(BATCH[0] if x.shape[0] % shards == 0 else None, None, None)
+    in_specs = (spec, *(P() for _ in weights))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(x, *weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,6 +140,19 @@ def test_kernels_have_the_flops_that_xla_does_not_count():
     assert kernel_flops(hlo.parse(TPU)) == 0
 
 
+def test_feed_forward_kernels_have_theirs():
+    call = 'custom-call(%p0), custom_call_target="tpu_custom_call", operand_layout_constraints={'
+    x, up, down = "bf16[1024,64]{1,0}", "bf16[64,512]{1,0}, bf16[1,512]{1,0}", "bf16[256,64]{1,0}"
+    text = f"""
+ENTRY %main (p0: bf16[1024,64]) -> bf16[1024,64] {{
+  %p0 = bf16[1024,64]{{1,0}} parameter(0)
+  %feed_forward_forward.1 = {x} {call}{x}, {up}, {down}, bf16[1,64]{{1,0}}}}
+  ROOT %feed_forward_backward.7 = {x} {call}{x}, {x}, {up}, {down}}}
+}}
+"""
+    assert kernel_flops(hlo.parse(text)) == (3 + 8) * 2 * 1024 * 64 * 256
+
+
 def test_text_of_something_else_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.parse("module @jit_f { }")

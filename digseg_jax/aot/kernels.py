@@ -11,6 +11,8 @@ from digseg_jax.aot import hlo
 # matrix products of queries x keys x width in each of splash attention's kernels; the backward ones
 # compute the scores and the weights' gradient again (jax: splash_attention_kernel.py)
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# the same of positions x hidden x features in `models.feed_forward_kernel`; backward, two of them again
+FEED_FORWARD = {"feed_forward_forward": 3, "feed_forward_backward": 8}
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _FLOATS = re.compile(r"(?:bf16|f16|f32)\[([\d,]*)\]")  # the kernel's tables are integers
 
@@ -25,13 +27,16 @@ def kernel_flops(module: hlo.Module) -> float:
 
 
 def _flops(instruction: hlo.Instruction) -> float:
-    """2 x products x batch x heads x queries x keys x width; 0 for another custom call.
-
-    The first operands of floats are q [*b, heads, l, d], k [*b, heads, m, d] and v.
-    """
-    kinds = [count for name, count in PRODUCTS.items() if instruction.name.startswith(name)]
+    """By the shapes of its operands; 0 for another custom call."""
     operands = _OPERANDS.search(instruction.text)
-    if not kinds or not operands:
+    if not operands:
         return 0.0
-    q, k = ([int(n) for n in s.split(",")] for s in _FLOATS.findall(operands[1])[:2])
-    return 2.0 * kinds[0] * math.prod(q) * k[-2]
+    shapes = [[int(n) for n in s.split(",")] for s in _FLOATS.findall(operands[1])]
+    for name, count in PRODUCTS.items():
+        if instruction.name.startswith(name):  # q [*b, heads, l, d], k [*b, heads, m, d], v
+            return 2.0 * count * math.prod(shapes[0]) * shapes[1][-2]
+    for name, count in FEED_FORWARD.items():
+        if instruction.name.startswith(name):  # x [n, c] or two such, up [c, 2 h]
+            up = next(shape for shape in shapes if shape[0] == shapes[0][1])
+            return 2.0 * count * math.prod(shapes[0]) * up[1] / 2
+    return 0.0

@@ -142,7 +142,8 @@ def model_flops(config: Config, parts: Parts, images: int) -> float:
     rematerialisation: what a model-FLOPs utilisation refers to.
     """
     # vae_limit too: a loop's body counts once here
-    plain = dataclasses.replace(config.model, attention="plain", remat="none", conv="xla", vae_limit=0)
+    as_written = {"attention": "plain", "feed_forward": "plain", "remat": "none", "conv": "xla"}
+    plain = dataclasses.replace(config.model, **as_written, vae_limit=0)
     train = dataclasses.replace(config.train, accumulation=1)
     config = dataclasses.replace(config, model=plain, train=train, mesh=MeshConfig())
     mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])

@@ -21,7 +21,7 @@ from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.segmentation.latent_probe import LatentProbe
 from digseg_jax.segmentation.palette import Palette
-from digseg_jax.tasks.components import Vae, compute_options, schedule_of
+from digseg_jax.tasks.components import Vae, compute_options, schedule_of, unet_options
 from digseg_jax.tasks.segmentation import MASK_ENDS, SegmentationTask, wants_mask_ends
 from digseg_jax.weights import load_config
 from digseg_jax.weights.registry import component_of_config
@@ -93,7 +93,7 @@ class ShapeTask(SegmentationTask):
         )
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
-                self.unet_config, rngs=functional.FixedRngs(), remat=model.remat, **options
+                self.unet_config, rngs=functional.FixedRngs(), **unet_options(model)
             )
         )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models import remat
 from digseg_jax.models.attention_kernels import IMPLEMENTATIONS, AttentionFn
+from digseg_jax.models.feed_forward import FeedForward
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, layer_norm, linear
 
 
@@ -76,45 +75,6 @@ class Attention(nnx.Module):
         attend = partial(attention, implementation=self.compute.attention)
         y = remat.attention(attend, self.compute.remat)(q, k, v, mask)
         return self.to_out[0](y.reshape(x.shape))
-
-
-class GEGLU(nnx.Module):
-    """Linear to twice the width; one half gates the other through the exact GELU."""
-
-    def __init__(self, features: int, hidden: int, *, compute: Compute, rngs: nnx.Rngs):
-        self.proj = linear(features, 2 * hidden, compute=compute, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l hidden"]:
-        value, gate = self._halves(x)
-        return value * jax.nn.gelu(gate, approximate=False)
-
-    def _halves(self, x: Float[Array, "b l c"]) -> list[Array]:
-        compute = self.proj.compute
-        if compute.conv == "cpu":  # where the halves of a kernel would be copies
-            return jnp.split(self.proj(x), 2, axis=-1)
-        # The kernel is split, not its product: the gate's product then ends in the activation, and the
-        # two halves never lie in memory as one array (a sixth of a transformer block's traffic on TPU).
-        x, bias = x.astype(compute.dtype), self.proj.bias[...].astype(compute.dtype)
-        kernel = compute.weights(self.proj.kernel[...].astype(compute.dtype))
-        halves = zip(jnp.split(kernel, 2, axis=1), jnp.split(bias, 2), strict=True)
-        return [x @ half + offset for half, offset in halves]
-
-
-class FeedForward(nnx.Module):
-    """GEGLU and a linear layer; index 1 of `net` is torch's dropout, which has no parameters."""
-
-    def __init__(self, features: int, *, compute: Compute, rngs: nnx.Rngs):
-        options = {"compute": compute, "rngs": rngs}
-        self.net = nnx.List(
-            [
-                GEGLU(features, 4 * features, **options),
-                nnx.Module(),
-                linear(4 * features, features, **options),
-            ]
-        )
-
-    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
-        return self.net[2](self.net[0](x))
 
 
 class BasicTransformerBlock(nnx.Module):

@@ -15,6 +15,7 @@ from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models import cpu_conv
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.cpu_conv import xla_conv
+from digseg_jax.models.feed_forward_kernel import FeedForwardFn
 from digseg_jax.models.group_norm import group_norm
 from digseg_jax.models.upsample import doubled_conv, upsample_nearest
 
@@ -32,11 +33,13 @@ class Compute:
     dtype: activations; norms, softmax and timestep embeddings stay in float32.
     conv: "xla", as XLA has it; or "cpu": fewer products, see `models.cpu_conv`, and for a doubled map
       `models.upsample`. On a TPU that would cost more traffic than it saves. Equal up to rounding.
-      `models.attention.GEGLU` has its own way for each of them too.
+      `models.feed_forward.GEGLU` has its own way for each of them too.
     attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
     weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
       sharded kernels are gathered.
+    feed_forward: that of (x, up, up_bias, down, down_bias), in place of its layers one by one where
+      `models.feed_forward_kernel.takes` the map.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -44,6 +47,7 @@ class Compute:
     attention: str | AttentionFn = "plain"
     remat: str = "none"
     weights: WeightsFn = as_it_is
+    feed_forward: FeedForwardFn | None = None
 
 
 class Conv(nnx.Module):
@@ -119,8 +123,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
         dtype = self.compute.dtype
-        y = x.astype(dtype) @ self.compute.weights(self.kernel[...].astype(dtype))
+        y = x.astype(dtype) @ self.weights()
         return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
+
+    def weights(self) -> Float[Array, "c d"]:
+        """The kernel as activations are multiplied with it."""
+        return self.compute.weights(self.kernel[...].astype(self.compute.dtype))
 
 
 def linear(

@@ -14,6 +14,7 @@ from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention_kernels import AttentionFn
 from digseg_jax.models.config import HubConfig
+from digseg_jax.models.feed_forward_kernel import FeedForwardFn
 from digseg_jax.models.layers import (
     Compute,
     Conv,
@@ -129,8 +130,9 @@ class UNet2DConditionModel(nnx.Module):
         attention: str | AttentionFn = "plain",
         remat: str = "none",
         weights: WeightsFn = as_it_is,
+        feed_forward: FeedForwardFn | None = None,
     ):
-        compute = Compute(dtype, conv, attention, remat, weights)
+        compute = Compute(dtype, conv, attention, remat, weights, feed_forward)
         options = {"compute": compute, "rngs": rngs}
         widths, levels = config.block_out_channels, len(config.block_out_channels)
         time_features = 4 * widths[0]

@@ -23,7 +23,7 @@ from digseg_jax.models.autoencoder_tiny import TinyVaeConfig
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.segmentation.text_bank import PromptBank, encode_prompts, with_sentence_token
-from digseg_jax.sharding import LocalAttention, gathered, in_slices
+from digseg_jax.sharding import LocalAttention, gathered, in_slices, local_feed_forward
 from digseg_jax.weights import TextTower, load_component, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
@@ -83,11 +83,20 @@ def compute_options(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def unet_options(config: ModelConfig) -> dict[str, Any]:
+    """`compute_options`, and those that the U-Net alone has."""
+    fused = config.feed_forward == "fused"
+    return compute_options(config) | {
+        "remat": config.remat,
+        "feed_forward": local_feed_forward if fused else None,
+    }
+
+
 def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
-    """The configuration with "auto" replaced by the convolution and the attention for the devices.
+    """The configuration with "auto" replaced by the way to compute that suits the devices.
 
     Raises:
-      UserError: the devices cannot run `config.model.attention`.
+      UserError: the devices cannot run `config.model.attention` or `config.model.feed_forward`.
     """
     platform, name = devices[0].platform, config.model.attention
     wanted = PLATFORMS.get(name)
@@ -96,6 +105,14 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
             f"config.model.attention={name!r} runs on {wanted[0].upper()}s only, the "
             f"devices here are of platform {platform!r}; legal: auto, plain, chunked"
         )
+    feed_forward = config.model.feed_forward
+    if feed_forward == "fused" and platform != "tpu":
+        raise UserError(
+            "config.model.feed_forward='fused' runs on TPUs only, the devices here are of platform "
+            f"{platform!r}; legal: auto, plain"
+        )
+    if feed_forward == "auto":
+        feed_forward = "fused" if platform == "tpu" and config.mesh.tensor == 1 else "plain"
     conv = config.model.conv
     if conv == "auto":
         conv = "cpu" if platform == "cpu" else "xla"
@@ -104,7 +121,8 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
         if fits == ["cudnn"] and config.model.dtype != "bfloat16":
             fits = []
         name = [*fits, PORTABLE][0]
-    model = dataclasses.replace(config.model, conv=conv, attention=name)
+    chosen = {"conv": conv, "attention": name, "feed_forward": feed_forward}
+    model = dataclasses.replace(config.model, **chosen)
     return dataclasses.replace(config, model=model)
 
 

@@ -45,12 +45,12 @@ from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
     bank_arrays,
     check_fit,
-    compute_options,
     draw_noise_and_timestep,
     encode_bank,
     load_tower,
     load_vae,
     schedule_of,
+    unet_options,
 )
 from digseg_jax.weights import load_config, load_unet_params, save_component
 
@@ -106,8 +106,7 @@ class SegmentationTask:
             lambda: UNet2DConditionModel(
                 self.unet_config,
                 rngs=functional.FixedRngs(),
-                remat=model.remat,
-                **compute_options(model),
+                **unet_options(model),
             )
         )
 
