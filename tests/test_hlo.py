@@ -140,14 +140,28 @@ def test_kernels_have_the_flops_that_xla_does_not_count():
     assert kernel_flops(hlo.parse(TPU)) == 0
 
 
+CALL = 'custom-call(%p0), custom_call_target="tpu_custom_call", operand_layout_constraints={'
+
+
+def test_cross_attention_kernels_have_theirs():
+    q, k, bias = "bf16[4,256,64]{2,1,0}", "bf16[4,128,64]{2,1,0}", "f32[4,1,128]{2,1,0}"
+    text = f"""
+ENTRY %main (p0: bf16[4,256,64]) -> bf16[4,256,64] {{
+  %p0 = {q} parameter(0)
+  %cross_attention_forward.1 = {q} {CALL}{q}, {k}, {k}, {bias}}}
+  ROOT %cross_attention_backward.7 = {q} {CALL}{q}, {q}, {k}, {k}, {bias}}}
+}}
+"""
+    assert kernel_flops(hlo.parse(text)) == (2 + 5) * 2 * 4 * 256 * 128 * 64
+
+
 def test_feed_forward_kernels_have_theirs():
-    call = 'custom-call(%p0), custom_call_target="tpu_custom_call", operand_layout_constraints={'
     x, up, down = "bf16[1024,64]{1,0}", "bf16[64,512]{1,0}, bf16[1,512]{1,0}", "bf16[256,64]{1,0}"
     text = f"""
 ENTRY %main (p0: bf16[1024,64]) -> bf16[1024,64] {{
   %p0 = bf16[1024,64]{{1,0}} parameter(0)
-  %feed_forward_forward.1 = {x} {call}{x}, {up}, {down}, bf16[1,64]{{1,0}}}}
-  ROOT %feed_forward_backward.7 = {x} {call}{x}, {x}, {up}, {down}}}
+  %feed_forward_forward.1 = {x} {CALL}{x}, {up}, {down}, bf16[1,64]{{1,0}}}}
+  ROOT %feed_forward_backward.7 = {x} {CALL}{x}, {x}, {up}, {down}}}
 }}
 """
     assert kernel_flops(hlo.parse(text)) == (3 + 8) * 2 * 1024 * 64 * 256

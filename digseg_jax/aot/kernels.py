@@ -11,6 +11,8 @@ from digseg_jax.aot import hlo
 # matrix products of queries x keys x width in each of splash attention's kernels; the backward ones
 # compute the scores and the weights' gradient again (jax: splash_attention_kernel.py)
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+# of `models.cross_attention_kernel`: operands q [b, l, c], perhaps dy, k [b, m, c]
+CROSS = {"cross_attention_forward": (2, 1), "cross_attention_backward": (5, 2)}
 # the same of positions x hidden x features in `models.feed_forward_kernel`; backward, two of them again
 FEED_FORWARD = {"feed_forward_forward": 3, "feed_forward_backward": 8}
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
@@ -35,6 +37,9 @@ def _flops(instruction: hlo.Instruction) -> float:
     for name, count in PRODUCTS.items():
         if instruction.name.startswith(name):  # q [*b, heads, l, d], k [*b, heads, m, d], v
             return 2.0 * count * math.prod(shapes[0]) * shapes[1][-2]
+    for name, (count, place) in CROSS.items():
+        if instruction.name.startswith(name):
+            return 2.0 * count * math.prod(shapes[0]) * shapes[place][-2]
     for name, count in FEED_FORWARD.items():
         if instruction.name.startswith(name):  # x [n, c] or two such, up [c, 2 h]
             up = next(shape for shape in shapes if shape[0] == shapes[0][1])

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.models import cross_attention_kernel
+from digseg_jax.models.remat import KEPT
 
 AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
 
@@ -124,17 +126,19 @@ def splash(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b l heads d"]:
-    """JAX's Pallas splash attention for TPUs; `chunked` for what its blocks do not fit.
+    """Pallas kernels for TPUs; `chunked` for what their blocks do not fit.
 
-    The blocks fit where both lengths are multiples of 128 and no key is masked: the U-Net's
-    self-attention. Text has few keys, so that its weights are small anyhow. XLA cannot partition a
-    Pallas kernel, so on several devices this has to be called on each one's part
+    JAX's splash attention where both lengths are multiples of 128 and no key is masked: the U-Net's
+    self-attention. Text has few keys: `cross_attention_kernel`. XLA cannot partition a Pallas
+    kernel, so on several devices this has to be called on each one's part
     (`sharding.LocalAttention`).
 
     Args:
       interpret: run the kernel's semantics on any platform, slowly; for tests.
     """
     heads, length, keys = q.shape[2], q.shape[1], k.shape[1]
+    if cross_attention_kernel.takes(length, keys):
+        return cross_attention_kernel.few_keys(q, k, v, mask, interpret=interpret)
     if mask is not None or length % LANES or keys % LANES:
         return chunked(q, k, v, mask)
     kernel = _splash_kernel(heads, length, keys, interpret)
@@ -162,6 +166,7 @@ def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Calla
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
 

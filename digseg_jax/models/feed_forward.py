@@ -6,10 +6,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models import feed_forward_kernel
 from digseg_jax.models.layers import Compute, linear
+from digseg_jax.models.remat import KEPT
 
 
 class GEGLU(nnx.Module):
@@ -52,4 +54,5 @@ class FeedForward(nnx.Module):
         if not fused or not feed_forward_kernel.takes(x.shape[1], self.features, 4 * self.features):
             return down(self.net[0](x))
         x = x.astype(self.compute.dtype)
-        return fused(x, up.weights(), up.bias[...], down.weights(), down.bias[...])
+        y = fused(x, up.weights(), up.bias[...], down.weights(), down.bias[...])
+        return checkpoint_name(y, KEPT)

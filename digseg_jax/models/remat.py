@@ -9,9 +9,12 @@ parameters, their paths and the results stay the same, only memory and time chan
 | none | everything | nothing |
 | attention | everything but the attention weights | scores and softmax, from q, k and v |
 | dots | results of weight products and convolutions | norms, activations, attention |
-| block | the input of every resnet and transformer | all that happens in it |
+| block | the input of every resnet and transformer | all that happens in it, see below |
 | large | the same where a map has more pixels than channels, else everything | all that happens there |
 
+`block` and `large` keep what kernels call `KEPT` as well: the results of attention (with its softmax's
+normalisers) and of the feed-forward part. They are as large as a block's input, and what is dearest to
+compute again.
 `large` is `block` without what it does not pay for: a small map of many channels takes little memory,
 but its kernels, which computing it again reads (and, sharded, gathers) once more, are the largest.
 """
@@ -25,6 +28,7 @@ import jax
 
 from digseg_jax.arraytypes import Array, Float
 
+KEPT = "kept"  # name of results that a block keeps
 MODES = ("none", "block", "large", "attention", "dots")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +36,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def block(function: F, mode: str) -> F:
     """Wraps a resnet or a transformer; its arguments are maps [b, h, w, c], then arrays (or None)."""
     if mode == "block":
-        return jax.checkpoint(function)
+        return _but_kept(function)
     if mode == "large":
         return _if_large(function)
     if mode == "dots":
@@ -45,8 +49,12 @@ def attention(function: F, mode: str) -> F:
     return jax.checkpoint(function) if mode == "attention" else _unchanged(function, mode)
 
 
+def _but_kept(function: F) -> F:
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+
+
 def _if_large(function: F) -> F:
-    again = jax.checkpoint(function)
+    again = _but_kept(function)
 
     def choose(x: Float[Array, "b h w c"], *others: Any) -> Any:
         _, h, w, c = x.shape
