@@ -8,7 +8,6 @@ the projections put them, in the channels: nothing is transposed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.models.pallas_call import call, product
 from digseg_jax.models.remat import KEPT
 
 KEYS = 128  # at most, and what fewer are padded to: a register's lanes
@@ -57,8 +57,10 @@ def few_keys(
 def _attend(heads: int, interpret: bool, q: Array, k: Array, v: Array, bias: Array) -> Array:
     rows, whole, row = _specs(q)
     shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    call = _call(_forward, heads, q, [rows, whole, whole, row], rows, shape, interpret)
-    return call(q, k, v, bias)
+    specs, grid = [rows, whole, whole, row], _grid(q, rows)
+    kernel, name = partial(_forward, heads), "cross_attention_forward"
+    run = call(kernel, name, specs, rows, shape, grid=grid, parallel=1, interpret=interpret)
+    return run(q, k, v, bias)
 
 
 def _attend_forward(heads: int, interpret: bool, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -72,9 +74,10 @@ def _attend_backward(
     rows, whole, row = _specs(q)
     sums = jax.ShapeDtypeStruct(k.shape, jnp.float32)
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
-    in_specs = [rows, rows, whole, whole, row]
-    call = _call(_backward, heads, q, in_specs, [rows, whole, whole], shapes, interpret)
-    dq, dk, dv = call(q, dy, k, v, bias)
+    specs, results = [rows, rows, whole, whole, row], [rows, whole, whole]
+    kernel, name, grid = partial(_backward, heads), "cross_attention_backward", _grid(q, rows)
+    run = call(kernel, name, specs, results, shapes, grid=grid, parallel=1, interpret=interpret)
+    dq, dk, dv = run(q, dy, k, v, bias)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(bias)
 
 
@@ -91,35 +94,14 @@ def _specs(q: Array) -> tuple[Any, Any, Any]:
     return rows, whole, pl.BlockSpec((None, 1, KEYS), lambda b, i: (b, 0, 0))
 
 
-def _call(
-    kernel: Callable[..., None],
-    heads: int,
-    q: Array,
-    in_specs: Any,
-    out_specs: Any,
-    shapes: Any,
-    interpret: bool,
-) -> Callable[..., Any]:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pl.pallas_call(
-        partial(kernel, heads),
-        grid=(q.shape[0], q.shape[1] // in_specs[0].block_shape[1]),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=shapes,
-        interpret=interpret,
-        name=f"cross_attention{kernel.__name__}",  # `aot.kernels` knows it by this name
-        # arbitrary: in order, since the gradients of the keys are summed over the queries
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-    )
+def _grid(q: Array, rows: Any) -> tuple[int, int]:
+    return q.shape[0], q.shape[1] // rows.block_shape[1]
 
 
 def _forward(heads: int, q: Any, k: Any, v: Any, bias: Any, y: Any) -> None:
     for part in _parts(q, heads):
         weights, total = _weights(q[:, part], k[:, part], bias[...])
-        found = _product(weights.astype(v.dtype), v[:, part], 1, 0)
+        found = product(weights.astype(v.dtype), v[:, part], 1, 0)
         y[:, part] = (found / total).astype(y.dtype)
 
 
@@ -136,14 +118,14 @@ def _backward(
         q_part, k_part, dy_part = q[:, part], k[:, part], dy[:, part]
         weights, total = _weights(q_part, k_part, bias[...])
         weights = weights / total
-        dv[:, part] += _product(weights.astype(v.dtype), dy_part, 0, 0)
-        d_weights = _product(dy_part, v[:, part], 1, 1)
+        dv[:, part] += product(weights.astype(v.dtype), dy_part, 0, 0)
+        d_weights = product(dy_part, v[:, part], 1, 1)
         mean = (weights * d_weights).sum(axis=1, keepdims=True)
         d_logits = weights * (d_weights - mean) * q_part.shape[1] ** -0.5
         # where a text has no valid key at all, masked ones have weights, but no logits to change
         d_logits = jnp.where(bias[...] == 0, d_logits, 0.0).astype(q.dtype)
-        dq[:, part] = _product(d_logits, k_part, 1, 0).astype(dq.dtype)
-        dk[:, part] += _product(d_logits, q_part, 0, 0)
+        dq[:, part] = product(d_logits, k_part, 1, 0).astype(dq.dtype)
+        dk[:, part] += product(d_logits, q_part, 0, 0)
 
 
 def _parts(q: Any, heads: int) -> list[slice]:
@@ -154,11 +136,6 @@ def _parts(q: Any, heads: int) -> list[slice]:
 
 def _weights(q: Array, k: Array, bias: Array) -> tuple[Array, Array]:
     """Softmax's numerators [rows, keys] and denominator [rows, 1], float32, of one head."""
-    logits = _product(q, k, 1, 1) * q.shape[1] ** -0.5 + bias
+    logits = product(q, k, 1, 1) * q.shape[1] ** -0.5 + bias
     weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     return weights, weights.sum(axis=1, keepdims=True)
-
-
-def _product(a: Array, b: Array, i: int, j: int) -> Array:
-    """Summed over axis i of a and j of b, in float32."""
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models.pallas_call import call, product
 
 FeedForwardFn = Callable[[Array, Array, Array, Array, Array], Array]
 
@@ -65,8 +66,10 @@ def fused(
 def _fused(interpret: bool, *arrays: Array) -> Array:
     x, *weights = arrays
     rows, whole = _specs(x, weights)
-    call = _call(_forward, x, [rows, *whole], rows, jax.ShapeDtypeStruct(x.shape, x.dtype), interpret)
-    return call(x, *weights)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    options = {"grid": _grid(x, rows), "memory": MEMORY, "interpret": interpret}
+    run = call(_forward, "feed_forward_forward", [rows, *whole], rows, shape, **options)
+    return run(x, *weights)
 
 
 def _fused_forward(interpret: bool, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -78,8 +81,10 @@ def _fused_backward(interpret: bool, arrays: tuple[Array, ...], dy: Array) -> tu
     rows, whole = _specs(x, weights)
     shapes = [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes]
-    call = _call(_backward, x, [rows, rows, *whole[:3]], [rows, *whole], shapes, interpret)
-    found = call(x, dy, *weights[:3])
+    options = {"grid": _grid(x, rows), "memory": MEMORY, "interpret": interpret}
+    specs, results = [rows, rows, *whole[:3]], [rows, *whole]
+    run = call(_backward, "feed_forward_backward", specs, results, shapes, **options)
+    found = run(x, dy, *weights[:3])
     return tuple(g.astype(a.dtype) for g, a in zip(found, arrays, strict=True))
 
 
@@ -95,25 +100,8 @@ def _specs(x: Array, weights: list[Array]) -> tuple[Any, list[Any]]:
     return rows, [pl.BlockSpec(w.shape, lambda i: (0, 0)) for w in weights]
 
 
-def _call(
-    kernel: Callable[..., None], x: Array, in_specs: Any, out_specs: Any, shapes: Any, interpret: bool
-) -> Callable[..., Any]:
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pl.pallas_call(
-        kernel,
-        grid=(len(x) // in_specs[0].block_shape[0],),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        out_shape=shapes,
-        interpret=interpret,
-        name=f"feed_forward{kernel.__name__}",  # `aot.kernels` knows it by this name
-        # arbitrary: in order, since the gradients of the weights are summed over the blocks
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=MEMORY
-        ),
-    )
+def _grid(x: Array, rows: Any) -> tuple[int]:
+    return (len(x) // rows.block_shape[0],)
 
 
 def _forward(x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, y: Any) -> None:
@@ -122,7 +110,7 @@ def _forward(x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, y: Any) -
     def add(i: Array, total: Array) -> Array:
         value, gate = _halves(block, up, up_bias, i * size, size)
         hidden = value * gate * _normal_cdf(gate)
-        return total + _product(hidden.astype(block.dtype), down[_part(i * size, size)], 1, 0)
+        return total + product(hidden.astype(block.dtype), down[_part(i * size, size)], 1, 0)
 
     start = jnp.zeros(block.shape, jnp.float32) + down_bias[...].astype(jnp.float32)
     y[...] = jax.lax.fori_loop(0, down.shape[0] // size, add, start).astype(y.dtype)
@@ -147,15 +135,15 @@ def _backward(
         value, gate = _halves(block, up, up_bias, i * size, size)
         cdf = _normal_cdf(gate)
         gelu, density = gate * cdf, jnp.exp(-0.5 * gate * gate) * (2 * math.pi) ** -0.5
-        d_down[here] += _product((value * gelu).astype(dtype), dy_block, 0, 0)
-        d_hidden = _product(dy_block, down[here], 1, 1)
+        d_down[here] += product((value * gelu).astype(dtype), dy_block, 0, 0)
+        d_hidden = product(dy_block, down[here], 1, 1)
         d_halves = (d_hidden * gelu, d_hidden * value * (cdf + gate * density))
         for start, gradient in zip((i * size, width + i * size), d_halves, strict=True):
             half = (slice(None), _part(start, size))
             d_up_bias[half] += gradient.sum(axis=0, keepdims=True)
             gradient = gradient.astype(dtype)
-            d_up[half] += _product(block, gradient, 0, 0)
-            total += _product(gradient, up[half], 1, 1)
+            d_up[half] += product(block, gradient, 0, 0)
+            total += product(gradient, up[half], 1, 1)
         return total
 
     start = jnp.zeros(block.shape, jnp.float32)
@@ -167,7 +155,7 @@ def _halves(x: Array, up: Any, up_bias: Any, start: Array, size: int) -> list[Ar
     """Value and gate of the hidden channels from `start`, float32 [rows, size]."""
     width = up.shape[1] // 2
     parts = [(slice(None), _part(first, size)) for first in (start, width + start)]
-    return [_product(x, up[p], 1, 0) + up_bias[p].astype(jnp.float32) for p in parts]
+    return [product(x, up[p], 1, 0) + up_bias[p].astype(jnp.float32) for p in parts]
 
 
 def _part(start: Array, size: int) -> Any:
@@ -178,11 +166,6 @@ def _part(start: Array, size: int) -> Any:
 
 def _hidden_size(down: Any) -> int:
     return HIDDEN if down.shape[0] % HIDDEN == 0 else LANES
-
-
-def _product(a: Array, b: Array, i: int, j: int) -> Array:
-    """Summed over axis i of a and j of b, in float32."""
-    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _normal_cdf(x: Array) -> Array:

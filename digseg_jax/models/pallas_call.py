@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What our Pallas kernels for TPUs share: the call, and a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array
+
+
+def call(
+    kernel: Callable[..., None],
+    name: str,
+    in_specs: list[Any],
+    out_specs: Any,
+    shapes: Any,
+    *,
+    grid: tuple[int, ...],
+    parallel: int = 0,
+    memory: int | None = None,
+    interpret: bool = False,
+) -> Callable[..., Any]:
+    """A function of the inputs that runs `kernel` on each of their blocks.
+
+    Args:
+      name: of the call in the compiled program, by which `aot.kernels` knows its FLOPs.
+      shapes: of the results.
+      parallel: the first axes of the grid, whose blocks go in any order. Along the others they go one
+        after another, and may sum into the same result.
+      memory: bytes of the chip's own memory at most; the compiler's default if None.
+      interpret: run the kernel's semantics on any platform, slowly; for tests.
+    """
+    from jax.experimental import pallas as pl  # here: of no use elsewhere, and costs start-up time
+    from jax.experimental.pallas import tpu as pltpu
+
+    order = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=memory),
+        interpret=interpret,
+    )
+
+
+def product(a: Array, b: Array, i: int, j: int) -> Array:
+    """Of two matrices, summed over axis i of a and j of b, in float32."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
