@@ -6,7 +6,7 @@ image instead of one per query: a step costs about half, an evaluation about an 
 Measured, the whole recipe on one busy core, 81 held-out tiles: read from the latents by the nearest
 colour (`eval.decoder=probe`, 1x1) mIoU 0.490, accuracy 0.801; through the decoder (`vae`, 4x2) 0.397
 and 0.736. The auxiliary loss trains what the former reads: where the U-Net is unsure between two
-colours, the decoder paints a third one. The binary codec's recipe has 0.546 and 0.851 (2x2).
+colours, the decoder paints a third one. The binary codec's recipe has 0.547 and 0.858 (2x2).
 
 `python -m digseg_jax.codec_check` tells what the autoencoder lets through before anything is trained.
 """
