@@ -347,9 +347,11 @@ def evaluate(
         """Each E-Step with scale and biases of its own: fitted once, they would favour that one."""
         fitted = calibration_lib.identity(len(classes), evaluator.fixed_scale() or 2.0)
         if config.eval.calibrate:
-            fit = partial(evaluator.calibrate, params, bank, estep)
-            values = recorded.fitted(f"calibration {estep}", lambda: fit().to_dict())
-            fitted = Calibration.from_dict(values)
+
+            def calibrate() -> dict[str, Any]:
+                return evaluator.calibrate(params, bank, estep).to_dict()
+
+            fitted = Calibration.from_dict(recorded.fitted(f"calibration {estep}", calibrate))
             log.info("calibration of %s on %s: %s", estep, fitted.split, fitted.to_dict())
         arguments = (params, examples, bank, estep, fitted)
         return evaluator.scores(*arguments, keep=keep, recorded=recorded), fitted
