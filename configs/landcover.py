@@ -5,9 +5,9 @@ The quickstart's recipe with more steps, more draws at the last timestep (most o
 the first denoising step), more queries for absent classes (every class is asked in evaluation) and the
 auxiliary loss on the predicted mask, which keeps rare classes from staying empty.
 
-Measured on two CPU cores: 60 minutes, without the E-Step table; held-out mIoU 0.547, accuracy 0.858 (2x2,
-seed 0), against 0.522 of boosted trees on the same tiles. Validation stops improving after about half of
-the steps.
+Measured on two CPU cores: 60 minutes, without the E-Step table; held-out mIoU 0.547, accuracy 0.858
+(2x2, seed 0), against 0.522 of boosted trees on the same tiles. Validation stops improving after about
+half of the steps.
 """
 
 from digseg_jax.config import default
