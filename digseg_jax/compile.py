@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from digseg_jax import tpu
 from digseg_jax.aot import hlo, programs, traffic
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.kernels import kernel_flops
@@ -56,9 +57,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "compiling %s for %s: %d images, %d masks a call, mesh %s; a full-size model takes minutes",
         program.name, topology, program.images, program.queries, dict(mesh.shape),
     )  # fmt: skip
-    start = time.monotonic()
     with effort(config.compile.effort):
-        measured = compile_and_measure(program, target)
+        measured = compile_and_measure(program, target, tuned=config.compile.tuned)
     result = {
         "topology": topology,
         "program": program.name,
@@ -70,9 +70,9 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "images_per_chip": program.images / programs.shards(mesh),
         "hbm_limit_bytes": target.hbm_bytes,
         "effort": config.compile.effort,
+        "tuned": config.compile.tuned,
         **measured,
         "lower_seconds": round(lowered_after, 1),
-        "compile_seconds": round(time.monotonic() - start, 1),
     }
     if program.name != "eval":
         per_chip = programs.model_flops(config, parts, program.images) / len(target.devices)
@@ -109,12 +109,15 @@ def effort(value: float) -> Iterator[None]:
         jax.config.update("jax_exec_time_optimization_effort", before)
 
 
-def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
+def compile_and_measure(program: Program, target: Topology, *, tuned: bool) -> dict[str, Any]:
     """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is."""
+    options = {} if tuned else tpu.untuned(target.devices[0].platform)
+    start = time.monotonic()
     try:
-        compiled = program.lowered.compile()
+        compiled = program.lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
-        return over_budget(str(error))
+        return over_budget(str(error)) | _seconds(start)
+    seconds = _seconds(start)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, len(target.devices))
@@ -137,7 +140,12 @@ def compile_and_measure(program: Program, target: Topology) -> dict[str, Any]:
         "collective_bytes": sum(c.bytes for c in collectives.values()),
         "collectives": {kind: dataclasses.asdict(c) for kind, c in collectives.items()},
         "largest_buffers": [dataclasses.asdict(b) for b in hlo.largest_buffers(module)],
+        **seconds,
     }
+
+
+def _seconds(start: float) -> dict[str, float]:
+    return {"compile_seconds": round(time.monotonic() - start, 1)}
 
 
 def over_budget(message: str) -> dict[str, Any]:

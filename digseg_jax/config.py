@@ -249,10 +249,12 @@ class CompileConfig:
     unet_only: bool = False  # train: the U-Net's step on given latents and tokens, nothing else
     per_device_batch: int = 0  # images a device; 0: what train.batch_size or eval.batch_size gives
     eval_queries: int = 16  # eval: queries an image
-    # of XLA's search for the fastest code (exec_time_optimization_effort), from -1 to 1. A run is
-    # compiled with 0, which takes ten times as long; memory and FLOPs are the same with -1, but the
-    # counts of bytes are lower (aot/RECORD.md)
-    effort: float = -1.0
+    # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a quick look: its
+    # memory is a tenth too low, and it knows no fetching ahead (aot/RECORD.md)
+    effort: float = 0.0
+    # TPUs: also search for the fastest tiling of every convolution, as a run does. That is three
+    # quarters of its compilation, and changes no number of the report but compile_seconds
+    tuned: bool = False
     advice: bool = True  # over budget: trace the step with other settings, to say what would fit
 
 

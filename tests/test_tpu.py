@@ -27,3 +27,4 @@ def test_options_are_for_known_compilers(monkeypatch, platform, version, expecte
 
     monkeypatch.setattr(importlib.metadata, "version", installed)
     assert tpu.compiler_options(platform) == expected
+    assert tpu.untuned(platform) == (tpu.UNTUNED if expected else {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -80,6 +81,11 @@ class Module:
 
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
+
+    @functools.cached_property
+    def named(self) -> dict[str, dict[str, Instruction]]:
+        """Instructions by computation and name: what operands refer to."""
+        return {where: {i.name: i for i in body} for where, body in self.computations.items()}
 
 
 def parse(text: str) -> Module:
@@ -215,14 +221,11 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
             kind = "reduce-scatter"
         n = _group_size(instruction, devices)
         counts[kind] += times
-        received[kind] += times * _received(kind, instruction, module.computations[where], n)
+        received[kind] += times * _received(kind, instruction, module.named[where], n)
     return {kind: Collective(counts[kind], received[kind]) for kind in sorted(counts)}
 
 
-def _received(
-    kind: str, instruction: Instruction, computation: tuple[Instruction, ...], n: int
-) -> float:
-    own = {i.name: i for i in computation}
+def _received(kind: str, instruction: Instruction, own: dict[str, Instruction], n: int) -> float:
     inputs = sum(s.bytes for o in instruction.operands if o in own for s in own[o].shapes)
     # an asynchronous start returns its inputs beside its results
     results = sum(

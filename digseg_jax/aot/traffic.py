@@ -18,10 +18,10 @@ def loop_corrections(module: Module) -> tuple[float, float]:
     flops = moved = 0.0
     for instruction, times, where in walk(module, fusions=True):
         if times > 1 and instruction.opcode in ("convolution", "dot"):
-            flops += (times - 1) * _product_flops(instruction, module.computations[where])
+            flops += (times - 1) * _product_flops(instruction, module.named[where])
     for instruction, times, where in walk(module, fusions=False):
         if times > 1 and instruction.opcode not in NO_TRAFFIC:
-            moved += (times - 1) * _traffic(instruction, module.computations[where])
+            moved += (times - 1) * _traffic(instruction, module.named[where])
     return flops, moved
 
 
@@ -34,13 +34,12 @@ def memory_traffic(module: Module) -> float:
     for instruction, times, where in walk(module, fusions=False):
         if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith("-done"):
             continue
-        computation = module.computations[where]
-        own = {i.name: i for i in computation}
+        own = module.named[where]
         inputs = [own[name].shapes for name in instruction.operands if name in own]
         if instruction.opcode in ("copy-start", "slice-start"):
             moved += times * _prefetched(instruction, inputs[0][0])
         else:
-            moved += times * _traffic(instruction, computation, main_memory=True)
+            moved += times * _traffic(instruction, own, main_memory=True)
     return moved
 
 
@@ -52,14 +51,13 @@ def _prefetched(instruction: Instruction, source: Shape) -> float:
 
 
 def _traffic(
-    instruction: Instruction, computation: tuple[Instruction, ...], *, main_memory: bool = False
+    instruction: Instruction, own: dict[str, Instruction], *, main_memory: bool = False
 ) -> float:
     """Bytes of inputs and results; only the slice counts where one is cut out or put in."""
 
     def total(shapes: tuple[Shape, ...]) -> float:
         return sum(s.bytes for s in shapes if not main_memory or s.space == 0)
 
-    own = {i.name: i for i in computation}
     results = total(instruction.shapes)
     inputs = [total(own[o].shapes) for o in instruction.operands if o in own]
     if "dynamic-slice" in instruction.name or "dynamic_slice" in instruction.op_name:
@@ -69,8 +67,7 @@ def _traffic(
     return results + sum(inputs)
 
 
-def _product_flops(instruction: Instruction, computation: tuple[Instruction, ...]) -> float:
-    own = {i.name: i for i in computation}
+def _product_flops(instruction: Instruction, own: dict[str, Instruction]) -> float:
     if len(instruction.operands) < 2 or any(o not in own for o in instruction.operands[:2]):
         return 0.0
     out = math.prod(instruction.shapes[0].dims)

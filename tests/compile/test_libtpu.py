@@ -44,6 +44,21 @@ def test_a_tiny_step_for_four_chips(tmp_path):
     assert "all-gather" in result["collectives"]  # of the sharded parameters
 
 
+def test_a_search_for_fast_convolutions_changes_no_number(tmp_path):
+    """Hence the report is made without it."""
+    results = []
+    for tuned in (False, True):
+        folder = tmp_path / str(tuned)
+        done = compile_for(
+            "v5e:2x2", folder, f"--config.compile.tuned={tuned}", "--config.compile.unet_only=True"
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((folder / "compile.json").read_text()))
+    free = {"tuned", "config", "compile_seconds", "lower_seconds"}
+    untuned, tuned = ({k: v for k, v in r.items() if k not in free} for r in results)
+    assert untuned == tuned and untuned["effort"] == 0.0
+
+
 def test_too_large_a_batch_is_status_1_with_advice(tmp_path):
     done = compile_for("v5e:2x2", tmp_path, "--config.compile.per_device_batch=60000",
                        "--config.compile.unet_only=True", "--config.compile.advice=False")  # fmt: skip
