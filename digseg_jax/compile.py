@@ -24,7 +24,7 @@ from digseg_jax.aot.table import as_text
 from digseg_jax.aot.topology import Topology, open_topology
 from digseg_jax.config import Config, to_dict
 from digseg_jax.errors import UserError
-from digseg_jax.log import log
+from digseg_jax.log import heartbeat, log
 from digseg_jax.sharding import make_mesh
 from digseg_jax.storage import AnyPath, write_bytes, write_json
 from digseg_jax.tasks.components import for_devices
@@ -114,7 +114,8 @@ def compile_and_measure(program: Program, target: Topology, *, tuned: bool) -> d
     options = {} if tuned else tpu.untuned(target.devices[0].platform)
     start = time.monotonic()
     try:
-        compiled = program.lowered.compile(options)
+        with heartbeat("compiling"):
+            compiled = program.lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         return over_budget(str(error)) | _seconds(start)
     seconds = _seconds(start)

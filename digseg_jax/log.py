@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
+import time
+from collections.abc import Iterator
 
 from absl import logging as absl_logging
 
@@ -21,3 +25,21 @@ def setup(*, quiet: bool = False) -> None:
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+@contextlib.contextmanager
+def heartbeat(what: str, every: float = 60.0) -> Iterator[None]:
+    """A line every so many seconds for work that says nothing until it is done, such as compiling."""
+    done, start = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(every):
+            log.info("%s, %.0f s so far", what, time.monotonic() - start)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -21,7 +21,7 @@ from digseg_jax.data.stream import Batches
 from digseg_jax.distributed import barrier
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.failure import REPLAY, save_failure
-from digseg_jax.log import log
+from digseg_jax.log import heartbeat, log
 from digseg_jax.optim import check_freeze, make_optimizer
 from digseg_jax.perf import ProfilerWindow, step_flops
 from digseg_jax.preemption import PreemptionWatch
@@ -205,7 +205,8 @@ class Trainer:
         """
         if jax.process_count() == 1:
             return self.step_fn
-        compiled = lowered.compile()
+        with heartbeat("compiling the train step"):
+            compiled = lowered.compile()
         barrier("the compiled train step", COMPILE_TIMEOUT)
         return compiled
 

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines that tell that long, silent work goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+
+from digseg_jax import log as logs
+
+
+def test_a_heartbeat_beats_until_the_work_is_done(caplog, monkeypatch):
+    monkeypatch.setattr(logs.log, "propagate", True)
+    with caplog.at_level(logging.INFO, "digseg_jax"), logs.heartbeat("compiling", every=0.01):
+        while len(caplog.records) < 2:
+            time.sleep(0.01)
+    said = [record.getMessage() for record in caplog.records]
+    assert all(line.startswith("compiling, ") and line.endswith(" s so far") for line in said)
+    time.sleep(0.05)
+    assert len(caplog.records) == len(said)
+
+
+def test_it_ends_with_an_error_too():
+    with pytest.raises(ValueError, match="refused"), logs.heartbeat("compiling"):
+        raise ValueError("refused")
+    assert all(thread.name != "heartbeat" for thread in threading.enumerate())
