@@ -70,7 +70,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "images_per_chip": program.images / programs.shards(mesh),
         "hbm_limit_bytes": target.hbm_bytes,
         "effort": config.compile.effort,
-        "tuned": config.compile.tuned,
+        "tuned": config.compile.tuned or not tpu.untuned(target.devices[0].platform),
         **measured,
         "lower_seconds": round(lowered_after, 1),
     }

@@ -252,8 +252,8 @@ class CompileConfig:
     # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a quick look: its
     # memory is a tenth too low, and it knows no fetching ahead (aot/RECORD.md)
     effort: float = 0.0
-    # TPUs: also search for the fastest tiling of every convolution, as a run does. That is three
-    # quarters of its compilation, and changes no number of the report but compile_seconds
+    # TPUs: also search for the fastest tiling of every convolution, as a run does. That is most
+    # of its compilation, and changes no number of the report but compile_seconds
     tuned: bool = False
     advice: bool = True  # over budget: trace the step with other settings, to say what would fit
 

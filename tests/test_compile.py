@@ -14,7 +14,7 @@ from digseg_jax import compile as compiling
 from digseg_jax.aot import page, programs, shapes, topology
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.shapes import Parts
-from digseg_jax.aot.table import size
+from digseg_jax.aot.table import as_text, size
 from digseg_jax.config import CompileConfig
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -48,6 +48,8 @@ def test_the_file_has_what_others_read(compiled):
     assert stored["collective_bytes"] == sum(c["bytes"] for c in stored["collectives"].values()) > 0
     text = (workdir / "compile.txt").read_text()
     assert "memory a chip" in text and "all-" in text
+    assert stored["tuned"] and "without a search" not in text  # which is the TPU compiler's
+    assert "without a search for fast convolutions" in as_text(stored | {"tuned": False})
 
 
 def test_the_effort_is_the_compilations_own():

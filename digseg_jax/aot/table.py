@@ -58,7 +58,8 @@ def _speed(result: dict[str, Any]) -> list[str]:
         mfu = f", MFU {result['mfu_bound']:.0%}" if "mfu_bound" in result else ""
         rate = result["roofline_images_per_second_per_chip"]
         lines.append(f"  roofline         {parts}: at most {rate:.3g} images/s a chip{mfu}")
-    return [*lines, f"  compiled in      {result['compile_seconds']:7.1f} s"]
+    how = "" if result["tuned"] else ", without a search for fast convolutions (compile.tuned)"
+    return [*lines, f"  compiled in      {result['compile_seconds']:7.1f} s{how}"]
 
 
 def _collectives(collectives: dict[str, dict[str, float]]) -> list[str]:
