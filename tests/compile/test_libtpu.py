@@ -44,6 +44,7 @@ def test_a_tiny_step_for_four_chips(tmp_path):
     assert "all-gather" in result["collectives"]  # of the sharded parameters
 
 
+@pytest.mark.slow  # minutes, for the search
 def test_a_search_for_fast_convolutions_changes_no_number(tmp_path):
     """Hence the report is made without it."""
     results = []
