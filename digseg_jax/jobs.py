@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +39,7 @@ from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import CALIBRATION, CONFIG_NAME, EXPORT, claim
+from digseg_jax.workdir import CALIBRATION, CONFIG_NAME, EXPORT, claim, hold
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
@@ -45,22 +47,23 @@ TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": Au
 def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
     """Trains (or goes on training), exports the weights, evaluates, and builds the report."""
     use_compile_cache(config.train.compile_cache)
-    take(workdir, config, accept_changes)
-    mesh = make_mesh(config.mesh)
-    config = for_devices(config, list(mesh.devices.flat))
-    task: Task = TASKS[config.task](config)
-    log_summary(config, task, mesh)
-    trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
-    on_eval = _validation(config, task, mesh) if config.train.eval_every else None
-    state = trainer.run(on_eval)
-    params = averaged(state)
-    if config.checkpoint.best:
-        del state
-        params, source = trainer.weights_of(str(workdir), best=True)
-        log.info("best %s: exporting %s", config.checkpoint.best, source)
-    deliver(config, task, params, workdir)
-    if isinstance(task, SegmentationTask):
-        finish(config, task, params, mesh, workdir)
+    with alone(workdir):
+        take(workdir, config, accept_changes)
+        mesh = make_mesh(config.mesh)
+        config = for_devices(config, list(mesh.devices.flat))
+        task: Task = TASKS[config.task](config)
+        log_summary(config, task, mesh)
+        trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
+        on_eval = _validation(config, task, mesh) if config.train.eval_every else None
+        state = trainer.run(on_eval)
+        params = averaged(state)
+        if config.checkpoint.best:
+            del state
+            params, source = trainer.weights_of(str(workdir), best=True)
+            log.info("best %s: exporting %s", config.checkpoint.best, source)
+        deliver(config, task, params, workdir)
+        if isinstance(task, SegmentationTask):
+            finish(config, task, params, mesh, workdir)
 
 
 def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
@@ -118,6 +121,20 @@ def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
     with filled_locally(workdir / "eval") as folder:
         suite_lib.run_suite(config, predictor, folder, suite)
     log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
+
+
+@contextlib.contextmanager
+def alone(workdir: AnyPath) -> Iterator[None]:
+    """While this run trains in `workdir`, no other may.
+
+    Raises:
+      UserError: on every process, if another run does.
+    """
+    with contextlib.ExitStack() as stack:
+        with together("the lock of the working directory"):
+            if is_main():
+                stack.enter_context(hold(workdir))
+        yield
 
 
 def take(workdir: AnyPath, config: Config, accept_changes: bool) -> None:

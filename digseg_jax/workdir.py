@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
-from typing import Any
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from digseg_jax import config as config_lib
 from digseg_jax import storage
@@ -15,6 +21,7 @@ from digseg_jax.storage import AnyPath
 from digseg_jax.writers import METRICS_NAME
 
 CONFIG_NAME = "config.json"
+LOCK = "train.lock"  # held while a run trains there; says who holds it
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 CALIBRATION = "calibration.json"  # in it; what an evaluation fitted for these weights
@@ -73,6 +80,42 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
         storage.write_json(path, values)
     except UserError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
+
+
+@contextlib.contextmanager
+def hold(workdir: AnyPath) -> Iterator[None]:
+    """Keeps other processes from training in `workdir`: two would write each file twice.
+
+    The lock is the operating system's, so it ends with the process, however that ends; a file left
+    behind means nothing. Buckets, and disks that know no locks, are not guarded.
+
+    Raises:
+      UserError: another process trains there, with its number and host.
+    """
+    with contextlib.ExitStack() as stack:
+        if not storage.is_remote(workdir):
+            with contextlib.suppress(OSError):  # a path that is no folder is `claim`'s to explain
+                workdir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((workdir / LOCK).open("a+", encoding="utf-8"))
+                _lock(file, workdir)
+        yield
+
+
+def _lock(file: TextIO, workdir: AnyPath) -> None:
+    try:
+        # not flock: children that outlive a killed run would hold that on
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        file.seek(0)
+        raise UserError(
+            f"--workdir={workdir}: {file.read().strip() or 'another process'} trains there; wait for "
+            "it, end it, or use another --workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def _unused(workdir: AnyPath) -> bool:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from tiny import one_line
 
 from digseg_jax.config import parse, to_dict
 from digseg_jax.errors import UserError
-from digseg_jax.workdir import CONFIG_NAME, claim, differences
+from digseg_jax.workdir import CONFIG_NAME, LOCK, claim, differences, hold
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,3 +103,38 @@ def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     with pytest.raises(UserError) as caught:
         claim(tmp_path / "file", parse({}))
     assert f"--workdir={tmp_path / 'file'}" in one_line(caught.value)
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from digseg_jax.workdir import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_run_at_a_time_until_it_ends_however_it_ends(tmp_path):
+    workdir = tmp_path / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(workdir)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught, hold(workdir):
+            pass
+        assert f"{workdir}: process {other.pid} on " in one_line(caught.value)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    with hold(workdir):
+        claim(workdir, parse({}))
+    assert contents(workdir).keys() == {CONFIG_NAME, LOCK}
+
+
+def test_what_cannot_be_locked_is_for_the_claim_to_explain(tmp_path):
+    (tmp_path / "file").write_text("")
+    with hold(tmp_path / "file" / "run"), pytest.raises(UserError, match="--workdir="):
+        claim(tmp_path / "file" / "run", parse({}))
