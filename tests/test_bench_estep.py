@@ -25,12 +25,19 @@ def test_monotone_compares_rows_of_the_same_steps_alone():
     assert estep.monotone([*leading, *rows(_4x2=0.5)])
 
 
-def test_rows_by_seed_and_decoder(folders, tmp_path, monkeypatch):
-    config = tiny.config(folders, eval__batch_size=8)
+@pytest.fixture
+def weights(folders, tmp_path, monkeypatch):
+    """A tiny segmenter under the name "tiny"; on two devices, so that two images are a batch."""
+    config = tiny.config(folders)
     task = SegmentationTask(config)
     task.export(task.initial(), tmp_path, {})
     monkeypatch.setattr(estep, "bench_config", lambda weights: (config, tmp_path))
-    result = estep.run("tiny", ("1x1", "2x1"), ("vae", "probe"), seeds=(3, 4), images=2)
+    monkeypatch.setattr(estep, "make_mesh", lambda config: tiny.mesh(data=2))
+    return "tiny"
+
+
+def test_rows_by_seed_and_decoder(weights):
+    result = estep.run(weights, ("1x1", "2x1"), ("vae", "probe"), seeds=(3, 4), images=2)
     assert [(r["decoder"], r["estep"]) for r in result["rows"]] == [
         ("vae", "1x1"), ("vae", "2x1"), ("probe", "1x1"), ("probe", "2x1"),
     ]  # fmt: skip
@@ -42,12 +49,8 @@ def test_rows_by_seed_and_decoder(folders, tmp_path, monkeypatch):
     assert "probe" in estep.table(result)
 
 
-def test_rows_are_calibrated_as_an_evaluation_calibrates_them(folders, tmp_path, monkeypatch):
-    config = tiny.config(folders, eval__batch_size=8)
-    task = SegmentationTask(config)
-    task.export(task.initial(), tmp_path, {})
-    monkeypatch.setattr(estep, "bench_config", lambda weights: (config, tmp_path))
-    grid = estep.Grid("tiny", ("vae",), 2)
+def test_rows_are_calibrated_as_an_evaluation_calibrates_them(weights):
+    grid = estep.Grid(weights, ("vae",), 2)
     esteps = [EStep(1, 1), EStep(2, 1)]
     nested = grid.calibrate(esteps)
     for step in esteps:

@@ -26,6 +26,7 @@ BLOCK = 3 * TILE
 SCENE = 2 * TILE  # a side of what a training crop is drawn from
 MIN_LAND = 0.3  # tiles with less land than this are left out
 MODE_FILTER = 7  # pixels; speckle below this is removed from the labels of every split
+PATCH = 256  # pixels; what is filtered at a time
 
 IGBP = (
     "water",
@@ -111,22 +112,40 @@ class LandCover:
         return {"image": self.image[rows, columns], **crops}
 
 
-def mode_filter(label: np.ndarray, size: int, num_classes: int) -> np.ndarray:
-    """The most frequent label in a size x size window; a tie keeps the pixel's own label."""
-    best = np.full(label.shape, -1.0, np.float32)
-    out = np.zeros(label.shape, np.uint8)
-    for c in range(num_classes):
-        own = (label == c).astype(np.float32)
-        votes = cv2.boxFilter(own, -1, (size, size), normalize=False, borderType=cv2.BORDER_REFLECT)
-        votes += 0.5 * own
-        wins = votes > best + 1e-3
-        best[wins], out[wins] = votes[wins], c
+def mode_filter(label: np.ndarray, size: int) -> np.ndarray:
+    """The most frequent label in a size x size window; a tie keeps the pixel's own label.
+
+    Patch by patch, because most of them show few classes, and a patch stays in the processor's cache.
+
+    Args:
+      label: uint8 [h, w].
+      size: odd, at most 11 (votes are counted in eight bits).
+    """
+    halo, out = size // 2, np.empty_like(label)
+    padded = cv2.copyMakeBorder(label, halo, halo, halo, halo, cv2.BORDER_REFLECT)
+    for top in range(0, label.shape[0], PATCH):
+        for left in range(0, label.shape[1], PATCH):
+            patch = padded[top : top + PATCH + 2 * halo, left : left + PATCH + 2 * halo]
+            out[top : top + PATCH, left : left + PATCH] = _most_frequent(patch, size)
+    return out
+
+
+def _most_frequent(patch: np.ndarray, size: int) -> np.ndarray:
+    """[h + size - 1, w + size - 1] -> [h, w]."""
+    inner = (slice(size // 2, -(size // 2)),) * 2
+    best, out = np.zeros_like(patch[inner]), np.zeros_like(patch[inner])
+    for c in np.flatnonzero(np.bincount(patch.ravel())):
+        is_c = (patch == c).view(np.uint8)
+        votes = cv2.boxFilter(is_c, -1, (size, size), normalize=False)[inner]
+        votes = 2 * votes + is_c[inner]  # the own label decides between equals
+        np.putmask(out, votes > best, c)
+        np.maximum(best, votes, out=best)
     return out
 
 
 @functools.cache
 def load() -> LandCover:
-    """Reads both packages; about five seconds.
+    """Reads both packages; about two seconds.
 
     Raises:
       UserError: a package is not installed (the message has the command).
@@ -144,8 +163,8 @@ def load() -> LandCover:
     columns = ((np.arange(width) + 0.5) * raw.shape[1] / width).astype(int)
     igbp = raw[rows][:, columns]
     labels = {
-        "groups": mode_filter(GROUP_OF_IGBP[igbp], MODE_FILTER, len(GROUPS)),
-        "igbp": mode_filter(igbp, MODE_FILTER, len(IGBP)),
+        "groups": mode_filter(GROUP_OF_IGBP[igbp], MODE_FILTER),
+        "igbp": mode_filter(igbp, MODE_FILTER),
     }
     return LandCover(image, labels)
 
