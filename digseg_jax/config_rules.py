@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from digseg_jax.errors import UserError
 
@@ -12,65 +12,87 @@ if TYPE_CHECKING:  # config imports this module
     from digseg_jax.config import Config, DataConfig
 
 
+AT_LEAST_ONE = (
+    "train.batch_size",
+    "train.accumulation",
+    "train.log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.ensemble",
+    "eval.steps",
+    "eval.batch_size",
+    "eval.gate_limit",
+    "data.num_queries",
+    "data.image_size",
+    "model.max_tokens",
+    "compile.eval_queries",
+)
+NOT_NEGATIVE = (
+    "train.steps",
+    "train.eval_every",
+    "checkpoint.keep_every",
+    "checkpoint.overlap",
+    "optim.warmup_steps",
+    "eval.num_images",
+    "eval.short_side",
+    "eval.calibrate_images",
+    "model.text_skip_layers",
+    "compile.per_device_batch",
+    "model.vae_limit",
+    "model.unet_limit",
+)
+# a round bracket leaves the end out
+RANGES = {
+    "compile.effort": "[-1, 1]",
+    "optim.ema_decay": "[0, 1)",
+    "data.word_dropout": "[0, 1]",
+    "data.negative_rate": "[0, 1)",
+    "data.hard_negative_rate": "[0, 1]",
+    "data.class_share_cap": "[0, 1]",
+    "data.flip": "[0, 1]",
+    "data.jitter": "[0, 1]",
+}
+
+
 def check_combinations(c: Config) -> None:
     """Raises UserError for a value out of range, or for values that do not go together."""
-    positive = {
-        "train.batch_size": c.train.batch_size,
-        "train.accumulation": c.train.accumulation,
-        "train.log_every": c.train.log_every,
-        "checkpoint.every": c.checkpoint.every,
-        "checkpoint.keep": c.checkpoint.keep,
-        "eval.ensemble": c.eval.ensemble,
-        "eval.steps": c.eval.steps,
-        "eval.batch_size": c.eval.batch_size,
-        "eval.gate_limit": c.eval.gate_limit,
-        "data.num_queries": c.data.num_queries,
-        "data.image_size": c.data.image_size,
-        "model.max_tokens": c.model.max_tokens,
-        "compile.eval_queries": c.compile.eval_queries,
-    }
-    for key, value in positive.items():
-        if value < 1:
+    _check_ranges(c)
+    _check_train(c)
+    _check_model(c)
+    _check_eval(c)
+    _check_codec(c)
+    _check_data(c)
+    _check_crops(c.data)
+    _check_latent_cache(c)
+
+
+def _check_ranges(c: Config) -> None:
+    for key in AT_LEAST_ONE:
+        if (value := _value(c, key)) < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
+    for key in NOT_NEGATIVE:
+        if (value := _value(c, key)) < 0:
+            raise UserError(f"config.{key}={value}: must not be negative")
+    for key, legal in RANGES.items():
+        low, high = map(float, legal[1:-1].split(","))
+        value = _value(c, key)
+        if not low <= value <= high or (value == high and legal.endswith(")")):
+            raise UserError(f"config.{key}={value}: legal range {legal}")
+    if c.checkpoint.timeout <= 0:
+        raise UserError(f"config.checkpoint.timeout={c.checkpoint.timeout}: must be positive")
+
+
+def _value(c: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(c, section), name)
+
+
+def _check_train(c: Config) -> None:
     if c.checkpoint.best and not c.train.eval_every:
         raise UserError(
             f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
             "measures it while training"
         )
-    if c.checkpoint.timeout <= 0:
-        raise UserError(f"config.checkpoint.timeout={c.checkpoint.timeout}: must be positive")
-    for key in (
-        "train.steps",
-        "train.eval_every",
-        "checkpoint.keep_every",
-        "checkpoint.overlap",
-        "optim.warmup_steps",
-        "eval.num_images",
-        "eval.short_side",
-        "eval.calibrate_images",
-        "model.text_skip_layers",
-        "compile.per_device_batch",
-        "model.vae_limit",
-        "model.unet_limit",
-    ):
-        section, name = key.split(".")
-        if getattr(getattr(c, section), name) < 0:
-            raise UserError(f"config.{key}: must not be negative")
-    if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
-        raise UserError(
-            f"config.eval.split={c.eval.split!r} with config.eval.calibrate=True would fit the "
-            "calibration on the images that it scores: set config.eval.calibrate=False, or another "
-            "config.eval.calibrate_split (val, train)"
-        )
-    if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
-        raise UserError(
-            "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
-            "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
-        )
-    if not -1.0 <= c.compile.effort <= 1.0:
-        raise UserError(f"config.compile.effort={c.compile.effort}: legal range [-1, 1]")
-    if not 0.0 <= c.optim.ema_decay < 1.0:
-        raise UserError(f"config.optim.ema_decay={c.optim.ema_decay}: legal range [0, 1)")
     if c.train.profile and not (
         len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
     ):
@@ -84,6 +106,14 @@ def check_combinations(c: Config) -> None:
             raise UserError(
                 f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
             ) from error
+
+
+def _check_model(c: Config) -> None:
+    if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
+        raise UserError(
+            "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
+            "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
+        )
     if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise UserError(
             "config.model.attention='cudnn' takes 16-bit activations only: set "
@@ -94,24 +124,29 @@ def check_combinations(c: Config) -> None:
             f"config.model.feed_forward='fused' with config.mesh.tensor={c.mesh.tensor}: its kernel "
             "needs whole weights; set it to auto or plain"
         )
+
+
+def _check_eval(c: Config) -> None:
+    if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
+        raise UserError(
+            f"config.eval.split={c.eval.split!r} with config.eval.calibrate=True would fit the "
+            "calibration on the images that it scores: set config.eval.calibrate=False, or another "
+            "config.eval.calibrate_split (val, train)"
+        )
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
             f"{c.diffusion.num_train_timesteps}"
         )
     _check_estep_table(c)
-    _check_codec(c)
-    _check_crops(c.data)
-    _check_latent_cache(c)
-    if not 0.0 <= c.data.word_dropout <= 1.0:
-        raise UserError(f"config.data.word_dropout={c.data.word_dropout}: legal range [0, 1]")
+
+
+def _check_data(c: Config) -> None:
     if c.data.word_dropout and not c.model.sentence_token:
         raise UserError(
             f"config.data.word_dropout={c.data.word_dropout} leaves queries without any text unless "
             "config.model.sentence_token=True"
         )
-    if not 0.0 <= c.data.negative_rate < 1.0:
-        raise UserError(f"config.data.negative_rate={c.data.negative_rate}: legal range [0, 1)")
     for name in c.data.train_label_sets:
         if name not in ("groups", "igbp"):
             raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
@@ -135,10 +170,6 @@ def _check_codec(c: Config) -> None:
 
 
 def _check_crops(data: DataConfig) -> None:
-    shares = ("hard_negative_rate", "class_share_cap", "flip", "jitter")
-    for key in shares:
-        if not 0.0 <= getattr(data, key) <= 1.0:
-            raise UserError(f"config.data.{key}={getattr(data, key)}: legal range [0, 1]")
     if not 0.0 < data.scale_min <= data.scale_max:
         raise UserError(
             f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: "
