@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -26,7 +27,7 @@ from digseg_jax.eval_progress import Progress as Recorded
 from digseg_jax.eval_progress import Shown
 from digseg_jax.hosts import fetch, fetch_to_main, place_rows
 from digseg_jax.journal import identity_of
-from digseg_jax.log import log
+from digseg_jax.log import heartbeat, log
 from digseg_jax.report.gallery import GalleryItem, write_gallery
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation import inference, metrics
@@ -79,6 +80,7 @@ class Evaluator:
         self.devices = mesh.shape["data"] * mesh.shape["fsdp"]
         # the batch must split evenly over the devices; the padding is masked
         self.batch_size = math.ceil(config.eval.batch_size / self.devices) * self.devices
+        self._programs: dict[Any, Any] = {}
 
     def bank(self, prompts: Sequence[str]) -> PromptBank:
         """The encoded queries; a palette asks for all classes with one text of its own."""
@@ -138,19 +140,15 @@ class Evaluator:
         classes = examples.classes
         if self.task.codec == "binary" and len(bank.prompts) != len(classes):
             raise ValueError(f"{len(bank.prompts)} queries for {len(classes)} classes")
-        step = self.counting(estep, len(classes))
         fitted = {"scale": np.float32(calibration.scale), "bias": np.float32(calibration.bias)}
         recorded = recorded or Recorded(None, "")
         shown = Shown(keep, len(examples), recorded)
         confusion = np.zeros((len(classes), len(classes) + 1), np.int64)
         overlaps, areas, seconds, names = [], [], 0.0, []
-        compiled = set()
 
         def compute(batch: Params, count: int) -> dict[str, Any]:
             arguments = (params, self.frozen(bank), fitted, batch)
-            if batch["label"].shape not in compiled:  # outside the clock
-                jax.block_until_ready(step(*arguments))
-                compiled.add(batch["label"].shape)
+            step = self._compiled(estep, len(classes), arguments)
             start = time.monotonic()
             out = jax.block_until_ready(step(*arguments))
             seconds = time.monotonic() - start
@@ -183,6 +181,14 @@ class Evaluator:
     def counting(self, estep: EStep, num_classes: int) -> Any:
         """The jitted program of one batch: (params, frozen, fitted, batch) to its counts."""
         return self.jit(partial(self._counts, estep=estep, num_classes=num_classes), shared=3)
+
+    def _compiled(self, estep: EStep, num_classes: int, arguments: tuple[Params, ...]) -> Any:
+        """That program for arguments of these shapes, compiled once, however often it is asked for."""
+        shapes = tuple(map(jnp.shape, jax.tree.leaves(arguments)))
+        key = (estep, num_classes, jax.tree.structure(arguments), shapes)
+        if key not in self._programs:
+            self._programs[key] = self.counting(estep, num_classes).lower(*arguments).compile()
+        return self._programs[key]
 
     def _evidence(self, params: Params, frozen: Params, batch: Params, estep: EStep) -> Array:
         return subsampled(self._ask(params, frozen, batch, estep), batch)
@@ -257,7 +263,9 @@ class Evaluator:
             def read(i: int, batch: dict[str, np.ndarray] = batch) -> dict[str, np.ndarray]:
                 return {name: values[i] for name, values in batch.items()}
 
-            yield place_rows(read, self.batch_size, self.mesh), names
+            silent = contextlib.nullcontext() if done else heartbeat(f"{label}: compiling, first batch")
+            with silent:
+                yield place_rows(read, self.batch_size, self.mesh), names
             done += len(names)
             progress.update(done, done / (time.monotonic() - started))
         progress.close()

@@ -175,7 +175,9 @@ class Trainer:
                     log.flops = step_flops(lowered, train.accumulation)
                     run_step = self._compiled_by_all(lowered)
                 profile.before(step)
-                state, metrics = run_step(state, self.frozen, batch)
+                compiles = step == start + 1
+                with heartbeat("compiling the train step") if compiles else contextlib.nullcontext():
+                    state, metrics = run_step(state, self.frozen, batch)
                 profile.after(step, metrics)
                 with log.watch("checkpoint"):
                     checkpointer.check(step)  # before the step counts as done

@@ -74,6 +74,17 @@ def test_the_true_areas_are_the_tiles_own(one_device, config, task):
     np.testing.assert_array_equal(one_device.confusion.sum(axis=1), one_device.areas.sum(axis=0))
 
 
+def test_a_validation_that_comes_again_compiles_nothing(config, task, params, one_device, monkeypatch):
+    evaluator = Evaluator(config, task, tiny.mesh())
+    tiles, bank = evaluator.examples("test"), evaluator.bank(GROUPS)
+    arguments = (params, tiles, bank, EStep(1, 1), identity(len(GROUPS)))
+    first = evaluator.scores(*arguments)
+    monkeypatch.setattr(evaluator, "jit", lambda *_, **__: pytest.fail("made another program"))
+    again = evaluator.scores(*arguments)
+    for found in (first, again):
+        np.testing.assert_array_equal(found.confusion, one_device.confusion)
+
+
 @pytest.mark.parametrize("devices", [2, 8])
 def test_any_number_of_devices_gives_the_same_integers(devices, config, task, params, one_device):
     got = scores(config, task, params, devices)
