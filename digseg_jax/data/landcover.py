@@ -119,7 +119,7 @@ def mode_filter(label: np.ndarray, size: int) -> np.ndarray:
 
     Args:
       label: uint8 [h, w].
-      size: odd, at most 11 (votes are counted in eight bits).
+      size: odd, 3 to 11 (votes are counted in eight bits).
     """
     halo, out = size // 2, np.empty_like(label)
     padded = cv2.copyMakeBorder(label, halo, halo, halo, halo, cv2.BORDER_REFLECT)
