@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from digseg_jax import sharding
 from digseg_jax.models import attention_kernels, feed_forward_kernel, functional
 from digseg_jax.models.attention import Transformer2DModel
 from digseg_jax.models.layers import Compute
+from digseg_jax.models.resnet import ResnetBlock2D
 from digseg_jax.sharding import LocalAttention, local_feed_forward
 
 KERNELS = ("splash_mha_fwd", "cross_attention_forward", "feed_forward_forward")
@@ -40,22 +43,42 @@ def gradient(remat: str):
     return jax.grad(loss, argnums=(0, 1)), (params, x)
 
 
-def calls(jaxpr: core.Jaxpr, found: collections.Counter) -> collections.Counter:
-    """How often each kernel is called."""
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All, inner ones too, but those of a Pallas kernel."""
     for equation in jaxpr.eqns:
+        yield equation
+        if equation.primitive.name == "pallas_call":
+            continue
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda value: isinstance(value, core.Jaxpr | core.ClosedJaxpr),
+        ):
+            if isinstance(inner, core.ClosedJaxpr):
+                yield from equations(inner.jaxpr)
+            elif isinstance(inner, core.Jaxpr):
+                yield from equations(inner)
+
+
+def used(function: Callable[..., Any], *arguments: Any) -> list[core.JaxprEqn]:
+    """The equations whose results are used: the others, XLA leaves out too."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return list(equations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]))
+
+
+def kernels(equations: list[core.JaxprEqn]) -> collections.Counter:
+    """How often each kernel is called."""
+    found = collections.Counter()
+    for equation in equations:
         if equation.primitive.name == "pallas_call":
             told = str({k: v for k, v in equation.params.items() if k != "jaxpr"})
             found.update(kernel for kernel in KERNELS if kernel in told)
-        else:
-            for inner in jax.tree.leaves(
-                list(equation.params.values()),
-                is_leaf=lambda value: isinstance(value, core.Jaxpr | core.ClosedJaxpr),
-            ):
-                if isinstance(inner, core.ClosedJaxpr):
-                    calls(inner.jaxpr, found)
-                elif isinstance(inner, core.Jaxpr):
-                    calls(inner, found)
     return found
+
+
+def count(equations: list[core.JaxprEqn], primitive: str, shape: tuple[int, ...]) -> int:
+    """Of a primitive's calls with a result of that shape."""
+    named = [e for e in equations if e.primitive.name == primitive]
+    return sum(e.outvars[0].aval.shape == shape for e in named)
 
 
 @pytest.fixture
@@ -66,10 +89,31 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize("mode", ["none", "block", "large"])
 def test_no_kernel_of_the_forward_pass_runs_twice(interpreted, mode):
     function, arguments = gradient(mode)
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]  # as XLA does
-    found = calls(used, collections.Counter())
-    assert found == dict.fromkeys(KERNELS, 1)
+    assert kernels(used(function, *arguments)) == dict.fromkeys(KERNELS, 1)
+
+
+@pytest.mark.parametrize("mode", ["none", "block", "large"])
+def test_the_text_is_projected_once(interpreted, mode):
+    function, arguments = gradient(mode)
+    assert count(used(function, *arguments), "dot_general", (1, 7, 32)) == 2  # keys and values
+
+
+@pytest.mark.parametrize("mode", ["none", "block", "large"])
+def test_a_resnet_projects_the_timestep_and_takes_statistics_once(mode):
+    compute = Compute(remat=mode)
+    options = {"groups": 8, "eps": 1e-5, "time_features": 12, "compute": compute}
+    graphdef, params = functional.split(ResnetBlock2D(32, 32, rngs=nnx.Rngs(0), **options))
+
+    def loss(params, x, time):
+        return jnp.square(functional.merge(graphdef, params)(x, time)).sum()
+
+    arguments = params, jnp.ones((2, 16, 16, 32)), jnp.ones((2, 12))
+    found = used(jax.grad(loss, argnums=(0, 1)), *arguments)
+    assert count(found, "dot_general", (2, 32)) == 1
+    assert count(found, "rsqrt", (2, 32)) == 2  # of its two norms
+    convolutions = [e for e in found if e.primitive.name == "conv_general_dilated"]
+    again = 0 if mode == "none" else 1  # the first; of the second, only the input is wanted
+    assert len(convolutions) == 2 * 3 + again
 
 
 def test_gradients_are_the_same(interpreted):

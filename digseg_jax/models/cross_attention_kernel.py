@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models.pallas_call import call, product
-from digseg_jax.models.remat import KEPT
+from digseg_jax.models.remat import kept
 
 KEYS = 128  # at most, and what fewer are padded to: a register's lanes
 ROWS = (256, 128)  # queries at a time
@@ -50,7 +49,7 @@ def few_keys(
     padding = ((0, 0), (0, KEYS - keys), (0, 0))
     k, v = (jnp.pad(a.reshape(*a.shape[:2], -1), padding) for a in (k, v))
     y = _attend(heads, interpret, q.reshape(*q.shape[:2], -1), k, v, bias)
-    return checkpoint_name(y, KEPT).reshape(q.shape)
+    return kept(y).reshape(q.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,12 +6,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from digseg_jax.arraytypes import Array, Float
-from digseg_jax.models import feed_forward_kernel
+from digseg_jax.models import feed_forward_kernel, remat
 from digseg_jax.models.layers import Compute, linear
-from digseg_jax.models.remat import KEPT
 
 
 class GEGLU(nnx.Module):
@@ -55,4 +53,4 @@ class FeedForward(nnx.Module):
             return down(self.net[0](x))
         x = x.astype(self.compute.dtype)
         y = fused(x, up.weights(), up.bias[...], down.weights(), down.bias[...])
-        return checkpoint_name(y, KEPT)
+        return remat.kept(y)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Float
+from digseg_jax.models import remat
 
 F32 = jnp.float32
 
@@ -41,7 +42,7 @@ def group_norm(
 def _forward(
     x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool, dtype: Any
 ) -> tuple[Array, tuple[Array, ...]]:
-    mean, rstd = _statistics(x, groups, eps)
+    mean, rstd = (remat.kept(a) for a in _statistics(x, groups, eps))
     y = _wide((x.astype(F32) - _over(mean, x)) * _over(rstd, x), scale, bias)
     y = y * jax.nn.sigmoid(y) if silu else y
     return y.astype(dtype), (x, scale, bias, mean, rstd)

@@ -12,9 +12,9 @@ parameters, their paths and the results stay the same, only memory and time chan
 | block | the input of every resnet and transformer | all that happens in it, see below |
 | large | the same where a map has more pixels than channels, else everything | all that happens there |
 
-`block` and `large` keep what kernels call `KEPT` as well: the results of attention (with its softmax's
-normalisers) and of the feed-forward part. They are as large as a block's input, and what is dearest to
-compute again.
+`block` and `large` keep what is `kept` as well: results as large as a block's input that are dearest to
+compute again (those of attention, with its normalisers, and of the feed-forward part), and small
+ones: the statistics of group norms and the projections of the timestep and of the text.
 `large` is `block` without what it does not pay for: a small map of many channels takes little memory,
 but its kernels, which computing it again reads (and, sharded, gathers) once more, are the largest.
 """
@@ -25,12 +25,18 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from digseg_jax.arraytypes import Array, Float
 
-KEPT = "kept"  # name of results that a block keeps
+KEPT = "kept"  # name of results that a block keeps; for kernels that name their own
 MODES = ("none", "block", "large", "attention", "dots")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kept(x: Array) -> Array:
+    """x, which a block keeps for the backward pass."""
+    return checkpoint_name(x, KEPT)
 
 
 def block(function: F, mode: str) -> F:
