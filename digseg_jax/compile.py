@@ -179,7 +179,8 @@ def _said(message: str, what: str) -> float:
 def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
     """Least times of one call: of computing, of memory traffic, of traffic between chips.
 
-    The longest is taken for the whole; with model FLOPs that bounds the utilisation (MFU).
+    The longest is taken for the whole; with model FLOPs that bounds the utilisation (MFU). Beside it
+    stands the time of the collectives that nothing runs beside, by the compiler's schedule.
     """
     chip = target.chip
     if chip is None or "flops" not in result:
@@ -190,10 +191,12 @@ def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
         "collectives": result["collective_bytes"] / chip.ici_bandwidth,
     }
     longest = max(seconds.values())
+    exposed = sum(c["bytes"] - c["overlapped_bytes"] for c in result["collectives"].values())
     values = {
         "roofline_seconds": seconds,
         "roofline_bound": max(seconds, key=seconds.get),
         "roofline_images_per_second_per_chip": result["images"] / result["chips"] / longest,
+        "exposed_collective_seconds": exposed / chip.ici_bandwidth,
         "chip_source": chip.source,
     }
     if "model_flops" in result:

@@ -15,6 +15,8 @@ from digseg_jax.aot import page, programs, shapes, topology
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.shapes import Parts
 from digseg_jax.aot.table import as_text, size
+from digseg_jax.aot.topology import Topology
+from digseg_jax.chips import CHIPS
 from digseg_jax.config import CompileConfig
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -50,6 +52,22 @@ def test_the_file_has_what_others_read(compiled):
     assert "memory a chip" in text and "all-" in text
     assert stored["tuned"] and "without a search" not in text  # which is the TPU compiler's
     assert "without a search for fast convolutions" in as_text(stored | {"tuned": False})
+
+
+def test_the_time_that_a_chip_waits_for_others_is_told_beside_the_roofline(compiled):
+    chip = CHIPS["v5e"]
+    target = Topology("v5e:2x4", [], chip, chip.hbm_bytes)
+    parts = {"bytes": 3e9, "overlapped_bytes": 2e9}
+    result = compiled[0] | {
+        "collective_bytes": 3e9,
+        "collectives": {"all-gather": {"count": 7, **parts}},
+    }
+    found = compiling.roofline(result, target)
+    assert found["roofline_seconds"]["collectives"] == 3e9 / chip.ici_bandwidth
+    assert found["exposed_collective_seconds"] == 1e9 / chip.ici_bandwidth
+    text = as_text(result | found)
+    assert "3.00 GB, 2.00 GB of it while the chip computes" in text
+    assert "waits for the rest, 5 ms at least" in text
 
 
 def test_the_effort_is_the_compilations_own():

@@ -108,8 +108,38 @@ ENTRY %main (p: bf16[64,320]) -> bf16[1024,320] {
 
 
 def test_the_pieces_of_a_collective_beside_other_work_are_one():
+    received = 2 * 15 / 16 * 1024 * 320 * 2
     assert hlo.collectives(hlo.parse(CHAIN), 16) == {
-        "all-gather": hlo.Collective(2, 2 * 15 / 16 * 1024 * 320 * 2)
+        "all-gather": hlo.Collective(2, received, received)
+    }
+
+
+# one that is started and awaited elsewhere, one in a computation of its own, one that nothing runs beside
+BESIDE = """HloModule jit_step, is_scheduled=true
+
+%scattering (a: f32[1024,320]) -> f32[256,320] {
+  %a = f32[1024,320]{1,0} parameter(0)
+  ROOT %scattered = f32[256,320]{1,0} reduce-scatter(%a), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (p: f32[1024,320]) -> f32[1024,320] {
+  %p = f32[1024,320]{1,0} parameter(0)
+  %s = (f32[1024,320]{1,0}, f32[4096,320]{1,0}) all-gather-start(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %d = f32[4096,320]{1,0} all-gather-done(%s)
+  %w = ((f32[1024,320]{1,0}), f32[256,320]{1,0}) async-start(%p), calls=%scattering
+  %v = f32[256,320]{1,0} async-done(%w)
+  ROOT %summed = f32[1024,320]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_what_is_received_while_the_device_computes():
+    found = hlo.collectives(hlo.parse(BESIDE), 4)
+    size = 1024 * 320 * 4
+    assert found == {
+        "all-gather": hlo.Collective(1, 3 * size, 3 * size),
+        "all-reduce": hlo.Collective(1, 1.5 * size, 0.0),
+        "reduce-scatter": hlo.Collective(1, 0.75 * size, 0.75 * size),
     }
 
 

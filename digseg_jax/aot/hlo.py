@@ -192,10 +192,14 @@ def walk(module: Module, *, fusions: bool) -> Iterator[tuple[Instruction, int, s
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of a kind: how many run in a step, and the bytes that a device receives."""
+    """All collectives of a kind: how many run in a step, and the bytes that a device receives.
+
+    overlapped_bytes: the part that is received while the device computes; it waits for the rest.
+    """
 
     count: int
     bytes: float
+    overlapped_bytes: float = 0.0
 
 
 def collectives(module: Module, devices: int) -> dict[str, Collective]:
@@ -207,7 +211,9 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
     """
     counts: collections.Counter[str] = collections.Counter()
     received: collections.Counter[str] = collections.Counter()
+    overlapped: collections.Counter[str] = collections.Counter()
     chains = set()
+    asynchronous = _asynchronous(module)
     for instruction, times, where in walk(module, fusions=True):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
@@ -221,8 +227,17 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
             kind = "reduce-scatter"
         n = _group_size(instruction, devices)
         counts[kind] += times
-        received[kind] += times * _received(kind, instruction, module.named[where], n)
-    return {kind: Collective(counts[kind], received[kind]) for kind in sorted(counts)}
+        bytes_ = times * _received(kind, instruction, module.named[where], n)
+        received[kind] += bytes_
+        if chain or instruction.opcode.endswith("-start") or where in asynchronous:
+            overlapped[kind] += bytes_
+    return {k: Collective(counts[k], received[k], overlapped[k]) for k in sorted(counts)}
+
+
+def _asynchronous(module: Module) -> set[str]:
+    """Computations that run beside what follows their start."""
+    every = (i for body in module.computations.values() for i in body)
+    return {name for i in every if i.opcode == "async-start" for name in i.calls}
 
 
 def _received(kind: str, instruction: Instruction, own: dict[str, Instruction], n: int) -> float:

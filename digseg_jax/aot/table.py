@@ -14,7 +14,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"{result['images_per_chip']:g} images a chip",
         *_memory(result),
         *_speed(result),
-        *_collectives(result.get("collectives", {})),
+        *_collectives(result),
         *_buffers(result.get("largest_buffers", [])),
     ]
     if advice := result.get("advice"):
@@ -62,8 +62,14 @@ def _speed(result: dict[str, Any]) -> list[str]:
     return [*lines, f"  compiled in      {result['compile_seconds']:7.1f} s{how}"]
 
 
-def _collectives(collectives: dict[str, dict[str, float]]) -> list[str]:
-    rows = [f"    {kind:<18} {c['count']:6d} {size(c['bytes']):>9}" for kind, c in collectives.items()]
+def _collectives(result: dict[str, Any]) -> list[str]:
+    rows = [
+        f"    {kind:<18} {c['count']:6d} {size(c['bytes']):>9}, {size(c['overlapped_bytes'])} of it "
+        "while the chip computes"
+        for kind, c in result.get("collectives", {}).items()
+    ]
+    if waits := result.get("exposed_collective_seconds"):
+        rows.append(f"    it waits for the rest, {waits * 1e3:.3g} ms at least: not in the roofline")
     return ["  collectives, bytes that a chip receives:", *rows] if rows else []
 
 
