@@ -86,19 +86,19 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(sharding, "fused", partial(feed_forward_kernel.fused, interpret=True))
 
 
-@pytest.mark.parametrize("mode", ["none", "block", "large"])
+@pytest.mark.parametrize("mode", ["none", "block", "large", "dots"])
 def test_no_kernel_of_the_forward_pass_runs_twice(interpreted, mode):
     function, arguments = gradient(mode)
     assert kernels(used(function, *arguments)) == dict.fromkeys(KERNELS, 1)
 
 
-@pytest.mark.parametrize("mode", ["none", "block", "large"])
+@pytest.mark.parametrize("mode", ["none", "block", "large", "dots"])
 def test_the_text_is_projected_once(interpreted, mode):
     function, arguments = gradient(mode)
     assert count(used(function, *arguments), "dot_general", (1, 7, 32)) == 2  # keys and values
 
 
-@pytest.mark.parametrize("mode", ["none", "block", "large"])
+@pytest.mark.parametrize("mode", ["none", "block", "large", "dots"])
 def test_a_resnet_projects_the_timestep_and_takes_statistics_once(mode):
     compute = Compute(remat=mode)
     options = {"groups": 8, "eps": 1e-5, "time_features": 12, "compute": compute}
@@ -112,11 +112,12 @@ def test_a_resnet_projects_the_timestep_and_takes_statistics_once(mode):
     assert count(found, "dot_general", (2, 32)) == 1
     assert count(found, "rsqrt", (2, 32)) == 2  # of its two norms
     convolutions = [e for e in found if e.primitive.name == "conv_general_dilated"]
-    again = 0 if mode == "none" else 1  # the first; of the second, only the input is wanted
-    assert len(convolutions) == 2 * 3 + again
+    again = {"block": 1, "large": 1}  # the first; of the second, only the input is wanted
+    assert len(convolutions) == 2 * 3 + again.get(mode, 0)
 
 
-def test_gradients_are_the_same(interpreted):
-    plain, again = (jax.tree.leaves(f(*a)) for f, a in map(gradient, ("none", "block")))
+@pytest.mark.parametrize("mode", ["block", "dots"])
+def test_gradients_are_the_same(interpreted, mode):
+    plain, again = (jax.tree.leaves(f(*a)) for f, a in map(gradient, ("none", mode)))
     for a, b in zip(plain, again, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
