@@ -13,9 +13,9 @@ parameters, their paths and the results stay the same, only memory and time chan
 | large | the same where a map has more pixels than channels, else everything | all that happens there |
 
 `block`, `large` and `dots` keep what is `kept` as well: results as large as a block's input that are
-dearest to compute again (those of attention, with its normalisers, and of the feed-forward part), and
-small ones: the statistics of group norms and the projections of the timestep and of the text.
-`dots` takes a tenth more memory than `block`, and computes hardly any FLOPs twice.
+dearest to compute again (of attention, with its normalisers, of the feed-forward part, of a resnet's
+first convolution), and small ones: statistics of group norms, projections of the timestep and the text.
+`dots` computes hardly any FLOPs twice; of a transformer it keeps some eleven maps, `block` four.
 `large` is `block` without what it does not pay for: a small map of many channels takes little memory,
 but its kernels, which computing it again reads (and, sharded, gathers) once more, are the largest.
 """

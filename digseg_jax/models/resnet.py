@@ -44,7 +44,7 @@ class ResnetBlock2D(nnx.Module):
         y = self.conv1(self.norm1(x, silu=True))
         if time is not None:
             y = y + remat.kept(self.time_emb_proj(jax.nn.silu(time)))[:, None, None, :]
-        y = self.conv2(self.norm2(y, silu=True))
+        y = self.conv2(self.norm2(remat.kept(y), silu=True))
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + y
 
 
