@@ -227,10 +227,10 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
             kind = "reduce-scatter"
         n = _group_size(instruction, devices)
         counts[kind] += times
-        bytes_ = times * _received(kind, instruction, module.named[where], n)
-        received[kind] += bytes_
+        share = times * _received(kind, instruction, module.named[where], n)
+        received[kind] += share
         if chain or instruction.opcode.endswith("-start") or where in asynchronous:
-            overlapped[kind] += bytes_
+            overlapped[kind] += share
     return {k: Collective(counts[k], received[k], overlapped[k]) for k in sorted(counts)}
 
 

@@ -69,11 +69,10 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b l c"]:
         if hasattr(self, "group_norm"):
             x = self.group_norm(x)
-        q = self.to_q(x)
-        if context is None:
-            k, v = self.to_k(x), self.to_v(x)
-        else:  # a text's, which are small
-            k, v = remat.kept(self.to_k(context)), remat.kept(self.to_v(context))
+        source = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        if context is not None:  # a text's are small
+            k, v = remat.kept(k), remat.kept(v)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
         attend = partial(attention, implementation=self.compute.attention)
         y = remat.attention(attend, self.compute.remat)(q, k, v, mask)
