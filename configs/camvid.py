@@ -33,11 +33,12 @@ def get_config(version: str = "palette"):
         return config
     config = default()
     config.data.name = "camvid"
-    # pictures are segmented whole, at 160x120; crops show 60 to 100 % of their height
+    # images are segmented whole, at 160x120; crops show 60 to 100 % of their height
     config.data.image_size = 96
     config.data.scale_min = 1.0
     config.data.scale_max = 1.7
     config.eval.short_side = 120
+    config.eval.view_size = (128, 160)  # what the network can halve
     config.data.negative_rate = 0.2
     config.model.unet = "assets:segmenter"
     config.diffusion.terminal_fraction = 0.7

@@ -28,6 +28,7 @@ def get_config():
     config.train.eval_every = 1_500
     config.checkpoint.every = 500
     config.checkpoint.keep_every = 3_000
+    config.eval.view_size = (128,)  # a tile
     config.eval.ensemble = 2
     config.eval.steps = 2
     # the shape of the paper's table, for the report: a quarter of an hour

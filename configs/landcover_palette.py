@@ -27,6 +27,7 @@ def get_config():
     config.train.batch_size = 8
     config.checkpoint.every = 200
     config.eval.decoder = "probe"
+    config.eval.view_size = (128,)  # a tile
     config.eval.ensemble = 1
     config.eval.steps = 1
     return config

@@ -19,6 +19,7 @@ def get_config():
     config.train.steps = 700
     config.train.batch_size = 8
     config.checkpoint.every = 100
+    config.eval.view_size = (128,)  # a tile
     config.eval.ensemble = 2
     config.eval.steps = 1
     return config

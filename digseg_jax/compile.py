@@ -51,31 +51,36 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     config = for_devices(config, target.devices)
     parts = Parts.of(config.model)
     start = time.monotonic()
-    program = programs.lower(config, parts, mesh)
+    lowered = programs.lower(config, parts, mesh)
     lowered_after = time.monotonic() - start
+    name = "eval" if config.compile.program == "eval" else lowered[0].name
+    images = lowered[0].images
     log.info(
-        "compiling %s for %s: %d images, %d masks a call, mesh %s; a full-size model takes minutes",
-        program.name, topology, program.images, program.queries, dict(mesh.shape),
+        "compiling %s for %s: %d images a call, mesh %s; a full-size model takes minutes",
+        " and ".join(p.name for p in lowered), topology, images, dict(mesh.shape),
     )  # fmt: skip
     with effort(config.compile.effort):
-        measured = compile_and_measure(program, target, tuned=config.compile.tuned)
+        each = [compile_and_measure(p, target, tuned=config.compile.tuned) for p in lowered]
     result = {
         "topology": topology,
-        "program": program.name,
+        "program": name,
         "chips": len(target.devices),
         "device_kind": target.devices[0].device_kind,
         "mesh": dict(mesh.shape),
-        "images": program.images,
-        "queries": program.queries,
-        "images_per_chip": program.images / programs.shards(mesh),
+        "images": images,
+        "queries": sum(p.queries * p.calls for p in lowered if p.name in ("sample", "train", "unet")),
+        "images_per_chip": images / programs.shards(mesh),
         "hbm_limit_bytes": target.hbm_bytes,
         "effort": config.compile.effort,
         "tuned": config.compile.tuned or not tpu.untuned(target.devices[0].platform),
-        **measured,
+        **combined(each, [p.calls for p in lowered]),
         "lower_seconds": round(lowered_after, 1),
     }
-    if program.name != "eval":
-        per_chip = programs.model_flops(config, parts, program.images) / len(target.devices)
+    if name == "eval":
+        result["calls"] = {p.name: p.calls for p in lowered}
+        result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
+    else:
+        per_chip = programs.model_flops(config, parts, images) / len(target.devices)
         result["model_flops"] = per_chip
         result["parameter_bytes"] = 4 * programs.count(
             programs.train_task(config, parts, 1)[0].abstract
@@ -91,11 +96,41 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         result["advice"] = advise(config, parts, mesh, needs)
     result["config"] = to_dict(config)
     result["versions"] = _versions()
-    write_json(workdir / f"{FILES[program.name]}.json", result)
+    write_json(workdir / f"{FILES[name]}.json", result)
     text = as_text(result)
-    write_bytes(workdir / f"{FILES[program.name]}.txt", text.encode())
-    log.info("%s\n%s", workdir / f"{FILES[program.name]}.json", text)
+    write_bytes(workdir / f"{FILES[name]}.txt", text.encode())
+    log.info("%s\n%s", workdir / f"{FILES[name]}.json", text)
     return result
+
+
+SUMMED = (
+    "flops", "bytes_accessed", "memory_bytes", "loop_flops", "kernel_flops", "loop_bytes",
+    "collective_bytes",
+)  # fmt: skip
+
+
+def combined(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    """Several programs as one: the memory of the one that needs most, and the work of all calls."""
+    if len(measured) == 1 and calls == [1]:
+        return measured[0]
+    result = dict(max(measured, key=lambda m: m["hbm_peak_bytes"] / m.get("hbm_limit_bytes", 1.0)))
+    result["compile_seconds"] = round(sum(m["compile_seconds"] for m in measured), 1)
+    result["fits"] = all(m["fits"] for m in measured)
+    if not all("flops" in m for m in measured):
+        return result
+    for key in SUMMED:
+        result[key] = sum(m[key] * n for m, n in zip(measured, calls, strict=True))
+    result["collectives"] = _summed_collectives(measured, calls)
+    return result
+
+
+def _summed_collectives(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    total: dict[str, dict[str, Any]] = {}
+    for found, times in zip(measured, calls, strict=True):
+        for kind, values in found["collectives"].items():
+            before = total.get(kind, dict.fromkeys(values, 0))
+            total[kind] = {name: before[name] + times * value for name, value in values.items()}
+    return total
 
 
 @contextlib.contextmanager

@@ -209,23 +209,28 @@ class EvalConfig:
     steps: int = 2
     spacing: str = legal("trailing", "leading")
     ensemble_rule: str = legal("mean", "median", "vote")  # of the members' probabilities (ours)
-    # how mask latents become masks: each member decoded; decoded once, after the mean over members;
-    # or read from the latents without a decoder: by a linear probe, a palette's by the nearest colour
-    decoder: str = legal("vae", "latent_mean", "probe")
-    # pictures of other sizes than the training crop, in predict and in suites: overlapping windows at
-    # their own resolution, squeezed to one square, or scaled by the long side (the paper is silent)
-    inference: str = legal("window", "whole", "aspect")
-    # pixels that the short side of a picture gets before it is segmented, in the evaluation of a data
-    # set and for windows; its masks are brought back to the label's size. 0: as it comes
+    # how mask latents become masks: decoded once, after the mean over members; each member decoded;
+    # or read from the latents without a decoder: by a linear probe, a palette's by the nearest color
+    decoder: str = legal("latent_mean", "vae", "probe")
+    # latent_mean: masks of a view that are decoded, those that the probe puts first; the other queries
+    # keep the probe's reading. 0: all of them
+    decode_limit: int = 24
+    # how an image becomes views of one size: overlapping windows, squeezed into one, or scaled to fit
+    # into one (the paper is silent). auto: as its data set is evaluated in the field, else windows
+    inference: str = legal("auto", "window", "whole", "aspect")
+    # pixels of a view: a side, or height and width; empty: the training crop
+    view_size: tuple[int, ...] = ()
+    # windows: pixels that an image's short side is brought to; masks come back at the image's own size.
+    # 0: scale 1 of the training crops, where they are scaled by it, else as the image comes
     short_side: int = 0
-    # what a class counts that the labels never show; a suite takes the rule of each of its data sets
-    absent_rule: str = legal("mmseg", "detectron2", "official")
-    # open vocabulary: how many classes a coarse pass lets through (16 to 32 of hundreds), from
-    # which presence score on, and up to how many classes all of them are asked for as well (ours)
+    # what a class counts that the labels never show; auto: by the rule of the data set
+    absent_rule: str = legal("auto", "mmseg", "detectron2", "official")
+    # up to how many classes all of them are asked for. Beyond, a coarse pass says which are there: how
+    # many it lets through (16 to 32 of hundreds), and from which presence score on (ours)
+    exhaustive_limit: int = 200
     gate_limit: int = 16
     gate_cut: float = 0.3
-    exhaustive_limit: int = 64
-    batch_size: int = 4  # images per compiled call
+    batch_size: int = 4  # views per compiled call, over all devices
     num_images: int = 0  # 0: the whole split
     gallery: int = 24  # images shown in the report
     calibrate: bool = True  # fit the probability's scale and each query's bias on calibrate_split
@@ -248,7 +253,7 @@ class CompileConfig:
     program: str = legal("train", "eval")  # the train step, or one batch of the evaluation
     unet_only: bool = False  # train: the U-Net's step on given latents and tokens, nothing else
     per_device_batch: int = 0  # images a device; 0: what train.batch_size or eval.batch_size gives
-    eval_queries: int = 16  # eval: queries an image
+    eval_queries: int = 0  # eval: classes of the vocabulary; 0: those of config.data
     # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a quick look: its
     # memory is a tenth too low, and it knows no fetching ahead (aot/RECORD.md)
     effort: float = 0.0

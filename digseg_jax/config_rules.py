@@ -25,7 +25,6 @@ AT_LEAST_ONE = (
     "data.num_queries",
     "data.image_size",
     "model.max_tokens",
-    "compile.eval_queries",
 )
 NOT_NEGATIVE = (
     "train.steps",
@@ -35,9 +34,11 @@ NOT_NEGATIVE = (
     "optim.warmup_steps",
     "eval.num_images",
     "eval.short_side",
+    "eval.decode_limit",
     "eval.calibrate_images",
     "model.text_skip_layers",
     "compile.per_device_batch",
+    "compile.eval_queries",
     "model.vae_limit",
     "model.unet_limit",
 )
@@ -137,6 +138,16 @@ def _check_eval(c: Config) -> None:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
             f"{c.diffusion.num_train_timesteps}"
+        )
+    if c.eval.ensemble_rule != "mean" and c.eval.decoder == "latent_mean":
+        raise UserError(
+            f"config.eval.ensemble_rule={c.eval.ensemble_rule!r} needs every member's mask: set "
+            "config.eval.decoder='vae' or 'probe'"
+        )
+    if len(c.eval.view_size) > 2 or min(c.eval.view_size, default=1) < 1:
+        raise UserError(
+            f"config.eval.view_size={c.eval.view_size}: legal are (side,) and (height, width) in "
+            "pixels, or () for config.data.image_size"
         )
     _check_estep_table(c)
 

@@ -4,36 +4,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
 
 from digseg_jax.distributed import is_main
-from digseg_jax.sharding import BATCH
 
 
-def place_rows(
-    read: Callable[[int], dict[str, np.ndarray]], count: int, mesh: Mesh
-) -> dict[str, jax.Array]:
-    """A global batch of the rows read(0) .. read(count - 1); each process reads only its own."""
-    sharding = NamedSharding(mesh, BATCH)
-    rows: dict[int, dict[str, np.ndarray]] = {}
-    for index in sharding.addressable_devices_indices_map((count,)).values():
-        for i in range(*index[0].indices(count)):
-            if i not in rows:
-                rows[i] = read(i)
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split along its first axis, in their order.
 
-    def put(name: str, like: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            return np.stack([rows[i][name] for i in range(*index[0].indices(count))])
-
-        return jax.make_array_from_callback((count, *np.shape(like)), sharding, shard)
-
-    return {name: put(name, like) for name, like in next(iter(rows.values())).items()}
+    Devices that hold the same rows (a tensor axis) give them once.
+    """
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def fetch(x: jax.Array) -> np.ndarray:
@@ -53,6 +39,21 @@ def fetch_to_main(tree: Any) -> Any:
         value = fetch(leaf)
         fetched.append(value if is_main() else None)
     return structure.unflatten(fetched) if is_main() else None
+
+
+def gather_all(value: Any) -> list[Any]:
+    """Every process's JSON-ready value, by process; every process must come."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+    # Two rounds, since the arrays of a gathering have one shape on all processes.
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    every = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    every = every.reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
 def tell_all(value: Any) -> Any:

@@ -15,19 +15,21 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from digseg_jax import evaluate_autoencoder
-from digseg_jax import suite as suite_lib
 from digseg_jax.arraytypes import Params
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
+from digseg_jax.data.evaluation import eval_examples
 from digseg_jax.distributed import is_main, together
 from digseg_jax.errors import UserError
-from digseg_jax.evaluate import Evaluator, evaluate
+from digseg_jax.evaluation import suite as suite_lib
+from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.job import evaluate
 from digseg_jax.hosts import fetch, fetch_to_main
 from digseg_jax.log import log
 from digseg_jax.perf import use_compile_cache
-from digseg_jax.predict import load_predictor
+from digseg_jax.predict import load_segmenter
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
-from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import infer_shardings, make_mesh, place
 from digseg_jax.step import averaged
@@ -114,12 +116,11 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
 
 
 def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
-    """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.suite`."""
-    if suite not in suite_lib.NAMES:
-        raise UserError(f"--eval.suite={suite}: legal values are {', '.join(suite_lib.NAMES)}")
-    predictor = load_predictor(config, local_copy(workdir / EXPORT))
-    with filled_locally(workdir / "eval") as folder:
-        suite_lib.run_suite(config, predictor, folder, suite)
+    """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.evaluation.suite`."""
+    suite_lib.check_suite(suite)
+    use_compile_cache(config.train.compile_cache)
+    segmenter, params = load_segmenter(config, local_copy(workdir / EXPORT))
+    suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite)
     log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
 
 
@@ -232,13 +233,18 @@ def _validation(config: Config, task: Task, mesh: Mesh):
     """In-training evaluation on the val split: 1x1, no calibration, so that it costs little."""
     if not isinstance(task, SegmentationTask):
         raise UserError("config.train.eval_every: only for config.task='segmentation'; set it to 0")
-    evaluator = Evaluator(config, task, mesh)
-    examples = evaluator.examples("val")
-    bank = evaluator.bank(examples.prompts)
+    examples = eval_examples(config.data, "val", config.eval.num_images)
+
+    # Built once: its programs are compiled once, however often it is asked. Weights come and go.
+    segmenter: Segmenter | None = None
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
-        fitted = identity(len(examples.classes), evaluator.fixed_scale() or 2.0)
-        scores = evaluator.scores(averaged(state), examples, bank, EStep(1, 1), fitted)
-        return {"val_miou": scores.miou}
+        nonlocal segmenter
+        params = averaged(state)
+        if segmenter is None:
+            segmenter = Segmenter(task, params, mesh=mesh)
+        segmenter.programs.params = params
+        evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
+        return {"val_miou": evaluator.scores(EStep(1, 1)).miou}
 
     return on_eval

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from digseg_jax import assets
+from digseg_jax.arraytypes import Params
 from digseg_jax.config import Config
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
@@ -22,7 +23,7 @@ from digseg_jax.predict_files import (
     targets,
     write_prediction,
 )
-from digseg_jax.predictor import Predictor
+from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.storage import as_path, local_copy
 from digseg_jax.tasks.components import for_devices
@@ -53,21 +54,16 @@ def predict(
     folder = local_copy(as_path(workdir) / EXPORT) if workdir else Path(assets.resolve(SHIPPED))
     if len(images) == 1:
         read_image(images[0])  # an unreadable one is told before the models are built
-    predictor = load_predictor(config, folder)
+    segmenter, _ = load_segmenter(config, folder)
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    mode = "window" if config.eval.inference == "auto" else config.eval.inference
     progress = Progress(len(images), label=f"predict {estep}", unit="images")
     started = time.monotonic()
     for done, (source, path) in enumerate(zip(images, paths, strict=True), start=1):
         pixels = read_image(source)
-        probability = predictor.predict_masks(
-            [pixels],
-            texts,
-            ensemble=estep.ensemble,
-            steps=estep.steps,
-            spacing=estep.spacing,
-            key=config.seed,
-            mode=config.eval.inference,
-        )[0]
+        request = Request(pixels, 0, tuple(texts))
+        (answer,) = segmenter.segment([request], estep, key=config.seed, mode=mode)
+        probability = answer.stack()
         facts = {"image": str(source), "estep": str(estep), "seed": config.seed}
         summary = write_prediction(path, pixels, texts, probability, facts)
         covered = ", ".join(f"{r['query']} {100 * r['coverage']:.1f} %" for r in summary["queries"])
@@ -76,8 +72,8 @@ def predict(
     progress.close()
 
 
-def load_predictor(config: Config, folder: Path) -> Predictor:
-    """The exported weights of `folder`, ready to be asked.
+def load_segmenter(config: Config, folder: Path) -> tuple[Segmenter, Params]:
+    """The exported weights of `folder`, ready to be asked on all devices; and the weights.
 
     Raises:
       UserError: there are none, or they do not fit the configuration.
@@ -87,14 +83,9 @@ def load_predictor(config: Config, folder: Path) -> Predictor:
     # the architecture comes with the weights; nothing of the prior is needed
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
     config = for_devices(config, jax.devices())
-    task = SegmentationTask(config, prompts=("any",))  # the predictor encodes its own queries
+    task = SegmentationTask(config, prompts=("any",))  # the segmenter encodes its own queries
     task.adopt(folder)
     calibration = folder / CALIBRATION
     scale = json.loads(calibration.read_text())["scale"] if calibration.is_file() else 2.0
-    return Predictor(
-        task,
-        load_params(folder, task.abstract),
-        scale=float(scale),
-        rule=config.eval.ensemble_rule,
-        decoder=config.eval.decoder,
-    )
+    params = load_params(folder, task.abstract)
+    return Segmenter(task, params, scale=float(scale)), params

@@ -1,71 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation side of the data: nothing resized, nothing lost, padding told from pictures."""
+"""The examples of an evaluation: none lost, nothing resized, and what their scores have to know."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from digseg_jax.config import DataConfig
 from digseg_jax.data import registry
-from digseg_jax.data.augment import PADDING
-from digseg_jax.data.evaluation import eval_examples, padded_batches
+from digseg_jax.data.evaluation import eval_examples
 from digseg_jax.errors import UserError
-
-SIZES = [(30, 50), (30, 50), (70, 20), (10, 10), (64, 64)]
-
-
-def example(i):
-    rng = np.random.default_rng(i)
-    image = rng.integers(0, 256, (*SIZES[i], 3), np.uint8)
-    return {"image": image, "label": rng.integers(-1, 5, SIZES[i]).astype(np.int32), "name": f"n{i}"}
-
-
-EXAMPLES = [example(i) for i in range(len(SIZES))]
-
-
-def test_every_pixel_comes_back_and_what_is_padding_says_so():
-    seen = []
-    for batch, names in padded_batches(EXAMPLES, 2, multiple=32):
-        assert batch["label"].shape[0] == 2 and len(names) == batch["valid"].sum()
-        for k, name in enumerate(names):
-            i = int(batch["index"][k])
-            h, w = batch["size"][k]
-            assert name == f"n{i}" and (h, w) == SIZES[i]
-            np.testing.assert_array_equal(batch["image"][k, :h, :w], EXAMPLES[i]["image"])
-            np.testing.assert_array_equal(batch["label"][k, :h, :w], EXAMPLES[i]["label"])
-            rest = np.ones(batch["label"].shape[1:], bool)
-            rest[:h, :w] = False
-            assert (batch["label"][k][rest] == -1).all()
-            assert (batch["image"][k][rest] == PADDING).all()
-            seen.append(i)
-        for k in range(len(names), 2):
-            assert (batch["label"][k] == -1).all()
-    assert seen == list(range(len(SIZES)))
-
-
-def test_shapes_are_multiples_and_as_few_as_the_sizes_allow():
-    shapes = [b["label"].shape[1:] for b, _ in padded_batches(EXAMPLES, 2, multiple=32)]
-    assert shapes == [(32, 64), (96, 32), (64, 64)]
-    one_size = [b["label"].shape for b, _ in padded_batches([EXAMPLES[0]] * 5, 2)]
-    assert set(one_size) == {(2, 64, 64)}
-
-
-def test_pictures_of_another_size_keep_their_labels():
-    for batch, names in padded_batches(EXAMPLES, 2, multiple=32, short_side=16):
-        for k in range(len(names)):
-            i = int(batch["index"][k])
-            (h, w), (height, width) = SIZES[i], batch["image_size"][k]
-            assert min(height, width) == 16 and abs(height * w - width * h) <= max(h, w) / 2
-            np.testing.assert_array_equal(batch["label"][k, :h, :w], EXAMPLES[i]["label"])
-            assert (batch["image"][k, height:] == PADDING).all()
-            assert (batch["image"][k, :, width:] == PADDING).all()
-            difference = batch["image"][k, :height, :width].mean() - EXAMPLES[i]["image"].mean()
-            assert abs(difference) < 2
-        assert batch["image"].shape[1] % 32 == batch["image"].shape[2] % 32 == 0
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from digseg_jax.diffusion.schedule import make_schedule
 from digseg_jax.errors import UserError
 from digseg_jax.segmentation import inference
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.segmentation.resolution import resize_probability
 
 # predicting x0 itself, so that what a fake network returns is what comes out
 SCHEDULE = make_schedule(1000, 0.00085, 0.012, zero_snr=True, prediction_type="sample")
@@ -175,18 +174,3 @@ def test_a_key_and_its_number_draw_the_same_noise():
     a = inference.member_noise(7, index, 2, (4, 4, 2))
     b = inference.member_noise(jax.random.key(7), index, 2, (4, 4, 2))
     np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("filled", "size"), [((12, 16), (30, 40)), ((9, 7), (9, 7)), ((16, 16), (8, 5))]
-)
-def test_padded_probabilities_come_to_the_labels_size(filled, size):
-    """Equal to resizing each picture's own part, but for the last half cell towards the padding."""
-    values = np.random.default_rng(0).random((2, 3, 16, 16)).astype(np.float32)
-    sizes = np.array([filled, (16, 16)]), np.array([size, (48, 48)])
-    got = np.asarray(inference.enlarge_padded(jnp.asarray(values), *sizes, (48, 48)))
-    assert got.shape == (2, 3, 48, 48)
-    np.testing.assert_allclose(got[1], resize_probability(values[1], 48, 48), atol=1e-6)
-    own = resize_probability(values[0, :, : filled[0], : filled[1]], *size)
-    h, w = (n - int(np.ceil(n / f / 2)) for n, f in zip(size, filled, strict=True))
-    np.testing.assert_allclose(got[0, :, :h, :w], own[:, :h, :w], atol=1e-6)

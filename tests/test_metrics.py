@@ -58,27 +58,27 @@ CASES = [
 @pytest.mark.parametrize("name", CASES)
 def test_confusion_is_scikit_learns(name):
     label, prediction = case(name)
-    got = np.asarray(metrics.confusion(label, prediction, N))
+    got = metrics.confusion(label, prediction, N)
     keep = label >= 0
     true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
     expected = np.zeros((N + 1, N + 1), int)
     if len(true):
         expected = confusion_matrix(true, predicted, labels=range(N + 1))
     np.testing.assert_array_equal(got, expected[:N])
-    assert got.dtype == np.int32 and got.sum() == keep.sum()
+    assert got.dtype == np.int64 and got.sum() == keep.sum()
 
 
 @pytest.mark.parametrize("name", [c for c in CASES if "ignored" not in c or "pixels" in c])
 def test_iou_is_scikit_learns_jaccard(name):
     label, prediction = case(name)
-    iou = metrics.iou_per_class(np.asarray(metrics.confusion(label, prediction, N)))
+    iou = metrics.iou_per_class(metrics.confusion(label, prediction, N))
     keep = label >= 0
     true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
     expected = jaccard_score(true, predicted, labels=range(N), average=None, zero_division=0)
     seen = np.isin(range(N), true) | np.isin(range(N), predicted)
     np.testing.assert_array_equal(np.isnan(iou), ~seen)
     np.testing.assert_allclose(iou[seen], expected[seen])
-    counts = np.asarray(metrics.confusion(label, prediction, N))
+    counts = metrics.confusion(label, prediction, N)
     assert metrics.mean_iou(counts) == pytest.approx(expected[seen].mean())
     assert metrics.pixel_accuracy(counts) == pytest.approx(accuracy_score(true, predicted))
 
@@ -86,7 +86,7 @@ def test_iou_is_scikit_learns_jaccard(name):
 def test_counts_of_batches_add_up_to_the_counts_of_the_whole():
     label, prediction = random_maps(3, shape=(6, 5, 5))
     whole = metrics.confusion(label, prediction, N)
-    parts = sum(np.asarray(metrics.confusion(label[i : i + 2], prediction[i : i + 2], N))
+    parts = sum(metrics.confusion(label[i : i + 2], prediction[i : i + 2], N)
                 for i in (0, 2, 4))  # fmt: skip
     np.testing.assert_array_equal(whole, parts)
 
@@ -124,19 +124,29 @@ def test_counts_beyond_int32_survive_on_the_host():
 def test_overlap_counts_each_querys_pixels_by_true_class(seed):
     label, _ = random_maps(seed, shape=(2, 6, 8))
     masks = np.random.default_rng(seed).random((2, 3, 6, 8)) < 0.4
-    got = np.asarray(metrics.overlap(label, masks, N))
     for image in range(2):
         for query in range(3):
             inside = label[image][masks[image, query]]
             expected = [(inside == c).sum() for c in range(N)]
-            np.testing.assert_array_equal(got[image, query], expected)
+            got = metrics.overlap(label[image], masks[image, query], N)
+            np.testing.assert_array_equal(got, expected)
+
+
+def overlaps_of(labels, masks_by_image, n):
+    """[images, q, c] of masks [images, q, h, w]."""
+    return np.array(
+        [
+            [metrics.overlap(label, np.asarray(mask), n) for mask in masks]
+            for label, masks in zip(labels, masks_by_image, strict=True)
+        ]
+    )
 
 
 def scores(masks_by_image, labels, n=2):
     labels = np.asarray(labels)
-    overlaps = np.asarray(metrics.overlap(labels, np.asarray(masks_by_image), n))
+    overlaps = overlaps_of(labels, masks_by_image, n)
     areas = np.stack([(labels == c).sum((1, 2)) for c in range(n)], axis=1)
-    return metrics.query_scores(overlaps, areas, labels[0].size)
+    return metrics.query_scores(overlaps, areas)
 
 
 HALVES = np.array([[[0, 0, 1, 1]] * 2])
@@ -166,17 +176,23 @@ def test_query_iou_pools_over_images_and_is_nan_where_nothing_is():
     labels = np.concatenate([HALVES, np.zeros_like(HALVES)])
     masks = np.stack([np.stack([x == 0, x == 1, x == 9]) for x in labels])
     masks[1, 0, 0] = False  # half of the second image is missed
-    overlaps = np.asarray(metrics.overlap(labels, masks, 3))
+    overlaps = overlaps_of(labels, masks, 3)
     areas = np.stack([(labels == c).sum((1, 2)) for c in range(3)], axis=1)
     got = metrics.query_iou(overlaps, areas)
     np.testing.assert_allclose(got[:2], [8 / 12, 1.0])
     assert np.isnan(got[2])
 
 
-def test_the_label_map_is_the_most_probable_query():
-    probability = np.zeros((1, 3, 2, 2))
-    probability[0, 2, 0, 0] = probability[0, 1, 1, 1] = 0.4
-    np.testing.assert_array_equal(metrics.label_map(probability), [[[2, 0], [0, 1]]])
+def test_a_query_of_nested_classes_is_compared_with_all_that_it_covers():
+    """The disc contains the cup: a perfect mask of it also covers the cup's pixels."""
+    label = np.array([[[0, 1, 1, 2]]])
+    masks = [[label[0] == 0, label[0] >= 1, label[0] == 2]]
+    overlaps = overlaps_of(label, masks, 3)
+    areas = np.array([[1, 2, 1]])
+    covers = np.array([[1, 0, 0], [0, 1, 1], [0, 0, 1]], bool)
+    np.testing.assert_array_equal(metrics.query_iou(overlaps, areas, covers), [1, 1, 1])
+    assert metrics.query_iou(overlaps, areas)[1] == 2 / 3
+    assert metrics.query_scores(overlaps, areas, covers)["matching_iou"] == 1.0
 
 
 def oracle(label, prediction, rule, n=N):
@@ -203,7 +219,7 @@ def oracle(label, prediction, rule, n=N):
 @pytest.mark.parametrize("name", CASES)
 def test_every_absent_class_rule_is_the_written_one(name, rule):
     label, prediction = case(name)
-    counts = np.asarray(metrics.confusion(label, prediction, N))
+    counts = metrics.confusion(label, prediction, N)
     got = metrics.closed_set_scores(counts, rule)
     assert got == pytest.approx(oracle(label, prediction, rule), abs=1e-9, nan_ok=True)
 
@@ -211,7 +227,7 @@ def test_every_absent_class_rule_is_the_written_one(name, rule):
 def test_the_rules_differ_by_points_without_a_wrong_pixel_more():
     label, prediction = random_maps(2, n=N)
     label[label >= 3] = 0
-    counts = np.asarray(metrics.confusion(label, prediction, N))
+    counts = metrics.confusion(label, prediction, N)
     assert metrics.mean_iou(counts, "detectron2") == pytest.approx(
         metrics.mean_iou(counts, "mmseg") * 5 / 3
     )
@@ -222,7 +238,7 @@ def test_dice_is_scikit_learns_f1():
     keep = label >= 0
     true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
     expected = f1_score(true, predicted, labels=range(N), average=None, zero_division=0)
-    got = metrics.dice_per_class(np.asarray(metrics.confusion(label, prediction, N)))
+    got = metrics.dice_per_class(metrics.confusion(label, prediction, N))
     np.testing.assert_allclose(got, expected, atol=1e-9)
 
 
@@ -233,7 +249,7 @@ def test_mean_accuracy_is_scikit_learns_balanced_accuracy():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = balanced_accuracy_score(label[keep], prediction[keep])
-    got = metrics.mean_accuracy(np.asarray(metrics.confusion(label, prediction, N)))
+    got = metrics.mean_accuracy(metrics.confusion(label, prediction, N))
     assert got == pytest.approx(expected, abs=1e-9)
 
 
@@ -268,7 +284,7 @@ def test_cityscapes_own_script_agrees(tmp_path):
     arguments.evalPixelAccuracy = arguments.JSONOutput = arguments.evalInstLevelScore = False
     arguments.quiet = True
     theirs = official.evaluateImgLists(files[2:], files[:2], arguments)
-    counts = np.asarray(metrics.confusion(label, prediction, len(kept)))
+    counts = metrics.confusion(label, prediction, len(kept))
     ours = metrics.iou_per_class(counts)
     expected = np.array([theirs["classScores"][entry.name] for entry in kept], float)
     np.testing.assert_allclose(ours, expected, atol=1e-9)

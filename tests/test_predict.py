@@ -256,7 +256,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     def never(*_, **__):
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr(predict_lib, "load_predictor", never)
+    monkeypatch.setattr(predict_lib, "load_segmenter", never)
     image = saved(tmp_path, noise(4, 4))
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")

@@ -100,6 +100,7 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
         "eval__num_images": 2,
         "eval__batch_size": 2,
         "eval__calibrate": False,
+        "eval__view_size": (128,),  # a tile of the land cover
     }
     tree = config_lib.to_dict(Config())
     for key, value in (small | changes).items():

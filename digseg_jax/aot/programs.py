@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +18,9 @@ from digseg_jax.arraytypes import Batch
 from digseg_jax.config import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.errors import UserError
-from digseg_jax.evaluate import Evaluator
 from digseg_jax.models import functional
+from digseg_jax.prediction import programs as prediction
+from digseg_jax.prediction.segmenter import query_slots, view_size
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import infer_shardings, make_mesh
 from digseg_jax.step import abstract_state, make_train_step
@@ -33,30 +35,32 @@ class Program:
     Attributes:
         name: train, unet or eval.
         lowered: for the mesh.
-        images: of one call, on all devices.
+        images: of one call, on all devices; views of an evaluation.
         queries: masks of one call, on all devices.
+        calls: how often it is called for each of these images.
     """
 
     name: str
     lowered: jax.stages.Lowered
     images: int
     queries: int
+    calls: int = 1
 
 
-def lower(config: Config, parts: Parts, mesh: Mesh) -> Program:
-    """What `config.compile` asks for.
+def lower(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
+    """What `config.compile` asks for: the train step, or the programs of an evaluation.
 
     Raises:
       UserError: a batch that the devices do not divide.
     """
     if config.compile.program == "eval":
-        return _evaluation(config, parts, mesh)
+        return evaluation_programs(config, parts, mesh)
     images = train_images(config, mesh)
     task, batch = train_task(config, parts, images)
     lowered = lower_step(config, task, batch, mesh)
     if config.compile.unet_only:
-        return Program("unet", lowered, images, images)
-    return Program("train", lowered, images, images * config.data.num_queries)
+        return [Program("unet", lowered, images, images)]
+    return [Program("train", lowered, images, images * config.data.num_queries)]
 
 
 def shards(mesh: Mesh) -> int:
@@ -104,29 +108,60 @@ def _platforms(mesh: Mesh) -> tuple[str, ...]:
     return (mesh.devices.flat[0].platform,)
 
 
-def _evaluation(config: Config, parts: Parts, mesh: Mesh) -> Program:
-    """One batch of the evaluation: E members x S steps of every query, decoded and counted."""
-    queries, per_device = config.compile.eval_queries, config.compile.per_device_batch
-    images = per_device * shards(mesh) if per_device else config.eval.batch_size
-    if images % shards(mesh):
-        raise UserError(
-            f"config.eval.batch_size={images}: must be a multiple of {shards(mesh)} devices, or set "
-            "config.compile.per_device_batch"
-        )
+def evaluation_programs(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
+    """The programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
+
+    All classes are asked for, or, beyond `eval.exhaustive_limit`, those that a coarse pass finds.
+    """
+    settings = config.eval
+    each = config.compile.per_device_batch or max(1, settings.batch_size // shards(mesh))
+    views = each * shards(mesh)
     palette = config.segmentation.codec == "palette"
-    task = ShapeTask(config, parts, prompts=1 if palette else queries)
-    classes = num_classes(config.data) if palette else queries
-    estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
-    step = Evaluator(config, task, mesh).counting(estep, classes)
+    classes = config.compile.eval_queries or num_classes(config.data)
+    task = ShapeTask(config, parts, prompts=1)
+    size = view_size(settings, config.data)
     params = _placed(task.abstract, infer_shardings(task.abstract, mesh))
-    fitted = {
-        "scale": jax.ShapeDtypeStruct((), jnp.float32),
-        "bias": jax.ShapeDtypeStruct((classes,), jnp.float32),
-    }
-    batch = shapes.eval_batch(config, images)
-    traced = step.trace(params, task.frozen, fitted, batch)
-    lowered = traced.lower(lowering_platforms=_platforms(mesh))
-    return Program("eval", lowered, images, images * queries)
+    vae = _placed(task.frozen["vae"], infer_shardings(task.frozen["vae"], mesh))
+    estep = EStep(settings.ensemble, settings.steps, settings.spacing)
+    mean = settings.decoder == "latent_mean"
+
+    def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Program:
+        program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
+        root = jax.eval_shape(lambda: jax.random.key(0))
+        batch = shapes.view_batch(config, parts, views, size, slots)
+        lowered = prediction.lower(program, (params, vae, root), batch, mesh)
+        return Program(name, lowered, views, views * slots, -(-queries // slots))
+
+    def read(name: str, queries: int, slots: int) -> Program:
+        program = partial(
+            prediction.read_masks,
+            task,
+            size=size,
+            decoder="probe" if settings.decoder == "probe" else "vae",
+            rule=settings.ensemble_rule,
+            biased=settings.calibrate,
+            raw=False,
+        )
+        members = 1 if mean else settings.ensemble
+        batch = shapes.latent_batch(parts, views, size, slots, members, classes if palette else slots)
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        lowered = prediction.lower(program, (vae, scale), batch, mesh)
+        return Program(name, lowered, views, views * slots, -(-queries // slots))
+
+    if palette:
+        return [sample("sample", estep, 1, 1, mean), read("read", 1, 1)]
+    if classes > settings.exhaustive_limit:
+        slots, asked = query_slots(settings.gate_limit), settings.gate_limit
+        coarse = sample("coarse", EStep(1, 1), classes, query_slots(classes), False)
+        found = [coarse, sample("sample", estep, asked, slots, mean)]
+    else:
+        slots, asked = query_slots(classes), classes
+        found = [sample("sample", estep, asked, slots, mean)]
+    if settings.decoder == "probe":
+        return found
+    if mean and 0 < settings.decode_limit < asked:
+        return [*found, read("read", settings.decode_limit, settings.decode_limit)]
+    return [*found, read("read", asked, slots)]
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

@@ -97,6 +97,9 @@ class ShapeTask(SegmentationTask):
             )
         )
 
+    def prepare(self) -> None:
+        """Nothing runs the autoencoder here."""
+
     @functools.cached_property
     def palette(self) -> Palette:
         """Colours are constants of the program, whatever they are."""
@@ -180,14 +183,21 @@ def unet_batch(config: Config, parts: Parts, images: int) -> Batch:
     }
 
 
-def eval_batch(config: Config, images: int) -> Batch:
-    """Squares of the training size with their labels."""
-    square = (images, config.data.image_size, config.data.image_size)
+def view_batch(config: Config, parts: Parts, views: int, size: tuple[int, int], queries: int) -> Batch:
+    """What `prediction.programs.sample_latents` takes."""
+    bank = bank_shapes(queries, config.model, parts)
+    texts = {n: jax.ShapeDtypeStruct((views, *x.shape), x.dtype) for n, x in bank.items()}
+    return texts | {"crops": _int(np.uint8, views, *size, 3), "index": _int(np.int32, views)}
+
+
+def latent_batch(
+    parts: Parts, views: int, size: tuple[int, int], queries: int, members: int, classes: int
+) -> Batch:
+    """What `prediction.programs.read_masks` takes; classes: masks that become of the queries."""
+    cells = (size[0] // parts.vae.factor, size[1] // parts.vae.factor, parts.vae.latent_channels)
     return {
-        "image": _int(np.uint8, *square, 3),
-        "label": _int(np.int32, *square),
-        "index": _int(np.int32, images),
-        "valid": jax.ShapeDtypeStruct((images,), jnp.bool_),
+        "latents": _float(views, queries, members, *cells),
+        "bias": _float(views, classes),
     }
 
 

@@ -13,18 +13,18 @@ import numpy as np
 
 from digseg_jax import assets
 from digseg_jax import config as config_lib
-from digseg_jax.arraytypes import Params
 from digseg_jax.bench import trees
 from digseg_jax.config import Config
 from digseg_jax.data import landcover
-from digseg_jax.data.evaluation import EvalExamples
+from digseg_jax.data.evaluation import eval_examples
 from digseg_jax.data.landcover_prompts import HELD_OUT
-from digseg_jax.evaluate import Evaluator
+from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.scores import Scores
 from digseg_jax.log import log
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation import metrics
 from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import make_mesh
 from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
@@ -37,7 +37,9 @@ def bench_config(weights: str) -> tuple[Config, Path]:
     folder = Path(assets.resolve(weights))
     base = config_lib.Config()
     model = dataclasses.replace(base.model, unet=str(folder))
-    return for_devices(dataclasses.replace(base, model=model), jax.devices()), folder
+    evaluation = dataclasses.replace(base.eval, view_size=(landcover.TILE,))
+    config = dataclasses.replace(base, model=model, eval=evaluation)
+    return for_devices(config, jax.devices()), folder
 
 
 def run(weights: str) -> dict[str, Any]:
@@ -45,11 +47,11 @@ def run(weights: str) -> dict[str, Any]:
     config, folder = bench_config(weights)
     task = SegmentationTask(config)
     params = load_params(folder, task.abstract)
-    evaluator = Evaluator(config, task, make_mesh(config.mesh))
-    tiles = evaluator.examples("test")
-    bank = evaluator.bank(landcover.GROUPS)
-    fitted = evaluator.calibrate(params, bank, HEADLINE)
-    scores = evaluator.scores(params, tiles, bank, HEADLINE, fitted)
+    segmenter = Segmenter(task, params)
+    tiles = eval_examples(config.data, "test")
+    evaluator = Evaluator(segmenter, tiles, config.eval, seed=config.seed)
+    fitted = evaluator.calibrate(HEADLINE, eval_examples(config.data, "val"))
+    scores = evaluator.scores(HEADLINE, fitted)
     baseline = trees.fit_and_count(landcover.load(), "groups", "test")
     ours = metrics.iou_per_class(scores.confusion)
     theirs = metrics.iou_per_class(baseline)
@@ -64,25 +66,25 @@ def run(weights: str) -> dict[str, Any]:
         "ours_per_class": _named(ours),
         "trees_per_class": _named(theirs),
         "calibration": fitted.to_dict(),
-        "queries_per_second": scores.queries_per_second(),
-        **metrics.query_scores(scores.overlaps, scores.areas, landcover.TILE**2),
-        **unseen_queries(evaluator, params, tiles, fitted, scores.overlaps, scores.areas),
+        "queries_per_second": scores.speed()["queries_per_second"],
+        **scores.single_queries(),
+        **unseen_queries(evaluator, fitted, scores),
     }
 
 
-def unseen_queries(
-    evaluator: Evaluator,
-    params: Params,
-    tiles: EvalExamples,
-    fitted: Calibration,
-    overlaps: np.ndarray,
-    areas: np.ndarray,
-) -> dict[str, Any]:
+def unseen_queries(evaluator: Evaluator, fitted: Calibration, known: Scores) -> dict[str, Any]:
     """Each held-out name in place of its group's trained name; IoU of the masks on their own."""
     names = {group: unseen for unseen, group in HELD_OUT.items()}
     queries = [names.get(group, group) for group in landcover.GROUPS]
-    scores = evaluator.scores(params, tiles, evaluator.bank(queries), HEADLINE, fitted)
-    trained = metrics.query_iou(overlaps, areas)
+    asked = Evaluator(
+        evaluator.segmenter,
+        evaluator.examples,
+        evaluator.settings,
+        seed=evaluator.seed,
+        prompts=queries,
+    )
+    scores = asked.scores(HEADLINE, fitted)
+    trained = metrics.query_iou(known.overlaps, known.areas)
     unseen = metrics.query_iou(scores.overlaps, scores.areas)
     rows = {}
     for i, (group, query) in enumerate(zip(landcover.GROUPS, queries, strict=True)):

@@ -9,11 +9,12 @@ from typing import Any
 
 from digseg_jax import assets
 from digseg_jax import config as config_lib
-from digseg_jax.data import registry
+from digseg_jax.data.evaluation import eval_examples
+from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.suite import scores_of
 from digseg_jax.journal import Journal
-from digseg_jax.predict import load_predictor
+from digseg_jax.predict import load_segmenter
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.suite_scores import Job, score
 
 DATA = "landcover_igbp"
 
@@ -25,15 +26,15 @@ def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[s
         base.eval, num_images=images, gate_limit=limit, gate_cut=cut, inference="whole"
     )
     config = dataclasses.replace(base, eval=evaluation)
-    predictor = load_predictor(config, Path(assets.resolve(weights)))
-    facts = registry.spec(DATA)
-    source = registry.open_source(DATA, "", facts.eval_split)
-    job = Job(config, predictor, facts, EStep.parse(estep))
-    found = score(job, source, None, Journal(None, DATA, ""))
+    segmenter, _ = load_segmenter(config, Path(assets.resolve(weights)))
+    data = dataclasses.replace(config.data, name=DATA)
+    examples = eval_examples(data, "test", images)
+    evaluator = Evaluator(segmenter, examples, evaluation, seed=config.seed)
+    found = scores_of(evaluator, EStep.parse(estep), Journal(None, DATA, ""), None)
     seconds = {name: 1.0 / row["images_per_second"] for name, row in found["protocols"].items()}
     return {
         "data": DATA,
-        "split": facts.eval_split,
+        "split": examples.split,
         "estep": estep,
         "gate": {"limit": limit, "cut": cut, "scorer": "one step, linear probe"},
         "seconds_per_image": seconds,

@@ -11,11 +11,12 @@ import numpy as np
 
 from digseg_jax import config as config_lib
 from digseg_jax.config import Config
-from digseg_jax.data import landcover
-from digseg_jax.evaluate import Evaluator
+from digseg_jax.data.evaluation import eval_examples
+from digseg_jax.data.landcover import TILE
+from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.log import log
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation import metrics
-from digseg_jax.segmentation.calibration import identity
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.sharding import make_mesh
 from digseg_jax.step import averaged
@@ -30,20 +31,16 @@ def one(config: Config) -> dict[str, float]:
     task, mesh = SegmentationTask(config), make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as scratch:
         state = Trainer(config, task, mesh, scratch).run()
-    evaluator = Evaluator(config, task, mesh)
-    scores = evaluator.scores(
-        averaged(state),
-        evaluator.examples("test"),
-        evaluator.bank(landcover.GROUPS),
-        ESTEP,
-        identity(len(landcover.GROUPS)),
-    )
+    segmenter = Segmenter(task, averaged(state), mesh=mesh)
+    examples = eval_examples(config.data, "test", config.eval.num_images)
+    scores = Evaluator(segmenter, examples, config.eval, seed=config.seed).scores(ESTEP)
     return {"miou": scores.miou, "accuracy": metrics.pixel_accuracy(scores.confusion)}
 
 
 def run(seeds: int, steps: int) -> dict[str, Any]:
     """Mean and spread over seeds of both starts; only the start differs within a seed."""
     base = config_lib.Config()
+    base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, view_size=(TILE,)))
     rows: dict[str, list[dict[str, float]]] = {"pretrained": [], "random": []}
     for seed in range(seeds):
         for start in rows:

@@ -26,8 +26,8 @@ from digseg_jax.data.registry import Source
 from digseg_jax.data.stamp_files import unrelated
 from digseg_jax.data.stamps import BACKGROUND
 from digseg_jax.errors import UserError
-from digseg_jax.predict import load_predictor
-from digseg_jax.predictor import Predictor
+from digseg_jax.predict import load_segmenter
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.writers import Progress
 
@@ -49,8 +49,8 @@ def run(
         raise UserError(f"--images={images}: must be at least 1, or 0 for all")
     config = config_lib.with_estep(config_lib.Config(), estep)
     opened = {part: _open(root, part) for part in PARTS}  # told before the models are built
-    predictor = load_predictor(config, Path(assets.resolve(weights)))
-    ask = _asker(predictor, EStep.parse(estep), config.seed)
+    segmenter, _ = load_segmenter(config, Path(assets.resolve(weights)))
+    ask = _asker(segmenter, EStep.parse(estep), config.seed)
     rows: dict[str, list[Row]] = {}
     shown: list[Answered] = []
     for part, (source, names) in opened.items():
@@ -77,9 +77,9 @@ def _open(root: Path, part: str) -> tuple[Source, tuple[str, ...]]:
     return open_part(where, "val"), spec_of(where).names
 
 
-def _asker(predictor: Predictor, estep: EStep, seed: int) -> Ask:
+def _asker(segmenter: Segmenter, estep: EStep, seed: int) -> Ask:
     def ask(picture: np.ndarray, names: Sequence[str], index: int) -> np.ndarray:
-        return predictor.predict_masks(
+        return segmenter.predict_masks(
             [picture],
             names,
             ensemble=estep.ensemble,

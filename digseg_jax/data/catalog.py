@@ -23,6 +23,7 @@ def _ade20k() -> DatasetSpec:
     return DatasetSpec(
         name="ade20k",
         title="ADE20K-150 (MIT SceneParsing, ADEChallengeData2016)",
+        inference="whole",
         splits={"train": 20_210, "val": 2_000},
         ignore="0 (other objects) and 255",
         licence="annotations BSD-3-Clause, images for research; no registration",
@@ -34,6 +35,7 @@ def _ade20k_847() -> DatasetSpec:
     return DatasetSpec(
         name="ade20k_847",
         title="ADE20K-847 (full ADE20K, release 2021_17_01, at a short side of 512 or less)",
+        inference="whole",
         splits={"train": 25_574, "val": 2_000},
         ignore="every object that is not one of the 847; 255 is the class 'pier'",
         licence="terms of ade20k.csail.mit.edu; registration",
@@ -46,6 +48,7 @@ def _pascal_context_59() -> DatasetSpec:
     return DatasetSpec(
         name="pascal_context_59",
         title="PASCAL-Context, 59 classes, background ignored",
+        inference="whole",
         splits=_CONTEXT_SPLITS,
         extra_splits=("train_4996", "val_5104"),
         ignore="every raw label that is not one of the 59, 0 among them",
@@ -59,6 +62,7 @@ def _pascal_context_459() -> DatasetSpec:
     return DatasetSpec(
         name="pascal_context_459",
         title="PASCAL-Context, all 459 labels ('unknown' is one of them)",
+        inference="whole",
         splits=_CONTEXT_SPLITS,
         extra_splits=("train_4996", "val_5104"),
         ignore="0; 255 is the class 'monkey'",
@@ -72,6 +76,7 @@ def _pascal_voc() -> DatasetSpec:
     return DatasetSpec(
         name="pascal_voc",
         title="PASCAL VOC 2012, 20 classes, background ignored",
+        inference="whole",
         splits={"train": 1_464, "val": 1_449, "trainaug": 10_582},
         extra_splits=("trainaug",),
         ignore="0 (background) and 255 (void)",
@@ -85,6 +90,7 @@ def _coco_stuff() -> DatasetSpec:
     return DatasetSpec(
         name="coco_stuff",
         title="COCO-Stuff-171 (164k, 2017)",
+        inference="whole",
         splits={"train": 118_287, "val": 5_000},
         ignore="255 and the eleven values that no class has",
         licence="annotations CC BY 4.0, images under Flickr terms; no registration",
@@ -134,6 +140,7 @@ def _refuge2() -> DatasetSpec:
     return DatasetSpec(
         name="refuge2",
         title="REFUGE2 optic disc and cup, the 400/400/400 release",
+        inference="whole",
         splits={"train": 400, "val": 400, "test": 400},
         eval_split="test",
         ignore="none; 255 is background",

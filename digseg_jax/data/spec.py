@@ -53,6 +53,8 @@ class DatasetSpec:
       "region_dice" (Dice of each class's region, per image, then the mean over images).
     absent: what a class without ground truth counts: "mmseg" (0 if predicted, else left out),
       "detectron2" (left out) or "official" (always counted).
+    inference: how an image is shown to the network: "window", overlapping views of its trained scale,
+      or "whole", squeezed into one view, as segmenters of 512 x 512 pixels are tested.
     """
 
     name: str
@@ -68,6 +70,7 @@ class DatasetSpec:
     template: str = "{}"
     metric: str = "miou"
     absent: str = "mmseg"
+    inference: str = "window"
 
     @property
     def num_classes(self) -> int:

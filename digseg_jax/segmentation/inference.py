@@ -16,7 +16,7 @@ from digseg_jax.diffusion.schedule import Schedule
 from digseg_jax.errors import UserError
 
 ENSEMBLE_RULES = ("mean", "median", "vote")
-DECODERS = ("vae", "latent_mean", "probe")
+DECODERS = ("latent_mean", "vae", "probe")
 
 # (image latents [n h w c], x_t [n h w c], t [n], tokens [n l d], mask [n l]) -> prediction [n h w c]
 PredictLatent = Callable[[Array, Array, Array, Array, Array], Array]
@@ -99,11 +99,14 @@ def sample_mask_latents(
 def member_probabilities(
     evidence: Float[Array, "n q e h w"],
     scale: float | Array,
-    bias: Float[Array, "q"],
+    bias: Float[Array, "*n q"],
     codec: str = "binary",
 ) -> Float[Array, "n q e h w"]:
-    """What each member alone says: sigmoid per query (binary), softmax over classes (palette)."""
-    logits = scale * evidence + bias[None, :, None, None, None]
+    """What each member alone says: sigmoid per query (binary), softmax over classes (palette).
+
+    bias: one for each query, the same for all images or with a leading axis for each.
+    """
+    logits = scale * evidence + bias[..., None, None, None]
     return jax.nn.softmax(logits, axis=1) if codec == "palette" else jax.nn.sigmoid(logits)
 
 
@@ -132,31 +135,11 @@ def combine(
 def probabilities(
     evidence: Float[Array, "n q e h w"],
     scale: float | Array,
-    bias: Float[Array, "q"],
+    bias: Float[Array, "*n q"],
     *,
     codec: str = "binary",
     rule: str = "mean",
-    exclusive: bool = False,
 ) -> Float[Array, "n q h w"]:
-    """`member_probabilities`, combined over the members."""
+    """`member_probabilities`, combined over the members; a palette's classes exclude each other."""
     members = member_probabilities(evidence, scale, bias, codec)
-    return combine(members, rule, exclusive=exclusive)
-
-
-def enlarge_padded(
-    probability: Float[Array, "n q h w"],
-    filled: Int[Array, "n 2"],
-    size: Int[Array, "n 2"],
-    shape: tuple[int, int],
-) -> Float[Array, "n q H W"]:
-    """`resize_probability` of a padded batch: what fills `filled` pixels is to fill `size` of `shape`.
-
-    Bilinear with half-pixel centres. At the edge towards the padding half a pixel of it is mixed in.
-    """
-
-    def one(planes: Array, scale: jax.Array) -> jax.Array:
-        return jax.image.scale_and_translate(
-            planes, (len(planes), *shape), (1, 2), scale, jnp.zeros(2), "linear", antialias=False
-        )
-
-    return jax.vmap(one)(probability, size / filled)
+    return combine(members, rule, exclusive=codec == "palette")

@@ -1,45 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer counts on the device, and the scores that are made of them on the host."""
+"""Integer counts of pixels, and the scores that are made of them."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 
-from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.arraytypes import Bool, Float, Int
 
 ABSENT_RULES = ("mmseg", "detectron2", "official")
 
 
 def confusion(
-    label: Int[Array, "n h w"], prediction: Int[Array, "n h w"], num_classes: int
-) -> Int[Array, "c c+1"]:
-    """Pixel counts by (true class, predicted class); the last column is "no class" (-1).
+    label: Int[np.ndarray, "*n h w"], prediction: Int[np.ndarray, "*n h w"], num_classes: int
+) -> Int[np.ndarray, "c c+1"]:
+    """Pixel counts by (true class, predicted class), int64; the last column is "no class" (-1).
 
-    Pixels labelled -1 (ignore) are not counted. int32: enough for 2**31 pixels a call; add calls up
-    in int64 on the host.
+    Pixels labelled -1 (ignore) are not counted.
 
     Raises:
       ValueError: label and prediction differ in shape: a score at another resolution is another score.
     """
+    label, prediction = np.asarray(label), np.asarray(prediction)
     if label.shape != prediction.shape:
         raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
-    columns = num_classes + 1
-    predicted = jnp.where(prediction < 0, num_classes, prediction)
-    cell = jnp.where(label < 0, num_classes * columns, label * columns + predicted)
-    counts = jnp.bincount(cell.ravel(), length=num_classes * columns + 1)[:-1]
-    return counts.reshape(num_classes, columns).astype(jnp.int32)
+    columns, valid = num_classes + 1, label >= 0
+    predicted = np.where(prediction < 0, num_classes, prediction)[valid]
+    cells = label[valid].astype(np.int64) * columns + predicted
+    return np.bincount(cells, minlength=num_classes * columns).reshape(num_classes, columns)
 
 
 def overlap(
-    label: Int[Array, "n h w"], masks: Bool[Array, "n q h w"], num_classes: int
-) -> Int[Array, "n q c"]:
-    """Pixels of each query's mask by true class; ignored pixels belong to none."""
-    classes = jnp.arange(num_classes)
-    true = (label[:, None] == classes[None, :, None, None]).astype(jnp.float32)
-    # float32 counts are exact below 2**24 pixels an image
-    counts = jnp.einsum("nqhw,nchw->nqc", masks.astype(jnp.float32), true)
-    return counts.astype(jnp.int32)
+    label: Int[np.ndarray, "h w"], mask: Bool[np.ndarray, "h w"], num_classes: int
+) -> Int[np.ndarray, " c"]:
+    """Pixels of a query's mask by true class, int64; ignored pixels belong to none."""
+    return np.bincount(label[mask & (label >= 0)], minlength=num_classes)
 
 
 def iou_per_class(counts: np.ndarray) -> np.ndarray:
@@ -130,21 +124,25 @@ def _mean(values: np.ndarray, zero_if_nan: bool = False) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def query_scores(overlaps: np.ndarray, areas: np.ndarray, pixels: int | np.ndarray) -> dict[str, float]:
+def query_scores(
+    overlaps: Int[np.ndarray, "n q c"],
+    areas: Int[np.ndarray, "n c"],
+    covers: Bool[np.ndarray, "c c"] | None = None,
+) -> dict[str, float]:
     """How well masks follow their text; no argmax, each query's mask alone.
 
     Args:
-      overlaps: [images, q, c] from `overlap`, query i asking for class i.
-      areas: [images, c] true pixels per class.
-      pixels: counted pixels per image; one number, or [images, 1].
+      overlaps: pixels of each query's mask by true class, image by image; query i asks for class i.
+      areas: true pixels of each class.
+      covers: [i, j] whether the pixels of class j belong to the mask of class i; by default its own do.
 
     Returns:
       matching_iou: mean over classes of the pooled IoU of a present class with its own query;
       wrong_query_iou: the same with the queries of the other present classes;
       absent_rate: share of pixels that queries of absent classes cover.
     """
-    overlaps, areas = overlaps.astype(np.int64), areas.astype(np.int64)
-    covered = overlaps.sum(axis=2)  # images, q
+    covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
+    overlaps, areas = _regions(overlaps, areas, covers)
     present = areas > 0.01 * pixels
     absent = areas == 0
     classes = range(areas.shape[1])
@@ -163,18 +161,28 @@ def query_scores(overlaps: np.ndarray, areas: np.ndarray, pixels: int | np.ndarr
     }
 
 
-def query_iou(overlaps: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """Pooled IoU of each query's mask with its class over all images; [q], nan where undefined."""
-    hit = np.einsum("nqq->q", overlaps.astype(np.int64))
-    union = overlaps.astype(np.int64).sum(axis=(0, 2)) + areas.astype(np.int64).sum(axis=0) - hit
+def query_iou(
+    overlaps: Int[np.ndarray, "n q c"],
+    areas: Int[np.ndarray, "n c"],
+    covers: Bool[np.ndarray, "c c"] | None = None,
+) -> Float[np.ndarray, " q"]:
+    """Pooled IoU of each query's mask with its class over all images; nan where undefined."""
+    covered = overlaps.sum(axis=(0, 2))
+    overlaps, areas = _regions(overlaps, areas, covers)
+    hit = np.einsum("nqq->q", overlaps)
+    union = covered + areas.sum(axis=0) - hit
     return np.where(union > 0, hit / np.maximum(union, 1), np.nan)
+
+
+def _regions(
+    overlaps: np.ndarray, areas: np.ndarray, covers: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts by class as counts by the region that a class's mask covers."""
+    if covers is None:
+        return overlaps, areas
+    return overlaps @ covers.T.astype(np.int64), areas @ covers.T.astype(np.int64)
 
 
 def _mean_ratio(pairs: list) -> float:
     ratios = [hit / union for hit, union in pairs if union > 0]
     return float(np.mean(ratios)) if ratios else float("nan")
-
-
-def label_map(probability: Float[Array, "n q h w"]) -> Int[Array, "n h w"]:
-    """The most probable query of each pixel: a closed set always answers."""
-    return jnp.argmax(probability, axis=1).astype(jnp.int32)

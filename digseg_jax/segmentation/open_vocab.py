@@ -2,7 +2,7 @@
 """Gating a large vocabulary: which classes are worth the full E x S, and how many a gate loses.
 
 A scorer gives every class of an image a presence score; the best K above a cut survive and only they
-are denoised in full. Arrays in, arrays out; the scorers that need a model are in `digseg_jax.gating`.
+are denoised in full. Arrays in, arrays out; `digseg_jax.evaluation` asks the model.
 """
 
 from __future__ import annotations

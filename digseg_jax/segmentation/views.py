@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of any size to squares of one size and back: whole, aspect-preserving, sliding window.
+"""Images of any size as views of one size, and the views' masks as the image's: whole, aspect, window.
 
-Every square has the size the model was trained at, so that no picture compiles anything anew. What
-comes back is brought to the picture's own resolution as probabilities, never as labels.
+Every view has the size that the network is evaluated at, so that no image compiles anything anew.
+Masks come back to the image's own resolution as probabilities, never as labels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,27 +18,32 @@ from digseg_jax.segmentation.resolution import resize_image, resize_probability,
 MODES = ("window", "whole", "aspect")
 OVERLAP = 0.25  # of a window's side, at least
 
+Planes = Sequence[Float[np.ndarray, "h w"]]  # a mask, view by view
+
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """The squares of one picture, and how their probabilities become the picture's.
+    """The views of one image, and how a mask that was made view by view becomes the image's.
 
-    crops: uint8 [k, s, s, 3]. assemble: probabilities [k, q, s, s] -> [q, h, w] of the picture.
+    crops: uint8 [k, h, w, 3]. assemble: k planes [h, w], one for each view, to a plane of the image's
+    size.
     """
 
-    crops: UInt8[np.ndarray, "k s s 3"]
-    assemble: Callable[[Float[np.ndarray, "k q s s"]], Float[np.ndarray, "q h w"]]
+    crops: UInt8[np.ndarray, "k h w 3"]
+    assemble: Callable[[Planes], Float[np.ndarray, "h2 w2"]]
 
 
-def make_views(image: UInt8[np.ndarray, "h w 3"], size: int, mode: str, short_side: int = 0) -> Views:
-    """Cuts a picture.
+def make_views(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], mode: str, short_side: int = 0
+) -> Views:
+    """Cuts an image into views of `size` (height, width).
 
-    whole: squeezed to one square. aspect: the long side becomes `size`, the rest is mirrored padding
-    that is cut off again. window: overlapping squares at the picture's own resolution, or with its
+    whole: squeezed into one view. aspect: scaled to fit into one view; the rest is mirrored padding
+    that is cut off again. window: overlapping views of the image at its own resolution, or with its
     short side brought to `short_side` pixels; blended with a weight that falls towards their borders.
 
     Raises:
-      ValueError: another mode, or a picture without pixels.
+      ValueError: another mode, or an image without pixels.
     """
     if mode not in MODES:
         raise ValueError(f"inference {mode!r}; legal: {', '.join(MODES)}")
@@ -46,39 +51,44 @@ def make_views(image: UInt8[np.ndarray, "h w 3"], size: int, mode: str, short_si
         raise ValueError(f"image has shape {image.shape}; expected [h, w, 3] with some pixels")
     if mode == "window" and short_side:
         views, shape = _windows(to_short_side(image, short_side), size), image.shape[:2]
-        return Views(views.crops, lambda p: resize_probability(views.assemble(p), *shape))
+        return Views(views.crops, lambda planes: _resized(views.assemble(planes), *shape))
     return {"whole": _whole, "aspect": _aspect, "window": _windows}[mode](image, size)
 
 
-def _whole(image: np.ndarray, size: int) -> Views:
-    height, width = image.shape[:2]
-    crops = resize_image(image, size, size)[None]
-    return Views(crops, lambda p: resize_probability(p[0], height, width))
+def _whole(image: np.ndarray, size: tuple[int, int]) -> Views:
+    crops = resize_image(image, *size)[None]
+    return Views(crops, lambda planes: _resized(planes[0], *image.shape[:2]))
 
 
-def _aspect(image: np.ndarray, size: int) -> Views:
+def _aspect(image: np.ndarray, size: tuple[int, int]) -> Views:
     height, width = image.shape[:2]
-    scale = size / max(height, width)
-    h, w = (max(1, min(size, round(n * scale))) for n in (height, width))
+    scale = min(size[0] / height, size[1] / width)
+    h = max(1, min(size[0], round(height * scale)))
+    w = max(1, min(size[1], round(width * scale)))
     crops = _pad(resize_image(image, h, w), size)[None]
-    return Views(crops, lambda p: resize_probability(p[0, :, :h, :w], height, width))
+    return Views(crops, lambda planes: _resized(planes[0][:h, :w], height, width))
 
 
-def _windows(image: np.ndarray, size: int) -> Views:
+def _windows(image: np.ndarray, size: tuple[int, int]) -> Views:
     height, width = image.shape[:2]
     padded = _pad(image, size)
-    rows, columns = (starts(n, size) for n in padded.shape[:2])
+    rows, columns = (starts(n, s) for n, s in zip(padded.shape[:2], size, strict=True))
     corners = [(top, left) for top in rows for left in columns]
-    crops = np.stack([padded[t : t + size, le : le + size] for t, le in corners])
+    places = [(slice(t, t + size[0]), slice(le, le + size[1])) for t, le in corners]
+    crops = np.stack([padded[place] for place in places])
+    if len(places) == 1:
+        return Views(crops, lambda planes: np.asarray(planes[0][:height, :width], np.float32))
 
-    def assemble(probability: np.ndarray) -> np.ndarray:
-        weight = window_weight(size)
-        total = np.zeros((probability.shape[1], *padded.shape[:2]), np.float64)
-        weights = np.zeros(padded.shape[:2], np.float64)
-        for (top, left), p in zip(corners, probability, strict=True):
-            total[:, top : top + size, left : left + size] += p * weight
-            weights[top : top + size, left : left + size] += weight
-        return (total / weights)[:, :height, :width].astype(np.float32)
+    weight = window_weight(size)
+    weights = np.zeros(padded.shape[:2], np.float64)
+    for place in places:
+        weights[place] += weight
+
+    def assemble(planes: Planes) -> np.ndarray:
+        total = np.zeros(padded.shape[:2], np.float64)
+        for place, plane in zip(places, planes, strict=True):
+            total[place] += plane * weight
+        return (total / weights)[:height, :width].astype(np.float32)
 
     return Views(crops, assemble)
 
@@ -89,14 +99,18 @@ def starts(length: int, size: int) -> list[int]:
     return [int(s) for s in np.linspace(0, length - size, count).round()]
 
 
-def window_weight(size: int) -> Float[np.ndarray, "size size"]:
+def window_weight(size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
     """Highest in the middle, small but positive at the border."""
-    ramp = np.minimum(np.arange(1, size + 1), np.arange(size, 0, -1)) / (size / 2)
-    return np.clip(np.outer(ramp, ramp), 1e-3, None)
+    ramps = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) / (n / 2) for n in size)
+    return np.clip(np.outer(*ramps), 1e-3, None)
 
 
-def _pad(image: np.ndarray, size: int) -> np.ndarray:
-    """To at least size x size, right and below."""
+def _resized(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+    return resize_probability(plane[None], height, width)[0]
+
+
+def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """To at least `size`, below and on the right."""
     height, width = image.shape[:2]
-    pad = [(0, max(size - height, 0)), (0, max(size - width, 0)), (0, 0)]
+    pad = [(0, max(size[0] - height, 0)), (0, max(size[1] - width, 0)), (0, 0)]
     return np.pad(image, pad, mode="symmetric" if min(height, width) > 1 else "edge")

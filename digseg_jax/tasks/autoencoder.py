@@ -45,6 +45,9 @@ class AutoencoderTask:
         )
         self.frozen: Params = {}
 
+    def prepare(self) -> None:
+        """Nothing of this task's program is computed ahead."""
+
     def initial(self) -> Params:
         params = functional.random_init(self.abstract, self.seed)
         return carry_colors(params, self.config) if self.carry_colors else params

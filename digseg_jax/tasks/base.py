@@ -18,6 +18,9 @@ class Task(Protocol):
     abstract: Params  # shapes of the trainable parameters
     # A task with a text bank also has `prompts`, the bank's texts: what query ids stand for.
 
+    def prepare(self) -> None:
+        """Computes the constants of the task's programs; before any of them is traced."""
+
     def initial(self) -> Params:
         """Parameters at step 0, host arrays."""
 

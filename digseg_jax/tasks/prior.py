@@ -64,6 +64,9 @@ class PriorTask:
             )
         )
 
+    def prepare(self) -> None:
+        """Nothing of this task's program is computed ahead."""
+
     def initial(self) -> Params:
         return functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)
 

@@ -141,36 +141,44 @@ class SegmentationTask:
             raise UserError(f"{path}: {len(stored.colors)} colours for {self._num_classes()} classes")
         self.palette = stored
 
+    def prepare(self) -> None:
+        """Computes what programs hold as constants: palette and probe; before any program is traced.
+
+        Both run the autoencoder, and a program that is traced for a mesh would take its attention for
+        a part of itself.
+        """
+        _ = (self.palette, self.palette_latents) if self.codec == "palette" else self.probe
+
     @functools.cached_property
     def palette(self) -> Palette:
-        """The colours of the label set, chosen with this autoencoder."""
+        """The colors of the label set, chosen with this autoencoder."""
+        _require_no_trace("palette")
         return build_palette(self._num_classes(), self.round_trip, self.latents)
 
     @functools.cached_property
     def probe(self) -> LatentProbe:
         """The linear probe of this autoencoder's mask latents."""
-        with jax.ensure_compile_time_eval():  # may be asked for while a program is traced
-            return fit_probe(lambda image: self._encode(self.frozen["vae"], image))
+        _require_no_trace("probe")
+        return fit_probe(lambda image: self._encode(self.frozen["vae"], image))
 
     def _num_classes(self) -> int:
         return num_classes(self.config.data)
 
     @functools.cached_property
     def palette_latents(self) -> Float[np.ndarray, "k c"]:
-        """What the autoencoder makes of flat pictures of the palette's colours."""
+        """What the autoencoder makes of flat images of the palette's colors."""
+        _require_no_trace("palette_latents")
         size = PATCH_CELLS * self.vae.config.factor
         flat = np.broadcast_to(self.palette.colors[:, None, None], (self._num_classes(), size, size, 3))
         return self.latents(flat.astype(np.float32)).mean(axis=(1, 2))
 
     def latents(self, image: np.ndarray) -> np.ndarray:
         """Images [n, h, w, 3] in [-1, 1] to latents, on the host."""
-        with jax.ensure_compile_time_eval():  # may be asked for while a program is traced
-            return np.asarray(self._encode(self.frozen["vae"], jnp.asarray(image)))
+        return np.asarray(self._encode(self.frozen["vae"], jnp.asarray(image)))
 
     def round_trip(self, image: np.ndarray) -> np.ndarray:
         """Images [n, h, w, 3] in [-1, 1] through the autoencoder and back, on the host."""
-        with jax.ensure_compile_time_eval():
-            return np.asarray(self._decode(self.frozen["vae"], jnp.asarray(self.latents(image))))
+        return np.asarray(self._decode(self.frozen["vae"], jnp.asarray(self.latents(image))))
 
     @functools.cached_property
     def _encode(self):
@@ -392,6 +400,12 @@ class SegmentationTask:
         if self.codec == "palette":
             text = json.dumps(self.palette.to_dict(), indent=1)
             (folder / PALETTE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _require_no_trace(name: str) -> None:
+    """Fails where a constant that needs the autoencoder is first asked for inside a program."""
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise RuntimeError(f"SegmentationTask.{name} is first used inside a program: call prepare()")
 
 
 def negative_shares(batch: Batch) -> dict[str, Array]:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples in, masks from the segmenter, integer counts out: every score of the project."""

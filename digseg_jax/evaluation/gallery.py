@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images of an evaluation are shown, and what is kept of them until the gallery is written."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from digseg_jax.data.evaluation import EvalExamples
+from digseg_jax.distributed import is_main
+from digseg_jax.evaluation.counts import Counted, covers_matrix
+from digseg_jax.evaluation.scores import Scores
+from digseg_jax.report.gallery import GalleryItem, write_gallery
+from digseg_jax.segmentation import metrics
+from digseg_jax.segmentation.resolution import resize_image
+from digseg_jax.storage import AnyPath, explained, write_bytes
+
+EXTREMES = 3  # worst and best images that are shown beside those from all over the split
+LONGEST = 1024  # pixels of a shown image's longer side
+
+
+class Shown:
+    """Images from all over the split, and the worst and the best so far.
+
+    A pure function of the order and the scores of the images, so that a resumed run and any number of
+    processes choose the same. What is kept of an image goes to `folder` as it comes.
+    """
+
+    def __init__(self, count: int, total: int, folder: AnyPath | None):
+        count = min(count, total)
+        self.extremes = min(EXTREMES, count // 4)
+        spread = count - 2 * self.extremes
+        self.spread = {i * total // spread for i in range(spread)} if spread else set()
+        self.folder = folder
+        self.scores: dict[int, float] = {}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is shown at all."""
+        return bool(self.spread)
+
+    def offer(self, image: int, score: float, counted: Counted | None) -> None:
+        """Tells an image's score; its masks are kept if it is to be shown.
+
+        counted: given on the process that has them; None elsewhere, and for an image of before a kill.
+        """
+        if not np.isnan(score):
+            self.scores[image] = score
+        if counted is None or self.folder is None:
+            return
+        if image in self.spread or image in self.worst() + self.best():
+            write_bytes(self.folder / f"{image}.npz", _packed(counted))
+
+    def worst(self) -> list[int]:
+        return sorted(self.scores, key=lambda i: (self.scores[i], i))[: self.extremes]
+
+    def best(self) -> list[int]:
+        return sorted(self.scores, key=lambda i: (-self.scores[i], i))[: self.extremes]
+
+    def final(self) -> tuple[list[int], dict[int, str]]:
+        """The images in the order of the split, and notes on the extreme ones."""
+        worst, best = self.worst(), self.best()
+        notes = {i: "among the best of the split" for i in best if i not in worst}
+        notes |= {i: "among the worst of the split" for i in worst}
+        return sorted(self.spread | set(worst) | set(best)), notes
+
+    def write(self, gallery: Path, examples: EvalExamples, scores: Scores) -> None:
+        """Writes the gallery; for process 0, once all images were offered."""
+        if self.folder is None or not is_main():
+            return
+        chosen, notes = self.final()
+        items = (_item(i, examples, scores, self.folder, notes.get(i, "")) for i in chosen)
+        write_gallery(gallery, items, examples.classes)
+
+
+def _packed(counted: Counted) -> bytes:
+    """The prediction and the masks, no larger than they are shown."""
+    height, width = counted.prediction.shape
+    scale = min(1.0, LONGEST / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    prediction = cv2.resize(counted.prediction.astype(np.int16), size, interpolation=cv2.INTER_NEAREST)
+    masks = [
+        cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA).astype(np.float16)
+        for mask in counted.masks.values()
+    ]
+    data = io.BytesIO()
+    np.savez_compressed(
+        data,
+        prediction=prediction,
+        classes=np.array(list(counted.masks), np.int64),
+        masks=np.stack(masks) if masks else np.zeros((0, size[1], size[0]), np.float16),
+    )
+    return data.getvalue()
+
+
+def _item(
+    image: int, examples: EvalExamples, scores: Scores, folder: AnyPath, note: str
+) -> GalleryItem:
+    path = folder / f"{image}.npz"
+    with explained(path, "cannot be read"):
+        stored = np.load(io.BytesIO(path.read_bytes()))
+    example = examples[image]
+    height, width = stored["prediction"].shape
+    label = cv2.resize(
+        example["label"].astype(np.int16), (width, height), interpolation=cv2.INTER_NEAREST
+    )
+    order = np.argsort(stored["classes"])
+    shown = [int(c) for c in stored["classes"][order]]
+
+    # Scores are of the image at its own resolution.
+    row = Scores(examples, scores.protocol, (scores.rows[image],), scores.absent_rule)
+    iou = metrics.query_iou(row.overlaps, row.areas, covers_matrix(examples))
+    return GalleryItem(
+        id=str(example["name"]),
+        image=resize_image(example["image"], height, width),
+        label=label.astype(np.int32),
+        prediction=stored["prediction"].astype(np.int32),
+        masks=stored["masks"][order].astype(np.float32),
+        queries=[examples.classes[c] for c in shown],
+        ious=[None if np.isnan(iou[c]) else float(iou[c]) for c in shown],
+        miou=metrics.mean_iou(row.confusion),
+        note=note,
+    )

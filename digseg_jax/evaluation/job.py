@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation of a data set: scores, E-Step table, gallery, and the files that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from digseg_jax import config as config_lib
+from digseg_jax.arraytypes import Params
+from digseg_jax.config import Config, DataConfig, PartConfig
+from digseg_jax.data.evaluation import EvalExamples, eval_examples
+from digseg_jax.data.opening import spec_of
+from digseg_jax.distributed import is_main, together
+from digseg_jax.errors import UserError
+from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.gallery import Shown
+from digseg_jax.evaluation.scores import COUNTED, Scores
+from digseg_jax.hosts import fetch_to_main
+from digseg_jax.journal import Journal, identity_of
+from digseg_jax.log import log
+from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.segmentation import calibration as calibration_lib
+from digseg_jax.segmentation.calibration import Calibration
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.storage import AnyPath, explained, filled_locally, write_bytes, write_json
+from digseg_jax.tables import results_markdown
+from digseg_jax.tasks.segmentation import SegmentationTask
+
+UNFINISHED = "unfinished"  # folder of what a killed evaluation had counted
+
+
+def evaluate(
+    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
+) -> dict[str, Any]:
+    """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
+
+    Returns the results. A killed evaluation goes on where it was when the same one is started again,
+    and ends with the same results.json; times, which never are the same, are in speed.json.
+    """
+    segmenter = Segmenter(task, params, mesh=mesh)
+    examples = eval_examples(config.data, config.eval.split, config.eval.num_images)
+    evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
+    training = searched_on(config.data, examples)
+    fitted_on = _calibrated_on(config)
+    _tell_scale(config, examples, evaluator)
+
+    folder = workdir / "eval"
+    values = config_lib.to_dict(config)
+    facts = (values["data"], values["eval"], config.seed, len(examples))
+    identity = identity_of(fetch_to_main(params), *facts)
+    journal = Journal.shared(folder / UNFINISHED, "counts", identity)
+    shown = Shown(config.eval.gallery, len(examples), folder / UNFINISHED)
+
+    def scored(estep: EStep, shown: Shown | None = None) -> tuple[Scores, Calibration]:
+        """Each E-Step with scale and biases of its own: fitted once, they would favor that one."""
+        fitted = calibration_lib.identity(len(examples.classes), segmenter.scale)
+        if fitted_on is not None:
+            fit = lambda: evaluator.calibrate(estep, fitted_on).to_dict()  # noqa: E731
+            fitted = Calibration.from_dict(_once(journal, f"calibration {estep}", fit))
+            log.info("calibration of %s on %s: %s", estep, fitted.split, fitted.to_dict())
+        return evaluator.scores(estep, fitted, journal=journal, shown=shown), fitted
+
+    estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    scores, fitted = scored(estep, shown)
+    searching = evaluator.threshold_counts(estep, training, journal) if training else []
+    results = results_of(scores, evaluator, config, fitted, estep, searching)
+    rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.estep)]
+
+    with together("the files of the evaluation"):
+        if is_main():
+            _write_files(folder, results, rows, scores, shown, examples)
+    journal.close()
+    with together("the end of the evaluation"):
+        if is_main():
+            _remove(folder / UNFINISHED)
+    return results
+
+
+def results_of(
+    scores: Scores,
+    evaluator: Evaluator,
+    config: Config,
+    calibration: Calibration,
+    estep: EStep,
+    searching: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The content of results.json; floats unrounded, nan as null."""
+    settings, segmenter = config.eval, evaluator.segmenter
+    return {
+        "dataset": config.data.name,
+        "split": settings.split,
+        "protocol": f"{config.data.name}: held-out images, counts pooled over the split, mean over "
+        f"{COUNTED[scores.absent_rule]}, {scores.protocol} queries",
+        "num_images": len(scores.rows),
+        "absent_rule": scores.absent_rule,
+        "codec": config.segmentation.codec,
+        "ensemble_rule": settings.ensemble_rule,
+        "decoder": settings.decoder,
+        "decode_limit": settings.decode_limit,
+        "inference": evaluator.mode,
+        "view_size": list(segmenter.size),
+        "short_side": segmenter.short_side if evaluator.mode == "window" else 0,
+        **scores.label_map(),
+        "per_class": scores.per_class(),
+        "boundary_iou": scores.boundary_iou(),
+        "label_set": config.data.label_set if config.data.name == "landcover" else "",
+        "ensemble": estep.ensemble,
+        "steps": estep.steps,
+        "spacing": estep.spacing,
+        "seed": config.seed,
+        "calibration": calibration.to_dict(),
+        "metric": evaluator.examples.metric,
+        "own_metric": scores.own_metric(searching or ()),
+        "confusion": scores.confusion.tolist(),
+        **scores.single_queries(),
+    }
+
+
+def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[str, Any]:
+    """One row of the E-Step table: mIoU and queries per second."""
+    return {
+        **dataclasses.asdict(estep),
+        "miou": scores.miou,
+        "queries_per_second": scores.speed()["queries_per_second"],
+        "calibration": calibration.to_dict(),
+    }
+
+
+def _calibrated_on(config: Config) -> EvalExamples | None:
+    """The examples that scale and biases are fitted to; None where nothing is fitted."""
+    settings = config.eval
+    if not settings.calibrate:
+        return None
+    count = settings.calibrate_images or settings.num_images
+    return eval_examples(config.data, settings.calibrate_split, count)
+
+
+def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None:
+    """The training images on which a foreground class's threshold is found; None without any."""
+    if examples.metric != "foreground":
+        return None
+    try:
+        with together("the training images of a threshold search"):
+            split = data.train_split or spec_of(PartConfig(data.name, data.root)).train_split
+            return None if split == examples.split else eval_examples(data, split)
+    except UserError as error:
+        log.info("%s: no threshold search (%s)", data.name, error)
+        return None
+
+
+def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) -> None:
+    """Says at which scale the first image is seen, and warns where training never saw such a one."""
+    height, width = examples[0]["image"].shape[:2]
+    segmenter, data = evaluator.segmenter, config.data
+    if evaluator.mode == "window":
+        side = segmenter.short_side or min(height, width)
+    else:
+        side = min(segmenter.size)
+    log.info(
+        "evaluation: %s, views of %dx%d, an image of %dx%d is seen with a short side of %d pixels",
+        evaluator.mode, *segmenter.size, height, width, side,
+    )  # fmt: skip
+    scale = side / data.image_size
+    if data.name != "landcover" and not data.scale_min <= scale <= data.scale_max:
+        log.warning(
+            "evaluation at scale %.2f, trained from %.2f to %.2f: set config.eval.short_side nearer to "
+            "config.data.image_size=%d",
+            scale, data.scale_min, data.scale_max, data.image_size,
+        )  # fmt: skip
+
+
+def _once(journal: Journal, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A JSON-ready value that is computed once."""
+    if key not in journal:
+        journal.add(key, compute())
+    return journal[key]
+
+
+def _write_files(
+    folder: AnyPath,
+    results: dict[str, Any],
+    rows: list[dict[str, Any]],
+    scores: Scores,
+    shown: Shown,
+    examples: EvalExamples,
+) -> None:
+    write_json(folder / "results.json", results)
+    write_bytes(folder / "results.md", results_markdown(results).encode())
+    write_json(folder / "speed.json", scores.speed())
+    with filled_locally(folder / "gallery", replace=True) as gallery:
+        shown.write(gallery, examples, scores)
+    if rows:
+        note = "Measured by this run on its own split; a small model, trained for minutes."
+        write_json(folder / "estep.json", {"rows": rows, "note": note})
+
+
+def _remove(folder: AnyPath) -> None:
+    with explained(folder, "cannot be removed"):
+        epath.Path(folder).rmtree(missing_ok=True)

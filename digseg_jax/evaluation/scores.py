@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the counts of all images to scores: a label map's, one foreground class's, nested regions'."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from digseg_jax.arraytypes import Int
+from digseg_jax.data.evaluation import EvalExamples
+from digseg_jax.evaluation.counts import DEFAULT_THRESHOLD, covers_matrix
+from digseg_jax.journal import unpack
+from digseg_jax.segmentation import metrics, metrics_binary, metrics_boundary, open_vocab
+
+COUNTED = {  # classes that the mean goes over, by the absent-class rule
+    "mmseg": "classes that occur or are predicted",
+    "detectron2": "classes that occur",
+    "official": "all classes",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The counts of all images of a split under one protocol; every score is computed from these.
+
+    rows: one an image, as `evaluation.counts` makes them, with "seconds". absent_rule: what a class
+    counts that the labels never show.
+    """
+
+    examples: EvalExamples
+    protocol: str
+    rows: tuple[dict[str, Any], ...]
+    absent_rule: str = "mmseg"
+
+    @property
+    def confusion(self) -> Int[np.ndarray, "c c+1"]:
+        return np.sum([unpack(row["confusion"]) for row in self.rows], axis=0)
+
+    @property
+    def overlaps(self) -> Int[np.ndarray, "n q c"]:
+        return np.stack([unpack(row["overlap"]) for row in self.rows])
+
+    @property
+    def areas(self) -> Int[np.ndarray, "n c"]:
+        return np.stack([unpack(row["area"]) for row in self.rows])
+
+    @property
+    def miou(self) -> float:
+        return metrics.mean_iou(self.confusion, self.absent_rule)
+
+    @property
+    def seconds(self) -> float:
+        """Of sampling and reading masks, compilation excluded."""
+        return sum(row["seconds"] for row in self.rows)
+
+    def speed(self) -> dict[str, float]:
+        """Images and queries a second."""
+        seconds = max(self.seconds, 1e-9)
+        queries = sum(row["queries"] for row in self.rows)
+        return {
+            "images_per_second": len(self.rows) / seconds,
+            "queries_per_second": queries / seconds,
+        }
+
+    def per_class(self) -> dict[str, float | None]:
+        """IoU of each class; None where it neither occurs nor is predicted."""
+        iou = metrics.iou_per_class(self.confusion)
+        return {name: plain(v) for name, v in zip(self.examples.classes, iou, strict=True)}
+
+    def label_map(self) -> dict[str, float | None]:
+        """mIoU and its relatives."""
+        scores = metrics.closed_set_scores(self.confusion, self.absent_rule)
+        return {name: plain(value) for name, value in scores.items()}
+
+    def boundary_iou(self) -> float | None:
+        counts = np.sum([unpack(row["boundary"]) for row in self.rows], axis=0)
+        return plain(metrics_boundary.boundary_iou(counts))
+
+    def single_queries(self) -> dict[str, float | None]:
+        """How well each query's mask follows its text, on its own."""
+        covers = covers_matrix(self.examples)
+        scores = metrics.query_scores(self.overlaps, self.areas, covers)
+        return {name: plain(value) for name, value in scores.items()}
+
+    def gate_recall(self) -> dict[int, dict[str, float]] | None:
+        """What a gate of each size lets through; None where nothing was gated."""
+        if not self.rows or "presence" not in self.rows[0]:
+            return None
+        presence = np.array([row["presence"] for row in self.rows])
+        limits = open_vocab.recall_limits(len(self.examples.classes))
+        return open_vocab.gate_recall(presence, self.areas, limits)
+
+    def own_metric(self, searching: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The scores that the data set defines beside a label map's; empty for most.
+
+        searching: counts of training images, on which the threshold of a foreground class is found.
+        """
+        if self.examples.metric == "foreground":
+            return _foreground(self, searching)
+        if self.examples.metric == "region_dice":
+            return metrics_binary.mean_scores([row["regions"] for row in self.rows])
+        return {}
+
+
+def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """IoU, precision, recall and F1 of the last class, at 0.5 and at a threshold found elsewhere."""
+    counts = np.array([row["foreground"] for row in scores.rows])
+    grid = list(metrics_binary.THRESHOLDS)
+    at_half = metrics_binary.foreground_scores(counts[:, grid.index(DEFAULT_THRESHOLD)])
+    result: dict[str, Any] = {"threshold": DEFAULT_THRESHOLD, **at_half}
+    if searching:
+        split = searching[0]["split"]
+        found = metrics_binary.search_threshold(
+            np.array([row["foreground"] for row in searching]), split, scores.examples.split
+        )
+        searched = metrics_binary.foreground_scores(counts[:, grid.index(found)])
+        result["searched"] = {"threshold": found, "split": split, **searched}
+    return result
+
+
+def plain(value: float) -> float | None:
+    """A JSON number; None for nan."""
+    return None if math.isnan(value) else float(value)

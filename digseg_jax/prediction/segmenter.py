@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of any size and any number of queries in, soft masks out: the engine of every mode.
+
+An image is cut into views of one size, its queries into groups of one size; the programs of
+`prediction.programs` take both, whatever the image and the vocabulary. What comes back is kept view by
+view, and brought to the image's resolution one query at a time, so that memory is bounded by the image
+and not by the image times the vocabulary.
+
+With few queries every mask is decoded. Of a large vocabulary only the masks that can matter are: a
+linear probe reads all latents (`segmentation.latent_probe`), and in each view the queries that it puts
+first are decoded; the others keep the probe's reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from digseg_jax.arraytypes import Array, Float, Params, UInt8
+from digseg_jax.config import DataConfig, EvalConfig
+from digseg_jax.errors import UserError
+from digseg_jax.prediction.programs import Programs
+from digseg_jax.segmentation.inference import EStep
+from digseg_jax.segmentation.resolution import resize_probability
+from digseg_jax.segmentation.views import Views, make_views
+from digseg_jax.sharding import make_mesh
+from digseg_jax.tasks.components import encode_bank
+from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
+
+QUERY_LIMIT = 16  # queries of a call; with an 8x2 ensemble 128 masks a view
+QUERY_BUCKETS = (1, 2, 4, 6, 8, 12, 16)
+VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
+TEXT_BATCH = 32  # texts that are encoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """An image, and what is asked of it.
+
+    index: names the image in the draws of the noise. queries: texts, or the class names of a palette in
+    their order. bias: added to each query's logits (see `segmentation.calibration`).
+    """
+
+    image: UInt8[np.ndarray, "h w 3"]
+    index: int
+    queries: tuple[str, ...]
+    bias: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass
+class _ViewMasks:
+    """The answer of one view.
+
+    slot: int [q], the place of each query in the decoded arrays; -1: read from `cells`. probability,
+    alone: float32 [d, h, w]; evidence: float32 [d, e, h, w], where it was asked for. cells: evidence of
+    the latent cells, float32 [q, e, h2, w2], as the probe reads them.
+    """
+
+    slot: np.ndarray
+    probability: np.ndarray | None = None
+    alone: np.ndarray | None = None
+    evidence: np.ndarray | None = None
+    cells: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The soft masks of one image, made at its resolution when they are asked for."""
+
+    views: Views
+    masks: tuple[_ViewMasks, ...]
+    size: tuple[int, int]
+    scale: float
+    bias: Float[np.ndarray, " q"]
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.bias)
+
+    @property
+    def biased(self) -> bool:
+        """Whether `alone` differs from `probability`."""
+        return bool(self.bias.any())
+
+    def probability(self, query: int) -> Float[np.ndarray, "h w"]:
+        """How probable each pixel is for a query, its bias included; float32 in [0, 1]."""
+        return self.views.assemble([self._plane(m, query, biased=True) for m in self.masks])
+
+    def alone(self, query: int) -> Float[np.ndarray, "h w"]:
+        """The same without the bias, which matters between queries only."""
+        return self.views.assemble([self._plane(m, query, biased=False) for m in self.masks])
+
+    def evidence(self, query: int) -> Float[np.ndarray, "e h w"]:
+        """What each member saw, in [-1, 1]; only where `segment` was asked to keep it."""
+        members = [self._evidence(m, query) for m in self.masks]
+        return np.stack([self.views.assemble(list(planes)) for planes in zip(*members, strict=True)])
+
+    def cell_probabilities(self) -> Float[np.ndarray, "q h2 w2"]:
+        """Probabilities of the latent cells of an image that is one view, as the probe reads them."""
+        (masks,) = self.masks
+        return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
+
+    def stack(self) -> Float[np.ndarray, "q h w"]:
+        """All probabilities at once: much memory where image and vocabulary are large."""
+        return np.stack([self.probability(q) for q in range(self.num_queries)])
+
+    def label_map(self) -> np.ndarray:
+        """The most probable query of every pixel, int32 [h, w]."""
+        best = self.probability(0)
+        label = np.zeros(best.shape, np.int32)
+        for query in range(1, self.num_queries):
+            plane = self.probability(query)
+            label[plane > best] = query
+            np.maximum(best, plane, out=best)
+        return label
+
+    def _plane(self, masks: _ViewMasks, query: int, *, biased: bool) -> np.ndarray:
+        if masks.slot[query] >= 0:
+            decoded = masks.probability if biased or masks.alone is None else masks.alone
+            return decoded[masks.slot[query]]
+        logits = self.scale * self._evidence(masks, query) + (self.bias[query] if biased else 0.0)
+        return (1.0 / (1.0 + np.exp(-logits))).mean(axis=0)
+
+    def _evidence(self, masks: _ViewMasks, query: int) -> np.ndarray:
+        if masks.slot[query] >= 0:
+            return masks.evidence[masks.slot[query]]
+        return resize_probability(masks.cells[query], *self.size)
+
+
+class Segmenter:
+    """A task's trained weights on a mesh, ready to be asked.
+
+    Args:
+      params: host arrays, or arrays that are on the mesh already.
+      settings: view size, decoder, ensemble rule, views of a call.
+      scale: turns evidence into logits; a palette brings its own.
+    """
+
+    def __init__(
+        self,
+        task: SegmentationTask,
+        params: Params,
+        settings: EvalConfig | None = None,
+        *,
+        mesh: Mesh | None = None,
+        scale: float = 2.0,
+    ):
+        task.prepare()
+        config = task.config
+        self.task, self.settings = task, settings or config.eval
+        self.mesh = make_mesh(config.mesh) if mesh is None else mesh
+        self.programs = Programs(task, params, self.mesh)
+        self.scale = task.palette.scale if task.codec == "palette" else scale
+        self.size = view_size(self.settings, config.data)
+        self.short_side = self.settings.short_side or trained_short_side(config.data)
+        self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+        # Views of a call: as many on every device, since what a device computes must not depend on
+        # how many of them there are. The second number is for a single image.
+        each = max(1, self.settings.batch_size // self.programs.shards)
+        self.view_buckets = tuple(sorted({self.programs.shards, each * self.programs.shards}))
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in calls of the programs so far, compilation excluded."""
+        return self.programs.seconds
+
+    def predict_masks(
+        self,
+        images: Sequence[UInt8[np.ndarray, "h w 3"]],
+        queries: Sequence[str],
+        *,
+        ensemble: int = 8,
+        steps: int = 2,
+        spacing: str = "trailing",
+        key: int | Array = 0,
+        mode: str = "window",
+        first: int = 0,
+        bias: Sequence[float] | None = None,
+    ) -> list[Float[np.ndarray, "q h w"]]:
+        """Probabilities of every query on every image, at the image's own resolution.
+
+        first: index of the first image in the draws of the noise, for a list handed over in parts. The
+        rest as in `Request` and `segment`.
+        """
+        shift = None if bias is None else tuple(bias)
+        requests = [Request(im, first + i, tuple(queries), shift) for i, im in enumerate(images)]
+        estep = EStep(ensemble, steps, spacing)
+        return [answer.stack() for answer in self.segment(requests, estep, key=key, mode=mode)]
+
+    def segment(
+        self,
+        requests: Sequence[Request],
+        estep: EStep,
+        *,
+        key: int | Array = 0,
+        mode: str = "window",
+        scale: float | None = None,
+        decoder: str | None = None,
+        slots: int = 0,
+        evidence: bool = False,
+        advance: Callable[[float], None] | None = None,
+    ) -> list[Answer]:
+        """The answers to this process's requests; every process must call it, with any number of them.
+
+        Args:
+          key: number or `jax.random.key` of the initial noise, which all queries of a view share.
+          mode: "window", "whole" or "aspect" (see `segmentation.views`).
+          scale, decoder: by default the segmenter's own.
+          slots: queries of a call; 0: the fewest calls' worth. A caller whose requests vary sets it, so
+            that one program serves all of them.
+          evidence: keep each member's evidence in place of probabilities.
+          advance: called with the share that is done, after every call.
+
+        Raises:
+          UserError: no queries, a blank or too long one, or a palette asked for another number of
+            classes.
+        """
+        for request in requests:
+            self._check(request.queries)
+        job = _Job(
+            estep=estep,
+            root=jax.random.key(key) if isinstance(key, int) else key,
+            scale=self.scale if scale is None or self.task.codec == "palette" else scale,
+            decoder=decoder or self.settings.decoder,
+            evidence=evidence,
+        )
+        views = [make_views(np.asarray(r.image), self.size, mode, self.short_side) for r in requests]
+        places = [(r, k) for r, view in enumerate(views) for k in range(len(view.crops))]
+
+        # All processes make the same calls: as many as the one with the most views and queries needs.
+        most = max((len(self._texts_of(r)) for r in requests), default=0)
+        biased = any(_bias_of(r).any() for r in requests)
+        agreed = self.programs.agree_on_largest(len(places), most, int(biased))
+        most_views, most_queries, job.biased = agreed[0], agreed[1], bool(agreed[2])
+        job.slots = slots or query_slots(most_queries)
+        job.groups = max(1, -(-most_queries // job.slots))
+        rows = self._rows_of_call(most_views)
+        calls = -(-most_views // rows)
+
+        found: dict[tuple[int, int], _ViewMasks] = {}
+        for call in range(calls):
+            chosen = places[call * rows : (call + 1) * rows]
+            masks = self._ask(requests, views, chosen, rows, job)
+            found |= dict(zip(chosen, masks, strict=True))
+            if advance:
+                advance((call + 1) / calls)
+        return [
+            Answer(
+                view,
+                tuple(found[r, k] for k in range(len(view.crops))),
+                self.size,
+                job.scale,
+                _bias_of(request),
+            )
+            for r, (request, view) in enumerate(zip(requests, views, strict=True))
+        ]
+
+    def _check(self, queries: Sequence[str]) -> None:
+        if not queries:
+            raise UserError("no queries: name what to segment")
+        if self.task.codec == "palette" and len(queries) != len(self.task.palette.colors):
+            raise UserError(
+                f"{len(queries)} queries: this palette answers its {len(self.task.palette.colors)} "
+                "classes at once; for free text use weights of the binary codec"
+            )
+
+    def _rows_of_call(self, views: int) -> int:
+        """Views that this process hands over in a call."""
+        bucket = next((b for b in self.view_buckets if b >= views), self.view_buckets[-1])
+        return bucket // self.programs.parts
+
+    def _ask(
+        self,
+        requests: Sequence[Request],
+        views: Sequence[Views],
+        places: Sequence[tuple[int, int]],
+        rows: int,
+        job: _Job,
+    ) -> list[_ViewMasks]:
+        """All queries of one call's views."""
+        # Padding repeats the last view; a process without any hands over empty ones.
+        blank = np.zeros((*self.size, 3), np.uint8)
+        crops = [views[r].crops[k] for r, k in places]
+        crops = np.stack([*crops, *[crops[-1] if crops else blank] * (rows - len(crops))])
+        index = [requests[r].index * VIEW_STRIDE + k for r, k in places]
+        index = np.array([*index, *[0] * (rows - len(index))], np.int32)
+        asked = [requests[r] for r, _ in places]
+        if self.task.codec == "palette":
+            return self._ask_palette(asked, crops, index, job)
+
+        # Where few queries are decoded of many, which ones is known after the last group only.
+        limit = self.settings.decode_limit
+        many = job.decoder == "latent_mean" and 0 < limit < job.groups * job.slots
+        parts, latents = [], []
+        for group in range(job.groups):
+            tokens, mask, bias = self._group(asked, rows, group, job.slots)
+            sampled = self.programs.sample(
+                crops, index, tokens, mask, job.root, job.estep, mean=job.decoder == "latent_mean"
+            )
+            if many or job.decoder == "probe":
+                latents.append(sampled)
+            else:
+                parts.append(self._read(sampled, bias, job))
+        if parts:
+            return self._all_decoded(asked, parts)
+        masks = self._probed(asked, np.concatenate(latents, axis=1))
+        if many:
+            self._decode_first(asked, masks, np.concatenate(latents, axis=1), limit, job)
+        return masks
+
+    def _ask_palette(
+        self, asked: Sequence[Request], crops: np.ndarray, index: np.ndarray, job: _Job
+    ) -> list[_ViewMasks]:
+        """One text paints every class."""
+        tokens, mask = self._encoded([PALETTE_PROMPT])
+        rows = len(crops)
+        tokens, mask = (np.broadcast_to(x, (rows, *x.shape)) for x in (tokens, mask))
+        mean = job.decoder == "latent_mean"
+        latents = self.programs.sample(
+            crops, index, np.ascontiguousarray(tokens), np.ascontiguousarray(mask),
+            job.root, job.estep, mean=mean,
+        )  # fmt: skip
+        bias = np.zeros((rows, len(self.task.palette.colors)), np.float32)
+        for row, request in zip(bias, asked, strict=False):
+            row[:] = _bias_of(request)
+        return self._all_decoded(asked, [self._read(latents, bias, job)])
+
+    def _read(self, latents: np.ndarray, bias: np.ndarray, job: _Job) -> dict[str, np.ndarray]:
+        return self.programs.read(
+            latents,
+            bias,
+            job.scale,
+            size=self.size,
+            decoder="probe" if job.decoder == "probe" else "vae",  # a mean is one latent to decode
+            rule=self.settings.ensemble_rule,
+            biased=job.biased,
+            evidence=job.evidence,
+        )
+
+    def _all_decoded(
+        self, asked: Sequence[Request], parts: Sequence[dict[str, np.ndarray]]
+    ) -> list[_ViewMasks]:
+        """Masks of views whose queries were all decoded, group by group."""
+        masks = []
+        for row, request in enumerate(asked):
+            count = len(request.queries)
+            arrays = {n: np.concatenate([p[n][row] for p in parts])[:count] for n in parts[0]}
+            masks.append(_ViewMasks(np.arange(count), **arrays))
+        return masks
+
+    def _probed(self, asked: Sequence[Request], latents: np.ndarray) -> list[_ViewMasks]:
+        """Masks of views as the probe reads them."""
+        probe = self.task.probe
+        masks = []
+        for row, request in enumerate(asked):
+            count = len(request.queries)
+            cells = latents[row, :count] @ probe.weight + probe.offset
+            masks.append(_ViewMasks(np.full(count, -1), cells=np.clip(cells, -1.0, 1.0)))
+        return masks
+
+    def _decode_first(
+        self,
+        asked: Sequence[Request],
+        masks: Sequence[_ViewMasks],
+        latents: Float[np.ndarray, "n q 1 h w c"],
+        limit: int,
+        job: _Job,
+    ) -> None:
+        """Decodes the `limit` queries of each view that the probe puts first."""
+        rows, bias = len(latents), np.zeros((len(latents), limit), np.float32)
+        chosen = np.zeros((rows, limit), np.int64)
+        for row, (request, mask) in enumerate(zip(asked, masks, strict=True)):
+            first = first_queries(mask.cells[:, 0], _bias_of(request) / job.scale, limit)
+            chosen[row, : len(first)] = first
+            bias[row, : len(first)] = _bias_of(request)[first]
+            mask.slot[first] = np.arange(len(first))
+
+        few = np.take_along_axis(latents, chosen[:, :, None, None, None, None], axis=1)
+        for name, array in self._read(few, bias, job).items():
+            for row, mask in enumerate(masks):
+                setattr(mask, name, array[row])
+
+    def _group(
+        self, asked: Sequence[Request], rows: int, group: int, slots: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, masks and biases [rows, slots, ...] of one group of each view's queries."""
+        # Requests of one vocabulary share their arrays; padding repeats a query that is there.
+        made: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
+        tokens, masks, bias = [], [], np.zeros((rows, slots), np.float32)
+        for row in range(rows):
+            request = asked[min(row, len(asked) - 1)] if asked else None
+            queries = request.queries if request else (PALETTE_PROMPT,)
+            part = queries[group * slots : (group + 1) * slots] or queries[:1]
+            texts = part + part[-1:] * (slots - len(part))
+            if texts not in made:
+                made[texts] = self._encoded(texts)
+            tokens.append(made[texts][0])
+            masks.append(made[texts][1])
+            if request:
+                own = _bias_of(request)[group * slots : (group + 1) * slots]
+                bias[row, : len(own)] = own
+        return np.stack(tokens), np.stack(masks), bias
+
+    def _texts_of(self, request: Request) -> Sequence[str]:
+        return (PALETTE_PROMPT,) if self.task.codec == "palette" else request.queries
+
+    def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [n, l, d] and masks [n, l] of texts; every text is encoded once."""
+        missing = [t for t in dict.fromkeys(texts) if t not in self._texts]
+        for start in range(0, len(missing), TEXT_BATCH):
+            part = missing[start : start + TEXT_BATCH]
+            bank = encode_bank(self.task.tower, part, self.task.config.model)
+            tokens, mask = np.asarray(bank.tokens), np.asarray(bank.mask)
+            self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(part)}
+        tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))
+        return tokens, mask
+
+
+@dataclasses.dataclass
+class _Job:
+    """What the calls of one `segment` have in common."""
+
+    estep: EStep
+    root: Array
+    scale: float
+    decoder: str
+    evidence: bool
+    slots: int = 1
+    groups: int = 1
+    biased: bool = False
+
+
+def view_size(settings: EvalConfig, data: DataConfig) -> tuple[int, int]:
+    """Height and width of a view: `eval.view_size`, by default the training crop's."""
+    sides = settings.view_size or (data.image_size,)
+    return sides[0], sides[-1]
+
+
+def trained_short_side(data: DataConfig) -> int:
+    """Pixels of an image's short side at scale 1 of the training crops; 0: images are never scaled.
+
+    Training scales an image by its short side (`data.crops`), except the land cover, whose crops are
+    windows of one map.
+    """
+    return 0 if data.name == "landcover" else data.image_size
+
+
+def query_slots(count: int) -> int:
+    """Queries of a call, so that `count` of them take the fewest calls and little padding."""
+    if count <= QUERY_LIMIT:
+        return next(b for b in QUERY_BUCKETS if b >= count)
+    calls = -(-count // QUERY_LIMIT)
+    return -(-count // calls)
+
+
+def first_queries(
+    cells: Float[np.ndarray, "q h w"], shift: Float[np.ndarray, " q"], limit: int
+) -> np.ndarray:
+    """The at most `limit` queries that win the most cells, then those of the highest evidence; sorted.
+
+    shift: added to each query's evidence before they are compared.
+    """
+    biased = cells + shift[:, None, None]
+    won = np.bincount(biased.argmax(axis=0).ravel(), minlength=len(cells))
+    highest = cells.max(axis=(1, 2))
+    return np.sort(np.lexsort((-highest, -won))[:limit])
+
+
+def _bias_of(request: Request) -> Float[np.ndarray, " q"]:
+    if request.bias is None:
+        return np.zeros(len(request.queries), np.float32)
+    return np.asarray(request.bias, np.float32)
