@@ -22,6 +22,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+from pathlib import Path  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
@@ -37,6 +39,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     import tiny
 
     return tiny.write_folders(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The miniature hub's repositories, for `hub.serve`; not to be changed."""
+    import hub
+
+    return hub.write_all(tmp_path_factory.mktemp("repositories"))
+
+
+@pytest.fixture(scope="session")
+def sd15_folders(repositories: Path) -> dict[str, str]:
+    """As `folders`, of the structure-true miniature of Stable Diffusion 1.5."""
+    import hub
+
+    return hub.pipeline_folders(repositories, "sd-1.5")
 
 
 @pytest.fixture(scope="session")
