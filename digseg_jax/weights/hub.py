@@ -10,6 +10,7 @@ from typing import NamedTuple
 from digseg_jax import known
 from digseg_jax.errors import UserError, nearest
 from digseg_jax.storage import as_path, is_remote, local_copy
+from digseg_jax.weights.download import snapshot
 from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<sub>[\w./-]+))?")
@@ -99,17 +100,8 @@ def _download(repository: _Repository) -> Path:
 
 
 def _snapshot(repository: _Repository, patterns: list[str]) -> Path:
-    # Imported here: most runs never need the hub, and the import costs start-up time.
-    from huggingface_hub import snapshot_download
-
-    try:
-        root = snapshot_download(repository.id, revision=repository.revision, allow_patterns=patterns)
-    except (OSError, ValueError) as error:  # the hub client's errors derive from these
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"cannot get {str(repository)!r} from the hub, and no such folder exists: {reason}"
-        ) from error
-    return Path(root) / repository.subfolder
+    root = snapshot(repository.id, repository.revision, patterns, str(repository))
+    return root / repository.subfolder
 
 
 def _patterns(prefix: str, variant: str) -> list[str]:

@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import http.server
 import json
+import socket
+import struct
 import threading
 import time
 import urllib.parse
@@ -61,6 +63,7 @@ class Server:
     _commits: dict[Path, _Snapshot] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _servers: list[http.server.ThreadingHTTPServer] = field(default_factory=list)
+    _connections: set[socket.socket] = field(default_factory=set)
 
     def fail(self, ending: str, how: str, times: int = 1_000_000) -> None:
         """Lets the next answers about files (or API paths) with this ending go wrong.
@@ -78,6 +81,9 @@ class Server:
             server.shutdown()
             server.server_close()
         self._servers.clear()
+        for connection in list(self._connections):  # kept alive for a next request
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def start(self) -> None:
         """Listens on two free ports of loopback."""
@@ -131,6 +137,15 @@ class Server:
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     state: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.state._connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.state._connections.discard(self.connection)
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -212,9 +227,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _reset(self) -> None:
         """Lets the socket's closing send RST instead of FIN."""
-        import socket
-        import struct
-
         time.sleep(_WAIT)  # what was written is to arrive before
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downloads from the hub with `huggingface_hub`: bounded in time, checked, every fault one line.
+
+The client resumes a file whose connection ends early and tries again for a while. What it leaves to
+others is done here: API calls without a time limit get one, connections that were reset are tried
+again, and the bytes of weights are compared with the SHA-256 that the hub announces for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.errors import UserError
+
+ATTEMPTS = 3
+PAUSE = 1.0  # seconds before the second attempt; the third waits twice as long
+REQUEST_SECONDS = 30.0  # that a request without a limit of its own may wait for an answer
+LOGIN = "set HF_TOKEN, or run `hf auth login`"
+_REFUSED = "Invalid credentials"  # in the answer to a bad token; a stranger's 401 says otherwise
+_CLOCKS = 2.0  # seconds by which a file system's clock may lag
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_log = logging.getLogger(__name__)
+
+
+class _Damaged(Exception):
+    """A file that does not hold what the hub announced."""
+
+
+def snapshot(repository: str, revision: str | None, patterns: list[str], source: str) -> Path:
+    """Downloads the files of a repository that match, or finds them in the hub's cache.
+
+    Args:
+        repository: org/name.
+        revision: branch, tag or commit; None: the main branch.
+        patterns: as `huggingface_hub.snapshot_download(allow_patterns=...)` takes them.
+        source: what the user wrote, for the error.
+
+    Returns:
+        The root of the repository's files in the cache.
+
+    Raises:
+        UserError: the hub does not give them; says why and what helps.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        started = time.time()
+        try:
+            root = _client_snapshot(repository, revision, patterns)
+            _check_new_files(root, started)
+            return root
+        # the client's HTTP library and Xet raise exceptions of their own, without a common base
+        except Exception as error:
+            reason, passing = _explain(error, repository, revision)
+            if not passing or attempt == ATTEMPTS:
+                raise UserError(f"cannot get {source!r} from the hub: {reason}") from error
+            _log.warning("%s: %s; attempt %d of %d", source, reason, attempt + 1, ATTEMPTS)
+            time.sleep(PAUSE * attempt)
+    raise AssertionError("not reached")
+
+
+def _client_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    # Imported here: most runs never need the hub, and the import costs start-up time.
+    from huggingface_hub import get_session, snapshot_download
+
+    hooks = get_session().event_hooks
+    if _limit_waiting not in hooks["request"]:
+        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit_waiting]}
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def _limit_waiting(request: Any) -> None:
+    """Gives a request of the client the time limits that it lacks: those of the API wait for ever."""
+    limits = request.extensions.get("timeout", {})
+    kinds = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {kind: limits.get(kind) or REQUEST_SECONDS for kind in kinds}
+
+
+def _check_new_files(root: Path, since: float) -> None:
+    """Compares what came since then with the SHA-256 that names it; removes what differs.
+
+    The client compares sizes only. In its cache a snapshot's file is a link to a blob, named by the
+    SHA-256 for files of LFS; a blob that is a link itself came by way of Xet, which checks its chunks.
+
+    Raises:
+        _Damaged: the first file that differs.
+    """
+    for file, blob in _blobs(root):
+        if blob.is_symlink() or blob.stat().st_mtime < since - _CLOCKS:
+            continue
+        with blob.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != blob.name:
+            file.unlink()
+            blob.unlink()
+            raise _Damaged(
+                f"{file.relative_to(root)} arrived with the SHA-256 {found[:12]}..., the hub announces "
+                f"{blob.name[:12]}...; it was removed"
+            )
+
+
+def _blobs(root: Path) -> Iterator[tuple[Path, Path]]:
+    for file in root.rglob("*"):
+        if file.is_symlink():
+            blob = file.parent / file.readlink()
+            with contextlib.suppress(FileNotFoundError):
+                if _SHA256.fullmatch(blob.name) and blob.stat():
+                    yield file, blob
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> tuple[str, bool]:
+    """Why there is no snapshot and what helps, in one line; and whether it may pass by itself."""
+    from huggingface_hub import constants, errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+    lacking = f"the cache {constants.HF_HUB_CACHE} does not hold all of it"
+    if isinstance(error, _Damaged):
+        return f"{error}; if it stays so, look at the proxy or mirror between", True
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set, and {lacking}; fetch it once without that variable", False
+    answer = error if hasattr(error, "response") else cause
+    status = answer.response.status_code if hasattr(answer, "response") else None
+    if isinstance(answer, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        return f"its terms have to be accepted at {page}; then {LOGIN}", False
+    if isinstance(answer, errors.RevisionNotFoundError):
+        return f"it has no branch, tag or commit {revision!r}", False
+    refused = status == 403 or (status == 401 and _REFUSED in str(answer))
+    if refused:
+        return f"the hub refuses the token ({status}); {LOGIN} with another", False
+    if status == 401 or isinstance(answer, errors.RepositoryNotFoundError):
+        return f"no such repository, or a private one ({status}); check the name, or {LOGIN}", False
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        why = f"{constants.ENDPOINT} does not answer ({_first_line(cause or error)})"
+        return f"{why}, and {lacking}; try again with a connection", False
+    final = isinstance(error, ValueError) or getattr(error, "errno", None) or (status or 500) < 500
+    return _first_line(error) or type(error).__name__, not final
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
