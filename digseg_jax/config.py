@@ -116,8 +116,8 @@ class ModelConfig:
     text: str = "minilm"  # minilm (pip package), a folder, a hub id, or a name of digseg_jax.known
     text_skip_layers: int = 0  # last layers of a CLIP tower to leave out; 1: the penultimate's output
     max_tokens: int = 16  # text length after padding
-    # False: padding is text like any other, for the tower and for cross-attention, as Stable
-    # Diffusion was trained; only for CLIP's towers
+    # False: a CLIP tower's padding is text like any other, for the tower and for cross-attention, as
+    # Stable Diffusion was trained; that of other towers is masked always
     mask_padding: bool = True
     # one more token, the mean of a prompt's own: neighbours of a name mean the same to it (ours)
     sentence_token: bool = True

@@ -27,6 +27,7 @@ class Known:
         facts: what a config has to agree with.
         unet: fields of its `unet/config.json` that are not Stable Diffusion 1.5's.
         text_width: channels of its text tokens; 0: it has no text tower.
+        masks_padding: its text tower was trained with the padding masked, as BERTs are and CLIPs not.
         pickle_only: has to be converted once, where torch is installed.
     """
 
@@ -37,6 +38,7 @@ class Known:
     pickle_only: bool = False
     unet: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text_width: int = 0
+    masks_padding: bool = False
 
 
 _PIPELINE = ("unet", "vae", "text_encoder")
@@ -124,6 +126,7 @@ KNOWN = (
         "PubMedBERT text 768 wide, 256 tokens, padded with 0",
         pickle_only=True,
         text_width=768,
+        masks_padding=True,
     ),
     Known(
         "all-minilm-l6-v2",
@@ -131,6 +134,7 @@ KNOWN = (
         (),
         "BERT sentence encoder, 384 wide, padded with 0",
         text_width=384,
+        masks_padding=True,
     ),
 )
 _BY_NAME = {k.name: k for k in KNOWN}
@@ -157,6 +161,11 @@ def find(spec: str) -> Known | None:
     return next((k for k in KNOWN if repository in (k.name, k.hub_id)), None)
 
 
+def short(spec: str) -> str:
+    """The table's name for a hub id without part or revision; any other spec as it is."""
+    return next((k.name for k in KNOWN if k.hub_id == spec), spec)
+
+
 def hub_id(name: str) -> str:
     """The repository behind a name of the table."""
     return _BY_NAME[name].hub_id
@@ -176,7 +185,7 @@ def rows() -> list[str]:
     lines = []
     for k in KNOWN:
         parts = f" [{', '.join(k.parts)}]" if k.parts else ""
-        pickled = f"; pickle only: {CONVERT} {k.name} DIR" if k.pickle_only else ""
+        pickled = f"; pickle only: {CONVERT} {k.name}" if k.pickle_only else ""
         lines.append(f"{k.name:20} {k.hub_id}{parts}: {k.facts}{pickled}")
     return lines
 

@@ -7,31 +7,54 @@ says which.
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_collections
 
 from digseg_jax import config as config_lib
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.known import hub_id
+from digseg_jax.known import find, hub_id
 
-REPOSITORIES = {
-    "sd15": hub_id("sd-1.5"),  # ours: the paper names no version
-    "sd21": hub_id("sd-2.1"),  # Marigold's family
-    "marigold": hub_id("marigold"),  # a U-Net that takes the image latent already
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """What an experiment starts from, as names of `digseg_jax.known`.
+
+    Attributes:
+        pipeline: a Stable Diffusion, of which U-Net and autoencoder are taken.
+        text: a text tower; empty: the pipeline's own.
+    """
+
+    pipeline: str
+    text: str = ""
+
+    @property
+    def text_spec(self) -> str:
+        """The tower as `config.model.text` takes it."""
+        return hub_id(self.text) if self.text else f"{hub_id(self.pipeline)}:text_encoder"
+
+
+VERSIONS = {
+    "sd15": Version("sd-1.5"),  # CLIP ViT-L/14; the pipeline is ours: the paper names no version
+    "sd21": Version("sd-2.1"),  # Marigold's family
+    "marigold": Version("marigold"),  # a U-Net that takes the image latent already
+    "vitb16": Version("sd-1.5", "clip-b16"),  # paper: the other text encoder of its first table
+    "biomedclip": Version("sd-1.5", "biomedclip"),  # paper: its table of MoNuSeg
 }
 
 
 def stable_diffusion(
     version: str, dataset: str, others: tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:
-    """A configuration that fine-tunes a version of `REPOSITORIES` on a data set; evaluates on val.
+    """A configuration that fine-tunes one of `VERSIONS` on a data set; evaluates on val.
 
     others: versions that the experiment file has of its own, for the message.
 
     Raises:
       UserError: no such version.
     """
-    if version not in REPOSITORIES:
-        versions = (*REPOSITORIES, *others)
+    if version not in VERSIONS:
+        versions = (*VERSIONS, *others)
         raise UserError(
             f"--config: no version {version!r}{nearest(version, versions)}; legal after the "
             f"colon: {', '.join(versions)}"
@@ -41,7 +64,7 @@ def stable_diffusion(
     config.data.image_size = 512  # paper
     config.data.num_queries = 4  # ours
     config.data.workers = 4  # ours
-    _model(config, REPOSITORIES[version])
+    _model(config, VERSIONS[version])
     _training(config)
     config.eval.split = "val"
     config.eval.ensemble = 8  # paper: its headline E-Step is 8x2
@@ -51,12 +74,13 @@ def stable_diffusion(
     return config
 
 
-def _model(config: ml_collections.ConfigDict, repository: str) -> None:
-    config.model.vae = f"{repository}:vae"
-    config.model.unet = f"{repository}:unet"
-    config.model.text = f"{repository}:text_encoder"  # paper: CLIP text
-    config.model.max_tokens = 77  # CLIP's
-    config.model.mask_padding = False  # ours: Stable Diffusion attends to all 77 tokens
+def _model(config: ml_collections.ConfigDict, version: Version) -> None:
+    config.model.vae = f"{hub_id(version.pipeline)}:vae"
+    config.model.unet = f"{hub_id(version.pipeline)}:unet"
+    config.model.text = version.text_spec  # paper: CLIP text
+    config.model.max_tokens = 77  # CLIP's; of BiomedCLIP's 256 most would be padding, and masked
+    # ours: Stable Diffusion attends to all 77 tokens of a CLIP tower
+    config.model.mask_padding = find(version.text_spec).masks_padding
     config.model.sentence_token = False  # ours: the tokens that Stable Diffusion was trained with
     config.model.text_adapters = True  # paper: text enters at several scales
     config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An experiment file for every data set, each from either Stable Diffusion."""
+"""An experiment file for every data set, each from every version of the recipes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from digseg_jax import config as config_lib
 from digseg_jax.config import DataConfig, parse
 from digseg_jax.data import registry
 from digseg_jax.errors import UserError
-from digseg_jax.recipes import REPOSITORIES, stable_diffusion
+from digseg_jax.known import find, hub_id
+from digseg_jax.recipes import VERSIONS, stable_diffusion
 from digseg_jax.weights.hub import _HUB_ID
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,8 +41,10 @@ def test_every_data_set_has_its_file(name):
         assert config.eval.split in registry.spec(name).splits
     other = parse(get_config(name, "sd21"))
     assert other.model != config.model and other.data == config.data
-    for model in (config.model, other.model):
+    for version in VERSIONS:
+        model = parse(get_config(name, version)).model
         assert all(_HUB_ID.fullmatch(part) for part in (model.vae, model.unet, model.text))
+        assert model.mask_padding == find(model.text).masks_padding == (version == "biomedclip")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ml_collections loads files its own way
@@ -49,7 +52,7 @@ def test_the_version_comes_after_the_colon_of_the_flag():
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     values(["x", f"--config={CONFIGS}/ade20k.py:sd21"])
-    assert parse(values.config).model.unet == f"{REPOSITORIES['sd21']}:unet"
+    assert parse(values.config).model.unet == f"{hub_id('sd-2.1')}:unet"
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -61,9 +64,9 @@ def test_a_small_recipe_needs_no_hub(name):
 
 
 def test_another_version_is_refused_with_the_legal_ones():
-    with pytest.raises(UserError, match="'sd14'.*sd15, sd21"):
+    with pytest.raises(UserError, match="'sd14'.*sd15, sd21, marigold, vitb16, biomedclip$"):
         stable_diffusion("sd14", "ade20k")
-    with pytest.raises(UserError, match="'sd14'.*sd15, sd21.*palette"):
+    with pytest.raises(UserError, match="'sd14'.*sd15, sd21, .*biomedclip, palette, binary$"):
         get_config("camvid", "sd14")
 
 

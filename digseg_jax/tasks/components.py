@@ -142,14 +142,8 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
     """The prompts' tokens, with a sentence token behind them if the configuration wants one.
 
     Raises:
-      UserError: an empty prompt or one of too many tokens, too large a length, or unmasked padding
-        for a tower that was never trained with it.
+      UserError: an empty prompt or one of too many tokens, or too large a length.
     """
-    if not config.mask_padding and not tower.causal:
-        raise UserError(
-            f"config.model.mask_padding=False: the text tower {config.text} is no CLIP's; it was "
-            "trained with its padding masked, set it to True"
-        )
     length = config.max_tokens
     if length > tower.max_length:
         raise UserError(
@@ -161,7 +155,8 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
         tower.tokenizer,
         prompts,
         max_length=length,
-        mask_padding=config.mask_padding,
+        # a tower that is no CLIP's was trained with its padding masked, whatever the U-Net saw
+        mask_padding=config.mask_padding or not tower.causal,
     )
     return with_sentence_token(bank) if config.sentence_token else bank
 

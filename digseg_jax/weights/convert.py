@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.weights.convert SOURCE OUT: a pickled checkpoint to safetensors, once.
+"""python -m digseg_jax.weights.convert SOURCE [OUT]: a pickled checkpoint to safetensors, once.
 
 For checkpoints that are published only as pickles, such as BiomedCLIP. Runs where torch is
 installed; nothing else in this project opens a pickle. Opened with `weights_only=True`, so that
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
-from digseg_jax.weights.hub import COMPANIONS, resolve_pickles
+from digseg_jax.weights.hub import COMPANIONS, converted_folder, resolve_pickles
 from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, OPEN_CLIP_STEM, TRANSFORMERS_STEM
 
 STEMS = {  # stem of the pickle -> of the safetensors file
@@ -25,12 +25,13 @@ STEMS = {  # stem of the pickle -> of the safetensors file
 }
 
 
-def convert(source: str | Path, out: str | Path) -> Path:
+def convert(source: str | Path, out: str | Path | None = None) -> Path:
     """Writes `out` with the tensors of `source` as one safetensors file, and the files beside them.
 
     Args:
         source: a folder, a hub id[:subfolder], or a name of `digseg_jax.known`.
-        out: folder to write, which `load_component` reads.
+        out: folder to write, which `load_component` reads; None: where `resolve` looks for the
+            source's name itself, beside the hub's cache, or the folder that is the source.
 
     Returns:
         The weight file.
@@ -46,7 +47,7 @@ def convert(source: str | Path, out: str | Path) -> Path:
         tensors |= _tensors(torch, file)
     from safetensors.torch import save_file
 
-    out = Path(out)
+    out = converted_folder(source) if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (folder / name).is_file() and folder.resolve() != out.resolve():
@@ -95,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; exits with status 2 after a UserError."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.weights.convert")
     parser.add_argument("source", help="folder, hub id[:subfolder] or known name with a pickle")
-    parser.add_argument("out", help="folder to write")
+    parser.add_argument(
+        "out", nargs="?", help="folder to write; by default one where the source's name finds it"
+    )
     args = parser.parse_args(argv)
     try:
         print(f"wrote {convert(args.source, args.out)}")

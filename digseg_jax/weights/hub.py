@@ -69,6 +69,21 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
     return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
 
 
+def converted_folder(path_or_hub_id: str | Path) -> Path:
+    """Where `weights.convert` writes what it is given: a local folder itself, else beside the hub's cache.
+
+    `resolve` looks there before it asks the hub.
+    """
+    found = _locate(path_or_hub_id, "")
+    return found if isinstance(found, Path) else _beside_cache(found)
+
+
+def _beside_cache(repository: _Repository) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "digseg_jax" / re.sub("[/:]", "--", str(repository))
+
+
 def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
     spec = str(path_or_hub_id)
     if is_remote(spec):
@@ -89,13 +104,17 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
 
 
 def _download(repository: _Repository) -> Path:
+    converted = _beside_cache(repository)
+    if any(converted.glob("*.safetensors")):
+        return converted
     for variant in ("", ".fp16"):  # one precision only: the others are as large again
         folder = _snapshot(repository, _patterns(repository.prefix, variant))
         if any(folder.glob("*.safetensors")):
             return folder
     raise UserError(
-        f"the hub's {str(repository)!r} has no {' or '.join(STEMS)}.safetensors; pickles are never "
-        f"fetched, but may be converted once: {known.CONVERT} {repository} DIR"
+        f"the hub's {str(repository)!r} has no safetensors ({', '.join(STEMS)}), and pickles are never "
+        f"opened here; convert it once, where torch is installed: {known.CONVERT} "
+        f"{known.short(str(repository))}; it is found from then on"
     )
 
 
