@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt; the third waits twice as long
@@ -26,7 +26,6 @@ LOGIN = "set HF_TOKEN, or run `hf auth login`"
 _REFUSED = "Invalid credentials"  # in the answer to a bad token; a stranger's 401 says otherwise
 _CLOCKS = 2.0  # seconds by which a file system's clock may lag
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_log = logging.getLogger(__name__)
 
 
 class _Damaged(Exception):
@@ -59,7 +58,7 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
             reason, passing = _explain(error, repository, revision)
             if not passing or attempt == ATTEMPTS:
                 raise UserError(f"cannot get {source!r} from the hub: {reason}") from error
-            _log.warning("%s: %s; attempt %d of %d", source, reason, attempt + 1, ATTEMPTS)
+            log.warning("%s: %s; attempt %d of %d", source, reason, attempt + 1, ATTEMPTS)
             time.sleep(PAUSE * attempt)
     raise AssertionError("not reached")
 
@@ -117,30 +116,46 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
     """Why there is no snapshot and what helps, in one line; and whether it may pass by itself."""
     from huggingface_hub import constants, errors
 
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
     lacking = f"the cache {constants.HF_HUB_CACHE} does not hold all of it"
     if isinstance(error, _Damaged):
         return f"{error}; if it stays so, look at the proxy or mirror between", True
     if constants.HF_HUB_OFFLINE:
         return f"HF_HUB_OFFLINE is set, and {lacking}; fetch it once without that variable", False
-    answer = error if hasattr(error, "response") else cause
-    status = answer.response.status_code if hasattr(answer, "response") else None
-    if isinstance(answer, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repository}"
-        return f"its terms have to be accepted at {page}; then {LOGIN}", False
-    if isinstance(answer, errors.RevisionNotFoundError):
-        return f"it has no branch, tag or commit {revision!r}", False
-    refused = status == 403 or (status == 401 and _REFUSED in str(answer))
-    if refused:
-        return f"the hub refuses the token ({status}); {LOGIN} with another", False
-    if status == 401 or isinstance(answer, errors.RepositoryNotFoundError):
-        return f"no such repository, or a private one ({status}); check the name, or {LOGIN}", False
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        why = f"{constants.ENDPOINT} does not answer ({_first_line(cause or error)})"
+
+    # where the client finds no copy either, what the hub answered is the cause
+    unfound = isinstance(error, errors.LocalEntryNotFoundError)
+    answer = error.__cause__ or error if unfound else error
+    if refusal := _refusal(answer, repository, revision):
+        return refusal, False
+    if unfound:
+        why = f"{constants.ENDPOINT} does not answer ({_first_line(answer)})"
         return f"{why}, and {lacking}; try again with a connection", False
-    final = isinstance(error, ValueError) or getattr(error, "errno", None) or (status or 500) < 500
-    return _first_line(error) or type(error).__name__, not final
+
+    # what the client's libraries raise for lost connections has neither a number nor a status
+    final = isinstance(error, ValueError) or getattr(error, "errno", None) or 0 < _status(error) < 500
+    return _first_line(error), not final
+
+
+def _refusal(answer: BaseException, repository: str, revision: str | None) -> str:
+    """What a hub that does not give a repository means by that; empty for other trouble."""
+    from huggingface_hub import constants, errors
+
+    status = _status(answer)
+    if isinstance(answer, errors.GatedRepoError):
+        return f"its terms have to be accepted at {constants.ENDPOINT}/{repository}; then {LOGIN}"
+    if isinstance(answer, errors.RevisionNotFoundError):
+        return f"it has no branch, tag or commit {revision!r}"
+    if status == 403 or (status == 401 and _REFUSED in str(answer)):
+        return f"the hub refuses the token ({status}); {LOGIN} with another"
+    if status == 401 or isinstance(answer, errors.RepositoryNotFoundError):
+        return f"no such repository, or a private one ({status}); check the name, or {LOGIN}"
+    return ""
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of an answer; 0 where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -8,7 +8,7 @@
 `python -m tests.hub DIR` writes the repositories, for a look or for another process.
 """
 
-from .client import environment
+from .client import environment, variables
 from .server import Server, serve
 from .write import biomedclip_folder, pipeline_folders, write_all
 
@@ -18,5 +18,6 @@ __all__ = [
     "environment",
     "pipeline_folders",
     "serve",
+    "variables",
     "write_all",
 ]

@@ -24,7 +24,8 @@ from typing import Any
 
 LARGE = (".safetensors", ".bin")  # what .gitattributes gives to LFS
 _PAGE = 50  # entries of a tree's listing in one answer
-_WAIT = 0.05  # seconds between looks at a stalled connection
+_WAIT = 0.05  # seconds
+_STALL = 60.0  # far longer than any test waits, short enough for one that waits wrongly to end
 
 
 @dataclass
@@ -181,9 +182,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.give(status, body, **headers)
 
     def stall(self) -> None:
-        """Holds the connection open and says nothing, until the server stops."""
-        while not self.state._stopped.wait(_WAIT):
-            pass
+        """Holds the connection open and says nothing, for a minute or until the server stops."""
+        self.state._stopped.wait(_STALL)
         self.close_connection = True
 
     def send_file(self, name: str, path: Path, **headers: str) -> None:
