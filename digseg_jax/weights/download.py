@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -64,12 +65,14 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
 
 
 def _client_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    # Imported here: most runs never need the hub, and the import costs start-up time.
+    # imported here: most runs never need the hub, and the import costs start-up time
     from huggingface_hub import get_session, snapshot_download
 
     hooks = get_session().event_hooks
     if _limit_waiting not in hooks["request"]:
         get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit_waiting]}
+    # a warning that lists all patterns; our error names the repository
+    logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 

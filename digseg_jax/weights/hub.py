@@ -111,6 +111,11 @@ def _download(repository: _Repository) -> Path:
         folder = _snapshot(repository, _patterns(repository.prefix, variant))
         if any(folder.glob("*.safetensors")):
             return folder
+    if not folder.is_dir():
+        raise UserError(
+            f"cannot get {str(repository)!r} from the hub: no such folder in that repository, or "
+            "neither config nor weights in it"
+        )
     raise UserError(
         f"the hub's {str(repository)!r} has no safetensors ({', '.join(STEMS)}), and pickles are never "
         f"opened here; convert it once, where torch is installed: {known.CONVERT} "

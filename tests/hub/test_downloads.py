@@ -116,7 +116,8 @@ def test_what_does_not_exist(online):
     assert "no such repository" in refusal("org/missing:unet")
     assert "HF_TOKEN" in refusal("org/missing")
     assert "no branch, tag or commit 'v9'" in refusal(f"{SD15}@v9:unet")
-    assert "has no diffusion_pytorch_model" in refusal(f"{SD15}:unett")
+    assert "no such folder in that repository" in refusal(f"{SD15}:unett")
+    assert "has no safetensors" in refusal(known.hub_id("biomedclip"))
 
 
 def test_a_gated_repository(server, tmp_path):
