@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 # Exit statuses of `main`; the scripts of launch/ start a run again after PREEMPTED alone.
 USER_ERROR = 2
-OVER_BUDGET = 1  # --mode=compile: the program does not fit the devices
+OVER_BUDGET = 3  # --mode=compile: the program does not fit the devices
 PREEMPTED = 75  # sysexits' EX_TEMPFAIL: saved, and the same command goes on from there
 
 
