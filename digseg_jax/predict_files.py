@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from digseg_jax.arraytypes import Float, UInt8
+from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.data import registry
 from digseg_jax.errors import UserError
 from digseg_jax.report import pictures
@@ -132,32 +133,41 @@ def write_prediction(
     path: Path,
     image: UInt8[np.ndarray, "h w 3"],
     queries: Sequence[str],
-    probability: Float[np.ndarray, "q h w"],
+    masks: Iterable[Float[np.ndarray, "h w"]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes everything of one image beside `path` (NAME.png) and returns what NAME.json says.
 
     NAME.png, or NAME_QUERY.png for several queries: 0 or 255. .probability.png: the soft mask.
-    NAME.overlay.png: every query in its colour over the photo, with a legend below. NAME.npz:
+    NAME.overlay.png: every query in its color over the photo, with a legend below. NAME.npz:
     "probability" float16 [q, h, w] and "queries".
+
+    masks: the probabilities of each query, in their order; taken one at a time, so that a large image
+    and many queries need no more memory than one mask.
 
     Raises:
       UserError: a file cannot be written.
     """
-    rows, probability = [], probability.astype(np.float16)  # masks and stored values must agree
+    height, width = image.shape[:2]
+    best = np.full((height, width), 0.5, np.float16)
+    label, rows = np.full((height, width), -1, np.int32), []
     try:
-        for query, soft in zip(queries, probability, strict=True):
-            name = path if len(queries) == 1 else path.with_stem(f"{path.stem}_{slug(query)}")
-            mask = soft > 0.5
-            Image.fromarray(mask.astype(np.uint8) * 255).save(name)
-            pictures.save_mask(name.with_suffix(".probability.png"), soft)
-            row = {"query": query, "mask": name.name, "coverage": float(mask.mean())}
-            rows.append(row | {"highest": float(soft.max())})
-        pictures.save_photo(path.with_suffix(".overlay.png"), overlay(image, queries, probability))
-        np.savez_compressed(
-            path.with_suffix(".npz"), probability=probability, queries=np.asarray(queries)
-        )
-        height, width = image.shape[:2]
+        with zipfile.ZipFile(path.with_suffix(".npz"), "w", zipfile.ZIP_DEFLATED) as archive:
+            with archive.open("probability.npy", "w", force_zip64=True) as stored:
+                shape = (len(queries), height, width)
+                header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(stored, header)
+                for q, (query, mask) in enumerate(zip(queries, masks, strict=True)):
+                    soft = mask.astype("<f2")  # masks and stored values must agree
+                    stored.write(soft.tobytes())
+                    rows.append(_write_mask(path, query, soft, alone=len(queries) == 1))
+                    wins = soft > best
+                    label[wins] = q
+                    best[wins] = soft[wins]
+            with archive.open("queries.npy", "w") as stored:
+                np.lib.format.write_array(stored, np.asarray(queries))
+
+        pictures.save_photo(path.with_suffix(".overlay.png"), overlay(image, queries, label))
         summary = {**facts, "height": height, "width": width, "queries": rows}
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
@@ -166,13 +176,22 @@ def write_prediction(
     return summary
 
 
+def _write_mask(path: Path, query: str, soft: np.ndarray, *, alone: bool) -> dict[str, Any]:
+    """The two PNGs of a query; returns its row of the summary."""
+    name = path if alone else path.with_stem(f"{path.stem}_{slug(query)}")
+    mask = soft > 0.5
+    Image.fromarray(mask.astype(np.uint8) * 255).save(name)
+    pictures.save_mask(name.with_suffix(".probability.png"), soft)
+    row = {"query": query, "mask": name.name, "coverage": float(mask.mean())}
+    return row | {"highest": float(soft.max())}
+
+
 def overlay(
-    image: UInt8[np.ndarray, "h w 3"], queries: Sequence[str], probability: np.ndarray
+    image: UInt8[np.ndarray, "h w 3"], queries: Sequence[str], label: Int[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h2 w 3"]:
-    """Each pixel in the colour of its most probable query, if that is above 0.5; legend below."""
+    """The image in the colors of a label map of queries (-1: none of them), with a legend below."""
     colors = ONE_COLOR if len(queries) == 1 else pictures.class_colors(len(queries), queries)
-    label = np.where(probability.max(axis=0) > 0.5, probability.argmax(axis=0), -1)
-    painted = pictures.overlay(image, label.astype(np.int32), colors, alpha=0.5)
+    painted = pictures.overlay(image, label, colors, alpha=0.5)
     shown = [q for q in range(len(queries)) if (label == q).any()] or list(range(len(queries)))
     strip = pictures.legend([queries[q] for q in shown], colors[shown], width=image.shape[1])
     return np.concatenate([painted, strip])

@@ -56,6 +56,7 @@ def make_train_step(
     task: Task, config: Config, mesh: Mesh, state_shardings: Any, frozen_shardings: Any
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
     """One optimizer step, jitted for the mesh; the state is donated."""
+    task.prepare()
     optimizer = make_optimizer(config.optim, config.train.steps)
     rate = learning_rate(config.optim, config.train.steps)
     like, _ = split_frozen(state_shardings["params"], config.optim.freeze)

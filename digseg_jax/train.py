@@ -61,7 +61,6 @@ class Trainer:
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache:
             check_cache(config, task)
-        task.prepare()
         abstract = abstract_state(task.abstract, config)
         self.state_shardings = infer_shardings(abstract, mesh)
         self.abstract_state = abstract_with_shardings(abstract, self.state_shardings)

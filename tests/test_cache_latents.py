@@ -148,6 +148,7 @@ def test_the_loss_is_that_of_the_same_crops_through_the_autoencoder(
     config = configured(folders, nested if case == "nested" else data, tmp_path, **CASES[case])
     cache_latents.run(config)
     task = SegmentationTask(config)
+    task.prepare()
     check_cache(config, task)
     described = shapes.ShapeTask(config, Parts.of(config.model)).frozen  # for --mode=compile
     assert jax.tree.map(np.shape, described) == jax.tree.map(np.shape, task.frozen)

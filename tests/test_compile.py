@@ -94,7 +94,10 @@ def test_nothing_is_needed_but_shapes(folders):
 def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     changes = {"compile__program": "eval", "compile__eval_queries": 3, "eval__batch_size": 8}
     result = compiling.run(config(folders, **changes), "cpu:8", as_path(tmp_path))
-    assert (result["program"], result["images"], result["queries"]) == ("eval", 8, 24)
+    # three queries share a call of four places
+    assert (result["program"], result["images"], result["queries"]) == ("eval", 8, 32)
+    assert result["calls"] == {"sample": 1, "read": 1}
+    assert result["flops"] > result["programs"]["sample"]["flops"] > 0
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
 
 

@@ -207,11 +207,11 @@ class TestFinding:
             targets(pair, tmp_path / "one.png")
 
 
-def test_the_overlay_shows_each_query_in_its_colour_and_leaves_the_rest():
+def test_the_overlay_shows_each_query_in_its_color_and_leaves_the_rest():
     image = np.full((4, 6, 3), 100, np.uint8)
-    probability = np.zeros((2, 4, 6))
-    probability[0, :, :2], probability[1, :, 1:3] = 0.8, 0.9
-    got = overlay(image, ["water", "forest"], probability)
+    label = np.full((4, 6), -1, np.int32)
+    label[:, :1], label[:, 1:3] = 0, 1
+    got = overlay(image, ["water", "forest"], label)
     assert (got[:4, 3:] == 100).all()
     assert len({tuple(c) for c in got[0, :3].tolist()}) == 2 and (got[0, 1] == got[0, 2]).all()
 

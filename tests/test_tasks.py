@@ -315,6 +315,7 @@ def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise
 
     def loss(**changes):
         task = SegmentationTask(tiny.config(folders, segmentation__codec=codec, **changes))
+        task.prepare()
         return jax.jit(lambda p: task.loss(p, task.frozen, batch, keys))(task.initial())
 
     plain, metrics = loss()

@@ -127,6 +127,9 @@ class UNetTask:
         self.frozen: Params = {}
         self.graphdef, self.abstract = segmentation.graphdef, segmentation.abstract
 
+    def prepare(self) -> None:
+        """No part of this program is computed ahead."""
+
     def loss(
         self, params: Params, frozen: Params, batch: Batch, keys: Array, whole: Batch | None = None
     ) -> tuple[Array, dict[str, Array]]:

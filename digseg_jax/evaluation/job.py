@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -58,11 +57,7 @@ def evaluate(
 
     def scored(estep: EStep, shown: Shown | None = None) -> tuple[Scores, Calibration]:
         """Each E-Step with scale and biases of its own: fitted once, they would favor that one."""
-        fitted = calibration_lib.identity(len(examples.classes), segmenter.scale)
-        if fitted_on is not None:
-            fit = lambda: evaluator.calibrate(estep, fitted_on).to_dict()  # noqa: E731
-            fitted = Calibration.from_dict(_once(journal, f"calibration {estep}", fit))
-            log.info("calibration of %s on %s: %s", estep, fitted.split, fitted.to_dict())
+        fitted = _calibration(evaluator, estep, fitted_on, journal)
         return evaluator.scores(estep, fitted, journal=journal, shown=shown), fitted
 
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
@@ -155,7 +150,8 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
 
 def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) -> None:
     """Says at which scale the first image is seen, and warns where training never saw such a one."""
-    height, width = examples[0]["image"].shape[:2]
+    with together("the first image"):
+        height, width = examples[0]["image"].shape[:2]
     segmenter, data = evaluator.segmenter, config.data
     if evaluator.mode == "window":
         side = segmenter.short_side or min(height, width)
@@ -174,11 +170,18 @@ def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) ->
         )  # fmt: skip
 
 
-def _once(journal: Journal, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A JSON-ready value that is computed once."""
+def _calibration(
+    evaluator: Evaluator, estep: EStep, fitted_on: EvalExamples | None, journal: Journal
+) -> Calibration:
+    """Scale and biases of an E-Step, fitted once, also over a kill; without `fitted_on`, none."""
+    if fitted_on is None:
+        classes = len(evaluator.examples.classes)
+        return calibration_lib.identity(classes, evaluator.segmenter.scale)
+    key = f"calibration {estep}"
     if key not in journal:
-        journal.add(key, compute())
-    return journal[key]
+        journal.add(key, evaluator.calibrate(estep, fitted_on).to_dict())
+    log.info("calibration of %s: %s", estep, journal[key])
+    return Calibration.from_dict(journal[key])
 
 
 def _write_files(
