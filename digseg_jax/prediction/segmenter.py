@@ -271,8 +271,8 @@ class Segmenter:
 
     def _rows_of_call(self, views: int) -> int:
         """Views that this process hands over in a call."""
-        bucket = next((b for b in self.view_buckets if b >= views), self.view_buckets[-1])
-        return bucket // self.programs.parts
+        shares = [bucket // self.programs.parts for bucket in self.view_buckets]
+        return next((rows for rows in shares if rows >= views), shares[-1])
 
     def _ask(
         self,
