@@ -33,3 +33,69 @@ need() {
     fi
   done
 }
+
+# Ends with a message if a named variable holds what another program would read as something else: an
+# option, a second line, YAML. Empty ones pass.
+plain() {
+  local variable legal='^[A-Za-z0-9._:/@,+=][A-Za-z0-9._:/@,+=-]*$'
+  for variable in "$@"; do
+    if [[ -n "${!variable:-}" && ! "${!variable}" =~ $legal ]]; then
+      printf 'error: %s=%q: legal are letters, digits and . _ : / @ , + = -, the last not in front\n' \
+        "$variable" "${!variable}" >&2
+      exit 2
+    fi
+  done
+}
+
+# Ends with a message if a flag of main holds a line break, which job files cannot carry.
+one_line() {
+  local flag
+  for flag in "$@"; do
+    if [[ "$flag" == *$'\n'* ]]; then
+      printf 'error: %q: a flag must be one line\n' "$flag" >&2
+      exit 2
+    fi
+  done
+}
+
+# Writes the names of this tree's files to the file $1, each ended by a zero byte: what git tracks, as it
+# is here now. Without git (a tree that was copied), the folders and files that a run needs.
+list_tree() {
+  local file
+  if [[ "$(git rev-parse --show-toplevel 2>/dev/null)" == "$(pwd -P)" ]]; then
+    git ls-files -z | while IFS= read -r -d '' file; do
+      [[ ! -f "$file" ]] || printf '%s\0' "$file" # a tracked file may have been removed
+    done > "$1"
+  else
+    find digseg_jax configs launch requirements*.txt pyproject.toml README.md LICENSE \
+      -name __pycache__ -prune -o -type f -print0 > "$1"
+  fi
+}
+
+# Ends with a message if the flags after the list of files $1 name a configuration that is not in it.
+need_config() {
+  local files="$1" flag file
+  shift
+  for flag in "$@"; do
+    file="${flag#--config=}"
+    file="${file%%:*}" # a version
+    if [[ "$flag" == --config=* && -f "$file" ]] && ! grep -qzFx -- "${file#./}" "$files"; then
+      echo "error: --config=$file would not be copied, git does not track it: git add $file" >&2
+      exit 2
+    fi
+  done
+}
+
+# Says what is in the list of files $1, and what git knows nothing of and is therefore not in it.
+describe_tree() {
+  local count bytes untracked
+  count="$(tr -dc '\0' < "$1" | wc -c)"
+  bytes="$(xargs -0 cat -- < "$1" | wc -c)"
+  echo "# copied: $((count)) files, $((bytes / 1000)) kB, such as:"
+  tr '\0' '\n' < "$1" | awk 'NR <= 10 { print "#   " $0 }'
+  untracked="$(git ls-files --others --exclude-standard 2>/dev/null || true)"
+  if [[ -n "$untracked" ]]; then
+    echo "# not copied: $(($(wc -l <<< "$untracked"))) files that git does not track (git add FILE takes one along):"
+    awk 'NR <= 10 { print "#   " $0 }' <<< "$untracked"
+  fi
+}

@@ -6,8 +6,8 @@
 #     launch/gke_jobset.sh [--dry-run] FLAGS_OF_MAIN...
 #
 # HOSTS: hosts of one slice; CHIPS: chips of one host; SLICES (default 1); RESTARTS (default 1000);
-# SERVICE_ACCOUNT: Kubernetes account that may write to the bucket (default "default"). The image holds
-# this tree at /app, with its requirements and jax[tpu]; the cluster needs the JobSet controller.
+# SERVICE_ACCOUNT: Kubernetes account that may write to the bucket (default "default"). The image is made by
+# docker build -f launch/Dockerfile -t IMAGE . && docker push IMAGE; the cluster needs the JobSet controller.
 # A configuration error (status 2) ends the job; everything else, preemption (75) included, starts it
 # again, and the run goes on from its last checkpoint. --dry-run prints the manifest and the command.
 set -euo pipefail
@@ -20,6 +20,8 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 [[ $# -ge 1 ]] || usage "$0"
 need NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS
+plain NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS SLICES RESTARTS SERVICE_ACCOUNT
+one_line "$@"
 
 flags=""
 for flag in "$@"; do

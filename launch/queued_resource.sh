@@ -6,9 +6,10 @@
 #     launch/queued_resource.sh [--dry-run] FLAGS_OF_MAIN...
 #
 # PROJECT is optional; SPOT=0 asks for capacity that is not taken away; POLL is the time between looks
-# in seconds (default 60); ATTEMPTS how often a slice is asked for (default 1000). Keep it running where
-# it can stay, such as in tmux on a small VM: it ends when main ends with 0, or when main (or gcloud)
-# refuses with 2: a configuration error would be the same on the next slice.
+# in seconds (default 60); ATTEMPTS how often a slice is asked for (default 1000); MISSES how many looks in
+# a row may fail (default 10). Keep it running where it can stay, such as in tmux on a small VM: it ends when
+# main ends with 0, when main (or gcloud) refuses with 2 (a configuration error would be the same on the next
+# slice), or with 1 when gcloud no longer tells the state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -19,13 +20,14 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 [[ $# -ge 1 ]] || usage "$0"
 need NAME ZONE TYPE RUNTIME
+plain NAME ZONE TYPE RUNTIME PROJECT
 place=("--zone=$ZONE")
 [[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
 spot=(--spot)
 [[ "${SPOT:-1}" != 0 ]] || spot=()
 
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)' 2>/dev/null
+  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)'
 }
 
 remove() {
@@ -41,8 +43,17 @@ for ((attempt = 1; attempt <= ${ATTEMPTS:-1000}; attempt++)); do
     remove
     exit 0
   fi
-  until now="$(state)" && [[ "$now" =~ ^(ACTIVE|FAILED|SUSPENDED)$ ]]; do
-    echo "attempt $attempt: $NAME is ${now:-not there yet}"
+  misses=0
+  while true; do
+    if now="$(state)"; then
+      misses=0
+      [[ ! "$now" =~ ^(ACTIVE|FAILED|SUSPENDED)$ ]] || break
+      echo "attempt $attempt: $NAME is ${now:-not there yet}"
+    elif ((++misses >= ${MISSES:-10})); then
+      remove || echo "error: $NAME could not be removed; look whether it is still there" >&2
+      echo "error: gcloud did not tell the state of $NAME $misses times in a row, see above" >&2
+      exit 1
+    fi
     sleep "${POLL:-60}"
   done
   status=1

@@ -18,6 +18,7 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 [[ $# -ge 1 ]] || usage "$0"
+plain NODES GPUS TIME PARTITION ACCOUNT
 optional=""
 [[ -z "${PARTITION:-}" ]] || optional+="#SBATCH --partition=$PARTITION"$'\n'
 [[ -z "${ACCOUNT:-}" ]] || optional+="#SBATCH --account=$ACCOUNT"$'\n'

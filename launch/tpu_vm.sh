@@ -5,7 +5,9 @@
 #   TPU=my-slice ZONE=us-central2-b launch/tpu_vm.sh [--dry-run] FLAGS_OF_MAIN...
 #   TPU=my-slice ZONE=us-central2-b launch/tpu_vm.sh --config=configs/ade20k.py --workdir=gs://bucket/run
 #
-# PROJECT is optional. Nothing but the same command is needed on each host: a slice knows its processes.
+# PROJECT is optional; PYTHON names the Python of the hosts (default: one of 3.11 or newer is found there, or
+# installed, see prepare_host.sh). Hosts get the files that git tracks, as they are here; --dry-run lists them.
+# Nothing but the same command is needed on each host: a slice knows its processes.
 # After a preemption (every host exits with 75) or a crash, the same command resumes the run.
 # Ctrl-C ends the ssh sessions but not the run; to end that:
 #   gcloud compute tpus tpu-vm ssh my-slice --zone=... --worker=all --command='pkill -TERM -f digseg_jax.main'
@@ -19,18 +21,23 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 [[ $# -ge 1 ]] || usage "$0"
 need TPU ZONE
+plain TPU ZONE PROJECT
 place=("--zone=$ZONE")
 [[ -z "${PROJECT:-}" ]] || place+=("--project=$PROJECT")
 
-archive="$(mktemp -d)/digseg_jax.tar.gz"
-run tar --exclude=.git --exclude=__pycache__ -czf "$archive" .
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+archive="$scratch/digseg_jax.tar.gz"
+list_tree "$scratch/files"
+need_config "$scratch/files" "$@"
+describe_tree "$scratch/files"
+run tar -czf "$archive" --null -T "$scratch/files"
 run gcloud compute tpus tpu-vm scp "$archive" "$TPU:/tmp/digseg_jax.tar.gz" "${place[@]}" --worker=all
 
 flags="$(printf '%q ' "$@")"
 remote="set -e
 mkdir -p ~/digseg_jax && tar -xzf /tmp/digseg_jax.tar.gz -C ~/digseg_jax && cd ~/digseg_jax
-[ -d ~/venv ] || python3 -m venv ~/venv
+PYTHON=$(printf '%q' "${PYTHON:-}") launch/prepare_host.sh ~/venv
 . ~/venv/bin/activate
-pip install -q -r requirements.txt 'jax[tpu]'
 python -u -m digseg_jax.main --start_timeout=300 $flags"
 run gcloud compute tpus tpu-vm ssh "$TPU" "${place[@]}" --worker=all --command="$remote"

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,32 @@ SETTINGS = {
     },
     "slurm.sh": {"NODES": "2", "GPUS": "4", "VENV": "/opt/a venv"},
 }  # fmt: skip
+OTHERS = {"local_pod.sh", "prepare_host.sh", "common.sh"}
 
 
-def run(script: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+def run(
+    script: str, *arguments: str, folder: Path = LAUNCH, **settings: str
+) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHON": sys.executable, **settings}
-    command = [str(LAUNCH / script), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")
+    command = [str(folder / script), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/", timeout=600)
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+    """The one line of a refusal."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def fake(folder: Path, **commands: str) -> str:
+    """Puts commands with these bodies in front of PATH; returns that PATH."""
+    folder.mkdir(exist_ok=True)
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def dry(script: str) -> str:
@@ -46,11 +67,12 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", [*SETTINGS, "local_pod.sh"])
+@pytest.mark.parametrize("script", [*SETTINGS, "local_pod.sh", "prepare_host.sh"])
 def test_without_arguments_the_head_of_the_script_is_shown(script):
     done = run(script)
     assert done.returncode == 2
-    assert f"launch/{script}" in done.stderr and "--dry-run" in done.stderr
+    assert f"launch/{script}" in done.stderr
+    assert script == "prepare_host.sh" or "--dry-run" in done.stderr
 
 
 @pytest.mark.parametrize("script", SETTINGS)
@@ -61,11 +83,201 @@ def test_a_missing_setting_is_named(script):
         assert done.returncode == 2 and f"error: set {name} " in done.stderr
 
 
+OPTIONAL = {
+    "tpu_vm.sh": ["PROJECT"],
+    "queued_resource.sh": ["PROJECT"],
+    "gke_jobset.sh": ["SLICES", "RESTARTS", "SERVICE_ACCOUNT"],
+    "slurm.sh": ["TIME", "PARTITION", "ACCOUNT"],
+}
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("value", ["--quiet", "a\n#SBATCH --wrap=b", "a b"])
+def test_a_setting_that_another_program_would_read_as_more_is_refused(script, value):
+    for name in {*SETTINGS[script], *OPTIONAL[script]} - {"VENV"}:
+        done = run(script, "--dry-run", *FLAGS, **{**SETTINGS[script], name: value})
+        assert refused(done).startswith(f"error: {name}=")
+
+
 def test_tpu_vm_runs_the_same_command_on_every_host():
     *_, last = dry("tpu_vm.sh").splitlines()
     words = shlex.split(last.replace("$'", "'").replace("\\n", " ; ").replace("\\'", "'\\''"))
     assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice"]
     assert "--worker=all" in words and "digseg_jax.main" in words[-1]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout as one is worked in: an environment, runs, keys, a removed and a changed file."""
+    tree = tmp_path / "tree"
+    shutil.copytree(LAUNCH, tree / "launch")
+    for name in ("digseg_jax/main.py", "digseg_jax/gone.py", "configs/a.py", "requirements.txt",
+                 "requirements-data.txt", "pyproject.toml", "README.md", "LICENSE",
+                 "digseg_jax/__pycache__/main.pyc"):  # fmt: skip
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(name)
+    (tree / ".gitignore").write_text(".venv/\nruns/\n__pycache__/\n")
+    git = ["git", "-C", str(tree), "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git[:3], "init", "-q"], check=True)
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "m"], check=True)
+    for name in (".venv/bin/python", "runs/r/checkpoints/1", ".env", "key.json", "configs/new.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("secret")
+    (tree / "digseg_jax" / "gone.py").unlink()
+    (tree / "digseg_jax" / "main.py").write_text("changed")
+    return tree
+
+
+def copied(tree, tmp_path, *flags) -> tuple[subprocess.CompletedProcess, dict[str, bytes]]:
+    """What a real run of tpu_vm.sh hands to scp, and how it went."""
+    path = fake(tmp_path / "bin", gcloud='[ "$4" != scp ] || cp "$5" "$OUT"')
+    archive = tmp_path / "out.tar.gz"
+    settings = {**SETTINGS["tpu_vm.sh"], "PATH": path, "OUT": str(archive)}
+    done = run("tpu_vm.sh", *flags, folder=tree / "launch", **settings)
+    if done.returncode:
+        return done, {}
+    with tarfile.open(archive) as tar:
+        return done, {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+
+
+def test_hosts_get_what_git_tracks_as_it_is_here_and_no_keys(tree, tmp_path):
+    done, files = copied(tree, tmp_path, "--config=configs/a.py")
+    assert done.returncode == 0, done.stderr
+    assert files["digseg_jax/main.py"] == b"changed" and "configs/a.py" in files
+    assert {"launch/prepare_host.sh", "requirements-data.txt"} <= files.keys()
+    assert not [name for name, text in files.items() if text == b"secret" or "gone" in name]
+    assert f"# copied: {len(files)} files" in done.stdout
+    assert "# not copied: 3 files that git does not track" in done.stdout and ".env" in done.stdout
+
+
+def test_a_dry_run_shows_what_would_be_copied(tree, tmp_path):
+    settings = SETTINGS["tpu_vm.sh"]
+    done = run("tpu_vm.sh", "--dry-run", "--config=configs/a.py", folder=tree / "launch", **settings)
+    assert done.returncode == 0 and "# copied: " in done.stdout and "#   configs/a.py" in done.stdout
+    assert "tar -czf" in done.stdout
+
+
+def test_a_configuration_that_would_be_left_behind_is_told(tree, tmp_path):
+    done, _ = copied(tree, tmp_path, "--config=configs/new.py:sd21")
+    assert "git add configs/new.py" in refused(done)
+
+
+def test_without_git_hosts_get_the_folders_that_a_run_needs(tree, tmp_path):
+    shutil.rmtree(tree / ".git")
+    done, files = copied(tree, tmp_path, "--config=configs/new.py")
+    assert done.returncode == 0, done.stderr
+    assert {"digseg_jax/main.py", "configs/new.py", "launch/prepare_host.sh"} <= files.keys()
+    assert not {name for name in files if name.startswith((".", "runs", "key")) or "pycache" in name}
+
+
+class TestPrepareHost:
+    """A host made of fake commands: what it runs is in a log, one command a line."""
+
+    OLD = '[ "$1" != -c ] || exit 1'  # too old, or without venv
+    # a whole Python: its environments hold one too
+    NEW = (
+        'echo "new $*" >> "$LOG"\n'
+        'if [ "$2" = venv ]; then mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; fi'
+    )
+
+    def host(self, tmp_path, **commands):
+        """Runs the script where only these commands and a few tools are; returns it and the log."""
+        for tool in ("bash", "dirname", "basename", "sed", "hostname", "mkdir", "cp"):
+            (tmp_path / "bin").mkdir(exist_ok=True)
+            (tmp_path / "bin" / tool).unlink(missing_ok=True)
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+        settings = {"PYTHON": commands.pop("PYTHON", "")}
+        fake(tmp_path / "bin", **{name.replace("_", "."): body for name, body in commands.items()})
+        log, made = tmp_path / "log", str(tmp_path / "a venv")
+        env = {"PATH": str(tmp_path / "bin"), "LOG": str(log), "HERE": str(tmp_path), **settings}
+        done = run("prepare_host.sh", made, **env)
+        return done, log.read_text() if log.exists() else ""
+
+    def installed(self, log):
+        *_, first, second = log.splitlines()
+        assert "-r requirements.txt jax[tpu]" in first
+        return "--no-deps -r requirements-data.txt" in second
+
+    def test_a_new_python_beside_an_old_python3_is_found(self, tmp_path):
+        done, log = self.host(tmp_path, python3=self.OLD, python3_11=self.NEW)
+        assert done.returncode == 0, done.stderr
+        assert "new -m venv --clear" in log and self.installed(log)
+
+    def test_an_environment_that_is_there_is_kept(self, tmp_path):
+        self.host(tmp_path, python3=self.NEW)
+        (tmp_path / "log").unlink()
+        done, log = self.host(tmp_path, python3=self.NEW)
+        assert done.returncode == 0 and "venv --clear" not in log and self.installed(log)
+
+    def test_ubuntus_python_3_10_gets_one_from_uv(self, tmp_path):
+        """The Python of TPU VM images: pip and uv work there, the project does not."""
+        fake(tmp_path / "uv", python=self.NEW)
+        old = (
+            f'{self.OLD}\necho "old $*" >> "$LOG"\nif [ "$4" = find ]; then echo "$HERE/uv/python"; fi'
+        )
+        done, log = self.host(tmp_path, python3=old)
+        assert done.returncode == 0, done.stderr
+        assert "old -m pip install --quiet --user uv\nold -m uv python install 3.12\n" in log
+        assert self.installed(log)
+
+    def test_where_uv_cannot_be_had_apt_installs_one(self, tmp_path):
+        new = f"#!/bin/sh\n{self.NEW}\n"
+        (tmp_path / "new").write_text(new)
+        sudo = (
+            'echo "sudo $*" >> "$LOG"\n'
+            'if [ "$1" = apt-get ]; then cp "$HERE/new" "$HERE/bin/python3.12"; '
+            'chmod +x "$HERE/bin/python3.12"; fi'
+        )
+        done, log = self.host(
+            tmp_path, python3="exit 1", sudo=sudo, chmod='exec /bin/chmod "$@"'
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "ppa:deadsnakes/ppa" in log and "python3.12-venv" in log and self.installed(log)
+
+    def test_nothing_works_is_one_line(self, tmp_path):
+        done, log = self.host(tmp_path, python3="exit 1", sudo="exit 1")
+        assert done.returncode == 2 and not log
+        assert "name it with PYTHON" in done.stderr.splitlines()[-1]
+
+    def test_a_python_that_was_named_must_fit(self, tmp_path):
+        done, _ = self.host(tmp_path, python3=self.NEW, old=self.OLD, PYTHON="old")
+        assert "PYTHON=old is no Python of 3.11 or newer" in refused(done)
+        done, log = self.host(tmp_path, python3=self.OLD, mine=self.NEW, PYTHON="mine")
+        assert done.returncode == 0 and self.installed(log)
+
+    @pytest.mark.skipif(shutil.which("python3.10") is None, reason="no Python 3.10 here")
+    def test_a_real_python_3_10_does_not_pass(self, tmp_path):
+        real = subprocess.run(
+            ["python3.10", "-c", "import sys; print(sys.executable)"], capture_output=True, text=True
+        )
+        if real.returncode:
+            pytest.skip("python3.10 does not run here")
+        done, _ = self.host(tmp_path, PYTHON=real.stdout.strip())
+        assert "no Python of 3.11 or newer" in refused(done)
+
+
+def queued(tmp_path, describe: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """A run of queued_resource.sh with a gcloud whose `describe` is given; and what was asked of it."""
+    body = f'echo "$4 $5" >> "$OUT"\nif [ "$4" = describe ]; then {describe}; fi'
+    path, out = fake(tmp_path / "bin", gcloud=body, sleep="exit 0"), tmp_path / "asked"
+    settings = {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out), **settings}
+    done = run("queued_resource.sh", "--workdir=gs://b/r", **settings)
+    return done, out.read_text().splitlines()
+
+
+def test_queued_resource_waits_through_a_look_that_fails(tmp_path):
+    describe = '[ "$(grep -c describe "$OUT")" -gt 3 ] || exit 1; echo ACTIVE'
+    done, asked = queued(tmp_path, describe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verbs = [line.split()[0] for line in asked]
+    assert verbs == ["create", *["describe"] * 4, "scp", "ssh", "delete"]
+
+
+def test_queued_resource_ends_when_the_state_is_never_told(tmp_path):
+    done, asked = queued(tmp_path, "echo no permission >&2; exit 1", MISSES="3")
+    assert done.returncode == 1 and asked == ["create r", *["describe r"] * 3, "delete r"]
+    assert "no permission" in done.stderr and "3 times in a row" in done.stderr.splitlines()[-1]
 
 
 def test_queued_resource_asks_runs_and_gives_back():
@@ -87,6 +299,22 @@ def test_the_jobset_manifest_is_what_kubernetes_will_read():
     assert rule == {
         "action": "FailJob", "onExitCodes": {"containerName": "main", "operator": "In", "values": [2]}
     }  # fmt: skip
+
+
+def test_a_flag_of_two_lines_is_refused_where_yaml_would_join_them():
+    done = run("gke_jobset.sh", "--dry-run", "--config=a\nb", **SETTINGS["gke_jobset.sh"])
+    assert "must be one line" in refused(done)
+
+
+def test_the_image_holds_what_the_jobset_runs_and_nothing_secret():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    words = [line.split() for line in lines if line.startswith("COPY")]
+    sources = {source for line in words for source in line[1:-1]}
+    assert sources == {"requirements.txt", "requirements-data.txt", "configs", "digseg_jax"}
+    assert "WORKDIR /app" in lines and "workingDir: /app" in dry("gke_jobset.sh")
+    rules = [r for r in (LAUNCH / "Dockerfile.dockerignore").read_text().split("\n") if r[:1] != "#"]
+    assert rules[0] == "*" and {rule[1:] for rule in rules if rule[:1] == "!"} == sources
+    assert {"**/__pycache__", "**/.*"} <= set(rules)
 
 
 def test_the_slurm_script_is_shell_and_goes_back_into_the_queue_after_a_preemption(tmp_path):
@@ -129,6 +357,6 @@ def test_local_pod_hands_on_the_status_of_main(tmp_path):
 
 
 def test_no_launcher_is_left_out_here():
-    assert {p.name for p in LAUNCH.glob("*.sh")} == {*SETTINGS, "local_pod.sh", "common.sh"}
-    assert all(os.access(LAUNCH / name, os.X_OK) for name in (*SETTINGS, "local_pod.sh"))
+    assert {p.name for p in LAUNCH.glob("*.sh")} == {*SETTINGS, *OTHERS}
+    assert all(os.access(LAUNCH / name, os.X_OK) for name in {*SETTINGS, *OTHERS} - {"common.sh"})
     assert Path(LAUNCH / "common.sh").read_text().count("PREEMPTED=75") == 1
