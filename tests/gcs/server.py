@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -38,7 +39,7 @@ class Server:
     def open(self) -> None:
         server = self
         handler = type("Handler", (_Handler,), {"server_state": server})
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self._http = _Proxy(("127.0.0.1", self.port), handler)
         self._http.daemon_threads = True
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -74,6 +75,13 @@ class Server:
         names = self.names(f"{run}/checkpoints/")
         marked = [n.split("/") for n in names if n.endswith("/commit_success.txt")]
         return sorted(int(parts[2]) for parts in marked if len(parts) == 4)
+
+
+class _Proxy(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Quiet about clients that were killed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
