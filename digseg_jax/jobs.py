@@ -28,6 +28,14 @@ from digseg_jax.hosts import fetch, fetch_to_main
 from digseg_jax.log import log
 from digseg_jax.perf import use_compile_cache
 from digseg_jax.predict import load_segmenter
+from digseg_jax.prediction.description import (
+    Description,
+    FrozenPart,
+    check_agreement,
+    describe,
+    read_description,
+    write_description,
+)
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
 from digseg_jax.segmentation.inference import EStep
@@ -41,7 +49,7 @@ from digseg_jax.tasks.prior import PriorTask
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import CALIBRATION, CONFIG_NAME, EXPORT, claim, hold
+from digseg_jax.workdir import CALIBRATION, CHECKPOINTS, CONFIG_NAME, EXPORT, claim, hold
 
 TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
@@ -55,15 +63,16 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
         config = for_devices(config, list(mesh.devices.flat))
         task: Task = TASKS[config.task](config)
         log_summary(config, task, mesh)
+        parts = find_parts(config)
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
         on_eval = _validation(config, task, mesh) if config.train.eval_every else None
         state = trainer.run(on_eval)
-        params = averaged(state)
+        params, source = averaged(state), f"{CHECKPOINTS}/{config.train.steps}"
         if config.checkpoint.best:
             del state
             params, source = trainer.weights_of(str(workdir), best=True)
             log.info("best %s: exporting %s", config.checkpoint.best, source)
-        deliver(config, task, params, workdir)
+        deliver(config, task, params, workdir, source, parts)
         if isinstance(task, SegmentationTask):
             finish(config, task, params, mesh, workdir)
 
@@ -82,16 +91,41 @@ def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False
     task: Task = TASKS[config.task](config)
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
-    deliver(config, task, params, workdir)
+    deliver(config, task, params, workdir, source, find_parts(config))
     log.info("exported %s to %s", source, workdir / EXPORT)
 
 
-def deliver(config: Config, task: Task, params: Params, workdir: AnyPath) -> None:
-    """Writes the weights where evaluation, prediction and other runs look for them."""
+def find_parts(config: Config) -> tuple[FrozenPart, ...]:
+    """Autoencoder and text tower of a segmenter, as its export names them; nothing of other tasks.
+
+    To be called before the training: after it, the hub may be out of reach.
+    """
+    if config.task != "segmentation":
+        return ()
+    return FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
+
+
+def deliver(
+    config: Config,
+    task: Task,
+    params: Params,
+    workdir: AnyPath,
+    source: str,
+    parts: tuple[FrozenPart, ...],
+) -> None:
+    """Writes the weights where evaluation, prediction and other runs look for them.
+
+    source: the checkpoint that they are of; its last component is the step. parts: see `find_parts`.
+    """
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config, task, params, workdir)
-    else:
-        export(task, params, workdir, provenance(config))
+        return
+    description = None
+    if isinstance(task, SegmentationTask):
+        step = source.rsplit("/", 1)[-1]
+        checkpoint = f"{CHECKPOINTS}/{step}"
+        description = describe(config, parts, task.abstract, int(step), checkpoint)
+    export(task, params, workdir, provenance(config), description)
 
 
 def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
@@ -103,8 +137,11 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
             f"{workdir / EXPORT}: no trained weights here; run --mode=train first, or "
             "--mode=export for the newest checkpoint of a run that is not finished"
         )
+    description = read_description(workdir / EXPORT)
+    check_agreement(description, config, workdir / EXPORT)
     use_compile_cache(config.train.compile_cache)
     take(workdir, config, accept_changes)
+    config = description.with_pinned_parts(config)
     mesh = make_mesh(config.mesh)
     config = for_devices(config, list(mesh.devices.flat))
     task = SegmentationTask(config)
@@ -119,8 +156,10 @@ def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
     """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.evaluation.suite`."""
     suite_lib.check_suite(suite)
     use_compile_cache(config.train.compile_cache)
-    segmenter, params = load_segmenter(config, local_copy(workdir / EXPORT))
-    suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite)
+    folder = local_copy(workdir / EXPORT)
+    segmenter, params = load_segmenter(config, folder)
+    about = read_description(folder).provenance()
+    suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite, about)
     log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
 
 
@@ -155,7 +194,13 @@ def take(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
             )
 
 
-def export(task: Task, params: Params, workdir: AnyPath, metadata: dict[str, str]) -> None:
+def export(
+    task: Task,
+    params: Params,
+    workdir: AnyPath,
+    metadata: dict[str, str],
+    description: Description | None = None,
+) -> None:
     """Writes DIR/export; every process must come, process 0 writes."""
     whole = fetch_to_main(params)
     with together("the exported weights"):
@@ -163,13 +208,16 @@ def export(task: Task, params: Params, workdir: AnyPath, metadata: dict[str, str
             (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)  # other weights' biases
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)
+                if description:
+                    write_description(folder, description)
 
 
 def finish(
     config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
     """Evaluation, report and a line for the reader."""
-    results = evaluate(config, task, params, mesh, workdir)
+    about = read_description(workdir / EXPORT).provenance()
+    results = evaluate(config, task, params, mesh, workdir, about)
     page = workdir
     with together("the report"):
         if is_main():

@@ -23,6 +23,9 @@ _ACCEPT_CHANGES = flags.DEFINE_bool(
     "accept_changes", False, "Go on with a run although its configuration was changed."
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "predict: weights: a run, its export, assets:NAME, gs://FOLDER or a hub id."
+)
 _IMAGE = flags.DEFINE_string("image", None, "predict: image, folder or glob; any size and mode.")
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
 _VOCABULARY = flags.DEFINE_string(
@@ -55,7 +58,11 @@ def _required(value: str | None, flag: str, mode: str) -> str:
 def run() -> None:
     """Dispatches to the mode; imports late, so that a wrong flag is told before JAX loads."""
     mode = _MODE.value
+    if _CONFIG.value is None and mode != "predict":
+        raise UserError(f"--mode={mode} needs --config")
     if mode == "predict":
+        if _MODEL.value and _WORKDIR.value:
+            raise UserError("--model and --workdir: both name the weights; give one of them")
         _required(_IMAGE.value, "image", mode)
         if not _QUERY.value and not _VOCABULARY.value:
             raise UserError("--mode=predict needs --query or --vocabulary")
@@ -70,21 +77,22 @@ def run() -> None:
 
         topology.prepare(_required(_TOPOLOGY.value, "topology", mode))
     cpu.tune()
-    config = config_lib.parse(_CONFIG.value)
-    if _ESTEP.value:
-        config = config_lib.with_estep(config, _ESTEP.value)
     if mode == "predict":
         from digseg_jax.predict import predict
 
         predict(
-            config,
-            _WORKDIR.value,
+            config_lib.parse(_CONFIG.value) if _CONFIG.value is not None else None,
+            _MODEL.value or _WORKDIR.value,
             _IMAGE.value,
             _QUERY.value or [],
             Path(_OUT.value),
             _VOCABULARY.value,
+            _ESTEP.value,
         )
         return
+    config = config_lib.parse(_CONFIG.value)
+    if _ESTEP.value:
+        config = config_lib.with_estep(config, _ESTEP.value)
     if mode == "compile":
         from digseg_jax import compile as compiling
         from digseg_jax.storage import as_path
@@ -95,16 +103,16 @@ def run() -> None:
     from digseg_jax import distributed, jobs
     from digseg_jax.storage import as_path
 
-    if _SUITE.value is not None:
-        if mode != "eval":
-            raise UserError("--eval.suite needs --mode=eval")
-        jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
-        return
+    if _SUITE.value is not None and mode != "eval":
+        raise UserError("--eval.suite needs --mode=eval")
     timeout = _START_TIMEOUT.value
     cluster = distributed.find_cluster(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
     )
     distributed.start(cluster, timeout)
+    if _SUITE.value is not None:
+        jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
+        return
     if mode == "cache_latents":
         from digseg_jax import cache_latents
 
@@ -163,5 +171,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

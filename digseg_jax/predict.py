@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jax
 
-from digseg_jax import assets
 from digseg_jax.arraytypes import Params
-from digseg_jax.config import Config
+from digseg_jax.config import Config, with_estep
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.predict_files import (
@@ -23,48 +22,57 @@ from digseg_jax.predict_files import (
     targets,
     write_prediction,
 )
+from digseg_jax.prediction.description import check_agreement, find_export, read_description
 from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.storage import as_path, local_copy
 from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import CALIBRATION, EXPORT
+from digseg_jax.workdir import CALIBRATION
 from digseg_jax.writers import Progress
 
 SHIPPED = "assets:segmenter"
 
 
 def predict(
-    config: Config,
-    workdir: str | None,
+    config: Config | None,
+    model: str | None,
     image: str,
     queries: Sequence[str],
     out: Path,
     vocabulary: str | None = None,
+    estep: str | None = None,
 ) -> None:
     """Segments every image that `image` (file, folder or glob) names; see `write_prediction`.
 
+    config: None takes everything from the weights' own description. model: the weights, as
+    `find_export` takes them; None: the shipped ones. estep: members x steps, such as "8x2".
+
     Raises:
-      UserError: unreadable image, empty query, missing weights, unwritable output.
+      UserError: unreadable image, empty query, missing weights, weights that were trained with another
+        configuration, unwritable output.
     """
     texts = find_queries(queries, vocabulary)
     images = find_images(image)
     paths = targets(images, out)
-    folder = local_copy(as_path(workdir) / EXPORT) if workdir else Path(assets.resolve(SHIPPED))
     if len(images) == 1:
         read_image(images[0])  # an unreadable one is told before the models are built
+    folder = find_export(model or SHIPPED)
+    if config is None:
+        config = read_description(folder).training_config()
+    if estep:
+        config = with_estep(config, estep)
     segmenter, _ = load_segmenter(config, folder)
-    estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    sampling = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
     mode = "window" if config.eval.inference == "auto" else config.eval.inference
-    progress = Progress(len(images), label=f"predict {estep}", unit="images")
+    progress = Progress(len(images), label=f"predict {sampling}", unit="images")
     started = time.monotonic()
     for done, (source, path) in enumerate(zip(images, paths, strict=True), start=1):
         pixels = read_image(source)
         request = Request(pixels, 0, tuple(texts))
-        (answer,) = segmenter.segment([request], estep, key=config.seed, mode=mode)
+        (answer,) = segmenter.segment([request], sampling, key=config.seed, mode=mode)
         probability = answer.stack()
-        facts = {"image": str(source), "estep": str(estep), "seed": config.seed}
+        facts = {"image": str(source), "estep": str(sampling), "seed": config.seed}
         summary = write_prediction(path, pixels, texts, probability, facts)
         covered = ", ".join(f"{r['query']} {100 * r['coverage']:.1f} %" for r in summary["queries"])
         log.info("%s: %s -> %s", source, covered, path)
@@ -76,10 +84,14 @@ def load_segmenter(config: Config, folder: Path) -> tuple[Segmenter, Params]:
     """The exported weights of `folder`, ready to be asked on all devices; and the weights.
 
     Raises:
-      UserError: there are none, or they do not fit the configuration.
+      UserError: there are none, or they were trained with another configuration.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no trained weights here; run --mode=train first")
+    description = read_description(folder)
+    check_agreement(description, config, folder)
+    config = description.with_pinned_parts(config)
+
     # the architecture comes with the weights; nothing of the prior is needed
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
     config = for_devices(config, jax.devices())

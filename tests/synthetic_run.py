@@ -60,6 +60,15 @@ def make_item(seed: int, size: int = 128) -> GalleryItem:
                        soft, CLASSES, ious)  # fmt: skip
 
 
+def weights(**changes: Any) -> dict[str, Any]:
+    """What the product says of a run's weights, see `Description.provenance`."""
+    return {
+        "parameters": 6_049_124, "datasets": ["landcover"], "steps": 4000,
+        "checkpoint": "checkpoints/4000", "started_from": "assets:prior", "seed": 0,
+        "versions": {"digseg_jax": "0.1.0", "jax": "0.10.0"}, **changes,
+    }  # fmt: skip
+
+
 def results(**changes: Any) -> dict[str, Any]:
     scores = (0.9127, 0.6883, 0.5121, 0.4378, 0.1832, 0.2043, 0.8410, None)
     return {
@@ -67,7 +76,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "miou": 0.53991428, "accuracy": 0.83462,
         "per_class": dict(zip(CLASSES, scores, strict=True)),
         "ensemble": 4, "steps": 2, "seed": 0, "queries": list(CLASSES), "absent_rate": 0.02134,
-        "matching_iou": 0.5604, "wrong_query_iou": 0.0712, "checkpoint": "4000", **changes,
+        "matching_iou": 0.5604, "wrong_query_iou": 0.0712, "weights": weights(), **changes,
     }  # fmt: skip
 
 

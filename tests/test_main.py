@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -51,6 +52,7 @@ def test_a_wrong_key_or_value_is_named_and_nothing_is_made(override, expected, w
 @pytest.mark.parametrize(
     ("arguments", "missing"),
     [
+        (["--mode=train"], "--config"),
         ([QUICKSTART], "--workdir"),
         ([QUICKSTART, "--workdir= "], "--workdir"),
         ([QUICKSTART, "--mode=eval"], "--workdir"),
@@ -81,7 +83,6 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
     ("arguments", "expected"),
     [
         ([QUICKSTART, "--mode=trian"], "one of <train|eval|export|predict|compile|cache_latents>"),
-        (["--mode=train"], "--config must have a value"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
         (["--config=configs/camvid.py:sd3"], "no version 'sd3'"),
@@ -109,6 +110,21 @@ def test_export_without_a_run_says_to_train_first(folders, tmp_path, workdir):
     message = refused(f"--config={config}", workdir, "--mode=export")
     assert "no run here to export; run --mode=train first" in message
     assert not Path(workdir.split("=")[1]).exists()
+
+
+def test_shipped_weights_with_another_prediction_type_are_refused(tmp_path):
+    """They would paint forest over most of the image, and nothing would look wrong."""
+    Image.new("RGB", (64, 64), (40, 80, 40)).save(tmp_path / "a.png")
+    message = refused(
+        QUICKSTART, "--config.diffusion.prediction_type=sample", "--mode=predict",
+        f"--image={tmp_path / 'a.png'}", "--query=forest", f"--out={tmp_path / 'm.png'}",
+    )  # fmt: skip
+    assert "config.diffusion.prediction_type='sample', trained with 'v_prediction'" in message
+
+
+def test_weights_named_twice_are_refused(workdir):
+    message = refused("--mode=predict", "--model=a", workdir, "--image=a.png", "--query=ice")
+    assert "--model and --workdir" in message
 
 
 def test_predict_on_a_missing_image_is_one_line(folders, tmp_path, workdir):

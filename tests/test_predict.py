@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -16,7 +16,6 @@ from digseg_jax.data.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.predict import predict
 from digseg_jax.predict_files import find_images, find_queries, overlay, read_image, targets
-from digseg_jax.tasks.segmentation import SegmentationTask
 
 
 def noise(height, width, channels=3, seed=0):
@@ -117,8 +116,7 @@ class TestReadImage:
 def workdir(folders, tmp_path_factory):
     """A run's directory with exported weights that were never trained."""
     folder = tmp_path_factory.mktemp("run")
-    task = SegmentationTask(tiny.config(folders), prompts=["water"])
-    task.export(jax.device_get(task.initial()), folder / "export", {"task": "test"})
+    tiny.export(tiny.config(folders), folder / "export")
     return folder
 
 
@@ -222,6 +220,33 @@ def test_the_same_answer_twice(config, workdir, tmp_path):
         predict(config, str(workdir), image, ["water"], tmp_path / name)
     a, b = (np.load(tmp_path / f"{n}.npz")["probability"] for n in "ab")
     np.testing.assert_array_equal(a, b)
+
+
+def test_without_a_configuration_the_weights_tell_everything(folders, workdir, tmp_path):
+    """The same masks as with the run's own configuration, from the run's folder and from its export."""
+    image = saved(tmp_path, noise(32, 32))
+    predict(tiny.config(folders), str(workdir), image, ["water"], tmp_path / "a.png")
+    predict(None, str(workdir), image, ["water"], tmp_path / "b.png")
+    predict(None, str(workdir / "export"), image, ["water"], tmp_path / "c.png", estep="1x1")
+    a, b, c = (np.load(tmp_path / f"{name}.npz")["probability"] for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+
+
+def test_another_configuration_than_the_trained_one_is_refused(folders, workdir, tmp_path):
+    other = tiny.config(folders, diffusion__prediction_type="sample")
+    image = saved(tmp_path, noise(4, 4))
+    message = refused(other, str(workdir), image, ["water"], tmp_path / "m.png")
+    assert "config.diffusion.prediction_type='sample', trained with 'v_prediction'" in message
+
+
+def test_an_export_of_before_there_was_a_description_says_what_to_do(config, workdir, tmp_path):
+    shutil.copytree(workdir / "export", tmp_path / "export")
+    (tmp_path / "export" / "segmenter.json").unlink()
+    image = saved(tmp_path, noise(4, 4))
+    for given in (config, None):
+        message = refused(given, str(tmp_path), image, ["water"], tmp_path / "m.png")
+        assert "segmenter.json: missing" in message and "--mode=export" in message
 
 
 def refused(*arguments) -> str:

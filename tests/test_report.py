@@ -9,10 +9,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
-from synthetic_run import CLASSES, dump, make_item, make_run, results
+from safetensors.numpy import load_file
+from synthetic_run import CLASSES, dump, make_item, make_run, results, weights
 
+from digseg_jax import jobs
+from digseg_jax.data.landcover import GROUPS
 from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
+from digseg_jax.prediction.description import FrozenPart, describe
 from digseg_jax.report import build_report, class_colors, legend, overlay, paint, write_gallery
 from digseg_jax.report.chart import log_ticks, smooth, thin
 from digseg_jax.report.colors import IGNORE_COLOR, NATURAL, separation, to_hex
@@ -54,8 +61,12 @@ class Page(HTMLParser):
         return [a for t, a in self.elements if t == tag and attrs.items() <= a.items()]
 
 
+def html(workdir) -> str:
+    return build_report(workdir).read_text(encoding="utf-8")
+
+
 def page(workdir):
-    return Page(build_report(workdir).read_text(encoding="utf-8"))
+    return Page(html(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +128,71 @@ def test_every_picture_has_a_text_and_every_slider_a_value(run):
     assert len({s["aria-label"] for s in sliders}) == 3
 
 
-def test_the_page_says_where_the_scores_come_from(run):
-    words = " ".join(" ".join(page(run).words).split())
-    assert "Measured by this run" in words
-    assert "small model" in words
+def words(workdir) -> str:
+    return " ".join(" ".join(page(workdir).words).split())
+
+
+@pytest.fixture(scope="module")
+def product(cover, folders, tmp_path_factory):
+    """A run of the program itself, as small as can be."""
+    config = tiny.config(folders, train__steps=1, eval__num_images=1, eval__estep=("1x1",))
+    workdir = tmp_path_factory.mktemp("product")
+    jobs.train(config, workdir)
+    return workdir
+
+
+def test_the_page_says_what_is_true_of_the_weights_that_were_scored(product):
+    tensors = load_file(product / "export" / "diffusion_pytorch_model.safetensors")
+    count = sum(tensor.size for tensor in tensors.values())
+    said = words(product)
+    assert "Measured by this run on the test split of landcover (seed 0)." in said
+    assert f"The model has {count:,} trained parameters." in said
+    assert "Its weights were trained on landcover, for 1 step, from " in said
+    assert "(checkpoints/1)" in said
+    assert "small" not in said.partition("Does it listen")[0] and "compare" not in said
+    queries = json.loads((product / "eval" / "results.json").read_text())["queries"]
+    assert queries == list(GROUPS) and all(f"<li>{q}</li>" in html(product) for q in queries)
+    note = json.loads((product / "eval" / "estep.json").read_text())["note"]
+    assert note == "Measured by this run on the test split of landcover."
+
+
+def test_the_page_says_the_size_of_stable_diffusion(product, folders, tmp_path):
+    """Its parameters counted from their shapes, on the page of the same run."""
+    config = UNetConfig(in_channels=8)
+    _, abstract = functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))
+    parts = FrozenPart("a", "", ""), FrozenPart("b", "", "")
+    large = describe(tiny.config(folders), parts, abstract, 30_000, "checkpoints/30000")
+    results = json.loads((product / "eval" / "results.json").read_text())
+    dump(tmp_path / "eval" / "results.json", results | {"weights": large.provenance()})
+    said = words(tmp_path)
+    # diffusers' 859,520,964 and a first convolution that sees four more channels
+    assert f"The model has {859_520_964 + 320 * 4 * 9:,} trained parameters." in said
+    assert "small" not in said and "for 30,000 steps" in said
+
+
+def test_weights_of_another_data_set_are_said_to_be(tmp_path):
+    workdir = minimal(tmp_path, weights=weights(datasets=["coco_stuff", "camvid"]))
+    assert "trained on coco_stuff, camvid, not on this data set" in words(workdir)
+
+
+def test_what_is_not_recorded_is_not_said(tmp_path):
+    old = results()
+    del old["weights"]
+    dump(tmp_path / "eval" / "results.json", old)
+    said = words(tmp_path)
+    assert "Measured by this run" in said
+    assert "trained" not in said.partition("Does it listen")[0]
+
+
+def test_made_up_results_have_no_key_that_the_program_does_not_write(product):
+    real = json.loads((product / "eval" / "results.json").read_text())
+    assert results().keys() <= real.keys()
+    assert weights().keys() == real["weights"].keys()
 
 
 def test_absent_parts_are_left_out(tmp_path):
     bare = results(per_class={}, queries=[])
-    for name in ("accuracy", "absent_rate", "matching_iou", "wrong_query_iou", "checkpoint"):
+    for name in ("accuracy", "absent_rate", "matching_iou", "wrong_query_iou", "weights"):
         del bare[name]
     dump(tmp_path / "eval" / "results.json", bare)
     assert [i for i in page(tmp_path).ids() if not i.endswith("-title")] == ["scores"]
@@ -142,8 +209,9 @@ def test_a_short_or_broken_loss_curve_is_no_error(tmp_path):
 
 def test_names_are_escaped(tmp_path):
     evil = '<script>alert("x")</script>&\'{{script}}'
+    facts = weights(datasets=[evil], started_from=evil, checkpoint=evil)
     minimal(tmp_path, dataset=evil, split=evil, protocol=evil, per_class={evil: 0.5},
-            queries=[evil], seed=evil, checkpoint=evil, label_set=evil)  # fmt: skip
+            queries=[evil], seed=evil, weights=facts, label_set=evil)  # fmt: skip
     item = make_item(1, 16)
     item = GalleryItem(evil, item.image, item.label, item.prediction, item.masks, (evil,) * 8,
                        item.ious, note=evil)  # fmt: skip

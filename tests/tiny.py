@@ -20,7 +20,9 @@ from digseg_jax.models import functional
 from digseg_jax.models.bert import BertConfig, BertModel
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.prediction.description import FrozenPart, describe, write_description
 from digseg_jax.sharding import make_mesh
+from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import save_component
 
 SIZE = 32  # pixels of a crop; 8 latent cells
@@ -125,6 +127,14 @@ def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:
         f"    return ml_collections.ConfigDict({values(folders, **changes)!r}).lock()\n"
     )
     return path
+
+
+def export(config: Config, folder: Path, prompts: tuple[str, ...] = ("water",)) -> None:
+    """What a segmentation run of the configuration exports, of weights that were never trained."""
+    task = SegmentationTask(config, prompts)
+    task.export(jax.device_get(task.initial()), folder, {"task": "test"})
+    parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
+    write_description(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))
 
 
 def batch(n: int = 8, q: int = 2, seed: int = 0) -> dict[str, np.ndarray]:

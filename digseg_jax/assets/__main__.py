@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.assets RUN NAME: puts a finished run's weights into the package as float16.
+"""python -m digseg_jax.assets NAME [RUN]: puts a finished run's weights into the package as float16.
 
-The recipe's command, the configuration's essentials and what was measured go into the metadata.
+The recipe's command, the configuration's essentials and what was measured go into the metadata. Without
+RUN, segmenter.json is written for the weights that are there, from the recipe that their metadata name.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +17,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from digseg_jax import config as config_lib
 from digseg_jax.assets import FOLDER
+from digseg_jax.config import Config
+from digseg_jax.errors import UserError
 from digseg_jax.models import functional
+from digseg_jax.prediction import description as description_lib
+from digseg_jax.prediction.description import FrozenPart, describe, write_description
 from digseg_jax.weights import load_component, read_metadata, save_component
-from digseg_jax.workdir import CONFIG_NAME, EXPORT
+from digseg_jax.workdir import CALIBRATION, CONFIG_NAME, EXPORT
 
+CONFIGS = Path(__file__).parents[2] / "configs"  # of a checkout: weights are shipped from there
 RECIPES = {"vae": "landcover_vae", "prior": "landcover_prior", "segmenter": "landcover"}
 
 
@@ -36,17 +45,58 @@ def ship(run: Path, name: str) -> Path:
     }
     folder = FOLDER / name
     written = save_component((model.config, params), folder, metadata=metadata)
-    if (export / "calibration.json").is_file():
-        shutil.copyfile(export / "calibration.json", folder / "calibration.json")
+    for beside in (CALIBRATION, description_lib.FILE):
+        if (export / beside).is_file():
+            shutil.copyfile(export / beside, folder / beside)
     return written
+
+
+def describe_shipped(name: str) -> Path:
+    """Writes assets/NAME/segmenter.json from the recipe that made the weights; returns its path.
+
+    The library versions of that run are not known and stay empty.
+
+    Raises:
+      UserError: the recipe is not the one that the weights' metadata tell of.
+    """
+    folder = FOLDER / name
+    metadata = read_metadata(folder)
+    config = _recipe(RECIPES[name])
+
+    stored, values = json.loads(metadata["train"]), config_lib.to_dict(config)["train"]
+    changed = [key for key in stored.keys() & values.keys() if stored[key] != values[key]]
+    if changed or int(metadata["seed"]) != config.seed or metadata["task"] != config.task:
+        raise UserError(
+            f"{folder}: made by another recipe than configs/{RECIPES[name]}.py is now "
+            f"({', '.join(changed) or 'another task or seed'}); ship the weights of a new run"
+        )
+
+    parts = (FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text))
+    params = functional.split(load_component(folder))[1]
+    made = describe(config, parts, params, int(metadata["steps"]), checkpoint="")
+    write_description(folder, dataclasses.replace(made, versions={}))
+    return folder / description_lib.FILE
+
+
+def _recipe(name: str) -> Config:
+    """The configuration of configs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return config_lib.parse(module.get_config())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.assets", description=__doc__)
-    parser.add_argument("run", type=Path, help="working directory of a finished run")
     parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("run", type=Path, nargs="?", help="working directory of a finished run")
     arguments = parser.parse_args()
-    print(ship(arguments.run, arguments.name))
+    if arguments.run is not None:
+        print(ship(arguments.run, arguments.name))
+    elif arguments.name == "segmenter":
+        print(describe_shipped(arguments.name))
+    else:
+        parser.error(f"{arguments.name} needs RUN: only a segmenter has a description of its own")
 
 
 if __name__ == "__main__":

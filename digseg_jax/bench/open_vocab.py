@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from digseg_jax import assets
 from digseg_jax import config as config_lib
 from digseg_jax.data.evaluation import eval_examples
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.suite import scores_of
 from digseg_jax.journal import Journal
 from digseg_jax.predict import load_segmenter
+from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.segmentation.inference import EStep
 
 DATA = "landcover_igbp"
@@ -21,12 +20,13 @@ DATA = "landcover_igbp"
 
 def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[str, Any]:
     """Scores without calibration: a class nobody fitted a bias for is what open vocabulary means."""
-    base = config_lib.with_estep(config_lib.Config(), estep)
+    folder = find_export(weights)
+    base = config_lib.with_estep(read_description(folder).training_config(), estep)
     evaluation = dataclasses.replace(
         base.eval, num_images=images, gate_limit=limit, gate_cut=cut, inference="whole"
     )
     config = dataclasses.replace(base, eval=evaluation)
-    segmenter, _ = load_segmenter(config, Path(assets.resolve(weights)))
+    segmenter, _ = load_segmenter(config, folder)
     data = dataclasses.replace(config.data, name=DATA)
     examples = eval_examples(data, "test", images)
     evaluator = Evaluator(segmenter, examples, evaluation, seed=config.seed)

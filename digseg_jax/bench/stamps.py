@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax import assets
 from digseg_jax import config as config_lib
 from digseg_jax.bench.stamp_scores import Ask, Row, score_scenes, summary
 from digseg_jax.bench.stamp_sheet import Answered, sheet
@@ -27,6 +26,7 @@ from digseg_jax.data.stamp_files import unrelated
 from digseg_jax.data.stamps import BACKGROUND
 from digseg_jax.errors import UserError
 from digseg_jax.predict import load_segmenter
+from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.inference import EStep
 from digseg_jax.writers import Progress
@@ -47,9 +47,10 @@ def run(
     """
     if images < 0:
         raise UserError(f"--images={images}: must be at least 1, or 0 for all")
-    config = config_lib.with_estep(config_lib.Config(), estep)
     opened = {part: _open(root, part) for part in PARTS}  # told before the models are built
-    segmenter, _ = load_segmenter(config, Path(assets.resolve(weights)))
+    folder = find_export(weights)
+    config = config_lib.with_estep(read_description(folder).training_config(), estep)
+    segmenter, _ = load_segmenter(config, folder)
     ask = _asker(segmenter, EStep.parse(estep), config.seed)
     rows: dict[str, list[Row]] = {}
     shown: list[Answered] = []

@@ -56,8 +56,13 @@ def bank_prompts(config: DataConfig) -> list[str]:
     return [prompt for v in vocabularies(config) for prompt in v.prompts]
 
 
-def num_classes(config: DataConfig) -> int:
-    """Classes of the data set that is evaluated."""
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """Names of the classes of the data set that is evaluated."""
     if config.name == "landcover":
-        return len(LABEL_SETS[config.label_set])
-    return spec_of(PartConfig(config.name, config.root)).num_classes
+        return LABEL_SETS[config.label_set]
+    return spec_of(PartConfig(config.name, config.root)).names
+
+
+def num_classes(config: DataConfig) -> int:
+    """Number of classes of the data set that is evaluated."""
+    return len(class_names(config))

@@ -34,9 +34,16 @@ UNFINISHED = "unfinished"  # folder of what a killed evaluation had counted
 
 
 def evaluate(
-    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
+    config: Config,
+    task: SegmentationTask,
+    params: Params,
+    mesh: Mesh,
+    workdir: AnyPath,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
+
+    about: what is known of the weights; results.json says it too.
 
     Returns the results. A killed evaluation goes on where it was when the same one is started again,
     and ends with the same results.json; times, which never are the same, are in speed.json.
@@ -64,6 +71,7 @@ def evaluate(
     scores, fitted = scored(estep, shown)
     searching = evaluator.threshold_counts(estep, training, journal) if training else []
     results = results_of(scores, evaluator, config, fitted, estep, searching)
+    results |= {"weights": about} if about else {}
     rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.estep)]
 
     with together("the files of the evaluation"):
@@ -109,6 +117,7 @@ def results_of(
         "spacing": estep.spacing,
         "seed": config.seed,
         "calibration": calibration.to_dict(),
+        "queries": list(evaluator.examples.prompts),
         "metric": evaluator.examples.metric,
         "own_metric": scores.own_metric(searching or ()),
         "confusion": scores.confusion.tolist(),
@@ -198,7 +207,7 @@ def _write_files(
     with filled_locally(folder / "gallery", replace=True) as gallery:
         shown.write(gallery, examples, scores)
     if rows:
-        note = "Measured by this run on its own split; a small model, trained for minutes."
+        note = f"Measured by this run on the {results['split']} split of {results['dataset']}."
         write_json(folder / "estep.json", {"rows": rows, "note": note})
 
 

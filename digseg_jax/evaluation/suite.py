@@ -55,11 +55,17 @@ def check_suite(name: str) -> None:
 
 
 def run_suite(
-    config: Config, segmenter: Segmenter, params: Params, folder: AnyPath, name: str
+    config: Config,
+    segmenter: Segmenter,
+    params: Params,
+    folder: AnyPath,
+    name: str,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes FOLDER/suite_NAME.json and .md; returns what the former holds.
 
-    params: the weights, by which a killed run's journal is known again.
+    params: the weights, by which a killed run's journal is known again. about: what is known of them,
+    for the former file.
 
     Raises:
       UserError: no such suite, or none of its data sets is there.
@@ -71,6 +77,7 @@ def run_suite(
     weights = fetch_to_main(params)
 
     results: dict[str, Any] = {"suite": name, "seed": config.seed, "rows": []}
+    results |= {"weights": about} if about else {}
     for suite, datasets in suites.items():
         for dataset in datasets:
             for estep in esteps if suite == "semantic" else esteps[:1]:

@@ -17,8 +17,6 @@ from digseg_jax.report.markup import (
     table,
 )
 
-SMALL_MODEL = 200_000_000  # parameters; below it the page warns against comparing the scores
-
 _PROTOCOLS = {
     "oracle": "only classes that the truth contains are asked for, which is easier than asking all",
     "gated": "all classes are asked for, and those judged absent are left out",
@@ -31,16 +29,28 @@ def _fact(term: str, value: str, meaning: str) -> str:
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
-    size = results.get("parameters")
-    small = not is_number(size) or size < SMALL_MODEL
-    count = f" of {number(size)} parameters" if is_number(size) else ""
-    model = f"It is a small model{count}; its scores do not compare with those of full-size models."
-    source = f"checkpoint {esc(results['checkpoint'])}, " if results.get("checkpoint") else ""
-    return (
-        '<p class="provenance"><strong>Measured by this run</strong> on the '
-        f"{esc(results['split'])} split of {esc(results['dataset'])} ({source}seed "
-        f"{esc(results['seed'])}). {model if small else f'Model{count}.'}</p>"
-    )
+    """What was measured, and what is known of the weights; nothing about what is not recorded."""
+    sentences = [
+        f"<strong>Measured by this run</strong> on the {esc(results['split'])} split of "
+        f"{esc(results['dataset'])} (seed {esc(results['seed'])})."
+    ]
+
+    weights = results.get("weights") or {}
+    if is_number(weights.get("parameters")):
+        sentences.append(f"The model has {number(weights['parameters'])} trained parameters.")
+    if datasets := weights.get("datasets"):
+        trained = f"Its weights were trained on {esc(', '.join(datasets))}"
+        if results["dataset"] not in datasets:
+            trained += ", not on this data set"
+        if is_number(weights.get("steps")):
+            plural = "" if weights["steps"] == 1 else "s"
+            trained += f", for {number(weights['steps'])} step{plural}"
+        if weights.get("started_from"):
+            trained += f", from {esc(weights['started_from'])}"
+        if weights.get("checkpoint"):
+            trained += f" ({esc(weights['checkpoint'])})"
+        sentences.append(f"{trained}.")
+    return f'<p class="provenance">{" ".join(sentences)}</p>'
 
 
 def headline(results: Mapping[str, Any]) -> str:

@@ -22,7 +22,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES)  # small files beside weights
+_EXPORT_FILES = ("segmenter.json", "palette.json", "calibration.json")  # of a segmenter made here
+# small files beside weights
+COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FILES)
 
 
 class _Repository(NamedTuple):

@@ -9,6 +9,7 @@ import time
 import pod
 import pytest
 import tiny
+from PIL import Image
 
 from digseg_jax.errors import USER_ERROR
 
@@ -56,6 +57,13 @@ def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path)
     assert "run/report/index.html" in names and "run/eval/gallery/gallery.json" in names
     assert json.loads(store.read("run/eval/results.json"))["num_images"] == 2
     assert b"Training" in store.read("run/report/index.html")
+    # and its weights, asked from the bucket: no configuration, a folder of several files
+    assert "run/export/segmenter.json" in names
+    Image.new("RGB", (tiny.SIZE, tiny.SIZE)).save(tmp_path / "a.png")
+    flags = [f"--model=gs://{BUCKET}/run", f"--image={tmp_path / 'a.png'}", "--query=water"]
+    flags += ["--mode=predict", f"--out={tmp_path / 'mask.png'}"]
+    pod.Pod(tmp_path / "c", flags, env=store.env()).check()
+    assert Image.open(tmp_path / "mask.png").size == (tiny.SIZE, tiny.SIZE)
 
 
 def test_a_killed_evaluation_goes_on(store, folders, tmp_path):

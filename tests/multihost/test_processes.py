@@ -9,6 +9,7 @@ import socket
 import time
 
 import numpy as np
+import official_trees
 import pod
 import pytest
 import tiny
@@ -82,6 +83,25 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_and_leaves(folders,
     assert pod.last_step(run) == step
     for log in processes.logs:
         assert f"preempted: step {step} is saved" in log.read_text()
+
+
+def test_a_suite_is_shared_by_the_processes(folders, tmp_path):
+    """The same table as one process makes, of one set of files; every process knows of the others."""
+    official_trees.phenobench(tmp_path / "data" / "phenobench")
+    changes = {"task": "segmentation", "data__root": str(tmp_path / "data"), "eval__view_size": (32,)}
+    tables = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        run = folder / "run"
+        command = flags(folder, folders, run, **changes)
+        tiny.export(tiny.config(folders, **changes), run / "export")
+        processes = pod.Pod(folder, [*command, "--mode=eval", "--eval.suite=phenobench"], count)
+        processes.check()
+        assert count == 1 or all("of 2; process 0" in log.read_text() for log in processes.logs)
+        (row,) = json.loads((run / "eval" / "suite_phenobench.json").read_text())["rows"]
+        exact = ("num_images", "miou", "per_class", "headline_protocol")
+        tables.append({name: row[name] for name in exact})
+    assert tables[0] == tables[1] and tables[0]["num_images"] > 0
 
 
 @pytest.mark.parametrize("timeout", [2.0, pytest.param(50.0, marks=pytest.mark.slow)])

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""segmenter.json, written beside exported weights: what they are, and how they must be asked.
+
+A U-Net's output means nothing without the schedule, the autoencoder and the text tower that it was
+trained with. The file holds those settings and where the weights come from, so that prediction needs
+no configuration, and one that contradicts the training is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import digseg_jax
+from digseg_jax import assets, known, storage
+from digseg_jax import config as config_lib
+from digseg_jax.arraytypes import Params
+from digseg_jax.checkpoint import LIBRARIES
+from digseg_jax.config import Config
+from digseg_jax.data.opening import parts_of, spec_of
+from digseg_jax.data.vocabulary import class_names
+from digseg_jax.errors import UserError
+from digseg_jax.storage import AnyPath
+from digseg_jax.weights import minilm_folder, resolve
+from digseg_jax.weights.safetensors_io import weight_files
+from digseg_jax.workdir import EXPORT
+
+FILE = "segmenter.json"
+SCHEMA = 1
+# prediction and evaluation must have these as training had them
+BINDING = (
+    "data.image_size",
+    "data.scale_min",
+    "data.scale_max",
+    "data.templates",
+    "segmentation.codec",
+    "diffusion.prediction_type",
+    "diffusion.zero_snr",
+    "diffusion.num_train_timesteps",
+    "diffusion.beta_start",
+    "diffusion.beta_end",
+    "model.text_skip_layers",
+    "model.max_tokens",
+    "model.mask_padding",
+    "model.sentence_token",
+    "model.text_adapters",
+)
+PALETTE_BINDING = ("data.name", "data.label_set")  # a palette's colors stand for one class list
+# frozen parts may have another name elsewhere: their files are compared
+PARTS = ("model.vae", "model.text")
+# how the run was evaluated: what a prediction does unless it is told otherwise
+SUGGESTED = (
+    "model.dtype",
+    "eval.ensemble",
+    "eval.steps",
+    "eval.spacing",
+    "eval.inference",
+    "eval.short_side",
+    "eval.view_size",
+)
+REQUIRED = (*BINDING, *PALETTE_BINDING, *PARTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenPart:
+    """The autoencoder or the text tower of a run.
+
+    reference: as the configuration names it. revision: commit of the hub's repository, or "".
+    sha256: of its weight files.
+    """
+
+    reference: str
+    revision: str
+    sha256: str
+
+    @classmethod
+    def find(cls, reference: str) -> FrozenPart:
+        """Raises UserError if the part is missing."""
+        folder = part_folder(reference)
+        commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
+        return cls(reference, commit[1] if commit else "", checksum(folder))
+
+    @property
+    def pinned(self) -> str:
+        """The reference with the revision that was used, where the hub gave it."""
+        repository, colon, subfolder = known.expand(self.reference).partition(":")
+        if not self.revision or "@" in repository:
+            return self.reference
+        return f"{repository}@{self.revision}{colon}{subfolder}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The content of segmenter.json.
+
+    config: the settings `REQUIRED` and `SUGGESTED`, as sections of a configuration.
+    vae, text: the frozen parts. classes: names of the data set that the run evaluates.
+    templates: prompts of training, {} for a class; empty for the land cover, which has its own texts.
+    parameters: number of trained parameters. datasets: what the weights were trained on.
+    steps, checkpoint: finished training steps, and their checkpoint below the working directory.
+    started_from: the weights at step 0. versions: of the libraries; empty if they were not recorded.
+    """
+
+    schema: int
+    config: dict[str, Any]
+    vae: FrozenPart
+    text: FrozenPart
+    classes: list[str]
+    templates: list[str]
+    parameters: int
+    datasets: list[str]
+    steps: int
+    checkpoint: str
+    started_from: str
+    seed: int
+    versions: dict[str, str]
+
+    def training_config(self) -> Config:
+        """The default configuration with what the weights need.
+
+        Raises:
+          UserError: a recorded folder is not on this machine.
+        """
+        parts = dict(zip(PARTS, (self.vae, self.text), strict=True))
+        for key, part in parts.items():
+            if part.reference.startswith(("/", ".", "~")) and not Path(part.reference).exists():
+                raise UserError(
+                    f"{FILE}: config.{key}={part.reference!r} is not on this machine; name a copy with "
+                    f"--config=FILE --config.{key}=FOLDER"
+                )
+        return _config_of(_recorded(self.config) | {k: part.pinned for k, part in parts.items()})
+
+    def with_pinned_parts(self, config: Config) -> Config:
+        """The configuration with the hub's frozen parts at the commits that the training had."""
+        model = config.model
+        for name, part in (("vae", self.vae), ("text", self.text)):
+            if known.expand(getattr(model, name)) == known.expand(part.reference):
+                model = dataclasses.replace(model, **{name: part.pinned})
+        return dataclasses.replace(config, model=model)
+
+    def provenance(self) -> dict[str, Any]:
+        """What a table of scores has to say about the weights."""
+        names = ("parameters", "datasets", "steps", "checkpoint", "started_from", "seed", "versions")
+        return {name: getattr(self, name) for name in names}
+
+
+def describe(
+    config: Config,
+    parts: Sequence[FrozenPart],
+    abstract: Params,
+    steps: int,
+    checkpoint: str,
+) -> Description:
+    """The description of weights that a run of `config` has trained.
+
+    parts: autoencoder and text tower, as `FrozenPart.find` gives them. abstract: the parameters, or
+      their shapes. steps, checkpoint: see `Description`.
+    """
+    values = config_lib.to_dict(config)
+    sections: dict[str, Any] = {}
+    for key in (*REQUIRED, *SUGGESTED):
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = values[section][name]
+
+    templates = list(config.data.templates)
+    if not templates and config.data.name != "landcover":
+        templates = list(dict.fromkeys(spec_of(part).template for part in parts_of(config.data)))
+    vae, text = parts
+    start = config.model.unet if config.model.unet_init == "pretrained" else "random weights"
+    return Description(
+        schema=SCHEMA,
+        config=sections,
+        vae=vae,
+        text=text,
+        classes=list(class_names(config.data)),
+        templates=templates,
+        parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract)),
+        datasets=[part.name for part in parts_of(config.data)],
+        steps=steps,
+        checkpoint=checkpoint,
+        started_from=config.init_from or start,
+        seed=config.seed,
+        versions=installed_versions(),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that training rests on."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"digseg_jax": digseg_jax.__version__} | found
+
+
+def write_description(folder: AnyPath, description: Description) -> None:
+    """Writes FOLDER/segmenter.json."""
+    storage.write_json(folder / FILE, dataclasses.asdict(description))
+
+
+def read_description(folder: AnyPath) -> Description:
+    """Reads FOLDER/segmenter.json.
+
+    Raises:
+      UserError: no such file, of another schema, or with a key that is missing, unknown or of
+        another type.
+    """
+    path = folder / FILE
+    with storage.explained(path, "cannot be read"):
+        present = path.exists()
+    if not present:
+        raise UserError(
+            f"{path}: missing, so nothing says how these weights were trained; write it with "
+            "--mode=export and the run's own --config and --workdir"
+        )
+    try:
+        values = json.loads(storage.read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); write it anew with --mode=export") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys")
+    if values.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: schema={values.get('schema')!r}, this program reads {SCHEMA}; write it anew with "
+            "--mode=export, or use the version that wrote it"
+        )
+    description = _typed(Description, values, str(path))
+    try:
+        _config_of(_recorded(description.config))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return description
+
+
+def check_agreement(description: Description, config: Config, folder: AnyPath) -> None:
+    """Compares a configuration with the one that the weights were trained with.
+
+    Raises:
+      UserError: it contradicts the training, with each key and both values.
+    """
+    values = config_lib.to_dict(config)
+    palette = config.segmentation.codec == "palette"
+    different = []
+    for key in (*BINDING, *(PALETTE_BINDING if palette else ())):
+        trained, asked = _at(description.config, key), _at(values, key)
+        if trained != asked:
+            different.append(f"config.{key}={asked!r}, trained with {trained!r}")
+
+    # a folder may have moved, and a name stand for the same repository
+    for key, part in zip(PARTS, (description.vae, description.text), strict=True):
+        asked = _at(values, key)
+        if known.expand(asked) in (known.expand(part.reference), part.pinned):
+            continue
+        if checksum(part_folder(asked)) != part.sha256:
+            different.append(f"config.{key}={asked!r} has other weights than {part.reference!r}")
+
+    if different:
+        raise UserError(
+            f"{folder}: {'; '.join(different)}; the masks would be wrong: use the configuration of the "
+            "training, or --mode=predict without --config"
+        )
+
+
+def find_export(model: str) -> Path:
+    """The local folder of exported weights.
+
+    model: such a folder, a run's working directory, either of them on gs://, assets:NAME, or a hub id.
+
+    Raises:
+      UserError: there is none, or the bucket or the hub does not give it.
+    """
+    spec = assets.resolve(model)
+    if storage.is_remote(spec) or Path(spec).expanduser().exists():
+        place = storage.as_path(spec if storage.is_remote(spec) else Path(spec).expanduser())
+        with storage.explained(place, "cannot be read"):
+            inside = place / EXPORT
+            place = inside if inside.is_dir() else place
+        spec = str(place)
+    folder = resolve(spec)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{model}: no trained weights here; run --mode=train first, or --mode=export for the "
+            "newest checkpoint of a run that is not finished"
+        )
+    return folder
+
+
+def part_folder(reference: str) -> Path:
+    """The local folder of an autoencoder or a text tower, downloaded if need be."""
+    return minilm_folder() if reference == "minilm" else resolve(assets.resolve(reference))
+
+
+def checksum(folder: Path) -> str:
+    """SHA-256 of the weight files of a component, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _recorded(sections: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file by key; a suggestion may be absent. Raises UserError if another one is."""
+    found = {key: _at(sections, key) for key in REQUIRED}
+    for key in SUGGESTED:
+        section, name = key.split(".")
+        if name in sections.get(section, {}):
+            found[key] = sections[section][name]
+    return found
+
+
+def _at(sections: dict[str, Any], key: str) -> Any:
+    """The value of a key such as "data.image_size"."""
+    section, name = key.split(".")
+    values = sections.get(section)
+    if not isinstance(values, dict) or name not in values:
+        raise UserError(f"config.{key} is missing; write the file anew with --mode=export")
+    return values[name]
+
+
+def _config_of(values: dict[str, Any]) -> Config:
+    """The default configuration with these values; raises UserError for what is not legal."""
+    tree = config_lib.to_dict(Config())
+    for key, value in values.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    return config_lib.parse(tree)
+
+
+def _typed(cls: type, values: dict[str, Any], path: str) -> Any:
+    """A dataclass from JSON; every key must be there, and no other."""
+    hints = typing.get_type_hints(cls)
+    if missing := sorted(hints.keys() - values.keys()):
+        raise UserError(f"{path}: {', '.join(missing)} missing; write the file anew with --mode=export")
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise UserError(f"{path}: {unknown[0]!r} is no key of it; legal: {', '.join(hints)}")
+    made = {}
+    for name, value in values.items():
+        hint = hints[name]
+        outer = typing.get_origin(hint) or hint
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            made[name] = _typed(hint, value, f"{path}: {name}")
+        elif isinstance(value, outer) and not isinstance(value, bool):
+            made[name] = value
+        else:
+            said = getattr(outer, "__name__", str(outer))
+            raise UserError(f"{path}: {name}={value!r}: expected {said}, got {type(value).__name__}")
+    return cls(**made)
