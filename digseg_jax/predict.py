@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -70,14 +71,37 @@ def predict(
     for done, (source, path) in enumerate(zip(images, paths, strict=True), start=1):
         pixels = read_image(source)
         request = Request(pixels, 0, tuple(texts))
-        (answer,) = segmenter.segment([request], sampling, key=config.seed, mode=mode)
-        probability = answer.stack()
+        with contextlib.closing(_Windows(source)) as windows:
+            (answer,) = segmenter.segment(
+                [request], sampling, key=config.seed, mode=mode, advance=windows.update
+            )
+        masks = (answer.probability(q) for q in range(answer.num_queries))
         facts = {"image": str(source), "estep": str(sampling), "seed": config.seed}
-        summary = write_prediction(path, pixels, texts, probability, facts)
+        summary = write_prediction(path, pixels, texts, masks, facts)
         covered = ", ".join(f"{r['query']} {100 * r['coverage']:.1f} %" for r in summary["queries"])
         log.info("%s: %s -> %s", source, covered, path)
         progress.update(done, done / (time.monotonic() - started))
     progress.close()
+
+
+class _Windows:
+    """Progress inside an image that takes several calls; nothing is shown of one that takes one."""
+
+    def __init__(self, image: Path):
+        self.image, self.started = image, time.monotonic()
+        self.progress: Progress | None = None
+
+    def update(self, done: int, calls: int) -> None:
+        """Tells how many of the image's calls are done."""
+        if calls == 1:
+            return
+        if self.progress is None:
+            self.progress = Progress(calls, label=f"  {self.image.name}", unit="calls")
+        self.progress.update(done, done / (time.monotonic() - self.started))
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.close()
 
 
 def load_segmenter(config: Config, folder: Path) -> tuple[Segmenter, Params]:

@@ -203,7 +203,7 @@ class Segmenter:
         decoder: str | None = None,
         slots: int = 0,
         evidence: bool = False,
-        advance: Callable[[float], None] | None = None,
+        advance: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """The answers to this process's requests; every process must call it, with any number of them.
 
@@ -214,7 +214,7 @@ class Segmenter:
           slots: queries of a call; 0: the fewest calls' worth. A caller whose requests vary sets it, so
             that one program serves all of them.
           evidence: keep each member's evidence in place of probabilities.
-          advance: called with the share that is done, after every call.
+          advance: gets the calls that are done and their number, after every one.
 
         Raises:
           UserError: no queries, a blank or too long one, or a palette asked for another number of
@@ -248,7 +248,7 @@ class Segmenter:
             masks = self._ask(requests, views, chosen, rows, job)
             found |= dict(zip(chosen, masks, strict=True))
             if advance:
-                advance((call + 1) / calls)
+                advance(call + 1, calls)
         return [
             Answer(
                 view,

@@ -100,8 +100,10 @@ def test_a_suite_is_shared_by_the_processes(folders, tmp_path):
         assert count == 1 or all("of 2; process 0" in log.read_text() for log in processes.logs)
         (row,) = json.loads((run / "eval" / "suite_phenobench.json").read_text())["rows"]
         exact = ("num_images", "miou", "per_class", "headline_protocol")
-        tables.append({name: row[name] for name in exact})
+        protocols = {name: scores["miou"] for name, scores in row["protocols"].items()}
+        tables.append({name: row[name] for name in exact} | protocols)
     assert tables[0] == tables[1] and tables[0]["num_images"] > 0
+    assert {"exhaustive", "gated", "oracle"} <= tables[0].keys()
 
 
 @pytest.mark.parametrize("timeout", [2.0, pytest.param(50.0, marks=pytest.mark.slow)])
