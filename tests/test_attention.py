@@ -15,6 +15,7 @@ from jax.extend import core
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from digseg_jax.aot.cuda import assumed_cudnn
 from digseg_jax.errors import UserError
 from digseg_jax.models import attention_kernels as kernels
 from digseg_jax.models import functional
@@ -163,22 +164,71 @@ def test_the_mask_is_split_with_its_examples(name, monkeypatch):
     assert relative_l2(got, reference(q, k, v, mask)) <= LIMIT
 
 
-def test_cudnn_is_asked_for_what_plain_computes(monkeypatch):
-    asked, fused = [], jax.nn.dot_product_attention
+# latents of 64x64 and 96x96 (512 and 768 pixels) and the maps below them, with the widths of a head that
+# Stable Diffusion 1.5 and 2.1 have there; at last the autoencoder's one head
+SD15 = [(64, 40), (32, 80), (16, 160), (8, 160), (96, 40), (48, 80), (24, 160), (12, 160)]
+SD21 = [(64, 64), (32, 64), (16, 64), (8, 64), (96, 64), (48, 64), (24, 64), (12, 64)]
+FUSED = {(64, 40), (32, 80), (96, 40), (48, 80)} | {(side, 64) for side in (64, 32, 16, 96, 48, 24)}
+WIDE = [(64, 512), (96, 512)]
 
-    def dot_product_attention(q, k, v, *, mask, implementation):
-        asked.append(implementation)
-        return fused(q, k, v, mask=mask, implementation="xla")  # the same semantics, portable
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
-    q, k, v = arrays(2, 6, 5)
-    mask = np.arange(5)[None] < np.array([[5], [2]])
-    assert relative_l2(kernels.cudnn(q, k, v), reference(q, k, v)) <= LIMIT
-    assert relative_l2(kernels.cudnn(q, k, v, mask), reference(q, k, v, mask)) <= LIMIT
-    assert asked == ["cudnn", "cudnn"]
-    wide = arrays(1, 6, 5, d=160)
-    assert relative_l2(kernels.cudnn(*wide), reference(*wide)) <= LIMIT
-    assert asked == ["cudnn", "cudnn"]
+def lowered_for_cuda(length, keys, d, masked, dtype=jnp.bfloat16) -> str:
+    """The program of forward and backward as JAX hands it to the compiler of an NVIDIA GPU."""
+    q, k = (jax.ShapeDtypeStruct((2, n, 2, d), dtype) for n in (length, keys))
+    mask = (jax.ShapeDtypeStruct((2, keys), bool),) if masked else ()
+
+    def loss(q, k, v, *mask):
+        return kernels.cudnn(q, k, v, *mask).astype(jnp.float32).sum()
+
+    with assumed_cudnn():
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k, *mask)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("side", "d"), sorted({*SD15, *SD21, *WIDE}))
+def test_cudnn_computes_the_self_attention_of_large_maps(side, d):
+    text = lowered_for_cuda(side**2, side**2, d, masked=False)
+    for call in ("@__cudnn$fmhaSoftmax(", "@__cudnn$fmhaSoftmaxBackward("):
+        assert (call in text) == ((side, d) in FUSED), call
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keys", [77, 78, 16, 128, 333])
+@pytest.mark.parametrize(("side", "d"), [(64, 40), (32, 80), (8, 160), (96, 64), (12, 64)])
+def test_cudnn_is_never_asked_for_text(side, d, keys, masked):
+    assert "cudnn" not in lowered_for_cuda(side**2, keys, d, masked)
+
+
+def test_cudnn_is_never_asked_for_32_bits_or_a_mask():
+    assert "cudnn" not in lowered_for_cuda(4096, 4096, 40, masked=False, dtype=jnp.float32)
+    assert "cudnn" not in lowered_for_cuda(4096, 256, 40, masked=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("length", "keys", "d"), [(320, 77, 8), (144, 144, 64), (320, 320, 160)])
+def test_what_cudnn_does_not_take_is_computed_all_the_same(length, keys, d, masked):
+    q, k, v = arrays(2, length, keys, d=d)
+    mask = np.arange(keys)[None] < np.array([[keys], [keys // 2]]) if masked else None
+    got, expected = kernels.cudnn(q, k, v, mask), kernels.plain(q, k, v, mask)
+    assert relative_l2(got, expected) <= LIMIT
+    both = [partial(kernel, mask=mask) for kernel in (kernels.cudnn, kernels.plain)]
+    for got, expected in zip(*(gradients(kernel, q, k, v) for kernel in both), strict=True):
+        assert relative_l2(got, expected) <= LIMIT
+
+
+def test_cudnn_works_on_each_devices_examples_and_heads():
+    """Forward and backward: nothing is left to XLA's partitioner."""
+    mesh = tiny.mesh(2, 2, 2)
+    q = jax.ShapeDtypeStruct((4, 256, 8, 64), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return LocalAttention("cudnn")(q, k, v).astype(jnp.float32).sum()
+
+    step = jax.jit(on_mesh(mesh, jax.grad(loss)), in_shardings=NamedSharding(mesh, BATCH))
+    with assumed_cudnn():
+        text = step.trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@__cudnn$fmhaSoftmax" in line]
+    assert len(calls) == 2 and all("tensor<1x256x4x64xbf16>" in line for line in calls)
 
 
 def test_an_unknown_name_lists_the_legal_ones():
@@ -207,21 +257,33 @@ def test_these_run_on_the_cpus_here(folders, name):
     assert for_devices(config, jax.devices()).model.attention == name
 
 
+def described(platform: str, capability: str | None = None) -> types.SimpleNamespace:
+    return types.SimpleNamespace(platform=platform, compute_capability=capability)
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "expected"),
+    ("device", "dtype", "expected"),
     [
-        ("tpu", "bfloat16", "splash"),
-        ("tpu", "float32", "splash"),
-        ("gpu", "bfloat16", "cudnn"),
-        ("cuda", "float32", "chunked"),
-        ("cpu", "bfloat16", "headwise"),
+        (described("tpu"), "bfloat16", "splash"),
+        (described("tpu"), "float32", "splash"),
+        (described("gpu", "9.0"), "bfloat16", "cudnn"),
+        (described("cuda", "8.0"), "bfloat16", "cudnn"),
+        (described("gpu", "12.0"), "bfloat16", "cudnn"),
+        (described("gpu", "7.5"), "bfloat16", "chunked"),  # a T4
+        (described("cuda", "9.0"), "float32", "chunked"),
+        (described("cpu"), "bfloat16", "headwise"),
     ],
 )
-def test_auto_is_the_best_that_the_devices_run(folders, platform, dtype, expected):
+def test_auto_is_the_best_that_the_devices_run(folders, device, dtype, expected):
     config = tiny.config(folders, model__attention="auto", model__dtype=dtype)
-    found = for_devices(config, [types.SimpleNamespace(platform=platform)])
-    assert found.model.attention == expected
+    assert for_devices(config, [device]).model.attention == expected
     assert compute_options(config.model)["attention"] == "chunked"  # where nobody asked
+
+
+def test_cudnn_on_a_gpu_before_ampere_is_refused_by_name(folders):
+    config = tiny.config(folders, model__attention="cudnn", model__dtype="bfloat16")
+    with pytest.raises(UserError, match="cudnn' needs a GPU of compute capability 8.0.* have 7.0"):
+        for_devices(config, [described("gpu", "7.0")])
 
 
 def test_a_model_takes_a_function():

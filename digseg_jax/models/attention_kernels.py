@@ -2,11 +2,14 @@
 """The implementations behind `models.attention.attention`; all of them compute the same function.
 
 Shapes everywhere: q [b, l, heads, d], k and v [b, m, heads, d], mask [b, m] with False at padding.
+What a kernel is legal for stands here and nowhere else: devices in `unfit`, shapes in the kernel itself,
+which hands the others to a portable implementation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,32 @@ FEW_KEYS = 128
 HEADWISE_CHUNK = 1 << 21  # weights at a time on a CPU: 8 MB
 HEADWISE_FEW = 1 << 19  # weights of a head, below which its calls cost more than they save
 LANES = 128  # splash blocks are multiples of a TPU register's lanes
-CUDNN_MAX_WIDTH = 128  # channels per head that cuDNN's fused attention takes on every GPU it knows
+# cuDNN's fused attention: channels per head that it takes on every GPU, multiples of queries and keys
+# that its backward pass takes in every version, and the first generation of GPUs that it runs on
+CUDNN_MAX_WIDTH = 128
+CUDNN_BLOCK = 64
+CUDNN_CAPABILITY = (8, 0)  # Ampere
+PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda"), "headwise": ("cpu",)}  # others run anywhere
+
+
+def unfit(name: str, device: Any, dtype: str) -> str:
+    """Why a device cannot run an implementation with activations of `dtype`; "" if it can.
+
+    device: a `jax.Device`, or what describes one: its `platform` and, of a GPU, `compute_capability`.
+    """
+    platforms = PLATFORMS.get(name, (device.platform,))
+    if device.platform not in platforms:
+        return (
+            f"runs on {platforms[0].upper()}s only, the devices here are of platform {device.platform!r}"
+        )
+    if name != "cudnn":
+        return ""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"takes 16-bit activations only, config.model.dtype is {dtype!r}"
+    capability = getattr(device, "compute_capability", None) or "8.0"
+    if tuple(map(int, capability.split("."))) < CUDNN_CAPABILITY:
+        return f"needs a GPU of compute capability 8.0 or later, those here have {capability}"
+    return ""
 
 
 def plain(
@@ -181,15 +209,23 @@ def cudnn(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """cuDNN's fused attention for NVIDIA GPUs, 16-bit inputs only.
+    """cuDNN's fused attention for NVIDIA GPUs; `chunked` for what it does not take or does not pay for.
 
-    Heads wider than it takes (the U-Net's lowest resolutions, where the weights are small) go
-    through `chunked`.
+    It computes a map's attention to itself. Text has few keys, of an odd number and with a mask, which
+    its backward pass refuses; widths beyond its own are those of small maps and of the autoencoder.
     """
-    if q.shape[-1] > CUDNN_MAX_WIDTH or q.shape[-1] % 8:
+    if not _cudnn_takes(q, k, mask):
         return chunked(q, k, v, mask)
-    wide = None if mask is None else mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=wide, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _cudnn_takes(q: Array, k: Array, mask: Array | None) -> bool:
+    """Whether cuDNN computes it forward and backward, on every GPU that `unfit` lets pass."""
+    (_, length, _, width), keys = q.shape, k.shape[1]
+    if mask is not None or keys <= FEW_KEYS or q.dtype.itemsize != 2:
+        return False
+    blocks = length % CUDNN_BLOCK == 0 and keys % CUDNN_BLOCK == 0
+    return blocks and width <= CUDNN_MAX_WIDTH and width % 8 == 0
 
 
 IMPLEMENTATIONS: dict[str, AttentionFn] = {

@@ -19,6 +19,7 @@ from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import Schedule, make_schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
+from digseg_jax.models.attention_kernels import PLATFORMS, unfit
 from digseg_jax.models.autoencoder_tiny import TinyVaeConfig
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
@@ -28,8 +29,6 @@ from digseg_jax.weights import TextTower, load_component, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 PORTABLE = "chunked"
-# of kernels for one kind of device only
-PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda"), "headwise": ("cpu",)}
 
 
 def identity(x: Array) -> Array:
@@ -98,13 +97,9 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     Raises:
       UserError: the devices cannot run `config.model.attention` or `config.model.feed_forward`.
     """
-    platform, name = devices[0].platform, config.model.attention
-    wanted = PLATFORMS.get(name)
-    if wanted and platform not in wanted:
-        raise UserError(
-            f"config.model.attention={name!r} runs on {wanted[0].upper()}s only, the "
-            f"devices here are of platform {platform!r}; legal: auto, plain, chunked"
-        )
+    platform, name, dtype = devices[0].platform, config.model.attention, config.model.dtype
+    if reason := unfit(name, devices[0], dtype):
+        raise UserError(f"config.model.attention={name!r} {reason}; legal: auto, plain, chunked")
     feed_forward = config.model.feed_forward
     if feed_forward == "fused" and platform != "tpu":
         raise UserError(
@@ -117,10 +112,8 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     if conv == "auto":
         conv = "cpu" if platform == "cpu" else "xla"
     if name == "auto":
-        fits = [n for n, kinds in PLATFORMS.items() if platform in kinds]
-        if fits == ["cudnn"] and config.model.dtype != "bfloat16":
-            fits = []
-        name = [*fits, PORTABLE][0]
+        fits = (kernel for kernel in PLATFORMS if not unfit(kernel, devices[0], dtype))
+        name = next(fits, PORTABLE)
     chosen = {"conv": conv, "attention": name, "feed_forward": feed_forward}
     model = dataclasses.replace(config.model, **chosen)
     return dataclasses.replace(config, model=model)
