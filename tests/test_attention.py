@@ -164,8 +164,8 @@ def test_the_mask_is_split_with_its_examples(name, monkeypatch):
     assert relative_l2(got, reference(q, k, v, mask)) <= LIMIT
 
 
-# latents of 64x64 and 96x96 (512 and 768 pixels) and the maps below them, with the widths of a head that
-# Stable Diffusion 1.5 and 2.1 have there; at last the autoencoder's one head
+# latents of 64x64 and 96x96 (512 and 768 pixels) and the maps below them, with the widths of a head
+# that Stable Diffusion 1.5 and 2.1 have there; at last the autoencoder's one head
 SD15 = [(64, 40), (32, 80), (16, 160), (8, 160), (96, 40), (48, 80), (24, 160), (12, 160)]
 SD21 = [(64, 64), (32, 64), (16, 64), (8, 64), (96, 64), (48, 64), (24, 64), (12, 64)]
 FUSED = {(64, 40), (32, 80), (96, 40), (48, 80)} | {(side, 64) for side in (64, 32, 16, 96, 48, 24)}

@@ -95,13 +95,18 @@ def train_task(config: Config, parts: Parts, images: int) -> tuple[ShapeTask | U
 
 
 def lower_step(
-    config: Config, task: ShapeTask | UNetTask, batch: Batch, mesh: Mesh
+    config: Config,
+    task: ShapeTask | UNetTask,
+    batch: Batch,
+    mesh: Mesh,
+    platform: str | None = None,
 ) -> jax.stages.Lowered:
-    """The very step that `Trainer` runs."""
+    """The very step that `Trainer` runs; for the mesh's devices, or for others in their place."""
     state = abstract_state(task.abstract, config)
     state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
     step = make_train_step(task, config, mesh, state_shardings, frozen_shardings)
-    return step.trace(state, task.frozen, batch).lower(lowering_platforms=_platforms(mesh))
+    platforms = (platform,) if platform else _platforms(mesh)
+    return step.trace(state, task.frozen, batch).lower(lowering_platforms=platforms)
 
 
 def _platforms(mesh: Mesh) -> tuple[str, ...]:

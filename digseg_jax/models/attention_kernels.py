@@ -2,8 +2,8 @@
 """The implementations behind `models.attention.attention`; all of them compute the same function.
 
 Shapes everywhere: q [b, l, heads, d], k and v [b, m, heads, d], mask [b, m] with False at padding.
-What a kernel is legal for stands here and nowhere else: devices in `unfit`, shapes in the kernel itself,
-which hands the others to a portable implementation.
+What a kernel is legal for stands here and nowhere else: devices in `unfit`, shapes in the kernel's own
+function, which hands the others to a portable implementation.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def unfit(name: str, device: Any, dtype: str) -> str:
 
     device: a `jax.Device`, or what describes one: its `platform` and, of a GPU, `compute_capability`.
     """
-    platforms = PLATFORMS.get(name, (device.platform,))
-    if device.platform not in platforms:
-        return (
-            f"runs on {platforms[0].upper()}s only, the devices here are of platform {device.platform!r}"
-        )
+    platform = device.platform
+    platforms = PLATFORMS.get(name, (platform,))
+    if platform not in platforms:
+        return f"runs on {platforms[0].upper()}s only, the devices here are of platform {platform!r}"
     if name != "cudnn":
         return ""
     if jnp.dtype(dtype).itemsize != 2:
