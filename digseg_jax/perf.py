@@ -25,19 +25,12 @@ def peak_flops(device_kind: str) -> float | None:
     return None if chip is None else chip.flops
 
 
-def step_flops(lowered: jax.stages.Lowered, accumulation: int) -> float:
-    """FLOPs of a train step on all devices, by XLA's cost analysis; 0 where it gives none.
-
-    XLA counts the body of a loop once, hence the factor; the update's small share is then counted
-    as often. Chunked attention is such a loop too, and counts as one chunk. What rematerialisation
-    computes twice counts twice.
-    """
-    cost = lowered.cost_analysis() or {}  # of the program before it is partitioned
-    return float(cost.get("flops", 0.0)) * accumulation
-
-
 def speed(flops: float, seconds: float, devices: list[jax.Device]) -> dict[str, float]:
-    """{"flops_per_second", and "mfu", the share of the devices' peak, where the peak is known}."""
+    """{"flops_per_second", and "mfu", the share of the devices' peak, where the peak is known}.
+
+    flops: of the model as it is written (`digseg_jax.flops`); what a program computes again or in a
+      kernel does not change them.
+    """
     values = {"flops_per_second": flops / seconds}
     peak = peak_flops(devices[0].device_kind)
     if peak is not None:

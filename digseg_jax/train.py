@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from digseg_jax import config as config_lib
-from digseg_jax.arraytypes import Params
+from digseg_jax.arraytypes import Batch, Params
 from digseg_jax.audit import ExampleLog
 from digseg_jax.cache_latents import check_cache
 from digseg_jax.checkpoint import Checkpointer, abstract_with_shardings
@@ -21,9 +21,10 @@ from digseg_jax.data.stream import Batches
 from digseg_jax.distributed import barrier
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.failure import REPLAY, save_failure
+from digseg_jax.flops import step_flops
 from digseg_jax.log import heartbeat, log
 from digseg_jax.optim import check_freeze, make_optimizer
-from digseg_jax.perf import ProfilerWindow, step_flops
+from digseg_jax.perf import ProfilerWindow
 from digseg_jax.preemption import PreemptionWatch
 from digseg_jax.sharding import data_share, describe_memory, infer_shardings, place, place_ahead
 from digseg_jax.step import TrainState, abstract_state, initial_state, make_train_step
@@ -171,9 +172,8 @@ class Trainer:
                     rows, batch = next(batches)
                     examples.add(step, rows)
                 if step == start + 1:
-                    lowered = self.step_fn.lower(state, self.frozen, batch)
-                    log.flops = step_flops(lowered, train.accumulation)
-                    run_step = self._compiled_by_all(lowered)
+                    log.flops = step_flops(self.task, batch)
+                    run_step = self._compiled_by_all(state, batch)
                 profile.before(step)
                 compiles = step == start + 1
                 with heartbeat("compiling the train step") if compiles else contextlib.nullcontext():
@@ -199,7 +199,7 @@ class Trainer:
                     raise Preempted(f"preempted: step {step} is saved in {checkpointer.folder}")
         return state
 
-    def _compiled_by_all(self, lowered: jax.stages.Lowered) -> Callable[..., Any]:
+    def _compiled_by_all(self, state: TrainState, batch: Batch) -> Callable[..., Any]:
         """The step, once every process has compiled it.
 
         A collective gives up on a process that is late (on CPUs after 30 s, which nothing changes), and
@@ -208,7 +208,7 @@ class Trainer:
         if jax.process_count() == 1:
             return self.step_fn
         with heartbeat("compiling the train step"):
-            compiled = lowered.compile()
+            compiled = self.step_fn.lower(state, self.frozen, batch).compile()
         barrier("the compiled train step", COMPILE_TIMEOUT)
         return compiled
 

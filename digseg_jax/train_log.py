@@ -28,7 +28,7 @@ class NotFinite(FloatingPointError):
 class TrainLog:
     """Collects step metrics on the device and fetches them once per logged line.
 
-    Set `flops` to those of one step to have the speed in FLOP/s reported.
+    Set `flops` to the model's of one step to have the speed in FLOP/s, and MFU, reported.
     """
 
     def __init__(self, config: Config, workdir: str, start: int, devices: list[jax.Device]):

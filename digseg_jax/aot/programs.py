@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 from digseg_jax.aot import shapes
 from digseg_jax.aot.shapes import Parts, ShapeTask, UNetTask
 from digseg_jax.arraytypes import Batch
-from digseg_jax.config import Config, MeshConfig
+from digseg_jax.config import Config
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.errors import UserError
+from digseg_jax.flops import step_flops
 from digseg_jax.models import functional
 from digseg_jax.prediction import programs as prediction
 from digseg_jax.prediction.segmenter import query_slots, view_size
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import infer_shardings, make_mesh
+from digseg_jax.sharding import infer_shardings
 from digseg_jax.step import abstract_state, make_train_step
 
 FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # names without ending
@@ -176,20 +177,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def model_flops(config: Config, parts: Parts, images: int) -> float:
-    """FLOPs of the train step on `images` without anything computed twice or in a loop.
-
-    By XLA's count of the program before optimisation, with plain attention and without
-    rematerialisation: what a model-FLOPs utilisation refers to.
-    """
-    # vae_limit too: a loop's body counts once here
-    as_written = {"attention": "plain", "feed_forward": "plain", "remat": "none", "conv": "xla"}
-    plain = dataclasses.replace(config.model, **as_written, vae_limit=0)
-    train = dataclasses.replace(config.train, accumulation=1)
-    config = dataclasses.replace(config, model=plain, train=train, mesh=MeshConfig())
-    mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])
-    task, batch = train_task(config, parts, images)
-    cost = lower_step(config, task, batch, mesh).cost_analysis() or {}
-    return float(cost.get("flops", 0.0))
+    """FLOPs of the train step on `images` as the model is written; see `digseg_jax.flops`."""
+    return step_flops(*train_task(config, parts, images))
 
 
 def kept_bytes(config: Config, parts: Parts) -> float:

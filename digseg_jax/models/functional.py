@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from digseg_jax.arraytypes import Params
+from digseg_jax.models.layers import Compute
 
 
 class FixedRngs:
@@ -71,6 +72,18 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> nnx.Module:
 def abstract(factory: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
     """Like `split(factory())` with `jax.ShapeDtypeStruct` leaves; allocates nothing."""
     return split(nnx.eval_shape(factory))
+
+
+def as_written(graphdef: nnx.GraphDef, params: Params) -> nnx.GraphDef:
+    """The same model computed layer by layer, without kernels and rematerialization (`layers.Compute`).
+
+    params: arrays or shapes.
+    """
+    model = merge(graphdef, params)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(how := getattr(module, "compute", None), Compute):
+            module.compute = Compute(dtype=how.dtype)
+    return split(model)[0]
 
 
 def random_init(abstract_params: Params, seed: int, zero: str = "") -> Params:
