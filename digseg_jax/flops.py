@@ -27,7 +27,7 @@ def step_flops(task: Task, batch: Batch) -> float:
     """Products and convolutions of the loss of a batch and of its gradient, two FLOPs a
     multiplication, on all devices together.
 
-    task: of this project's, with what it computes through in `graphdef` and perhaps `vae`.
+    task: what it computes through is its `graphdef` and perhaps `vae`; without, it is counted as it is.
     batch: arrays or shapes, the whole batch however many devices and parts share it.
     """
     plain = _as_written(task)
@@ -43,7 +43,8 @@ def step_flops(task: Task, batch: Batch) -> float:
 def _as_written(task: Task) -> Task:
     """The task with its models layer by layer: no kernels, no rematerialization, no slices."""
     plain = copy.copy(task)
-    plain.graphdef = functional.as_written(task.graphdef, task.abstract)
+    if hasattr(task, "graphdef"):
+        plain.graphdef = functional.as_written(task.graphdef, task.abstract)
     if vae := getattr(task, "vae", None):
         graphdef = functional.as_written(vae.graphdef, task.frozen["vae"])
         plain.vae = dataclasses.replace(vae, graphdef=graphdef, limit=0)
