@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 GB, GIB = 1e9, 2**30
 
@@ -13,12 +14,14 @@ class Chip:
     """One device as JAX counts them.
 
     Attributes:
-        kind: the start of JAX's `device_kind`.
-        flops: dense bfloat16 FLOP/s.
+        kind: JAX's `device_kind`, or its first words.
+        flops: dense bfloat16 FLOP/s; of GPUs before Ampere, which have no such units, float32's.
         hbm_bytes: memory.
         hbm_bandwidth: bytes/s between memory and chip.
-        ici_bandwidth: bytes/s out of the chip over all of its links to its neighbours; 0: unknown.
+        ici_bandwidth: bytes/s out of the chip over all of its links to its neighbors (of a GPU NVLink,
+          or PCI Express where it has none); 0: unknown.
         source: where the numbers stand.
+        capability: of an NVIDIA GPU, CUDA's compute capability; empty: it is none.
     """
 
     kind: str
@@ -27,24 +30,49 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
     source: str
+    capability: str = ""
 
 
 _CLOUD = "Google Cloud documentation, TPU {}: system architecture"
+_SHEET = "NVIDIA {} data sheet"
+_A100, _H100, _H200 = _SHEET.format("A100"), _SHEET.format("H100"), _SHEET.format("H200 SXM")
+_V100, _GA102, _AD102 = (
+    _SHEET.format("V100"),
+    "NVIDIA Ampere GA102 GPU architecture, appendix A",
+    "NVIDIA Ada GPU architecture, appendix A",
+)
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32 * GIB, 1228e9, 300e9, _CLOUD.format("v4")),
     "v5e": Chip("TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9, _CLOUD.format("v5e")),
     "v5p": Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, _CLOUD.format("v5p")),
     "v6e": Chip("TPU v6", 918e12, 32 * GIB, 1640e9, 448e9, _CLOUD.format("v6e")),
-    "a100": Chip("NVIDIA A100", 312e12, 80 * GB, 2039e9, 300e9, "NVIDIA A100 80GB data sheet"),
-    "h100": Chip("NVIDIA H100", 989e12, 80 * GB, 3350e9, 450e9, "NVIDIA H100 SXM data sheet"),
-    "h200": Chip("NVIDIA H200", 989e12, 141 * GB, 4800e9, 450e9, "NVIDIA H200 SXM data sheet"),
+    # a data sheet's GB; a program never gets what the driver and libraries take of them
+    "t4": Chip("Tesla T4", 8.1e12, 16 * GB, 320e9, 16e9, _SHEET.format("T4"), "7.5"),
+    "v100": Chip("Tesla V100-SXM2-16GB", 15.7e12, 16 * GB, 900e9, 150e9, _V100, "7.0"),
+    "v100-32gb": Chip("Tesla V100-SXM2-32GB", 15.7e12, 32 * GB, 900e9, 150e9, _V100, "7.0"),
+    "rtx3090": Chip("NVIDIA GeForce RTX 3090", 71e12, 24 * GB, 936e9, 32e9, _GA102, "8.6"),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 165.2e12, 24 * GB, 1008e9, 32e9, _AD102, "8.9"),
+    "a10g": Chip("NVIDIA A10G", 70e12, 24 * GB, 600e9, 32e9, _SHEET.format("A10G"), "8.6"),
+    "l4": Chip("NVIDIA L4", 121e12, 24 * GB, 300e9, 32e9, _SHEET.format("L4"), "8.9"),
+    "a100-40gb": Chip("NVIDIA A100-SXM4-40GB", 312e12, 40 * GB, 1555e9, 300e9, _A100, "8.0"),
+    "a100": Chip("NVIDIA A100", 312e12, 80 * GB, 2039e9, 300e9, _A100, "8.0"),
+    "h100-pcie": Chip("NVIDIA H100 PCIe", 756e12, 80 * GB, 2000e9, 300e9, _H100, "9.0"),
+    "h100": Chip("NVIDIA H100", 989e12, 80 * GB, 3350e9, 450e9, _H100, "9.0"),
+    "h200": Chip("NVIDIA H200", 989e12, 141 * GB, 4800e9, 450e9, _H200, "9.0"),
 }
-_OTHER_KINDS = {"TPU v5e": "v5e"}  # what some versions of JAX say
+# what some versions of JAX, or other boards of a kind, say
+_OTHER_KINDS = {
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip with the longest matching kind; None where nothing is known, such as for a CPU."""
+    """The chip with the longest kind that the name begins with; None where nothing is known, such as
+    for a CPU. Only whole words count: an "NVIDIA L40S" is no "NVIDIA L4"."""
     kinds = {chip.kind: chip for chip in CHIPS.values()}
     kinds |= {kind: CHIPS[name] for kind, name in _OTHER_KINDS.items()}
-    known = [kind for kind in kinds if device_kind.startswith(kind)]
+    known = [kind for kind in kinds if re.match(rf"{re.escape(kind)}(?!\w)", device_kind)]
     return kinds[max(known, key=len)] if known else None

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from digseg_jax import tpu
-from digseg_jax.aot import hlo, programs, traffic
+from digseg_jax.aot import cuda, hlo, programs, traffic
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.kernels import kernel_flops
 from digseg_jax.aot.programs import FILES, Program
@@ -48,10 +48,11 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     """
     target = open_topology(topology)
     mesh = make_mesh(config.mesh, target.devices)
-    config = for_devices(config, target.devices)
+    config = for_devices(config, target.meant)
     parts = Parts.of(config.model)
     start = time.monotonic()
-    lowered = programs.lower(config, parts, mesh)
+    lower = cuda.stand_in if target.place_of else programs.lower
+    lowered = lower(config, parts, mesh)
     lowered_after = time.monotonic() - start
     name = "eval" if config.compile.program == "eval" else lowered[0].name
     images = lowered[0].images
@@ -65,7 +66,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "topology": topology,
         "program": name,
         "chips": len(target.devices),
-        "device_kind": target.devices[0].device_kind,
+        "device_kind": target.meant[0].device_kind,
         "mesh": dict(mesh.shape),
         "images": images,
         "queries": sum(p.queries * p.calls for p in lowered if p.name in ("sample", "train", "unet")),
@@ -76,6 +77,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         **combined(each, [p.calls for p in lowered]),
         "lower_seconds": round(lowered_after, 1),
     }
+    if target.place_of:
+        result |= {"estimate": True, "estimated_by": cuda.HOW}
     if name == "eval":
         result["calls"] = {p.name: p.calls for p in lowered}
         result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
@@ -147,6 +150,8 @@ def effort(value: float) -> Iterator[None]:
 def compile_and_measure(program: Program, target: Topology, *, tuned: bool) -> dict[str, Any]:
     """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is."""
     options = {} if tuned else tpu.untuned(target.devices[0].platform)
+    if target.place_of:
+        options |= cuda.OPTIONS
     start = time.monotonic()
     try:
         with heartbeat("compiling"):

@@ -33,7 +33,7 @@ _VOCABULARY = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8."
+    "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8."
 )
 _SUITE = flags.DEFINE_string(
     "eval.suite", None, "eval: tables of the paper, from the data sets under config.data.root."
@@ -70,13 +70,14 @@ def run() -> None:
         _required(_WORKDIR.value, "workdir", mode)
 
     from digseg_jax import config as config_lib
-    from digseg_jax import cpu
+    from digseg_jax import cpu, gpu
 
     if mode == "compile":
         from digseg_jax.aot import topology
 
         topology.prepare(_required(_TOPOLOGY.value, "topology", mode))
     cpu.tune()
+    gpu.tune()
     if mode == "predict":
         from digseg_jax.predict import predict
 

@@ -53,14 +53,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
-    """The devices as [data, fsdp, tensor]: neighbours on a TPU's links along the inner axes.
+    """The devices as [data, fsdp, tensor]: neighbours on a TPU's links, and the GPUs of a node, along
+    the inner axes.
 
     Several slices are joined along the data axis, whose one all-reduce a step is what the slow network
-    between them can bear.
+    between them can bear. Between nodes of GPUs any axis may reach, if it does not fit into one.
 
     Raises:
       UserError: the slices do not divide the data axis.
     """
+    if devices[0].platform in ("gpu", "cuda"):  # JAX calls a node, or what NVLink joins, a slice too
+        devices = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.id))
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     slices = len({getattr(d, "slice_index", 0) for d in devices})

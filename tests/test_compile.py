@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import jax
 import pytest
 import tiny
 
 from digseg_jax import compile as compiling
-from digseg_jax.aot import page, programs, shapes, topology
+from digseg_jax import gpu
+from digseg_jax.aot import cuda, page, programs, shapes, topology
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.shapes import Parts
 from digseg_jax.aot.table import as_text, size
@@ -22,6 +24,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.sharding import make_mesh
 from digseg_jax.storage import as_path
+from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.segmentation import SegmentationTask
 
 KEYS = {
@@ -101,6 +104,60 @@ def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
 
 
+@pytest.fixture(scope="module")
+def estimated(folders, tmp_path_factory):
+    """The same for two GPUs, with what `auto` chooses there."""
+    workdir = tmp_path_factory.mktemp("h100")
+    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
+    made = config(folders, mesh__data=1, mesh__fsdp=2, **changes)
+    return compiling.run(made, "h100:2", as_path(workdir)), workdir
+
+
+def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
+    result, workdir = estimated
+    stored = json.loads((workdir / "compile.json").read_text())
+    assert stored.keys() >= compiled[0].keys() | {"estimate", "estimated_by", "chip_source"}
+    assert stored["estimate"] is True and "CPU" in stored["estimated_by"]
+    assert "estimate" not in compiled[0]
+    assert stored["device_kind"] == "NVIDIA H100" and stored["chips"] == 2
+    assert stored["config"]["model"]["attention"] == "cudnn"  # what runs there, not what stood in
+    assert stored["hbm_limit_bytes"] == 0.9 * CHIPS["h100"].hbm_bytes and stored["fits"]
+    assert 0 < stored["mfu_bound"] <= 1
+    assert "an estimate: lowered for CUDA" in (workdir / "compile.txt").read_text()
+    assert "(estimate)" in page.page(page.read([workdir]))
+
+
+def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
+    """What JAX refuses for CUDA must not be told to fit."""
+    seen = []
+    monkeypatch.setattr(programs, "lower", lambda *a: seen.append(a[3:]) or "program")
+    made = config(folders, model__attention="cudnn", model__dtype="bfloat16")
+    assert cuda.stand_in(made, None, make_mesh(made.mesh)) == "program"
+    assert seen == [("cuda",), ()]
+
+
+def test_a_gpu_before_ampere_gets_what_it_can_compute(folders):
+    meant = topology.open_topology("t4:1").meant
+    made = config(folders, model__attention="auto", model__dtype="bfloat16")
+    assert for_devices(made, meant).model.attention == "chunked"
+
+
+def test_the_share_of_a_gpus_memory_is_the_users_choice(monkeypatch):
+    for key in gpu.KEYS:
+        monkeypatch.delenv(key, raising=False)
+    assert topology.open_topology("rtx3090:1").hbm_bytes == 0.9 * 24e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    gpu.tune()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ  # JAX refuses both together
+    assert topology.open_topology("h200:8").hbm_bytes == 0.5 * 141e9
+
+
+@pytest.mark.parametrize("gigabytes", [16, 24, 40, 80, 141])
+def test_there_is_a_gpu_of_every_size(gigabytes):
+    chips = [CHIPS[name] for name in topology.GPUS]
+    assert any(chip.hbm_bytes == gigabytes * 1e9 and chip.source for chip in chips)
+
+
 def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path):
     made = config(folders, compile__unet_only=True, compile__per_device_batch=1)
     alone = compiling.run(made, "cpu:8", as_path(tmp_path))
@@ -154,9 +211,12 @@ def test_over_the_budget_of_the_compiler():
         compiling.over_budget("INTERNAL: something else")
 
 
-@pytest.mark.parametrize("text", ["v5e", "v9x:4x4", "cpu:2x2", "v5e:0x4", "tpu:8", "v5e:4x4x4x4", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["v5e", "v9x:4x4", "cpu:2x2", "v5e:0x4", "tpu:8", "v5e:4x4x4x4", "", "h100", "h100:2x2", "b7:1"],
+)
 def test_a_wrong_topology_is_told_with_the_legal_ones(text):
-    with pytest.raises(UserError, match="legal are cpu:N, or a TPU slice such as v5e:4x4"):
+    with pytest.raises(UserError, match="legal are cpu:N, a TPU slice such as v5e:4x4.* h100:1"):
         topology.prepare(text)
 
 

@@ -43,6 +43,11 @@ def test_shares_of_time_sum_to_one_and_start_anew_after_a_reading():
         ("TPU v5", 459e12),
         ("TPU v6 lite", 918e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),  # not an L4, whose name is the start of it
+        ("Tesla T4", 8.1e12),
         ("cpu", None),
         ("TPU v99", None),
     ],

@@ -1,22 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs lowered for NVIDIA GPUs where none is installed."""
+"""Programs for NVIDIA GPUs where there is none: lowered for CUDA, accounted by another compiler.
+
+CUDA's compiler needs a GPU. So the program that would run is lowered for CUDA, which proves that JAX
+takes it, and one that computes the same is compiled for as many simulated CPU devices, whose compiler
+says what memory it would allot. That is an estimate, and is labeled as one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from jax._src.cudnn import fused_attention_stablehlo as fused_attention
+from jax.sharding import Mesh
+
+from digseg_jax.aot import programs
+from digseg_jax.aot.programs import Program
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.config import Config
+from digseg_jax.models.attention_kernels import unfit
+from digseg_jax.tasks.components import PORTABLE
 
 CUDNN = 91000  # the version that is assumed, 9.10
+# No CPU code is wanted, so none is optimized. Operations are ordered for little memory, as a GPU's are,
+# and not for many cores; and a bfloat16 result stays one between the operations that a CPU computes in
+# float32.
+OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_allow_excess_precision": False,
+}
+HOW = (
+    "lowered for CUDA; memory, FLOPs and traffic are of the same program compiled for simulated CPU "
+    "devices, whose compiler computes bfloat16 in float32 and needs more memory for it"
+)
+
+
+def stand_in(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
+    """The programs for CPU devices that compute what `config` asks of a GPU.
+
+    Raises:
+      Exception: JAX's own, where the program cannot be lowered for CUDA.
+    """
+    with assumed_cudnn():
+        programs.lower(config, parts, mesh, "cuda")
+    device, model = mesh.devices.flat[0], config.model
+    if unfit(model.attention, device, model.dtype):
+        config = dataclasses.replace(config, model=dataclasses.replace(model, attention=PORTABLE))
+    return programs.lower(config, parts, mesh)
 
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
     """Answers the one question that JAX asks of an installation when it traces cuDNN's attention: which
     version of cuDNN is there. An installed one answers for itself."""
-    before = fused_attention.cuda_versions
+    before: Any = fused_attention.cuda_versions
     if before is None:
         fused_attention.cuda_versions = types.SimpleNamespace(cudnn_get_version=lambda: CUDNN)
     try:

@@ -61,7 +61,8 @@ def cells(result: dict[str, Any]) -> list[str]:
         mesh,
         f"{model['attention']}, {model['remat']}",
         "yes" if result["fits"] else "NO",
-        f"{size(result['hbm_peak_bytes'])} of {size(result['hbm_limit_bytes'])}",
+        f"{size(result['hbm_peak_bytes'])} of {size(result['hbm_limit_bytes'])}"
+        + (" (estimate)" if result.get("estimate") else ""),
         size(result["hbm_args_bytes"]),
         size(result["hbm_temp_bytes"]),
         size(result["bytes_accessed"]) if known else "–",
@@ -85,7 +86,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         f"<style>{STYLE}</style><h1>Compiled for pods</h1>"
         "<p>The run's own programs through the real compiler, without the chips. Memory is what the "
         "compiler allots; rates are upper bounds by roofline (the longest of computing, memory traffic "
-        "and traffic between chips), not measurements of a run.</p>"
+        "and traffic between chips), not measurements of a run. An estimate is another compiler's, as "
+        "its compile.json says.</p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
         f"<p>Chips: {html.escape('; '.join(sources) or 'none')}.</p></html>\n"
     )

@@ -48,17 +48,20 @@ class Program:
     calls: int = 1
 
 
-def lower(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
-    """What `config.compile` asks for: the train step, or the programs of an evaluation.
+def lower(
+    config: Config, parts: Parts, mesh: Mesh, platform: str | None = None
+) -> list[Program]:
+    """What `config.compile` asks for: the train step, or the programs of an evaluation; for the
+    mesh's devices, or for others in their place.
 
     Raises:
       UserError: a batch that the devices do not divide.
     """
     if config.compile.program == "eval":
-        return evaluation_programs(config, parts, mesh)
+        return evaluation_programs(config, parts, mesh, platform)
     images = train_images(config, mesh)
     task, batch = train_task(config, parts, images)
-    lowered = lower_step(config, task, batch, mesh)
+    lowered = lower_step(config, task, batch, mesh, platform)
     if config.compile.unet_only:
         return [Program("unet", lowered, images, images)]
     return [Program("train", lowered, images, images * config.data.num_queries)]
@@ -102,19 +105,21 @@ def lower_step(
     mesh: Mesh,
     platform: str | None = None,
 ) -> jax.stages.Lowered:
-    """The very step that `Trainer` runs; for the mesh's devices, or for others in their place."""
+    """The very step that `Trainer` runs."""
     state = abstract_state(task.abstract, config)
     state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
     step = make_train_step(task, config, mesh, state_shardings, frozen_shardings)
-    platforms = (platform,) if platform else _platforms(mesh)
+    platforms = _platforms(mesh, platform)
     return step.trace(state, task.frozen, batch).lower(lowering_platforms=platforms)
 
 
-def _platforms(mesh: Mesh) -> tuple[str, ...]:
-    return (mesh.devices.flat[0].platform,)
+def _platforms(mesh: Mesh, platform: str | None) -> tuple[str, ...]:
+    return (platform or mesh.devices.flat[0].platform,)
 
 
-def evaluation_programs(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
+def evaluation_programs(
+    config: Config, parts: Parts, mesh: Mesh, platform: str | None = None
+) -> list[Program]:
     """The programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
 
     All classes are asked for, or, beyond `eval.exhaustive_limit`, those that a coarse pass finds.
@@ -135,7 +140,7 @@ def evaluation_programs(config: Config, parts: Parts, mesh: Mesh) -> list[Progra
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
         batch = shapes.view_batch(config, parts, views, size, slots)
-        lowered = prediction.lower(program, (params, vae, root), batch, mesh)
+        lowered = prediction.lower(program, (params, vae, root), batch, mesh, platform)
         return Program(name, lowered, views, views * slots, -(-queries // slots))
 
     def read(name: str, queries: int, slots: int) -> Program:
@@ -151,7 +156,7 @@ def evaluation_programs(config: Config, parts: Parts, mesh: Mesh) -> list[Progra
         members = 1 if mean else settings.ensemble
         batch = shapes.latent_batch(parts, views, size, slots, members, classes if palette else slots)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
-        lowered = prediction.lower(program, (vae, scale), batch, mesh)
+        lowered = prediction.lower(program, (vae, scale), batch, mesh, platform)
         return Program(name, lowered, views, views * slots, -(-queries // slots))
 
     if palette:

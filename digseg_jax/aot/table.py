@@ -12,6 +12,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"{result['program']} step for {result['topology']} ({result['device_kind']}), mesh "
         f"{' x '.join(f'{k} {v}' for k, v in result['mesh'].items())}, "
         f"{result['images_per_chip']:g} images a chip",
+        *([f"  an estimate: {result['estimated_by']}"] if result.get("estimate") else []),
         *_memory(result),
         *_speed(result),
         *_collectives(result),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices that are not there: `v5e:4x4` by the real TPU compiler, `cpu:8` by simulated CPU devices."""
+"""Devices that are not there: `v5e:4x4` by the real TPU compiler, `cpu:8` by simulated CPU devices, and
+`h100:8` by such devices in the place of GPUs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from digseg_jax import gpu
 from digseg_jax.chips import CHIPS, Chip
 from digseg_jax.errors import UserError
 
@@ -17,9 +19,22 @@ if TYPE_CHECKING:  # JAX must not be imported before `prepare`
     import jax
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
-LEGAL = "cpu:N, or a TPU slice such as v5e:4x4, v5p:2x2x2, v6e:4x4 (kinds " + ", ".join(TPUS) + ")"
+GPUS = tuple(name for name, chip in CHIPS.items() if chip.capability)
+LEGAL = (
+    f"cpu:N, a TPU slice such as v5e:4x4, v5p:2x2x2, v6e:4x4 (kinds {', '.join(TPUS)}), or GPUs such "
+    f"as h100:1, a100:8 (kinds {', '.join(GPUS)})"
+)
 ONE_CHIP = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}  # the smallest slices there are
 RESERVED = 2**28  # bytes of a TPU's memory that its system keeps; v5e's compiler says 15.75 of 16 GiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A device that is not there, as far as the choice of a program asks."""
+
+    platform: str
+    device_kind: str
+    compute_capability: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +42,19 @@ class Topology:
     """What was asked for, as devices to compile for.
 
     hbm_bytes: what a program may use on one device; simulated CPU devices share the machine's.
+    place_of: the GPU in whose place the devices are; what they need is then an estimate.
     """
 
     text: str
     devices: list[jax.Device]
     chip: Chip | None
     hbm_bytes: float
+    place_of: Described | None = None
+
+    @property
+    def meant(self) -> list[jax.Device] | list[Described]:
+        """The devices that the program is to run on."""
+        return [self.place_of] if self.place_of else self.devices
 
 
 def prepare(text: str) -> None:
@@ -43,7 +65,7 @@ def prepare(text: str) -> None:
     """
     kind, _ = _split(text)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if kind == "cpu":
+    if kind not in TPUS:
         return
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -56,12 +78,8 @@ def prepare(text: str) -> None:
 
 def _split(text: str) -> tuple[str, str]:
     """("v5e", "4x4"); raises UserError for anything else than a topology."""
-    found = re.fullmatch(r"(cpu|v\w+):([1-9]\d*(?:x[1-9]\d*){0,2})", text)
-    if (
-        not found
-        or (found[1] != "cpu" and found[1] not in TPUS)
-        or (found[1] == "cpu" and "x" in found[2])
-    ):
+    found = re.fullmatch(r"([a-z][a-z0-9-]*):([1-9]\d*(?:x[1-9]\d*){0,2})", text)
+    if not found or found[1] not in ("cpu", *TPUS, *GPUS) or (found[1] not in TPUS and "x" in found[2]):
         raise UserError(f"--topology={text!r}: legal are {LEGAL}")
     return found[1], found[2]
 
@@ -72,19 +90,17 @@ def open_topology(text: str) -> Topology:
     Raises:
       UserError: the compiler does not know such a slice.
     """
-    import jax
     from jax.experimental import topologies
 
     kind, shape = _split(text)
     if kind == "cpu":
-        with contextlib.suppress(RuntimeError):  # a back end runs already: it has what it has
-            jax.config.update("jax_num_cpu_devices", int(shape))
-        devices = jax.devices("cpu")[: int(shape)]
-        if len(devices) < int(shape):
-            raise UserError(f"--topology={text}: this process has only {len(devices)} CPU devices")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Topology(text, devices, None, memory / int(shape))
+        return Topology(text, _simulated(text, int(shape)), None, memory / int(shape))
     chip = CHIPS[kind]
+    if kind in GPUS:
+        meant = Described("cuda", chip.kind, chip.capability)
+        budget = chip.hbm_bytes * gpu.memory_share()
+        return Topology(text, _simulated(text, int(shape)), chip, budget, meant)
     one = set(shape) <= {"1", "x"}
     name = ONE_CHIP[kind] if one else shape
     try:
@@ -96,3 +112,15 @@ def open_topology(text: str) -> Topology:
         ) from error
     devices = list(found.devices)[: 1 if one else None]
     return Topology(text, devices, chip, chip.hbm_bytes - RESERVED)
+
+
+def _simulated(text: str, count: int) -> list[jax.Device]:
+    """Raises UserError if this process has started with fewer CPU devices."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # a back end runs already: it has what it has
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")[:count]
+    if len(devices) < count:
+        raise UserError(f"--topology={text}: this process has only {len(devices)} CPU devices")
+    return devices

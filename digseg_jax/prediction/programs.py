@@ -138,13 +138,20 @@ class Programs:
         return compiled
 
 
-def lower(program: Callable, shared: tuple[Any, ...], batch: Params, mesh: Mesh) -> jax.stages.Lowered:
-    """One of the programs below for these arguments (arrays or shapes), for the mesh's platform."""
+def lower(
+    program: Callable,
+    shared: tuple[Any, ...],
+    batch: Params,
+    mesh: Mesh,
+    platform: str | None = None,
+) -> jax.stages.Lowered:
+    """One of the programs below for these arguments (arrays or shapes), for the mesh's devices, or for
+    another platform's in their place."""
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     # None: weights stay as they are placed.
     kept = tuple(None if isinstance(x, dict) else whole for x in shared)
     jitted = jax.jit(on_mesh(mesh, program), in_shardings=(*kept, rows), out_shardings=rows)
-    platform = mesh.devices.flat[0].platform
+    platform = platform or mesh.devices.flat[0].platform
     return jitted.trace(*shared, batch).lower(lowering_platforms=(platform,))
 
 
