@@ -121,6 +121,9 @@ def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
     assert "estimate" not in compiled[0]
     assert stored["device_kind"] == "NVIDIA H100" and stored["chips"] == 2
     assert stored["config"]["model"]["attention"] == "cudnn"  # what runs there, not what stood in
+    assert "memory" not in stored["roofline_seconds"]
+    parts = ("hbm_args_bytes", "hbm_temp_bytes", "hbm_result_bytes")
+    assert stored["hbm_peak_bytes"] == sum(stored[part] for part in parts)
     assert stored["hbm_limit_bytes"] == 0.9 * CHIPS["h100"].hbm_bytes and stored["fits"]
     assert 0 < stored["mfu_bound"] <= 1
     assert "an estimate: lowered for CUDA" in (workdir / "compile.txt").read_text()

@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from digseg_jax.aot import shapes
+from digseg_jax.aot.liveness import peak_bytes
 from digseg_jax.aot.shapes import Parts, ShapeTask, UNetTask
 from digseg_jax.arraytypes import Batch
-from digseg_jax.config import Config
+from digseg_jax.config import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.errors import UserError
 from digseg_jax.flops import step_flops
@@ -23,8 +24,9 @@ from digseg_jax.models import functional
 from digseg_jax.prediction import programs as prediction
 from digseg_jax.prediction.segmenter import query_slots, view_size
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import infer_shardings
+from digseg_jax.sharding import infer_shardings, make_mesh
 from digseg_jax.step import abstract_state, make_train_step
+from digseg_jax.tasks.base import example_keys
 
 FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # names without ending
 
@@ -39,6 +41,7 @@ class Program:
         images: of one call, on all devices; views of an evaluation.
         queries: masks of one call, on all devices.
         calls: how often it is called for each of these images.
+        traced: what was lowered, where more than that is asked of it.
     """
 
     name: str
@@ -46,11 +49,10 @@ class Program:
     images: int
     queries: int
     calls: int = 1
+    traced: jax.stages.Traced | None = None
 
 
-def lower(
-    config: Config, parts: Parts, mesh: Mesh, platform: str | None = None
-) -> list[Program]:
+def lower(config: Config, parts: Parts, mesh: Mesh, platform: str | None = None) -> list[Program]:
     """What `config.compile` asks for: the train step, or the programs of an evaluation; for the
     mesh's devices, or for others in their place.
 
@@ -136,12 +138,18 @@ def evaluation_programs(
     estep = EStep(settings.ensemble, settings.steps, settings.spacing)
     mean = settings.decoder == "latent_mean"
 
+    def made(
+        name: str, program: Any, shared: tuple[Any, ...], batch: Batch, queries: int, slots: int
+    ) -> Program:
+        traced = prediction.trace(program, shared, batch, mesh)
+        lowered = traced.lower(lowering_platforms=_platforms(mesh, platform))
+        return Program(name, lowered, views, views * slots, -(-queries // slots), traced)
+
     def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Program:
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
         batch = shapes.view_batch(config, parts, views, size, slots)
-        lowered = prediction.lower(program, (params, vae, root), batch, mesh, platform)
-        return Program(name, lowered, views, views * slots, -(-queries // slots))
+        return made(name, program, (params, vae, root), batch, queries, slots)
 
     def read(name: str, queries: int, slots: int) -> Program:
         program = partial(
@@ -156,8 +164,7 @@ def evaluation_programs(
         members = 1 if mean else settings.ensemble
         batch = shapes.latent_batch(parts, views, size, slots, members, classes if palette else slots)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
-        lowered = prediction.lower(program, (vae, scale), batch, mesh, platform)
-        return Program(name, lowered, views, views * slots, -(-queries // slots))
+        return made(name, program, (vae, scale), batch, queries, slots)
 
     if palette:
         return [sample("sample", estep, 1, 1, mean), read("read", 1, 1)]
@@ -203,6 +210,57 @@ def kept_bytes(config: Config, parts: Parts) -> float:
         return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
     return residuals(2) - residuals(1)
+
+
+def temporary_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
+    """Bytes of results on one device, as the program is written, for each of `lower`'s programs; see
+    `aot.liveness`.
+
+    Kernels that are split come on top as if all were gathered at once: fetched ahead, many of them are
+    there together.
+    """
+    if config.compile.program == "eval":
+        needed = _evaluation_bytes(config, parts, mesh)
+    else:
+        needed = [_gradient_bytes(config, parts, mesh)]
+    gathered = 0.0
+    if mesh.shape["fsdp"] > 1:
+        width = jnp.dtype(config.model.dtype).itemsize
+        gathered = float(width * count(train_task(config, parts, 1)[0].abstract))
+    return [each + gathered for each in needed]
+
+
+def _evaluation_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
+    """The programs as one device runs them on its own images."""
+    local = config.compile.per_device_batch or max(1, config.eval.batch_size // shards(mesh))
+    compiled = dataclasses.replace(config.compile, per_device_batch=local)
+    config = dataclasses.replace(config, compile=compiled, mesh=MeshConfig(1, 1, 1))
+    alone = make_mesh(config.mesh, [mesh.devices.flat[0]])
+    return [peak_bytes(p.traced.jaxpr.jaxpr) for p in evaluation_programs(config, parts, alone, "cuda")]
+
+
+def _gradient_bytes(config: Config, parts: Parts, mesh: Mesh) -> float:
+    """Loss and gradients of one device's images; the optimizer's update is fused and takes nothing."""
+    local = train_images(config, mesh) // shards(mesh)
+    task, batch = train_task(config, parts, local // config.train.accumulation)
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> Any:
+        return task.loss(params, frozen, batch, example_keys(0, batch["index"]))
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    traced = jax.make_jaxpr(gradient)(task.abstract, task.frozen, batch)
+    share = _stored_share(task.abstract, mesh)
+    needed = peak_bytes(traced.jaxpr, output_share=share)
+    if config.train.accumulation > 1:
+        needed += 4 * count(task.abstract) * share  # the sum of the parts' gradients
+    return needed
+
+
+def _stored_share(tree: Any, mesh: Mesh) -> float:
+    """The part of a tree's numbers that one device of the mesh holds."""
+    places = jax.tree.leaves(infer_shardings(tree, mesh))
+    pairs = zip(jax.tree.leaves(tree), places, strict=True)
+    return float(sum(np.prod(s.shard_shape(x.shape)) for x, s in pairs) / count(tree))
 
 
 def count(params: Any) -> int:

@@ -128,9 +128,10 @@ class Programs:
     def _compile(
         self, name: str, program: Callable, shared: tuple[Any, ...], batch: dict[str, Array]
     ) -> Callable[..., Any]:
-        lowered = lower(program, shared, batch, self.mesh)
+        platform = self.mesh.devices.flat[0].platform
+        lowered = trace(program, shared, batch, self.mesh).lower(lowering_platforms=(platform,))
         with heartbeat(f"compiling: {name}"):
-            compiled = lowered.compile(compiler_options(self.mesh.devices.flat[0].platform))
+            compiled = lowered.compile(compiler_options(platform))
         self.compiled += 1
 
         # A collective gives up on a process that is late, and compilation takes uneven times.
@@ -138,21 +139,13 @@ class Programs:
         return compiled
 
 
-def lower(
-    program: Callable,
-    shared: tuple[Any, ...],
-    batch: Params,
-    mesh: Mesh,
-    platform: str | None = None,
-) -> jax.stages.Lowered:
-    """One of the programs below for these arguments (arrays or shapes), for the mesh's devices, or for
-    another platform's in their place."""
+def trace(program: Callable, shared: tuple[Any, ...], batch: Params, mesh: Mesh) -> jax.stages.Traced:
+    """One of the programs below for these arguments (arrays or shapes)."""
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     # None: weights stay as they are placed.
     kept = tuple(None if isinstance(x, dict) else whole for x in shared)
     jitted = jax.jit(on_mesh(mesh, program), in_shardings=(*kept, rows), out_shardings=rows)
-    platform = platform or mesh.devices.flat[0].platform
-    return jitted.trace(*shared, batch).lower(lowering_platforms=(platform,))
+    return jitted.trace(*shared, batch)
 
 
 def sample_latents(
