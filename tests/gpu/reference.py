@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first training step on a CPU in float32: what a GPU's has to agree with.
+
+Started by `python -m tests.gpu` as a process of its own, while the GPU works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from digseg_jax import config as config_lib
+from digseg_jax import cpu
+from digseg_jax.config import Config, MeshConfig
+from digseg_jax.data.pipeline import training_stream
+from digseg_jax.sharding import make_mesh, on_mesh
+from digseg_jax.step import accumulate
+from digseg_jax.tasks.base import example_keys
+from digseg_jax.tasks.components import for_devices
+from digseg_jax.tasks.segmentation import SegmentationTask
+
+
+def first_step(config: Config) -> dict[str, float]:
+    """Loss and gradient norm of the first batch, taken an image at a time to bound the memory."""
+    model = dataclasses.replace(config.model, dtype="float32", attention="auto")
+    config = for_devices(dataclasses.replace(config, model=model), jax.devices("cpu"))
+    task, mesh = SegmentationTask(config), make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1])
+    params = task.initial()
+    stream = training_stream(
+        config.data, config.task, seed=config.seed, batch_size=config.train.batch_size,
+        start=0, host=0, hosts=1,
+    )  # fmt: skip
+    with stream as batches:
+        batch = next(batches)
+
+    def step(params: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        def gradient(part: Any, whole: Any) -> Any:
+            keys = example_keys(config.seed, part["index"])
+            return jax.value_and_grad(task.loss, has_aux=True)(params, frozen, part, keys, whole)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (loss, _), grads = accumulate(gradient, zeros, batch, config.train.batch_size, mesh)
+        return loss, optax.global_norm(grads)
+
+    loss, norm = jax.jit(on_mesh(mesh, step))(params, task.frozen, batch)
+    return {"loss": float(loss), "grad_norm": float(norm)}
+
+
+def main() -> None:
+    """CONFIG.json RESULT.json."""
+    cpu.tune()
+    started = time.monotonic()
+    config = config_lib.parse(json.loads(Path(sys.argv[1]).read_text()))
+    values = first_step(config) | {"seconds": time.monotonic() - started}
+    Path(sys.argv[2]).write_text(json.dumps(values))
+
+
+if __name__ == "__main__":
+    main()
