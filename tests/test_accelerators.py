@@ -11,16 +11,14 @@ import types
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from digseg_jax import config as config_lib
-from digseg_jax.aot import programs, shapes
+from digseg_jax.aot import programs
 from digseg_jax.aot.cuda import assumed_cudnn
-from digseg_jax.aot.shapes import Parts, ShapeTask
+from digseg_jax.aot.shapes import Parts
 from digseg_jax.config import Config, MeshConfig
 from digseg_jax.recipes import stable_diffusion
-from digseg_jax.segmentation.inference import EStep, probabilities
 from digseg_jax.sharding import make_mesh, on_mesh
 from digseg_jax.tasks.components import for_devices
 
@@ -30,7 +28,6 @@ DEVICES = {
 }
 CHOSEN = {"cuda": "cudnn", "tpu": "splash"}
 CALLS = {"cuda": "@__cudnn$fmhaSoftmax", "tpu": "@tpu_custom_call"}  # of the kernels of `auto`
-ESTEP = EStep(8, 2, "trailing")
 CLASSES = 150
 
 platforms = pytest.mark.parametrize("platform", CHOSEN)
@@ -87,31 +84,15 @@ def test_other_losses(version, platform, codec):
     ("version", "codec"), [("sd15", "binary"), ("sd21", "binary"), ("sd15", "palette")]
 )
 @pytest.mark.parametrize("decoder", ["vae", "latent_mean", "probe"])
-def test_evaluation_of_all_classes(version, platform, codec, decoder):
+def test_evaluation_and_prediction_of_150_classes(version, platform, codec, decoder):
+    """8x2; a coarse pass first, which asks for all classes at once."""
     config = configured(version, platform, codec)
-    prompts = 1 if codec == "palette" else CLASSES
-    task = ShapeTask(config, Parts.of(config.model), prompts)
-
-    def evidence(params, frozen, image, index):
-        return task.evidence(params, frozen, image, index, ESTEP, decoder=decoder)
-
-    batch = shapes.eval_batch(config, 8)
-    arguments = (task.abstract, task.frozen, batch["image"], batch["index"])
-    assert CALLS[platform] in lowered(evidence, platform, *arguments)
-
-
-@platforms
-@versions
-def test_prediction(version, platform):
-    """Four squares and 32 queries, as the predictor asks them: texts and noise come with the call."""
-    config = configured(version, platform)
-    task = ShapeTask(config, Parts.of(config.model), prompts=32)
-
-    def program(params, frozen, image, index, bias, root):
-        evidence = task.evidence(params, frozen, image, index, ESTEP, seed=root)
-        return probabilities(evidence, 2.0, bias, codec="binary", rule="mean")
-
-    batch, bias = shapes.eval_batch(config, 4), jax.ShapeDtypeStruct((32,), jnp.float32)
-    root = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (task.abstract, task.frozen, batch["image"], batch["index"], bias, root)
-    assert CALLS[platform] in lowered(program, platform, *arguments)
+    settings = dataclasses.replace(config.eval, decoder=decoder, exhaustive_limit=64)
+    compiled = dataclasses.replace(config.compile, program="eval", eval_queries=CLASSES)
+    config = dataclasses.replace(config, eval=settings, compile=compiled)
+    mesh = make_mesh(config.mesh)
+    with assumed_cudnn():
+        made = programs.lower(config, Parts.of(config.model), mesh, platform)
+    texts = {program.name: program.lowered.as_text() for program in made}
+    assert ("coarse" in texts) == (codec == "binary")
+    assert all(CALLS[platform] in text for name, text in texts.items() if name != "read")

@@ -130,12 +130,20 @@ def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
     assert "(estimate)" in page.page(page.read([workdir]))
 
 
+def test_the_evaluation_of_a_gpu_is_estimated_too(folders, tmp_path):
+    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "mesh__fsdp": 1}
+    made = config(folders, mesh__data=1, compile__program="eval", compile__eval_queries=3, **changes)
+    result = compiling.run(made, "rtx3090:1", as_path(tmp_path))
+    assert result["estimate"] and result["fits"] and result["programs"].keys() == {"sample", "read"}
+    assert all(p["hbm_temp_bytes"] > 0 for p in result["programs"].values())
+
+
 def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
     """What JAX refuses for CUDA must not be told to fit."""
     seen = []
-    monkeypatch.setattr(programs, "lower", lambda *a: seen.append(a[3:]) or "program")
+    monkeypatch.setattr(programs, "lower", lambda *a: seen.append(a[3:]) or ["program"])
     made = config(folders, model__attention="cudnn", model__dtype="bfloat16")
-    assert cuda.stand_in(made, None, make_mesh(made.mesh)) == "program"
+    assert cuda.stand_in(made, None, make_mesh(made.mesh)) == ["program"]
     assert seen == [("cuda",), ()]
 
 

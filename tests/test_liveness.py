@@ -59,19 +59,19 @@ def test_rematerialization_keeps_less():
 
 
 @pytest.mark.parametrize(
-    ("compiled", "chips", "images", "allotted"),
+    ("chips", "images", "allotted"),
     [
-        ({"unet_only": True}, 8, 4, 2.62 * GB),
-        ({"unet_only": True}, 8, 16, 5.51 * GB),
-        ({"program": "eval", "eval_queries": 16}, 1, 1, 3.2 * GB),
+        (8, 4, 2.62 * GB),
+        (8, 16, 5.51 * GB),
     ],
 )
-def test_against_what_the_tpu_compiler_allots(compiled, chips, images, allotted):
-    """Stable Diffusion 2.1 (aot/RECORD.md, there 16 chips): not too little, a quarter too much."""
+def test_against_what_the_tpu_compiler_allots(chips, images, allotted):
+    """The U-Net of Stable Diffusion 2.1, images a chip, 16 chips there (aot/RECORD.md): not too little,
+    and a quarter too much at most."""
     config = config_lib.parse(stable_diffusion("sd21", "ade20k"))
     model = dataclasses.replace(config.model, attention="splash")
-    options = dataclasses.replace(config.compile, **compiled)
+    options = dataclasses.replace(config.compile, unet_only=True, per_device_batch=images)
     config = dataclasses.replace(config, model=model, compile=options)
     mesh = make_mesh(MeshConfig(1, chips, 1), jax.devices()[:chips])
-    estimate = programs.temporary_bytes(config, Parts.of(config.model), mesh, images * chips)
+    (estimate,) = programs.temporary_bytes(config, Parts.of(config.model), mesh)
     assert allotted <= estimate <= 1.25 * allotted

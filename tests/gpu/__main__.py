@@ -156,7 +156,7 @@ def evaluation(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
     return {
         "estep": f"{results['ensemble']}x{results['steps']}",
         "classes": len(CLASSES),
-        "images_per_second": speed["queries_per_second"] / len(CLASSES),
+        "images_per_second": speed["images_per_second"],
         "num_images": results["num_images"],
         "miou": results["miou"],
         "peak_bytes": peak_bytes(device),
@@ -167,18 +167,21 @@ def predict(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
     """Free-text queries on a picture that is larger than a crop, with the exported weights."""
     import numpy as np
 
-    from digseg_jax.predict import load_predictor
+    from digseg_jax.predict import load_segmenter
+    from digseg_jax.prediction.segmenter import Request
+    from digseg_jax.segmentation.inference import EStep
 
-    predictor = load_predictor(config, workdir / "export")
+    segmenter, _ = load_segmenter(config, workdir / "export")
     rng = np.random.default_rng(1)
     size = config.data.image_size
     image = rng.integers(0, 256, (size, size + size // 2, 3), np.uint8)
-    queries = ["a photo of the sky", "a road", "water"]
+    request = Request(image, 0, ("a photo of the sky", "a road", "water"))
 
     seconds = []
     for _ in range(2):  # the first one compiles
         began = time.monotonic()
-        masks = predictor.predict_masks([image], queries, ensemble=8, steps=2)[0]
+        (answer,) = segmenter.segment([request], EStep(8, 2))
+        masks = answer.stack()
         seconds.append(time.monotonic() - began)
     if masks.shape != (3, *image.shape[:2]) or not ((masks >= 0) & (masks <= 1)).all():
         raise ValueError(f"masks {masks.shape} from {masks.min()} to {masks.max()}")
@@ -186,7 +189,7 @@ def predict(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
         "images_per_second": 1 / seconds[1],
         "first_seconds": round(seconds[0], 1),
         "image": list(image.shape),
-        "queries": len(queries),
+        "queries": len(masks),
         "peak_bytes": peak_bytes(device),
     }
 

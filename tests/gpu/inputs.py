@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,8 +17,9 @@ from digseg_jax.models.clip_text import ClipTextConfig, CLIPTextModel
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.recipes import stable_diffusion
-from digseg_jax.segmentation.tokenizer import CLIP_END, CLIP_START
+from digseg_jax.segmentation.tokenizer import CLIP_END
 from digseg_jax.weights import save_component
+from tests.hub.vocabulary import write_clip
 
 CLASSES = ("sky", "road", "tree", "water")
 
@@ -85,16 +84,7 @@ def _write_models(folder: Path, size: Size) -> None:
         make = partial(model_class, config, rngs=functional.FixedRngs())
         params = functional.random_init(functional.abstract(make)[1], seed=1)
         save_component((config, params), folder / name)
-    _write_tokenizer(folder / "tokenizer")
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """CLIP's format without a single merge: every letter is a token."""
-    letters = [chr(code) for code in range(33, 127)]
-    entries = [*letters, *(letter + "</w>" for letter in letters)]
-    table = {entry: i for i, entry in enumerate(entries)} | {CLIP_START: 49406, CLIP_END: 49407}
-    _write_json(folder / "vocab.json", table)
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    write_clip(folder / "tokenizer", CLIP_END)
 
 
 def _write_pictures(folder: Path, pixels: int) -> None:
@@ -111,8 +101,3 @@ def _write_pictures(folder: Path, pixels: int) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(values.astype(np.uint8)).save(path)
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
