@@ -253,6 +253,15 @@ def test_one_slice_keeps_neighbours_together():
     assert {d.id for d in made.flat} == set(range(4))
 
 
+def test_the_gpus_of_a_node_lie_along_the_inner_axes():
+    """JAX numbers processes as they come: here those of two nodes by turns."""
+    gpus = [Chip(i, (0, 0, 0), i % 2, platform="cuda") for i in range(8)]
+    made = sharding.arranged(gpus, [2, 4, 1])
+    assert [{d.slice_index for d in row.flat} for row in made] == [{0}, {1}]
+    wide = sharding.arranged(gpus, [1, 8, 1])  # beyond a node, over its network
+    assert [d.id for d in wide.flat] == [0, 2, 4, 6, 1, 3, 5, 7]
+
+
 def test_fsdp_over_several_slices_is_refused():
     with pytest.raises(UserError, match="config.mesh.data=1: must be a multiple of the 2 slices"):
         sharding.arranged(chips(2), [1, 8, 1])
