@@ -96,7 +96,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
             max(1, math.ceil(result["images_per_chip"])),
             target.hbm_bytes,
         )
-        result["advice"] = advise(config, parts, mesh, needs)
+        with cuda.assumed_cudnn():
+            result["advice"] = advise(config, parts, mesh, needs)
     result["config"] = to_dict(config)
     result["versions"] = _versions()
     write_json(workdir / f"{FILES[name]}.json", result)

@@ -138,6 +138,15 @@ def test_the_evaluation_of_a_gpu_is_estimated_too(folders, tmp_path):
     assert all(p["hbm_temp_bytes"] > 0 for p in result["programs"].values())
 
 
+def test_what_a_gpu_has_not_is_advised_upon(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "memory_share", lambda: 1e-5)
+    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
+    made = config(folders, mesh__data=1, mesh__fsdp=1, compile__unet_only=True, **changes)
+    result = compiling.run(made, "a100-40gb:1", as_path(tmp_path))
+    assert not result["fits"] and result["hbm_limit_bytes"] == pytest.approx(400_000)
+    assert result["advice"] and result["config"]["model"]["attention"] == "cudnn"
+
+
 def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
     """What JAX refuses for CUDA must not be told to fit."""
     seen = []

@@ -231,12 +231,13 @@ def temporary_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
 
 
 def _evaluation_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
-    """The programs as one device runs them on its own images."""
+    """The programs as one device runs them on its own images, what they return not counted."""
     local = config.compile.per_device_batch or max(1, config.eval.batch_size // shards(mesh))
     compiled = dataclasses.replace(config.compile, per_device_batch=local)
     config = dataclasses.replace(config, compile=compiled, mesh=MeshConfig(1, 1, 1))
     alone = make_mesh(config.mesh, [mesh.devices.flat[0]])
-    return [peak_bytes(p.traced.jaxpr.jaxpr) for p in evaluation_programs(config, parts, alone, "cuda")]
+    made = evaluation_programs(config, parts, alone, "cuda")
+    return [peak_bytes(program.traced.jaxpr.jaxpr, output_share=0.0) for program in made]
 
 
 def _gradient_bytes(config: Config, parts: Parts, mesh: Mesh) -> float:
