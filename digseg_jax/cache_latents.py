@@ -77,7 +77,7 @@ def run(config: Config) -> None:
     task = FrozenTask(config)
     # no more pictures at a time than a train step encodes, on the devices of one process
     rows = math.ceil(config.train.batch_size / jax.process_count())
-    encoder = LatentEncoder(task, make_mesh(MeshConfig(), devices), rows)
+    encoder = LatentEncoder(task, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
     facts = made_with(config, task)
     parts = training_parts(config.data)
     tables = cover_tables([spec for _, spec, _ in parts])

@@ -20,7 +20,7 @@ from digseg_jax.segmentation.tokenizer import Tokens
 
 @dataclass(frozen=True)
 class PromptBank:
-    """Encoded prompts; row i belongs to `prompts[i]`.
+    """Encoded prompts, on the host; row i belongs to `prompts[i]`.
 
     Attributes:
         prompts: the texts.
@@ -29,8 +29,8 @@ class PromptBank:
     """
 
     prompts: tuple[str, ...]
-    tokens: Float[Array, "n l d"]
-    mask: Bool[Array, "n l"]
+    tokens: Float[np.ndarray, "n l d"]
+    mask: Bool[np.ndarray, "n l"]
 
 
 def encode_prompts(
@@ -45,9 +45,11 @@ def encode_prompts(
 ) -> PromptBank:
     """Encodes prompts in batches of one static shape, so the tower compiles once.
 
+    The tower is on this process's first device for as long as it takes, and nothing stays there.
+
     Args:
         graphdef: of the text tower, from `models.functional.split`.
-        params: of the text tower.
+        params: of the text tower, on the host.
         tokenizer: texts, length -> `Tokens`.
         prompts: the texts, in the order of the bank's rows.
         max_length: tokens per row, padding included.
@@ -63,14 +65,14 @@ def encode_prompts(
     if not mask_padding:
         mask = np.ones_like(mask)
     size = min(batch_size, len(prompts))
-    parts = []
+    params, parts = jax.device_put(params), []
     for start in range(0, len(prompts), size):
         # The last batch is shifted back to stay full; its first rows are computed twice.
         begin = min(start, len(prompts) - size)
         rows = slice(begin, begin + size)
         out = _last_hidden_state(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]))
-        parts.append(out[start - begin :])
-    return PromptBank(tuple(prompts), jnp.concatenate(parts), jnp.asarray(mask))
+        parts.append(np.asarray(out)[start - begin :])
+    return PromptBank(tuple(prompts), np.concatenate(parts), np.asarray(mask, bool))
 
 
 def with_sentence_token(bank: PromptBank) -> PromptBank:
@@ -80,11 +82,11 @@ def with_sentence_token(bank: PromptBank) -> PromptBank:
     """
     weight = bank.mask[..., None].astype(bank.tokens.dtype)
     mean = (bank.tokens * weight).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
-    here = jnp.ones((len(bank.mask), 1), bool)
+    here = np.ones((len(bank.mask), 1), bool)
     return PromptBank(
         bank.prompts,
-        jnp.concatenate([bank.tokens, mean], axis=1),
-        jnp.concatenate([bank.mask, here], axis=1),
+        np.concatenate([bank.tokens, mean], axis=1),
+        np.concatenate([bank.mask, here], axis=1),
     )
 
 

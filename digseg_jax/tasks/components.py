@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax import assets
-from digseg_jax.arraytypes import Array, Float, Params
+from digseg_jax.arraytypes import Array, Float, Int, Params
 from digseg_jax.config import Config, DiffusionConfig, ModelConfig
 from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import Schedule, make_schedule
@@ -157,6 +157,11 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
 def bank_arrays(bank: PromptBank) -> Params:
     """The bank as a frozen tree for the jitted step."""
     return {"tokens": bank.tokens, "mask": bank.mask}
+
+
+def asked(bank: Params, query: Int[Array, " n"]) -> tuple[Array, Array]:
+    """Tokens [n, l, d] and mask [n, l] of a bank's rows, in a traced program or outside."""
+    return jnp.asarray(bank["tokens"])[query], jnp.asarray(bank["mask"])[query]
 
 
 def schedule_of(config: DiffusionConfig) -> Schedule:

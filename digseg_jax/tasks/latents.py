@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from digseg_jax.arraytypes import Array, Float, Int, Params, UInt8
 from digseg_jax.config import Config
 from digseg_jax.data.latent_records import encode_record
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.sharding import BATCH, on_mesh
+from digseg_jax.sharding import BATCH, infer_shardings, on_mesh, place
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import Vae, load_vae
 from digseg_jax.tasks.segmentation import SegmentationTask
@@ -90,6 +89,8 @@ def fingerprint(vae: Vae, params: Params) -> str:
 class LatentEncoder:
     """Crops to records, in two compiled programs of one number of rows, split over a mesh.
 
+    The autoencoder is split over it by the rule table, as in the train step.
+
     rows: pictures or masks of a call, rounded up to the devices.
     """
 
@@ -99,13 +100,14 @@ class LatentEncoder:
         self.size = task.config.data.image_size
         side = self.size // task.vae.config.factor
         self.shape = (side, side, task.vae.config.latent_channels)
-        replicated, self._batch = NamedSharding(mesh, P()), NamedSharding(mesh, BATCH)
-        self._frozen = jax.device_put(task.frozen, replicated)
+        self._batch = NamedSharding(mesh, BATCH)
+        shardings = infer_shardings(task.frozen, mesh)
+        self._frozen = place(task.frozen, shardings)
 
         def compiled(function: Callable[..., Array], arguments: int) -> Callable[..., Array]:
             return jax.jit(
                 on_mesh(mesh, function),
-                in_shardings=(replicated, *[self._batch] * arguments),
+                in_shardings=(shardings, *[self._batch] * arguments),
                 out_shardings=self._batch,
                 compiler_options=compiler_options(mesh.devices.flat[0].platform),
             )

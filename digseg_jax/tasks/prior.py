@@ -15,6 +15,7 @@ from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
+    asked,
     bank_arrays,
     check_fit,
     draw_noise_and_timestep,
@@ -85,8 +86,7 @@ class PriorTask:
         prediction = unet(
             self.schedule.add_noise(x0, noise, t),
             t,
-            frozen["bank"]["tokens"][query],
-            frozen["bank"]["mask"][query],
+            *asked(frozen["bank"], query),
         )
         loss = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean()
         return loss, {"latent_std": x0.std()}

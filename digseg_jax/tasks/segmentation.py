@@ -43,6 +43,7 @@ from digseg_jax.segmentation.palette import (
 from digseg_jax.sharding import in_slices
 from digseg_jax.tasks.base import to_unit
 from digseg_jax.tasks.components import (
+    asked,
     bank_arrays,
     check_fit,
     draw_noise_and_timestep,
@@ -219,15 +220,15 @@ class SegmentationTask:
         )
         every = None
         if whole is not None:
-            every = frozen["bank"]["tokens"][self._bank_rows(whole).reshape(-1)]
-        query = query.reshape(-1)
+            every, _ = asked(frozen["bank"], self._bank_rows(whole).reshape(-1))
+        tokens, mask = asked(frozen["bank"], query.reshape(-1))
         unet = functional.merge(self.graphdef, params)
         noisy = self.schedule.add_noise(x0, noise, t)
         prediction = unet(
             jnp.concatenate([image_latent, noisy], axis=-1),
             t,
-            self._noisy_text(frozen["bank"]["tokens"][query], text_keys, every),
-            self._fewer_words(frozen["bank"]["mask"][query], word_keys),
+            self._noisy_text(tokens, text_keys, every),
+            self._fewer_words(mask, word_keys),
         )
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), q, axis=0)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)

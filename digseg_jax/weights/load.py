@@ -59,7 +59,7 @@ def load_component(
         subfolder: inside the folder or repository, such as "unet".
         expect: class name that the component must have; of several, the first that it holds. A
             whole CLIPModel needs it to say which tower is wanted.
-        shardings: where the parameters go, from their shapes; the default device if None.
+        shardings: where the parameters go, from their shapes; NumPy arrays on the host if None.
         **options: further arguments of the model's constructor.
 
     Raises:
@@ -95,8 +95,8 @@ def load_params(
         optional_prefixes: paths under these, such as "text_adapters.", keep their value from
             `initial` where the checkpoint lacks them.
         initial: tree that holds at least those values.
-        shardings: where the loaded leaves go, from their shapes; the default device if None. Each
-            process hands over its own shards only.
+        shardings: where the loaded leaves go, from their shapes; NumPy arrays on the host if None.
+            Each process hands over its own shards only.
 
     Raises:
         UserError: not found, unreadable, or the keys do not match one to one.
@@ -185,9 +185,10 @@ def _read(
     return functional.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})
 
 
-def _put(leaf: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def _put(
+    leaf: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None
+) -> np.ndarray | jax.Array:
     host = np.ascontiguousarray(leaf, dtype)  # here: on a device each shape costs a compilation
     if sharding is None:
-        # jnp.array copies: a leaf must not share memory with a buffer that numpy owns.
-        return jnp.array(host)
+        return host if host.base is None else host.copy()  # a view would keep its file's buffer
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())

@@ -29,7 +29,7 @@ class TextTower:
 
     Attributes:
         graphdef: structure of the model, for `models.functional.merge`.
-        params: its parameters.
+        params: its parameters, on the host.
         tokenizer: texts to ids.
         width: channels of a token.
         max_length: most tokens that the model has positions for.
