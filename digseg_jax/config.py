@@ -242,6 +242,7 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int = -1  # -1: all remaining devices
+    # devices that share one state. 0: chosen from the chip and how many there are (mesh_choice.py)
     fsdp: int = 1
     tensor: int = 1
 

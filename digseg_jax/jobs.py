@@ -26,6 +26,7 @@ from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.job import evaluate
 from digseg_jax.hosts import fetch, fetch_to_main
 from digseg_jax.log import log
+from digseg_jax.mesh_choice import chosen
 from digseg_jax.perf import use_compile_cache
 from digseg_jax.predict import load_segmenter
 from digseg_jax.prediction.description import (
@@ -59,17 +60,17 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
     use_compile_cache(config.train.compile_cache)
     with alone(workdir):
         take(workdir, config, accept_changes)
-        mesh = make_mesh(config.mesh)
-        config = for_devices(config, list(mesh.devices.flat))
+        config = for_devices(config, jax.devices())
         task: Task = TASKS[config.task](config)
+        mesh = make_mesh(chosen(config, task, jax.devices()))
         log_summary(config, task, mesh)
         parts = find_parts(config)
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
         on_eval = _validation(config, task, mesh) if config.train.eval_every else None
         state = trainer.run(on_eval)
         params, source = averaged(state), f"{CHECKPOINTS}/{config.train.steps}"
+        del state  # moments stay on no device while the evaluation runs
         if config.checkpoint.best:
-            del state
             params, source = trainer.weights_of(str(workdir), best=True)
             log.info("best %s: exporting %s", config.checkpoint.best, source)
         deliver(config, task, params, workdir, source, parts)
@@ -86,9 +87,9 @@ def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False
     if not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
     take(workdir, config, accept_changes)
-    mesh = make_mesh(config.mesh)
-    config = for_devices(config, list(mesh.devices.flat))
+    config = for_devices(config, jax.devices())
     task: Task = TASKS[config.task](config)
+    mesh = make_mesh(chosen(config, task, jax.devices()))
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
     deliver(config, task, params, workdir, source, find_parts(config))

@@ -108,3 +108,4 @@ def _training(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 30_000  # Marigold
     config.train.batch_size = 32  # Marigold
     config.checkpoint.every = 1_000  # ours
+    config.mesh.fsdp = 0  # ours: as the chip and their number ask for

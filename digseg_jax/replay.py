@@ -25,6 +25,7 @@ from digseg_jax.checkpoint import Checkpointer
 from digseg_jax.errors import UserError
 from digseg_jax.failure import load_failure
 from digseg_jax.log import setup
+from digseg_jax.mesh_choice import chosen
 from digseg_jax.models import functional
 from digseg_jax.sharding import make_mesh, place_batch
 from digseg_jax.tasks.base import Task, example_keys
@@ -99,7 +100,8 @@ def main() -> int:
             raise UserError(f"{path}: missing; --workdir must be that of a run")
         config = config_lib.parse(json.loads(path.read_text()))
         task = TASKS[config.task](config)
-        report = replay(workdir, Trainer(config, task, make_mesh(config.mesh), workdir))
+        mesh = make_mesh(chosen(config, task, jax.devices()))
+        report = replay(workdir, Trainer(config, task, mesh, workdir))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -38,9 +38,16 @@ TENSOR_RULES: tuple[tuple[str, int], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Raises UserError if the axis sizes do not multiply to the number of devices."""
+    """The mesh of a configuration, over all devices by default.
+
+    config.mesh.fsdp=0 that nobody chose for (`mesh_choice.chosen`) is 1: an evaluation by itself holds
+    neither moments nor averages, and on whole parameters it gathers nothing.
+
+    Raises:
+      UserError: the axis sizes do not multiply to the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp or 1, config.tensor]
     fixed = math.prod(s for s in sizes if s != -1)
     if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
@@ -78,6 +85,37 @@ def arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(
         [data // slices, *inner], [slices, 1, 1], devices, allow_split_physical_axes=True
     )
+
+
+def check_batch(key: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
+    """Whether a batch splits into equal parts, `accumulation` of them on every device.
+
+    key: of the configuration, for the message.
+
+    Raises:
+      UserError: it does not; names the nearest sizes that do.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = shards * accumulation
+    if size % parts == 0:
+        return
+    near = " or ".join(str(n) for n in nearest_batches(size, parts))
+    times = f", times config.train.accumulation={accumulation}" if accumulation > 1 else ""
+    fewer = ""
+    if accumulation > 1 and size % shards == 0:
+        legal = [n for n in range(1, size // shards + 1) if size // shards % n == 0]
+        best = min(legal, key=lambda n: abs(n - accumulation))
+        fewer = f"; or config.train.accumulation={best}"
+    raise UserError(
+        f"{key}={size}: must be a multiple of {parts}: {shards} devices along config.mesh.data and fsdp"
+        f"{times}; nearest: {near}{fewer}"
+    )
+
+
+def nearest_batches(size: int, parts: int) -> list[int]:
+    """The multiples of `parts` below and above a size; those above 0."""
+    below = size // parts * parts
+    return [n for n in (below, below + parts) if n > 0]
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -26,7 +26,14 @@ from digseg_jax.log import heartbeat, log
 from digseg_jax.optim import check_freeze, make_optimizer
 from digseg_jax.perf import ProfilerWindow
 from digseg_jax.preemption import PreemptionWatch
-from digseg_jax.sharding import data_share, describe_memory, infer_shardings, place, place_ahead
+from digseg_jax.sharding import (
+    check_batch,
+    data_share,
+    describe_memory,
+    infer_shardings,
+    place,
+    place_ahead,
+)
 from digseg_jax.step import TrainState, abstract_state, initial_state, make_train_step
 from digseg_jax.storage import as_path
 from digseg_jax.tasks.base import Task
@@ -50,14 +57,8 @@ class Trainer:
     ):
         self.config, self.task, self.mesh, self.workdir = config, task, mesh, workdir
         self.accept_changes = accept_changes
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        parts = shards * config.train.accumulation
-        if config.train.batch_size % parts:
-            raise UserError(
-                f"config.train.batch_size={config.train.batch_size}: must be a multiple of {parts}: "
-                f"{shards} devices along config.mesh.data and fsdp, times config.train.accumulation="
-                f"{config.train.accumulation}"
-            )
+        train = config.train
+        check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
         require_wandb(config.train.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache:
@@ -107,9 +108,7 @@ class Trainer:
         model = self.config.model
         pretrained = self.config.task == "segmentation" and model.unet_init == "pretrained"
         source = f"the pretrained {model.unet}" if pretrained else "random weights"
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # never whole on one chip
-            params = self.task.initial()
-        return place(params, self.state_shardings["params"]), source
+        return place(self.task.initial(), self.state_shardings["params"]), source
 
     def _check_vocabulary(self, stored: list[str]) -> None:
         """Query ids are places in the vocabulary: a resumed run must have the same one."""

@@ -23,6 +23,7 @@ from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.optim import make_optimizer
 from digseg_jax.sharding import (
+    check_batch,
     describe_memory,
     infer_shardings,
     make_mesh,
@@ -63,7 +64,6 @@ def test_the_axes_multiply_to_the_devices(config, expected):
         MeshConfig(data=-1, fsdp=3),
         MeshConfig(data=-1, fsdp=-1),
         MeshConfig(data=0),
-        MeshConfig(data=-1, fsdp=0),
         MeshConfig(data=-2, fsdp=-4),
         MeshConfig(data=16),
     ],
@@ -320,3 +320,18 @@ def test_slices_change_the_order_of_work_and_nothing_else(limit, axes):
     devices = math.prod(axes.values())
     assert max(sizes) <= (limit or 16) * devices
     assert not re.search(r"all-to-all|collective-permute|all-gather", compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "said"),
+    [
+        (32, 1, "config.train.batch_size=32: must be a multiple of 6: .*nearest: 30 or 36$"),
+        (4, 1, "multiple of 6: 6 devices along config.mesh.data and fsdp; nearest: 6$"),
+        (12, 4, r"times config.train.accumulation=4; nearest: 24; or config.train.accumulation=2$"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_told_with_the_nearest_that_do(size, accumulation, said):
+    mesh = tiny.mesh(3, 2)
+    check_batch("config.train.batch_size", 24, mesh, 4)
+    with pytest.raises(UserError, match=said):
+        check_batch("config.train.batch_size", size, mesh, accumulation)
