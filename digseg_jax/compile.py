@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import math
+import os
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from digseg_jax.aot.topology import Topology, open_topology
 from digseg_jax.config import Config, to_dict
 from digseg_jax.errors import UserError
 from digseg_jax.log import heartbeat, log
+from digseg_jax.mesh_choice import chosen
 from digseg_jax.sharding import make_mesh
 from digseg_jax.storage import AnyPath, write_bytes, write_json
 from digseg_jax.tasks.components import for_devices
@@ -47,9 +47,11 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         the compiler refuses for another reason than memory.
     """
     target = open_topology(topology)
-    mesh = make_mesh(config.mesh, target.devices)
     config = for_devices(config, target.meant)
     parts = Parts.of(config.model)
+    task, _ = programs.train_task(config, parts, 1)
+    choice = chosen(config, task, target.devices, target.hbm_bytes, target.chip)
+    mesh = make_mesh(choice, target.devices)
     start = time.monotonic()
     lower = cuda.stand_in if target.place_of else programs.lower
     lowered = lower(config, parts, mesh)
@@ -60,8 +62,12 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "compiling %s for %s: %d images a call, mesh %s; a full-size model takes minutes",
         " and ".join(p.name for p in lowered), topology, images, dict(mesh.shape),
     )  # fmt: skip
-    with effort(config.compile.effort):
-        each = [compile_and_measure(p, target, tuned=config.compile.tuned) for p in lowered]
+    platform = target.devices[0].platform
+    quick = {} if config.compile.tuned else tpu.untuned(platform)
+    more = quick | effort_options(config.compile.effort, target.devices[0])
+    if target.place_of:
+        more |= cuda.OPTIONS
+    each = [compile_and_measure(p, target, more) for p in lowered]
     if target.place_of:
         each = cuda.estimates(config, parts, mesh, each, target.hbm_bytes)
     result = {
@@ -75,7 +81,12 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         "images_per_chip": images / programs.shards(mesh),
         "hbm_limit_bytes": target.hbm_bytes,
         "effort": config.compile.effort,
-        "tuned": config.compile.tuned or not tpu.untuned(target.devices[0].platform),
+        "tuned": not quick,
+        "compiler_options": {
+            "on": (tpu.compiler_options(platform) or {}) | more,
+            "left_out": tpu.refusals() if platform == "tpu" else {},
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
         **combined(each, [p.calls for p in lowered]),
         "lower_seconds": round(lowered_after, 1),
     }
@@ -85,9 +96,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     else:
         per_chip = programs.model_flops(config, parts, images) / len(target.devices)
         result["model_flops"] = per_chip
-        result["parameter_bytes"] = 4 * programs.count(
-            programs.train_task(config, parts, 1)[0].abstract
-        )
+        result["images_configured"] = _configured(config, images)
+        result["parameter_bytes"] = 4 * programs.count(task.abstract)
     result |= roofline(result, target)
     if not result["fits"]:
         needs = Needs(
@@ -137,26 +147,35 @@ def _summed_collectives(measured: list[dict[str, Any]], calls: list[int]) -> dic
     return total
 
 
-@contextlib.contextmanager
-def effort(value: float) -> Iterator[None]:
-    """Compiles with this much of XLA's effort for fast code."""
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", value)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
+def _configured(config: Config, images: int) -> int:
+    """Images a train step that the configuration names; another number where they do not divide."""
+    return images if config.compile.per_device_batch else config.train.batch_size
 
 
-def compile_and_measure(program: Program, target: Topology, *, tuned: bool) -> dict[str, Any]:
-    """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is."""
-    options = {} if tuned else tpu.untuned(target.devices[0].platform)
-    if target.place_of:
-        options |= cuda.OPTIONS
+def effort_options(value: float, device: jax.Device) -> dict[str, Any]:
+    """Compiler options for this much of XLA's effort for fast code; none for a run's, which is 0.
+
+    Since jax 0.12 there are levels alone: O1 stands for everything below 0, O3 for everything above.
+    """
+    if not value:
+        return {}
+    exact = {"exec_time_optimization_effort": value}
+    if tpu.refusal(exact, device) is None:
+        return exact
+    return {"optimization_level": "O1" if value < 0 else "O3"}
+
+
+def compile_and_measure(
+    program: Program, target: Topology, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is.
+
+    options: of the compiler, beside those that the program was lowered with.
+    """
     start = time.monotonic()
     try:
         with heartbeat("compiling"):
-            compiled = program.lowered.compile(options)
+            compiled = program.lowered.compile(options or None)
     except jax.errors.JaxRuntimeError as error:
         return over_budget(str(error)) | _seconds(start)
     seconds = _seconds(start)
@@ -166,12 +185,15 @@ def compile_and_measure(program: Program, target: Topology, *, tuned: bool) -> d
     more_flops, more_bytes = traffic.loop_corrections(module)
     kernels = kernel_flops(module)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    code = memory.generated_code_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + code + program.waiting
     return {
         "fits": peak <= target.hbm_bytes,
         "hbm_args_bytes": memory.argument_size_in_bytes,
         "hbm_temp_bytes": memory.temp_size_in_bytes,
         "hbm_result_bytes": results,  # beyond those that are written over donated arguments
+        "hbm_code_bytes": code,
+        "hbm_waiting_bytes": program.waiting,
         "hbm_peak_bytes": peak,
         "flops": cost.get("flops", 0.0) + more_flops + kernels,
         "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,

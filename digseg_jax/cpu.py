@@ -6,16 +6,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 
+from digseg_jax.log import log
+
 # XLA hands groups of operations to YNNPACK by default; on our U-Net that costs a third of the step
 # (two cores, jaxlib 0.10: 673 ms with, 469 ms without). An unknown flag aborts the process, so it is
-# set only for the versions that it was tried on.
+# set only for the versions that it was tried with.
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-TRIED = ("0.10.",)
+TRIED = ("0.10.", "0.12.")
 
 
 def tune() -> None:
-    """Adds our XLA flag, unless the user has set that flag or the jaxlib is another one."""
+    """Adds our XLA flag, unless the user has set that flag; a line in the log for another jaxlib."""
     flags = os.environ.get("XLA_FLAGS", "")
+    if FLAG.rstrip("=") in flags:
+        return
     version = importlib.metadata.version("jaxlib")
-    if FLAG.rstrip("=") not in flags and version.startswith(TRIED):
+    if version.startswith(TRIED):
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}".strip()
+    else:
+        log.info(
+            "jaxlib %s: %s is left out, which matters on CPUs: tried with %s", version, FLAG, TRIED
+        )

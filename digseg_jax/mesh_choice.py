@@ -55,12 +55,17 @@ class Needs:
 
 
 def chosen(
-    config: Config, task: Task, devices: list[jax.Device], memory: float | None = None
+    config: Config,
+    task: Task,
+    devices: list[jax.Device],
+    memory: float | None = None,
+    chip: Chip | None = None,
 ) -> MeshConfig:
     """The configuration's mesh, its fsdp in place of 0; tells in one line which and why.
 
     memory: bytes of a device; by default the chip's, where nothing is known of it the least that a
       process finds. The answer is the same on all processes: each must ask.
+    chip: what the devices stand for; by default what they are.
     """
     mesh = config.mesh
     if mesh.fsdp != 0:
@@ -68,7 +73,7 @@ def chosen(
     if mesh.data != -1:
         return dataclasses.replace(mesh, fsdp=-1)  # there is no choice left
 
-    chip = chip_of(devices[0].device_kind)
+    chip = chip or chip_of(devices[0].device_kind)
     memory = memory or (chip.hbm_bytes if chip else least_memory(devices))
     needs = needs_of(config, task, max(len(devices) // mesh.tensor, 1))
     group = joined(devices) // mesh.tensor
@@ -79,7 +84,7 @@ def chosen(
     log.info(
         "config.mesh.fsdp=0: %d chosen for %d x %s: of %.2f GB (state, gradients, frozen parts) a "
         "device holds %.2f GB, about %.2f GB with activations, of %.1f GB%s",
-        fsdp, len(devices), devices[0].device_kind,
+        fsdp, len(devices), chip.kind if chip else devices[0].device_kind,
         held / GB, held / fsdp / GB, share / GB, memory / GB, over,
     )  # fmt: skip
     return dataclasses.replace(mesh, fsdp=fsdp)

@@ -81,7 +81,7 @@ def make_train_step(
         params = join_frozen(optax.apply_updates(trainable, updates), fixed)
         metrics |= {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
         }
         average = {}

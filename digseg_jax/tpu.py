@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the TPU compiler for every program of ours."""
+"""Settings of the TPU compiler for every program of ours, as far as the installed libtpu takes them."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from digseg_jax.log import log
 
 # With few images a chip, the compiler by itself turns rows of a picture into examples ("space to
 # batch") to fill its matrix unit, and pays with padded, masked float32 copies of whole activations:
 # a residual block at 64x64x320, 4 images a chip, touches 2.9 GB with it and 0.46 GB without (v5e).
-# An unknown option is an error, so it is set only for the versions that it was tried with.
 #
 # A gradient that is wanted in parts would be summed in a loop that passes the parts around while it
 # computes them ("windowed einsum"), on slices of the activations: for Stable Diffusion's U-Net 128 GB
@@ -19,23 +25,21 @@ OPTIONS = {
     "xla_tpu_run_space_to_batch": False,
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
 }
-TRIED = ("0.0.42",)
 
 # The share of the peak at which the compiler stops its search for a convolution's tiling. Fast tilings
 # unroll: a convolution of 64x64x320, with its gradients, is compiled in 25 s of a core at 1.0 (the
 # compiler's default), 9 s at 0.95 and 3 s at 0.1.
 UNTUNED = {"xla_jf_convolution_performance_target": 0.1}
 
+ANY_SLICE = "v5e:2x2"  # where no TPU is: libtpu has one table of options for all kinds
+
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """For `jax.jit`; None on other platforms and with other versions of libtpu."""
+    """For `jax.jit`: those of `OPTIONS` that the compiler takes; None on other platforms."""
     if platform != "tpu":
         return None
-    try:
-        version = importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return dict(OPTIONS) if version.startswith(TRIED) else None
+    refused = refusals()
+    return {name: value for name, value in OPTIONS.items() if name not in refused}
 
 
 def untuned(platform: str) -> dict[str, Any]:
@@ -44,4 +48,45 @@ def untuned(platform: str) -> dict[str, Any]:
     Their code is never run: only a program's memory, traffic and FLOPs are wanted, which do not depend
     on it.
     """
-    return dict(UNTUNED) if compiler_options(platform) else {}
+    if platform != "tpu":
+        return {}
+    return {name: value for name, value in UNTUNED.items() if name not in refusals()}
+
+
+@functools.cache
+def refusals() -> dict[str, str]:
+    """Names of our options that the installed compiler does not take, with what it says; logged once.
+
+    An unknown option is an error of the program that it is given for, and versions of libtpu drop some:
+    each is tried on a program of one addition.
+    """
+    wanted = OPTIONS | UNTUNED
+    if refusal(wanted) is None:
+        return {}
+    said = {name: refusal({name: value}) for name, value in wanted.items()}
+    refused = {name: why for name, why in said.items() if why is not None}
+    for name, why in refused.items():
+        log.warning("the TPU compiler does without %s=%s: %s", name, wanted[name], why)
+    return refused
+
+
+def refusal(options: dict[str, Any], device: jax.Device | None = None) -> str | None:
+    """What a device's compiler says against options, in one line; None if it takes them.
+
+    device: by default a TPU, one that is not there where this process has none.
+    """
+    device = device or _a_tpu()
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    program = jax.jit(lambda x: x + 1).trace(number).lower(lowering_platforms=(device.platform,))
+    try:
+        program.compile(options)
+    except (jax.errors.JaxRuntimeError, ValueError, AttributeError) as error:
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+def _a_tpu() -> jax.Device:
+    here = [device for device in jax.local_devices() if device.platform == "tpu"]
+    if here:
+        return here[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=ANY_SLICE).devices[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import tiny
 
 from digseg_jax import compile as compiling
-from digseg_jax import gpu
+from digseg_jax import gpu, tpu
 from digseg_jax.aot import cuda, page, programs, shapes, topology
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.shapes import Parts
@@ -73,11 +74,23 @@ def test_the_time_that_a_chip_waits_for_others_is_told_beside_the_roofline(compi
     assert "waits for the rest, 5 ms at least" in text
 
 
-def test_the_effort_is_the_compilations_own():
-    before = jax.config.jax_exec_time_optimization_effort
-    with compiling.effort(-0.5):
-        assert jax.config.jax_exec_time_optimization_effort == -0.5
-    assert jax.config.jax_exec_time_optimization_effort == before == 0.0
+def test_effort_is_an_option_that_this_compiler_takes():
+    device = jax.devices("cpu")[0]
+    assert compiling.effort_options(0.0, device) == {}
+    low, high = (compiling.effort_options(value, device) for value in (-0.5, 0.5))
+    assert low != high
+    for options in (low, high):
+        assert tpu.refusal(options, device) is None
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
+def test_without_an_exact_effort_its_level_is_taken(monkeypatch):
+    def refusal(options, device):
+        return "No such compile option" if "exec_time_optimization_effort" in options else None
+
+    monkeypatch.setattr(tpu, "refusal", refusal)
+    assert compiling.effort_options(-1.0, None) == {"optimization_level": "O1"}
+    assert compiling.effort_options(0.1, None) == {"optimization_level": "O3"}
 
 
 def test_nothing_is_needed_but_shapes(folders):
@@ -246,9 +259,13 @@ def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):
         topology.prepare("v5e:4x4")
 
 
-def test_a_batch_that_does_not_divide_is_refused(folders):
+def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
     made = config(folders, train__batch_size=12)
-    with pytest.raises(UserError, match="batch_size=12: must be a multiple of 8"):
+    assert programs.train_images(made, make_mesh(made.mesh)) == 16
+    assert "config.train.batch_size=12 does not divide 8 devices: compiled is 16" in caplog.text
+    made = config(folders, train__accumulation=3, compile__per_device_batch=2)
+    with pytest.raises(UserError, match="makes a batch=16: must be a multiple of 24.*nearest: 24"):
         programs.train_images(made, make_mesh(made.mesh))
 
 

@@ -18,13 +18,13 @@ from digseg_jax.aot.shapes import Parts, ShapeTask, UNetTask
 from digseg_jax.arraytypes import Batch
 from digseg_jax.config import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
-from digseg_jax.errors import UserError
 from digseg_jax.flops import step_flops
+from digseg_jax.log import log
 from digseg_jax.models import functional
 from digseg_jax.prediction import programs as prediction
 from digseg_jax.prediction.segmenter import query_slots, view_size
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import infer_shardings, make_mesh
+from digseg_jax.sharding import check_batch, infer_shardings, make_mesh, nearest_batches
 from digseg_jax.step import abstract_state, make_train_step
 from digseg_jax.tasks.base import example_keys
 
@@ -42,6 +42,7 @@ class Program:
         queries: masks of one call, on all devices.
         calls: how often it is called for each of these images.
         traced: what was lowered, where more than that is asked of it.
+        waiting: bytes on a device of the batch that is copied there while this one is computed.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Program:
     queries: int
     calls: int = 1
     traced: jax.stages.Traced | None = None
+    waiting: float = 0.0
 
 
 def lower(config: Config, parts: Parts, mesh: Mesh, platform: str | None = None) -> list[Program]:
@@ -64,9 +66,11 @@ def lower(config: Config, parts: Parts, mesh: Mesh, platform: str | None = None)
     images = train_images(config, mesh)
     task, batch = train_task(config, parts, images)
     lowered = lower_step(config, task, batch, mesh, platform)
+    name, queries = "train", images * config.data.num_queries
     if config.compile.unet_only:
-        return [Program("unet", lowered, images, images)]
-    return [Program("train", lowered, images, images * config.data.num_queries)]
+        name, queries = "unet", images
+    rows = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in batch.values())
+    return [Program(name, lowered, images, queries, waiting=rows / shards(mesh))]
 
 
 def shards(mesh: Mesh) -> int:
@@ -77,19 +81,25 @@ def shards(mesh: Mesh) -> int:
 def train_images(config: Config, mesh: Mesh) -> int:
     """Images of a step, on all devices.
 
+    A `config.train.batch_size` that they do not divide, which a run refuses, becomes the next that they
+    do: the question is what fits on these devices, and a batch belongs to a recipe.
+
     Raises:
-      UserError: they do not divide.
+      UserError: `config.compile.per_device_batch` does not divide.
     """
-    key, images = "config.train.batch_size", config.train.batch_size
-    if config.compile.per_device_batch:
-        images = config.compile.per_device_batch * shards(mesh)
-        key = f"config.compile.per_device_batch={config.compile.per_device_batch} makes a batch"
     parts = shards(mesh) * config.train.accumulation
-    if images % parts:
-        raise UserError(
-            f"{key}={images}: must be a multiple of {parts}: {shards(mesh)} devices along "
-            f"config.mesh.data and fsdp, times config.train.accumulation={config.train.accumulation}"
-        )
+    if each := config.compile.per_device_batch:
+        key = f"config.compile.per_device_batch={each} makes a batch"
+        check_batch(key, each * shards(mesh), mesh, config.train.accumulation)
+        return each * shards(mesh)
+    images = nearest_batches(config.train.batch_size, parts)[-1]
+    if config.train.batch_size % parts == 0:
+        return config.train.batch_size
+    log.warning(
+        "config.train.batch_size=%d does not divide %d devices%s: compiled is %d, and a run needs that",
+        config.train.batch_size, shards(mesh),
+        f" in {config.train.accumulation} parts" if config.train.accumulation > 1 else "", images,
+    )  # fmt: skip
     return images
 
 

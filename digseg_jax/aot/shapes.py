@@ -126,6 +126,7 @@ class UNetTask:
         segmentation = ShapeTask(config, parts, prompts=1)
         self.frozen: Params = {}
         self.graphdef, self.abstract = segmentation.graphdef, segmentation.abstract
+        self.unet_config, self.vae = segmentation.unet_config, segmentation.vae
 
     def prepare(self) -> None:
         """No part of this program is computed ahead."""

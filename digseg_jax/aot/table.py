@@ -40,7 +40,15 @@ def _memory(result: dict[str, Any]) -> list[str]:
         f"  memory a chip    {size(peak):>9} of {size(limit)}: {verdict}",
         f"    arguments      {size(result['hbm_args_bytes']):>9}",
         f"    temporaries    {size(result['hbm_temp_bytes']):>9}",
+        *_other_memory(result),
     ]
+
+
+def _other_memory(result: dict[str, Any]) -> list[str]:
+    """Results that are not written over arguments, the program's code, and the batch that waits."""
+    names = ("hbm_result_bytes", "hbm_code_bytes", "hbm_waiting_bytes")
+    others = sum(result.get(name, 0.0) for name in names)
+    return [f"    and results, code, next batch {size(others)}"] if others else []
 
 
 def _speed(result: dict[str, Any]) -> list[str]:
