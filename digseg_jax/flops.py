@@ -45,7 +45,8 @@ def _as_written(task: Task) -> Task:
     plain = copy.copy(task)
     if hasattr(task, "graphdef"):
         plain.graphdef = functional.as_written(task.graphdef, task.abstract)
-    if vae := getattr(task, "vae", None):
+    vae = getattr(task, "vae", None)
+    if vae and "vae" in task.frozen:
         graphdef = functional.as_written(vae.graphdef, task.frozen["vae"])
         plain.vae = dataclasses.replace(vae, graphdef=graphdef, limit=0)
     return plain
