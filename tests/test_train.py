@@ -39,6 +39,9 @@ class ToyTask:
 
     frozen = {"shift": np.float32(0.1)}
 
+    def prepare(self):
+        """It has no constants."""
+
     @property
     def abstract(self):
         return jax.eval_shape(self.initial)
