@@ -123,7 +123,7 @@ def test_each_line_of_the_metrics_has_what_readers_rely_on(whole):
         names = {"step", "loss", "images_per_second", "grad_norm", "learning_rate", "spread"}
         assert row.keys() >= names
         assert row["images_per_second"] > 0
-        assert row["flops_per_second"] > 0 and "mfu" not in row  # a CPU has no stated peak
+        assert "mfu" not in row  # a CPU has no stated peak
         shares = [row[f"time_{name}"] for name in ("data", "step", "checkpoint", "eval")]
         assert min(shares) >= 0 and sum(shares) == pytest.approx(1.0)
     assert any(row["time_checkpoint"] > 0 for row in rows[2:])
