@@ -9,10 +9,12 @@ import shutil
 import tempfile
 
 # Compiling is most of what the tests do: no effort at optimizing programs that run a few times, and
-# each program only once, also for the processes that tests start. Set before JAX is imported.
-_CACHE = tempfile.mkdtemp(prefix="digseg_jax_test_cache_")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+# each program only once, also for the processes that tests start. Set before JAX is imported. A folder
+# in JAX_COMPILATION_CACHE_DIR keeps the programs for the next session.
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    _CACHE = tempfile.mkdtemp(prefix="digseg_jax_test_cache_")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 os.environ["XLA_FLAGS"] = " ".join(
     [

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage for all rehearsals: its hub, its cache of weights, its processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from rehearsal import stage as stage_lib
+
+
+@pytest.fixture(scope="session")
+def stage(repositories, tmp_path_factory):
+    with stage_lib.set_up(tmp_path_factory.mktemp("stage"), repositories) as stage:
+        yield stage

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of one configuration, from an empty folder to an export that others read.
+
+`play` goes all of it: on four devices (data 2, fsdp 2) training is killed with -9 and resumed, its
+evaluation read in every way, the suite, the palette, a prediction and an export made; on one device the
+same training must give the same losses, and the same weights the same counts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pod
+from PIL import Image
+from safetensors.numpy import load_file
+
+from digseg_jax.segmentation.palette import MAX_CLASSES
+from rehearsal import trees
+from rehearsal.export_check import check_export
+from rehearsal.stage import Stage
+
+STEPS, EVERY = 12, 5
+FOUR = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.eval.batch_size=4")
+ONE = ("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.eval.batch_size=1")
+DEVICES = {FOUR: 4, ONE: 1}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+IMAGE_SIZE = 150, 100  # of the prediction's image, width and height; larger than a crop
+SIZES = {
+    "train.steps": STEPS,
+    "train.batch_size": 4,
+    "train.log_every": 1,
+    "checkpoint.every": EVERY,
+    "eval.num_images": 2,
+    "eval.estep": "('1x1',)",
+}
+# of Stable Diffusion's configurations, whose crops have 512 pixels and whose ensembles eight members
+CROPS = {"data.image_size": 64, "data.num_queries": 2, "data.workers": 0, "eval.ensemble": 2}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set apart from the product: its classes, and a suite that has it."""
+
+    classes: int
+    suite: str = ""
+    tree: str = ""  # of `trees`; empty: the data set's own
+
+
+DATASETS = {
+    "ade20k": DataSet(150, "semantic"),
+    "ade20k_847": DataSet(847, "open_vocab"),
+    "bdd100k": DataSet(19, "driving"),
+    "camvid": DataSet(11),
+    "cityscapes": DataSet(19, "driving"),
+    "coco_stuff": DataSet(171, "semantic"),
+    "deepglobe": DataSet(2, "deepglobe"),
+    "folder": DataSet(2),
+    "monuseg": DataSet(2, "medical"),
+    "pascal_context_459": DataSet(459, "open_vocab"),
+    "pascal_context_59": DataSet(59, "open_vocab"),
+    "pascal_voc": DataSet(20, "open_vocab"),
+    "phenobench": DataSet(3, "phenobench"),
+    "refuge2": DataSet(3, "medical"),
+    "stamps": DataSet(2, tree="folder"),
+}
+
+
+class Run:
+    """A working directory, and the commands that a user types for it.
+
+    name: of a file in configs/. version: what stands after the colon; empty: nothing.
+    """
+
+    def __init__(self, stage: Stage, folder: Path, name: str, version: str = "", *changes: str):
+        self.stage, self.name, self.folder = stage, name, folder
+        self.dataset = DATASETS.get(name, DataSet(8))
+        self.root = folder / "data" / name
+        if name in DATASETS and not self.root.exists():
+            trees.write_tree(self.dataset.tree or name, self.root)
+        sizes = SIZES | (CROPS if name in DATASETS and version not in ("palette", "binary") else {})
+        if name == "stamps":
+            sizes = SIZES
+        self.config = f"--config=configs/{name}.py" + (f":{version}" if version else "")
+        self.changes = [f"--config.{key}={value}" for key, value in sizes.items()] + list(changes)
+        if name in DATASETS:
+            self.changes.append(f"--config.data.root={self.root}")
+        self.workdir = folder / "run"
+        self.spent: dict[str, float] = {}
+
+    def at(self, workdir: str) -> Run:
+        """The same configuration in another working directory of the same folder."""
+        other = object.__new__(Run)
+        other.__dict__ = self.__dict__ | {"workdir": self.folder / workdir}
+        return other
+
+    def do(self, mesh: tuple[str, ...], *arguments: str, name: str) -> None:
+        """Runs a command to its end, and notes its time under the name."""
+        started = time.monotonic()
+        self.stage.run(DEVICES[mesh], *self.command(mesh, *arguments))
+        self.spent[f"{name}, {DEVICES[mesh]}"] = time.monotonic() - started
+
+    def command(self, mesh: tuple[str, ...], *arguments: str) -> list[str]:
+        return [self.config, f"--workdir={self.workdir}", *self.changes, *mesh, *arguments]
+
+    def results(self, name: str = "results.json") -> dict[str, Any]:
+        return json.loads((self.workdir / "eval" / name).read_text())
+
+    def confusion(self) -> np.ndarray:
+        return np.asarray(self.results()["confusion"])
+
+
+def play(run: Run) -> None:
+    """The whole way of a segmentation task."""
+    kill_and_resume(run)
+    check_results(run, "resumed")
+    train_on_one_device(run)
+    evaluate_in_every_way(run)
+    if run.dataset.suite:
+        evaluate_suite(run)
+    predict(run)
+    export_again(run)
+    check_export(run.workdir / "export")
+
+
+def kill_and_resume(run: Run) -> None:
+    """kill -9 between two saves; the steps that are run again have the same losses to the bit."""
+    started = time.monotonic()
+    worker = run.stage.worker(4)
+    worker.start(*run.command(FOUR))
+
+    def between_saves() -> bool:
+        return EVERY in pod.checkpoints(run.workdir) and pod.last_step(run.workdir) > EVERY
+
+    worker.kill_when(between_saves)
+    before, saved = pod.losses(run.workdir), pod.checkpoints(run.workdir)[-1]
+    run.spent["killed, 4"] = time.monotonic() - started
+    run.do(FOUR, name="train")
+
+    after = pod.losses(run.workdir)
+    assert list(after) == list(range(1, STEPS + 1))
+    assert np.isfinite(list(after.values())).all()
+    assert {step: after[step] for step in before} == before
+    again = [step for step in before if step > saved]
+    assert again or saved > EVERY  # the kill was late by a whole interval
+    assert pod.checkpoints(run.workdir)[-1] == STEPS
+
+
+def check_results(run: Run, what: str, decoder: str = "") -> None:
+    """Every class has its row and column, and every labelled pixel is counted once."""
+    results, confusion = run.results(), run.confusion()
+    classes = run.dataset.classes
+    assert confusion.shape == (classes, classes), what
+    assert len(results["calibration"]["bias"]) == classes
+    assert confusion.sum() > 0 and 0.0 <= results["miou"] <= 1.0
+    assert results["protocol"].endswith("gated queries" if classes > 200 else "exhaustive queries")
+    if decoder:
+        assert results["decoder"] == decoder
+    assert (run.workdir / "report" / "index.html").stat().st_size > 10_000
+
+
+def train_on_one_device(run: Run) -> None:
+    """The same losses as on four devices, and the same counts of the same weights."""
+    alone = run.at("alone")
+    alone.do(ONE, name="train")
+    ours, theirs = pod.losses(run.workdir), pod.losses(alone.workdir)
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-2)
+
+    four = run.confusion()
+    shutil.copytree(run.workdir / "export", alone.workdir / "export", dirs_exist_ok=True)
+    alone.do(ONE, "--mode=eval", name="eval")
+    np.testing.assert_array_equal(four, alone.confusion())
+
+
+def evaluate_in_every_way(run: Run) -> None:
+    """Each decoder evaluates the same pixels."""
+    labelled = run.confusion().sum(axis=1)
+    for decoder in ("vae", "probe"):
+        decoded = (f"--config.eval.decoder={decoder}", "--accept_changes")
+        run.do(FOUR, "--mode=eval", *decoded, name=f"eval {decoder}")
+        check_results(run, decoder, decoder)
+        np.testing.assert_array_equal(run.confusion().sum(axis=1), labelled)
+
+
+def evaluate_suite(run: Run) -> None:
+    """The data set's row has scores; the suite's other sets are named as missing."""
+    suite = run.dataset.suite
+    parent = f"--config.data.root={run.root.parent}"
+    run.do(FOUR, "--mode=eval", f"--eval.suite={suite}", parent, name=f"suite {suite}")
+    for row in run.results(f"suite_{suite}.json")["rows"]:
+        if row["dataset"] == run.name:
+            assert len(row["per_class"]) == run.dataset.classes
+            assert 0.0 <= row["miou"] <= 1.0 and row["num_images"] >= 1
+        else:
+            assert row["missing"]
+    assert run.name in (run.workdir / "eval" / f"suite_{suite}.md").read_text()
+
+
+def paint_palette(run: Run) -> None:
+    """The palette codec, trained and evaluated on four devices, read from the latents and decoded."""
+    if run.dataset.classes > MAX_CLASSES:
+        return
+    painted = run.at("palette")
+    palette = ("--config.segmentation.codec=palette", "--config.data.num_queries=1")
+    painted.do(FOUR, *palette, "--config.eval.decoder=probe", name="palette")
+    check_results(painted, "palette", "probe")
+    assert len(json.loads((painted.workdir / "export/palette.json").read_text())["colors"]) == (
+        run.dataset.classes
+    )
+    decoded = ("--config.eval.decoder=vae", "--accept_changes")
+    painted.do(FOUR, "--mode=eval", *palette, *decoded, name="palette, eval vae")
+    check_results(painted, "palette", "vae")
+
+
+def predict(run: Run) -> None:
+    """Two queries on an image larger than a crop: masks of the image's own size."""
+    width, height = IMAGE_SIZE
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image, out = run.folder / "photo.png", run.folder / "predicted.png"
+    Image.fromarray(pixels).save(image)
+    queries = ["sky", "a tree"]
+    if run.results()["codec"] == "palette":  # which answers its own classes only
+        queries = list(run.results()["per_class"])
+    asked = [f"--query={query}" for query in queries]
+    run.do(FOUR, "--mode=predict", f"--image={image}", f"--out={out}", *asked, name="predict")
+
+    with np.load(out.with_suffix(".npz")) as stored:
+        soft = stored["probability"]
+    assert soft.shape == (len(queries), height, width) and np.isfinite(soft).all()
+    assert not np.array_equal(soft[0], soft[1])
+    told = json.loads(out.with_suffix(".json").read_text())
+    assert [row["query"] for row in told["queries"]] == queries
+    for row in told["queries"]:
+        with Image.open(out.with_name(row["mask"])) as mask:
+            assert mask.size == IMAGE_SIZE
+
+
+def export_again(run: Run) -> None:
+    """--mode=export writes what training wrote."""
+    before = load_file(run.workdir / "export" / WEIGHTS)
+    (run.workdir / "export" / WEIGHTS).unlink()
+    run.do(FOUR, "--mode=export", "--accept_changes", name="export")
+    after = load_file(run.workdir / "export" / WEIGHTS)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(tensor, after[key], err_msg=key)

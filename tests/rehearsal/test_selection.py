@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the rehearsals that always runs: every configuration's scale, and two programs on a mesh.
+
+Lowering for accelerators, default meshes, frozen parts, counts and versions have tests of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_recipes import CONFIGS, get_config
+
+from digseg_jax.config import Config, MeshConfig, parse
+from digseg_jax.data import registry
+from digseg_jax.jobs import TASKS
+from digseg_jax.prediction.segmenter import Segmenter, trained_short_side, view_size
+from digseg_jax.recipes import VERSIONS
+from digseg_jax.tasks.components import for_devices
+from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.train import Trainer
+
+FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+SIZE = 64
+
+
+def configurations() -> list[tuple[str, str]]:
+    """Each file with each version after its colon."""
+    public = [name for name in FILES if name in registry.names() and name != "landcover"]
+    rest = [(name, "") for name in FILES if name not in public]
+    small = [("camvid", "palette"), ("camvid", "binary")]
+    return [(name, version) for name in public for version in VERSIONS] + rest + small
+
+
+def config_of(name: str, version: str) -> Config:
+    return parse(get_config(name, *[version] * bool(version)))
+
+
+@pytest.mark.parametrize(("name", "version"), configurations())
+def test_evaluation_sees_images_at_a_scale_that_training_shows(name, version):
+    config = config_of(name, version)
+    data = config.data
+    if data.name == "landcover":  # windows of its scenes, never scaled
+        assert view_size(config.eval, data)[0] % data.image_size == 0
+        return
+    mode = config.eval.inference
+    if mode == "auto":
+        mode = "window" if data.name == "folder" else registry.spec(data.name).inference
+    side = config.eval.short_side or trained_short_side(data)
+    side = side if mode == "window" else min(view_size(config.eval, data))
+    assert data.scale_min <= side / data.image_size <= data.scale_max
+
+
+@pytest.fixture
+def miniature(sd15_folders) -> Config:
+    """configs/phenobench.py for two devices along data and two along fsdp, from the miniature's folders."""
+    config = get_config("phenobench")
+    config.data.image_size = SIZE
+    config.data.num_queries = 1
+    config.train.batch_size = 4
+    config.mesh.data, config.mesh.fsdp = 2, 2
+    for part, folder in sd15_folders.items():
+        config.model[part] = folder
+    return parse(config)
+
+
+def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
+    """With an autoencoder that has attention, which is a program of its own on several devices."""
+    codec = dataclasses.replace(miniature.segmentation, codec="palette")
+    config = for_devices(dataclasses.replace(miniature, segmentation=codec), jax.devices()[:4])
+    task = SegmentationTask(config)
+    assert task.vae.config.mid_block_add_attention
+    trainer = Trainer(config, task, tiny.mesh(data=2, fsdp=2), str(tmp_path))
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, SIZE, SIZE, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((4, SIZE, SIZE), np.int32),
+        "query": jax.ShapeDtypeStruct((4, 1), np.int32),
+        "query_class": jax.ShapeDtypeStruct((4, 1), np.int32),
+        "index": jax.ShapeDtypeStruct((4,), np.uint32),
+    }
+    lowered = trainer.step_fn.lower(trainer.abstract_state, trainer.frozen, batch)
+    assert "shard_map" in lowered.as_text() or "manual" in lowered.as_text()
+
+
+def test_masks_are_read_by_the_probe_on_a_mesh(miniature):
+    config = for_devices(miniature, jax.devices()[:4])
+    settings = dataclasses.replace(config.eval, decoder="probe")
+    task = SegmentationTask(config, prompts=("crop",))
+    segmenter = Segmenter(task, task.initial(), settings, mesh=tiny.mesh(data=2, fsdp=2))
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, 2 * SIZE, 3), np.uint8)
+    (masks,) = segmenter.predict_masks([image], ["crop"], ensemble=1, steps=1)
+    assert masks.shape == (1, SIZE, 2 * SIZE) and masks.std() > 0.0
