@@ -44,7 +44,7 @@ _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj
 def write_all(folder: Path) -> Path:
     """Writes every repository that the configs can name, 130 MB in some seconds; returns folder."""
     for name, layout in _PIPELINES.items():
-        _write_pipeline(_revision(folder, name), layout, name)
+        write_pipeline(folder, layout, name)
     _write_branches(folder)
     _write_clip(_revision(folder, "clip-l14"), layouts.clip(layouts.TEXT_WIDTH, 14))
     _write_clip(_revision(folder, "clip-b16"), layouts.clip(layouts.B16_TEXT_WIDTH, 16))
@@ -109,8 +109,9 @@ def _revision(folder: Path, name: str, revision: str = "main") -> Path:
     return folder / known.hub_id(name) / revision
 
 
-def _write_pipeline(root: Path, layout: Mapping[str, Any], name: str) -> None:
-    """A diffusers pipeline: both precisions, and the pickles that most repositories have as well."""
+def write_pipeline(folder: Path, layout: Mapping[str, Any], name: str) -> None:
+    """Writes a diffusers pipeline: both precisions, and the pickles that most repositories have too."""
+    root = _revision(folder, name)
     _json(root / "model_index.json", layout["model_index.json"])
     _json(root / "scheduler" / "scheduler_config.json", layout["scheduler"])
     first = name == "sd-1.5"

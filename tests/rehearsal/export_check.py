@@ -33,7 +33,7 @@ def check_export(folder: Path, cells: int = 8) -> bool:
 
 
 def torch_unet(folder: Path):
-    """diffusers' U-Net with the folder's weights; its text goes through the adapters, if it has some."""
+    """diffusers' U-Net with the folder's weights; text goes through its adapters, if it has some."""
     import diffusers
 
     model, found = diffusers.UNet2DConditionModel.from_pretrained(folder, output_loading_info=True)
@@ -58,9 +58,7 @@ def _insert_adapters(model, tensors: dict[str, np.ndarray]) -> None:
 
 def _with_text(adapt):
     def hook(module, arguments, keywords):
-        return arguments, keywords | {
-            "encoder_hidden_states": adapt(keywords["encoder_hidden_states"])
-        }
+        return arguments, keywords | {"encoder_hidden_states": adapt(keywords["encoder_hidden_states"])}
 
     return hook
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hub
+
 from digseg_jax.weights.hub import converted_folder
 
 ROOT = Path(__file__).parents[2]

@@ -33,7 +33,8 @@ def played(run: story.Run) -> None:
 def test_a_public_data_set(stage, tmp_path, version, name):
     run = story.Run(stage, tmp_path, name, version)
     story.play(run)
-    story.paint_palette(run)
+    if version == "sd15":  # the other versions paint with the same autoencoders
+        story.paint_palette(run)
     played(run)
 
 

@@ -35,7 +35,9 @@ def _enlarge(root: Path) -> None:
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         if path.suffix in _IMAGES:
             with Image.open(path) as small:
-                small.resize([FACTOR * side for side in small.size], Image.Resampling.NEAREST).save(path)
+                small.resize([FACTOR * side for side in small.size], Image.Resampling.NEAREST).save(
+                    path
+                )
         elif path.suffix == ".mat":
             label = scipy.io.loadmat(path)["LabelMap"]
             official_trees.mat(path, np.kron(label, np.ones((FACTOR, FACTOR), label.dtype)))

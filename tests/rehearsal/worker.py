@@ -12,7 +12,9 @@ import os
 import sys
 import traceback
 
-SPLIT_FROM = 2**10  # elements of an array that fsdp splits; the product's 2**16 none of these models has
+SPLIT_FROM = (
+    2**10
+)  # elements of an array that fsdp splits; the product's 2**16 none of these models has
 
 
 def main() -> None:
