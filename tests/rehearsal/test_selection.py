@@ -16,11 +16,13 @@ from test_recipes import CONFIGS, get_config
 
 from digseg_jax.config import Config, parse
 from digseg_jax.data import registry
+from digseg_jax.data.evaluation import eval_examples
 from digseg_jax.prediction.segmenter import Segmenter, trained_short_side, view_size
 from digseg_jax.recipes import VERSIONS
 from digseg_jax.tasks.components import for_devices
 from digseg_jax.tasks.segmentation import SegmentationTask
 from digseg_jax.train import Trainer
+from rehearsal import story, trees
 
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 SIZE = 64
@@ -51,6 +53,19 @@ def test_evaluation_sees_images_at_a_scale_that_training_shows(name, version):
     side = config.eval.short_side or trained_short_side(data)
     side = side if mode == "window" else min(view_size(config.eval, data))
     assert data.scale_min <= side / data.image_size <= data.scale_max
+
+
+@pytest.mark.parametrize("name", story.DATASETS)
+def test_a_rehearsals_data_are_read_as_the_data_set_is(name, tmp_path):
+    facts, config = story.DATASETS[name], config_of(name, "")
+    trees.write_tree(facts.tree or name, tmp_path)
+    data = dataclasses.replace(config.data, root=str(tmp_path))
+    examples = eval_examples(data, config.eval.split)
+    assert len(examples.classes) == len(examples.prompts) == facts.classes
+    for i in range(min(len(examples), 2)):
+        image, label = examples[i]["image"], examples[i]["label"]
+        assert min(image.shape[:2]) > SIZE and label.shape == image.shape[:2]
+        assert label.max() >= 0
 
 
 @pytest.fixture

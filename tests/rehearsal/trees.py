@@ -15,6 +15,8 @@ import official_trees
 import scipy.io
 from PIL import Image
 
+from digseg_jax.data.spec import shipped_list
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FACTOR = 20  # the made-up trees have 6 x 4 pixels: 120 x 80
 _IMAGES = (".png", ".jpg", ".bmp", ".tif")
@@ -25,9 +27,28 @@ def write_tree(name: str, root: Path) -> Path:
     """Writes a data set's training and evaluation splits, some images each; returns root."""
     real = {"camvid": _camvid, "monuseg": _monuseg, "pascal_voc": _pascal_voc}.get(name)
     if real is None or not real(root):
-        official_trees.TREES[name](root)
+        stems = {"stems": ("1", shipped_list("deepglobe_test")[0])} if name == "deepglobe" else {}
+        official_trees.TREES[name](root, **stems)
         _enlarge(root)
+    if name in ("deepglobe", "monuseg"):
+        _complete(name, root)
     return root
+
+
+def _complete(name: str, root: Path) -> None:
+    """Gives every example of the splits that are lists a file: a link to one that is there."""
+    for split in ("train", "test"):
+        if name == "deepglobe" and split == "train":
+            continue  # it is what the list leaves
+        stems = shipped_list(f"{name}_{split}")
+        files = [p for p in sorted(root.rglob("*")) if p.is_file() and "__MACOSX" not in p.parts]
+        there = {p.name for p in files}
+        stem = next(s for s in stems if any(n.startswith(s) for n in there))
+        for file in [p for p in files if p.name.startswith(stem)]:
+            for other in stems:
+                link = file.with_name(other + file.name.removeprefix(stem))
+                if link.name not in there:
+                    link.symlink_to(file)
 
 
 def _enlarge(root: Path) -> None:
@@ -35,9 +56,8 @@ def _enlarge(root: Path) -> None:
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         if path.suffix in _IMAGES:
             with Image.open(path) as small:
-                small.resize([FACTOR * side for side in small.size], Image.Resampling.NEAREST).save(
-                    path
-                )
+                size = [FACTOR * side for side in small.size]
+                small.resize(size, Image.Resampling.NEAREST).save(path)
         elif path.suffix == ".mat":
             label = scipy.io.loadmat(path)["LabelMap"]
             official_trees.mat(path, np.kron(label, np.ones((FACTOR, FACTOR), label.dtype)))
@@ -59,17 +79,17 @@ def _camvid(root: Path) -> bool:
 
 
 def _monuseg(root: Path) -> bool:
-    """Two training images; one of them stands for a test image, which the challenge keeps apart."""
+    """The real training images; one stands for a test image, which the challenge keeps apart."""
     source = SHARED / "nuclei_monuseg" / "MoNuSegTrainingData"
     if not source.is_dir():
         return False
-    first, second = sorted((source / "Tissue Images").glob("*.tif"))[:2]
-    train, test = root / "MoNuSegTrainingData", root / "MoNuSegTestData"
-    for image in (first, second):
-        _copy(image, train / "Tissue Images" / image.name)
-        _copy(source / "Annotations" / f"{image.stem}.xml", train / "Annotations" / f"{image.stem}.xml")
-    _copy(second, test / "TCGA-2Z-A9J9-01A-01-TS1.tif")
-    _copy(source / "Annotations" / f"{second.stem}.xml", test / "TCGA-2Z-A9J9-01A-01-TS1.xml")
+    first, stem = sorted((source / "Tissue Images").glob("*.tif"))[0], shipped_list("monuseg_test")[0]
+    for file in (p for p in source.rglob("*") if p.suffix in (".tif", ".xml")):
+        link = root / source.name / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    _copy(first, root / "MoNuSegTestData" / f"{stem}.tif")
+    _copy(source / "Annotations" / f"{first.stem}.xml", root / "MoNuSegTestData" / f"{stem}.xml")
     return True
 
 

@@ -12,9 +12,8 @@ import os
 import sys
 import traceback
 
-SPLIT_FROM = (
-    2**10
-)  # elements of an array that fsdp splits; the product's 2**16 none of these models has
+# elements from which fsdp splits an array; no miniature has one of the product's 2**16
+SPLIT_FROM = 2**10
 
 
 def main() -> None:
