@@ -38,6 +38,13 @@ def test_a_public_data_set(stage, tmp_path, version, name):
     played(run)
 
 
+def test_the_papers_tables(stage, tmp_path):
+    run = story.Run(stage, tmp_path, "coco_stuff", "sd15")
+    run.do(story.FOUR, name="train")
+    story.evaluate_tables(run)
+    played(run)
+
+
 @pytest.mark.parametrize(
     ("name", "version"),
     [("camvid", "palette"), ("camvid", "binary"), ("stamps", "")]
