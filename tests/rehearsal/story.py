@@ -118,7 +118,7 @@ class Run:
 def play(run: Run) -> None:
     """The whole way of a segmentation task."""
     kill_and_resume(run)
-    check_results(run, "resumed")
+    check_results(run)
     train_on_one_device(run)
     evaluate_in_every_way(run)
     if run.dataset.suite:
@@ -152,11 +152,11 @@ def kill_and_resume(run: Run) -> None:
     assert pod.checkpoints(run.workdir)[-1] == STEPS
 
 
-def check_results(run: Run, what: str, decoder: str = "") -> None:
+def check_results(run: Run, decoder: str = "") -> None:
     """Every class has its row and column (the last one: no answer), and its bias."""
     results, confusion = run.results(), run.confusion()
     classes = run.dataset.classes
-    assert confusion.shape == (classes, classes + 1), what
+    assert confusion.shape == (classes, classes + 1)
     assert len(results["calibration"]["bias"]) == classes
     assert confusion.sum() > 0 and 0.0 <= results["miou"] <= 1.0
     assert results["protocol"].endswith("gated queries" if classes > 200 else "exhaustive queries")
@@ -184,7 +184,7 @@ def evaluate_in_every_way(run: Run) -> None:
     for decoder in ("vae", "probe"):
         decoded = (f"--config.eval.decoder={decoder}", "--accept_changes")
         run.do(FOUR, "--mode=eval", *decoded, name=f"eval {decoder}")
-        check_results(run, decoder, decoder)
+        check_results(run, decoder)
         np.testing.assert_array_equal(run.confusion().sum(axis=1), labelled)
 
 
@@ -224,13 +224,13 @@ def paint_palette(run: Run) -> None:
     painted = run.at("palette")
     palette = ("--config.segmentation.codec=palette", "--config.data.num_queries=1")
     painted.do(FOUR, *palette, "--config.eval.decoder=probe", name="palette")
-    check_results(painted, "palette", "probe")
+    check_results(painted, "probe")
     assert len(json.loads((painted.workdir / "export/palette.json").read_text())["colors"]) == (
         run.dataset.classes
     )
     decoded = ("--config.eval.decoder=vae", "--accept_changes")
     painted.do(FOUR, "--mode=eval", *palette, *decoded, name="palette, eval vae")
-    check_results(painted, "palette", "vae")
+    check_results(painted, "vae")
 
 
 def predict(run: Run) -> None:

@@ -39,7 +39,7 @@ def test_killed_resumed_and_evaluated(stage, tmp_path):
     after = pod.losses(run.workdir)
     assert list(after) == list(range(1, story.STEPS + 1))
     assert {step: after[step] for step in before} == before
-    story.check_results(run, "two processes")
+    story.check_results(run)
 
     # One process with as many devices counts the same pixels.
     counted = run.confusion()
