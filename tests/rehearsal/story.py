@@ -166,7 +166,11 @@ def check_results(run: Run, decoder: str = "") -> None:
 
 
 def train_on_one_device(run: Run) -> None:
-    """The same losses as on four devices, and the same counts of the same weights."""
+    """The same losses as on four devices, and the same counts of the same weights.
+
+    In bfloat16 the partitioned program rounds otherwise, and untrained masks lie near the threshold: a
+    hundredth of the pixels may be counted elsewhere.
+    """
     alone = run.at("alone")
     alone.do(ONE, name="train")
     ours, theirs = pod.losses(run.workdir), pod.losses(alone.workdir)
@@ -175,7 +179,10 @@ def train_on_one_device(run: Run) -> None:
     four = run.confusion()
     shutil.copytree(run.workdir / "export", alone.workdir / "export", dirs_exist_ok=True)
     alone.do(ONE, "--mode=eval", name="eval")
-    np.testing.assert_array_equal(four, alone.confusion())
+    np.testing.assert_array_equal(alone.confusion().sum(axis=1), four.sum(axis=1))
+    moved = np.abs(alone.confusion() - four).sum() / 2
+    half = json.loads((run.workdir / "config.json").read_text())["model"]["dtype"] == "bfloat16"
+    assert moved <= (0.01 * four.sum() if half else 0)
 
 
 def evaluate_in_every_way(run: Run) -> None:
