@@ -66,14 +66,17 @@ def measure(command: list[str], env: dict[str, str], log: Path, stop: Any = None
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
     killed = False
-    while process.poll() is None:
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            peak = max(peak, int(next(x for x in lines if x.startswith("VmHWM")).split()[1]))
-        if stop is not None and stop():
-            process.kill()
-            killed = True
-        time.sleep(0.1)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                peak = max(peak, int(next(x for x in lines if x.startswith("VmHWM")).split()[1]))
+            if stop is not None and stop():
+                process.kill()
+                killed = True
+            time.sleep(0.1)
+    finally:
+        process.kill()
     if process.returncode and not killed:
         raise subprocess.CalledProcessError(process.returncode, command, log.read_text()[-3000:])
     return {"seconds": time.monotonic() - started, "peak_gb": peak * 1024 / 1e9}
