@@ -77,6 +77,8 @@ def measure(command: list[str], env: dict[str, str], log: Path, stop: Any = None
             time.sleep(0.1)
     finally:
         process.kill()
+    if stop is not None and not killed:
+        raise SystemExit(f"{log}: it ended before it could be killed; is there a run already?")
     if process.returncode and not killed:
         raise subprocess.CalledProcessError(process.returncode, command, log.read_text()[-3000:])
     return {"seconds": time.monotonic() - started, "peak_gb": peak * 1024 / 1e9}
