@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pod
 import pytest
+from safetensors.numpy import load_file
 
 from rehearsal import story
 from rehearsal.export_check import check_export
@@ -59,8 +60,11 @@ def test_killed_resumed_and_evaluated(stage, tmp_path):
 
     # By processes that store and split arrays from the same size on as those that trained.
     weights = run.workdir / "export" / story.WEIGHTS
-    trained = weights.read_bytes()
+    trained = load_file(weights)
     weights.unlink()
     on_two(run, "export", "--mode=export").check()
-    assert weights.read_bytes() == trained
+    exported = load_file(weights)
+    assert exported.keys() == trained.keys()
+    for key, tensor in trained.items():
+        np.testing.assert_array_equal(exported[key], tensor, err_msg=key)
     check_export(run.workdir / "export")
