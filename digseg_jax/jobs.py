@@ -291,7 +291,7 @@ def _validation(config: Config, task: Task, mesh: Mesh):
         nonlocal segmenter
         params = averaged(state)
         if segmenter is None:
-            segmenter = Segmenter(task, params, mesh=mesh)
+            segmenter = Segmenter(task, params, config.eval, mesh=mesh)
         segmenter.programs.params = params
         evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
         return {"val_miou": evaluator.scores(EStep(1, 1)).miou}

@@ -230,9 +230,11 @@ class Evaluator:
             # JSON has no integers as keys.
             own = {str(i): c.row for i, c in counted.items()}
             rows = {int(i): row for part in gather_all(own) for i, row in part.items()}
+
+            # Masks that are shown are kept first: what the journal has is not computed again.
+            yield [(i, rows[i], counted.get(i)) for i in group]
             for i in group:
                 journal.add(f"{name} {i}", rows[i] | {"seconds": seconds})
-            yield [(i, rows[i], counted.get(i)) for i in group]
 
     def _groups(
         self, examples: EvalExamples, pending: Sequence[int], label: str

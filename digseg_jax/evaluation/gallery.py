@@ -72,6 +72,7 @@ class Shown:
         if self.folder is None or not is_main():
             return
         chosen, notes = self.final()
+        chosen = [i for i in chosen if (self.folder / f"{i}.npz").exists()]
         items = (_item(i, examples, scores, self.folder, notes.get(i, "")) for i in chosen)
         write_gallery(gallery, items, examples.classes)
 

@@ -48,7 +48,7 @@ def evaluate(
     Returns the results. A killed evaluation goes on where it was when the same one is started again,
     and ends with the same results.json; times, which never are the same, are in speed.json.
     """
-    segmenter = Segmenter(task, params, mesh=mesh)
+    segmenter = Segmenter(task, params, config.eval, mesh=mesh)
     examples = eval_examples(config.data, config.eval.split, config.eval.num_images)
     evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
     training = searched_on(config.data, examples)
