@@ -16,7 +16,7 @@ import numpy as np
 from digseg_jax.arraytypes import Int
 from digseg_jax.data.evaluation import EvalExamples
 from digseg_jax.journal import pack
-from digseg_jax.prediction.segmenter import Answer
+from digseg_jax.prediction.answer import Answer
 from digseg_jax.segmentation import metrics, metrics_binary, metrics_boundary
 
 DEFAULT_THRESHOLD = 0.5  # of a probability, where a mask is judged on its own

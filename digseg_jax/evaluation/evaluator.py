@@ -24,7 +24,8 @@ from digseg_jax.evaluation.gallery import Shown
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.hosts import gather_all
 from digseg_jax.journal import Journal, unpack
-from digseg_jax.prediction.segmenter import Answer, Request, Segmenter, query_slots
+from digseg_jax.prediction.answer import Answer
+from digseg_jax.prediction.segmenter import Request, Segmenter, query_slots
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation import metrics, open_vocab
 from digseg_jax.segmentation.calibration import Calibration

@@ -23,9 +23,9 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Array, Float, Params, UInt8
 from digseg_jax.config import DataConfig, EvalConfig
 from digseg_jax.errors import UserError
+from digseg_jax.prediction.answer import Answer, ViewMasks
 from digseg_jax.prediction.programs import Programs
 from digseg_jax.segmentation.inference import EStep
-from digseg_jax.segmentation.resolution import resize_probability
 from digseg_jax.segmentation.views import Views, make_views
 from digseg_jax.sharding import make_mesh
 from digseg_jax.tasks.components import encode_bank
@@ -49,86 +49,6 @@ class Request:
     index: int
     queries: tuple[str, ...]
     bias: tuple[float, ...] | None = None
-
-
-@dataclasses.dataclass
-class _ViewMasks:
-    """The answer of one view.
-
-    slot: int [q], the place of each query in the decoded arrays; -1: read from `cells`. probability,
-    alone: float32 [d, h, w]; evidence: float32 [d, e, h, w], where it was asked for. cells: evidence of
-    the latent cells, float32 [q, e, h2, w2], as the probe reads them.
-    """
-
-    slot: np.ndarray
-    probability: np.ndarray | None = None
-    alone: np.ndarray | None = None
-    evidence: np.ndarray | None = None
-    cells: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The soft masks of one image, made at its resolution when they are asked for."""
-
-    views: Views
-    masks: tuple[_ViewMasks, ...]
-    size: tuple[int, int]
-    scale: float
-    bias: Float[np.ndarray, " q"]
-
-    @property
-    def num_queries(self) -> int:
-        return len(self.bias)
-
-    @property
-    def biased(self) -> bool:
-        """Whether `alone` differs from `probability`."""
-        return bool(self.bias.any())
-
-    def probability(self, query: int) -> Float[np.ndarray, "h w"]:
-        """How probable each pixel is for a query, its bias included; float32 in [0, 1]."""
-        return self.views.assemble([self._plane(m, query, biased=True) for m in self.masks])
-
-    def alone(self, query: int) -> Float[np.ndarray, "h w"]:
-        """The same without the bias, which matters between queries only."""
-        return self.views.assemble([self._plane(m, query, biased=False) for m in self.masks])
-
-    def evidence(self, query: int) -> Float[np.ndarray, "e h w"]:
-        """What each member saw, in [-1, 1]; only where `segment` was asked to keep it."""
-        members = [self._evidence(m, query) for m in self.masks]
-        return np.stack([self.views.assemble(list(planes)) for planes in zip(*members, strict=True)])
-
-    def cell_probabilities(self) -> Float[np.ndarray, "q h2 w2"]:
-        """Probabilities of the latent cells of an image that is one view, as the probe reads them."""
-        (masks,) = self.masks
-        return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
-
-    def stack(self) -> Float[np.ndarray, "q h w"]:
-        """All probabilities at once: much memory where image and vocabulary are large."""
-        return np.stack([self.probability(q) for q in range(self.num_queries)])
-
-    def label_map(self) -> np.ndarray:
-        """The most probable query of every pixel, int32 [h, w]."""
-        best = self.probability(0)
-        label = np.zeros(best.shape, np.int32)
-        for query in range(1, self.num_queries):
-            plane = self.probability(query)
-            label[plane > best] = query
-            np.maximum(best, plane, out=best)
-        return label
-
-    def _plane(self, masks: _ViewMasks, query: int, *, biased: bool) -> np.ndarray:
-        if masks.slot[query] >= 0:
-            decoded = masks.probability if biased or masks.alone is None else masks.alone
-            return decoded[masks.slot[query]]
-        logits = self.scale * self._evidence(masks, query) + (self.bias[query] if biased else 0.0)
-        return (1.0 / (1.0 + np.exp(-logits))).mean(axis=0)
-
-    def _evidence(self, masks: _ViewMasks, query: int) -> np.ndarray:
-        if masks.slot[query] >= 0:
-            return masks.evidence[masks.slot[query]]
-        return resize_probability(masks.cells[query], *self.size)
 
 
 class Segmenter:
@@ -242,7 +162,7 @@ class Segmenter:
         rows = self._rows_of_call(most_views)
         calls = -(-most_views // rows)
 
-        found: dict[tuple[int, int], _ViewMasks] = {}
+        found: dict[tuple[int, int], ViewMasks] = {}
         for call in range(calls):
             chosen = places[call * rows : (call + 1) * rows]
             masks = self._ask(requests, views, chosen, rows, job)
@@ -281,7 +201,7 @@ class Segmenter:
         places: Sequence[tuple[int, int]],
         rows: int,
         job: _Job,
-    ) -> list[_ViewMasks]:
+    ) -> list[ViewMasks]:
         """All queries of one call's views."""
         # Padding repeats the last view; a process without any hands over empty ones.
         blank = np.zeros((*self.size, 3), np.uint8)
@@ -315,7 +235,7 @@ class Segmenter:
 
     def _ask_palette(
         self, asked: Sequence[Request], crops: np.ndarray, index: np.ndarray, job: _Job
-    ) -> list[_ViewMasks]:
+    ) -> list[ViewMasks]:
         """One text paints every class."""
         tokens, mask = self._encoded([PALETTE_PROMPT])
         rows = len(crops)
@@ -344,29 +264,29 @@ class Segmenter:
 
     def _all_decoded(
         self, asked: Sequence[Request], parts: Sequence[dict[str, np.ndarray]]
-    ) -> list[_ViewMasks]:
+    ) -> list[ViewMasks]:
         """Masks of views whose queries were all decoded, group by group."""
         masks = []
         for row, request in enumerate(asked):
             count = len(request.queries)
             arrays = {n: np.concatenate([p[n][row] for p in parts])[:count] for n in parts[0]}
-            masks.append(_ViewMasks(np.arange(count), **arrays))
+            masks.append(ViewMasks(np.arange(count), **arrays))
         return masks
 
-    def _probed(self, asked: Sequence[Request], latents: np.ndarray) -> list[_ViewMasks]:
+    def _probed(self, asked: Sequence[Request], latents: np.ndarray) -> list[ViewMasks]:
         """Masks of views as the probe reads them."""
         probe = self.task.probe
         masks = []
         for row, request in enumerate(asked):
             count = len(request.queries)
             cells = latents[row, :count] @ probe.weight + probe.offset
-            masks.append(_ViewMasks(np.full(count, -1), cells=np.clip(cells, -1.0, 1.0)))
+            masks.append(ViewMasks(np.full(count, -1), cells=np.clip(cells, -1.0, 1.0)))
         return masks
 
     def _decode_first(
         self,
         asked: Sequence[Request],
-        masks: Sequence[_ViewMasks],
+        masks: Sequence[ViewMasks],
         latents: Float[np.ndarray, "n q 1 h w c"],
         limit: int,
         job: _Job,

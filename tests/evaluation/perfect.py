@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.prediction.segmenter import Answer, Request
+from digseg_jax.prediction.answer import Answer
+from digseg_jax.prediction.segmenter import Request
 from digseg_jax.segmentation.views import Views
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The soft masks of one image, kept view by view and made at its resolution when they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from digseg_jax.arraytypes import Float
+from digseg_jax.segmentation.resolution import resize_probability
+from digseg_jax.segmentation.views import Views
+
+
+@dataclasses.dataclass
+class ViewMasks:
+    """The answer of one view.
+
+    slot: int [q], the place of each query in the decoded arrays; -1: read from `cells`. probability,
+    alone: float32 [d, h, w]; evidence: float32 [d, e, h, w], where it was asked for. cells: evidence of
+    the latent cells, float32 [q, e, h2, w2], as the probe reads them.
+    """
+
+    slot: np.ndarray
+    probability: np.ndarray | None = None
+    alone: np.ndarray | None = None
+    evidence: np.ndarray | None = None
+    cells: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The soft masks of one image.
+
+    views: how its views become the image. masks: what each of them answers. size: of a view, height and
+    width. scale, bias: turn the evidence that the probe reads into logits, query by query.
+    """
+
+    views: Views
+    masks: tuple[ViewMasks, ...]
+    size: tuple[int, int]
+    scale: float
+    bias: Float[np.ndarray, " q"]
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.bias)
+
+    @property
+    def biased(self) -> bool:
+        """Whether `alone` differs from `probability`."""
+        return bool(self.bias.any())
+
+    def probability(self, query: int) -> Float[np.ndarray, "h w"]:
+        """How probable each pixel is for a query, its bias included; float32 in [0, 1]."""
+        return self.views.assemble([self._plane(m, query, biased=True) for m in self.masks])
+
+    def alone(self, query: int) -> Float[np.ndarray, "h w"]:
+        """The same without the bias, which matters between queries only."""
+        return self.views.assemble([self._plane(m, query, biased=False) for m in self.masks])
+
+    def evidence(self, query: int) -> Float[np.ndarray, "e h w"]:
+        """What each member saw, in [-1, 1]; only where `segment` was asked to keep it."""
+        members = [self._evidence(m, query) for m in self.masks]
+        return np.stack([self.views.assemble(list(planes)) for planes in zip(*members, strict=True)])
+
+    def cell_probabilities(self) -> Float[np.ndarray, "q h2 w2"]:
+        """Probabilities of the latent cells of an image that is one view, as the probe reads them."""
+        (masks,) = self.masks
+        return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
+
+    def stack(self) -> Float[np.ndarray, "q h w"]:
+        """All probabilities at once: much memory where image and vocabulary are large."""
+        return np.stack([self.probability(q) for q in range(self.num_queries)])
+
+    def label_map(self) -> np.ndarray:
+        """The most probable query of every pixel, int32 [h, w]."""
+        best = self.probability(0)
+        label = np.zeros(best.shape, np.int32)
+        for query in range(1, self.num_queries):
+            plane = self.probability(query)
+            label[plane > best] = query
+            np.maximum(best, plane, out=best)
+        return label
+
+    def _plane(self, masks: ViewMasks, query: int, *, biased: bool) -> np.ndarray:
+        if masks.slot[query] >= 0:
+            decoded = masks.probability if biased or masks.alone is None else masks.alone
+            return decoded[masks.slot[query]]
+        logits = self.scale * self._evidence(masks, query) + (self.bias[query] if biased else 0.0)
+        return (1.0 / (1.0 + np.exp(-logits))).mean(axis=0)
+
+    def _evidence(self, masks: ViewMasks, query: int) -> np.ndarray:
+        if masks.slot[query] >= 0:
+            return masks.evidence[masks.slot[query]]
+        return resize_probability(masks.cells[query], *self.size)
