@@ -4,8 +4,8 @@ trained as configs/coco_stuff.py. Paper: mIoU 19.9 (ViT-L/14).
 
     python -m digseg_jax.main --config=configs/ade20k_847.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under another
-name, as in configs/ade20k_847.py:sd21.
+The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
+another name, as in configs/ade20k_847.py:sd21.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """

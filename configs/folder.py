@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Your own data, without code: images/SPLIT, masks/SPLIT and classes.txt in one folder; the form of
-classes.txt is told in digseg_jax/data/readers/folder.py.
+classes.txt is told in digseg_jax/data/datasets/readers/folder.py.
 
     python -m digseg_jax.main --config=configs/folder.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under another
-name, as in configs/folder.py:sd21.
+The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
+another name, as in configs/folder.py:sd21.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """

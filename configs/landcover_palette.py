@@ -8,10 +8,11 @@ colour (`eval.decoder=probe`, 1x1) mIoU 0.490, accuracy 0.801; through the decod
 and 0.736. The auxiliary loss trains what the former reads: where the U-Net is unsure between two
 colours, the decoder paints a third one. The binary codec's recipe has 0.547 and 0.858 (2x2).
 
-`python -m digseg_jax.codec_check` tells what the autoencoder lets through before anything is trained.
+`python -m digseg_jax.tools.check_codec` tells, before anything is trained, what the autoencoder lets
+through.
 """
 
-from digseg_jax.config import default
+from digseg_jax.config.parse import default
 
 
 def get_config():

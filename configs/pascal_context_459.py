@@ -5,8 +5,8 @@ trained as configs/coco_stuff.py. Paper: mIoU 29.2.
     python -m digseg_jax.main --config=configs/pascal_context_459.py --workdir=RUN \
       --config.data.root=DIR
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under another
-name, as in configs/pascal_context_459.py:sd21.
+The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
+another name, as in configs/pascal_context_459.py:sd21.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """

@@ -4,8 +4,8 @@ trained as configs/coco_stuff.py. Paper: mIoU 68.4.
 
     python -m digseg_jax.main --config=configs/pascal_context_59.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under another
-name, as in configs/pascal_context_59.py:sd21.
+The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
+another name, as in configs/pascal_context_59.py:sd21.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """

@@ -14,21 +14,19 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from digseg_jax import evaluate_autoencoder
 from digseg_jax.arraytypes import Params
-from digseg_jax.config import Config
-from digseg_jax.data import landcover
-from digseg_jax.data.evaluation import eval_examples
-from digseg_jax.distributed import is_main, together
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config
+from digseg_jax.data.datasets import landcover
 from digseg_jax.errors import UserError
+from digseg_jax.evaluation import autoencoder
 from digseg_jax.evaluation import suite as suite_lib
 from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.evaluation.job import evaluate
-from digseg_jax.hosts import fetch, fetch_to_main
+from digseg_jax.io.storage import AnyPath, filled_locally, local_copy, write_json
+from digseg_jax.io.workdir import CALIBRATION, CHECKPOINTS, CONFIG_NAME, EXPORT, claim, hold
 from digseg_jax.log import log
-from digseg_jax.mesh_choice import chosen
-from digseg_jax.perf import use_compile_cache
-from digseg_jax.predict import load_segmenter
 from digseg_jax.prediction.description import (
     Description,
     FrozenPart,
@@ -37,32 +35,30 @@ from digseg_jax.prediction.description import (
     read_description,
     write_description,
 )
+from digseg_jax.prediction.job import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import infer_shardings, make_mesh, place
-from digseg_jax.step import averaged
-from digseg_jax.storage import AnyPath, filled_locally, local_copy, write_json
-from digseg_jax.tasks.autoencoder import AutoencoderTask
-from digseg_jax.tasks.base import Task
-from digseg_jax.tasks.components import for_devices, provenance
-from digseg_jax.tasks.prior import PriorTask
-from digseg_jax.tasks.segmentation import SegmentationTask
-from digseg_jax.train import Trainer
+from digseg_jax.runtime.collectives import fetch, fetch_to_main
+from digseg_jax.runtime.distributed import is_main, together
+from digseg_jax.runtime.profiling import use_compile_cache
+from digseg_jax.runtime.sharding import infer_shardings, place
+from digseg_jax.training.loop import Trainer
+from digseg_jax.training.setup import set_up
+from digseg_jax.training.step import averaged
+from digseg_jax.training.tasks.autoencoder import AutoencoderTask
+from digseg_jax.training.tasks.base import Task
+from digseg_jax.training.tasks.components import provenance
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
-from digseg_jax.workdir import CALIBRATION, CHECKPOINTS, CONFIG_NAME, EXPORT, claim, hold
-
-TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
 
 def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
     """Trains (or goes on training), exports the weights, evaluates, and builds the report."""
     use_compile_cache(config.train.compile_cache)
-    with alone(workdir):
-        take(workdir, config, accept_changes)
-        config = for_devices(config, jax.devices())
-        task: Task = TASKS[config.task](config)
-        mesh = make_mesh(chosen(config, task, jax.devices()))
+    with exclusive_run(workdir):
+        claim_workdir(workdir, config, accept_changes)
+        setup = set_up(config)
+        config, task, mesh = setup.config, setup.task, setup.mesh
         log_summary(config, task, mesh)
         parts = find_parts(config)
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
@@ -73,9 +69,9 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
         if config.checkpoint.best:
             params, source = trainer.weights_of(str(workdir), best=True)
             log.info("best %s: exporting %s", config.checkpoint.best, source)
-        deliver(config, task, params, workdir, source, parts)
+        export_run(config, task, params, workdir, source, parts)
         if isinstance(task, SegmentationTask):
-            finish(config, task, params, mesh, workdir)
+            evaluate_and_report(config, task, params, mesh, workdir)
 
 
 def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
@@ -86,13 +82,12 @@ def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False
     """
     if not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
-    take(workdir, config, accept_changes)
-    config = for_devices(config, jax.devices())
-    task: Task = TASKS[config.task](config)
-    mesh = make_mesh(chosen(config, task, jax.devices()))
+    claim_workdir(workdir, config, accept_changes)
+    setup = set_up(config)
+    config, task, mesh = setup.config, setup.task, setup.mesh
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
-    deliver(config, task, params, workdir, source, find_parts(config))
+    export_run(config, task, params, workdir, source, find_parts(config))
     log.info("exported %s to %s", source, workdir / EXPORT)
 
 
@@ -106,7 +101,7 @@ def find_parts(config: Config) -> tuple[FrozenPart, ...]:
     return FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
 
 
-def deliver(
+def export_run(
     config: Config,
     task: Task,
     params: Params,
@@ -126,7 +121,7 @@ def deliver(
         step = source.rsplit("/", 1)[-1]
         checkpoint = f"{CHECKPOINTS}/{step}"
         description = describe(config, parts, task.abstract, int(step), checkpoint)
-    export(task, params, workdir, provenance(config), description)
+    write_export(task, params, workdir, provenance(config), description)
 
 
 def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
@@ -141,16 +136,14 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
     description = read_description(workdir / EXPORT)
     check_agreement(description, config, workdir / EXPORT)
     use_compile_cache(config.train.compile_cache)
-    take(workdir, config, accept_changes)
-    config = description.with_pinned_parts(config)
-    mesh = make_mesh(config.mesh)
-    config = for_devices(config, list(mesh.devices.flat))
-    task = SegmentationTask(config)
+    claim_workdir(workdir, config, accept_changes)
+    setup = set_up(description.with_pinned_parts(config))
+    config, task, mesh = setup.config, setup.task, setup.mesh
     folder = local_copy(workdir / EXPORT)
     task.adopt(folder)
     params = load_params(folder, task.abstract)
     params = place(params, infer_shardings(params, mesh))
-    finish(config, task, params, mesh, workdir)
+    evaluate_and_report(config, task, params, mesh, workdir)
 
 
 def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
@@ -165,7 +158,7 @@ def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
 
 
 @contextlib.contextmanager
-def alone(workdir: AnyPath) -> Iterator[None]:
+def exclusive_run(workdir: AnyPath) -> Iterator[None]:
     """While this run trains in `workdir`, no other may.
 
     Raises:
@@ -178,7 +171,7 @@ def alone(workdir: AnyPath) -> Iterator[None]:
         yield
 
 
-def take(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
+def claim_workdir(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
     """Process 0 claims the working directory; all of them must then see it.
 
     Raises:
@@ -195,7 +188,7 @@ def take(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
             )
 
 
-def export(
+def write_export(
     task: Task,
     params: Params,
     workdir: AnyPath,
@@ -213,7 +206,7 @@ def export(
                     write_description(folder, description)
 
 
-def finish(
+def evaluate_and_report(
     config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
     """Evaluation, report and a line for the reader."""
@@ -242,15 +235,15 @@ def export_autoencoder(
     """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval."""
     params = jax.tree.map(fetch, params)  # small, and measured by every process on its own
     task.config = dataclasses.replace(
-        task.config, scaling_factor=evaluate_autoencoder.measure_scaling(task.graphdef, params)
+        task.config, scaling_factor=autoencoder.measure_scaling(task.graphdef, params)
     )
-    results = evaluate_autoencoder.round_trip(task.graphdef, params, "test")
+    results = autoencoder.round_trip(task.graphdef, params, "test")
     log.info("round trip on held-out tiles: %s", json.dumps(results))
     with together("the results"):
         if is_main():
             write_json(workdir / "eval" / "results.json", results)
     extra = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
-    export(task, params, workdir, provenance(config, **extra))
+    write_export(task, params, workdir, provenance(config, **extra))
     return results
 
 

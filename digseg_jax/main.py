@@ -11,7 +11,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from digseg_jax.config import check_key
+from digseg_jax.config.parse import check_key
 from digseg_jax.errors import OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.log import log, setup
 
@@ -69,8 +69,8 @@ def run() -> None:
     elif mode != "cache_latents":
         _required(_WORKDIR.value, "workdir", mode)
 
-    from digseg_jax import config as config_lib
-    from digseg_jax import cpu, gpu
+    from digseg_jax.config.parse import parse, with_estep
+    from digseg_jax.runtime import cpu, gpu
 
     if mode == "compile":
         from digseg_jax.aot import topology
@@ -79,10 +79,10 @@ def run() -> None:
     cpu.tune()
     gpu.tune()
     if mode == "predict":
-        from digseg_jax.predict import predict
+        from digseg_jax.prediction.job import predict
 
         predict(
-            config_lib.parse(_CONFIG.value) if _CONFIG.value is not None else None,
+            parse(_CONFIG.value) if _CONFIG.value is not None else None,
             _MODEL.value or _WORKDIR.value,
             _IMAGE.value,
             _QUERY.value or [],
@@ -91,18 +91,19 @@ def run() -> None:
             _ESTEP.value,
         )
         return
-    config = config_lib.parse(_CONFIG.value)
+    config = parse(_CONFIG.value)
     if _ESTEP.value:
-        config = config_lib.with_estep(config, _ESTEP.value)
+        config = with_estep(config, _ESTEP.value)
     if mode == "compile":
-        from digseg_jax import compile as compiling
-        from digseg_jax.storage import as_path
+        from digseg_jax.aot import job as compiling
+        from digseg_jax.io.storage import as_path
 
         if not compiling.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
             _leave(OVER_BUDGET)
         return
-    from digseg_jax import distributed, jobs
-    from digseg_jax.storage import as_path
+    from digseg_jax import jobs
+    from digseg_jax.io.storage import as_path
+    from digseg_jax.runtime import distributed
 
     if _SUITE.value is not None and mode != "eval":
         raise UserError("--eval.suite needs --mode=eval")
@@ -115,7 +116,7 @@ def run() -> None:
         jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
         return
     if mode == "cache_latents":
-        from digseg_jax import cache_latents
+        from digseg_jax.tools import cache_latents
 
         cache_latents.run(config)
         return
@@ -150,7 +151,7 @@ def _fail(message: str) -> NoReturn:
 def _leave(status: int) -> NoReturn:
     if "jax" not in sys.modules:
         sys.exit(status)
-    from digseg_jax import distributed
+    from digseg_jax.runtime import distributed
 
     distributed.leave(status)
 

@@ -11,14 +11,14 @@ import dataclasses
 
 import ml_collections
 
-from digseg_jax import config as config_lib
+from digseg_jax.config.parse import default
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.known import find, hub_id
+from digseg_jax.weights.catalog import find, hub_id
 
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What an experiment starts from, as names of `digseg_jax.known`.
+    """What an experiment starts from, as names of `digseg_jax.weights.catalog`.
 
     Attributes:
         pipeline: a Stable Diffusion, of which U-Net and autoencoder are taken.
@@ -59,7 +59,7 @@ def stable_diffusion(
             f"--config: no version {version!r}{nearest(version, versions)}; legal after the "
             f"colon: {', '.join(versions)}"
         )
-    config = config_lib.default()
+    config = default()
     config.data.name = dataset
     config.data.image_size = 512  # paper
     config.data.num_queries = 4  # ours

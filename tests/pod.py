@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from digseg_jax.writers import read_metrics
+from digseg_jax.io.metric_writer import read_metrics
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900.0  # seconds; a busy machine is slow, a hanging test must end

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.report.gallery import GalleryItem, write_gallery
+from digseg_jax.viz.gallery import GalleryItem, write_gallery
 
 CLASSES = (
     "water", "forest", "shrub and grass", "cropland", "wetland", "urban", "snow and ice", "barren",

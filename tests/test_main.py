@@ -72,7 +72,7 @@ def test_a_missing_config_file_is_named(workdir):
 def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
     file = tmp_path / "experiment.py"
     file.write_text(
-        "from digseg_jax.config import default\n\n\ndef get_config():\n"
+        "from digseg_jax.config.schema import default\n\n\ndef get_config():\n"
         "    config = default()\n    config.train.stepz = 3\n    return config\n"
     )
     message = refused(f"--config={file}", workdir)

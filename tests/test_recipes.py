@@ -3,32 +3,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
-import ml_collections
 import pytest
 from absl import flags
+from experiments import CONFIGS, get_config
 from ml_collections import config_flags
 
-from digseg_jax import config as config_lib
-from digseg_jax.config import DataConfig, parse
-from digseg_jax.data import registry
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import Config, DataConfig
+from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
-from digseg_jax.known import find, hub_id
 from digseg_jax.recipes import VERSIONS, stable_diffusion
+from digseg_jax.weights.catalog import find, hub_id
 from digseg_jax.weights.hub import _HUB_ID
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 FROM_FILES = sorted(set(registry.names()) - {"landcover", "landcover_igbp"})
 SMALL = {"camvid": ("palette", "binary")}  # these start from shipped weights by default
-
-
-def get_config(name: str, *arguments: str) -> ml_collections.ConfigDict:
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*arguments)
 
 
 @pytest.mark.parametrize("name", FROM_FILES)
@@ -73,4 +62,4 @@ def test_another_version_is_refused_with_the_legal_ones():
 def test_the_configuration_knows_exactly_the_registered_names():
     field = DataConfig.__dataclass_fields__["name"]
     assert sorted(field.metadata["legal"]) == list(registry.names())
-    assert config_lib.Config().data.name == "landcover"
+    assert Config().data.name == "landcover"

@@ -11,18 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from digseg_jax import config as config_lib
-from digseg_jax.config import Config, MeshConfig
-from digseg_jax.data import landcover
-from digseg_jax.data.landcover_prompts import HELD_OUT, captions, training_prompts
+from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.data.datasets import landcover
+from digseg_jax.data.datasets.landcover_prompts import HELD_OUT, captions, training_prompts
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.models.bert import BertConfig, BertModel
+from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.prediction.description import FrozenPart, describe, write_description
-from digseg_jax.sharding import make_mesh
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import save_component
 
 SIZE = 32  # pixels of a crop; 8 latent cells
@@ -104,7 +104,7 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
         "eval__calibrate": False,
         "eval__view_size": (128,),  # a tile of the land cover
     }
-    tree = config_lib.to_dict(Config())
+    tree = to_dict(Config())
     for key, value in (small | changes).items():
         *parents, leaf = key.split("__")
         node = tree
@@ -116,7 +116,7 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
 
 
 def config(folders: dict[str, str], **changes: Any) -> Config:
-    return config_lib.parse(values(folders, **changes))
+    return parse(values(folders, **changes))
 
 
 def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:

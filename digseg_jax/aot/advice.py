@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from digseg_jax.aot import programs
 from digseg_jax.aot.shapes import Parts
-from digseg_jax.config import Config, MeshConfig
+from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.models.remat import MODES
-from digseg_jax.sharding import infer_shardings, make_mesh
-from digseg_jax.step import abstract_state
+from digseg_jax.runtime.sharding import infer_shardings, make_mesh
+from digseg_jax.training.step import abstract_state
 
 GB = 1e9
 

@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from digseg_jax.aot import programs
 from digseg_jax.aot.programs import Program
 from digseg_jax.aot.shapes import Parts
-from digseg_jax.config import Config
-from digseg_jax.models.attention_kernels import unfit
-from digseg_jax.tasks.components import PORTABLE
+from digseg_jax.config.schema import Config
+from digseg_jax.models.kernels.attention import unfit
+from digseg_jax.training.tasks.components import PORTABLE
 
 CUDNN = 91000  # the version that is assumed, 9.10
 # the CPU's code is never run, so none of it is optimized

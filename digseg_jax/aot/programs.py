@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from digseg_jax import trees
 from digseg_jax.aot import shapes
 from digseg_jax.aot.liveness import peak_bytes
 from digseg_jax.aot.shapes import Parts, ShapeTask, UNetTask
 from digseg_jax.arraytypes import Batch
-from digseg_jax.config import Config, MeshConfig
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
-from digseg_jax.flops import step_flops
 from digseg_jax.log import log
-from digseg_jax.models import functional
 from digseg_jax.prediction import programs as prediction
 from digseg_jax.prediction.segmenter import query_slots, view_size
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import check_batch, infer_shardings, make_mesh, nearest_batches
-from digseg_jax.step import abstract_state, make_train_step
-from digseg_jax.tasks.base import example_keys
+from digseg_jax.runtime.sharding import check_batch, infer_shardings, make_mesh, nearest_batches
+from digseg_jax.training.flops import step_flops
+from digseg_jax.training.step import abstract_state, make_train_step
+from digseg_jax.training.tasks.base import example_keys
 
 FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # names without ending
 
@@ -199,7 +199,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def model_flops(config: Config, parts: Parts, images: int) -> float:
-    """FLOPs of the train step on `images` as the model is written; see `digseg_jax.flops`."""
+    """FLOPs of the train step on `images` as the model is written; see `digseg_jax.training.flops`."""
     return step_flops(*train_task(config, parts, images))
 
 
@@ -276,4 +276,4 @@ def _stored_share(tree: Any, mesh: Mesh) -> float:
 
 def count(params: Any) -> int:
     """Number of parameters."""
-    return sum(int(np.prod(x.shape)) for x in functional.flatten(params).values())
+    return sum(int(np.prod(x.shape)) for x in trees.flatten(params).values())

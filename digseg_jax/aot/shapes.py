@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from digseg_jax import assets, known
+from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Batch, Params
-from digseg_jax.config import Config, ModelConfig
-from digseg_jax.data.opening import parts_of, spec_of
+from digseg_jax.config.schema import Config, ModelConfig
+from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.models import functional
-from digseg_jax.models.autoencoder_tiny import TinyVaeConfig
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import VaeConfig
+from digseg_jax.models.vae_tiny import TinyVaeConfig
 from digseg_jax.segmentation.latent_probe import LatentProbe
 from digseg_jax.segmentation.palette import Palette
-from digseg_jax.tasks.components import Vae, compute_options, schedule_of, unet_options
-from digseg_jax.tasks.segmentation import MASK_ENDS, SegmentationTask, wants_mask_ends
-from digseg_jax.weights import load_config
+from digseg_jax.training.tasks.components import Vae, compute_options, schedule_of, unet_options
+from digseg_jax.training.tasks.segmentation import MASK_ENDS, SegmentationTask, wants_mask_ends
+from digseg_jax.weights import catalog, load_config
 from digseg_jax.weights.registry import component_of_config
 from digseg_jax.weights.text_tower import TEXT_CLASSES
 
@@ -47,21 +47,21 @@ class Parts:
 
 
 def _unet(spec: str) -> UNetConfig:
-    repository = known.find(spec)
+    repository = catalog.find(spec)
     if repository is None:
         return load_config(assets.resolve(spec), expect="UNet2DConditionModel")
     return UNetConfig(**repository.unet)
 
 
 def _vae(spec: str) -> VaeConfig | TinyVaeConfig:
-    repository = known.find(spec)
+    repository = catalog.find(spec)
     if repository is None:
         return load_config(assets.resolve(spec), expect=("AutoencoderKL", "AutoencoderTiny"))
     return TinyVaeConfig() if repository.name == "taesd" else VaeConfig()
 
 
 def _text_width(spec: str) -> int:
-    repository = known.find("all-minilm-l6-v2" if spec == "minilm" else spec)
+    repository = catalog.find("all-minilm-l6-v2" if spec == "minilm" else spec)
     if repository is None or not repository.text_width:
         return load_config(assets.resolve(spec), expect=TEXT_CLASSES).hidden_size
     return repository.text_width

@@ -11,9 +11,9 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from digseg_jax import gpu
-from digseg_jax.chips import CHIPS, Chip
 from digseg_jax.errors import UserError
+from digseg_jax.runtime import gpu
+from digseg_jax.runtime.hardware import CHIPS, Chip
 
 if TYPE_CHECKING:  # JAX must not be imported before `prepare`
     import jax

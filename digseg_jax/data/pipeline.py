@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax import storage
-from digseg_jax.config import DataConfig
-from digseg_jax.data import landcover
-from digseg_jax.data.augment import CropRules, random_view
-from digseg_jax.data.guard import Guarded
-from digseg_jax.data.landcover_prompts import caption_id, training_prompts
-from digseg_jax.data.latent_records import LatentSource, cache_folders
-from digseg_jax.data.opening import open_part, parts_of, statistics_of, training_parts
+from digseg_jax.config.schema import DataConfig
+from digseg_jax.data.checked import Guarded
+from digseg_jax.data.crops import CropRules, Example, random_crop, random_dihedral, random_view
+from digseg_jax.data.datasets import landcover
+from digseg_jax.data.datasets.landcover_prompts import caption_id, training_prompts
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.statistics import ClassStatistics, confusable
 from digseg_jax.data.queries import QuerySampler, rarity
-from digseg_jax.data.records import class_hash
-from digseg_jax.data.spec import DatasetSpec
-from digseg_jax.data.statistics import ClassStatistics, confusable
+from digseg_jax.data.shards.latents import LatentSource, cache_folders
+from digseg_jax.data.shards.records import class_hash
+from digseg_jax.data.sources import open_part, parts_of, statistics_of, training_parts
 from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream, stream
-from digseg_jax.data.transforms import Example, random_crop, random_dihedral
 from digseg_jax.data.vocabulary import vocabularies
 from digseg_jax.errors import UserError
+from digseg_jax.io import storage
 from digseg_jax.log import log
 
 BUCKET_THREADS = 16  # of a worker: a record of a bucket takes tens of milliseconds to come (grain's)

@@ -16,9 +16,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from digseg_jax.data.transforms import Example
+from digseg_jax.data.crops import Example
 from digseg_jax.log import log
-from digseg_jax.memory import keep_freed_memory
+from digseg_jax.runtime.malloc import keep_freed_memory
 
 MakeExample = Callable[[Example, np.random.Generator], Example]
 

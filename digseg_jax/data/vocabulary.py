@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from digseg_jax.config import DataConfig, PartConfig
-from digseg_jax.data.landcover import LABEL_SETS
-from digseg_jax.data.landcover_prompts import training_prompts
-from digseg_jax.data.opening import parts_of, spec_of
-from digseg_jax.data.spec import DatasetSpec
+from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.data.datasets.landcover import LABEL_SETS
+from digseg_jax.data.datasets.landcover_prompts import training_prompts
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.sources import parts_of, spec_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward process and its inversion: schedule, noise, timesteps, DDIM."""

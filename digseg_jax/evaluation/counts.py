@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.arraytypes import Int
-from digseg_jax.data.evaluation import EvalExamples
-from digseg_jax.journal import pack
+from digseg_jax.evaluation.examples import EvalExamples
+from digseg_jax.evaluation.journal import pack
+from digseg_jax.metrics import binary, boundary, confusion
 from digseg_jax.prediction.answer import Answer
-from digseg_jax.segmentation import metrics, metrics_binary, metrics_boundary
 
 DEFAULT_THRESHOLD = 0.5  # of a probability, where a mask is judged on its own
 
@@ -68,7 +68,7 @@ def count_image(
         if probability.shape != label.shape:
             raise ValueError(f"mask {probability.shape} and label {label.shape} differ in shape")
         alone = answer.alone(query) if answer.biased else probability
-        overlaps[c] = metrics.overlap(label, alone > DEFAULT_THRESHOLD, classes)
+        overlaps[c] = confusion.overlap(label, alone > DEFAULT_THRESHOLD, classes)
         extra.see(c, alone)
         if keep_masks and (label == c).any():
             masks[c] = probability.astype(np.float16)
@@ -85,10 +85,10 @@ def count_image(
         best[wins] = own[wins]
 
     row = {
-        "confusion": pack(metrics.confusion(label, prediction, classes)),
+        "confusion": pack(confusion.confusion(label, prediction, classes)),
         "overlap": pack(overlaps),
         "area": pack(np.bincount(label[label >= 0], minlength=classes)),
-        "boundary": pack(metrics_boundary.boundary_counts(label, prediction, classes)),
+        "boundary": pack(boundary.boundary_counts(label, prediction, classes)),
         "queries": len(asked),
     } | extra.row()
     return Counted(row, prediction, masks)
@@ -115,7 +115,7 @@ class _OwnMetric:
         """Takes the probabilities [h, w] of a class."""
         if self.examples.metric == "foreground" and c == len(self.examples.classes) - 1:
             truth = np.isin(self.label, self.examples.covers[c])
-            self._foreground = metrics_binary.threshold_counts(mask, truth, valid=self.label >= 0)
+            self._foreground = binary.threshold_counts(mask, truth, valid=self.label >= 0)
         if self.examples.metric == "region_dice" and c in nested_classes(self.examples):
             self._regions[c] = mask > DEFAULT_THRESHOLD
 
@@ -128,7 +128,7 @@ class _OwnMetric:
         outer, inner = nested_classes(self.examples)
         found = np.where(self._regions[outer], outer, -1)
         found[self._regions[inner]] = inner
-        return {"regions": metrics_binary.cup_and_disc(self.label, found, cup=inner, rim=outer)}
+        return {"regions": binary.cup_and_disc(self.label, found, cup=inner, rim=outer)}
 
 
 def nested_classes(examples: EvalExamples) -> tuple[int, int]:

@@ -16,21 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.config import EvalConfig
-from digseg_jax.data.evaluation import EvalExamples
-from digseg_jax.distributed import together
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import EvalConfig
 from digseg_jax.evaluation.counts import Counted, count_foreground, count_image
+from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.evaluation.gallery import Shown
+from digseg_jax.evaluation.journal import Journal, unpack
 from digseg_jax.evaluation.scores import Scores
-from digseg_jax.hosts import gather_all
-from digseg_jax.journal import Journal, unpack
+from digseg_jax.io.progress import Progress
+from digseg_jax.metrics import confusion
+from digseg_jax.metrics import presence as open_vocab
 from digseg_jax.prediction.answer import Answer
 from digseg_jax.prediction.segmenter import Request, Segmenter, query_slots
+from digseg_jax.runtime.collectives import gather_all
+from digseg_jax.runtime.distributed import together
 from digseg_jax.segmentation import calibration as calibration_lib
-from digseg_jax.segmentation import metrics, open_vocab
 from digseg_jax.segmentation.calibration import Calibration
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.writers import Progress
 
 CALIBRATION_STRIDE = 4  # every 4th pixel of both axes is enough to fit some numbers
 COARSE = EStep(1, 1)  # the pass that judges which classes of a large vocabulary are there
@@ -257,7 +258,7 @@ class Evaluator:
 
 
 def _image_miou(row: dict[str, Any]) -> float:
-    return metrics.mean_iou(unpack(row["confusion"]))
+    return confusion.mean_iou(unpack(row["confusion"]))
 
 
 def _few_pixels(label: np.ndarray, answer: Answer) -> dict[str, np.ndarray]:

@@ -9,14 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from digseg_jax.data.evaluation import EvalExamples
-from digseg_jax.distributed import is_main
 from digseg_jax.evaluation.counts import Counted, covers_matrix
+from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.evaluation.scores import Scores
-from digseg_jax.report.gallery import GalleryItem, write_gallery
-from digseg_jax.segmentation import metrics
-from digseg_jax.segmentation.resolution import resize_image
-from digseg_jax.storage import AnyPath, explained, write_bytes
+from digseg_jax.io.storage import AnyPath, explained, write_bytes
+from digseg_jax.metrics import confusion
+from digseg_jax.runtime.distributed import is_main
+from digseg_jax.segmentation.resize import resize_image
+from digseg_jax.viz.gallery import GalleryItem, write_gallery
 
 EXTREMES = 3  # worst and best images that are shown beside those from all over the split
 LONGEST = 1024  # pixels of a shown image's longer side
@@ -113,7 +113,7 @@ def _item(
 
     # Scores are of the image at its own resolution.
     row = Scores(examples, scores.protocol, (scores.rows[image],), scores.absent_rule)
-    iou = metrics.query_iou(row.overlaps, row.areas, covers_matrix(examples))
+    iou = confusion.query_iou(row.overlaps, row.areas, covers_matrix(examples))
     return GalleryItem(
         id=str(example["name"]),
         image=resize_image(example["image"], height, width),
@@ -122,6 +122,6 @@ def _item(
         masks=stored["masks"][order].astype(np.float32),
         queries=[examples.classes[c] for c in shown],
         ious=[None if np.isnan(iou[c]) else float(iou[c]) for c in shown],
-        miou=metrics.mean_iou(row.confusion),
+        miou=confusion.mean_iou(row.confusion),
         note=note,
     )

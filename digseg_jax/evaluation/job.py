@@ -9,26 +9,26 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Params
-from digseg_jax.config import Config, DataConfig, PartConfig
-from digseg_jax.data.evaluation import EvalExamples, eval_examples
-from digseg_jax.data.opening import spec_of
-from digseg_jax.distributed import is_main, together
+from digseg_jax.config.parse import to_dict
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config, DataConfig, PartConfig
+from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.gallery import Shown
+from digseg_jax.evaluation.journal import Journal, identity_of
 from digseg_jax.evaluation.scores import COUNTED, Scores
-from digseg_jax.hosts import fetch_to_main
-from digseg_jax.journal import Journal, identity_of
+from digseg_jax.evaluation.tables import results_markdown
+from digseg_jax.io.storage import AnyPath, explained, filled_locally, write_bytes, write_json
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.runtime.collectives import fetch_to_main
+from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation.calibration import Calibration
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.storage import AnyPath, explained, filled_locally, write_bytes, write_json
-from digseg_jax.tables import results_markdown
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 UNFINISHED = "unfinished"  # folder of what a killed evaluation had counted
 
@@ -56,7 +56,7 @@ def evaluate(
     _tell_scale(config, examples, evaluator)
 
     folder = workdir / "eval"
-    values = config_lib.to_dict(config)
+    values = to_dict(config)
     facts = (values["data"], values["eval"], config.seed, len(examples))
     identity = identity_of(fetch_to_main(params), *facts)
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)

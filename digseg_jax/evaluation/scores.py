@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.arraytypes import Int
-from digseg_jax.data.evaluation import EvalExamples
 from digseg_jax.evaluation.counts import DEFAULT_THRESHOLD, covers_matrix
-from digseg_jax.journal import unpack
-from digseg_jax.segmentation import metrics, metrics_binary, metrics_boundary, open_vocab
+from digseg_jax.evaluation.examples import EvalExamples
+from digseg_jax.evaluation.journal import unpack
+from digseg_jax.metrics import binary, boundary
+from digseg_jax.metrics import confusion as metrics
+from digseg_jax.metrics import presence as open_vocab
 
 COUNTED = {  # classes that the mean goes over, by the absent-class rule
     "mmseg": "classes that occur or are predicted",
@@ -78,7 +80,7 @@ class Scores:
 
     def boundary_iou(self) -> float | None:
         counts = np.sum([unpack(row["boundary"]) for row in self.rows], axis=0)
-        return plain(metrics_boundary.boundary_iou(counts))
+        return plain(boundary.boundary_iou(counts))
 
     def single_queries(self) -> dict[str, float | None]:
         """How well each query's mask follows its text, on its own."""
@@ -102,22 +104,22 @@ class Scores:
         if self.examples.metric == "foreground":
             return _foreground(self, searching)
         if self.examples.metric == "region_dice":
-            return metrics_binary.mean_scores([row["regions"] for row in self.rows])
+            return binary.mean_scores([row["regions"] for row in self.rows])
         return {}
 
 
 def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """IoU, precision, recall and F1 of the last class, at 0.5 and at a threshold found elsewhere."""
     counts = np.array([row["foreground"] for row in scores.rows])
-    grid = list(metrics_binary.THRESHOLDS)
-    at_half = metrics_binary.foreground_scores(counts[:, grid.index(DEFAULT_THRESHOLD)])
+    grid = list(binary.THRESHOLDS)
+    at_half = binary.foreground_scores(counts[:, grid.index(DEFAULT_THRESHOLD)])
     result: dict[str, Any] = {"threshold": DEFAULT_THRESHOLD, **at_half}
     if searching:
         split = searching[0]["split"]
-        found = metrics_binary.search_threshold(
+        found = binary.search_threshold(
             np.array([row["foreground"] for row in searching]), split, scores.examples.split
         )
-        searched = metrics_binary.foreground_scores(counts[:, grid.index(found)])
+        searched = binary.foreground_scores(counts[:, grid.index(found)])
         result["searched"] = {"threshold": found, "split": split, **searched}
     return result
 

@@ -12,23 +12,23 @@ import dataclasses
 import os
 from typing import Any
 
-from digseg_jax import config as config_lib
 from digseg_jax.arraytypes import Params
-from digseg_jax.config import Config
-from digseg_jax.data.evaluation import EvalExamples, eval_examples
-from digseg_jax.data.opening import spec_of
-from digseg_jax.distributed import is_main, together
+from digseg_jax.config.parse import to_dict
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config, PartConfig
+from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.job import searched_on
-from digseg_jax.hosts import fetch_to_main
-from digseg_jax.journal import Journal, identity_of
+from digseg_jax.evaluation.journal import Journal, identity_of
+from digseg_jax.evaluation.suite_tables import table
+from digseg_jax.io.storage import AnyPath, write_bytes, write_json
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.runtime.collectives import fetch_to_main
+from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.segmentation import calibration as calibration_lib
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.storage import AnyPath, write_bytes, write_json
-from digseg_jax.suite_tables import table
 
 SUITES = {
     "open_vocab": (
@@ -109,7 +109,7 @@ def _one(
     data = dataclasses.replace(config.data, name=dataset, root=root, train_split="", mixture=())
     try:
         with together(f"the data set {dataset}"):
-            facts = spec_of(config_lib.PartConfig(dataset, root))
+            facts = spec_of(PartConfig(dataset, root))
             examples = eval_examples(data, facts.eval_split, config.eval.num_images)
     except UserError as error:
         log.info("%s: not measured (%s)", dataset, error)
@@ -117,7 +117,7 @@ def _one(
     evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
 
     # All of the configuration: size, root, autoencoder and text tower count too.
-    settings = [config_lib.to_dict(config), dataset, str(estep), len(examples), segmenter.scale]
+    settings = [to_dict(config), dataset, str(estep), len(examples), segmenter.scale]
     identity = identity_of(weights, settings)
     name = f"{dataset}_{estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)

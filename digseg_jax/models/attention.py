@@ -9,8 +9,8 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models import remat
-from digseg_jax.models.attention_kernels import IMPLEMENTATIONS, AttentionFn
 from digseg_jax.models.feed_forward import FeedForward
+from digseg_jax.models.kernels.attention import IMPLEMENTATIONS, AttentionFn
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, layer_norm, linear
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
-from digseg_jax.models import feed_forward_kernel, remat
+from digseg_jax.models import remat
+from digseg_jax.models.kernels import feed_forward
 from digseg_jax.models.layers import Compute, linear
 
 
@@ -49,7 +50,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
         fused, up, down = self.compute.feed_forward, self.net[0].proj, self.net[2]
-        if not fused or not feed_forward_kernel.takes(x.shape[1], self.features, 4 * self.features):
+        if not fused or not feed_forward.takes(x.shape[1], self.features, 4 * self.features):
             return down(self.net[0](x))
         x = x.astype(self.compute.dtype)
         y = fused(x, up.weights(), up.bias[...], down.weights(), down.bias[...])

@@ -20,6 +20,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.models.layers import Compute
+from digseg_jax.trees import flatten, unflatten
 
 
 class FixedRngs:
@@ -32,30 +33,6 @@ class FixedRngs:
     def params(self) -> jax.Array:
         """The same key for every layer."""
         return jax.random.key(0)
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"0": {"kernel": x}}} -> {"a.0.kernel": x}."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, path + ".")
-        else:
-            flat[path] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Inverse of `flatten`."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:

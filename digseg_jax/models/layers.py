@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
-from digseg_jax.models import cpu_conv
-from digseg_jax.models.attention_kernels import AttentionFn
-from digseg_jax.models.cpu_conv import xla_conv
-from digseg_jax.models.feed_forward_kernel import FeedForwardFn
-from digseg_jax.models.group_norm import group_norm
-from digseg_jax.models.upsample import doubled_conv, upsample_nearest
+from digseg_jax.models.kernels import conv as cpu_conv
+from digseg_jax.models.kernels.attention import AttentionFn
+from digseg_jax.models.kernels.conv import xla_conv
+from digseg_jax.models.kernels.feed_forward import FeedForwardFn
+from digseg_jax.models.kernels.group_norm import group_norm
+from digseg_jax.models.kernels.upsample import doubled_conv, upsample_nearest
 
 WeightsFn = Callable[[Array], Array]
 

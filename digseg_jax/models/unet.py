@@ -12,9 +12,9 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.errors import UserError
-from digseg_jax.models.attention_kernels import AttentionFn
-from digseg_jax.models.config import HubConfig
-from digseg_jax.models.feed_forward_kernel import FeedForwardFn
+from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.kernels.attention import AttentionFn
+from digseg_jax.models.kernels.feed_forward import FeedForwardFn
 from digseg_jax.models.layers import (
     Compute,
     Conv,

@@ -11,8 +11,8 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.attention import Attention
-from digseg_jax.models.attention_kernels import AttentionFn
-from digseg_jax.models.config import HubConfig
+from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.kernels.attention import AttentionFn
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, WeightsFn, as_it_is
 from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from digseg_jax.arraytypes import Float
-from digseg_jax.segmentation.resolution import resize_probability
+from digseg_jax.segmentation.resize import resize_probability
 from digseg_jax.segmentation.views import Views
 
 

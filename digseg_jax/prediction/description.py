@@ -22,18 +22,19 @@ import jax
 import numpy as np
 
 import digseg_jax
-from digseg_jax import assets, known, storage
-from digseg_jax import config as config_lib
+from digseg_jax import assets
 from digseg_jax.arraytypes import Params
-from digseg_jax.checkpoint import LIBRARIES
-from digseg_jax.config import Config
-from digseg_jax.data.opening import parts_of, spec_of
+from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.schema import Config
+from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import class_names
 from digseg_jax.errors import UserError
-from digseg_jax.storage import AnyPath
-from digseg_jax.weights import minilm_folder, resolve
+from digseg_jax.io import storage
+from digseg_jax.io.checkpoint import LIBRARIES
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.io.workdir import EXPORT
+from digseg_jax.weights import catalog, minilm_folder, resolve
 from digseg_jax.weights.safetensors_io import weight_files
-from digseg_jax.workdir import EXPORT
 
 FILE = "segmenter.json"
 SCHEMA = 1
@@ -93,7 +94,7 @@ class FrozenPart:
     @property
     def pinned(self) -> str:
         """The reference with the revision that was used, where the hub gave it."""
-        repository, colon, subfolder = known.expand(self.reference).partition(":")
+        repository, colon, subfolder = catalog.expand(self.reference).partition(":")
         if not self.revision or "@" in repository:
             return self.reference
         return f"{repository}@{self.revision}{colon}{subfolder}"
@@ -144,7 +145,7 @@ class Description:
         """The configuration with the hub's frozen parts at the commits that the training had."""
         model = config.model
         for name, part in (("vae", self.vae), ("text", self.text)):
-            if known.expand(getattr(model, name)) == known.expand(part.reference):
+            if catalog.expand(getattr(model, name)) == catalog.expand(part.reference):
                 model = dataclasses.replace(model, **{name: part.pinned})
         return dataclasses.replace(config, model=model)
 
@@ -166,7 +167,7 @@ def describe(
     parts: autoencoder and text tower, as `FrozenPart.find` gives them. abstract: the parameters, or
       their shapes. steps, checkpoint: see `Description`.
     """
-    values = config_lib.to_dict(config)
+    values = to_dict(config)
     sections: dict[str, Any] = {}
     for key in (*REQUIRED, *SUGGESTED):
         section, name = key.split(".")
@@ -245,7 +246,7 @@ def check_agreement(description: Description, config: Config, folder: AnyPath) -
     Raises:
       UserError: it contradicts the training, with each key and both values.
     """
-    values = config_lib.to_dict(config)
+    values = to_dict(config)
     palette = config.segmentation.codec == "palette"
     different = []
     for key in (*BINDING, *(PALETTE_BINDING if palette else ())):
@@ -256,7 +257,7 @@ def check_agreement(description: Description, config: Config, folder: AnyPath) -
     # a folder may have moved, and a name stand for the same repository
     for key, part in zip(PARTS, (description.vae, description.text), strict=True):
         asked = _at(values, key)
-        if known.expand(asked) in (known.expand(part.reference), part.pinned):
+        if catalog.expand(asked) in (catalog.expand(part.reference), part.pinned):
             continue
         if checksum(part_folder(asked)) != part.sha256:
             different.append(f"config.{key}={asked!r} has other weights than {part.reference!r}")
@@ -328,11 +329,11 @@ def _at(sections: dict[str, Any], key: str) -> Any:
 
 def _config_of(values: dict[str, Any]) -> Config:
     """The default configuration with these values; raises UserError for what is not legal."""
-    tree = config_lib.to_dict(Config())
+    tree = to_dict(Config())
     for key, value in values.items():
         section, name = key.split(".")
         tree[section][name] = value
-    return config_lib.parse(tree)
+    return parse(tree)
 
 
 def _typed(cls: type, values: dict[str, Any], path: str) -> Any:

@@ -21,14 +21,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int, Params, UInt8
-from digseg_jax.distributed import barrier
-from digseg_jax.hosts import local_rows
+from digseg_jax.config.sampling import EStep
 from digseg_jax.log import heartbeat
-from digseg_jax.segmentation import inference
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.sharding import BATCH, data_share, infer_shardings, on_mesh, place, place_batch
-from digseg_jax.tasks.segmentation import SegmentationTask
-from digseg_jax.tpu import compiler_options
+from digseg_jax.runtime.collectives import local_rows
+from digseg_jax.runtime.distributed import barrier
+from digseg_jax.runtime.sharding import BATCH, data_share, infer_shardings, on_mesh, place, place_batch
+from digseg_jax.runtime.tpu import compiler_options
+from digseg_jax.segmentation import ensemble
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled waits for the last
 
@@ -93,7 +93,7 @@ class Programs:
         q is k, or the number of classes for the palette codec. biased: return "alone" as well, the
         probabilities without the bias. evidence: return "evidence" [n, q, e, h, w] instead.
 
-        decoder: "vae" or "probe" (see `SegmentationTask.read`); rule: see `inference.combine`.
+        decoder: "vae" or "probe" (see `SegmentationTask.read`); rule: see `ensemble.combine`.
         """
         program = partial(
             read_masks, self.task, size=size, decoder=decoder, rule=rule, biased=biased, raw=evidence
@@ -183,7 +183,7 @@ def read_masks(
         return {"evidence": read(latents)}
 
     def combined(evidence: Array, bias: Array) -> Array:
-        return inference.probabilities(evidence, scale, bias, codec=task.codec, rule=rule)
+        return ensemble.probabilities(evidence, scale, bias, codec=task.codec, rule=rule)
 
     # One member at a time where its masks are many (every class of a palette) and a mean is wanted.
     if task.codec == "palette" and rule == "mean" and latents.shape[2] > 1:

@@ -21,15 +21,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Array, Float, Params, UInt8
-from digseg_jax.config import DataConfig, EvalConfig
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import DataConfig, EvalConfig
 from digseg_jax.errors import UserError
 from digseg_jax.prediction.answer import Answer, ViewMasks
 from digseg_jax.prediction.programs import Programs
-from digseg_jax.segmentation.inference import EStep
+from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import Views, make_views
-from digseg_jax.sharding import make_mesh
-from digseg_jax.tasks.components import encode_bank
-from digseg_jax.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
+from digseg_jax.training.tasks.components import encode_bank
+from digseg_jax.training.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
 
 QUERY_LIMIT = 16  # queries of a call; with an 8x2 ensemble 128 masks a view
 QUERY_BUCKETS = (1, 2, 4, 6, 8, 12, 16)

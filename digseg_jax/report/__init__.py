@@ -2,8 +2,8 @@
 """The page a run leaves behind, and the pictures in it."""
 
 from digseg_jax.report.build import build_report
-from digseg_jax.report.gallery import GalleryItem, write_gallery
-from digseg_jax.report.pictures import class_colors, legend, overlay, paint
+from digseg_jax.viz.gallery import GalleryItem, write_gallery
+from digseg_jax.viz.images import class_colors, legend, overlay, paint
 
 __all__ = [
     "GalleryItem", "build_report", "class_colors", "legend", "overlay", "paint", "write_gallery",

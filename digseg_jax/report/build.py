@@ -14,15 +14,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from digseg_jax import storage
 from digseg_jax.errors import UserError
+from digseg_jax.io import storage
+from digseg_jax.io.metric_writer import METRICS_NAME, read_metrics
+from digseg_jax.io.storage import AnyPath
 from digseg_jax.report import chart, sections
 from digseg_jax.report.cards import gallery_section
-from digseg_jax.report.colors import class_colors, from_hex, to_hex
 from digseg_jax.report.markup import esc, section
 from digseg_jax.report.suites import suite_tables
-from digseg_jax.storage import AnyPath
-from digseg_jax.writers import METRICS_NAME, read_metrics
+from digseg_jax.viz.colors import class_colors, from_hex, to_hex
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from digseg_jax.errors import UserError
-from digseg_jax.report.colors import IGNORE_COLOR
 from digseg_jax.report.markup import esc, is_number, number, section
+from digseg_jax.viz.colors import IGNORE_COLOR
 
 Picture = tuple[str, int, int]  # data URI, width, height
 

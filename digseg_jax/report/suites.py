@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from digseg_jax.evaluation.suite_tables import COLUMNS, lines, note
 from digseg_jax.report.markup import esc, is_number, number, section, table
-from digseg_jax.suite_tables import COLUMNS, lines, note
 
 MOST_BARS = 40  # classes shown of a large vocabulary: the best and the worst half
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.segmentation.metrics import mean_iou
+from digseg_jax.metrics.confusion import mean_iou
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BIAS_STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from digseg_jax.arraytypes import Float, UInt8
-from digseg_jax.segmentation.resolution import resize_image, resize_probability, to_short_side
+from digseg_jax.segmentation.resize import resize_image, resize_probability, to_short_side
 
 MODES = ("window", "whole", "aspect")
 OVERLAP = 0.25  # of a window's side, at least

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """diffusers and transformers checkpoints to and from our trees, without torch."""
 
-from digseg_jax.weights.carriers import locate, minilm_folder
+from digseg_jax.packages import locate, minilm_folder
 from digseg_jax.weights.conv_in import load_unet_params, narrow_conv_in, widen_conv_in
 from digseg_jax.weights.hub import resolve
 from digseg_jax.weights.load import load_component, load_config, load_params, save_component

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from digseg_jax import known
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.storage import as_path, is_remote, local_copy
+from digseg_jax.io.storage import as_path, is_remote, local_copy
+from digseg_jax.weights import catalog
 from digseg_jax.weights.download import snapshot
 from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, STEMS
 
@@ -51,8 +51,8 @@ def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
 
     Args:
         path_or_hub_id: a folder (gs:// too), a hub id `org/name[@revision][:subfolder]`, or a
-            name of `digseg_jax.known`. An existing folder wins. A revision is a branch, a tag or a
-            commit; the main branch if there is none.
+            name of `digseg_jax.weights.catalog`. An existing folder wins. A revision is a branch, a
+            tag or a commit; the main branch if there is none.
         subfolder: inside the folder or repository.
 
     Raises:
@@ -95,9 +95,9 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
         if not (local / subfolder).is_dir():
             raise UserError(f"no such folder: {local / subfolder}")
         return local / subfolder
-    hub_id = _HUB_ID.fullmatch(known.expand(spec))
+    hub_id = _HUB_ID.fullmatch(catalog.expand(spec))
     if hub_id is None or spec.startswith((".", "/", "~")):
-        hint = nearest(spec, known.names())
+        hint = nearest(spec, catalog.names())
         raise UserError(
             f"no such folder: {local}; legal: a folder, or a hub id such as org/name:subfolder{hint}"
         )
@@ -120,8 +120,8 @@ def _download(repository: _Repository) -> Path:
         )
     raise UserError(
         f"the hub's {str(repository)!r} has no safetensors ({', '.join(STEMS)}), and pickles are never "
-        f"opened here; convert it once, where torch is installed: {known.CONVERT} "
-        f"{known.short(str(repository))}; it is found from then on"
+        f"opened here; convert it once, where torch is installed: {catalog.CONVERT} "
+        f"{catalog.short(str(repository))}; it is found from then on"
     )
 
 

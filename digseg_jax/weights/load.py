@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from digseg_jax import trees
 from digseg_jax.arraytypes import Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -136,7 +137,7 @@ def save_component(
     component = component_of_config(config)
     tensors = {
         component.key_prefix + keymap.hub_key(p): keymap.to_hub(p, np.asarray(x))
-        for p, x in functional.flatten(params).items()
+        for p, x in trees.flatten(params).items()
     }
     return write_component(
         Path(path), config.to_dict(), tensors, component.stem, metadata, component.config_file
@@ -166,23 +167,23 @@ def _read(
     initial: Params | None = None,
     shardings: Shardings | None = None,
 ) -> Params:
-    shapes = {p: tuple(x.shape) for p, x in functional.flatten(abstract_params).items()}
+    shapes = {p: tuple(x.shape) for p, x in trees.flatten(abstract_params).items()}
     files = dict.fromkeys(info.file for info in infos.values())
     source = str(next(iter(files))) if len(files) == 1 else f"{folder} ({len(files)} shards)"
     stored = {key: info.shape for key, info in infos.items()}
     pairs = keymap.match(shapes, stored, component.rules, source, optional_prefixes)
-    targets = functional.flatten(shardings(abstract_params)) if shardings else {}
+    targets = trees.flatten(shardings(abstract_params)) if shardings else {}
     loaded = {}
     for key, tensor in iter_tensors({k: infos[k] for k in pairs}):
         path = pairs[key]
         leaf = keymap.from_hub(path, tensor, shapes[path])
         # waits: copies still under way would keep their tensors in the host's memory
         loaded[path] = jax.block_until_ready(_put(leaf, param_dtype, targets.get(path)))
-    kept = functional.flatten(initial or {})
+    kept = trees.flatten(initial or {})
     absent = [path for path in shapes if path not in loaded]
     if unset := [path for path in absent if path not in kept]:
         raise UserError(f"{source} lacks {unset[0]!r} and no initial value is given for it")
-    return functional.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})
+    return trees.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})
 
 
 def _put(

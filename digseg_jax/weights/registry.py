@@ -74,12 +74,10 @@ class Component:
 
 _UNET = Component("UNet2DConditionModel", "unet", "UNetConfig", DIFFUSERS_STEM, UNET_RULES)
 _VAE = Component("AutoencoderKL", "vae", "VaeConfig", DIFFUSERS_STEM, VAE_RULES)
-_TINY_VAE = Component(
-    "AutoencoderTiny", "autoencoder_tiny", "TinyVaeConfig", DIFFUSERS_STEM, KeyRules()
-)
+_TINY_VAE = Component("AutoencoderTiny", "vae_tiny", "TinyVaeConfig", DIFFUSERS_STEM, KeyRules())
 _BERT = Component(
     "BertModel",
-    "bert",
+    "text.bert",
     "BertConfig",
     TRANSFORMERS_STEM,
     BERT_RULES,
@@ -87,7 +85,7 @@ _BERT = Component(
 )
 _CLIP_TEXT = Component(
     "CLIPTextModel",
-    "clip_text",
+    "text.clip_text",
     "ClipTextConfig",
     TRANSFORMERS_STEM,
     CLIP_TEXT_RULES,
@@ -95,21 +93,21 @@ _CLIP_TEXT = Component(
 )
 _CLIP_TEXT_PROJECTION = Component(
     "CLIPTextModelWithProjection",
-    "clip_text",
+    "text.clip_text",
     "ClipTextProjectionConfig",
     TRANSFORMERS_STEM,
     CLIP_TEXT_PROJECTION_RULES,
 )
 _CLIP_VISION = Component(
     "CLIPVisionModelWithProjection",
-    "clip_vision",
+    "text.clip_vision",
     "ClipVisionConfig",
     TRANSFORMERS_STEM,
     CLIP_VISION_RULES,
 )
 _OPEN_CLIP_TEXT = Component(
     "HFTextEncoder",
-    "open_clip_text",
+    "text.open_clip",
     "OpenClipTextConfig",
     OPEN_CLIP_STEM,
     OPEN_CLIP_RULES,

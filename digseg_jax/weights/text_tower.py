@@ -12,9 +12,9 @@ from flax import nnx
 from digseg_jax.arraytypes import Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.models.clip_text import CLIPTextModel, without_last_layers
-from digseg_jax.segmentation.tokenizer import Tokenizer
-from digseg_jax.weights.carriers import minilm_folder
+from digseg_jax.models.text.clip_text import CLIPTextModel, without_last_layers
+from digseg_jax.models.text.tokenizer import Tokenizer
+from digseg_jax.packages import minilm_folder
 from digseg_jax.weights.hub import resolve
 from digseg_jax.weights.load import load_component
 from digseg_jax.weights.tokenizer_files import has_tokenizer, load_tokenizer
@@ -49,8 +49,8 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
 
     Args:
         spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, a hub id such as
-            openai/clip-vit-large-patch14, or a name of `digseg_jax.known`. The tokenizer lies in the
-            same folder, or beside a pipeline's `text_encoder` in `tokenizer`.
+            openai/clip-vit-large-patch14, or a name of `digseg_jax.weights.catalog`. The tokenizer
+            lies in the same folder, or beside a pipeline's `text_encoder` in `tokenizer`.
         dtype: compute dtype, float32 if None.
         skip_layers: last layers of a CLIP tower to leave out, see `without_last_layers`.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
-from digseg_jax.segmentation.tokenizer import Tokenizer
+from digseg_jax.models.text.tokenizer import Tokenizer
 
 CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # of OpenAI's CLIP and of open_clip, mostly with ".gz"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")

@@ -10,15 +10,15 @@ import pytest
 from perfect import Reader, answer
 from sklearn.metrics import jaccard_score
 
-from digseg_jax.config import Config
-from digseg_jax.data import registry
-from digseg_jax.data.evaluation import EvalExamples
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config
+from digseg_jax.data.datasets import registry
 from digseg_jax.evaluation.counts import count_image
 from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.examples import EvalExamples
+from digseg_jax.evaluation.journal import Journal, unpack
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.evaluation.suite import scores_of
-from digseg_jax.journal import Journal, unpack
-from digseg_jax.segmentation.inference import EStep
 
 ONE = EStep(1, 1)
 NAMED = [name for name in registry.names() if name not in ("folder",)]

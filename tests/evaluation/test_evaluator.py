@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import tiny
 
-from digseg_jax.data import landcover
-from digseg_jax.data.evaluation import eval_examples
-from digseg_jax.data.landcover import GROUPS, TILE
+from digseg_jax.config.sampling import EStep
+from digseg_jax.data.datasets import landcover
+from digseg_jax.data.datasets.landcover import GROUPS, TILE
 from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.evaluation.job import evaluate, results_of
-from digseg_jax.journal import Journal
+from digseg_jax.evaluation.journal import Journal
+from digseg_jax.io.metric_writer import METRICS_NAME
+from digseg_jax.metrics import confusion as metrics
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
-from digseg_jax.segmentation import metrics
 from digseg_jax.segmentation.calibration import Calibration, identity
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.tasks.segmentation import SegmentationTask
-from digseg_jax.writers import METRICS_NAME
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 IMAGES = 5  # on two devices and on eight the last batch is not full
 ONE = EStep(1, 1)

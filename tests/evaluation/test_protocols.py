@@ -10,14 +10,14 @@ import pytest
 import tiny
 from perfect import Reader
 
-from digseg_jax.config import Config
-from digseg_jax.data import registry
-from digseg_jax.data.evaluation import EvalExamples
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config
+from digseg_jax.data.datasets import registry
 from digseg_jax.evaluation.evaluator import COARSE, Evaluator
+from digseg_jax.evaluation.examples import EvalExamples
+from digseg_jax.metrics.presence import presence
 from digseg_jax.prediction.segmenter import Request, Segmenter
-from digseg_jax.segmentation.inference import EStep
-from digseg_jax.segmentation.open_vocab import presence
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 ONE = EStep(1, 1)
 PROMPTS = ("water", "forest", "snow and ice", "barren")

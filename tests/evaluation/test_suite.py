@@ -12,12 +12,11 @@ from perfect import Reader
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 
-from digseg_jax import paper, suite_tables
-from digseg_jax.config import parse
-from digseg_jax.data import opening
+from digseg_jax.config.parse import parse
+from digseg_jax.data import sources
 from digseg_jax.errors import UserError
-from digseg_jax.evaluation import suite
-from digseg_jax.segmentation import metrics_binary
+from digseg_jax.evaluation import paper, suite, suite_tables
+from digseg_jax.metrics import binary
 
 CHANNEL = {"background": 0, "soil": 0, "road": 1, "crop": 1, "weed": 2}
 PARAMS = {"weight": np.ones(3, np.float32)}
@@ -142,7 +141,7 @@ class Split:
 
 def test_a_foreground_class_has_both_averages_and_a_threshold_found_elsewhere(tmp_path, monkeypatch):
     splits = {"test": Split(4, 10), "train": Split(5, 50)}
-    monkeypatch.setattr(opening.registry, "open_source", lambda name, root, split: splits[split])
+    monkeypatch.setattr(sources.registry, "open_source", lambda name, root, split: splits[split])
     results = run(config(tmp_path), colors(), tmp_path, "deepglobe")
     row = results["rows"][0]
     true = splits["test"].labels.ravel()
@@ -152,7 +151,7 @@ def test_a_foreground_class_has_both_averages_and_a_threshold_found_elsewhere(tm
     expected = f1_score(true, soft > found["threshold"])
     assert found["split"] == "train" and found["f1_pooled"] == pytest.approx(expected, abs=1e-9)
     train = np.stack(splits["train"].images)[..., 1].ravel() / 255
-    best = max(f1_score(splits["train"].labels.ravel(), train > t) for t in metrics_binary.THRESHOLDS)
+    best = max(f1_score(splits["train"].labels.ravel(), train > t) for t in binary.THRESHOLDS)
     reached = f1_score(splits["train"].labels.ravel(), train > found["threshold"])
     assert reached == pytest.approx(best, abs=1e-9)
     text = suite_tables.table(results)
@@ -182,4 +181,4 @@ def test_missing_data_sets_are_named_in_the_table():
 def test_every_figure_of_the_paper_belongs_to_a_data_set_of_its_suite():
     for name, datasets in paper.FIGURES.items():
         assert set(datasets) <= set(suite.SUITES[name])
-    assert set(suite.SUITES["open_vocab"]) <= set(opening.registry.names())
+    assert set(suite.SUITES["open_vocab"]) <= set(sources.registry.names())

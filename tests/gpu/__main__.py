@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="few channels; runs on a CPU too")
     options = parser.parse_args()
 
-    from digseg_jax import cpu, gpu
+    from digseg_jax.runtime import cpu, gpu
 
     cpu.tune()
     gpu.tune()
@@ -85,8 +85,8 @@ def run(folder: Path, *, tiny: bool, minutes: float) -> tuple[Check, dict[str, A
     """All stages, and what they ran on."""
     import jax
 
-    from digseg_jax import config as config_lib
-    from digseg_jax.tasks.components import for_devices
+    from digseg_jax.config.parse import to_dict
+    from digseg_jax.training.tasks.components import for_devices
 
     from . import inputs
 
@@ -105,7 +105,7 @@ def run(folder: Path, *, tiny: bool, minutes: float) -> tuple[Check, dict[str, A
         "model": dataclasses.asdict(chosen.model),
     }
     files = [folder / "config.json", folder / "reference.json"]
-    files[0].write_text(json.dumps(config_lib.to_dict(config)))
+    files[0].write_text(json.dumps(to_dict(config)))
     reference = subprocess.Popen(
         [sys.executable, "-m", "tests.gpu.reference", *files],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -131,7 +131,7 @@ def peak_bytes(device: Any) -> int | None:
 def train(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
     """`--mode=train` to the end: steps, checkpoint, export, 8x2 evaluation, report."""
     from digseg_jax import jobs
-    from digseg_jax.storage import as_path
+    from digseg_jax.io.storage import as_path
 
     jobs.train(config, as_path(workdir))
     rows = _metrics(workdir)[1:]  # the first step waits for its compilation
@@ -167,9 +167,9 @@ def predict(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
     """Free-text queries on a picture that is larger than a crop, with the exported weights."""
     import numpy as np
 
-    from digseg_jax.predict import load_segmenter
+    from digseg_jax.config.sampling import EStep
+    from digseg_jax.prediction.job import load_segmenter
     from digseg_jax.prediction.segmenter import Request
-    from digseg_jax.segmentation.inference import EStep
 
     segmenter, _ = load_segmenter(config, workdir / "export")
     rng = np.random.default_rng(1)

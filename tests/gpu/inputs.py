@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from digseg_jax import config as config_lib
-from digseg_jax.config import Config
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import Config
 from digseg_jax.models import functional
-from digseg_jax.models.clip_text import ClipTextConfig, CLIPTextModel
+from digseg_jax.models.text.clip_text import ClipTextConfig, CLIPTextModel
+from digseg_jax.models.text.tokenizer import CLIP_END
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.recipes import stable_diffusion
-from digseg_jax.segmentation.tokenizer import CLIP_END
 from digseg_jax.weights import save_component
 from tests.hub.vocabulary import write_clip
 
@@ -72,7 +72,7 @@ def write(folder: Path, size: Size) -> Config:
     recipe.train.steps, recipe.train.batch_size, recipe.train.log_every = size.steps, 4, 1
     recipe.checkpoint.every, recipe.checkpoint.keep = size.steps, 1
     recipe.eval.num_images, recipe.eval.batch_size = 2, 1
-    return config_lib.parse(recipe)
+    return parse(recipe)
 
 
 def _write_models(folder: Path, size: Size) -> None:

@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from digseg_jax import config as config_lib
-from digseg_jax import cpu
-from digseg_jax.config import Config, MeshConfig
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.data.pipeline import training_stream
-from digseg_jax.sharding import make_mesh, on_mesh
-from digseg_jax.step import accumulate
-from digseg_jax.tasks.base import example_keys
-from digseg_jax.tasks.components import for_devices
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.runtime import cpu
+from digseg_jax.runtime.sharding import make_mesh, on_mesh
+from digseg_jax.training.step import accumulate
+from digseg_jax.training.tasks.base import example_keys
+from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 
 def first_step(config: Config) -> dict[str, float]:
@@ -58,7 +58,7 @@ def main() -> None:
     """CONFIG.json RESULT.json."""
     cpu.tune()
     started = time.monotonic()
-    config = config_lib.parse(json.loads(Path(sys.argv[1]).read_text()))
+    config = parse(json.loads(Path(sys.argv[1]).read_text()))
     values = first_step(config) | {"seconds": time.monotonic() - started}
     Path(sys.argv[2]).write_text(json.dumps(values))
 

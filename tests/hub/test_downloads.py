@@ -13,14 +13,13 @@ import pytest
 from tiny import one_line
 
 import hub
-from digseg_jax import known
 from digseg_jax.errors import UserError
-from digseg_jax.weights import download, load_config, resolve
+from digseg_jax.weights import catalog, download, load_config, resolve
 from digseg_jax.weights.safetensors_io import weight_files
 from hub.client import variables
 from hub.server import sha256
 
-SD15 = known.hub_id("sd-1.5")
+SD15 = catalog.hub_id("sd-1.5")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -117,7 +116,7 @@ def test_what_does_not_exist(online):
     assert "HF_TOKEN" in refusal("org/missing")
     assert "no branch, tag or commit 'v9'" in refusal(f"{SD15}@v9:unet")
     assert "no such folder in that repository" in refusal(f"{SD15}:unett")
-    assert "has no safetensors" in refusal(known.hub_id("biomedclip"))
+    assert "has no safetensors" in refusal(catalog.hub_id("biomedclip"))
 
 
 def test_a_gated_repository(server, tmp_path):

@@ -12,9 +12,8 @@ import pytest
 from oracle import nhwc, relative_l2, run, seeded_input
 from safetensors import safe_open
 
-from digseg_jax import known
-from digseg_jax.segmentation.text_bank import encode_prompts
-from digseg_jax.weights import load_component, load_text_tower
+from digseg_jax.segmentation.prompt_bank import encode_prompts
+from digseg_jax.weights import catalog, load_component, load_text_tower
 
 PIPELINES = ("sd-1.5", "sd-2.1", "marigold")
 PROMPTS = ("a photo of a zebra crossing", "sky")
@@ -22,7 +21,7 @@ PROMPTS = ("a photo of a zebra crossing", "sky")
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_is_whole(repositories, name):
-    root = repositories / known.hub_id(name) / "main"
+    root = repositories / catalog.hub_id(name) / "main"
     index = json.loads((root / "model_index.json").read_text())
     for part, (library, kind) in ((k, v) for k, v in index.items() if isinstance(v, list)):
         if library in ("diffusers", "transformers") and part != "feature_extractor":
@@ -41,9 +40,9 @@ def _classes(folder: Path) -> list[str]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_structure_is_stable_diffusions(repositories, name):
     """Levels, heads and attention places of the full size; only channels are fewer."""
-    root = repositories / known.hub_id(name) / "main"
+    root = repositories / catalog.hub_id(name) / "main"
     unet, vae, text = (load_component(root / part).config for part in ("unet", "vae", "text_encoder"))
-    full = known.find(name)
+    full = catalog.find(name)
     assert unet.down_block_types == (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
     assert unet.in_channels == full.unet.get("in_channels", 4)
     assert unet.use_linear_projection == full.unet.get("use_linear_projection", False)
@@ -54,7 +53,7 @@ def test_structure_is_stable_diffusions(repositories, name):
 
 @pytest.mark.parametrize(("name", "pad"), [("sd-1.5", 49407), ("sd-2.1", 0), ("clip-b16", 49407)])
 def test_texts_begin_end_and_are_padded_with_the_real_ids(repositories, name, pad):
-    root = repositories / known.hub_id(name) / "main"
+    root = repositories / catalog.hub_id(name) / "main"
     tower = load_text_tower(str(root if name == "clip-b16" else root / "text_encoder"))
     ids, mask = tower.tokenizer(PROMPTS, 77)
     assert (ids[:, 0] == 49406).all() and (ids[:, -1] == pad).all()
@@ -63,7 +62,7 @@ def test_texts_begin_end_and_are_padded_with_the_real_ids(repositories, name, pa
 
 @pytest.mark.parametrize("branch", ["fp16", "half", "sharded", "sharded-half"])
 def test_branches_hold_the_same_unet(repositories, branch):
-    root = repositories / known.hub_id("sd-1.5")
+    root = repositories / catalog.hub_id("sd-1.5")
     files = sorted((root / branch / "unet").glob("*.safetensors"))
     assert len(files) == (3 if branch.startswith("sharded") else 1)
     stored = {}
@@ -82,7 +81,7 @@ def test_torch_reads_a_pipeline_and_computes_the_same(repositories, name):
     import diffusers
     import transformers
 
-    root = repositories / known.hub_id(name) / "main"
+    root = repositories / catalog.hub_id(name) / "main"
     kwargs = {} if name == "marigold" else {"safety_checker": None}
     kind = diffusers.MarigoldDepthPipeline if name == "marigold" else diffusers.StableDiffusionPipeline
     pipe = kind.from_pretrained(root, **kwargs)
@@ -122,7 +121,7 @@ def test_torch_reads_a_whole_clip_model(repositories, name):
     torch = pytest.importorskip("torch")
     import transformers
 
-    root = repositories / known.hub_id(name) / "main"
+    root = repositories / catalog.hub_id(name) / "main"
     theirs, report = transformers.CLIPModel.from_pretrained(root, output_loading_info=True)
     assert not report["missing_keys"] and not report["mismatched_keys"]
     tokenizer = transformers.CLIPTokenizer.from_pretrained(root)
@@ -141,7 +140,7 @@ def test_torch_reads_the_tiny_autoencoder(repositories):
     torch = pytest.importorskip("torch")
     import diffusers
 
-    root = repositories / known.hub_id("taesd") / "main"
+    root = repositories / catalog.hub_id("taesd") / "main"
     theirs = diffusers.AutoencoderTiny.from_pretrained(root)
     image = seeded_input("image", (1, 3, 64, 64))
     with torch.no_grad():

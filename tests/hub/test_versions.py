@@ -10,13 +10,12 @@ import pytest
 from tiny import one_line
 
 import hub
-from digseg_jax import known
-from digseg_jax.config import parse
+from digseg_jax.config.parse import parse
 from digseg_jax.errors import UserError
 from digseg_jax.recipes import VERSIONS, stable_diffusion
-from digseg_jax.tasks.components import for_devices
-from digseg_jax.tasks.segmentation import SegmentationTask
-from digseg_jax.weights import load_text_tower
+from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.weights import catalog, load_text_tower
 from digseg_jax.weights.hub import converted_folder
 from hub import layouts
 
@@ -90,7 +89,7 @@ def test_biomedclip_that_was_not_converted_says_what_to_do(online):
     with pytest.raises(UserError) as caught:
         load_text_tower(config.model.text)
     message = one_line(caught.value)
-    assert "python -m digseg_jax.weights.convert biomedclip;" in message
+    assert "python -m digseg_jax.tools.convert_weights biomedclip;" in message
     assert "open_clip_pytorch_model.bin" not in online.fetched()  # nor anything else of its weights
 
 
@@ -99,7 +98,7 @@ def test_what_was_converted_needs_no_hub(server, tmp_path):
         folder = converted_folder("biomedclip")
         assert folder.is_relative_to(tmp_path)
         hub.biomedclip_folder(folder)
-        for name in ("biomedclip", known.hub_id("biomedclip")):
+        for name in ("biomedclip", catalog.hub_id("biomedclip")):
             tower = load_text_tower(name)
             assert (tower.width, tower.max_length, tower.causal) == (layouts.BERT_WIDTH, 256, False)
 
@@ -108,10 +107,10 @@ def test_a_pickle_is_converted_to_where_its_name_finds_it(server, tmp_path, repo
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
-    from digseg_jax.weights import convert
+    from digseg_jax.tools import convert_weights
 
     # the published layout, with a real pickle
-    published = tmp_path / "repositories" / known.hub_id("biomedclip") / "main"
+    published = tmp_path / "repositories" / catalog.hub_id("biomedclip") / "main"
     hub.biomedclip_folder(published)
     weights = published / "open_clip_model.safetensors"
     torch.save(load_file(weights), published / "open_clip_pytorch_model.bin")
@@ -120,5 +119,5 @@ def test_a_pickle_is_converted_to_where_its_name_finds_it(server, tmp_path, repo
         hub.serve(tmp_path / "repositories") as own,
         hub.environment(own.endpoint, tmp_path / "cache"),
     ):
-        convert.main(["biomedclip"])
+        convert_weights.main(["biomedclip"])
         assert load_text_tower("biomedclip").width == layouts.BERT_WIDTH

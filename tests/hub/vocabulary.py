@@ -14,7 +14,7 @@ import string
 from pathlib import Path
 from typing import Any
 
-from digseg_jax.segmentation.tokenizer import CLIP_END, CLIP_MERGES, CLIP_START, _byte_letters
+from digseg_jax.models.text.tokenizer import CLIP_END, CLIP_MERGES, CLIP_START, _byte_letters
 
 BERT_SIZE = 30522
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # PubMedBERT's order

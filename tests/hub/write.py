@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from digseg_jax import known
+from digseg_jax import trees
 from digseg_jax.models import functional
-from digseg_jax.models.bert import BertConfig
-from digseg_jax.models.open_clip_text import OpenClipTextConfig
-from digseg_jax.segmentation.tokenizer import CLIP_END
-from digseg_jax.weights import keymap
+from digseg_jax.models.text.bert import BertConfig
+from digseg_jax.models.text.open_clip import OpenClipTextConfig
+from digseg_jax.models.text.tokenizer import CLIP_END
+from digseg_jax.weights import catalog, keymap
 from digseg_jax.weights.registry import COMPONENTS, component_of, component_of_config
 
 from . import layouts, vocabulary
@@ -61,7 +61,7 @@ def pipeline_folders(folder: Path, name: str = "sd-1.5") -> dict[str, str]:
 
 
 def biomedclip_folder(folder: Path) -> Path:
-    """Writes folder as `digseg_jax.weights.convert biomedclip folder` does, and returns it.
+    """Writes folder as `digseg_jax.tools.convert_weights biomedclip folder` does, and returns it.
 
     The hub has this model as a pickle only.
     """
@@ -106,7 +106,7 @@ _TRUNK = {
 
 
 def _revision(folder: Path, name: str, revision: str = "main") -> Path:
-    return folder / known.hub_id(name) / revision
+    return folder / catalog.hub_id(name) / revision
 
 
 def write_pipeline(folder: Path, layout: Mapping[str, Any], name: str) -> None:
@@ -225,7 +225,7 @@ def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
     _, params = functional.abstract(lambda: component.model_class(config, rngs=functional.FixedRngs()))
     return {
         component.key_prefix + keymap.hub_key(path): keymap.hub_shape(path, leaf.shape)
-        for path, leaf in functional.flatten(params).items()
+        for path, leaf in trees.flatten(params).items()
     }
 
 

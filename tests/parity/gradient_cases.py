@@ -17,6 +17,7 @@ from flax import nnx
 from oracle import UNETS, VAE, nhwc, seeded_input, seeded_tensor, unet_inputs
 from towers import BERT, CLIP, bert_ids, clip_ids, pixels, torch_model
 
+from digseg_jax import trees
 from digseg_jax.models import functional
 from digseg_jax.weights import keymap
 
@@ -109,7 +110,7 @@ def our_gradients(name: str, model: nnx.Module) -> dict[str, np.ndarray]:
 
     options = {"xla_backend_optimization_level": 0}  # compiling takes far longer than running once
     gradients = jax.jit(jax.grad(loss), compiler_options=options)(params)
-    flat = functional.flatten(gradients)
+    flat = trees.flatten(gradients)
     return {keymap.hub_key(p): keymap.to_hub(p, np.asarray(g)) for p, g in flat.items()}
 
 

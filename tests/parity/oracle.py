@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from digseg_jax import trees
 from digseg_jax.models import functional
 from digseg_jax.weights import keymap, load_component
 from digseg_jax.weights.registry import component_of
@@ -96,7 +97,7 @@ def seeded_component(config: dict[str, Any], folder: Path) -> nnx.Module:
     ours = component.config_class.from_dict(config)
     _, params = functional.abstract(lambda: component.model_class(ours, rngs=functional.FixedRngs()))
     tensors = {}
-    for path, leaf in functional.flatten(params).items():
+    for path, leaf in trees.flatten(params).items():
         key = keymap.hub_key(path)
         tensors[key] = seeded_tensor(key, keymap.hub_shape(path, leaf.shape))
     write_component(folder, config, tensors, component.stem)

@@ -10,7 +10,7 @@ from oracle import GOLDEN, fill_torch, relative_l2, seeded_input
 from safetensors.numpy import load_file, save_file
 
 from digseg_jax.errors import UserError
-from digseg_jax.segmentation.text_bank import encode_prompts
+from digseg_jax.segmentation.prompt_bank import encode_prompts
 from digseg_jax.weights import load_component, load_text_tower, minilm_folder, save_component
 
 LIMIT, LIMIT_BF16 = 1e-5, 2e-2  # relative L2

@@ -22,10 +22,11 @@ from towers import (
     torch_outputs,
 )
 
+from digseg_jax import trees
 from digseg_jax.models import functional
-from digseg_jax.models.bert import BertConfig
-from digseg_jax.models.clip_text import without_last_layers
-from digseg_jax.models.open_clip_text import HFTextEncoder, OpenClipTextConfig
+from digseg_jax.models.text.bert import BertConfig
+from digseg_jax.models.text.clip_text import without_last_layers
+from digseg_jax.models.text.open_clip import HFTextEncoder, OpenClipTextConfig
 from digseg_jax.weights import keymap, load_component, save_component
 
 LIMIT = 1e-5  # relative L2
@@ -72,7 +73,7 @@ def open_clip_folder(folder: Path) -> Path:
     )
     _, params = functional.abstract(lambda: HFTextEncoder(config, rngs=functional.FixedRngs()))
     tensors = {}
-    for path, leaf in functional.flatten(params).items():
+    for path, leaf in trees.flatten(params).items():
         key = keymap.hub_key(path)
         tensors[f"text.{key}"] = seeded_tensor(key, keymap.hub_shape(path, leaf.shape))
     tensors["text.transformer.embeddings.position_ids"] = np.arange(20)[None]

@@ -24,6 +24,7 @@ from oracle import (
     unet_inputs,
 )
 
+from digseg_jax import trees
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -122,13 +123,13 @@ def test_widened_model_on_doubled_input_equals_the_checkpoint(prior):
 def test_equal_channels_load_as_they_are_and_narrowing_undoes_widening(prior, tmp_path):
     model, folder = prior
     same = load_unet_params(folder, model.config)
-    expected = functional.flatten(functional.split(model)[1])
+    expected = trees.flatten(functional.split(model)[1])
     wide_config = dataclasses.replace(model.config, in_channels=8)
     wide = load_unet_params(folder, wide_config)
     save_component((wide_config, wide), tmp_path / "wide")
     again = load_unet_params(tmp_path / "wide", wide_config)
     for got in (same, narrow_conv_in(wide), narrow_conv_in(again)):
-        flat = functional.flatten(got)
+        flat = trees.flatten(got)
         assert flat.keys() == expected.keys()
         assert all(np.array_equal(flat[path], expected[path]) for path in flat)
     assert (widen_conv_in(same)["conv_in"]["kernel"] == wide["conv_in"]["kernel"]).all()
@@ -147,7 +148,7 @@ def test_text_adapters_start_from_their_initial_values(prior):
     config = dataclasses.replace(model.config, in_channels=8, text_adapters=True)
     initial = functional.random_init(abstract(config)[1], seed=0)
     got = load_unet_params(folder, config, optional_prefixes=("text_adapters.",), initial=initial)
-    ours, start = functional.flatten(got), functional.flatten(initial)
+    ours, start = trees.flatten(got), trees.flatten(initial)
     assert ours.keys() == start.keys()
     assert all(np.array_equal(ours[p], start[p]) == p.startswith("text_adapters.") for p in ours)
     with pytest.raises(UserError, match=r"missing: text_adapters"):

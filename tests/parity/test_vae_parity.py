@@ -17,6 +17,7 @@ from oracle import (
 )
 from safetensors.numpy import load_file, save_file
 
+from digseg_jax import trees
 from digseg_jax.models import functional
 from digseg_jax.weights import load_component, save_component
 
@@ -91,8 +92,6 @@ def test_old_attention_keys_load_to_the_same_parameters(tmp_path, as_convolution
         old[key] = value
     assert sum("proj_attn" in key for key in old) == 4
     save_file(old, file)
-    expected, got = (
-        functional.flatten(functional.split(m)[1]) for m in (new, load_component(tmp_path))
-    )
+    expected, got = (trees.flatten(functional.split(m)[1]) for m in (new, load_component(tmp_path)))
     assert expected.keys() == got.keys()
     assert all(np.array_equal(expected[path], got[path]) for path in expected)

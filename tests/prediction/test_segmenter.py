@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from digseg_jax.config.sampling import EStep
 from digseg_jax.errors import UserError
 from digseg_jax.prediction.segmenter import (
     QUERY_LIMIT,
@@ -20,8 +21,8 @@ from digseg_jax.prediction.segmenter import (
     trained_short_side,
     view_size,
 )
-from digseg_jax.segmentation.inference import EStep, probabilities
-from digseg_jax.tasks.segmentation import SegmentationTask
+from digseg_jax.segmentation.ensemble import probabilities
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 QUERIES = ["water", "forest", "snow and ice"]
 ONE = EStep(1, 1)

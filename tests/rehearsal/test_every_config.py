@@ -16,7 +16,7 @@ from rehearsal import story
 CONFIGS = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
 ON_LAND_COVER = ("quickstart", "landcover", "landcover_palette")
 NO_MASKS = ("landcover_prior", "landcover_vae")
-PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS, "stamps"})
+PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS})
 pytestmark = pytest.mark.rehearsal
 
 
@@ -47,8 +47,7 @@ def test_the_papers_tables(stage, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "version"),
-    [("camvid", "palette"), ("camvid", "binary"), ("stamps", "")]
-    + [(name, "") for name in ON_LAND_COVER],
+    [("camvid", "palette"), ("camvid", "binary")] + [(name, "") for name in ON_LAND_COVER],
 )
 def test_a_small_model(request, stage, tmp_path, name, version):
     if name in ON_LAND_COVER:

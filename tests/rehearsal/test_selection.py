@@ -12,16 +12,17 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_recipes import CONFIGS, get_config
+from experiments import CONFIGS, get_config
 
-from digseg_jax.config import Config, parse
-from digseg_jax.data import registry
-from digseg_jax.data.evaluation import eval_examples
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import Config
+from digseg_jax.data.datasets import registry
+from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.prediction.segmenter import Segmenter, trained_short_side, view_size
 from digseg_jax.recipes import VERSIONS
-from digseg_jax.tasks.components import for_devices
-from digseg_jax.tasks.segmentation import SegmentationTask
-from digseg_jax.train import Trainer
+from digseg_jax.training.loop import Trainer
+from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from rehearsal import story, trees
 
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))

@@ -15,7 +15,7 @@ import official_trees
 import scipy.io
 from PIL import Image
 
-from digseg_jax.data.spec import shipped_list
+from digseg_jax.data.datasets.spec import shipped_list
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FACTOR = 20  # the made-up trees have 6 x 4 pixels: 120 x 80

@@ -20,13 +20,14 @@ def main() -> None:
     """Answers until its input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a command prints
-    from digseg_jax import cpu, log
+    from digseg_jax import log
+    from digseg_jax.runtime import cpu
 
     cpu.tune()
     log.setup()
     import jax
 
-    from digseg_jax import sharding
+    from digseg_jax.runtime import sharding
 
     sharding.FSDP_MIN_SIZE = SPLIT_FROM
     for line in sys.stdin:

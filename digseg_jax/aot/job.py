@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--mode=compile: the run's own program compiled for devices that are not there, and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+
+from digseg_jax.aot import cuda, hlo, programs, traffic
+from digseg_jax.aot.advice import Needs, advise
+from digseg_jax.aot.kernels import kernel_flops
+from digseg_jax.aot.programs import FILES, Program
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.table import as_text
+from digseg_jax.aot.topology import Topology, open_topology
+from digseg_jax.config.parse import to_dict
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.io.storage import AnyPath, write_bytes, write_json
+from digseg_jax.log import heartbeat, log
+from digseg_jax.runtime import tpu
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.mesh_choice import chosen
+from digseg_jax.training.tasks.components import for_devices
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+TOO_MUCH = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
+VERSIONS = ("jax", "jaxlib", "libtpu", "flax")
+
+
+def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
+    """Compiles, and writes DIR/compile.json and compile.txt (compile_eval.* for the evaluation).
+
+    Returns what is in the file. `fits` is False if the program needs more memory than the device has.
+
+    Raises:
+      UserError: no such topology, a mesh or a batch that its devices do not divide, or a program that
+        the compiler refuses for another reason than memory.
+    """
+    target = open_topology(topology)
+    config = for_devices(config, target.meant)
+    parts = Parts.of(config.model)
+    task, _ = programs.train_task(config, parts, 1)
+    choice = chosen(config, task, target.devices, target.hbm_bytes, target.chip)
+    mesh = make_mesh(choice, target.devices)
+    start = time.monotonic()
+    lower = cuda.stand_in if target.place_of else programs.lower
+    lowered = lower(config, parts, mesh)
+    lowered_after = time.monotonic() - start
+    name = "eval" if config.compile.program == "eval" else lowered[0].name
+    images = lowered[0].images
+    log.info(
+        "compiling %s for %s: %d images a call, mesh %s; a full-size model takes minutes",
+        " and ".join(p.name for p in lowered), topology, images, dict(mesh.shape),
+    )  # fmt: skip
+    platform = target.devices[0].platform
+    quick = {} if config.compile.tuned else tpu.untuned(platform)
+    more = quick | effort_options(config.compile.effort, target.devices[0])
+    if target.place_of:
+        more |= cuda.OPTIONS
+    each = [compile_and_measure(p, target, more) for p in lowered]
+    if target.place_of:
+        each = cuda.estimates(config, parts, mesh, each, target.hbm_bytes)
+    result = {
+        "topology": topology,
+        "program": name,
+        "chips": len(target.devices),
+        "device_kind": target.meant[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "images": images,
+        "queries": sum(p.queries * p.calls for p in lowered if p.name in ("sample", "train", "unet")),
+        "images_per_chip": images / programs.shards(mesh),
+        "hbm_limit_bytes": target.hbm_bytes,
+        "effort": config.compile.effort,
+        "tuned": not quick,
+        "compiler_options": {
+            "on": (tpu.compiler_options(platform) or {}) | more,
+            "left_out": tpu.refusals() if platform == "tpu" else {},
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
+        **combined(each, [p.calls for p in lowered]),
+        "lower_seconds": round(lowered_after, 1),
+    }
+    if name == "eval":
+        result["calls"] = {p.name: p.calls for p in lowered}
+        result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
+    else:
+        per_chip = programs.model_flops(config, parts, images) / len(target.devices)
+        result["model_flops"] = per_chip
+        result["images_configured"] = _configured(config, images)
+        result["parameter_bytes"] = 4 * programs.count(task.abstract)
+    result |= roofline(result, target)
+    if not result["fits"]:
+        needs = Needs(
+            result["hbm_args_bytes"],
+            result["hbm_temp_bytes"],
+            max(1, math.ceil(result["images_per_chip"])),
+            target.hbm_bytes,
+        )
+        with cuda.assumed_cudnn():
+            result["advice"] = advise(config, parts, mesh, needs)
+    result["config"] = to_dict(config)
+    result["versions"] = _versions()
+    write_json(workdir / f"{FILES[name]}.json", result)
+    text = as_text(result)
+    write_bytes(workdir / f"{FILES[name]}.txt", text.encode())
+    log.info("%s\n%s", workdir / f"{FILES[name]}.json", text)
+    return result
+
+
+SUMMED = (
+    "flops", "bytes_accessed", "memory_bytes", "loop_flops", "kernel_flops", "loop_bytes",
+    "collective_bytes",
+)  # fmt: skip
+
+
+def combined(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    """Several programs as one: the memory of the one that needs most, and the work of all calls."""
+    if len(measured) == 1 and calls == [1]:
+        return measured[0]
+    result = dict(max(measured, key=lambda m: m["hbm_peak_bytes"] / m.get("hbm_limit_bytes", 1.0)))
+    result["compile_seconds"] = round(sum(m["compile_seconds"] for m in measured), 1)
+    result["fits"] = all(m["fits"] for m in measured)
+    if not all("flops" in m for m in measured):
+        return result
+    for key in SUMMED:
+        result[key] = sum(m[key] * n for m, n in zip(measured, calls, strict=True))
+    result["collectives"] = _summed_collectives(measured, calls)
+    return result
+
+
+def _summed_collectives(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    total: dict[str, dict[str, Any]] = {}
+    for found, times in zip(measured, calls, strict=True):
+        for kind, values in found["collectives"].items():
+            before = total.get(kind, dict.fromkeys(values, 0))
+            total[kind] = {name: before[name] + times * value for name, value in values.items()}
+    return total
+
+
+def _configured(config: Config, images: int) -> int:
+    """Images a train step that the configuration names; another number where they do not divide."""
+    return images if config.compile.per_device_batch else config.train.batch_size
+
+
+def effort_options(value: float, device: jax.Device) -> dict[str, Any]:
+    """Compiler options for this much of XLA's effort for fast code; none for a run's, which is 0.
+
+    Since jax 0.12 there are levels alone: O1 stands for everything below 0, O3 for everything above.
+    """
+    if not value:
+        return {}
+    exact = {"exec_time_optimization_effort": value}
+    if tpu.refusal(exact, device) is None:
+        return exact
+    return {"optimization_level": "O1" if value < 0 else "O3"}
+
+
+def compile_and_measure(
+    program: Program, target: Topology, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is.
+
+    options: of the compiler, beside those that the program was lowered with.
+    """
+    start = time.monotonic()
+    try:
+        with heartbeat("compiling"):
+            compiled = program.lowered.compile(options or None)
+    except jax.errors.JaxRuntimeError as error:
+        return over_budget(str(error)) | _seconds(start)
+    seconds = _seconds(start)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    module = hlo.parse(compiled.as_text())
+    collectives = hlo.collectives(module, len(target.devices))
+    more_flops, more_bytes = traffic.loop_corrections(module)
+    kernels = kernel_flops(module)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + code + program.waiting
+    return {
+        "fits": peak <= target.hbm_bytes,
+        "hbm_args_bytes": memory.argument_size_in_bytes,
+        "hbm_temp_bytes": memory.temp_size_in_bytes,
+        "hbm_result_bytes": results,  # beyond those that are written over donated arguments
+        "hbm_code_bytes": code,
+        "hbm_waiting_bytes": program.waiting,
+        "hbm_peak_bytes": peak,
+        "flops": cost.get("flops", 0.0) + more_flops + kernels,
+        "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,
+        "memory_bytes": traffic.memory_traffic(module),  # our count, main memory alone
+        "loop_flops": more_flops,  # the parts of flops and bytes_accessed that XLA's count leaves out
+        "kernel_flops": kernels,
+        "loop_bytes": more_bytes,
+        "collective_bytes": sum(c.bytes for c in collectives.values()),
+        "collectives": {kind: dataclasses.asdict(c) for kind, c in collectives.items()},
+        "largest_buffers": [dataclasses.asdict(b) for b in hlo.largest_buffers(module)],
+        **seconds,
+    }
+
+
+def _seconds(start: float) -> dict[str, float]:
+    return {"compile_seconds": round(time.monotonic() - start, 1)}
+
+
+def over_budget(message: str) -> dict[str, Any]:
+    """What the TPU compiler says of a program that does not fit.
+
+    Raises:
+      UserError: it failed for another reason.
+    """
+    used = next(filter(None, (re.search(form, message) for form in TOO_MUCH)), None)
+    if not used:
+        raise UserError(f"the compiler refuses the program: {' '.join(message.split())[:600]}")
+    needed = float(used[1]) * UNITS[used[2]]
+    arguments = _said(message, "arguments")
+    return {
+        "fits": False,
+        "hbm_args_bytes": arguments,
+        "hbm_temp_bytes": needed - arguments,
+        "hbm_peak_bytes": needed,
+        "hbm_limit_bytes": float(used[3]) * UNITS[used[4]],
+        "compiler_message": message[:8000],
+    }
+
+
+def _said(message: str, what: str) -> float:
+    """Bytes behind a word of the message such as `arguments    2.65G`; 0 if it is not there."""
+    found = re.search(rf"\b{what}\b[^\d\n]*([\d.]+)([KMGT]?)", message)
+    return float(found[1]) * UNITS[found[2]] if found else 0.0
+
+
+def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
+    """Least times of one call: of computing, of memory traffic, of traffic between chips.
+
+    The longest is taken for the whole; with model FLOPs that bounds the utilisation (MFU). Beside it
+    stands the time of the collectives that nothing runs beside, by the compiler's schedule.
+    """
+    chip = target.chip
+    if chip is None or "flops" not in result:
+        return {}
+    seconds = {
+        "compute": result["flops"] / chip.flops,
+        "memory": result["memory_bytes"] / chip.hbm_bandwidth,
+        "collectives": result["collective_bytes"] / chip.ici_bandwidth,
+    }
+    if target.place_of:  # the traffic is another compiler's, and too large for a bound
+        del seconds["memory"]
+    longest = max(seconds.values())
+    exposed = sum(c["bytes"] - c["overlapped_bytes"] for c in result["collectives"].values())
+    values = {
+        "roofline_seconds": seconds,
+        "roofline_bound": max(seconds, key=seconds.get),
+        "roofline_images_per_second_per_chip": result["images"] / result["chips"] / longest,
+        "exposed_collective_seconds": exposed / chip.ici_bandwidth,
+        "chip_source": chip.source,
+    }
+    if "model_flops" in result:
+        values["mfu_bound"] = result["model_flops"] / (longest * chip.flops)
+    return values
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

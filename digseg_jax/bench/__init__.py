@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: our figure and a reference's, measured in one run. `python -m digseg_jax.bench NAME`."""

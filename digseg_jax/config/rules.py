@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the values of a configuration must satisfy beyond their types."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from digseg_jax.errors import UserError
+
+if TYPE_CHECKING:  # config imports this module
+    from digseg_jax.config.schema import Config, DataConfig
+
+
+AT_LEAST_ONE = (
+    "train.batch_size",
+    "train.accumulation",
+    "train.log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.ensemble",
+    "eval.steps",
+    "eval.batch_size",
+    "eval.gate_limit",
+    "data.num_queries",
+    "data.image_size",
+    "model.max_tokens",
+)
+NOT_NEGATIVE = (
+    "train.steps",
+    "train.eval_every",
+    "checkpoint.keep_every",
+    "checkpoint.overlap",
+    "optim.warmup_steps",
+    "eval.num_images",
+    "eval.short_side",
+    "eval.decode_limit",
+    "eval.calibrate_images",
+    "model.text_skip_layers",
+    "compile.per_device_batch",
+    "compile.eval_queries",
+    "model.vae_limit",
+    "model.unet_limit",
+)
+# a round bracket leaves the end out
+RANGES = {
+    "compile.effort": "[-1, 1]",
+    "optim.ema_decay": "[0, 1)",
+    "data.word_dropout": "[0, 1]",
+    "data.negative_rate": "[0, 1)",
+    "data.hard_negative_rate": "[0, 1]",
+    "data.class_share_cap": "[0, 1]",
+    "data.flip": "[0, 1]",
+    "data.jitter": "[0, 1]",
+}
+
+
+def check_combinations(c: Config) -> None:
+    """Raises UserError for a value out of range, or for values that do not go together."""
+    _check_ranges(c)
+    _check_train(c)
+    _check_model(c)
+    _check_eval(c)
+    _check_codec(c)
+    _check_data(c)
+    _check_crops(c.data)
+    _check_latent_cache(c)
+
+
+def _check_ranges(c: Config) -> None:
+    for key in AT_LEAST_ONE:
+        if (value := _value(c, key)) < 1:
+            raise UserError(f"config.{key}={value}: must be at least 1")
+    for key in NOT_NEGATIVE:
+        if (value := _value(c, key)) < 0:
+            raise UserError(f"config.{key}={value}: must not be negative")
+    for key, legal in RANGES.items():
+        low, high = map(float, legal[1:-1].split(","))
+        value = _value(c, key)
+        if not low <= value <= high or (value == high and legal.endswith(")")):
+            raise UserError(f"config.{key}={value}: legal range {legal}")
+    if c.checkpoint.timeout <= 0:
+        raise UserError(f"config.checkpoint.timeout={c.checkpoint.timeout}: must be positive")
+
+
+def _value(c: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(c, section), name)
+
+
+def _check_train(c: Config) -> None:
+    if c.checkpoint.best and not c.train.eval_every:
+        raise UserError(
+            f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
+            "measures it while training"
+        )
+    if c.train.profile and not (
+        len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
+    ):
+        raise UserError(
+            f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
+        )
+    for pattern in c.optim.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
+            ) from error
+
+
+def _check_model(c: Config) -> None:
+    if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
+        raise UserError(
+            "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
+            "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
+        )
+    if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
+        raise UserError(
+            "config.model.attention='cudnn' takes 16-bit activations only: set "
+            "config.model.dtype='bfloat16', or attention to plain or chunked"
+        )
+    if c.model.feed_forward == "fused" and c.mesh.tensor > 1:
+        raise UserError(
+            f"config.model.feed_forward='fused' with config.mesh.tensor={c.mesh.tensor}: its kernel "
+            "needs whole weights; set it to auto or plain"
+        )
+
+
+def _check_eval(c: Config) -> None:
+    if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
+        raise UserError(
+            f"config.eval.split={c.eval.split!r} with config.eval.calibrate=True would fit the "
+            "calibration on the images that it scores: set config.eval.calibrate=False, or another "
+            "config.eval.calibrate_split (val, train)"
+        )
+    if c.eval.steps > c.diffusion.num_train_timesteps:
+        raise UserError(
+            f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
+            f"{c.diffusion.num_train_timesteps}"
+        )
+    if c.eval.ensemble_rule != "mean" and c.eval.decoder == "latent_mean":
+        raise UserError(
+            f"config.eval.ensemble_rule={c.eval.ensemble_rule!r} needs every member's mask: set "
+            "config.eval.decoder='vae' or 'probe'"
+        )
+    if len(c.eval.view_size) > 2 or min(c.eval.view_size, default=1) < 1:
+        raise UserError(
+            f"config.eval.view_size={c.eval.view_size}: legal are (side,) and (height, width) in "
+            "pixels, or () for config.data.image_size"
+        )
+    _check_estep_table(c)
+
+
+def _check_data(c: Config) -> None:
+    if c.data.word_dropout and not c.model.sentence_token:
+        raise UserError(
+            f"config.data.word_dropout={c.data.word_dropout} leaves queries without any text unless "
+            "config.model.sentence_token=True"
+        )
+    for name in c.data.train_label_sets:
+        if name not in ("groups", "igbp"):
+            raise UserError(f"config.data.train_label_sets: {name!r}; legal: groups, igbp")
+    if not c.data.train_label_sets:
+        raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
+
+
+def _check_codec(c: Config) -> None:
+    if c.segmentation.codec != "palette":
+        return
+    if c.data.mixture:
+        raise UserError(
+            "config.data.mixture: a palette has the colours of one class list; with "
+            "config.segmentation.codec='palette' train on one data set"
+        )
+    if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
+        raise UserError(
+            f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
+            f"label set; with config.segmentation.codec='palette' it must be ('{c.data.label_set}',)"
+        )
+
+
+def _check_crops(data: DataConfig) -> None:
+    if not 0.0 < data.scale_min <= data.scale_max:
+        raise UserError(
+            f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: "
+            "must be above 0, and the minimum at most the maximum"
+        )
+    for template in data.templates:
+        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+            raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")
+    for part in data.mixture:
+        if part.weight <= 0:
+            raise UserError(f"config.data.mixture: weight {part.weight} of {part.name!r}; above 0")
+
+
+def _check_latent_cache(c: Config) -> None:
+    """Latents are of middle squares and their mirror images: what else augments would do nothing."""
+    if not c.data.latent_cache:
+        return
+    if c.task != "segmentation":
+        raise UserError(
+            f"config.data.latent_cache={c.data.latent_cache!r}: for config.task='segmentation' only, "
+            f"not {c.task!r}"
+        )
+    if c.data.name == "landcover":
+        raise UserError(
+            "config.data.latent_cache: the land cover is trained on random windows of its scenes, "
+            "which no cache holds; set it to '' or choose another config.data.name"
+        )
+    legal = {"scale_min": 1.0, "scale_max": 1.0, "class_share_cap": 1.0, "jitter": 0.0}
+    if differs := [key for key, value in legal.items() if getattr(c.data, key) != value]:
+        found = ", ".join(f"config.data.{key}={getattr(c.data, key)}" for key in differs)
+        wanted = ", ".join(f"{key}={legal[key]}" for key in differs)
+        raise UserError(
+            f"{found}: cached latents are augmented by mirroring alone; with config.data.latent_cache "
+            f"legal is {wanted}"
+        )
+
+
+def _check_estep_table(c: Config) -> None:
+    """Now rather than after the training, when the table is made."""
+    if not c.eval.estep:
+        return
+    from digseg_jax.config.sampling import EStep  # imports JAX, which a wrong key need not
+
+    for text in c.eval.estep:
+        if EStep.parse(text).steps > c.diffusion.num_train_timesteps:
+            raise UserError(
+                f"config.eval.estep: {text!r} has more steps than config.diffusion."
+                f"num_train_timesteps={c.diffusion.num_train_timesteps}"
+            )

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data sets of the paper, and those of this project, as specs.
+
+Counts are those of the official releases (labelled images only). `absent` follows the code that the
+published tables of a data set were made with: detectron2's rule in the open-vocabulary ones,
+mmsegmentation's in the supervised ones.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from digseg_jax.data.datasets.landcover_prompts import PROMPTS
+from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec, load_classes
+
+_RESEARCH = "non-commercial research; registration with the authors"
+# VOC 2010's own lists, and PASCAL in Detail's, which most published numbers are for
+_CONTEXT_SPLITS = {"train": 4_998, "val": 5_105, "train_4996": 4_996, "val_5104": 5_104}
+_FLICKR = "images under Flickr terms; no registration"
+
+
+def _ade20k() -> DatasetSpec:
+    return DatasetSpec(
+        name="ade20k",
+        title="ADE20K-150 (MIT SceneParsing, ADEChallengeData2016)",
+        inference="whole",
+        splits={"train": 20_210, "val": 2_000},
+        ignore="0 (other objects) and 255",
+        licence="annotations BSD-3-Clause, images for research; no registration",
+        **load_classes("ade20k"),
+    )
+
+
+def _ade20k_847() -> DatasetSpec:
+    return DatasetSpec(
+        name="ade20k_847",
+        title="ADE20K-847 (full ADE20K, release 2021_17_01, at a short side of 512 or less)",
+        inference="whole",
+        splits={"train": 25_574, "val": 2_000},
+        ignore="every object that is not one of the 847; 255 is the class 'pier'",
+        licence="terms of ade20k.csail.mit.edu; registration",
+        absent="detectron2",
+        **load_classes("ade20k_847"),
+    )
+
+
+def _pascal_context_59() -> DatasetSpec:
+    return DatasetSpec(
+        name="pascal_context_59",
+        title="PASCAL-Context, 59 classes, background ignored",
+        inference="whole",
+        splits=_CONTEXT_SPLITS,
+        extra_splits=("train_4996", "val_5104"),
+        ignore="every raw label that is not one of the 59, 0 among them",
+        licence=_FLICKR,
+        absent="detectron2",
+        **load_classes("pascal_context_59"),
+    )
+
+
+def _pascal_context_459() -> DatasetSpec:
+    return DatasetSpec(
+        name="pascal_context_459",
+        title="PASCAL-Context, all 459 labels ('unknown' is one of them)",
+        inference="whole",
+        splits=_CONTEXT_SPLITS,
+        extra_splits=("train_4996", "val_5104"),
+        ignore="0; 255 is the class 'monkey'",
+        licence=_FLICKR,
+        absent="detectron2",
+        **load_classes("pascal_context_459"),
+    )
+
+
+def _pascal_voc() -> DatasetSpec:
+    return DatasetSpec(
+        name="pascal_voc",
+        title="PASCAL VOC 2012, 20 classes, background ignored",
+        inference="whole",
+        splits={"train": 1_464, "val": 1_449, "trainaug": 10_582},
+        extra_splits=("trainaug",),
+        ignore="0 (background) and 255 (void)",
+        licence=_FLICKR,
+        absent="detectron2",
+        **load_classes("pascal_voc"),
+    )
+
+
+def _coco_stuff() -> DatasetSpec:
+    return DatasetSpec(
+        name="coco_stuff",
+        title="COCO-Stuff-171 (164k, 2017)",
+        inference="whole",
+        splits={"train": 118_287, "val": 5_000},
+        ignore="255 and the eleven values that no class has",
+        licence="annotations CC BY 4.0, images under Flickr terms; no registration",
+        template="A photo of a {} in the scene",  # CAT-Seg's, the tables' common training
+        **load_classes("coco_stuff"),
+    )
+
+
+def _cityscapes() -> DatasetSpec:
+    return DatasetSpec(
+        name="cityscapes",
+        title="Cityscapes, 19 classes, fine annotations (the test labels are not public)",
+        splits={"train": 2_975, "val": 500},
+        ignore="every labelId without a trainId",
+        licence=_RESEARCH,
+        **load_classes("cityscapes"),
+    )
+
+
+def _bdd100k() -> DatasetSpec:
+    return DatasetSpec(
+        name="bdd100k",
+        title="BDD100K semantic segmentation, 19 classes (the test labels are not public)",
+        splits={"train": 7_000, "val": 1_000},
+        ignore="255",
+        licence="UC Berkeley terms: education, research, not for profit; registration",
+        absent="detectron2",  # bdd100k's own evaluator: classes that occur
+        **load_classes("bdd100k"),
+    )
+
+
+def _deepglobe() -> DatasetSpec:
+    return DatasetSpec(
+        name="deepglobe",
+        title="DeepGlobe road extraction 2018: the research split of the 6,226 labelled images",
+        splits={"train": 4_696, "test": 1_530, "all": 6_226},
+        extra_splits=("all",),
+        eval_split="test",
+        ignore="none; 255 is road",
+        licence=_RESEARCH,
+        metric="foreground",
+        **load_classes("deepglobe"),
+    )
+
+
+def _refuge2() -> DatasetSpec:
+    return DatasetSpec(
+        name="refuge2",
+        title="REFUGE2 optic disc and cup, the 400/400/400 release",
+        inference="whole",
+        splits={"train": 400, "val": 400, "test": 400},
+        eval_split="test",
+        ignore="none; 255 is background",
+        licence=_RESEARCH,
+        metric="region_dice",
+        **load_classes("refuge2"),
+    )
+
+
+def _monuseg() -> DatasetSpec:
+    return DatasetSpec(
+        name="monuseg",
+        title="MoNuSeg 2018 nuclei: the challenge's 30 training images, or all 37",
+        splits={"train": 30, "train_37": 37, "test": 14},
+        extra_splits=("train_37",),
+        eval_split="test",
+        ignore="none",
+        licence="CC BY-NC-SA 4.0",
+        metric="foreground",
+        **load_classes("monuseg"),
+    )
+
+
+def _phenobench() -> DatasetSpec:
+    return DatasetSpec(
+        name="phenobench",
+        title="PhenoBench crop and weed (the test labels are not public)",
+        splits={"train": 1_407, "val": 772},
+        ignore="none; partial plants count as their kind",
+        licence="CC BY-SA 4.0",
+        **load_classes("phenobench"),
+    )
+
+
+def _camvid() -> DatasetSpec:
+    return DatasetSpec(
+        name="camvid",
+        title="CamVid, 11 classes, 480x360",
+        splits={"train": 367, "val": 101, "test": 233},
+        extra_splits=("test",),
+        ignore="11 (void)",
+        licence="CC BY-NC 4.0: research only",
+        **load_classes("camvid"),
+    )
+
+
+def _landcover(label_set: str, name: str) -> DatasetSpec:
+    prompts = PROMPTS[label_set]
+    return DatasetSpec(
+        name=name,
+        title=f"NASA Blue Marble with MODIS land cover of 2019, {len(prompts)} classes",
+        classes=tuple(ClassInfo(n, texts[1:], (i,)) for i, (n, texts) in enumerate(prompts.items())),
+        splits={"train": 198, "val": 55, "test": 81},
+        eval_split="test",
+        ignore="none",
+        licence="public domain (NASA); the packages' own licences for their files",
+    )
+
+
+SPECS = {
+    "ade20k": _ade20k,
+    "ade20k_847": _ade20k_847,
+    "bdd100k": _bdd100k,
+    "camvid": _camvid,
+    "cityscapes": _cityscapes,
+    "coco_stuff": _coco_stuff,
+    "deepglobe": _deepglobe,
+    "landcover": functools.partial(_landcover, "groups", "landcover"),
+    "landcover_igbp": functools.partial(_landcover, "igbp", "landcover_igbp"),
+    "monuseg": _monuseg,
+    "pascal_context_59": _pascal_context_59,
+    "pascal_context_459": _pascal_context_459,
+    "pascal_voc": _pascal_voc,
+    "phenobench": _phenobench,
+    "refuge2": _refuge2,
+}

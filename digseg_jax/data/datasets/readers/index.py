@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels that are one-channel images of class indices: most of the data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from digseg_jax.data.datasets.decode import LabelTable, read_index_image
+from digseg_jax.data.datasets.spec import DatasetSpec
+
+
+class IndexLabels:
+    """Reads an index image (8 or 16 bits, or the indices of a palette) through the spec's table."""
+
+    def __init__(self, spec: DatasetSpec):
+        self.table = LabelTable.of(spec)
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        return self.table(read_index_image(path), path)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MATLAB label files (PASCAL-Context, SBD), read without trusting them."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from digseg_jax.data.datasets.decode import UnreadableError, read_bytes
+
+_MAX_UNPACKED = 64 * 2**20  # bytes; a label map here has about one megabyte
+_COMPRESSED = 15  # the data type of a compressed element
+
+
+def read_mat(path: Path, key: str) -> np.ndarray:
+    """The variable `key` of a version 5 file.
+
+    Raises:
+      UnreadableError: damaged, without that variable, or unpacking to far more than a label map.
+    """
+    data = read_bytes(path, limit=_MAX_UNPACKED)
+    _check_unpacked_size(path, data)
+    try:
+        found = scipy.io.loadmat(io.BytesIO(data), variable_names=[key])
+    except Exception as error:  # a damaged file can raise anything from inside the parser
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableError(f"{path}: cannot be read as a MATLAB file: {reason}") from error
+    if key not in found:
+        raise UnreadableError(f"{path}: holds no variable {key}")
+    return found[key]
+
+
+def label_map(path: Path, value: object) -> np.ndarray:
+    """Checks that a variable is a map of whole numbers [h, w]."""
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "ui":
+        kind = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value)
+        raise UnreadableError(f"{path}: the label is {kind}; expected a map of whole numbers")
+    return value
+
+
+def _check_unpacked_size(path: Path, data: bytes) -> None:
+    """Compressed elements are unpacked up to the limit before scipy unpacks them without one."""
+    position, room = 128, _MAX_UNPACKED
+    while position + 8 <= len(data):
+        kind = int.from_bytes(data[position : position + 4], "little")
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if kind == _COMPRESSED:
+            unpacker = zlib.decompressobj()
+            try:
+                room -= len(unpacker.decompress(data[position + 8 :][:size], room))
+            except zlib.error as error:
+                raise UnreadableError(f"{path}: the MATLAB file is damaged: {error}") from error
+            if unpacker.unconsumed_tail:
+                raise UnreadableError(f"{path}: unpacks to more than {_MAX_UNPACKED} bytes")
+        position += 8 + size

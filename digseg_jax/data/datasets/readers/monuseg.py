@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoNuSeg: TIFF images with Aperio ImageScope XML; the label is the union of all regions.
+
+Coordinates are taken as they are, with the pixel-centre rule of `polygons`. (The challenge's MATLAB
+converter counts pixels from 1, which puts its masks one pixel up and left of these.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.parsers import expat
+
+import numpy as np
+
+from digseg_jax.data.datasets.decode import UnreadableError, read_bytes
+from digseg_jax.data.datasets.pairs import FileSource, pair_up, pick, walk_files
+from digseg_jax.data.datasets.readers import polygons
+from digseg_jax.data.datasets.spec import DatasetSpec, shipped_list
+from digseg_jax.errors import UserError
+
+MAX_VERTICES = 5_000_000  # a file here has some ten thousand
+MAX_COORDINATE = 1e6
+
+
+class NucleusLabels:
+    """1 inside any Region of any Annotation; regions of fewer than three vertices have no inside."""
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        mask = np.zeros(size, bool)
+        for points in regions(path):
+            if len(points) >= 3:
+                polygons.fill(mask, points)
+        return mask.astype(np.int32)
+
+
+def regions(path: Path) -> list[np.ndarray]:
+    """Vertices of every Region, each float [n, 2] as (x, y).
+
+    Raises:
+      UnreadableError: not such XML, without any region, or with a document type: nothing of the
+        format needs entities, so files that declare some are refused.
+    """
+    found: list[list[tuple[float, float]]] = []
+    total = 0
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal total
+        if tag == "Region":
+            found.append([])
+        elif tag == "Vertex":
+            total += 1
+            x, y = float(attributes["X"]), float(attributes["Y"])
+            if total > MAX_VERTICES or not max(abs(x), abs(y)) <= MAX_COORDINATE:
+                raise ValueError(f"vertex {total} at ({x}, {y}) is beyond what is read")
+            found[-1].append((x, y))
+
+    def refuse(*_: object) -> None:
+        raise ValueError("declares a document type, which is refused")
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.StartDoctypeDeclHandler = start, refuse
+    try:
+        parser.Parse(read_bytes(path), True)
+    except (expat.ExpatError, ValueError, KeyError, IndexError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UnreadableError(f"{path}: not an ImageScope annotation: {error}") from error
+    if not found:
+        raise UnreadableError(f"{path}: holds no Region")
+    return [np.array(points, np.float64).reshape(-1, 2) for points in found]
+
+
+def open_monuseg(spec: DatasetSpec, root: Path, split: str) -> FileSource:
+    """TIFF and XML files by name, wherever the archives put them; the splits are lists of names."""
+    what = f"{spec.name} {split}"
+    images: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    for file in walk_files(root, (".tif", ".tiff", ".xml")):
+        side = labels if file.suffix.lower() == ".xml" else images
+        if file.stem in side:
+            raise UserError(f"{what}: {side[file.stem]} and {file} under {root}: which one is it?")
+        side[file.stem] = str(file)
+    if split == "train_37":
+        stems = sorted((images.keys() | labels.keys()) - set(shipped_list("monuseg_test")))
+    else:  # train: the 30 of Kumar et al. 2017 that the challenge had; the archive holds 7 more
+        stems = shipped_list(f"monuseg_{split}")
+    images, labels = (pick(side, stems, root, what) for side in (images, labels))
+    return FileSource(root, pair_up(root, images, labels, what), NucleusLabels())

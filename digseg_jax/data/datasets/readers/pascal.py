@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PASCAL VOC-20, and PASCAL-Context with 59 or 459 labels from .mat files or from JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from digseg_jax.data.datasets.decode import LabelTable, UnreadableError, read_bytes
+from digseg_jax.data.datasets.pairs import FileSource, Pair, find_root, list_files, pair_up, pick
+from digseg_jax.data.datasets.readers.detail_json import DetailJson, Masks, paint
+from digseg_jax.data.datasets.readers.index import IndexLabels
+from digseg_jax.data.datasets.readers.matfile import label_map, read_mat
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.errors import UserError
+
+_JSON = "trainval_merged.json"
+
+
+class ContextLabels:
+    """LabelMap of a .mat file (459-label ids) through the spec's table."""
+
+    def __init__(self, spec: DatasetSpec):
+        self.table = LabelTable.of(spec)
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        return self.table(label_map(path, read_mat(path, "LabelMap")), path)
+
+
+class PaintedSource(FileSource):
+    """Labels painted from the masks of one JSON file."""
+
+    def __init__(self, root: Path, pairs: list[Pair], masks: list[Masks], table: LabelTable):
+        super().__init__(root, pairs, table)
+        self.masks = masks
+
+    def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        path = self.files(index)["label"]
+        where = f"{path}: image {self.pairs[index].name}"
+        return self.read_label(paint(self.masks[index], size, where), path)
+
+
+def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource:
+    """VOC2010/JPEGImages with trainval/ID.mat or trainval_merged.json, in VOC2010 or beside it.
+
+    train and val are VOC's own lists (ImageSets/Main); train_4996 and val_5104 the shorter ones of
+    PASCAL in Detail, from the JSON file's phases, or for val from pascalcontext_val.txt. The .mat
+    files are read where both are there.
+    """
+    what = f"{spec.name} {split}"
+    voc = find_root(root, "JPEGImages", ("VOCdevkit/VOC2010", "VOC2010"), what)
+    mats = next((p for p in (voc / "trainval", root / "trainval") if p.is_dir()), None)
+    merged = next((p for p in (voc / _JSON, root / _JSON) if p.is_file()), None)
+    if mats is None and merged is None:
+        raise UserError(f"{what}: neither a folder trainval nor {_JSON} in {voc} or {root}")
+    detail = DetailJson(merged) if merged and (mats is None or split == "train_4996") else None
+    stems = _context_stems(voc, split, detail, merged, what)
+    images = _jpegs(voc, stems, what)
+    if mats is not None:
+        found = {s: str(mats / name) for s, name in list_files(mats, (".mat",)).items()}
+        labels = pick(found, stems, mats, what)
+        return FileSource(voc, pair_up(voc, images, labels, what), ContextLabels(spec))
+    known = pick(dict.fromkeys(detail.phases, str(merged)), stems, merged, what)
+    pairs = pair_up(voc, images, known, what)
+    masks = [detail.masks.get(p.name, []) for p in pairs]
+    return PaintedSource(voc, pairs, masks, LabelTable.of(spec))
+
+
+def _context_stems(
+    voc: Path, split: str, detail: DetailJson | None, merged: Path | None, what: str
+) -> list[str]:
+    if split in ("train", "val"):
+        return read_list(voc / "ImageSets" / "Main" / f"{split}.txt")
+    listed = voc / "pascalcontext_val.txt"
+    if split == "val_5104" and listed.is_file():
+        return read_list(listed)
+    if merged is None:
+        raise UserError(f"{what}: the list is in {_JSON}, which is not in {voc} or beside it")
+    phase = split.partition("_")[0]
+    return [s for s, p in (detail or DetailJson(merged)).phases.items() if p == phase]
+
+
+def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:
+    """VOC2012/JPEGImages, SegmentationClass and ImageSets/Segmentation.
+
+    trainaug adds the labels of SBD: from its release (benchmark_RELEASE/dataset/cls/*.mat), or from
+    the third-party folder SegmentationClassAug. VOC's own labels win, its val images stay out.
+    """
+    what = f"{spec.name} {split}"
+    voc = find_root(root, "SegmentationClass", ("VOCdevkit/VOC2012", "VOC2012"), what)
+    lists = voc / "ImageSets" / "Segmentation"
+    own = {
+        s: f"SegmentationClass/{name}"
+        for s, name in list_files(voc / "SegmentationClass", (".png",)).items()
+    }
+    if split != "trainaug":
+        stems = read_list(lists / f"{split}.txt")
+        labels = pick(own, stems, voc / "SegmentationClass", what)
+    else:
+        labels = pick(own, read_list(lists / "train.txt"), voc / "SegmentationClass", what)
+        val = set(read_list(lists / "val.txt"))
+        more = {s: path for s, path in _sbd(root, voc, what).items() if s not in val}
+        labels = more | labels
+    images = _jpegs(voc, list(labels), what)
+    return FileSource(voc, pair_up(voc, images, labels, what), VocLabels(spec))
+
+
+def _sbd(root: Path, voc: Path, what: str) -> dict[str, str]:
+    places = (root, voc, voc.parent, voc.parent.parent)
+    for place in (p / "benchmark_RELEASE" / "dataset" for p in places):
+        if (place / "cls").is_dir():
+            stems = [*read_list(place / "train.txt"), *read_list(place / "val.txt")]
+            found = {s: str(place / "cls" / n) for s, n in list_files(place / "cls", (".mat",)).items()}
+            return pick(found, dict.fromkeys(stems), place / "cls", what)
+    aug = voc / "SegmentationClassAug"
+    if aug.is_dir():
+        return {s: f"{aug.name}/{name}" for s, name in list_files(aug, (".png",)).items()}
+    raise UserError(f"{what}: neither benchmark_RELEASE/dataset/cls near {voc} nor {aug}")
+
+
+class VocLabels:
+    """A palette or index PNG, or SBD's GTcls.Segmentation in a .mat file."""
+
+    def __init__(self, spec: DatasetSpec):
+        self.index = IndexLabels(spec)
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        if path.suffix != ".mat":
+            return self.index(path, size)
+        try:
+            value = read_mat(path, "GTcls")["Segmentation"].reshape(-1)[0]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise UnreadableError(f"{path}: GTcls holds no Segmentation: {error}") from error
+        return self.index.table(label_map(path, value), path)
+
+
+def read_list(path: Path) -> list[str]:
+    """The first word of each line of an image-set file."""
+    try:
+        words = [
+            line.split()[0] for line in read_bytes(path).decode("utf-8").splitlines() if line.strip()
+        ]
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path}: not UTF-8: {error}") from error
+    if any("/" in w or "\\" in w or w.startswith(".") for w in words):
+        raise UnreadableError(f"{path}: lists something else than image names")
+    return words
+
+
+def _jpegs(voc: Path, stems: list[str], what: str) -> dict[str, str]:
+    folder = voc / "JPEGImages"
+    found = {s: f"JPEGImages/{name}" for s, name in list_files(folder, (".jpg",)).items()}
+    return pick(found, stems, folder, what)

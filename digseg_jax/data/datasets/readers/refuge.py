@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""REFUGE2: fundus images and BMP masks, found by name wherever the archives put them.
+
+Grey 0 is the cup, 128 the rim of the disc, 255 the background: inverted with respect to the other
+data sets, and nothing is ignored. The disc's mask contains the cup (`covers` in the class list).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from digseg_jax.data.datasets.decode import LabelValueError, read_grey_label
+from digseg_jax.data.datasets.pairs import FileSource, pair_up, walk_files
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.errors import UserError
+
+STEMS = {"train": r"[gn]\d{4}", "val": r"V\d{4}", "test": r"T\d{4}"}
+TOLERANCE = 30  # grey levels, for files that went through lossy tools
+MASK_FOLDER = "Disc_Cup_Masks"
+
+
+class DiscCupLabels:
+    """0 background, 1 rim, 2 cup."""
+
+    def __init__(self, spec: DatasetSpec):
+        self.values = np.array([info.raw[0] for info in spec.classes])
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        grey = read_grey_label(path)
+        distance = np.abs(np.arange(256)[:, None] - self.values[None])
+        table = np.where(distance.min(axis=1) <= TOLERANCE, distance.argmin(axis=1), -1)
+        label = table.astype(np.int32)[grey]
+        if (label < 0).any():
+            y, x = np.argwhere(label < 0)[0]
+            raise LabelValueError(
+                f"{path}: grey value {grey[y, x]} at row {y}, column {x}; legal: 0 (cup), 128 (rim of "
+                f"the disc), 255 (background), each within {TOLERANCE}"
+            )
+        if not (label == 0).any():
+            raise LabelValueError(f"{path}: no background (255) anywhere: not a mask of this data set")
+        return label
+
+
+def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
+    """g/n0001.. are train, V0001.. val, T0001.. test; illustrations and __MACOSX are left alone."""
+    what, stem = f"{spec.name} {split}", re.compile(STEMS[split])
+    images: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    for file in walk_files(root, (".jpg", ".bmp")):
+        parts = [p.lower() for p in file.parts]
+        if not stem.fullmatch(file.stem) or any("illustration" in p for p in parts):
+            continue
+        is_mask = file.suffix.lower() == ".bmp" and MASK_FOLDER.lower() in parts
+        side = labels if is_mask else images if file.suffix.lower() == ".jpg" else None
+        if side is None:
+            continue
+        if file.stem in side:
+            raise UserError(f"{what}: {side[file.stem]} and {file} under {root}: which one is it?")
+        side[file.stem] = str(file)
+    return FileSource(root, pair_up(root, images, labels, what), DiscCupLabels(spec))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets by name: what they are, and their examples from the official download as it unpacks.
+
+spec("cityscapes").names
+open_source("cityscapes", "/data/cityscapes", "val")[0]["label"]
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from digseg_jax.data.datasets.catalog import SPECS
+from digseg_jax.data.datasets.readers import folders, pascal
+from digseg_jax.data.datasets.readers.ade20k_full import open_ade20k_847
+from digseg_jax.data.datasets.readers.deepglobe import open_deepglobe
+from digseg_jax.data.datasets.readers.folder import folder_spec, open_folder
+from digseg_jax.data.datasets.readers.landcover import open_landcover
+from digseg_jax.data.datasets.readers.monuseg import open_monuseg
+from digseg_jax.data.datasets.readers.refuge import open_refuge2
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.errors import UserError, nearest
+
+
+class Source(Protocol):
+    """grain's random access over examples: {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def files(self, index: int) -> dict[str, Path]:
+        """The files behind an example: {"image", "label"}."""
+        ...
+
+
+_OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
+    "ade20k": folders.open_ade20k,
+    "ade20k_847": open_ade20k_847,
+    "bdd100k": folders.open_bdd100k,
+    "camvid": folders.open_camvid,
+    "cityscapes": folders.open_cityscapes,
+    "coco_stuff": folders.open_coco_stuff,
+    "deepglobe": open_deepglobe,
+    "folder": open_folder,
+    "landcover": open_landcover,
+    "landcover_igbp": open_landcover,
+    "monuseg": open_monuseg,
+    "pascal_context_59": pascal.open_pascal_context,
+    "pascal_context_459": pascal.open_pascal_context,
+    "pascal_voc": pascal.open_pascal_voc,
+    "phenobench": folders.open_phenobench,
+    "refuge2": open_refuge2,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every name that `spec` and `open_source` take."""
+    return tuple(sorted(_OPEN))
+
+
+@functools.cache
+def _listed(name: str) -> DatasetSpec:
+    return SPECS[name]()
+
+
+def spec(name: str, root: str | Path = "") -> DatasetSpec:
+    """The facts of a data set; those of `folder` are in its root.
+
+    Raises:
+      UserError: no such data set, or a folder without what it needs.
+    """
+    if name not in _OPEN:
+        raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
+    return folder_spec(Path(root).expanduser()) if name == "folder" else _listed(name)
+
+
+def open_source(name: str, root: str | Path, split: str) -> Source:
+    """The examples of a split, in a fixed order; nothing is decoded yet.
+
+    Raises:
+      UserError: no such data set, split or folder, or files without their partner.
+    """
+    if str(root) == "" and not name.startswith("landcover"):
+        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+    facts = spec(name, root)
+    if split not in facts.splits:
+        raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")
+    return _OPEN[name](facts, Path(root).expanduser(), split)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared data sets: ArrayRecord shards, and a manifest that says what is in them.
+
+    OUT/SPLIT/manifest.json                      counts, checksums, class list, class statistics
+    OUT/SPLIT/shard-00000-of-00012.array_record  one record per example
+
+A record is its header's length (uint32, little endian), the header (JSON), the picture and the label.
+The picture is the JPEG of the download, byte for byte, or a PNG where the source's picture is not what
+its file holds; the label is a PNG of ids with the largest value for ignored pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from etils import epath
+
+from digseg_jax.data.datasets.decode import Picture, UnreadableError
+from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
+from digseg_jax.data.datasets.statistics import ClassStatistics
+from digseg_jax.data.shards.files import Shards, checksum
+from digseg_jax.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_LENGTH = 4  # bytes of the header's length
+# without filters ids compress as well and decode in 60 % of the time (older OpenCVs have no choice);
+# the highest level is written once and decodes in 75 % of the time of the default
+_LABEL_LEVEL = 9
+_NO_FILTER = [cv2.IMWRITE_PNG_FILTER, 8] if hasattr(cv2, "IMWRITE_PNG_FILTER") else []
+_AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def class_hash(spec: DatasetSpec) -> str:
+    """Identifies a class list: names in their order, and which ids a mask covers."""
+    rows = [[c.name, list(spec.covers(i))] for i, c in enumerate(spec.classes)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def facts_of(spec: DatasetSpec) -> dict[str, Any]:
+    """What a manifest says of the data set, JSON-ready."""
+    classes = [[c.name, list(c.synonyms), list(c.covers)] for c in spec.classes]
+    kept = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
+    return {key: getattr(spec, key) for key in kept} | {"classes": classes}
+
+
+def stored_spec(root: str | Path) -> DatasetSpec | None:
+    """The facts of a user's own folder, from its shards; None: there are none in `root`."""
+    manifests = [read_manifest(path.parent) for path in _manifests(root)]
+    if not manifests:
+        return None
+    facts = dict(manifests[0]["spec"])
+    classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in facts.pop("classes"))
+    splits = {m["split"]: m["examples"] for m in manifests}
+    return DatasetSpec(classes=classes, splits=splits, **facts)
+
+
+def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes | None) -> bytes:
+    """One example as bytes.
+
+    jpeg: the picture's file. It is kept if decoding it, as stored or in one of the turns of EXIF,
+    gives exactly `image`; else the picture is stored as PNG.
+    """
+    turn, picture = _kept(image, jpeg) if jpeg else (1, None)
+    if picture is None:
+        picture = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
+    label_png = encode_label(label)
+    header = {
+        "name": name,
+        "image": len(picture),
+        "shape": list(label.shape),
+        "orientation": turn,
+    }
+    text = json.dumps(header, ensure_ascii=False).encode()
+    return len(text).to_bytes(_LENGTH, "little") + text + picture + label_png
+
+
+def _kept(image: np.ndarray, jpeg: bytes) -> tuple[int, bytes | None]:
+    decoded = _decode_picture(jpeg)
+    if decoded is None:
+        return 1, None
+    for turn in range(1, 9):
+        if np.array_equal(Picture(decoded, turn).upright(), image):
+            return turn, jpeg
+    return 1, None
+
+
+def _png(value: np.ndarray, level: int, filters: Sequence[int] = ()) -> bytes:
+    options = [cv2.IMWRITE_PNG_COMPRESSION, level, *filters]
+    return cv2.imencode(".png", value, options)[1].tobytes()
+
+
+def encode_label(label: np.ndarray) -> bytes:
+    """int32 [h, w] with ignore = -1 as a PNG: uint8 if that leaves 255 for ignored pixels, else uint16
+    with 65535 for them."""
+    dtype = np.uint8 if label.max(initial=IGNORE) < 255 else np.uint16
+    narrow = np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
+    return _png(narrow, level=_LABEL_LEVEL, filters=_NO_FILTER)
+
+
+def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
+    """[h, w] of a signed `dtype` for every id, from the bytes (uint8 [n]) of `encode_label`; None: they
+    are damaged.
+
+    Raises:
+      cv2.error: no bytes.
+    """
+    raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if raw is None:
+        return None
+    if np.dtype(dtype).itemsize == raw.itemsize:  # the largest value reads as IGNORE
+        return raw.view(dtype)
+    label = raw.astype(dtype)
+    label[raw == np.iinfo(raw.dtype).max] = IGNORE
+    return label
+
+
+def narrow_type(num_classes: int) -> type:
+    """The narrowest signed type of labels: for training crops, where half of the time besides decoding
+    is memory traffic."""
+    return np.int8 if num_classes <= np.iinfo(np.int8).max else np.int16
+
+
+def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
+    """uint8 [h, w, 3], RGB, as stored; None: OpenCV cannot read it."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
+    except cv2.error:
+        return None
+
+
+def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32) -> dict[str, Any]:
+    """The example: {"image" uint8 [h, w, 3], "label" [h, w] of a signed `dtype` for every id, "name"}.
+
+    Raises:
+      UnreadableError: what lies at `where()` is not a record of ours.
+    """
+    try:
+        end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+        header = json.loads(data[_LENGTH:end])
+        middle = end + header["image"]
+        image = _decode_picture(memoryview(data)[end:middle])
+        label = decode_label(np.frombuffer(data, np.uint8, offset=middle), dtype)
+        shape = tuple(header["shape"])
+    except (ValueError, KeyError, TypeError, cv2.error) as error:
+        raise UnreadableError(f"{where()}: not a record of a prepared data set") from error
+    if image is None or label is None or label.shape != shape:
+        raise UnreadableError(f"{where()}: damaged record {header['name']!r}")
+    if header["orientation"] != 1:
+        image = Picture(image, header["orientation"]).upright()
+    return {"image": image, "label": label, "name": header["name"]}
+
+
+def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any]:
+    """The manifest of a prepared split.
+
+    Raises:
+      UserError: missing, of another format, or made with another class list than `spec`'s.
+    """
+    path = epath.Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable manifest; run digseg_jax.tools.prepare_data") from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
+    if spec is not None and manifest["class_hash"] != class_hash(spec):
+        raise UserError(
+            f"{path}: made with another class list than {spec.name}'s "
+            f"({manifest['class_hash']}, now {class_hash(spec)}): prepare it again"
+        )
+    return manifest
+
+
+def prepared_splits(root: str | Path) -> list[str]:
+    """Splits whose shards are in `root`."""
+    return sorted(path.parent.name for path in _manifests(root))
+
+
+def _manifests(root: str | Path) -> list[epath.Path]:
+    if not str(root):
+        return []
+    folder = epath.Path(root).expanduser()
+    return sorted(folder.glob(f"*/{MANIFEST}")) if folder.exists() else []
+
+
+def is_prepared(root: str | Path, split: str) -> bool:
+    """Whether `root` holds shards of the split; `root` may be gs://..."""
+    return bool(str(root)) and (epath.Path(root).expanduser() / split / MANIFEST).exists()
+
+
+class RecordSource:
+    """Random access over the shards of a split; nothing but the manifest is read to open it.
+
+    narrow: labels are of `narrow_type` rather than int32.
+
+    Raises:
+      UserError: manifest and shards disagree (a missing shard, or one of another size).
+    """
+
+    def __init__(self, root: str | Path, split: str, spec: DatasetSpec, *, narrow: bool = False):
+        self.folder = epath.Path(root).expanduser() / split
+        self.label_dtype = narrow_type(spec.num_classes) if narrow else np.int32
+        self.manifest = read_manifest(self.folder, spec)
+        self.shards: Sequence[dict[str, Any]] = self.manifest["shards"]
+        self.records = Shards(self.folder, self.shards, [s["examples"] for s in self.shards])
+
+    def statistics(self) -> ClassStatistics:
+        return ClassStatistics.from_dict(self.manifest["statistics"])
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        where = partial(self.records.where, index)
+        return decode_record(self.records[index], where, self.label_dtype)
+
+    def files(self, index: int) -> dict[str, Path]:
+        """The shard that holds both."""
+        path = self.records.file(index)
+        return {"image": path, "label": path}
+
+
+def verify(root: str | Path, split: str) -> list[str]:
+    """Reads every byte of a split's shards; returns what disagrees with the manifest."""
+    folder = epath.Path(root).expanduser() / split
+    wrong = []
+    for shard in read_manifest(folder)["shards"]:
+        path = folder / shard["file"]
+        if not path.exists():
+            wrong.append(f"{path}: missing")
+        elif (found := checksum(path)) != shard["sha256"]:
+            wrong.append(f"{path}: checksum {found}, the manifest says {shard['sha256']}")
+    return wrong

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the configuration to sources: a download, prepared shards, or a TFDS data set; mixtures."""
+
+from __future__ import annotations
+
+from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.data.checked import Guarded
+from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.registry import Source
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
+from digseg_jax.data.shards import records
+from digseg_jax.errors import UserError
+from digseg_jax.log import log
+
+TFDS = "tfds:"
+
+
+def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
+    """The data sets that training draws from; one of weight 1 if there is no mixture."""
+    return config.mixture or (PartConfig(config.name, config.root, split=config.train_split),)
+
+
+def spec_of(part: PartConfig) -> DatasetSpec:
+    """Raises UserError: no such data set."""
+    if part.name.startswith(TFDS):
+        from digseg_jax.data.datasets import tfds  # imports tensorflow_datasets
+
+        return tfds.spec(part.name.removeprefix(TFDS), part.root)
+    stored = records.stored_spec(part.root) if part.name == "folder" else None
+    return stored or registry.spec(part.name, part.root)
+
+
+def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, str]]:
+    """The data sets that training draws from, each with its facts and the split that it is.
+
+    Raises:
+      UserError: no such data set.
+    """
+    specs = [(part, spec_of(part)) for part in parts_of(config)]
+    return [(part, facts, part.split or facts.train_split) for part, facts in specs]
+
+
+def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
+    """The examples of a split. A root that holds prepared shards of it is read as such.
+
+    narrow: labels of shards in the narrowest type, see `RecordSource`.
+
+    Raises:
+      UserError: no such data set, split or folder.
+    """
+    if part.name.startswith(TFDS):
+        from digseg_jax.data.datasets import tfds
+
+        return tfds.TfdsSource(part.name.removeprefix(TFDS), part.root, split)
+    if records.is_prepared(part.root, split):
+        return records.RecordSource(part.root, split, spec_of(part), narrow=narrow)
+    if prepared := records.prepared_splits(part.root):
+        raise UserError(
+            f"{part.root}: shards of {', '.join(prepared)} only; digseg_jax.tools.prepare_data "
+            f"--split={split} makes those of {split!r}"
+        )
+    if part.root.startswith("gs://"):
+        raise UserError(f"{part.root}: no shards here; digseg_jax.tools.prepare_data makes them")
+    return registry.open_source(part.name, part.root, split)
+
+
+def statistics_of(source: Source, guarded: Guarded) -> ClassStatistics:
+    """Prepared data sets carry theirs; of others a sample is read (through the guard)."""
+    if isinstance(source, records.RecordSource):
+        return source.statistics()
+    log.info("class frequencies: from a sample; digseg_jax.tools.prepare_data counts them once for all")
+    return sampled(guarded, guarded.num_classes)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation has counted so far, so that a killed one goes on and ends with the same numbers.
+
+One JSON line per finished piece of work, appended and flushed (in a bucket, one object). A line that a
+kill cut short is ignored; a journal of other weights, settings or data is begun anew. Only integers and
+exact floats go in, so that what is read back is what was counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from digseg_jax.arraytypes import Params
+from digseg_jax.io.storage import AnyPath, explained, is_remote, read_text, write_json
+from digseg_jax.runtime.collectives import tell_all
+from digseg_jax.runtime.distributed import is_main, together
+
+
+class Journal:
+    """Finished pieces by key; `None` as the folder keeps them in memory only."""
+
+    def __init__(self, folder: AnyPath | None, name: str, identity: str):
+        """Raises UserError if the disk or the bucket refuses."""
+        self.done: dict[str, Any] = {}
+        self._lines: _File | _Objects | None = None
+        if folder is None:
+            return
+        self._lines = (_Objects if is_remote(folder) else _File)(folder, name)
+        self.done = {row["key"]: row["value"] for row in self._lines.begin(identity)}
+
+    @classmethod
+    def shared(cls, folder: AnyPath, name: str, identity: str) -> Journal:
+        """The journal of a job of all processes: process 0 keeps it, and all know what it knows.
+
+        Every process must call it.
+
+        Raises:
+          UserError: on every process, if the disk or the bucket refuses.
+        """
+        with together("the journal"):
+            journal = cls(folder if is_main() else None, name, identity)
+        journal.done = tell_all(journal.done)
+        return journal
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.done
+
+    def __getitem__(self, key: str) -> Any:
+        return self.done[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """`value`: JSON-ready; it is on disk when this returns (as far as a killed process goes)."""
+        self.done[key] = value
+        if self._lines is not None:
+            self._lines.append({"key": key, "value": value})
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
+
+
+class _File:
+    """NAME.jsonl on a disk: a line for the identity, then one for each piece."""
+
+    def __init__(self, folder: Path, name: str):
+        self.path = folder / f"{name}.jsonl"
+        self._file: TextIO | None = None
+
+    def begin(self, identity: str) -> list[dict[str, Any]]:
+        """Opens the journal of this identity and returns its rows."""
+        with explained(self.path, "cannot be written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self._read(identity)
+            # rewritten from what was whole: the next line must not be appended to half of one
+            scratch = self.path.with_name(self.path.name + ".tmp")
+            lines = [json.dumps({"identity": identity}), *(json.dumps(row) for row in whole)]
+            scratch.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            scratch.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        return whole
+
+    def _read(self, identity: str) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows[1:] if rows and rows[0] == {"identity": identity} else []
+
+    def append(self, row: dict[str, Any]) -> None:
+        with explained(self.path, "cannot be written"):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Objects:
+    """NAME/00000.json, NAME/00001.json ... in a bucket, which cannot append: one for each piece."""
+
+    def __init__(self, folder: AnyPath, name: str):
+        self.folder, self.count, self.identity = folder / name, 0, ""
+
+    def begin(self, identity: str) -> list[dict[str, Any]]:
+        """The rows of this identity, in their order; objects of another one are removed."""
+        self.identity = identity
+        rows = []
+        with explained(self.folder, "cannot be read"):
+            names = sorted(p.name for p in self.folder.iterdir()) if self.folder.exists() else []
+        for name in names:
+            row = json.loads(read_text(self.folder / name))
+            if row.pop("identity", None) != identity:
+                with explained(self.folder, "cannot be cleared"):
+                    self.folder.rmtree()
+                return []
+            rows.append(row)
+        self.count = len(rows)
+        return rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        write_json(self.folder / f"{self.count:05d}.json", {"identity": self.identity} | row)
+        self.count += 1
+
+    def close(self) -> None:
+        """Every object is complete."""
+
+
+def identity_of(params: Params, *facts: Any) -> str:
+    """A digest of weights and settings. The arrays must be addressable by this process."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for leaf in jax.tree.leaves(params):
+        checksum = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        digest.update(checksum.to_bytes(4, "big"))
+    return digest.hexdigest()[:24]
+
+
+def pack(counts: np.ndarray) -> dict[str, list[int]]:
+    """An integer array as its shape, the places that are not zero and their values."""
+    counts = np.asarray(counts)
+    flat = counts.ravel()
+    places = np.flatnonzero(flat)
+    return {
+        "shape": list(counts.shape),
+        "places": places.tolist(),
+        "values": flat[places].tolist(),
+    }
+
+
+def unpack(packed: dict[str, list[int]]) -> np.ndarray:
+    """int64 of `pack`."""
+    flat = np.zeros(int(np.prod(packed["shape"])), np.int64)
+    flat[packed["places"]] = packed["values"]
+    return flat.reshape(packed["shape"])

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: DIR/checkpoints/STEP/{state,data,meta}, written by orbax in the background.
+
+`state` is the sharded train state (see `packing`), `data` one integer (the next step of the stream),
+`meta` the configuration, the vocabulary and the library versions. A checkpoint that was cut off never
+gets its final name (in a bucket: its commit marker), so it is never seen. Every process must call
+every method, at the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import time
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+from digseg_jax.config.schema import CheckpointConfig
+from digseg_jax.errors import UserError
+from digseg_jax.io import packing, storage
+from digseg_jax.io.workdir import CHECKPOINTS
+from digseg_jax.runtime import malloc
+
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Checkpointer:
+    """Saves and restores the state of one run; use as a context manager so that writes finish."""
+
+    def __init__(self, workdir: str, config: CheckpointConfig, *, create: bool = True):
+        self.config = config
+        self.folder = _folder(workdir)
+        best = config.best
+        options = ocp.CheckpointManagerOptions(
+            create=create,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=create,  # not in another run, which may be writing
+            best_fn=(lambda metrics: metrics[best]) if best else None,
+            preservation_policy=_policy(config),
+            async_options=ocp.AsyncOptions(timeout_secs=int(config.timeout)),
+        )
+        handlers = {  # an entry that a save does not have ("metrics") gets orbax's own handler
+            # float weights compress by 8 %, and cost three times the processor time both ways
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        with storage.explained(self.folder, "cannot be read or written"):
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._started: tuple[int, float] | None = None  # step and time of the save under way
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+        elif jax.process_count() > 1:
+            return  # the others may be gone: waiting for them would hide the error
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self.manager.close()  # waits for the save under way
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step; None if there is none."""
+        return self.manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the highest `config.best`; None without that setting or any value of it."""
+        if not self.config.best:
+            return None
+        self.wait()
+        values = {
+            step: metrics[self.config.best]
+            for step in self.manager.all_steps()
+            if (metrics := self.manager.metrics(step)) and self.config.best in metrics
+        }
+        return max(values, key=values.get) if values else None
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None
+    ) -> None:
+        """Starts writing; a step that is already saved is left alone.
+
+        metrics: of the evaluation at this step, if there was one; for `config.best`.
+
+        Raises:
+          UserError: this save cannot be started, or the one before it failed.
+        """
+        self.wait()
+        if step in self.manager.all_steps():
+            return
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(packing.pack(state)),
+            data=ocp.args.JsonSave({"next_step": step}),
+            meta=ocp.args.JsonSave({**meta, "versions": versions, "small": packing.layout(state)}),
+        )
+        self._started = (step, time.monotonic())
+        try:
+            self.manager.save(step, args=items, metrics=metrics, force=True)
+        except Exception as error:  # disks and buckets refuse in many types
+            raise self._failed(step, error) from error
+
+    def check(self, running: int) -> None:
+        """Looks whether the save under way failed or takes too long, while step `running` is computed.
+
+        It waits for the save only once `config.overlap` steps have begun since.
+
+        Raises:
+          UserError: names the checkpoint that is missing and those that are there.
+        """
+        if self._started is None:
+            return
+        step, since = self._started
+        if self.config.overlap and running >= step + self.config.overlap:
+            self.wait()
+            return
+        if self.manager.is_saving_in_progress():
+            if time.monotonic() - since > self.config.timeout:
+                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
+            return
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete. Raises UserError if it failed."""
+        if self._started is None:
+            return
+        step, since = self._started
+        while self.manager.is_saving_in_progress():
+            if time.monotonic() - since > self.config.timeout:
+                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
+            time.sleep(0.01)
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._started = None
+
+    def _failed(self, step: int, why: Exception | str) -> UserError:
+        self._started = None
+        reason = " ".join(str(why).split())[:300] or type(why).__name__
+        try:
+            known = self.manager.all_steps(read=True)  # those to be removed after this save are there
+        except Exception:  # the bucket does not answer
+            known = self.manager.all_steps()
+        whole = sorted(s for s in known if s != step)
+        kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none"
+        return UserError(
+            f"{self.folder / str(step)}: checkpoint cannot be written ({reason}); of the older ones "
+            f"{kept}; make room or access, and the same command goes on from there"
+        )
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
+        """(next step, state, meta) of `step` (default: the latest), placed as the abstract leaves say.
+
+        Raises:
+          UserError: no checkpoint, or one that is damaged or of another model.
+        """
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"{self.folder}: no checkpoint here; train first")
+        facts = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        meta = facts["meta"]
+        state = self._read_state(abstract_state, step, meta.pop("small", None))
+        return int(facts["data"]["next_step"]), state, meta
+
+    def restore_part(self, abstract_part: dict[str, Any], step: int) -> dict[str, Any]:
+        """Some top-level entries of the state, such as {"ema": tree}; raises what `restore` raises."""
+        meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        return self._read_state(abstract_part, step, meta.get("small"), partial_restore=True)
+
+    def _read_state(
+        self,
+        abstract: dict[str, Any],
+        step: int,
+        small: dict[str, dict[str, list]] | None,
+        **options: bool,
+    ) -> dict[str, Any]:
+        """small: the stored layout; None: a checkpoint of before there was one.
+
+        Raises:
+          UserError: another layout, or arrays that are missing, damaged or of another shape.
+        """
+        if small is None:
+            return self._read(step, state=_restore_args(abstract, **options))["state"]
+        for entry, wanted in packing.layout(abstract).items():
+            if (stored := small.get(entry, {})) != wanted:
+                raise self._unusable(step, _difference(entry, stored, wanted))
+        packed = packing.abstract_packed(abstract)
+        stored = self._read(step, state=_restore_args(packed, **options))["state"]
+        return packing.unpack(stored, abstract)
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            with malloc.kept_while_loading():
+                return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax raises many types; all of them mean an unusable folder
+            raise self._unusable(step, " ".join(str(error).split())[:400]) from error
+
+    def _unusable(self, step: int, reason: str) -> UserError:
+        path = self.folder / str(step)
+        earlier = [s for s in self.manager.all_steps() if s < step]
+        advice = f"; to go back to step {max(earlier)}, remove {path}" if earlier else ""
+        return UserError(f"{path}: checkpoint cannot be read ({reason}){advice}")
+
+
+def _difference(entry: str, stored: dict[str, list], wanted: dict[str, list]) -> str:
+    """The first array that is not as stored."""
+    for path in [*wanted, *stored]:
+        if stored.get(path) != wanted.get(path):
+            there, here = (str(side.get(path, "not there")) for side in (stored, wanted))
+            return f"another model: {entry}.{path} is {there} in the checkpoint, here {here}"
+    return f"another model: the arrays of {entry} are in another order"
+
+
+def _restore_args(abstract: Any, **options: bool) -> ocp.args.PyTreeRestore:
+    """Strict: shapes and tree must be the stored ones."""
+    leaves = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=leaves, **options)
+
+
+def _folder(workdir: str) -> epath.Path:
+    path = epath.Path(storage.as_path(workdir))
+    return (path if storage.is_remote(workdir) else path.absolute()) / CHECKPOINTS
+
+
+def _policy(config: CheckpointConfig) -> policies.PreservationPolicy:
+    """The newest ones, every so many steps, and the best one."""
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
+    if config.keep_every:
+        kept.append(policies.EveryNSteps(config.keep_every))
+    if config.best:
+        best = config.best
+        kept.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[best],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return policies.AnyPreservationPolicy(kept)
+
+
+def abstract_with_shardings(tree: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that tell orbax where each leaf goes."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

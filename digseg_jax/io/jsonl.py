@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file of JSON lines that grows with a run, on a disk or in a bucket, and can be cut on resume.
+
+On a disk each line is flushed at once. A bucket cannot append: there the file is kept locally and
+uploaded as a whole, at most every `UPLOAD_EVERY` seconds in the background, and by `sync`, which the
+loop calls before each checkpoint: what a checkpoint has behind it is never missing from the record.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.errors import UserError
+from digseg_jax.io import storage
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.log import log
+
+UPLOAD_EVERY = 30.0  # seconds
+
+
+def read_rows(path: AnyPath) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, each with an integer "step".
+
+    A half-written last line, as a killed run leaves it, is left out.
+    Raises UserError if the file is missing or any other line is not such an object.
+    """
+    with storage.explained(path, "cannot be read"):
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    lines = text.split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):  # only the text after the last newline can be half a line
+            raise UserError(f"{path} line {number} is not a JSON object with an integer 'step'")
+    return rows
+
+
+def cut(path: AnyPath, last: float | None) -> None:
+    """Drops lines after step `last` (None: none) and a half-written line, in one atomic rewrite."""
+    if not path.exists():
+        return
+    last = math.inf if last is None else last
+    kept = "".join(_dump(row) for row in read_rows(path) if row["step"] <= last).encode()
+    if kept != path.read_bytes():
+        storage.write_bytes(path, kept)
+
+
+class Record:
+    """Appends rows to `path`; after a resume from step `truncate_after`, later ones are dropped."""
+
+    def __init__(self, path: AnyPath, truncate_after: int | None = None):
+        self.path = path
+        with storage.explained(path, "cannot be written"):
+            cut(path, truncate_after)
+            self.mirror = Mirror(path.parent) if storage.is_remote(path) else None
+            folder = self.mirror.local if self.mirror else path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.mirror and path.exists():
+                (folder / path.name).write_bytes(path.read_bytes())
+            self._file = (folder / path.name).open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Raises UserError if the disk refuses the line."""
+        with storage.explained(self.path, "cannot be written"):
+            self._file.write(_dump(row))
+            self._file.flush()
+        if self.mirror:
+            self.mirror.maybe_upload()
+
+    def sync(self) -> None:
+        """Returns when everything so far is where it belongs. Raises UserError if it cannot be."""
+        if self.mirror:
+            self.mirror.upload()
+
+    def leave(self, kind: type[BaseException] | None = None) -> None:
+        """Closes the file; what `sync` did not bring to a bucket is brought now.
+
+        kind: of the exception that ends the run. After a UserError there is no last upload: if it is
+        the bucket that refuses, trying again would only hide the first reason.
+        """
+        self._file.close()
+        if self.mirror:
+            self.mirror.close(upload=kind is None or not issubclass(kind, UserError))
+
+    def close(self) -> None:
+        """`leave` without an exception."""
+        self.leave()
+
+
+class Mirror:
+    """A local folder whose changed files go to a folder in a bucket."""
+
+    def __init__(self, remote: AnyPath, clock: Callable[[], float] = time.monotonic):
+        self.remote, self._clock = remote, clock
+        self.local = Path(tempfile.mkdtemp(prefix="digseg_jax_"))
+        self._sent: dict[Path, int] = {}  # file -> size that was uploaded
+        self._last = clock()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "upload")
+        self._running: concurrent.futures.Future | None = None
+
+    def maybe_upload(self) -> None:
+        """Starts an upload in the background if the last one is long enough ago."""
+        if self._running and not self._running.done():
+            return
+        if self._running and (error := self._running.exception()):
+            log.warning("%s; trying again", error)
+            self._running = None
+        if self._clock() - self._last >= UPLOAD_EVERY:
+            self._last = self._clock()
+            self._running = self._pool.submit(self._send)
+
+    def upload(self) -> None:
+        """Uploads what changed, and waits for it. Raises UserError if the bucket refuses."""
+        if self._running:
+            concurrent.futures.wait([self._running])
+            self._running = None
+        self._send()
+        self._last = self._clock()
+
+    def _send(self) -> None:
+        for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
+            data = file.read_bytes()
+            if self._sent.get(file) != len(data):  # files only grow
+                storage.write_bytes(self.remote / file.relative_to(self.local).as_posix(), data)
+                self._sent[file] = len(data)
+
+    def close(self, *, upload: bool = True) -> None:
+        """The last upload; the local folder goes away."""
+        try:
+            if upload:
+                self.upload()
+        finally:
+            self._pool.shutdown()
+            shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _dump(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run writes about itself: metrics.jsonl, TensorBoard events and a progress line.
+
+Only process 0 writes. `metrics.jsonl` is the record (one JSON object a line); the TensorBoard events
+repeat it for people who like that viewer. In a bucket both are uploaded as whole files (`jsonl.py`);
+each start of a run makes an event file of its own, and the viewer hides what a resume has undone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import numbers
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from digseg_jax.errors import UserError
+from digseg_jax.io import storage
+from digseg_jax.io.jsonl import Record, read_rows
+from digseg_jax.io.storage import AnyPath, is_remote
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl file; values are numbers or None (a value that was not finite).
+
+    Raises UserError if the file is missing or damaged (see `read_rows`).
+    """
+    return read_rows(storage.as_path(path))
+
+
+def _plain(value: Any) -> float | int | None:
+    """A JSON number for any scalar (Python, NumPy, JAX); None if it is not finite."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def require_wandb(project: str) -> None:
+    """Raises UserError if a project is named and the optional package is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"config.train.wandb={project!r} needs the package wandb, which is not installed: "
+            "pip install wandb"
+        )
+
+
+def _wandb_run(project: str, workdir: AnyPath, local: Path) -> Any:
+    """The run of this directory: a resumed training goes on with the one it had."""
+    require_wandb(project)
+    import wandb
+
+    place = str(workdir if is_remote(workdir) else workdir.absolute())
+    identity = hashlib.sha256(place.encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=workdir.name, id=identity, dir=str(local), resume="allow")
+
+
+class MetricWriter:
+    """Appends metrics to WORKDIR/metrics.jsonl and to event files in WORKDIR/tensorboard.
+
+    truncate_after: the restored step on resume; later lines are dropped, so that a killed and
+      resumed run has each step once. -1 drops every line; None keeps all.
+    active: whether this process writes; by default only JAX process 0 does.
+    wandb: project at Weights & Biases that gets the metrics too; "": none.
+    """
+
+    def __init__(
+        self,
+        workdir: Path | str,
+        *,
+        truncate_after: int | None = None,
+        active: bool | None = None,
+        wandb: str = "",
+    ) -> None:
+        self.active = jax.process_index() == 0 if active is None else active
+        self.path = storage.as_path(workdir) / METRICS_NAME
+        if not self.active:
+            return
+        from tensorboardX import SummaryWriter  # slow to import, and readers do not need it
+
+        self._record = Record(self.path, truncate_after)
+        mirror = self._record.mirror
+        folder = mirror.local if mirror else self.path.parent
+        purge = None if truncate_after is None else max(truncate_after + 1, 0)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+        self._wandb = _wandb_run(wandb, self.path.parent, folder) if wandb else None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes scalars of one step; a value that is not finite becomes null."""
+        if "step" in metrics:
+            raise UserError("metric name 'step' is taken by the step itself; choose another name")
+        if not self.active:
+            return
+        values = {name: _plain(value) for name, value in metrics.items()}
+        self._record.write({"step": int(step), **values})
+        for name, value in values.items():
+            if value is not None:
+                self._events.add_scalar(name, value, int(step))
+        if self._wandb is not None:
+            finite = {name: value for name, value in values.items() if value is not None}
+            self._wandb.log(finite, step=int(step))
+
+    def sync(self) -> None:
+        """Returns when all lines are where they belong; raises UserError if a bucket refuses."""
+        if self.active:
+            self._events.flush()
+            self._record.sync()
+
+    def close(self) -> None:
+        """Flushes and closes both files; safe to call twice."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.active:
+            self.active = False
+            self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+            self._record.leave(kind)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A train state with its small arrays joined, as checkpoints store it.
+
+Every stored array costs a millisecond or two of processor time and, in a bucket, requests of its own,
+and most arrays of these networks are biases and scales. Those that no device shards are joined, by
+entry of the state and by type: {"params": tree} becomes
+{"params": {"large": tree of the others, "small": {"float32": [n]}}}. `layout` says what lies where.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from digseg_jax.arraytypes import Array
+from digseg_jax.runtime.sharding import FSDP_MIN_SIZE
+from digseg_jax.trees import flatten, unflatten
+
+Leaves = dict[str, Any]
+
+
+def layout(state: dict[str, Any]) -> dict[str, dict[str, list]]:
+    """{entry: {path of a small array: [type, *shape]}}, in the order of the joined array; for JSON."""
+    return {
+        entry: {path: [x.dtype.name, *x.shape] for path, x in _small(_leaves(tree)).items()}
+        for entry, tree in state.items()
+    }
+
+
+def pack(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it is stored; large arrays are the same objects."""
+    return {entry: _packed(_leaves(tree), _joined) for entry, tree in state.items()}
+
+
+def abstract_packed(abstract: dict[str, Any]) -> dict[str, Any]:
+    """`pack` for ShapeDtypeStructs with shardings."""
+
+    def joined(xs: list[Any]) -> jax.ShapeDtypeStruct:
+        total = sum(math.prod(x.shape) for x in xs)
+        return jax.ShapeDtypeStruct((total,), xs[0].dtype, sharding=_replicated(xs))
+
+    return {entry: _packed(_leaves(tree), joined) for entry, tree in abstract.items()}
+
+
+def unpack(stored: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `pack`, placed as the abstract leaves say."""
+    state = {}
+    for entry, tree in abstract.items():
+        leaves = _leaves(tree)
+        found = flatten(stored[entry].get("large", {}))
+        for dtype, group in _by_type(_small(leaves)).items():
+            wanted = tuple((x.shape, x.sharding) for x in group.values())
+            parts = _splitter(wanted)(stored[entry]["small"][dtype])
+            found |= dict(zip(group, parts, strict=True))
+        state[entry] = jax.tree.unflatten(jax.tree.structure(tree), [found[p] for p in leaves])
+    return state
+
+
+def _leaves(tree: Any) -> Leaves:
+    """Leaves by their path, such as "0.mu.conv_in.kernel"; "value" for a tree that is one."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path) or "value": x for path, x in pairs}
+
+
+def _small(leaves: Leaves) -> Leaves:
+    return {path: x for path, x in leaves.items() if math.prod(x.shape) < FSDP_MIN_SIZE}
+
+
+def _by_type(leaves: Leaves) -> dict[str, Leaves]:
+    groups: dict[str, Leaves] = {}
+    for path, x in leaves.items():
+        groups.setdefault(x.dtype.name, {})[path] = x
+    return groups
+
+
+def _packed(leaves: Leaves, join: Any) -> dict[str, Any]:
+    small = _small(leaves)
+    large = {path: x for path, x in leaves.items() if path not in small}
+    joined = {dtype: join(list(group.values())) for dtype, group in _by_type(small).items()}
+    parts = {"large": unflatten(large), "small": joined}
+    return {name: part for name, part in parts.items() if part}
+
+
+def _joined(xs: list[Array]) -> Array:
+    return _joiner(_replicated(xs))(xs)
+
+
+def _replicated(xs: Iterable[Any]) -> Sharding | None:
+    """Whole on every device of the arrays' mesh; None for arrays without one."""
+    places = [getattr(x, "sharding", None) for x in xs]
+    mesh = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
+    return places[0] if mesh is None else NamedSharding(mesh, P())
+
+
+@functools.cache
+def _joiner(sharding: Sharding | None) -> Any:
+    return jax.jit(lambda xs: jnp.concatenate([x.reshape(-1) for x in xs]), out_shardings=sharding)
+
+
+@functools.cache
+def _splitter(wanted: tuple[tuple[tuple[int, ...], Sharding | None], ...]) -> Any:
+    """Cuts a joined array into arrays of these shapes and places."""
+
+    def split(joined: Array) -> list[Array]:
+        parts, start = [], 0
+        for shape, _ in wanted:
+            parts.append(joined[start : start + math.prod(shape)].reshape(shape))
+            start += math.prod(shape)
+        return parts
+
+    return jax.jit(split, out_shardings=[place for _, place in wanted])

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A working directory belongs to one configuration: it is written down, and compared on return."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.io import storage
+from digseg_jax.io.metric_writer import METRICS_NAME
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.log import log
+
+CONFIG_NAME = "config.json"
+LOCK = "train.lock"  # held while a run trains there; says who holds it
+CHECKPOINTS = "checkpoints"
+EXPORT = "export"  # folder of the trained weights, in diffusers' layout
+CALIBRATION = "calibration.json"  # in it; what an evaluation fitted for these weights
+# settings that do not change what was trained
+FREE_SECTIONS = ("eval", "mesh", "compile")
+FREE_KEYS = (
+    "train.log_every",
+    "train.accumulation",
+    "train.profile",
+    "train.compile_cache",
+    "train.wandb",
+    "train.log_examples",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "checkpoint.timeout",
+    "data.workers",
+    "model.conv",
+    "model.attention",
+    "model.remat",
+    "model.vae_limit",
+    "model.unet_limit",
+)
+
+
+def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
+    """Writes DIR/config.json, or checks that the one there trains the same thing.
+
+    A run that ended before it had made anything, say on a wrong path, leaves no claim.
+
+    accept_changes: go on with the run in spite of a changed configuration, and write down the new one.
+
+    Raises:
+      UserError: the directory holds a run of another configuration, with the differing keys; or it
+        cannot be read or written.
+    """
+    path = workdir / CONFIG_NAME
+    values = to_dict(config)
+    with storage.explained(path, "cannot be read"):
+        known = path.exists()
+    if known:
+        stored = _stored(path)
+        changes = differences(stored, values)
+        if changes and _unused(workdir) and _ours(stored):
+            log.info("%s: nothing was trained there yet, taken with another configuration", workdir)
+            changes = []
+        if changes and not accept_changes:
+            raise UserError(
+                f"{workdir} holds a run of another configuration ({'; '.join(changes)}); "
+                "nothing was touched: use another --workdir, the configuration it was made with, or "
+                "--accept_changes to go on with the new one"
+            )
+        if changes:
+            log.warning("configuration changed: %s", "; ".join(changes))
+    try:
+        storage.write_json(path, values)
+    except UserError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from error
+
+
+@contextlib.contextmanager
+def hold(workdir: AnyPath) -> Iterator[None]:
+    """Keeps other processes from training in `workdir`: two would write each file twice.
+
+    The lock is the operating system's, so it ends with the process, however that ends; a file left
+    behind means nothing. Buckets, and disks that know no locks, are not guarded.
+
+    Raises:
+      UserError: another process trains there, with its number and host.
+    """
+    with contextlib.ExitStack() as stack:
+        if not storage.is_remote(workdir):
+            with contextlib.suppress(OSError):  # a path that is no folder is `claim`'s to explain
+                workdir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((workdir / LOCK).open("a+", encoding="utf-8"))
+                _lock(file, workdir)
+        yield
+
+
+def _lock(file: TextIO, workdir: AnyPath) -> None:
+    try:
+        # not flock: children that outlive a killed run would hold that on
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        file.seek(0)
+        raise UserError(
+            f"--workdir={workdir}: {file.read().strip() or 'another process'} trains there; wait for "
+            "it, end it, or use another --workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def _unused(workdir: AnyPath) -> bool:
+    """Nothing was trained there: no weights, no checkpoint, no line of metrics."""
+    with storage.explained(workdir, "cannot be read"):
+        checkpoints, metrics = workdir / CHECKPOINTS, workdir / METRICS_NAME
+        return not (
+            (workdir / EXPORT).exists()
+            or (checkpoints.exists() and any(checkpoints.iterdir()))
+            or (metrics.exists() and metrics.stat().st_size)
+        )
+
+
+def _ours(stored: dict[str, Any]) -> bool:
+    """Whether it is a configuration of this program: others have a config.json too."""
+    try:
+        parse(stored)
+    except UserError:
+        return False
+    return True
+
+
+def _stored(path: AnyPath) -> dict[str, Any]:
+    try:
+        stored = json.loads(storage.read_text(path))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not readable as JSON ({error}); use another --workdir") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: not the configuration of a run; use another --workdir")
+    return stored
+
+
+def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Readable changes such as `train.steps: 600 -> 700`, free settings left out.
+
+    A setting that came into being after the run has its default there: that is what the run did.
+    """
+    old, new = _flat(to_dict(Config())) | _flat(stored), _flat(values)
+    return [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and key.split(".")[0] not in FREE_SECTIONS
+        and key not in FREE_KEYS
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementations behind `models.attention.attention`; all of them compute the same function.
+
+Shapes everywhere: q [b, l, heads, d], k and v [b, m, heads, d], mask [b, m] with False at padding.
+What a kernel is legal for stands here and nowhere else: devices in `unfit`, shapes in the kernel's own
+function, which hands the others to a portable implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.models.kernels import cross_attention
+from digseg_jax.models.remat import KEPT
+
+AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
+
+QUERY_CHUNK = 256  # on two CPU cores faster than 64 and 1024
+FEW_KEYS = 128
+HEADWISE_CHUNK = 1 << 21  # weights at a time on a CPU: 8 MB
+HEADWISE_FEW = 1 << 19  # weights of a head, below which its calls cost more than they save
+LANES = 128  # splash blocks are multiples of a TPU register's lanes
+# cuDNN's fused attention: channels per head that it takes on every GPU, multiples of queries and keys
+# that its backward pass takes in every version, and the first generation of GPUs that it runs on
+CUDNN_MAX_WIDTH = 128
+CUDNN_BLOCK = 64
+CUDNN_CAPABILITY = (8, 0)  # Ampere
+PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda"), "headwise": ("cpu",)}  # others run anywhere
+
+
+def unfit(name: str, device: Any, dtype: str) -> str:
+    """Why a device cannot run an implementation with activations of `dtype`; "" if it can.
+
+    device: a `jax.Device`, or what describes one: its `platform` and, of a GPU, `compute_capability`.
+    """
+    platform = device.platform
+    platforms = PLATFORMS.get(name, (platform,))
+    if platform not in platforms:
+        return f"runs on {platforms[0].upper()}s only, the devices here are of platform {platform!r}"
+    if name != "cudnn":
+        return ""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"takes 16-bit activations only, config.model.dtype is {dtype!r}"
+    capability = getattr(device, "compute_capability", None) or "8.0"
+    if tuple(map(int, capability.split("."))) < CUDNN_CAPABILITY:
+        return f"needs a GPU of compute capability 8.0 or later, those here have {capability}"
+    return ""
+
+
+def plain(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """Two matrix products around a softmax in float32; holds l x m weights per head."""
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    return _attend(q, k, v, mask).swapaxes(1, 2)
+
+
+def _attend(
+    q: Float[Array, "b heads l d"],
+    k: Float[Array, "b heads m d"],
+    v: Float[Array, "b heads m d"],
+    mask: Bool[Array, "b m"] | None,
+) -> Float[Array, "b heads l d"]:
+    # Heads before positions: products of contiguous blocks, on a CPU twice as fast as strided ones.
+    # The queries are fewer numbers to scale than the logits; 16 bits would round them once more.
+    scale = q.shape[-1] ** -0.5
+    early = q.dtype == jnp.float32
+    q = q * scale if early else q
+    logits = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32)
+    logits = logits if early else logits * scale
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    # Any shift leaves the softmax as it is, so the maximum needs no gradient.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    # Divided here rather than in the weights, which are many more numbers.
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def chunked(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """`plain` on at most 256 queries at a time, each chunk rematerialised in the backward pass.
+
+    Memory is bounded by chunk x keys rather than queries x keys, on every platform. Where the keys are
+    few, as those of text, the weights are no larger than an activation, and one product is faster.
+    """
+    b, length, heads, d = q.shape
+    count = -(-length // QUERY_CHUNK)
+    if count <= 1 or k.shape[1] <= FEW_KEYS:
+        return plain(q, k, v, mask)
+    size = -(-length // count)
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, count * size - length), (0, 0)))
+    chunks = q.reshape(b, heads, count, size, d).transpose(2, 0, 1, 3, 4)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: _attend(chunk, k, v, mask)), chunks)
+    out = out.transpose(1, 2, 0, 3, 4).reshape(b, heads, count * size, d)
+    return out[:, :, :length].swapaxes(1, 2)
+
+
+def headwise(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """`plain` on one head of one example at a time, and on some of its queries, for CPUs.
+
+    The weights of a chunk stay in a processor's cache: twice as fast as all of them through main
+    memory. Each chunk is rematerialised in the backward pass. `plain` where they are few.
+    """
+    b, length, heads, d = q.shape
+    keys = k.shape[1]
+    if length * keys < HEADWISE_FEW:
+        return plain(q, k, v, mask)
+    least = -(-length * keys // HEADWISE_CHUNK)
+    count = next((n for n in range(least, 2 * least + 1) if length % n == 0), None)
+    if count is None:  # of a map with sides that nobody has
+        return chunked(q, k, v, mask)
+
+    @jax.checkpoint
+    def attend(*arrays: Array) -> Array:
+        q, k, v, *mask = (array[None] for array in arrays)
+        return _attend(q[None], k[None], v[None], *(mask or (None,)))[0, 0]
+
+    def of_head(arrays: tuple[Array, ...]) -> Array:
+        chunks, *others = arrays
+        return jax.lax.map(lambda chunk: attend(chunk, *others), chunks)
+
+    q, k, v = (a.swapaxes(1, 2).reshape(b * heads, -1, d) for a in (q, k, v))
+    chunks = q.reshape(b * heads, count, length // count, d)
+    masks = () if mask is None else (jnp.repeat(mask, heads, axis=0),)
+    out = jax.lax.map(of_head, (chunks, k, v, *masks))
+    return out.reshape(b, heads, length, d).swapaxes(1, 2)
+
+
+def splash(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b l heads d"]:
+    """Pallas kernels for TPUs; `chunked` for what their blocks do not fit.
+
+    JAX's splash attention where both lengths are multiples of 128 and no key is masked: the U-Net's
+    self-attention. Text has few keys: `cross_attention_kernel`. XLA cannot partition a Pallas
+    kernel, so on several devices this has to be called on each one's part
+    (`sharding.LocalAttention`).
+
+    Args:
+      interpret: run the kernel's semantics on any platform, slowly; for tests.
+    """
+    heads, length, keys = q.shape[2], q.shape[1], k.shape[1]
+    if cross_attention.takes(length, keys):
+        return cross_attention.few_keys(q, k, v, mask, interpret=interpret)
+    if mask is not None or length % LANES or keys % LANES:
+        return chunked(q, k, v, mask)
+    kernel = _splash_kernel(heads, length, keys, interpret)
+    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    out = jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v)))
+    return out.swapaxes(1, 2).astype(v.dtype)
+
+
+def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Callable[..., Array]:
+    # Imported here: Pallas' TPU part is of no use elsewhere, and costs start-up time.
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    block_q, block_kv = _block(length), _block(keys)
+    sizes = library.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    masks = [library.FullMask((length, keys))] * heads
+    return library.make_splash_mha(
+        library.splash_attention_mask.MultiHeadMask(masks),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+
+
+def _block(length: int) -> int:
+    return next(size for size in (512, 384, 256, LANES) if length % size == 0)
+
+
+def cudnn(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+) -> Float[Array, "b l heads d"]:
+    """cuDNN's fused attention for NVIDIA GPUs; `chunked` for what it does not take or does not pay for.
+
+    It computes a map's attention to itself. Text has few keys, of an odd number and with a mask, which
+    its backward pass refuses; widths beyond its own are those of small maps and of the autoencoder.
+    """
+    if not _cudnn_takes(q, k, mask):
+        return chunked(q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _cudnn_takes(q: Array, k: Array, mask: Array | None) -> bool:
+    """Whether cuDNN computes it forward and backward, on every GPU that `unfit` lets pass."""
+    (_, length, _, width), keys = q.shape, k.shape[1]
+    if mask is not None or keys <= FEW_KEYS or q.dtype.itemsize != 2:
+        return False
+    blocks = length % CUDNN_BLOCK == 0 and keys % CUDNN_BLOCK == 0
+    return blocks and width <= CUDNN_MAX_WIDTH and width % 8 == 0
+
+
+IMPLEMENTATIONS: dict[str, AttentionFn] = {
+    "plain": plain,
+    "chunked": chunked,
+    "headwise": headwise,
+    "splash": splash,
+    "cudnn": cudnn,
+}

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention to a few keys, those of a text, as one Pallas kernel for TPUs, and one backward.
+
+All keys of an example lie in the chip's own memory, so a block of queries has its whole softmax
+there: no weight is written to main memory, and none is kept for the backward pass. Heads stay where
+the projections put them, in the channels: nothing is transposed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.models.kernels.pallas import call, product
+from digseg_jax.models.remat import kept
+
+KEYS = 128  # at most, and what fewer are padded to: a register's lanes
+ROWS = (256, 128)  # queries at a time
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def takes(length: int, keys: int) -> bool:
+    """Whether the kernel is one for that many queries and keys of an example."""
+    return keys <= KEYS and length % ROWS[-1] == 0
+
+
+def few_keys(
+    q: Float[Array, "b l heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    mask: Bool[Array, "b m"] | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b l heads d"]:
+    """`models.attention_kernels.plain` for queries and keys that it `takes`.
+
+    Args:
+      interpret: run the kernel's semantics on any platform, slowly; for tests.
+    """
+    heads, keys = q.shape[2], k.shape[1]
+    valid = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    # added to the logits: keys that are masked all weigh the same, those of the padding nothing
+    bias = jnp.where(valid, 0.0, LOWEST / 2).astype(jnp.float32)
+    bias = jnp.pad(bias, ((0, 0), (0, KEYS - keys)), constant_values=LOWEST)[:, None]
+    padding = ((0, 0), (0, KEYS - keys), (0, 0))
+    k, v = (jnp.pad(a.reshape(*a.shape[:2], -1), padding) for a in (k, v))
+    y = _attend(heads, interpret, q.reshape(*q.shape[:2], -1), k, v, bias)
+    return kept(y).reshape(q.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(heads: int, interpret: bool, q: Array, k: Array, v: Array, bias: Array) -> Array:
+    rows, whole, row = _specs(q)
+    shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    specs, grid = [rows, whole, whole, row], _grid(q, rows)
+    kernel, name = partial(_forward, heads), "cross_attention_forward"
+    run = call(kernel, name, specs, rows, shape, grid=grid, parallel=1, interpret=interpret)
+    return run(q, k, v, bias)
+
+
+def _attend_forward(heads: int, interpret: bool, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _attend(heads, interpret, *arrays), arrays
+
+
+def _attend_backward(
+    heads: int, interpret: bool, arrays: tuple[Array, ...], dy: Array
+) -> tuple[Array, ...]:
+    q, k, v, bias = arrays
+    rows, whole, row = _specs(q)
+    sums = jax.ShapeDtypeStruct(k.shape, jnp.float32)
+    shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
+    specs, results = [rows, rows, whole, whole, row], [rows, whole, whole]
+    kernel, name, grid = partial(_backward, heads), "cross_attention_backward", _grid(q, rows)
+    run = call(kernel, name, specs, results, shapes, grid=grid, parallel=1, interpret=interpret)
+    dq, dk, dv = run(q, dy, k, v, bias)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), jnp.zeros_like(bias)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _specs(q: Array) -> tuple[Any, Any, Any]:
+    """Blocks of an example's queries, one after another; its keys whole; its bias."""
+    from jax.experimental import pallas as pl  # here: of no use elsewhere, and costs start-up time
+
+    size, width = next(size for size in ROWS if q.shape[1] % size == 0), q.shape[2]
+    rows = pl.BlockSpec((None, size, width), lambda b, i: (b, i, 0))
+    whole = pl.BlockSpec((None, KEYS, width), lambda b, i: (b, 0, 0))
+    return rows, whole, pl.BlockSpec((None, 1, KEYS), lambda b, i: (b, 0, 0))
+
+
+def _grid(q: Array, rows: Any) -> tuple[int, int]:
+    return q.shape[0], q.shape[1] // rows.block_shape[1]
+
+
+def _forward(heads: int, q: Any, k: Any, v: Any, bias: Any, y: Any) -> None:
+    for part in _parts(q, heads):
+        weights, total = _weights(q[:, part], k[:, part], bias[...])
+        found = product(weights.astype(v.dtype), v[:, part], 1, 0)
+        y[:, part] = (found / total).astype(y.dtype)
+
+
+def _backward(
+    heads: int, q: Any, dy: Any, k: Any, v: Any, bias: Any, dq: Any, dk: Any, dv: Any
+) -> None:
+    from jax.experimental import pallas as pl
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        dk[...], dv[...] = jnp.zeros_like(dk), jnp.zeros_like(dv)
+
+    for part in _parts(q, heads):
+        q_part, k_part, dy_part = q[:, part], k[:, part], dy[:, part]
+        weights, total = _weights(q_part, k_part, bias[...])
+        weights = weights / total
+        dv[:, part] += product(weights.astype(v.dtype), dy_part, 0, 0)
+        d_weights = product(dy_part, v[:, part], 1, 1)
+        mean = (weights * d_weights).sum(axis=1, keepdims=True)
+        d_logits = weights * (d_weights - mean) * q_part.shape[1] ** -0.5
+        # where a text has no valid key at all, masked ones have weights, but no logits to change
+        d_logits = jnp.where(bias[...] == 0, d_logits, 0.0).astype(q.dtype)
+        dq[:, part] = product(d_logits, k_part, 1, 0).astype(dq.dtype)
+        dk[:, part] += product(d_logits, q_part, 0, 0)
+
+
+def _parts(q: Any, heads: int) -> list[slice]:
+    """The channels of each head."""
+    width = q.shape[1] // heads
+    return [slice(h * width, (h + 1) * width) for h in range(heads)]
+
+
+def _weights(q: Array, k: Array, bias: Array) -> tuple[Array, Array]:
+    """Softmax's numerators [rows, keys] and denominator [rows, 1], float32, of one head."""
+    logits = product(q, k, 1, 1) * q.shape[1] ** -0.5 + bias
+    weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights, weights.sum(axis=1, keepdims=True)

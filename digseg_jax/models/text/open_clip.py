@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BERT text tower of an open_clip checkpoint, such as BiomedCLIP's PubMedBERT, with projection.
+
+Numerically equal to open_clip's `HFTextEncoder` (`hf_model.py`), whose name and keys it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.errors import UserError
+from digseg_jax.models.layers import Compute, linear
+from digseg_jax.models.text.bert import BertConfig, BertModel, masked_mean
+from digseg_jax.models.text.output import TextOutput
+
+HEAD_WIDTH = 64  # of every BERT of base and large size; open_clip's config does not say
+POOLERS = ("cls_last_hidden_state_pooler", "cls_pooler", "mean_pooler")
+PROJECTIONS = ("mlp", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenClipTextConfig:
+    """What open_clip_config.json and the stored shapes say about the text tower.
+
+    open_clip_config.json names a BERT on the hub instead of describing it, so sizes come from the
+    shapes; heads are 64 wide.
+    """
+
+    bert: BertConfig
+    embed_dim: int
+    projection: str
+    pooler: str
+    context_length: int
+    hf_model_name: str
+
+    CLASS_NAME: ClassVar[str] = "HFTextEncoder"
+
+    @classmethod
+    def from_checkpoint(cls, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """Takes a parsed open_clip_config.json and the stored shape of every key.
+
+        Raises:
+            UserError: a pooler or projection that we lack, or no BERT under `text.transformer.`.
+        """
+        model = values["model_cfg"]
+        text = model["text_cfg"]
+        _check(text, "hf_pooler_type", POOLERS)
+        _check(text, "hf_proj_type", PROJECTIONS)
+        pooler = text["hf_pooler_type"]
+        return cls(
+            bert=_bert_config(shapes, pooler == "cls_pooler"),
+            embed_dim=model["embed_dim"],
+            projection=text["hf_proj_type"],
+            pooler=pooler,
+            context_length=text.get("context_length", 77),  # open_clip's default
+            hf_model_name=text["hf_model_name"],
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token."""
+        return self.bert.hidden_size
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Most tokens of a text: what the tower was trained with, or fewer positions."""
+        return min(self.context_length, self.bert.max_position_embeddings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The text part of an open_clip_config.json."""
+        text = {
+            "hf_model_name": self.hf_model_name,
+            "hf_tokenizer_name": self.hf_model_name,
+            "hf_proj_type": self.projection,
+            "hf_pooler_type": self.pooler,
+            "context_length": self.context_length,
+        }
+        return {"model_cfg": {"embed_dim": self.embed_dim, "text_cfg": text}}
+
+
+class HFTextEncoder(nnx.Module):
+    """BERT, a pooled token, and its projection into the space shared with images.
+
+    The two layers of the "mlp" projection are `width -> (width + embed_dim) / 2 -> embed_dim`
+    without bias, with the exact GELU between.
+    """
+
+    def __init__(self, config: OpenClipTextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        self.transformer = BertModel(config.bert, rngs=rngs, dtype=dtype)
+        options = {"bias": False, "compute": Compute(dtype), "rngs": rngs}
+        width, out = config.hidden_size, config.embed_dim
+        if config.projection == "linear":
+            self.proj = linear(width, out, **options)
+        else:
+            inner = (width + out) // 2
+            self.proj = nnx.List(
+                [linear(width, inner, **options), nnx.Module(), linear(inner, out, **options)]
+            )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b l"],
+        attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
+    ) -> TextOutput:
+        """As `BertModel`, with `pooled` [b, embed_dim] projected, not normalised.
+
+        open_clip itself masks the tokens equal to `[PAD]`; pass `input_ids != 0` for the same.
+        """
+        out = self.transformer(input_ids, attention_mask)
+        return TextOutput(out.last_hidden_state, self._project(self._pool(out, attention_mask)))
+
+    def _pool(self, out: TextOutput, mask: Array | None) -> Float[Array, "b d"]:
+        if self.config.pooler == "cls_pooler":
+            return out.pooled
+        if self.config.pooler == "mean_pooler":
+            return masked_mean(out.last_hidden_state, None if mask is None else mask.astype(bool))
+        return out.last_hidden_state[:, 0]
+
+    def _project(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        if self.config.projection == "linear":
+            return self.proj(x)
+        return self.proj[2](jax.nn.gelu(self.proj[0](x), approximate=False))
+
+
+def _check(text: Mapping[str, Any], key: str, legal: tuple[str, ...]) -> None:
+    if text.get(key) not in legal:
+        raise UserError(
+            f"open_clip_config.json: {key}={text.get(key)!r} is not supported; "
+            f"legal: {', '.join(legal)}"
+        )
+
+
+def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertConfig:
+    prefix = "text.transformer."
+    try:
+        vocab, width = shapes[f"{prefix}embeddings.word_embeddings.weight"]
+        positions = shapes[f"{prefix}embeddings.position_embeddings.weight"][0]
+        types = shapes[f"{prefix}embeddings.token_type_embeddings.weight"][0]
+        inner = shapes[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0]
+    except KeyError as error:
+        raise UserError(
+            f"open_clip checkpoint without a BERT text tower: no key {error.args[0]!r}"
+        ) from error
+    layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
+    numbers = [int(m[1]) for m in map(layer.match, shapes) if m]
+    return BertConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=max(numbers) + 1,
+        num_attention_heads=max(width // HEAD_WIDTH, 1),
+        intermediate_size=inner,
+        max_position_embeddings=positions,
+        type_vocab_size=types,
+        add_pooling_layer=pooler,
+    )

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays between one process's memory and the devices of all: rows of an evaluation, and back again."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from digseg_jax.runtime.distributed import is_main
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split along its first axis, in their order.
+
+    Devices that hold the same rows (a tensor axis) give them once.
+    """
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array in this process's memory; every process must ask."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def fetch_to_main(tree: Any) -> Any:
+    """The whole tree on process 0, None on the others; leaf by leaf, so that no device holds it all."""
+    leaves, structure = jax.tree.flatten(tree)
+    fetched = []
+    for leaf in leaves:
+        value = fetch(leaf)
+        fetched.append(value if is_main() else None)
+    return structure.unflatten(fetched) if is_main() else None
+
+
+def gather_all(value: Any) -> list[Any]:
+    """Every process's JSON-ready value, by process; every process must come."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+    # Two rounds, since the arrays of a gathering have one shape on all processes.
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    every = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    every = every.reshape(len(sizes), -1)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
+
+
+def tell_all(value: Any) -> Any:
+    """Process 0's JSON-ready value on every process; every process must come."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # two rounds, since the arrays of a broadcast have one shape on all processes
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size if is_main() else 0)))
+    told = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(size, np.uint8))
+    return json.loads(np.asarray(told).astype(np.uint8).tobytes())

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a run is and where its time goes; the profiler window and the compile cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from digseg_jax.errors import UserError
+from digseg_jax.log import log
+from digseg_jax.runtime.hardware import chip_of
+
+ACTIVITIES = ("data", "checkpoint", "eval")  # the rest of the time is the step's
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device; None for a kind that is not known, such as a CPU."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.flops
+
+
+def speed(flops: float, seconds: float, devices: list[jax.Device]) -> dict[str, float]:
+    """{"flops_per_second", and "mfu", the share of the devices' peak, where the peak is known}.
+
+    flops: of the model as it is written (`digseg_jax.training.flops`); what a program computes
+      again or in a kernel does not change them.
+    """
+    values = {"flops_per_second": flops / seconds}
+    peak = peak_flops(devices[0].device_kind)
+    if peak is not None:
+        values["mfu"] = values["flops_per_second"] / (peak * len(devices))
+    return values
+
+
+class Stopwatch:
+    """Shares of the wall time between two readings: `with watch("data"): ...`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._since = clock, clock()
+        self._spent = dict.fromkeys(ACTIVITIES, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        start = self._clock()
+        yield
+        self._spent[activity] += self._clock() - start
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last reading, and {"time_data": share, ..., "time_step": the rest}.
+
+        The host runs ahead of the devices, so what they still compute while it waits for data or
+        writes a checkpoint is hidden there, not counted twice.
+        """
+        now = self._clock()
+        seconds = max(now - self._since, 1e-9)
+        shares = {f"time_{name}": spent / seconds for name, spent in self._spent.items()}
+        shares["time_step"] = max(1.0 - sum(shares.values()), 0.0)
+        self._since, self._spent = now, dict.fromkeys(ACTIVITIES, 0.0)
+        return seconds, shares
+
+
+class ProfilerWindow:
+    """A trace of the steps first..last (config.train.profile), for TensorBoard or Perfetto."""
+
+    def __init__(self, steps: tuple[int, ...], folder: str):
+        self.first, self.last = steps or (0, 0)
+        self.folder, self.active = folder, False
+
+    def before(self, step: int) -> None:
+        if step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.active = True
+
+    def after(self, step: int, result: Any) -> None:
+        """`result`: what the step returned; the trace ends when it is there."""
+        if self.active and step == self.last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that is still going on."""
+        if self.active:
+            jax.profiler.stop_trace()
+            self.active = False
+            log.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
+
+
+def use_compile_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` (created if missing; gs:// too); "" changes nothing.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    if not folder:
+        return
+    try:
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"config.train.compile_cache={folder!r}: cannot be written ({error.strerror})"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # JAX settles on a folder at its first compilation

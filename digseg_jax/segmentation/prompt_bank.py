@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts encoded once by the frozen text tower, for look-up by query id in the train step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digseg_jax.arraytypes import Array, Bool, Float, Int, Params
+from digseg_jax.errors import UserError
+from digseg_jax.models.functional import merge
+from digseg_jax.models.text.tokenizer import Tokens
+
+
+@dataclass(frozen=True)
+class PromptBank:
+    """Encoded prompts, on the host; row i belongs to `prompts[i]`.
+
+    Attributes:
+        prompts: the texts.
+        tokens: [n, l, d] last hidden states, as the tower gives them (not normalised).
+        mask: [n, l] True on real tokens.
+    """
+
+    prompts: tuple[str, ...]
+    tokens: Float[np.ndarray, "n l d"]
+    mask: Bool[np.ndarray, "n l"]
+
+
+def encode_prompts(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    tokenizer: Callable[[Sequence[str], int], Tokens],
+    prompts: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int = 64,
+    mask_padding: bool = True,
+) -> PromptBank:
+    """Encodes prompts in batches of one static shape, so the tower compiles once.
+
+    The tower is on this process's first device for as long as it takes, and nothing stays there.
+
+    Args:
+        graphdef: of the text tower, from `models.functional.split`.
+        params: of the text tower, on the host.
+        tokenizer: texts, length -> `Tokens`.
+        prompts: the texts, in the order of the bank's rows.
+        max_length: tokens per row, padding included.
+        batch_size: prompts per call of the tower; fewer prompts make a smaller batch.
+        mask_padding: False: padding counts as text, in the tower and in the bank's mask.
+
+    Raises:
+        UserError: no prompts, or one that is empty, blank or longer than `max_length` tokens.
+    """
+    if not prompts:
+        raise UserError("no prompts to encode")
+    ids, mask = tokenizer(prompts, max_length)
+    if not mask_padding:
+        mask = np.ones_like(mask)
+    size = min(batch_size, len(prompts))
+    params, parts = jax.device_put(params), []
+    for start in range(0, len(prompts), size):
+        # The last batch is shifted back to stay full; its first rows are computed twice.
+        begin = min(start, len(prompts) - size)
+        rows = slice(begin, begin + size)
+        out = _last_hidden_state(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]))
+        parts.append(np.asarray(out)[start - begin :])
+    return PromptBank(tuple(prompts), np.concatenate(parts), np.asarray(mask, bool))
+
+
+def with_sentence_token(bank: PromptBank) -> PromptBank:
+    """The bank with one more token at the end: the mean of a prompt's real tokens.
+
+    That mean is what sentence encoders are trained to compare; single words' states are not.
+    """
+    weight = bank.mask[..., None].astype(bank.tokens.dtype)
+    mean = (bank.tokens * weight).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
+    here = np.ones((len(bank.mask), 1), bool)
+    return PromptBank(
+        bank.prompts,
+        np.concatenate([bank.tokens, mean], axis=1),
+        np.concatenate([bank.mask, here], axis=1),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _last_hidden_state(
+    graphdef: nnx.GraphDef, params: Params, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
+) -> Float[Array, "b l d"]:
+    return merge(graphdef, params)(ids, mask).last_hidden_state

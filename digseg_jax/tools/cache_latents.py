@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--mode=cache_latents: what the frozen autoencoder makes of the training data, computed once.
+
+Of every training example the middle square, its short side filling the crop, and its mirror image: the
+picture's latent, and those of the masks of all classes that the crop shows (with nested classes, of all
+that they cover; with the palette codec, of the one picture of all classes). Training with the same
+configuration reads `config.data.latent_cache` and runs no autoencoder.
+
+Killed and started again it goes on with the shards that are missing. Several processes share the
+shards among them; each encodes with its own devices, so none waits for another before the end.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.data.checked import Guarded
+from digseg_jax.data.crops import central_window, view
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.statistics import ClassStatistics
+from digseg_jax.data.pipeline import cover_tables
+from digseg_jax.data.shards import files
+from digseg_jax.data.shards.latents import (
+    ABSENT,
+    FORMAT,
+    MANIFEST,
+    MODE,
+    cache_folders,
+)
+from digseg_jax.data.shards.records import class_hash
+from digseg_jax.data.sources import open_part, training_parts
+from digseg_jax.errors import UserError
+from digseg_jax.io.progress import Progress
+from digseg_jax.io.storage import explained
+from digseg_jax.log import log
+from digseg_jax.runtime.distributed import is_main, together
+from digseg_jax.runtime.profiling import use_compile_cache
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.latents import Crop, FrozenTask, LatentEncoder, made_with
+
+SHARD_EXAMPLES = 256  # at 512 pixels and eight classes a picture: 300 MB
+READERS = 4  # threads that decode pictures while the devices encode
+PATIENCE = 6 * 3600.0  # seconds that the first process to be ready waits for the last
+
+
+def run(config: Config) -> None:
+    """Writes CACHE/NAME/SPLIT for every data set that `config.data` trains on; see `latent_records`.
+
+    Raises:
+      UserError: no place is named or it cannot be written, a folder holds shards of another cache, or
+        an example is broken (unless `config.data.on_error` says to skip it).
+    """
+    if not config.data.latent_cache:
+        raise UserError(f"{MODE} needs --config.data.latent_cache=DIR or gs://BUCKET/DIR")
+    use_compile_cache(config.train.compile_cache)
+    devices = jax.local_devices()
+    config = for_devices(config, devices)
+    task = FrozenTask(config)
+    # no more pictures at a time than a train step encodes, on the devices of one process
+    rows = math.ceil(config.train.batch_size / jax.process_count())
+    encoder = LatentEncoder(task, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
+    facts = made_with(config, task)
+    parts = training_parts(config.data)
+    tables = cover_tables([spec for _, spec, _ in parts])
+    folders = cache_folders(config.data.latent_cache, parts)
+    for (part, spec, split), table, folder in zip(parts, tables, folders, strict=True):
+        source = Guarded(open_part(part, split), spec.num_classes)
+        plan = {
+            "format": FORMAT,
+            "dataset": spec.name,
+            "split": split,
+            "source_examples": len(source),
+            "shard_examples": SHARD_EXAMPLES,
+            "on_error": config.data.on_error,
+            "class_hash": class_hash(spec),
+            **facts,
+        }
+        SplitWriter(source, spec, folder, plan, encoder, table).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitWriter:
+    """Writes the cache of one data set.
+
+    source: through the guard. plan: what the cache is made with. covers: int32 [classes, m], the ids
+    of each class's mask.
+    """
+
+    source: Guarded
+    spec: DatasetSpec
+    folder: epath.Path
+    plan: dict[str, Any]
+    encoder: LatentEncoder
+    covers: np.ndarray
+
+    def run(self) -> None:
+        """Every process must come; see the module."""
+        with together("the folder of the latents"):
+            if is_main():
+                with explained(self.folder, "cannot be written"):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    files.claim(self.folder, self.plan, "config.data.latent_cache")
+        with together("a look at the latents"):  # by all, before one of them writes
+            if not (self.folder / files.PLAN).exists():
+                raise UserError(
+                    f"{self.folder}: process 0 wrote {files.PLAN} there, this process does not "
+                    "see it; use storage that all hosts share, such as gs://"
+                )
+            done = (self.folder / MANIFEST).exists()
+            todo = [] if done else files.missing(self.folder, self.shards)
+        if done:
+            log.info("%s: complete already", self.folder)
+            return
+        log.info("%s: %d of %d shards to write", self.folder, len(todo), self.shards)
+        with together("the latents", PATIENCE):
+            self._write(todo[jax.process_index() :: jax.process_count()])
+        with together("the manifest of the latents"):
+            if is_main():
+                self._finish()
+
+    @property
+    def shards(self) -> int:
+        return -(-self.plan["source_examples"] // self.plan["shard_examples"])
+
+    def _rows(self, shard: int) -> range:
+        step = self.plan["shard_examples"]
+        return range(self.plan["source_examples"])[shard * step : (shard + 1) * step]
+
+    def _write(self, shards: list[int]) -> None:
+        total = sum(len(self._rows(shard)) for shard in shards)
+        progress = Progress(total, label="latents", unit="images")
+        start, done = time.monotonic(), 0
+        for shard in shards:
+            for count in self._write_shard(shard):
+                done += count
+                progress.update(done, done / (time.monotonic() - start))
+        progress.close()
+
+    def _write_shard(self, shard: int) -> Iterator[int]:
+        """Yields how many examples were dealt with. Calls of the encoder never reach over shards: a
+        shard's bytes do not depend on where a killed job goes on."""
+        statistics = ClassStatistics.empty(self.spec.num_classes)
+        broken: list[str] = []
+        with files.new_shard(self.folder, shard, self.shards) as (writer, facts):
+            crops = self._crops(self._rows(shard))
+            while chunk := list(itertools.islice(crops, self.encoder.rows)):
+                whole = [crop for crop in chunk if isinstance(crop, Crop)]
+                broken += [str(error) for error in chunk if isinstance(error, UserError)]
+                for record in self.encoder.records(whole, self.covers) if whole else ():
+                    writer.write(record)
+                for crop in whole:
+                    statistics.add(crop.label)
+                yield len(chunk)
+            facts |= {
+                "examples": statistics.examples,
+                "broken": broken,
+                "statistics": statistics.to_dict(),
+            }
+
+    def _crops(self, rows: range) -> Iterator[Crop | UserError]:
+        """In their order, read ahead; broken ones as what is wrong with them."""
+        with ThreadPoolExecutor(READERS) as pool:
+            pending = collections.deque()
+            for index in rows:
+                pending.append(pool.submit(self._crop, index))
+                if len(pending) > 2 * self.encoder.rows:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _crop(self, index: int) -> Crop | UserError:
+        try:
+            example = self.source[index]
+        except UserError as error:
+            if self.plan["on_error"] == "raise":
+                raise
+            return error
+        size, label = self.encoder.size, example["label"]
+        image, label = view(example["image"], label, central_window(*label.shape, size), size)
+        classes = () if self.encoder.palette else shown_classes(label, self.spec)
+        return Crop(str(example["name"]), image, label, classes)
+
+    def _finish(self) -> None:
+        """Adds the sidecars up to the manifest, and removes them."""
+        statistics = ClassStatistics.empty(self.spec.num_classes)
+        rows, broken = files.sidecars(self.folder, self.shards), []
+        for row in rows:
+            statistics.merge(ClassStatistics.from_dict(row.pop("statistics")))
+            broken += row.pop("broken")
+        if not statistics.examples:
+            raise UserError(f"{self.folder}: no example is whole; the first: {broken[:1]}")
+        manifest = self.plan | {
+            "examples": statistics.examples,
+            "shards": rows,
+            "broken": broken,
+            "statistics": statistics.to_dict(),
+        }
+        absent = io.BytesIO()
+        if not self.encoder.palette:
+            np.save(absent, self.encoder.absent(self.covers))
+            manifest["absent_sha256"] = hashlib.sha256(absent.getvalue()).hexdigest()
+        with explained(self.folder, "cannot be written"):
+            if not self.encoder.palette:
+                files.write(self.folder / ABSENT, absent.getvalue())
+            files.write(self.folder / MANIFEST, json.dumps(manifest).encode())
+            files.remove_sidecars(self.folder, self.shards)
+        for line in broken:
+            log.warning("left out: %s", line)
+        size = sum(row["bytes"] for row in rows) / 1e9
+        log.info("%s: %d examples, %.3f GB", self.folder, statistics.examples, size)
+
+
+def shown_classes(label: np.ndarray, spec: DatasetSpec) -> tuple[int, ...]:
+    """Classes whose masks show at least one pixel of a label map with ignore = -1."""
+    ids = set(np.unique(label).tolist())
+    return tuple(c for c in range(spec.num_classes) if not ids.isdisjoint(spec.covers(c)))

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m digseg_jax.tools.check_codec: what each codec loses in the autoencoder alone.
+
+Label maps of a data set are encoded, sent through the autoencoder and read back. The result is the
+ceiling of any model trained on that codec: label accuracy and mIoU of both codecs, the palette's
+colours and sigma, and the linear probe's share of the mask's variance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from digseg_jax.arraytypes import Array
+from digseg_jax.config.schema import ModelConfig
+from digseg_jax.data.datasets import registry
+from digseg_jax.errors import UserError
+from digseg_jax.log import setup
+from digseg_jax.metrics import confusion
+from digseg_jax.runtime import cpu
+from digseg_jax.segmentation.codecs import decode_binary, encode_binary
+from digseg_jax.segmentation.latent_probe import enlarge, fit_probe
+from digseg_jax.segmentation.palette import (
+    MAX_CLASSES,
+    build_palette,
+    decode_palette,
+    encode_palette,
+)
+from digseg_jax.training.tasks.components import Vae, load_vae
+
+QUERIES = 8  # binary masks that are decoded at a time
+
+
+class CodecCheck:
+    """One autoencoder, compiled once per picture size."""
+
+    def __init__(self, vae: Vae, params: Any):
+        self.params = params
+        self.encode = jax.jit(vae.encode)
+        self.decode = jax.jit(vae.decode)
+        self.factor = vae.config.factor
+
+    def latents(self, image: Array) -> np.ndarray:
+        return np.asarray(self.encode(self.params, jnp.asarray(image)))
+
+    def round_trip(self, image: Array) -> np.ndarray:
+        return np.asarray(self.decode(self.params, self.encode(self.params, jnp.asarray(image))))
+
+    def binary(self, label: np.ndarray, num_classes: int, probe: Any) -> dict[str, np.ndarray]:
+        """Label map [h, w] to the maps that come back: by decoder and by linear probe."""
+        evidence, probed = [], []
+        for first in range(0, num_classes, QUERIES):
+            classes = np.arange(first, first + QUERIES)[None]
+            masks = encode_binary(jnp.asarray(label)[None], jnp.asarray(classes))[0]
+            latent = self.encode(self.params, masks)
+            evidence.append(np.asarray(decode_binary(self.decode(self.params, latent))))
+            probed.append(np.asarray(enlarge(probe(latent), *label.shape)))
+        maps = [np.concatenate(x)[:num_classes].argmax(axis=0) for x in (evidence, probed)]
+        return {"binary": maps[0], "binary_probe": maps[1]}
+
+
+def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> dict[str, Any]:
+    """Accuracy and mIoU of every way back, over `images` label maps spread over the source."""
+    checker = CodecCheck(vae, params)
+    probe = fit_probe(checker.latents)
+    palette = None
+    if num_classes <= MAX_CLASSES:
+        palette = build_palette(num_classes, checker.round_trip, checker.latents)
+    counts: dict[str, np.ndarray] = {}
+    rows = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(int))
+    for row in rows:
+        label = _whole_cells(np.asarray(source[int(row)]["label"]), checker.factor)
+        maps = checker.binary(label, num_classes, probe)
+        if palette is not None:
+            painted = encode_palette(jnp.asarray(label)[None], jnp.asarray(palette.colors))
+            back = decode_palette(checker.round_trip(painted), jnp.asarray(palette.prototypes))
+            maps["palette"] = np.asarray(back[0]).argmax(axis=0)
+        for name, prediction in maps.items():
+            found = confusion.confusion(label[None], prediction[None], num_classes)
+            counts[name] = counts.get(name, 0) + np.asarray(found, np.int64)
+    result: dict[str, Any] = {"images": len(rows), "probe_r2": probe.r2}
+    if palette is not None:
+        result["palette"] = palette.to_dict()
+    result["codecs"] = {name: confusion.closed_set_scores(c) for name, c in counts.items()}
+    return result
+
+
+def _whole_cells(label: np.ndarray, factor: int) -> np.ndarray:
+    """The label map without the pixels beyond the last whole group of latent cells."""
+    step = 4 * factor
+    height, width = (max(n // step, 1) * step for n in label.shape)
+    return label[:height, :width]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Rows for people."""
+    rows = ["codec         label accuracy    mIoU"]
+    for name, scores in result["codecs"].items():
+        rows.append(f"{name:<14}{scores['accuracy']:>14.4f}{scores['miou']:>8.4f}")
+    sigma = f", palette sigma {result['palette']['sigma']:.4f}" if "palette" in result else ""
+    return "\n".join(
+        [*rows, f"{result['images']} label maps, probe R2 {result['probe_r2']:.3f}{sigma}"]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.check_codec", description=__doc__)
+    parser.add_argument("--vae", default=ModelConfig().vae, help="as config.model.vae")
+    parser.add_argument("--data", default="landcover", help="a data set of the registry")
+    parser.add_argument("--root", default="", help="its folder; the land cover needs none")
+    parser.add_argument("--split", default="", help="by default the one that is evaluated")
+    parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--json", action="store_true", help="print JSON alone on stdout")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    arguments = parser.parse_args(argv)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    setup(quiet=arguments.json)
+    cpu.tune()
+    try:
+        facts = registry.spec(arguments.data, arguments.root)
+        split = arguments.split or facts.eval_split
+        source = registry.open_source(arguments.data, arguments.root, split)
+        model = dataclasses.replace(ModelConfig(), vae=arguments.vae)
+        result = check(*load_vae(model), source, facts.num_classes, arguments.images)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {"data": arguments.data, "split": split, "vae": arguments.vae, **result}
+    print(json.dumps(result) if arguments.json else table(result))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

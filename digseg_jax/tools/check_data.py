@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares a download with its specification.
+
+    python -m digseg_jax.tools.check_data --dataset=NAME --root=DIR
+
+Reads every image and label: counts against the official ones, sizes, unknown label values, unreadable
+files, pixel shares of the classes; draws a contact sheet. Exit status 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.decode import LabelValueError, SizeError
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.errors import UserError
+from digseg_jax.tools.contact_sheet import Tile, contact_sheet
+
+_KINDS = ("unreadable", "size_mismatch", "unknown_value")
+_SHOWN = 20  # messages of one kind that are kept
+
+
+def kind_of(error: UserError) -> str:
+    """The heading that an example's error goes under."""
+    if isinstance(error, SizeError):
+        return "size_mismatch"
+    return "unknown_value" if isinstance(error, LabelValueError) else "unreadable"
+
+
+def check_split(
+    spec: DatasetSpec, source: registry.Source, split: str, *, limit: int = 0, sheet: int = 0
+) -> tuple[dict[str, Any], list[Tile]]:
+    """Reads a split's examples, or `limit` of them evenly spread; returns findings and pictures."""
+    count, official = len(source), spec.splits[split]
+    chosen = np.arange(count)
+    if 0 < limit < count:
+        chosen = np.linspace(0, count - 1, limit).round().astype(int)
+    shown = set(chosen[np.linspace(0, len(chosen) - 1, min(sheet, len(chosen))).astype(int)])
+    pixels = np.zeros(spec.num_classes + 1, np.int64)  # the last one: ignored
+    images = np.zeros(spec.num_classes, np.int64)
+    errors: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+    counts = dict.fromkeys(_KINDS, 0)
+    tiles: list[Tile] = []
+    for index, example in _examples(source, chosen):
+        if isinstance(example, UserError):
+            kind = kind_of(example)
+            counts[kind] += 1
+            errors[kind] += [str(example)] if len(errors[kind]) < _SHOWN else []
+            continue
+        found = np.bincount(example["label"].ravel() + 1, minlength=spec.num_classes + 1)
+        pixels += np.roll(found, -1)
+        images += found[1:] > 0
+        if index in shown:
+            tiles.append(Tile(example["image"], example["label"], f"{split} {example['name']}"))
+    total = max(int(pixels.sum()), 1)
+    return {
+        "count": count,
+        "official_count": official or None,
+        "read": len(chosen),
+        **{f"{kind}_files": counts[kind] for kind in _KINDS},
+        "errors": {kind: messages for kind, messages in errors.items() if messages},
+        "pixel_share": dict(zip(spec.names, (pixels[:-1] / total).tolist(), strict=True)),
+        "ignored_share": float(pixels[-1] / total),
+        "images_with_class": dict(zip(spec.names, images.tolist(), strict=True)),
+    }, tiles
+
+
+def _examples(source: registry.Source, chosen: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """(index, example or its error) in order, read by a few threads: decoding leaves the GIL."""
+
+    def read(index: int) -> Any:
+        try:
+            return source[int(index)]
+        except UserError as error:
+            return error
+
+    workers = os.cpu_count() or 1
+    chosen = list(chosen)
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(chosen), 8 * workers):  # bounded: examples wait in memory
+            part = chosen[start : start + 8 * workers]
+            yield from zip(part, pool.map(read, part), strict=True)
+
+
+def violations(name: str, findings: dict[str, Any]) -> list[str]:
+    """What is wrong with a split, a line each."""
+    if "error" in findings:
+        return [f"{name}: {findings['error']}"]
+    lines = []
+    count, official = findings["count"], findings["official_count"]
+    if official and count != official:
+        lines.append(f"{name}: {count} examples, officially {official}")
+    words = {"unreadable": "unreadable", "size_mismatch": "label size is not the image's",
+             "unknown_value": "unknown label values"}  # fmt: skip
+    for kind, text in words.items():
+        if findings[f"{kind}_files"]:
+            first = findings["errors"][kind][0]
+            lines.append(f"{name}: {findings[f'{kind}_files']} files, {text}; the first: {first}")
+    return lines
+
+
+def run(
+    name: str, root: str | Path, splits: list[str], *, limit: int, sheet: Path | None
+) -> dict[str, Any]:
+    """Checks splits (if none is named, all but the extra ones) and writes the contact sheet.
+
+    Raises:
+      UserError: no such data set.
+    """
+    spec = registry.spec(name, root)
+    results: dict[str, Any] = {}
+    tiles: list[Tile] = []
+    for split in splits or [s for s in spec.splits if s not in spec.extra_splits]:
+        try:
+            source = registry.open_source(name, root, split)
+        except UserError as error:
+            results[split] = {"error": str(error)}
+            continue
+        results[split], pictures = check_split(
+            spec, source, split, limit=limit, sheet=8 if sheet else 0
+        )
+        tiles += pictures
+    if sheet and tiles:
+        contact_sheet(spec, tiles).save(sheet)
+    return {
+        "dataset": name,
+        "title": spec.title,
+        "root": str(root),
+        "licence": spec.licence,
+        "ignore_rule": spec.ignore,
+        "splits": results,
+        "contact_sheet": str(sheet) if sheet and tiles else None,
+        "violations": [v for s, found in results.items() for v in violations(s, found)],
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result for reading."""
+    lines = [f"{result['dataset']}: {result['title']}", f"licence: {result['licence']}"]
+    for split, found in result["splits"].items():
+        if "error" in found:
+            continue
+        official = found["official_count"]
+        beside = f" (official: {official})" if official else ""
+        lines.append(f"{split}: {found['count']} examples{beside}, {found['read']} read")
+        shares = {**found["pixel_share"], "ignored": found["ignored_share"]}
+        ranked = sorted(shares.items(), key=lambda item: -item[1])
+        lines += [f"  {100 * share:7.3f} %  {name}" for name, share in ranked if share > 0]
+        absent = [n for n, images in found["images_with_class"].items() if not images]
+        if absent:
+            lines.append(f"  in no image: {', '.join(absent)}")
+    if result["contact_sheet"]:
+        lines.append(f"contact sheet: {result['contact_sheet']}")
+    lines += [f"WRONG  {line}" for line in result["violations"]] or ["nothing is wrong"]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.check_data", description=__doc__)
+    parser.add_argument("--dataset", required=True, help=", ".join(registry.names()))
+    parser.add_argument("--root", default="", help="the folder of the download, as it unpacks")
+    parser.add_argument(
+        "--split", action="append", default=[], help="may be repeated; default: all but the extra ones"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="read only so many images of a split")
+    parser.add_argument("--sheet", type=Path, help="contact sheet; default: NAME_check.png; '-': none")
+    parser.add_argument("--json", action="store_true", help="print JSON alone on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: as it should be, 1: something is wrong, 2: it could not be checked."""
+    arguments = _parser().parse_args(argv)
+    flags.FLAGS.mark_as_parsed()
+    sheet = arguments.sheet or Path(f"{arguments.dataset}_check.png")
+    sheet = None if str(sheet) == "-" else sheet
+    try:
+        result = run(
+            arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {sheet}: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if arguments.json else text(result))
+    return 1 if result["violations"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture of a data set for the eye: images, their labels in colour, and what the colours mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.viz.colors import IGNORE_COLOR, class_colors
+
+WIDTH = 300  # pixels of one picture
+COLUMNS = 2  # examples beside each other; each is an image and its label
+_PER_IMAGE = 10  # names under an example
+_LINE, _GAP = 16, 8
+
+
+class Tile(NamedTuple):
+    """An example to show: uint8 [h, w, 3], int32 [h, w], and its title."""
+
+    image: np.ndarray
+    label: np.ndarray
+    title: str
+
+
+def palette(spec: DatasetSpec) -> np.ndarray:
+    """uint8 [classes + 1, 3], the last row for -1: official colours if all differ, or our own."""
+    official = [c.color for c in spec.classes]
+    distinct = None not in official and len({*official, IGNORE_COLOR}) == len(official) + 1
+    colors = np.array(official, np.uint8) if distinct else class_colors(spec.num_classes, spec.names)
+    return np.concatenate([colors, np.array([IGNORE_COLOR], np.uint8)])
+
+
+def contact_sheet(spec: DatasetSpec, tiles: Sequence[Tile]) -> Image.Image:
+    """Rows of examples: image, coloured label, and the names of the largest classes in it."""
+    colors = palette(spec)
+    cells = [_cell(spec, colors, tile) for tile in tiles]
+    rows = [cells[i : i + COLUMNS] for i in range(0, len(cells), COLUMNS)]
+    heights = [max(c.height for c in row) for row in rows]
+    width = COLUMNS * (2 * WIDTH + 2 * _GAP)
+    sheet = Image.new("RGB", (width, sum(heights) + _GAP * len(rows)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for i, cell in enumerate(row):
+            sheet.paste(cell, (i * (2 * WIDTH + 2 * _GAP), top))
+        top += height + _GAP
+    return sheet
+
+
+def _cell(spec: DatasetSpec, colors: np.ndarray, tile: Tile) -> Image.Image:
+    height = max(1, round(tile.image.shape[0] * WIDTH / tile.image.shape[1]))
+    size = (WIDTH, min(height, 3 * WIDTH))
+    image = cv2.resize(tile.image, size, interpolation=cv2.INTER_AREA)
+    label = cv2.resize(tile.label, size, interpolation=cv2.INTER_NEAREST)
+    shares = np.bincount(tile.label.ravel() + 1, minlength=len(colors)) / tile.label.size
+    shares = np.roll(shares, -1)
+    present = [int(c) for c in np.argsort(-shares) if shares[c] > 0][:_PER_IMAGE]
+    lines = (len(present) + 1) // 2
+    cell = Image.new("RGB", (2 * WIDTH + _GAP, _LINE + size[1] + _LINE * lines), "white")
+    cell.paste(Image.fromarray(image), (0, _LINE))
+    cell.paste(Image.fromarray(colors[label]), (WIDTH, _LINE))
+    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(11)
+    draw.text((2, 1), tile.title, fill="black", font=font)
+    for i, class_id in enumerate(present):
+        left, top = (i % 2) * WIDTH, _LINE + size[1] + (i // 2) * _LINE
+        box = (left + 2, top + 3, left + 14, top + 13)
+        draw.rectangle(box, fill=tuple(colors[class_id].tolist()), outline="black")
+        name = spec.names[class_id] if class_id < spec.num_classes else "ignored"
+        draw.text((left + 19, top + 1), f"{name}  {shares[class_id]:.1%}", fill="black", font=font)
+    return cell

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One page of what fits where, from the compile.json of several workdirs.
+
+python -m digseg_jax.tools.performance_page DIR ... --out=performance.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.aot.programs import FILES
+from digseg_jax.aot.table import size
+from digseg_jax.errors import UserError
+
+COLUMNS = (
+    "topology", "program", "images a chip", "mesh", "attention, remat", "fits", "memory", "arguments",
+    "temporaries", "touched", "collectives", "roofline images/s a chip", "MFU bound", "compiled in",
+)  # fmt: skip
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem;
+  color-scheme: light dark; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid #8884; }
+tr.over td { background: #c0392b22; }
+"""
+
+
+def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every compilation of the folders, by topology, program and batch.
+
+    Raises:
+      UserError: a folder without any, or a file that is none.
+    """
+    results = []
+    for folder in folders:
+        files = [folder / f"{name}.json" for name in sorted(set(FILES.values()))]
+        found = [path for path in files if path.is_file()]
+        if not found:
+            raise UserError(f"{folder}: no {' or '.join(p.name for p in files)} here")
+        for path in found:
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                results.append({**values, "file": str(path), "key": values["topology"]})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: not made by --mode=compile ({error!r})") from error
+    return sorted(results, key=lambda r: (r["key"], r["program"], r["images_per_chip"]))
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A row, in the order of COLUMNS."""
+    model, known = result["config"]["model"], "flops" in result
+    mesh = " x ".join(f"{name} {n}" for name, n in result["mesh"].items() if n > 1) or "one chip"
+    rate, mfu = result.get("roofline_images_per_second_per_chip"), result.get("mfu_bound")
+    return [
+        result["topology"],
+        result["program"],
+        f"{result['images_per_chip']:g}",
+        mesh,
+        f"{model['attention']}, {model['remat']}",
+        "yes" if result["fits"] else "NO",
+        f"{size(result['hbm_peak_bytes'])} of {size(result['hbm_limit_bytes'])}"
+        + (" (estimate)" if result.get("estimate") else ""),
+        size(result["hbm_args_bytes"]),
+        size(result["hbm_temp_bytes"]),
+        size(result["bytes_accessed"]) if known else "–",
+        size(result["collective_bytes"]) if known else "–",
+        f"{rate:.3g}" if rate else "–",
+        f"{mfu:.0%}" if mfu else "–",
+        f"{result['compile_seconds']:.0f} s",
+    ]
+
+
+def page(results: Sequence[dict[str, Any]]) -> str:
+    """A page that needs nothing else."""
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
+    rows = []
+    for result in results:
+        inside = "".join(f"<td>{html.escape(c)}</td>" for c in cells(result))
+        rows.append(f"<tr{'' if result['fits'] else ' class=over'}>{inside}</tr>")
+    sources = sorted({r["chip_source"] for r in results if r.get("chip_source")})
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Compiled for pods</title>'
+        f"<style>{STYLE}</style><h1>Compiled for pods</h1>"
+        "<p>The run's own programs through the real compiler, without the chips. Memory is what the "
+        "compiler allots; rates are upper bounds by roofline (the longest of computing, memory traffic "
+        "and traffic between chips), not measurements of a run. An estimate is another compiler's, as "
+        "its compile.json says.</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<p>Chips: {html.escape('; '.join(sources) or 'none')}.</p></html>\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m digseg_jax.tools.performance_page", description=__doc__
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="workdirs of --mode=compile")
+    parser.add_argument("--out", type=Path, default=Path("performance.html"))
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.out.write_text(page(read(arguments.folders)), encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m digseg_jax.tools.prepare_data --dataset=NAME --root=DIR --out=gs://BUCKET/DIR | DIR
+
+Packs a download into ArrayRecord shards (records.py says how). Killed and started again it goes on with
+the shards that are missing. The result is trained from with --config.data.root=OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from digseg_jax.data.checked import Guarded
+from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.registry import Source
+from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.statistics import ClassStatistics
+from digseg_jax.data.shards import files, records
+from digseg_jax.errors import UserError
+from digseg_jax.log import log, setup
+
+SHARD_EXAMPLES = 1000  # COCO: 119 shards of about 170 MB
+OpenSplit = Callable[[], Source]
+
+
+def prepare_split(
+    open_split: OpenSplit,
+    spec: DatasetSpec,
+    split: str,
+    out: str | Path,
+    *,
+    shard_examples: int = SHARD_EXAMPLES,
+    workers: int = 0,
+    on_error: str = "raise",
+) -> dict[str, Any]:
+    """Writes the missing shards of a split and its manifest; returns the manifest.
+
+    open_split: makes the source; called in every worker process. workers 0: in this process.
+    on_error: skip leaves broken examples out and counts them; raise stops at the first one.
+
+    Raises:
+      UserError: a broken example; or OUT holds shards of other examples, classes or shard sizes.
+    """
+    folder = epath.Path(out).expanduser() / split
+    folder.mkdir(parents=True, exist_ok=True)
+    source = open_split()
+    shards = -(-len(source) // shard_examples)
+    plan = {
+        "format": records.FORMAT,
+        "dataset": spec.name,
+        "split": split,
+        "class_hash": records.class_hash(spec),
+        "spec": records.facts_of(spec),
+        "source_examples": len(source),
+        "shard_examples": shard_examples,
+        "on_error": on_error,
+    }
+    files.claim(folder, plan, "--out")
+    if (folder / records.MANIFEST).exists():
+        log.info("%s %s: complete already", spec.name, split)
+        return records.read_manifest(folder, spec)
+    todo = files.missing(folder, shards)
+    log.info("%s %s: %d of %d shards to write", spec.name, split, len(todo), shards)
+    job = partial(_write_shard, open_split, spec, str(folder), shards, shard_examples, on_error)
+    if workers and todo:
+        _in_parallel(job, todo, min(workers, len(todo)))
+    else:
+        for shard in todo:
+            job(shard)
+    return _finish(folder, plan, shards)
+
+
+def _in_parallel(job: Callable[[int], None], shards: list[int], workers: int) -> None:
+    """The first error stops the shards that are not begun; those in work are finished."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            for future in [pool.submit(job, shard) for shard in shards]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_shard(
+    open_split: OpenSplit,
+    spec: DatasetSpec,
+    folder: str,
+    shards: int,
+    shard_examples: int,
+    on_error: str,
+    shard: int,
+) -> None:
+    """One shard and, when it is in place, the sidecar that says so."""
+    source = Guarded(open_split(), spec.num_classes)
+    start = shard * shard_examples
+    statistics = ClassStatistics.empty(spec.num_classes)
+    broken: list[str] = []
+    with files.new_shard(epath.Path(folder), shard, shards) as (writer, facts):
+        for i in range(start, min(start + shard_examples, len(source))):
+            try:
+                example = source[i]
+            except UserError as error:
+                if on_error == "raise":
+                    raise
+                broken.append(str(error))
+                continue
+            statistics.add(example["label"])
+            writer.write(_record(source.source, i, example))
+        facts |= {
+            "examples": statistics.examples,
+            "broken": broken,
+            "statistics": statistics.to_dict(),
+        }
+
+
+def _record(source: Source, index: int, example: dict[str, Any]) -> bytes:
+    data = source.files(index)["image"].read_bytes() if source.image_is_file else b""
+    jpeg = data if data.startswith(b"\xff\xd8") else None
+    return records.encode_record(example["image"], example["label"], str(example["name"]), jpeg)
+
+
+def _finish(folder: epath.Path, plan: dict[str, Any], shards: int) -> dict[str, Any]:
+    """Adds the sidecars up to the manifest, and removes them."""
+    statistics = ClassStatistics.empty(len(plan["spec"]["classes"]))
+    rows, broken = files.sidecars(folder, shards), []
+    for row in rows:
+        statistics.merge(ClassStatistics.from_dict(row.pop("statistics")))
+        broken += row.pop("broken")
+    counted = {"examples": statistics.examples, "shards": rows, "broken": broken}
+    manifest = plan | counted | {"statistics": statistics.to_dict()}
+    files.write(folder / records.MANIFEST, json.dumps(manifest).encode())
+    files.remove_sidecars(folder, shards)
+    return manifest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m digseg_jax.tools.prepare_data", description=__doc__
+    )
+    parser.add_argument("--dataset", required=True, help="a name of the registry")
+    parser.add_argument("--root", required=True, help="the download, as it unpacks")
+    parser.add_argument("--out", required=True, help="folder or gs://BUCKET/FOLDER")
+    parser.add_argument("--split", action="append", help="may be repeated; default: train and eval")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--shard-examples", type=int, default=SHARD_EXAMPLES)
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise")
+    parser.add_argument("--verify", action="store_true", help="only check the checksums of --out")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    spec = registry.spec(arguments.dataset, arguments.root)
+    if arguments.shard_examples < 1:
+        raise UserError(f"--shard-examples={arguments.shard_examples}: must be at least 1")
+    for split in arguments.split or dict.fromkeys((spec.train_split, spec.eval_split)):
+        if arguments.verify:
+            if wrong := records.verify(arguments.out, split):
+                raise UserError("; ".join(wrong))
+            log.info("%s: every shard has its checksum", split)
+            continue
+        manifest = prepare_split(
+            partial(registry.open_source, arguments.dataset, arguments.root, split),
+            spec,
+            split,
+            arguments.out,
+            shard_examples=arguments.shard_examples,
+            workers=arguments.workers,
+            on_error=arguments.on_error,
+        )
+        for line in manifest["broken"]:
+            log.warning("left out: %s", line)
+        log.info("%s: %d examples in %d shards", split, manifest["examples"], len(manifest["shards"]))
+    return 0
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    setup()
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repeats the step at which a run's loss was not finite.
+
+    python -m digseg_jax.tools.replay --workdir=DIR
+
+
+On one process: restores the checkpoint before it, repeats the steps between, then says whether the
+parameters were still finite, the loss of every example, and which gradients are not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from digseg_jax import trees
+from digseg_jax.arraytypes import Params
+from digseg_jax.config.parse import parse
+from digseg_jax.errors import UserError
+from digseg_jax.io.checkpoint import Checkpointer
+from digseg_jax.io.workdir import CONFIG_NAME
+from digseg_jax.log import setup
+from digseg_jax.runtime import cpu
+from digseg_jax.runtime.sharding import place_batch
+from digseg_jax.training.failure import load_failure
+from digseg_jax.training.loop import Trainer
+from digseg_jax.training.tasks.base import Task, example_keys
+
+
+def replay(workdir: str, trainer: Trainer) -> dict[str, Any]:
+    """Repeats the saved step; see the module.
+
+    Raises:
+      UserError: nothing to replay, or the run has gone on since, past the step.
+    """
+    failure, batch = load_failure(workdir)
+    with Checkpointer(workdir, trainer.config.checkpoint) as checkpointer:
+        start, state = trainer.start_state(checkpointer)
+    if start >= failure["step"]:
+        raise UserError(
+            f"{workdir}: the run has gone on to step {start}, past the failed step "
+            f"{failure['step']}; remove the later checkpoints to replay it"
+        )
+    with trainer.batches(start) as batches:
+        for _ in range(start + 1, failure["step"]):
+            placed = place_batch(next(batches), trainer.mesh)
+            state, _ = trainer.step_fn(state, trainer.frozen, placed)
+    params = state["params"]
+    return {
+        "step": failure["step"],
+        "from_checkpoint": start,
+        "parameters_not_finite": not_finite(params),
+        **examine(trainer.task, failure["seed"], params, trainer.frozen, batch),
+    }
+
+
+def examine(
+    task: Task, seed: int, params: Params, frozen: Params, batch: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The loss of each example alone, by its global index, and the gradients that are not finite."""
+
+    def loss(params: Params, frozen: Params, part: dict[str, Any]) -> jax.Array:
+        return task.loss(params, frozen, part, example_keys(seed, part["index"]))[0]
+
+    one = jax.jit(loss)
+    losses = {}
+    for i, index in enumerate(batch["index"]):
+        part = {name: value[i : i + 1] for name, value in batch.items()}
+        losses[int(index)] = repr(float(one(params, frozen, part)))
+    return {
+        "example_losses": losses,
+        "gradients_not_finite": not_finite(jax.jit(jax.grad(loss))(params, frozen, batch)),
+    }
+
+
+def not_finite(tree: Params) -> list[str]:
+    """Paths of the leaves with a value that is no number."""
+    finite = jax.jit(lambda x: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), x))(tree)
+    return [path for path, ok in trees.flatten(jax.device_get(finite)).items() if not ok]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.replay", description=__doc__)
+    parser.add_argument("--workdir", required=True)
+    workdir = parser.parse_args().workdir
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's flags outside absl.app
+    setup()
+    cpu.tune()
+    try:
+        from digseg_jax.training.setup import set_up  # loads every task
+
+        path = epath.Path(workdir) / CONFIG_NAME
+        if not path.exists():
+            raise UserError(f"{path}: missing; --workdir must be that of a run")
+        config = parse(json.loads(path.read_text()))
+        run = set_up(config)
+        report = replay(workdir, Trainer(run.config, run.task, run.mesh, workdir))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

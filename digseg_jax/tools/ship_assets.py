@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m digseg_jax.tools.ship_assets NAME [RUN]: puts a finished run's weights into the package as float16.
+
+The recipe's command, the configuration's essentials and what was measured go into the metadata. Without
+RUN, segmenter.json is written for the weights that are there, from the recipe that their metadata name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from digseg_jax.assets import FOLDER
+from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.io.workdir import CALIBRATION, CONFIG_NAME, EXPORT
+from digseg_jax.models import functional
+from digseg_jax.prediction import description as description_lib
+from digseg_jax.prediction.description import FrozenPart, describe, write_description
+from digseg_jax.weights import load_component, read_metadata, save_component
+
+CONFIGS = Path(__file__).parents[2] / "configs"  # of a checkout: weights are shipped from there
+RECIPES = {"vae": "landcover_vae", "prior": "landcover_prior", "segmenter": "landcover"}
+
+
+def ship(run: Path, name: str) -> Path:
+    """Writes assets/NAME from RUN/export; returns the weight file."""
+    export = run / EXPORT
+    model = load_component(export)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float16), functional.split(model)[1])
+    config = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
+    metadata = read_metadata(export) | {
+        "command": f"python -m digseg_jax.main --config=configs/{RECIPES[name]}.py --workdir=DIR",
+        "data": "NASA Blue Marble and MODIS MCD12C1 2019, training blocks only",
+        "train": json.dumps(config["train"]),
+        "license": "Apache-2.0",
+    }
+    folder = FOLDER / name
+    written = save_component((model.config, params), folder, metadata=metadata)
+    for beside in (CALIBRATION, description_lib.FILE):
+        if (export / beside).is_file():
+            shutil.copyfile(export / beside, folder / beside)
+    return written
+
+
+def describe_shipped(name: str) -> Path:
+    """Writes assets/NAME/segmenter.json from the recipe that made the weights; returns its path.
+
+    The library versions of that run are not known and stay empty.
+
+    Raises:
+      UserError: the recipe is not the one that the weights' metadata tell of.
+    """
+    folder = FOLDER / name
+    metadata = read_metadata(folder)
+    config = _recipe(RECIPES[name])
+
+    stored, values = json.loads(metadata["train"]), to_dict(config)["train"]
+    changed = [key for key in stored.keys() & values.keys() if stored[key] != values[key]]
+    if changed or int(metadata["seed"]) != config.seed or metadata["task"] != config.task:
+        raise UserError(
+            f"{folder}: made by another recipe than configs/{RECIPES[name]}.py is now "
+            f"({', '.join(changed) or 'another task or seed'}); ship the weights of a new run"
+        )
+
+    parts = (FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text))
+    params = functional.split(load_component(folder))[1]
+    made = describe(config, parts, params, int(metadata["steps"]), checkpoint="")
+    write_description(folder, dataclasses.replace(made, versions={}))
+    return folder / description_lib.FILE
+
+
+def _recipe(name: str) -> Config:
+    """The configuration of configs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return parse(module.get_config())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.ship_assets", description=__doc__)
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("run", type=Path, nargs="?", help="working directory of a finished run")
+    arguments = parser.parse_args()
+    if arguments.run is not None:
+        print(ship(arguments.run, arguments.name))
+    elif arguments.name == "segmenter":
+        print(describe_shipped(arguments.name))
+    else:
+        parser.error(f"{arguments.name} needs RUN: only a segmenter has a description of its own")
+
+
+if __name__ == "__main__":
+    main()

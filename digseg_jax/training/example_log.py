@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which examples a run has seen: WORKDIR/examples/PROCESS.jsonl, for whoever must prove it.
+
+A line is one step of one process: {"step", "index": the examples' global numbers, "crc": checksums of
+their images, or of the images' latents where a cache gives those}. With it, a run that was killed and
+resumed on other hosts can be compared with one that was left alone, example by example. Written if
+`config.train.log_examples` asks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from digseg_jax.io.jsonl import Record, cut
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.runtime.distributed import is_main
+
+FOLDER = "examples"
+
+
+class ExampleLog:
+    """Appends this process's part of every batch; `start` is the restored step."""
+
+    def __init__(self, workdir: AnyPath, start: int, active: bool) -> None:
+        self._record: Record | None = None
+        if not active:
+            return
+        folder = workdir / FOLDER
+        name = f"{jax.process_index()}.jsonl"
+        if is_main() and folder.exists():  # files of an earlier start with more processes
+            for path in folder.iterdir():
+                if path.suffix == ".jsonl" and int(path.stem) >= jax.process_count():
+                    cut(path, start)
+        self._record = Record(folder / name, truncate_after=start)
+
+    def __enter__(self) -> ExampleLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._record:
+            self._record.leave(kind)
+            self._record = None
+
+    def add(self, step: int, batch: dict[str, np.ndarray]) -> None:
+        if self._record:
+            images = batch["image"] if "image" in batch else batch["image_latent"]
+            crc = [zlib.crc32(np.ascontiguousarray(image)) for image in images]
+            self._record.write({"step": step, "index": batch["index"].tolist(), "crc": crc})
+
+    def sync(self) -> None:
+        """See `Record.sync`."""
+        if self._record:
+            self._record.sync()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer, learning-rate schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from digseg_jax import trees
+from digseg_jax.arraytypes import Array, Params
+from digseg_jax.config.schema import OptimConfig
+from digseg_jax.errors import UserError, nearest
+
+
+def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then cosine, exponential or constant down to final_scale at `steps`."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, max(steps - 1, 0))
+    rest = max(steps - warmup, 1)
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
+    elif config.schedule == "exponential":
+        decay = optax.exponential_decay(peak, rest, config.final_scale)
+    else:
+        decay = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; kernels decay, biases and norms do not."""
+
+    def kernels(params: Params) -> Params:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=kernels,
+            mu_dtype=None if config.mu_dtype == "float32" else config.mu_dtype,
+        ),
+    )
+
+
+def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params:
+    """One step of the moving average; short at first, so that it forgets the start."""
+    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema, params)
+
+
+def split_frozen(params: Params, freeze: Iterable[str]) -> tuple[Params, Params]:
+    """Parameters that learn, and those whose path (`a.0.kernel`) one of the regexes finds."""
+    patterns = tuple(freeze)
+    if not patterns:
+        return params, {}
+    flat = trees.flatten(params)
+    fixed = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    return (
+        trees.unflatten({path: x for path, x in flat.items() if path not in fixed}),
+        trees.unflatten({path: flat[path] for path in fixed}),
+    )
+
+
+def join_frozen(trainable: Params, fixed: Params) -> Params:
+    """Inverse of `split_frozen`."""
+    if not fixed:
+        return trainable
+    return trees.unflatten(trees.flatten(trainable) | trees.flatten(fixed))
+
+
+def check_freeze(params: Params, freeze: Iterable[str]) -> None:
+    """Raises UserError for a pattern of `config.optim.freeze` that matches nothing, or if all match."""
+    paths = list(trees.flatten(params))
+    for pattern in freeze:
+        if not any(re.search(pattern, path) for path in paths):
+            parts = dict.fromkeys(
+                ".".join(path.split(".")[:end])
+                for path in paths
+                for end in range(1, path.count(".") + 2)
+            )
+            hint = nearest(re.sub(r"[\\^$*+?()|\[\]]", "", pattern), parts)
+            raise UserError(
+                f"config.optim.freeze: {pattern!r} matches no parameter{hint}; "
+                f"parameters are below {', '.join(params)}"
+            )
+    if not split_frozen(params, freeze)[0]:
+        raise UserError("config.optim.freeze: matches every parameter, nothing is left to train")

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A configuration's task, with the kernels of this machine's devices and on its mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from digseg_jax.config.schema import Config
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.mesh_choice import chosen
+from digseg_jax.training.tasks.autoencoder import AutoencoderTask
+from digseg_jax.training.tasks.base import Task
+from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.prior import PriorTask
+from digseg_jax.training.tasks.segmentation import SegmentationTask
+
+TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What training, evaluation, export and replay begin with.
+
+    config: with the kernels that `auto` stands for on these devices.
+    """
+
+    config: Config
+    task: Task
+    mesh: Mesh
+
+
+def set_up(config: Config) -> Setup:
+    """Builds the configuration's task for the devices that JAX has; every process must call it.
+
+    Raises:
+      UserError: weights or data are missing, or the mesh does not fit the devices.
+    """
+    devices = jax.devices()
+    config = for_devices(config, devices)
+    task: Task = TASKS[config.task](config)
+    return Setup(config, task, make_mesh(chosen(config, task, devices)))

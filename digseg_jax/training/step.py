@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: loss and gradients, in parts if asked, then update and moving average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from digseg_jax.arraytypes import Array, Batch, Params
+from digseg_jax.config.schema import Config, OptimConfig
+from digseg_jax.runtime.sharding import BATCH, on_mesh
+from digseg_jax.runtime.tpu import compiler_options
+from digseg_jax.training.optim import (
+    join_frozen,
+    learning_rate,
+    make_optimizer,
+    split_frozen,
+    update_ema,
+)
+from digseg_jax.training.tasks.base import Task, example_keys
+
+TrainState = dict[str, Any]  # {"step", "params", "opt"} and maybe "ema": a pure pytree
+LossAndGrads = tuple[tuple[Array, dict[str, Array]], Params]
+Gradient = Callable[..., LossAndGrads]  # of a batch, or of a part and the whole batch
+
+
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, config: OptimConfig
+) -> TrainState:
+    """The state of step 0 from parameters of any kind (arrays or, under eval_shape, abstract)."""
+    trainable, _ = split_frozen(params, config.freeze)
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(trainable)}
+    if config.ema_decay:
+        state["ema"] = jax.tree.map(jnp.array, params)
+    return state
+
+
+def abstract_state(params: Params, config: Config) -> TrainState:
+    """Shapes of the state of step 0, from shapes of the parameters."""
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    return jax.eval_shape(lambda p: initial_state(p, optimizer, config.optim), params)
+
+
+def averaged(state: TrainState) -> Params:
+    """The parameters to evaluate and export: their moving average, or they if none is kept."""
+    return state.get("ema", state["params"])
+
+
+def make_train_step(
+    task: Task, config: Config, mesh: Mesh, state_shardings: Any, frozen_shardings: Any
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
+    """One optimizer step, jitted for the mesh; the state is donated."""
+    task.prepare()
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    rate = learning_rate(config.optim, config.train.steps)
+    like, _ = split_frozen(state_shardings["params"], config.optim.freeze)
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch):
+        trainable, fixed = split_frozen(state["params"], config.optim.freeze)
+
+        def gradient(part: Batch, *whole: Batch) -> LossAndGrads:
+            keys = example_keys(config.seed, part["index"])
+
+            def loss(learned: Params) -> tuple[Array, dict[str, Array]]:
+                return task.loss(join_frozen(learned, fixed), frozen, part, keys, *whole)
+
+            return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        if config.train.accumulation == 1:
+            (loss, metrics), grads = gradient(batch)
+        else:
+            zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), like)
+            (loss, metrics), grads = accumulate(gradient, zeros, batch, config.train.accumulation, mesh)
+        updates, opt = optimizer.update(grads, state["opt"], trainable)
+        params = join_frozen(optax.apply_updates(trainable, updates), fixed)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": rate(state["step"]),
+        }
+        average = {}
+        if config.optim.ema_decay:
+            decay = config.optim.ema_decay
+            average["ema"] = update_ema(state["ema"], params, state["step"], decay)
+        return {"step": state["step"] + 1, "params": params, "opt": opt} | average, metrics
+
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        on_mesh(mesh, train_step),
+        in_shardings=(state_shardings, frozen_shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def accumulate(gradient: Gradient, zeros: Params, batch: Batch, parts: int, mesh: Mesh) -> LossAndGrads:
+    """Loss, metrics and gradients of a batch, as means over equal parts taken one after another.
+
+    Part i has the examples i, i + parts, ...: so every device's share of the batch is split, and
+    none is moved to another device.
+    """
+    sharding = NamedSharding(mesh, P(None, *BATCH))
+
+    def split(x: Array) -> Array:  # [b, ...] -> [parts, b / parts, ...]
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def add(total: Any, part: Batch) -> tuple[Any, dict[str, Array]]:
+        (loss, metrics), grads = gradient(part, batch)
+        return jax.tree.map(jnp.add, total, (loss, grads)), metrics
+
+    start = (jnp.zeros(()), zeros)
+    total, metrics = jax.lax.scan(add, start, jax.tree.map(split, batch))
+    loss, grads = jax.tree.map(lambda x: x / parts, total)
+    return (loss, {name: value.mean(axis=0) for name, value in metrics.items()}), grads

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that tasks share: frozen VAE, prompt bank, schedule, training draws of (t, noise)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digseg_jax import assets
+from digseg_jax.arraytypes import Array, Float, Int, Params
+from digseg_jax.config.schema import Config, DiffusionConfig, ModelConfig
+from digseg_jax.diffusion import noise, timesteps
+from digseg_jax.diffusion.schedule import Schedule, make_schedule
+from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.models.kernels.attention import PLATFORMS, unfit
+from digseg_jax.models.partition import LocalAttention, gathered, in_slices, local_feed_forward
+from digseg_jax.models.unet import UNetConfig
+from digseg_jax.models.vae import VaeConfig
+from digseg_jax.models.vae_tiny import TinyVaeConfig
+from digseg_jax.segmentation.prompt_bank import PromptBank, encode_prompts, with_sentence_token
+from digseg_jax.weights import TextTower, load_component, load_text_tower
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+PORTABLE = "chunked"
+
+
+def identity(x: Array) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Vae:
+    """The frozen autoencoder as functions of its parameters; latents here are *scaled*.
+
+    limit: pictures that a device takes at a time; 0: all of a batch.
+    """
+
+    graphdef: nnx.GraphDef
+    config: VaeConfig | TinyVaeConfig
+    limit: int = 0
+
+    def encode(self, params: Params, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Posterior mean times the scaling factor (Marigold: mean, never a sample)."""
+        vae = functional.merge(self.graphdef, params)
+
+        def encode(image: Array) -> Array:
+            return vae.encode(image).mean * self.config.scaling_factor
+
+        return in_slices(encode, image, self.limit)
+
+    def decode(
+        self, params: Params, latent: Float[Array, "b h w c"], read: Callable[[Array], Array] = identity
+    ) -> Array:
+        """Pictures float [b, H, W, 3], or what `read` makes of them.
+
+        A few pictures of `limit` at a time are read before the next are made: many pictures with
+        their three channels would fill a TPU's memory, whose tiles are 128 channels wide.
+        """
+        vae = functional.merge(self.graphdef, params)
+
+        def decode(latent: Array) -> Array:
+            return read(vae.decode(latent / self.config.scaling_factor))
+
+        return in_slices(decode, latent, self.limit)
+
+
+def compute_options(config: ModelConfig) -> dict[str, Any]:
+    """Constructor arguments of a model that say how it computes."""
+    attention = PORTABLE if config.attention == "auto" else config.attention
+    return {
+        "dtype": jnp.dtype(config.dtype),
+        "conv": "xla" if config.conv == "auto" else config.conv,
+        "weights": gathered,
+        "attention": LocalAttention(attention) if attention in PLATFORMS else attention,
+    }
+
+
+def unet_options(config: ModelConfig) -> dict[str, Any]:
+    """`compute_options`, and those that the U-Net alone has."""
+    fused = config.feed_forward == "fused"
+    return compute_options(config) | {
+        "remat": config.remat,
+        "feed_forward": local_feed_forward if fused else None,
+    }
+
+
+def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
+    """The configuration with "auto" replaced by the way to compute that suits the devices.
+
+    Raises:
+      UserError: the devices cannot run `config.model.attention` or `config.model.feed_forward`.
+    """
+    platform, name, dtype = devices[0].platform, config.model.attention, config.model.dtype
+    if reason := unfit(name, devices[0], dtype):
+        raise UserError(f"config.model.attention={name!r} {reason}; legal: auto, plain, chunked")
+    feed_forward = config.model.feed_forward
+    if feed_forward == "fused" and platform != "tpu":
+        raise UserError(
+            "config.model.feed_forward='fused' runs on TPUs only, the devices here are of platform "
+            f"{platform!r}; legal: auto, plain"
+        )
+    if feed_forward == "auto":
+        feed_forward = "fused" if platform == "tpu" and config.mesh.tensor == 1 else "plain"
+    conv = config.model.conv
+    if conv == "auto":
+        conv = "cpu" if platform == "cpu" else "xla"
+    if name == "auto":
+        fits = (kernel for kernel in PLATFORMS if not unfit(kernel, devices[0], dtype))
+        name = next(fits, PORTABLE)
+    chosen = {"conv": conv, "attention": name, "feed_forward": feed_forward}
+    model = dataclasses.replace(config.model, **chosen)
+    return dataclasses.replace(config, model=model)
+
+
+def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
+    """Raises UserError if the weights are missing or no autoencoder."""
+    model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config))
+    graphdef, params = functional.split(model)
+    return Vae(graphdef, model.config, config.vae_limit), params
+
+
+def load_tower(config: ModelConfig) -> TextTower:
+    """The frozen text tower; raises UserError if it is missing."""
+    return load_text_tower(assets.resolve(config.text), skip_layers=config.text_skip_layers)
+
+
+def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -> PromptBank:
+    """The prompts' tokens, with a sentence token behind them if the configuration wants one.
+
+    Raises:
+      UserError: an empty prompt or one of too many tokens, or too large a length.
+    """
+    length = config.max_tokens
+    if length > tower.max_length:
+        raise UserError(
+            f"config.model.max_tokens={length}: at most {tower.max_length} for this text tower"
+        )
+    bank = encode_prompts(
+        tower.graphdef,
+        tower.params,
+        tower.tokenizer,
+        prompts,
+        max_length=length,
+        # a tower that is no CLIP's was trained with its padding masked, whatever the U-Net saw
+        mask_padding=config.mask_padding or not tower.causal,
+    )
+    return with_sentence_token(bank) if config.sentence_token else bank
+
+
+def bank_arrays(bank: PromptBank) -> Params:
+    """The bank as a frozen tree for the jitted step."""
+    return {"tokens": bank.tokens, "mask": bank.mask}
+
+
+def asked(bank: Params, query: Int[Array, " n"]) -> tuple[Array, Array]:
+    """Tokens [n, l, d] and mask [n, l] of a bank's rows, in a traced program or outside."""
+    return jnp.asarray(bank["tokens"])[query], jnp.asarray(bank["mask"])[query]
+
+
+def schedule_of(config: DiffusionConfig) -> Schedule:
+    return make_schedule(
+        config.num_train_timesteps,
+        config.beta_start,
+        config.beta_end,
+        zero_snr=config.zero_snr,
+        prediction_type=config.prediction_type,
+    )
+
+
+def draw_noise_and_timestep(
+    keys: Array, shape: tuple[int, int, int], config: DiffusionConfig, schedule: Schedule
+) -> tuple[Float[Array, "b h w c"], Array]:
+    """One noise and one timestep per key: [b, *shape] and int32 [b]."""
+    return jax.vmap(partial(_draw, shape=shape, config=config, schedule=schedule))(keys)
+
+
+def _draw(
+    key: Array, shape: tuple[int, int, int], config: DiffusionConfig, schedule: Schedule
+) -> tuple[Array, Array]:
+    noise_key, time_key = jax.random.split(key)
+    if config.timestep_sampling == "uniform":
+        t = timesteps.uniform(time_key, schedule)
+    else:
+        t = timesteps.high_noise(
+            time_key, schedule, a=config.high_noise_a, terminal_fraction=config.terminal_fraction
+        )
+    if config.noise == "multires":
+        strength = config.multires_strength * t / schedule.num_timesteps
+        return noise.multires(noise_key, shape, strength), t
+    return noise.gaussian(noise_key, shape), t
+
+
+def picture_step(vae: Vae, unet: UNetConfig) -> int:
+    """Pixels that the sides of a picture must be multiples of."""
+    return vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
+
+
+def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
+    """What the parts must agree on.
+
+    Raises:
+      UserError: a picture size that cannot be halved often enough, or tokens of the wrong width.
+    """
+    size = config.data.image_size
+    step = picture_step(vae, unet)
+    if size % step:
+        raise UserError(
+            f"config.data.image_size={size}: must be a multiple of {step} pixels for this VAE and U-Net"
+        )
+    if not unet.text_adapters and tower.width != unet.cross_attention_dim:
+        raise UserError(
+            f"config.model.text_adapters=False: text tokens are {tower.width} wide, the U-Net's "
+            f"cross-attention takes {unet.cross_attention_dim}; set it to True"
+        )
+
+
+def provenance(config: Config, **extra: str) -> dict[str, str]:
+    """What goes into the metadata of exported weights."""
+    return {"task": config.task, "seed": str(config.seed), "steps": str(config.train.steps)} | extra

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small text-to-image latent diffusion model: the pretrained prior that the segmenter starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from digseg_jax.arraytypes import Array, Batch, Params
+from digseg_jax.config.schema import Config
+from digseg_jax.data.datasets.landcover_prompts import captions
+from digseg_jax.models import functional
+from digseg_jax.models.text_adapters import ZERO_INIT
+from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
+from digseg_jax.training.tasks.base import to_unit
+from digseg_jax.training.tasks.components import (
+    asked,
+    bank_arrays,
+    check_fit,
+    draw_noise_and_timestep,
+    encode_bank,
+    load_tower,
+    load_vae,
+    schedule_of,
+    unet_options,
+)
+from digseg_jax.weights import save_component
+
+
+class PriorTask:
+    """MSE of the noise (or v, or x0) prediction on image latents, captions by cross-attention."""
+
+    def __init__(self, config: Config):
+        arch, model = config.model.unet_arch, config.model
+        self.config = config
+        self.schedule = schedule_of(config.diffusion)
+        self.vae, vae_params = load_vae(model)
+        tower = load_tower(model)
+        self.prompts = tuple(captions())
+        self.frozen: Params = {
+            "vae": vae_params,
+            "bank": bank_arrays(encode_bank(tower, self.prompts, model)),
+        }
+        levels = len(arch.block_out_channels)
+        self.unet_config = UNetConfig(
+            sample_size=config.data.image_size // self.vae.config.factor,
+            block_out_channels=arch.block_out_channels,
+            down_block_types=(DOWN_TYPES[0],) * levels,
+            up_block_types=tuple(UP_TYPES[0 if attend else 1] for attend in arch.up_attention),
+            layers_per_block=arch.layers_per_block,
+            norm_num_groups=arch.norm_num_groups,
+            attention_head_dim=arch.attention_head_dim,
+            cross_attention_dim=arch.cross_attention_dim,
+            use_linear_projection=True,
+            text_adapters=model.text_adapters,
+            text_dim=tower.width,
+        )
+        check_fit(config, self.vae, tower, self.unet_config)
+        self.graphdef, self.abstract = functional.abstract(
+            lambda: UNet2DConditionModel(
+                self.unet_config,
+                rngs=functional.FixedRngs(),
+                **unet_options(model),
+            )
+        )
+
+    def prepare(self) -> None:
+        """Nothing of this task's program is computed ahead."""
+
+    def initial(self) -> Params:
+        return functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)
+
+    def loss(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        keys: Array,
+        whole: Batch | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        x0 = self.vae.encode(frozen["vae"], to_unit(batch["image"]))
+        noise, t = draw_noise_and_timestep(keys, x0.shape[1:], self.config.diffusion, self.schedule)
+        query = batch["query"][:, 0]
+        unet = functional.merge(self.graphdef, params)
+        prediction = unet(
+            self.schedule.add_noise(x0, noise, t),
+            t,
+            *asked(frozen["bank"], query),
+        )
+        loss = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean()
+        return loss, {"latent_std": x0.std()}
+
+    def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
+        save_component((self.unet_config, params), folder, metadata=metadata)

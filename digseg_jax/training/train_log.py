@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training loop reports: means of the step metrics, speed, shares of time; the NaN guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from digseg_jax.arraytypes import Array
+from digseg_jax.config.schema import Config
+from digseg_jax.io.metric_writer import MetricWriter
+from digseg_jax.io.progress import Progress
+from digseg_jax.runtime.profiling import Stopwatch, speed
+
+GUARDED = ("loss", "grad_norm")
+
+
+class NotFinite(FloatingPointError):
+    """A step whose loss or gradient norm is no number."""
+
+    def __init__(self, step: int, metrics: dict[str, float]):
+        self.step, self.metrics = step, metrics
+        values = ", ".join(f"{name} {metrics[name]}" for name in GUARDED)
+        super().__init__(f"{values} at step {step}")
+
+
+class TrainLog:
+    """Collects step metrics on the device and fetches them once per logged line.
+
+    Set `flops` to the model's of one step to have the speed in FLOP/s, and MFU, reported.
+    """
+
+    def __init__(self, config: Config, workdir: str, start: int, devices: list[jax.Device]):
+        self.config, self.devices, self.flops = config, devices, 0.0
+        self.writer = MetricWriter(workdir, truncate_after=start, wandb=config.train.wandb)
+        self.progress = Progress(config.train.steps)
+        self.pending: list[tuple[int, dict[str, Array]]] = []
+        self.fetched: list[dict[str, float]] = []
+        self.watch = Stopwatch()
+
+    def add(self, step: int, metrics: dict[str, Array]) -> None:
+        self.pending.append((step, metrics))
+
+    def check(self) -> None:
+        """Waits for the steps so far.
+
+        Raises:
+          NotFinite: the first of them whose loss or gradient norm is no number; it is logged.
+        """
+        steps, metrics = zip(*self.pending, strict=True) if self.pending else ((), ())
+        self.pending = []
+        for step, values in zip(steps, jax.device_get(metrics), strict=True):
+            row = {name: float(value) for name, value in values.items()}
+            if not np.isfinite([row[name] for name in GUARDED]).all():
+                self.writer.write(step, row)
+                raise NotFinite(step, row)
+            self.fetched.append(row)
+
+    def write(self, step: int, extra: dict[str, float]) -> None:
+        """The means over the steps since the last line; raises what `check` raises."""
+        self.check()
+        mean = {k: float(np.mean([row[k] for row in self.fetched])) for k in self.fetched[0]}
+        seconds, shares = self.watch.read()
+        steps = len(self.fetched)
+        mean["images_per_second"] = steps * self.config.train.batch_size / seconds
+        if self.flops:
+            mean |= speed(steps * self.flops, seconds, self.devices)
+        self.writer.write(step, mean | shares | extra)
+        self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **extra)
+        self.fetched = []
+
+    def leave(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Closes the files, as `__exit__` would; see `Record.leave`."""
+        self.progress.close()
+        self.writer.__exit__(kind, None, None)

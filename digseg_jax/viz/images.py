@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of label maps: painted classes, overlays on the photo, a legend strip, PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from digseg_jax.arraytypes import Float, Int, UInt8
+from digseg_jax.errors import UserError
+from digseg_jax.viz.colors import IGNORE_COLOR, class_colors, from_hex, to_hex
+
+__all__ = [
+    "IGNORE_COLOR", "class_colors", "from_hex", "legend", "overlay", "paint", "save_label",
+    "save_mask", "save_photo", "to_hex",
+]  # fmt: skip
+
+
+def _checked(label: Int[np.ndarray, "h w"], n: int) -> Int[np.ndarray, "h w"]:
+    label = np.asarray(label)
+    if label.ndim != 2 or label.dtype.kind not in "iu":
+        raise UserError(
+            f"label map has shape {label.shape} and type {label.dtype}; it must be integers [h, w]"
+        )
+    if label.size and (label.min() < -1 or label.max() >= n):
+        raise UserError(
+            f"label map holds {label.min()}..{label.max()}; legal are 0..{n - 1} and -1 (ignored)"
+        )
+    return label
+
+
+def paint(
+    label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarray, "n 3"]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Class colours of a label map; -1 (ignored) is mid grey.
+
+    Raises UserError for a label outside -1..n-1.
+    """
+    table = np.concatenate([np.asarray(colors, np.uint8).reshape(-1, 3), [IGNORE_COLOR]])
+    return table.astype(np.uint8)[_checked(label, len(colors))]  # -1 picks the last row
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"],
+    label: Int[np.ndarray, "h w"],
+    colors: UInt8[np.ndarray, "n 3"],
+    alpha: float = 0.5,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The photo with class colours laid over it; alpha in 0..1, ignored pixels stay as they are."""
+    image = np.asarray(image)
+    if image.shape != (*np.shape(label), 3):
+        raise UserError(
+            f"overlay: image shape {image.shape} does not fit the label map {np.shape(label)}"
+        )
+    share = np.where(np.asarray(label) == -1, 0.0, alpha)[..., None]
+    mixed = (1 - share) * image + share * paint(label, colors)
+    return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+
+
+def legend(
+    names: Sequence[str],
+    colors: UInt8[np.ndarray, "n 3"],
+    width: int = 512,
+    size: int = 13,
+) -> UInt8[np.ndarray, "h width 3"]:
+    """A white strip of swatches and names, wrapped to `width` pixels; `size` is the text height."""
+    font = ImageFont.load_default(size=size)
+    row, gap = round(size * 1.7), round(size * 0.6)
+    places, x, y = [], gap, gap
+    for name in names:
+        step = size + gap + round(font.getlength(name)) + 2 * gap
+        if x > gap and x + step > width:
+            x, y = gap, y + row
+        places.append((x, y))
+        x += step
+    strip = Image.new("RGB", (width, y + row), "white")
+    draw = ImageDraw.Draw(strip)
+    for (x, y), name, color in zip(places, names, colors, strict=True):
+        box = (x, y, x + size, y + size)
+        draw.rectangle(box, fill=tuple(int(c) for c in color), outline=(110, 110, 110))
+        draw.text((x + size + gap, y + size / 2), name, fill=(30, 30, 30), font=font, anchor="lm")
+    return np.asarray(strip)
+
+
+def save_photo(path: Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes an RGB PNG."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(
+            f"{path.name}: image has shape {image.shape} and type {image.dtype}; "
+            "it must be uint8 [h, w, 3]"
+        )
+    Image.fromarray(image).save(path, optimize=True)
+
+
+def save_label(path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarray, "n 3"]) -> None:
+    """Writes a label map as a palette PNG (index = class, 255 = ignored); RGB if over 255."""
+    label = _checked(label, len(colors))
+    if len(colors) > 255:
+        Image.fromarray(paint(label, colors)).save(path, optimize=True)
+        return
+    palette = np.full((256, 3), IGNORE_COLOR, np.uint8)
+    palette[: len(colors)] = colors
+    picture = Image.fromarray(np.where(label == -1, 255, label).astype(np.uint8))
+    picture.putpalette(palette.tobytes())
+    picture.save(path, optimize=True)
+
+
+def save_mask(path: Path, mask: Float[np.ndarray, "h w"]) -> None:
+    """Writes probabilities 0..1 as an 8-bit grey PNG; NaN is written as 0."""
+    share = np.clip(np.nan_to_num(np.asarray(mask, np.float64)), 0, 1)
+    Image.fromarray(np.rint(share * 255).astype(np.uint8)).save(path, optimize=True)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion's programs at full size, lowered for GPUs and TPUs with what `auto` chooses there.
+
+Only shapes: nothing is downloaded, drawn or compiled, and no accelerator is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+import jax
+import pytest
+
+from digseg_jax.aot import programs
+from digseg_jax.aot.cuda import assumed_cudnn
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.recipes import stable_diffusion
+from digseg_jax.runtime.sharding import make_mesh, on_mesh
+from digseg_jax.training.tasks.components import for_devices
+
+DEVICES = {
+    "cuda": types.SimpleNamespace(platform="cuda", compute_capability="9.0"),
+    "tpu": types.SimpleNamespace(platform="tpu"),
+}
+CHOSEN = {"cuda": "cudnn", "tpu": "splash"}
+CALLS = {"cuda": "@__cudnn$fmhaSoftmax", "tpu": "@tpu_custom_call"}  # of the kernels of `auto`
+CLASSES = 150
+
+platforms = pytest.mark.parametrize("platform", CHOSEN)
+versions = pytest.mark.parametrize("version", ["sd15", "sd21"])
+
+
+def configured(version: str, platform: str, codec: str = "binary") -> Config:
+    """A public recipe as that platform computes it."""
+    recipe = stable_diffusion(version, "ade20k")
+    recipe.segmentation.codec = codec
+    recipe.mesh.data, recipe.mesh.fsdp = 2, 4
+    config = for_devices(parse(recipe), [DEVICES[platform]])
+    assert config.model.attention == CHOSEN[platform]
+    return config
+
+
+def lowered(function: Any, platform: str, *arguments: Any) -> str:
+    """The program of a function of shapes, on a mesh of eight."""
+    with assumed_cudnn():
+        step = jax.jit(on_mesh(make_mesh(MeshConfig(2, 4, 1)), function))
+        return step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@platforms
+@versions
+def test_the_train_step(version, platform):
+    config = configured(version, platform)
+    parts, mesh = Parts.of(config.model), make_mesh(config.mesh)
+    task, batch = programs.train_task(config, parts, config.train.batch_size)
+    with assumed_cudnn():
+        step = programs.lower_step(config, task, batch, mesh, platform)
+    assert CALLS[platform] in step.as_text()
+
+
+@platforms
+@pytest.mark.parametrize(
+    ("version", "codec"), [("sd15", "palette"), ("sd21", "palette"), ("sd15", "cached")]
+)
+def test_other_losses(version, platform, codec):
+    """Of the palette's pictures, and of latents that were cached."""
+    config = configured(version, platform, "palette" if codec == "palette" else "binary")
+    if codec == "cached":
+        data = dataclasses.replace(config.data, latent_cache="DIR")
+        diffusion = dataclasses.replace(config.diffusion, mask_loss_weight=0.2)
+        config = dataclasses.replace(config, data=data, diffusion=diffusion)
+    task, batch = programs.train_task(config, Parts.of(config.model), 8)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+    text = lowered(task.loss, platform, task.abstract, task.frozen, batch, keys)
+    assert CALLS[platform] in text
+
+
+@platforms
+@pytest.mark.parametrize(
+    ("version", "codec"), [("sd15", "binary"), ("sd21", "binary"), ("sd15", "palette")]
+)
+@pytest.mark.parametrize("decoder", ["vae", "latent_mean", "probe"])
+def test_evaluation_and_prediction_of_150_classes(version, platform, codec, decoder):
+    """8x2; a coarse pass first, which asks for all classes at once."""
+    config = configured(version, platform, codec)
+    settings = dataclasses.replace(config.eval, decoder=decoder, exhaustive_limit=64)
+    compiled = dataclasses.replace(config.compile, program="eval", eval_queries=CLASSES)
+    config = dataclasses.replace(config, eval=settings, compile=compiled)
+    mesh = make_mesh(config.mesh)
+    with assumed_cudnn():
+        made = programs.lower(config, Parts.of(config.model), mesh, platform)
+    texts = {program.name: program.lowered.as_text() for program in made}
+    assert ("coarse" in texts) == (codec == "binary")
+    assert all(CALLS[platform] in text for name, text in texts.items() if name != "read")

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--mode=compile: the real programs from shapes alone, for simulated devices; budget and advice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+
+import jax
+import pytest
+import tiny
+
+from digseg_jax import trees
+from digseg_jax.aot import cuda, programs, shapes, topology
+from digseg_jax.aot import job as compiling
+from digseg_jax.aot.advice import Needs, advise
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.table import as_text, size
+from digseg_jax.aot.topology import Topology
+from digseg_jax.config.schema import CompileConfig
+from digseg_jax.errors import UserError
+from digseg_jax.io.storage import as_path
+from digseg_jax.runtime import gpu, tpu
+from digseg_jax.runtime.hardware import CHIPS
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.tools import performance_page
+from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask
+
+KEYS = {
+    "topology", "chips", "fits", "hbm_args_bytes", "hbm_temp_bytes", "hbm_peak_bytes", "flops",
+    "bytes_accessed", "collective_bytes", "compile_seconds",
+}  # fmt: skip
+
+
+def config(folders, **changes):
+    changes = {"mesh__data": 2, "mesh__fsdp": 4, "train__batch_size": 8} | changes
+    return tiny.config(folders, **changes)
+
+
+@pytest.fixture(scope="module")
+def compiled(folders, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compile")
+    return compiling.run(config(folders), "cpu:8", as_path(workdir)), workdir
+
+
+def test_the_file_has_what_others_read(compiled):
+    result, workdir = compiled
+    stored = json.loads((workdir / "compile.json").read_text())
+    assert stored.keys() >= KEYS and stored["chips"] == 8 and stored["fits"] is True
+    assert stored["hbm_peak_bytes"] >= stored["hbm_args_bytes"] + stored["hbm_temp_bytes"] > 0
+    assert stored["flops"] > 0 and stored["bytes_accessed"] > 0
+    assert stored["collective_bytes"] == sum(c["bytes"] for c in stored["collectives"].values()) > 0
+    text = (workdir / "compile.txt").read_text()
+    assert "memory a chip" in text and "all-" in text
+    assert stored["tuned"] and "without a search" not in text  # which is the TPU compiler's
+    assert "without a search for fast convolutions" in as_text(stored | {"tuned": False})
+
+
+def test_the_time_that_a_chip_waits_for_others_is_told_beside_the_roofline(compiled):
+    chip = CHIPS["v5e"]
+    target = Topology("v5e:2x4", [], chip, chip.hbm_bytes)
+    parts = {"bytes": 3e9, "overlapped_bytes": 2e9}
+    result = compiled[0] | {
+        "collective_bytes": 3e9,
+        "collectives": {"all-gather": {"count": 7, **parts}},
+    }
+    found = compiling.roofline(result, target)
+    assert found["roofline_seconds"]["collectives"] == 3e9 / chip.ici_bandwidth
+    assert found["exposed_collective_seconds"] == 1e9 / chip.ici_bandwidth
+    text = as_text(result | found)
+    assert "3.00 GB, 2.00 GB of it while the chip computes" in text
+    assert "waits for the rest, 5 ms at least" in text
+
+
+def test_effort_is_an_option_that_this_compiler_takes():
+    device = jax.devices("cpu")[0]
+    assert compiling.effort_options(0.0, device) == {}
+    low, high = (compiling.effort_options(value, device) for value in (-0.5, 0.5))
+    assert low != high
+    for options in (low, high):
+        assert tpu.refusal(options, device) is None
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
+def test_without_an_exact_effort_its_level_is_taken(monkeypatch):
+    def refusal(options, device):
+        return "No such compile option" if "exec_time_optimization_effort" in options else None
+
+    monkeypatch.setattr(tpu, "refusal", refusal)
+    assert compiling.effort_options(-1.0, None) == {"optimization_level": "O1"}
+    assert compiling.effort_options(0.1, None) == {"optimization_level": "O3"}
+
+
+def test_nothing_is_needed_but_shapes(folders):
+    """The task without values has the shapes of the real one, and the same step."""
+    made = config(folders)
+    real = SegmentationTask(made)
+    task = shapes.ShapeTask(made, Parts.of(made.model))
+    described = jax.eval_shape(lambda: (real.frozen, task.abstract))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), (task.frozen, real.abstract)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), described
+    )
+    batch = shapes.train_batch(made, 8, Parts.of(made.model))
+    for name, value in tiny.batch().items():
+        assert (batch[name].shape, batch[name].dtype) == (value.shape, value.dtype), name
+
+
+def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
+    changes = {"compile__program": "eval", "compile__eval_queries": 3, "eval__batch_size": 8}
+    result = compiling.run(config(folders, **changes), "cpu:8", as_path(tmp_path))
+    # three queries share a call of four places
+    assert (result["program"], result["images"], result["queries"]) == ("eval", 8, 32)
+    assert result["calls"] == {"sample": 1, "read": 1}
+    assert result["flops"] > result["programs"]["sample"]["flops"] > 0
+    assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
+
+
+@pytest.fixture(scope="module")
+def estimated(folders, tmp_path_factory):
+    """The same for two GPUs, with what `auto` chooses there."""
+    workdir = tmp_path_factory.mktemp("h100")
+    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
+    made = config(folders, mesh__data=1, mesh__fsdp=2, **changes)
+    return compiling.run(made, "h100:2", as_path(workdir)), workdir
+
+
+def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
+    result, workdir = estimated
+    stored = json.loads((workdir / "compile.json").read_text())
+    assert stored.keys() >= compiled[0].keys() | {"estimate", "estimated_by", "chip_source"}
+    assert stored["estimate"] is True and "CPU" in stored["estimated_by"]
+    assert "estimate" not in compiled[0]
+    assert stored["device_kind"] == "NVIDIA H100" and stored["chips"] == 2
+    assert stored["config"]["model"]["attention"] == "cudnn"  # what runs there, not what stood in
+    assert "memory" not in stored["roofline_seconds"]
+    parts = ("hbm_args_bytes", "hbm_temp_bytes", "hbm_result_bytes")
+    assert stored["hbm_peak_bytes"] == sum(stored[part] for part in parts)
+    assert stored["hbm_limit_bytes"] == 0.9 * CHIPS["h100"].hbm_bytes and stored["fits"]
+    assert 0 < stored["mfu_bound"] <= 1
+    assert "an estimate: lowered for CUDA" in (workdir / "compile.txt").read_text()
+    assert "(estimate)" in performance_page.page(performance_page.read([workdir]))
+
+
+def test_the_evaluation_of_a_gpu_is_estimated_too(folders, tmp_path):
+    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "mesh__fsdp": 1}
+    made = config(folders, mesh__data=1, compile__program="eval", compile__eval_queries=3, **changes)
+    result = compiling.run(made, "rtx3090:1", as_path(tmp_path))
+    assert result["estimate"] and result["fits"] and result["programs"].keys() == {"sample", "read"}
+    assert all(p["hbm_temp_bytes"] > 0 for p in result["programs"].values())
+
+
+def test_what_a_gpu_has_not_is_advised_upon(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "memory_share", lambda: 1e-5)
+    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
+    made = config(folders, mesh__data=1, mesh__fsdp=1, compile__unet_only=True, **changes)
+    result = compiling.run(made, "a100-40gb:1", as_path(tmp_path))
+    assert not result["fits"] and result["hbm_limit_bytes"] == pytest.approx(400_000)
+    assert result["advice"] and result["config"]["model"]["attention"] == "cudnn"
+
+
+def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
+    """What JAX refuses for CUDA must not be told to fit."""
+    seen = []
+    monkeypatch.setattr(programs, "lower", lambda *a: seen.append(a[3:]) or ["program"])
+    made = config(folders, model__attention="cudnn", model__dtype="bfloat16")
+    assert cuda.stand_in(made, None, make_mesh(made.mesh)) == ["program"]
+    assert seen == [("cuda",), ()]
+
+
+def test_a_gpu_before_ampere_gets_what_it_can_compute(folders):
+    meant = topology.open_topology("t4:1").meant
+    made = config(folders, model__attention="auto", model__dtype="bfloat16")
+    assert for_devices(made, meant).model.attention == "chunked"
+
+
+def test_the_share_of_a_gpus_memory_is_the_users_choice(monkeypatch):
+    for key in gpu.KEYS:
+        monkeypatch.delenv(key, raising=False)
+    assert topology.open_topology("rtx3090:1").hbm_bytes == 0.9 * 24e9
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    gpu.tune()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ  # JAX refuses both together
+    assert topology.open_topology("h200:8").hbm_bytes == 0.5 * 141e9
+
+
+@pytest.mark.parametrize("gigabytes", [16, 24, 40, 80, 141])
+def test_there_is_a_gpu_of_every_size(gigabytes):
+    chips = [CHIPS[name] for name in topology.GPUS]
+    assert any(chip.hbm_bytes == gigabytes * 1e9 and chip.source for chip in chips)
+
+
+def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path):
+    made = config(folders, compile__unet_only=True, compile__per_device_batch=1)
+    alone = compiling.run(made, "cpu:8", as_path(tmp_path))
+    assert alone["program"] == "unet" and alone["images_per_chip"] == 1
+    assert alone["parameter_bytes"] == compiled[0]["parameter_bytes"]
+    assert alone["flops"] < compiled[0]["flops"]
+
+
+def test_rematerialisation_is_no_part_of_the_models_flops(folders):
+    parts = Parts.of(config(folders).model)
+    counted = [
+        programs.model_flops(config(folders, model__remat=mode), parts, 8) for mode in ("none", "block")
+    ]
+    assert counted[0] == counted[1] > 0
+
+
+def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
+    parts = Parts.of(config(folders).model)
+    kept = {m: programs.kept_bytes(config(folders, model__remat=m), parts) for m in ("none", "block")}
+    assert 0 < kept["block"] < kept["none"]
+
+
+def test_over_the_budget_the_advice_is_computed(folders):
+    made = config(folders, mesh__data=8, mesh__fsdp=1)
+    parts, mesh = Parts.of(made.model), make_mesh(made.mesh)
+    needs = Needs(arguments=3e6, temporaries=8e6, images=8, budget=6e6)
+    batch, *others = advise(made, parts, mesh, needs)
+    assert "per_device_batch=3 " in batch  # 3 MB of arguments and a MB an image leave room for three
+    assert any(line.startswith("fsdp: ") for line in others)
+    assert any("config.model.remat=block keeps" in line for line in others)
+    roomy = dataclasses.replace(needs, budget=1e12)
+    assert not any(line.startswith("batch") for line in advise(made, parts, mesh, roomy))
+
+
+def test_over_the_budget_of_the_compiler():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+        "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.\n\nTotal hbm usage >= 20.75G:\n"
+        "    reserved        258.00M\n    program          17.85G\n    arguments         2.65G\n"
+    )
+    found = compiling.over_budget(message)
+    assert found["fits"] is False and found["hbm_peak_bytes"] == 20.5 * 2**30
+    assert found["hbm_args_bytes"] == 2.65 * 2**30 and found["hbm_limit_bytes"] == 15.75 * 2**30
+    other = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(23.60G) exceeds available HBM (15.75G)."
+    )
+    found = compiling.over_budget(other)
+    assert found["fits"] is False and found["hbm_temp_bytes"] == 23.6 * 2**30
+    with pytest.raises(UserError, match="refuses the program: INTERNAL"):
+        compiling.over_budget("INTERNAL: something else")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["v5e", "v9x:4x4", "cpu:2x2", "v5e:0x4", "tpu:8", "v5e:4x4x4x4", "", "h100", "h100:2x2", "b7:1"],
+)
+def test_a_wrong_topology_is_told_with_the_legal_ones(text):
+    with pytest.raises(UserError, match="legal are cpu:N, a TPU slice such as v5e:4x4.* h100:1"):
+        topology.prepare(text)
+
+
+def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the TPU compiler.*pip install"):
+        topology.prepare("v5e:4x4")
+
+
+def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
+    made = config(folders, train__batch_size=12)
+    assert programs.train_images(made, make_mesh(made.mesh)) == 16
+    assert "config.train.batch_size=12 does not divide 8 devices: compiled is 16" in caplog.text
+    made = config(folders, train__accumulation=3, compile__per_device_batch=2)
+    with pytest.raises(UserError, match="makes a batch=16: must be a multiple of 24.*nearest: 24"):
+        programs.train_images(made, make_mesh(made.mesh))
+
+
+def test_known_repositories_need_no_network():
+    parts = Parts.of(dataclasses.replace(tiny_model(), unet="sd-2.1:unet", vae="sd-2.1:vae",
+                                         text="sd-2.1:text_encoder"))  # fmt: skip
+    assert parts.unet.cross_attention_dim == parts.text_width == 1024
+    assert parts.unet.heads == (5, 10, 20, 20) and parts.vae.factor == 8
+    parts = Parts.of(dataclasses.replace(tiny_model(), unet="sd-1.5:unet", vae="sd-1.5:vae",
+                                         text="clip-b16"))  # fmt: skip
+    assert parts.unet.cross_attention_dim == 768 and parts.text_width == 512
+    made = shapes.ShapeTask(sd_config(), parts, prompts=1)
+    assert programs.count(made.abstract) > 859_520_964  # conv_in is wider, adapters come on top
+    assert trees.flatten(made.frozen)["bank.tokens"].shape[0] == 1
+
+
+def tiny_model():
+    from digseg_jax.config.schema import ModelConfig
+
+    return ModelConfig()
+
+
+def sd_config():
+    from digseg_jax.config.schema import Config
+
+    return dataclasses.replace(Config(), compile=CompileConfig(unet_only=True))
+
+
+def test_the_page_has_a_row_for_each_compilation(compiled, tmp_path, capsys):
+    _, workdir = compiled
+    out = tmp_path / "performance.html"
+    assert performance_page.main([str(workdir), f"--out={out}"]) == 0
+    text = out.read_text()
+    assert "cpu:8" in text and text.count("<tr") == 2 and "data 2 x fsdp 4" in text
+    assert performance_page.main([str(tmp_path)]) == 2
+    assert "no compile.json or compile_eval.json here" in capsys.readouterr().err
+    (tmp_path / "compile.json").write_text("[]")
+    assert performance_page.main([str(tmp_path)]) == 2
+    assert "not made by --mode=compile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (171e9, "171 GB"), (2.654e9, "2.65 GB"), (12.3e6, "12.3 MB")]
+)
+def test_sizes_have_three_digits(count, text):
+    assert size(count) == text

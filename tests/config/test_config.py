@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: what is wrong is refused at the start, by name and with the legal values."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from tiny import one_line
+
+from digseg_jax.config.parse import default, parse, to_dict, with_estep
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def refused(values) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(values)
+    return one_line(caught.value)
+
+
+def test_defaults_parse_to_the_defaults():
+    assert parse(default()) == Config()
+    assert parse({}) == Config()
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_and_the_legal_ones():
+    message = refused({"train": {"stepz": 3}})
+    assert "config.train.stepz" in message and "did you mean 'steps'" in message
+    assert "batch_size, log_every" in message
+
+
+def test_an_unknown_key_deep_inside_is_named_with_its_whole_path():
+    assert "config.model.vae_arch.layers" in refused({"model": {"vae_arch": {"layers": 3}}})
+
+
+def test_the_default_config_is_locked():
+    with pytest.raises((AttributeError, KeyError)):
+        default().train.stepz = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "expected"),
+    [
+        ({"train": {"steps": "many"}}, "config.train.steps='many'", "expected int, got str"),
+        ({"train": {"steps": 1.5}}, "config.train.steps=1.5", "expected int, got float"),
+        ({"train": {"steps": True}}, "config.train.steps=True", "expected int, got bool"),
+        ({"diffusion": {"zero_snr": 1}}, "config.diffusion.zero_snr=1", "expected bool, got int"),
+        ({"optim": {"b1": False}}, "config.optim.b1=False", "expected float, got bool"),
+        ({"eval": {"estep": "4x2"}}, "config.eval.estep='4x2'", "expected a list"),
+        ({"eval": {"estep": (4,)}}, "config.eval.estep=4", "expected str, got int"),
+        ({"model": {"vae": None}}, "config.model.vae=None", "expected str, got NoneType"),
+        ({"data": 3}, "config.data=3", "expected a section"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(values, key, expected):
+    message = refused(values)
+    assert message.startswith(key) and expected in message
+
+
+def test_an_int_may_stand_for_a_float_and_a_list_for_a_tuple():
+    config = parse({"optim": {"clip_norm": 2}, "eval": {"estep": ["4x2"]}})
+    assert config.optim.clip_norm == 2.0 and isinstance(config.optim.clip_norm, float)
+    assert config.eval.estep == ("4x2",)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "legal"),
+    [
+        ({"task": "segment"}, "config.task='segment'", "segmentation, prior, autoencoder"),
+        ({"diffusion": {"noise": "pink"}}, "config.diffusion.noise", "gaussian, multires"),
+        ({"eval": {"spacing": "even"}}, "config.eval.spacing", "trailing, leading"),
+        ({"data": {"negative_rate": 1.0}}, "config.data.negative_rate=1.0", "[0, 1)"),
+        ({"data": {"train_label_sets": ["koeppen"]}}, "'koeppen'", "groups, igbp"),
+        ({"data": {"train_label_sets": []}}, "config.data.train_label_sets", "groups, igbp"),
+        ({"train": {"batch_size": 0}}, "config.train.batch_size=0", "at least 1"),
+        ({"checkpoint": {"every": 0}}, "config.checkpoint.every=0", "at least 1"),
+        ({"train": {"steps": -1}}, "config.train.steps", "not be negative"),
+        ({"eval": {"steps": 2000}}, "config.eval.steps=2000", "1000"),
+        ({"eval": {"estep": ["4by2"]}}, "'4by2'", "8x2"),
+        ({"eval": {"estep": ["1x2000"]}}, "1x2000", "1000"),
+    ],
+)
+def test_an_illegal_value_is_refused_with_what_is_legal(values, key, legal):
+    message = refused(values)
+    assert key in message and legal in message
+
+
+def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
+    message = refused({"diffusion": {"prediction_type": "epsilon", "zero_snr": True}})
+    assert "prediction_type" in message and "zero_snr" in message and "v_prediction" in message
+    config = parse({"diffusion": {"prediction_type": "epsilon", "zero_snr": False}})
+    assert config.diffusion.prediction_type == "epsilon"
+
+
+def test_a_calibration_is_never_fitted_on_the_tiles_that_it_scores():
+    message = refused({"eval": {"split": "val"}})
+    assert "config.eval.split='val'" in message and "calibrate" in message
+    assert parse({"eval": {"split": "val", "calibrate": False}}).eval.split == "val"
+    assert parse({"eval": {"split": "val", "calibrate_split": "train"}}).eval.calibrate
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_experiment_file_parses(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    values = module.get_config()
+    config = parse(values)
+    assert config.train.steps > 0
+    with pytest.raises((AttributeError, KeyError)):
+        values.no_such_key = 1
+
+
+def test_to_dict_survives_json_and_parse_takes_it_back():
+    config = parse({"eval": {"estep": ["1x1", "4x2:leading"]}, "seed": 7, "optim": {"b2": 0.5}})
+    assert parse(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_config_is_immutable():
+    with pytest.raises(AttributeError):
+        Config().seed = 1
+
+
+def test_an_estep_on_the_command_line_sets_its_three_settings():
+    config = with_estep(parse({}), "20x50:leading")
+    assert (config.eval.ensemble, config.eval.steps, config.eval.spacing) == (20, 50, "leading")
+    assert with_estep(parse({}), "8x2").eval.spacing == "trailing"
+    for wrong in ("8", "1x2000"):
+        with pytest.raises(UserError) as caught:
+            with_estep(parse({}), wrong)
+        assert "\n" not in str(caught.value)

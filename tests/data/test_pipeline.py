@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training stream: batch i is a pure function of (seed, i), whoever reads it and from where."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from same import assert_same
+
+from digseg_jax.config.schema import DataConfig
+from digseg_jax.data.datasets.landcover_prompts import captions, training_prompts
+from digseg_jax.data.pipeline import stream, training_stream
+
+COUNT = 10  # examples in the toy source; batches cross its end
+
+
+class ToySource:
+    """Ten examples that know their number."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return {"source": np.int64(i)}
+
+
+class AddDraw:
+    """Stands in for cropping: one draw from the example's generator."""
+
+    def __call__(self, example, rng):
+        return {**example, "draw": rng.random()}
+
+
+def toy(n, **options):
+    options = {"seed": 1, "batch_size": 4} | options
+    return take(stream(ToySource(), AddDraw(), **options), n)
+
+
+def take(batches, n):
+    return list(itertools.islice(batches, n))
+
+
+def test_the_same_seed_gives_the_same_batches():
+    assert_same(toy(8), toy(8))
+
+
+def test_another_seed_gives_others():
+    a, b = toy(3), toy(3, seed=2)
+    assert (np.stack([x["source"] for x in a]) != np.stack([x["source"] for x in b])).any()
+    assert (np.stack([x["draw"] for x in a]) != np.stack([x["draw"] for x in b])).any()
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 5, 7])
+def test_a_restart_at_any_step_goes_on_with_the_same_batches(start):
+    assert_same(toy(8)[start:], toy(8 - start, start=start))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("start", [0, 3])
+def test_any_number_of_hosts_sees_the_same_global_batches(hosts, start):
+    whole = toy(5, start=start)
+    parts = [toy(5, start=start, host=h, hosts=hosts) for h in range(hosts)]
+    for step, batch in enumerate(whole):
+        for key in batch:
+            slices = [parts[h][step][key] for h in range(hosts)]
+            assert all(len(s) == 4 // hosts for s in slices)
+            np.testing.assert_array_equal(np.concatenate(slices), batch[key], err_msg=key)
+
+
+def test_worker_processes_give_what_threads_give():
+    assert_same(toy(5), toy(5, workers=2))
+
+
+def test_indices_are_unique_and_count_the_examples_of_the_run():
+    index = np.concatenate([b["index"] for b in toy(12)])
+    assert index.dtype == np.uint32
+    np.testing.assert_array_equal(index, np.arange(48))
+
+
+def test_each_pass_shows_every_example_once():
+    source = np.concatenate([b["source"] for b in toy(10)])
+    for first in range(0, 40, COUNT):
+        assert set(source[first : first + COUNT]) == set(range(COUNT))
+
+
+def test_an_example_is_drawn_anew_in_every_pass():
+    draws = np.concatenate([b["draw"] for b in toy(10)])
+    assert len(set(draws)) == 40
+
+
+def test_a_batch_that_does_not_divide_among_the_hosts_is_refused():
+    with pytest.raises(ValueError, match="batch size 4 does not divide among 3 hosts"):
+        toy(1, hosts=3)
+
+
+CONFIG = DataConfig(image_size=32, num_queries=3, train_label_sets=("groups", "igbp"))
+
+
+def real(n=2, task="segmentation", config=CONFIG, **options):
+    options = {"seed": 0, "batch_size": 4, "start": 0, "host": 0, "hosts": 1} | options
+    return take(training_stream(config, task, **options), n)
+
+
+@pytest.mark.usefixtures("cover")
+class TestLandCover:
+    """The real stream over the training tiles."""
+
+    def test_shapes_and_types(self):
+        batch = real(1)[0]
+        shapes = {k: (v.shape, v.dtype) for k, v in batch.items()}
+        assert shapes == {
+            "image": ((4, 32, 32, 3), np.uint8),
+            "label": ((4, 32, 32), np.int32),
+            "query": ((4, 3), np.int32),
+            "query_class": ((4, 3), np.int32),
+            "index": ((4,), np.uint32),
+        }
+
+    def test_a_restart_gives_the_same_pictures(self):
+        assert_same(real(4)[2:], real(2, start=2))
+
+    def test_two_hosts_share_the_batch(self):
+        whole, halves = real(1)[0], [real(1, host=h, hosts=2)[0] for h in range(2)]
+        together = np.concatenate([half["image"] for half in halves])
+        np.testing.assert_array_equal(together, whole["image"])
+
+    def test_a_query_is_a_prompt_of_its_class_in_one_of_the_label_sets(self):
+        _, ids = training_prompts(CONFIG.train_label_sets)
+        owner = {row: (s, c) for s in ids for c, rows in enumerate(ids[s]) for row in rows}
+        sets = set()
+        for batch in real(6):
+            for queries, classes in zip(batch["query"], batch["query_class"], strict=True):
+                owners = [owner[int(q)] for q in queries]
+                assert [c for _, c in owners] == classes.tolist()
+                assert len({s for s, _ in owners}) == 1
+                sets |= {s for s, _ in owners}
+        assert sets == {"groups", "igbp"}
+
+    def test_the_prior_gets_captions(self):
+        batch = real(1, task="prior")[0]
+        assert batch.keys() == {"image", "query", "index"}
+        assert batch["query"].shape == (4, 1) and batch["query"].max() < len(captions())
+
+    def test_repeats_lengthen_the_pass(self):
+        config = DataConfig(image_size=32, repeat_threshold=0.3)
+        assert real(1, config=config)[0]["image"].shape == (4, 32, 32, 3)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints are kept, what a failed save says, and where a run starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pod
+import pytest
+import tiny
+from same import assert_same_bits
+from toy import ToyTask
+
+from digseg_jax.config.schema import CheckpointConfig
+from digseg_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
+from digseg_jax.io.checkpoint import Checkpointer
+from digseg_jax.io.metric_writer import read_metrics
+from digseg_jax.training.loop import Trainer
+
+STEPS = 6
+SMALL = {"train__steps": STEPS, "optim__learning_rate": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def lines():
+    """What the run logs."""
+    kept: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: kept.append(record.getMessage())
+    log = logging.getLogger("digseg_jax")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield kept
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+def train(folders, workdir, on_eval=None, task=None, accept_changes=False, **changes):
+    config = tiny.config(folders, **(SMALL | changes))
+    task = task or ToyTask()
+    trainer = Trainer(config, task, tiny.mesh(), str(workdir), accept_changes=accept_changes)
+    return trainer, trainer.run(on_eval)
+
+
+def save_steps(workdir, steps, metrics=None, **options):
+    """Checkpoints of a small array at the given steps."""
+    with Checkpointer(str(workdir), CheckpointConfig(**options)) as checkpointer:
+        for step in steps:
+            value = {"x": jax.numpy.full(3, step)}
+            checkpointer.save(step, value, {}, (metrics or {}).get(step))
+        return checkpointer.best_step()
+
+
+def test_the_newest_are_kept(tmp_path):
+    save_steps(tmp_path, range(1, 8), keep=3)
+    assert pod.checkpoints(tmp_path) == [5, 6, 7]
+
+
+def test_multiples_of_keep_every_are_never_removed(tmp_path):
+    save_steps(tmp_path, range(1, 8), keep=1, keep_every=3)
+    assert pod.checkpoints(tmp_path) == [3, 6, 7]
+
+
+def test_the_best_is_kept_too(tmp_path):
+    values = {2: {"val_miou": 0.3}, 4: {"val_miou": 0.6}, 6: {"val_miou": 0.5}}
+    best = save_steps(tmp_path, range(1, 9), values, keep=1, best="val_miou")
+    assert (pod.checkpoints(tmp_path), best) == ([4, 8], 4)
+    # a resumed run knows it from the files
+    best = save_steps(tmp_path, [9, 10], {10: {"val_miou": 0.7}}, keep=1, best="val_miou")
+    assert (pod.checkpoints(tmp_path), best) == ([10], 10)
+
+
+def test_the_best_weights_can_be_had_after_the_run(cover, folders, tmp_path):
+    scores = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.2, 5: 0.3, 6: 0.4}
+    seen = {}
+
+    def on_eval(step, state):
+        seen[step] = jax.device_get(state["ema"])
+        return {"val_miou": scores[step]}
+
+    changes = {"checkpoint__best": "val_miou", "checkpoint__keep": 1, "train__eval_every": 1}
+    trainer, _ = train(folders, tmp_path, on_eval, **changes)
+    assert pod.checkpoints(tmp_path) == [2, 6]
+    weights, source = trainer.weights_of(str(tmp_path), best=True)
+    assert_same_bits(weights, seen[2])
+    assert source == str(tmp_path / "checkpoints" / "2")
+
+
+def test_an_unknown_best_metric_is_refused_with_the_known_ones(cover, folders, tmp_path):
+    changes = {"checkpoint__best": "miou", "train__eval_every": 1}
+    with pytest.raises(UserError, match="config.checkpoint.best='miou': legal are val_miou"):
+        train(folders, tmp_path, lambda step, state: {"val_miou": 0.5}, **changes)
+
+
+class TestStart:
+    """Own run > init_from > pretrained > random; one log line says which."""
+
+    @pytest.fixture(scope="class")
+    def source(self, cover, folders, tmp_path_factory):
+        workdir = tmp_path_factory.mktemp("source")
+        return workdir, train(folders, workdir)[1]
+
+    def test_from_another_run(self, source, folders, tmp_path, lines):
+        trainer, state = train(folders, tmp_path, init_from=str(source[0]), train__steps=0)
+        assert_same_bits(state["params"], source[1]["ema"])
+        assert_same_bits(state["ema"], source[1]["ema"])
+        assert state["step"] == 0
+        starts = [line for line in lines if line.startswith("start:")]
+        assert starts == [f"start: step 0, from {source[0] / 'checkpoints' / '6'}"]
+
+    def test_the_own_run_comes_first(self, source, folders, tmp_path, lines):
+        first = train(folders, tmp_path, checkpoint__every=3)[1]
+        again = train(folders, tmp_path, init_from=str(source[0]))[1]
+        assert_same_bits(first, again)
+        assert lines[-1] == f"start: resumed from {tmp_path / 'checkpoints'} at step 6"
+
+    def test_a_run_without_a_checkpoint_is_refused(self, cover, folders, tmp_path):
+        with pytest.raises(UserError, match="no checkpoint here to start from"):
+            train(folders, tmp_path / "run", init_from=str(tmp_path / "absent"))
+        assert not (tmp_path / "absent").exists()
+
+    def test_a_run_of_another_model_is_refused(self, source, folders, tmp_path):
+        class Wider(ToyTask):
+            def initial(self):
+                return super().initial() | {"kernel": np.full((16, 9), 0.5, np.float32)}
+
+        with pytest.raises(UserError) as caught:
+            train(folders, tmp_path, task=Wider(), init_from=str(source[0]))
+        assert str(source[0] / "checkpoints" / "6") in tiny.one_line(caught.value)
+
+    def test_another_vocabulary_is_refused_unless_told(self, cover, folders, tmp_path):
+        class Speaking(ToyTask):
+            prompts = ("water", "forest")
+
+        class Other(ToyTask):
+            prompts = ("water", "urban")
+
+        train(folders, tmp_path, task=Speaking(), train__steps=2)
+        path = next((tmp_path / "checkpoints" / "2" / "meta").rglob("metadata"))
+        assert json.loads(path.read_text())["vocabulary"] == ["water", "forest"]
+        with pytest.raises(UserError) as caught:
+            train(folders, tmp_path, task=Other())
+        message = tiny.one_line(caught.value)
+        assert "gone: ['forest'], new: ['urban']" in message and "--accept_changes" in message
+        train(folders, tmp_path, task=Other(), accept_changes=True)
+
+
+@pytest.mark.parametrize(("overlap", "waits_at"), [(1, 11), (3, 13), (0, None)])
+def test_a_slow_save_holds_up_the_step_that_would_be_lost_too(overlap, waits_at, tmp_path, monkeypatch):
+    with Checkpointer(str(tmp_path), CheckpointConfig(overlap=overlap)) as checkpointer:
+        checkpointer.save(10, {"x": np.zeros(3, np.float32)}, {})
+        asked = []
+
+        def is_saving():  # the third time that one step asks
+            asked.append(step)
+            return asked.count(step) < 3
+
+        monkeypatch.setattr(checkpointer.manager, "is_saving_in_progress", is_saving)
+        for step in range(11, 15):
+            checkpointer.check(step)
+        waited = [step for step in set(asked) if asked.count(step) == 3]
+        assert waited == ([waits_at] if overlap else [])
+        monkeypatch.undo()
+
+
+def test_sigterm_saves_the_step_and_leaves(cover, folders, tmp_path):
+    """One process: the signal may come at any moment of a step."""
+
+    def on_eval(step, state):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    changes = {"train__eval_every": 1, "checkpoint__every": 100}
+    with pytest.raises(Preempted, match="step 3 is saved"):
+        train(folders, tmp_path, on_eval, **changes)
+    assert pod.checkpoints(tmp_path) == [3]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    expected = train(folders, tmp_path / "whole")[1]
+    assert_same_bits(train(folders, tmp_path)[1], expected)
+
+
+def test_sigterm_at_the_last_step_is_no_preemption(cover, folders, tmp_path):
+    def on_eval(step, state):
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    train(folders, tmp_path, on_eval, train__eval_every=1)
+    assert pod.checkpoints(tmp_path)[-1] == STEPS
+
+
+def test_main_ends_with_the_documented_status_after_sigterm(cover, folders, tmp_path):
+    config = tiny.config_file(tmp_path, folders, task="prior", train__steps=100000)
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    process = pod.Pod(tmp_path / "logs", flags)
+    process.when(lambda: pod.last_step(tmp_path / "run") >= 2)
+    process.kill(signal.SIGTERM)
+    assert process.wait() == [PREEMPTED]
+    assert pod.checkpoints(tmp_path / "run")[-1] == pod.last_step(tmp_path / "run")
+
+
+def test_a_disk_that_refuses_ends_the_run_loudly_and_older_checkpoints_stay(cover, folders, tmp_path):
+    """After the second checkpoint, files of the process may no longer grow beyond 64 kB (EFBIG)."""
+    run = tmp_path / "run"
+    config = tiny.config_file(
+        tmp_path, folders, task="prior", train__steps=100000, checkpoint__every=10,
+        train__log_every=1000,
+    )  # fmt: skip
+    process = pod.Pod(tmp_path / "logs", [f"--config={config}", f"--workdir={run}"])
+    process.when(lambda: len(pod.checkpoints(run)) >= 2)
+    resource.prlimit(process.processes[0].pid, resource.RLIMIT_FSIZE, (65536, 65536))
+    assert process.wait() == [USER_ERROR], process.text()
+    (line,) = [x for x in process.logs[0].read_text().splitlines() if x.startswith("error: ")]
+    kept = pod.checkpoints(run)
+    assert "checkpoint cannot be written" in line and str(run / "checkpoints") in line
+    assert f"those of steps {', '.join(map(str, kept))} are whole" in line
+    again = pod.Pod(tmp_path / "again", [f"--config={config}", f"--workdir={run}"])
+    again.when(lambda: pod.checkpoints(run)[-1] > kept[-1])
+    again.kill()
+    assert f"resumed from {run / 'checkpoints'} at step {kept[-1]}" in again.text()
+
+
+def test_a_directory_that_cannot_be_written_is_told_by_main(tmp_path, folders):
+    (tmp_path / "file").write_text("")
+    config = tiny.config_file(tmp_path, folders)
+    workdir = tmp_path / "file" / "run"
+    command = [sys.executable, "-m", "digseg_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    done = subprocess.run(command, cwd=pod.ROOT, capture_output=True, text=True)
+    assert done.returncode == USER_ERROR
+    assert done.stderr.splitlines()[-1].startswith(f"error: --workdir={workdir}")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A working directory belongs to one configuration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import one_line
+
+from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.errors import UserError
+from digseg_jax.io.workdir import CONFIG_NAME, LOCK, claim, differences, hold
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_new_directory_is_made_and_the_config_written_down(tmp_path):
+    config = parse({"seed": 3})
+    claim(tmp_path / "a" / "b", config)
+    assert parse(json.loads((tmp_path / "a" / "b" / CONFIG_NAME).read_text())) == config
+    assert contents(tmp_path / "a" / "b").keys() == {CONFIG_NAME}
+
+
+def test_the_same_config_is_welcome_again(tmp_path):
+    claim(tmp_path, parse({}))
+    before = contents(tmp_path)
+    claim(tmp_path, parse({}))
+    assert contents(tmp_path) == before
+
+
+def test_another_config_is_refused_with_the_differing_keys_and_nothing_is_touched(tmp_path):
+    claim(tmp_path, parse({"train": {"steps": 600}}))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path, parse({"train": {"steps": 700}, "optim": {"b1": 0.8}}))
+    message = one_line(caught.value)
+    assert "train.steps: 600 -> 700" in message and "optim.b1: 0.9 -> 0.8" in message
+    assert str(tmp_path) in message and "seed" not in message
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_made_nothing_leaves_no_claim(tmp_path):
+    wrong, right = parse({"data": {"root": "/nowhere"}}), parse({"data": {"root": "/data"}})
+    claim(tmp_path, wrong)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    claim(tmp_path, right)
+    assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == right
+    (tmp_path / "checkpoints" / "100").mkdir()
+    with pytest.raises(UserError, match="data.root: /data -> /nowhere"):
+        claim(tmp_path, wrong)
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        {"eval": {"ensemble": 8, "estep": ["4x2"]}},
+        {"mesh": {"fsdp": 2}},
+        {"train": {"log_every": 1}},
+        {"checkpoint": {"every": 7, "keep": 9}},
+        {"data": {"workers": 2}},
+    ],
+    ids=lambda v: "-".join(v),
+)
+def test_what_does_not_change_the_training_may_differ_and_is_updated(tmp_path, free):
+    claim(tmp_path, parse({}))
+    claim(tmp_path, parse(free))
+    assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == parse(free)
+
+
+def test_a_setting_that_the_run_did_not_know_had_its_default():
+    old = to_dict(parse({}))
+    del old["optim"]["clip_norm"]
+    assert differences(old, to_dict(parse({}))) == []
+    changed = to_dict(parse({"optim": {"clip_norm": 2.0}}))
+    assert differences(old, changed) == ["optim.clip_norm: 1.0 -> 2.0"]
+
+
+def test_a_setting_that_is_no_more_is_a_difference():
+    old = to_dict(parse({}))
+    old["optim"]["gone"] = 1
+    assert differences(old, to_dict(parse({}))) == ["optim.gone: 1 -> absent"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"train": 3}', '{"model_type": "clip"}', ""])
+def test_a_config_file_that_is_no_config_is_one_clear_error(tmp_path, text):
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path, parse({}))
+    assert str(tmp_path) in one_line(caught.value)
+    assert (tmp_path / CONFIG_NAME).read_text() == text
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path / "file", parse({}))
+    assert f"--workdir={tmp_path / 'file'}" in one_line(caught.value)
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from digseg_jax.io.workdir import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_run_at_a_time_until_it_ends_however_it_ends(tmp_path):
+    workdir = tmp_path / "run"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(workdir)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught, hold(workdir):
+            pass
+        assert f"{workdir}: process {other.pid} on " in one_line(caught.value)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    with hold(workdir):
+        claim(workdir, parse({}))
+    assert contents(workdir).keys() == {CONFIG_NAME, LOCK}
+
+
+def test_what_cannot_be_locked_is_for_the_claim_to_explain(tmp_path):
+    (tmp_path / "file").write_text("")
+    with hold(tmp_path / "file" / "run"), pytest.raises(UserError, match="--workdir="):
+        claim(tmp_path / "file" / "run", parse({}))

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written beside exported weights, and what is refused because of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from digseg_jax import assets, jobs
+from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.models import functional
+from digseg_jax.prediction.description import (
+    BINDING,
+    FILE,
+    FrozenPart,
+    check_agreement,
+    checksum,
+    describe,
+    find_export,
+    read_description,
+    write_description,
+)
+from digseg_jax.tools.ship_assets import describe_shipped
+from digseg_jax.weights import catalog, load_component, read_metadata
+
+OTHER = {  # a legal value of each binding setting that is not the tiny configuration's
+    "data.image_size": 64,
+    "data.scale_min": 0.9,
+    "data.scale_max": 1.5,
+    "data.templates": ("a photo of {}",),
+    "segmentation.codec": "palette",
+    "diffusion.prediction_type": "sample",
+    "diffusion.zero_snr": False,
+    "diffusion.num_train_timesteps": 500,
+    "diffusion.beta_start": 0.001,
+    "diffusion.beta_end": 0.02,
+    "model.text_skip_layers": 1,
+    "model.max_tokens": 12,
+    "model.mask_padding": False,
+    "model.sentence_token": False,
+    "model.text_adapters": False,
+}
+
+
+@pytest.fixture
+def config(folders):
+    return tiny.config(folders)
+
+
+@pytest.fixture
+def made(config):
+    return described(config)
+
+
+def described(config, steps=7):
+    parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
+    shapes = {"a": jax.ShapeDtypeStruct((3, 4), "float32"), "b": jax.ShapeDtypeStruct((5,), "float32")}
+    return describe(config, parts, shapes, steps, f"checkpoints/{steps}")
+
+
+def changed(config, key, value):
+    tree = to_dict(config)
+    section, name = key.split(".")
+    tree[section][name] = value
+    return parse(tree)
+
+
+def refusal(made, config) -> str:
+    with pytest.raises(UserError) as caught:
+        check_agreement(made, config, "weights")
+    return tiny.one_line(caught.value)
+
+
+def test_it_reads_what_it_wrote(made, tmp_path):
+    write_description(tmp_path, made)
+    assert read_description(tmp_path) == made
+    assert made.parameters == 17 and made.steps == 7 and made.datasets == ["landcover"]
+    assert made.classes[0] == "water" and made.versions.keys() >= {"digseg_jax", "jax", "numpy"}
+
+
+def test_every_binding_setting_has_another_value_here():
+    assert tuple(OTHER) == BINDING
+
+
+@pytest.mark.parametrize("key", BINDING)
+def test_a_contradiction_names_the_key_both_values_and_what_to_do(key, config, made):
+    check_agreement(made, config, "weights")
+    trained = to_dict(config)[key.split(".")[0]][key.split(".")[1]]
+    other = changed(config, key, OTHER[key])
+    asked = to_dict(other)[key.split(".")[0]][key.split(".")[1]]
+    message = refusal(made, other)
+    assert f"config.{key}={asked!r}, trained with {trained!r}" in message
+    assert "use the configuration of the training" in message
+
+
+def test_two_contradictions_are_one_line(config, made):
+    other = changed(changed(config, "data.image_size", 64), "model.max_tokens", 9)
+    message = refusal(made, other)
+    assert "config.data.image_size=64" in message and "config.model.max_tokens=9" in message
+
+
+def test_what_does_not_change_the_masks_meaning_is_free(config, made):
+    for key, value in (("eval.ensemble", 5), ("train.steps", 9), ("data.name", "camvid"),
+                       ("model.dtype", "bfloat16"), ("data.num_queries", 7)):  # fmt: skip
+        check_agreement(made, changed(config, key, value), "weights")
+
+
+def test_a_palette_belongs_to_its_class_list(config):
+    palette = changed(config, "segmentation.codec", "palette")
+    other = changed(palette, "data.name", "camvid")
+    assert "config.data.name='camvid', trained with 'landcover'" in refusal(described(palette), other)
+
+
+@pytest.mark.parametrize("part", ["vae", "text"])
+def test_a_copied_part_is_the_same_and_another_one_is_not(part, folders, config, made, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(folders[part], copy)
+    moved = changed(config, f"model.{part}", str(copy))
+    check_agreement(made, moved, "weights")
+    weights = next(copy.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert f"config.model.{part}={str(copy)!r} has other weights" in refusal(made, moved)
+
+
+def test_a_hub_part_is_asked_for_at_its_commit():
+    commit = "0123456789" * 4
+    assert FrozenPart("org/a:vae", commit, "").pinned == f"org/a@{commit}:vae"
+    assert FrozenPart("org/a@v1:vae", commit, "").pinned == "org/a@v1:vae"
+    assert FrozenPart("sd-1.5:vae", commit, "").pinned.endswith(f"@{commit}:vae")
+    assert FrozenPart("minilm", "", "").pinned == "minilm"
+
+
+def test_the_part_that_a_configuration_names_is_the_commit_of_the_training(config, made):
+    commit = "0123456789" * 4
+    hub = dataclasses.replace(made, vae=FrozenPart("sd-1.5:vae", commit, ""))
+    pinned = hub.with_pinned_parts(changed(config, "model.vae", catalog.expand("sd-1.5:vae")))
+    assert pinned.model.vae == f"{catalog.hub_id('sd-1.5')}@{commit}:vae"
+    assert hub.with_pinned_parts(config).model == config.model  # another one stays as it is
+
+
+def test_the_configuration_of_the_training_comes_back(config, made):
+    again = made.training_config()
+    check_agreement(made, again, "weights")
+    assert (again.eval.ensemble, again.eval.steps) == (config.eval.ensemble, config.eval.steps)
+
+
+def test_a_part_that_is_not_here_is_named(config, made, tmp_path):
+    gone = dataclasses.replace(made, vae=FrozenPart(str(tmp_path / "gone"), "", ""))
+    with pytest.raises(UserError) as caught:
+        gone.training_config()
+    assert "--config.model.vae=FOLDER" in tiny.one_line(caught.value)
+
+
+def test_a_suggestion_may_be_absent(made, tmp_path):
+    values = json.loads(json.dumps(dataclasses.asdict(made)))
+    del values["config"]["eval"]
+    (tmp_path / FILE).write_text(json.dumps(values))
+    assert read_description(tmp_path).training_config().eval == Config().eval
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: v.pop("parameters"), "parameters missing"),
+        (lambda v: v.update(schema=2), "schema=2, this program reads 1"),
+        (lambda v: v.update(extra=1), "'extra' is no key"),
+        (lambda v: v.update(steps="7"), "steps='7': expected int"),
+        (lambda v: v.update(seed=True), "seed=True: expected int"),
+        (lambda v: v["vae"].pop("sha256"), "vae: sha256 missing"),
+        (lambda v: v["config"]["data"].pop("image_size"), "config.data.image_size is missing"),
+        (lambda v: v["config"]["diffusion"].update(prediction_type="u"), "legal values are v_pred"),
+        (lambda v: v["config"]["data"].update(image_size="64"), "expected int"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_one_line(change, told, made, tmp_path):
+    values = json.loads(json.dumps(dataclasses.asdict(made)))
+    change(values)
+    (tmp_path / FILE).write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        read_description(tmp_path)
+    line = tiny.one_line(caught.value)
+    assert line.startswith(str(tmp_path / FILE)) and told in line
+
+
+@pytest.mark.parametrize(("text", "told"), [(None, "missing"), ("{", "not JSON"), ("[]", "list")])
+def test_no_file_or_no_object_is_one_line(text, told, tmp_path):
+    if text is not None:
+        (tmp_path / FILE).write_text(text)
+    with pytest.raises(UserError, match=told) as caught:
+        read_description(tmp_path)
+    tiny.one_line(caught.value)
+
+
+class TestFindExport:
+    """One way from every form of a name to the folder of the weights."""
+
+    def test_a_run_its_export_and_a_shipped_name(self, config, tmp_path):
+        tiny.export(config, tmp_path / "run" / "export")
+        (tmp_path / "run" / "config.json").write_text("{}")
+        assert find_export(str(tmp_path / "run")) == tmp_path / "run" / "export"
+        assert find_export(str(tmp_path / "run" / "export")) == tmp_path / "run" / "export"
+        assert find_export("assets:segmenter") == assets.FOLDER / "segmenter"
+
+    @pytest.mark.parametrize(
+        ("name", "told"), [("", "run --mode=train first"), ("gone", "no such folder"),
+                           ("assets:no", "legal: assets:")],
+    )  # fmt: skip
+    def test_nothing_there_is_one_line(self, name, told, tmp_path):
+        with pytest.raises(UserError, match=told) as caught:
+            find_export(name if ":" in name else str(tmp_path / name))
+        tiny.one_line(caught.value)
+
+
+def test_evaluation_refuses_another_configuration_before_anything_is_written(config, made, tmp_path):
+    write_description(tmp_path / "export", made)
+    for accept in (False, True):
+        with pytest.raises(UserError, match="prediction_type='sample', trained with 'v_prediction'"):
+            jobs.run_eval(
+                changed(config, "diffusion.prediction_type", "sample"), tmp_path, accept_changes=accept
+            )
+    (tmp_path / "export" / FILE).unlink()
+    with pytest.raises(UserError, match="--mode=export"):
+        jobs.run_eval(config, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_suite_refuses_another_configuration(config, tmp_path):
+    tiny.export(config, tmp_path / "export")
+    with pytest.raises(UserError, match="max_tokens=9, trained with 20"):
+        jobs.run_suite_eval(changed(config, "model.max_tokens", 9), tmp_path, "phenobench")
+
+
+class TestShipped:
+    """The segmenter in the package, and the tool that describes it."""
+
+    def test_the_file_is_what_the_tool_writes(self, tmp_path, monkeypatch):
+        shutil.copytree(assets.FOLDER / "segmenter", tmp_path / "segmenter")
+        (tmp_path / "segmenter" / FILE).unlink()
+        monkeypatch.setattr("digseg_jax.tools.ship_assets.FOLDER", tmp_path)
+        try:
+            describe_shipped("segmenter")
+        except UserError as error:
+            if "not installed" not in str(error):
+                raise
+            pytest.skip(str(error))
+        stored = read_description(assets.FOLDER / "segmenter")
+        assert read_description(tmp_path / "segmenter") == stored
+
+    def test_its_numbers_are_those_of_the_weights(self):
+        folder = assets.FOLDER / "segmenter"
+        stored = read_description(folder)
+        leaves = jax.tree.leaves(functional.split(load_component(folder))[1])
+        assert stored.parameters == sum(np.size(leaf) for leaf in leaves)
+        assert stored.steps == int(read_metadata(folder)["steps"])
+        assert stored.vae.sha256 == checksum(assets.FOLDER / "vae")

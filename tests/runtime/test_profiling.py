@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed, shares of time and the compile cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+import tiny
+
+from digseg_jax.errors import UserError
+from digseg_jax.runtime.profiling import Stopwatch, peak_flops, speed, use_compile_cache
+
+
+def test_shares_of_time_sum_to_one_and_start_anew_after_a_reading():
+    now = [0.0]
+    watch = Stopwatch(lambda: now[0])
+
+    def spend(activity, seconds):
+        with watch(activity):
+            now[0] += seconds
+
+    spend("data", 1.0)
+    now[0] += 5.0
+    spend("checkpoint", 0.5)
+    spend("eval", 2.5)
+    spend("data", 1.0)
+    seconds, shares = watch.read()
+    assert seconds == 10.0
+    assert shares == {"time_data": 0.2, "time_checkpoint": 0.05, "time_eval": 0.25, "time_step": 0.5}
+    now[0] += 2.0
+    assert watch.read() == (2.0, {"time_data": 0.0, "time_checkpoint": 0.0, "time_eval": 0.0,
+                                  "time_step": 1.0})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),  # not v5p, whose name is the start of it
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),  # not an L4, whose name is the start of it
+        ("Tesla T4", 8.1e12),
+        ("cpu", None),
+        ("TPU v99", None),
+    ],
+)
+def test_the_peak_is_that_of_the_device(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_mfu_is_the_share_of_all_devices_peak():
+    chips = [types.SimpleNamespace(device_kind="TPU v4")] * 4
+    got = speed(275e12, 0.5, chips)
+    assert got == {"flops_per_second": 550e12, "mfu": 0.5}
+    assert "mfu" not in speed(1.0, 1.0, jax.devices())
+
+
+def test_compiled_programs_are_kept_in_the_folder(tmp_path):
+    """In a process of its own: the cache is a setting of all of JAX."""
+    code = (
+        "import sys, jax; from digseg_jax.runtime.profiling import use_compile_cache;"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
+        "jax.jit(lambda x: x - 1)(1.0); use_compile_cache(sys.argv[1]);"
+        "jax.jit(lambda x: x + 1)(1.0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a" / "cache")], check=True)
+    assert list((tmp_path / "a" / "cache").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        use_compile_cache(str(tmp_path / "file" / "cache"))
+    assert "config.train.compile_cache" in tiny.one_line(caught.value)

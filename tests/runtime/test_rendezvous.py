@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes find each other, or each is told who is missing and where."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+import threading
+import time
+
+import pytest
+from pod import free_port
+from tiny import one_line
+
+from digseg_jax.errors import UserError
+from digseg_jax.runtime.distributed import Cluster, find_cluster, start
+from digseg_jax.runtime.rendezvous import roll_call, split_address
+
+
+def call(address: str, names: list[int], of: int | list[int], timeout: float = 1.0) -> list[str]:
+    """What each of the named processes is told; empty for success."""
+
+    def one(name: int, count: int) -> str:
+        try:
+            roll_call(address, count, name, timeout)
+            return ""
+        except UserError as error:
+            return one_line(error)
+
+    counts = of if isinstance(of, list) else [of] * len(names)
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        return list(pool.map(one, names, counts))
+
+
+@pytest.fixture
+def address():
+    return f"127.0.0.1:{free_port()}"
+
+
+def test_all_come_and_all_go_on(address):
+    assert call(address, [0, 1, 2, 3], of=4, timeout=10) == [""] * 4
+
+
+def test_process_0_may_be_the_last(address):
+    later = threading.Timer(0.3, call, (address, [0], 2, 10.0))
+    later.start()
+    assert call(address, [1], of=2, timeout=10) == [""]
+    later.join()
+
+
+def test_every_process_is_told_who_is_missing_the_address_and_the_port(address):
+    for message in call(address, [0, 2], of=4):
+        assert "process 1, 3 of 4 did not come" in message
+        assert address in message and "within 1 s" in message
+
+
+def test_without_process_0_the_others_are_told_its_address(address):
+    (message,) = call(address, [1], of=2)
+    assert "process 0 cannot be reached at " + address in message
+    assert "refused" in message
+
+
+def test_a_host_that_does_not_exist_is_told():
+    (message,) = call("no-such-host.invalid:1234", [1], of=2)
+    assert "no-such-host.invalid:1234" in message and "process 0 cannot be reached" in message
+
+
+def test_a_port_in_use_is_told_at_once(address):
+    with socket.create_server(("", int(address.rsplit(":", 1)[1]))):
+        began = time.monotonic()
+        (message,) = call(address, [0], of=2, timeout=30)
+    assert time.monotonic() - began < 5
+    assert f"port {address.rsplit(':', 1)[1]} is in use" in message and address in message
+
+
+def test_something_else_that_answers_at_the_port_is_told(address):
+    with socket.create_server(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as server:
+        answer = threading.Thread(target=lambda: _reply(server, b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+        answer.start()
+        (message,) = call(address, [1], of=2, timeout=5)
+        answer.join()
+    assert "something other than process 0 answers" in message and address in message
+
+
+def _reply(server: socket.socket, text: bytes) -> None:
+    peer, _ = server.accept()
+    peer.recv(1000)
+    peer.sendall(text)
+    peer.close()
+
+
+def test_strangers_do_not_disturb(address):
+    def scan() -> None:
+        time.sleep(0.2)
+        with socket.create_connection(split_address(address)) as peer:
+            peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+    stranger = threading.Thread(target=scan)
+    stranger.start()
+    assert call(address, [0, 1], of=2, timeout=10) == ["", ""]
+    stranger.join()
+
+
+def test_different_numbers_of_processes_are_told(address):
+    _, message = call(address, [0, 1], of=[2, 3], timeout=2)
+    assert "process 1 was started as one of 3, process 0 as one of 2" in message
+
+
+def test_two_processes_of_the_same_number_are_told(address):
+    messages = call(address, [0, 1, 1], of=3, timeout=2)
+    assert any("two processes say that they are number 1 of 3" in m for m in messages[1:])
+    assert "process 2 of 3 did not come" in messages[0]
+
+
+@pytest.mark.parametrize("bad", ["host", "host:", ":80", "host:0", "host:65536", "host:http"])
+def test_an_address_without_a_port_is_refused(bad):
+    with pytest.raises(UserError) as caught:
+        split_address(bad)
+    assert repr(bad) in one_line(caught.value) and "HOST:PORT" in str(caught.value)
+
+
+def test_an_ipv6_address_has_brackets():
+    assert split_address("[::1]:80") == ("::1", 80)
+
+
+def test_the_three_flags_make_a_cluster():
+    assert find_cluster("h:1", 4, 3, 1.0) == Cluster("h:1", 4, 3)
+
+
+def test_a_process_on_its_own_has_none():
+    assert find_cluster(None, None, None, 1.0) is None
+    start(None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("h:1", None, 0), "--num_processes"),
+        ((None, 2, 1), "--coordinator"),
+        ((None, None, 1), "--coordinator, --num_processes"),
+        (("h:1", 2, 2), "numbered from 0 to 1"),
+        (("h:1", 2, -1), "numbered from 0 to 1"),
+        (("h:1", 0, 0), "numbered from 0 to 0"),
+        (("h", 2, 0), "HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_belong_together_are_refused(flags, told):
+    with pytest.raises(UserError) as caught:
+        find_cluster(*flags, 1.0)
+    assert told in one_line(caught.value)
+
+
+def test_slurm_tells_who_takes_part(monkeypatch):
+    """The variables that srun sets for the second of four tasks on two nodes."""
+    values = {
+        "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_STEP_NUM_TASKS": "4",
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    cluster = find_cluster(None, None, None, 1.0)
+    assert (cluster.num_processes, cluster.process_id) == (4, 1)
+    assert cluster.local_device_ids == (1,)
+    host, port = split_address(cluster.address)
+    assert host == "node07" and port > 1024

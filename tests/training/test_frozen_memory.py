@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen parts are on the devices once, split like the state: the first device holds no more."""
+
+from __future__ import annotations
+
+import gc
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
+from digseg_jax.models.vae import AutoencoderKL, VaeConfig
+from digseg_jax.training.loop import Trainer
+from digseg_jax.training.tasks.latents import FrozenTask, LatentEncoder
+from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.weights import save_component
+
+DEVICES = 8
+LEVELS = (32, 64, 128, 128)
+# Stable Diffusion's levels, attention places and layers of a level; a tenth of its channels
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=LEVELS,
+    down_block_types=(*[DOWN_TYPES[0]] * 3, DOWN_TYPES[1]),
+    up_block_types=(UP_TYPES[1], *[UP_TYPES[0]] * 3),
+    norm_num_groups=8,
+    attention_head_dim=8,
+    cross_attention_dim=32,
+)
+VAE = VaeConfig(block_out_channels=LEVELS, norm_num_groups=8, sample_size=64)
+
+
+@pytest.fixture(scope="module")
+def config(folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("structure")
+    for name, kind, own in (("unet", UNet2DConditionModel, UNET), ("vae", AutoencoderKL, VAE)):
+        save_component((own, tiny.random_params(kind, own, 1)), folder / name)
+    parts = folders | {"unet": str(folder / "unet"), "vae": str(folder / "vae")}
+    return tiny.config(parts, data__image_size=64, mesh__fsdp=DEVICES, train__batch_size=DEVICES)
+
+
+def held() -> np.ndarray:
+    """Bytes of all arrays on each device."""
+    gc.collect()
+    count = dict.fromkeys(jax.devices(), 0)
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            count[shard.device] += shard.data.nbytes
+    return np.array(list(count.values()))
+
+
+def assert_even(before: np.ndarray, least: float) -> None:
+    """Of the bytes that came since `before`; least: what each device must have got."""
+    more = held() - before
+    assert more.min() > least
+    assert more.max() < 1.2 * more.min(), more
+
+
+def test_a_trainers_devices_hold_the_same(config, tmp_path):
+    before = held()
+    task = SegmentationTask(config)
+    trainer = Trainer(config, task, tiny.mesh(1, DEVICES), str(tmp_path))
+    params, _ = trainer._initial_params()
+    weights = sum(x.nbytes for x in jax.tree.leaves((task.frozen, params)))
+    assert_even(before, weights / DEVICES)
+    assert len(task.prompts) == len(task.frozen["bank"]["tokens"])
+
+
+def test_so_do_those_of_a_latent_cache(config):
+    before = held()
+    task = FrozenTask(config)
+    encoder = LatentEncoder(task, tiny.mesh(1, DEVICES), rows=DEVICES)
+    images = np.zeros((3, 64, 64, 3), np.uint8)
+    assert encoder.pictures(images).shape == (3, 8, 8, 4)
+    assert_even(before, sum(x.nbytes for x in jax.tree.leaves(task.frozen)) / DEVICES)

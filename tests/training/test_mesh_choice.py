@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.mesh.fsdp=0`: what is chosen for which devices, and that nobody else is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from types import SimpleNamespace
+
+import jax
+import pytest
+import tiny
+
+from digseg_jax import jobs
+from digseg_jax.aot import programs
+from digseg_jax.aot.shapes import Parts
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.recipes import stable_diffusion
+from digseg_jax.runtime.hardware import CHIPS
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training import mesh_choice
+from digseg_jax.training.mesh_choice import Needs, chosen, fsdp_for, joined
+
+SD = Needs(state=17.3e9, frozen=0.4e9, temporaries=2.8e9)  # two images a device
+
+
+def devices(count: int, kind: str, platform: str, group: int, attribute: str) -> list[SimpleNamespace]:
+    """Devices by their facts: `group` of them in each slice or host."""
+    facts = {"device_kind": kind, "platform": platform, "process_index": 0}
+    return [SimpleNamespace(**facts | {attribute: i // group}) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    """The literal configuration of ADE20K and its task, shapes alone."""
+    config = parse(stable_diffusion("sd15", "ade20k"))
+    task, _ = programs.train_task(config, Parts.of(config.model), 1)
+    return config, task
+
+
+@pytest.mark.parametrize(
+    ("chip", "group", "wanted"),
+    [
+        ("v5e", 16, 16), ("v5e", 64, 16), ("v5e", 4, 4), ("v6e", 16, 16), ("v5p", 8, 8), ("h100", 8, 8),
+        ("v5e", 24, 12), ("v5e", 1, 1),
+    ],
+)  # fmt: skip
+def test_fast_links_share_a_large_state_by_up_to_sixteen(chip, group, wanted):
+    assert fsdp_for(SD, CHIPS[chip], group, 0.75 * CHIPS[chip].hbm_bytes) == wanted
+
+
+def test_more_share_it_where_it_would_not_fit_otherwise():
+    huge = dataclasses.replace(SD, state=300e9)
+    assert fsdp_for(huge, CHIPS["v5e"], 64, 0.75 * CHIPS["v5e"].hbm_bytes) == 32
+    assert fsdp_for(dataclasses.replace(SD, temporaries=1e12), CHIPS["v5e"], 64, 1e10) == 64
+
+
+def test_without_known_links_only_as_many_as_it_takes():
+    assert fsdp_for(SD, None, 8, 75e9) == 1
+    assert fsdp_for(SD, None, 8, 15e9) == 2
+    assert fsdp_for(SD, None, 8, 1e9) == 8
+
+
+def test_a_small_state_is_held_whole():
+    small = Needs(state=0.9e9, frozen=0.1e9, temporaries=5e9)
+    assert fsdp_for(small, CHIPS["v5e"], 16, 1e9) == 1
+
+
+def test_links_join_a_slice_or_a_host():
+    assert joined(devices(32, "TPU v5 lite", "tpu", 16, "slice_index")) == 16
+    assert joined(devices(16, "NVIDIA H100", "gpu", 8, "slice_index")) == 8
+    assert joined(devices(4, "cpu", "cpu", 2, "process_index")) == 2
+    alike = {"platform": "tpu", "process_index": 3}
+    assert joined([SimpleNamespace(**alike), SimpleNamespace(platform="tpu", process_index=0)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "count", "group", "wanted"),
+    [
+        ("TPU v5 lite", "tpu", 16, 16, 16),
+        ("TPU v5 lite", "tpu", 64, 64, 16),
+        ("TPU v5 lite", "tpu", 32, 16, 16),  # two slices
+        ("TPU v6 lite", "tpu", 16, 16, 16),
+        ("NVIDIA H100 80GB HBM3", "gpu", 16, 8, 8),
+        ("NVIDIA H100 80GB HBM3", "gpu", 1, 1, 1),
+    ],
+)
+def test_the_users_own_command(sd15, caplog, monkeypatch, kind, platform, count, group, wanted):
+    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
+    caplog.set_level(logging.INFO, "digseg_jax")
+    there = devices(count, kind, platform, group, "slice_index")
+    assert chosen(*sd15, there) == MeshConfig(data=-1, fsdp=wanted, tensor=1)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert f"{wanted} chosen for {count} x {kind[:6]}" in line and "\n" not in line
+
+
+def test_the_estimate_is_near_what_was_compiled(sd15):
+    """4 images a chip, 16 chips of v5e: compiled, Stable Diffusion 2.1 needs 6.5 GB (aot/RECORD.md)."""
+    config, task = sd15
+    train = dataclasses.replace(config.train, batch_size=64)
+    needs = mesh_choice.needs_of(dataclasses.replace(config, train=train), task, 16)
+    assert 6e9 < needs.on_a_device(16) < 8e9
+
+
+def test_what_is_set_stays(sd15):
+    config, task = sd15
+    there = devices(16, "TPU v5 lite", "tpu", 16, "slice_index")
+    for mesh in (MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=-1)):
+        assert chosen(dataclasses.replace(config, mesh=mesh), task, there) == mesh
+    asked = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=0))
+    assert chosen(asked, task, there) == MeshConfig(data=4, fsdp=-1)
+
+
+def test_simulated_devices_hold_small_models_whole(folders):
+    config = tiny.config(folders, mesh__fsdp=0)
+    task, _ = programs.train_task(config, Parts.of(config.model), 1)
+    mesh = make_mesh(chosen(config, task, jax.devices()))
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_path, monkeypatch):
+    """--mode=eval, a suite and --mode=predict; a small model on devices that must share it."""
+    monkeypatch.setattr(mesh_choice, "SMALL", 0)
+    monkeypatch.setattr(mesh_choice, "least_memory", lambda devices: 1e3)
+    config = tiny.config(folders, mesh__fsdp=0)
+    tiny.export(config, tmp_path / "export")
+    task, _ = programs.train_task(config, Parts.of(config.model), 1)
+    trained = make_mesh(chosen(config, task, jax.devices()))
+    assert trained.shape["fsdp"] == len(jax.devices()) > 1
+
+    meshes = []
+    monkeypatch.setattr(
+        jobs, "evaluate_and_report", lambda config, task, params, mesh, workdir: meshes.append(mesh)
+    )
+    jobs.run_eval(config, tmp_path)
+    segmenter, _ = load_segmenter(config, tmp_path / "export")
+    assert [*meshes, segmenter.mesh] == [trained, trained]
+
+
+def test_a_mesh_that_nobody_chose_for_is_not_split():
+    assert make_mesh(MeshConfig(fsdp=0)).shape["fsdp"] == 1
+    assert Config().mesh.fsdp == 1
