@@ -118,8 +118,8 @@ class ModelConfig:
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
-    # cpu: fewer products, see models/kernels/conv.py; xla: as XLA has it; auto: the one of these for the
-    # devices. Equal in result
+    # cpu: fewer products, see models/kernels/conv.py; xla: as XLA has it; auto: by platform. All give
+    # the same result up to rounding
     conv: str = legal("auto", "xla", "cpu")
     # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: the
     # one of these for the devices. Equal in result

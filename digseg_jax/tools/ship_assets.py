@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.tools.ship_assets NAME [RUN]: puts a finished run's weights into the package as float16.
+"""Puts a finished run's weights into the package as float16.
+
+    python -m digseg_jax.tools.ship_assets NAME [RUN]
 
 The recipe's command, the configuration's essentials and what was measured go into the metadata. Without
 RUN, segmenter.json is written for the weights that are there, from the recipe that their metadata name.
