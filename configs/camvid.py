@@ -20,7 +20,7 @@ stopped after 2,200 (85 minutes on one core), has 0.281 and 0.671; it was not ru
 """
 
 from digseg_jax import recipes
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 SMALL = ("palette", "binary")
 

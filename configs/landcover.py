@@ -10,7 +10,7 @@ Measured on two CPU cores: 60 minutes, without the E-Step table; held-out mIoU 0
 half of the steps.
 """
 
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 
 def get_config():

@@ -12,7 +12,7 @@ colours, the decoder paints a third one. The binary codec's recipe has 0.547 and
 through.
 """
 
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 
 def get_config():

@@ -4,7 +4,7 @@
 Made once and shipped as digseg_jax/assets/prior. Training imagery: training blocks only.
 """
 
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 
 def get_config():

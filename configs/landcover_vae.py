@@ -7,7 +7,7 @@ Measured on two CPU cores: 10 minutes; masks of held-out tiles come back with a 
 images with an error of 3.6 of 255, the mean colours of cells with 0.2.
 """
 
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 
 def get_config():

@@ -6,7 +6,7 @@ held-out mIoU 0.443, accuracy 0.785 (2x1, seed 0; 0.420 to 0.457 and 0.782 to 0.
 rounds).
 """
 
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 
 def get_config():

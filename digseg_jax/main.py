@@ -139,6 +139,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:  # what a config file itself raised ends the text that holds it
         said = str(error).strip().splitlines()
         _fail(said[0] if len(said) == 1 else said[-1].partition(": ")[2] or said[-1])
+    except (ImportError, SyntaxError) as error:  # of a config file, which names an old module, say
+        _fail(f"--config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
         _fail(f"--config: {' '.join(str(error).split())}")
 

@@ -16,7 +16,7 @@ FLOORS = (
     {"config", "io", "runtime"},
     {"models", "diffusion", "metrics", "viz"},
     {"weights", "data", "segmentation"},
-    {"training"},
+    {"training", "recipes"},
     {"prediction"},
     {"evaluation"},
     {"report", "aot"},

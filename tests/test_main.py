@@ -72,11 +72,20 @@ def test_a_missing_config_file_is_named(workdir):
 def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
     file = tmp_path / "experiment.py"
     file.write_text(
-        "from digseg_jax.config.schema import default\n\n\ndef get_config():\n"
+        "from digseg_jax.config import default\n\n\ndef get_config():\n"
         "    config = default()\n    config.train.stepz = 3\n    return config\n"
     )
     message = refused(f"--config={file}", workdir)
     assert "stepz" in message and "steps" in message
+
+
+@pytest.mark.parametrize(
+    "line", ["from digseg_jax.config import defaults", "import no", "def get("]
+)
+def test_a_config_file_that_cannot_be_imported_is_told_in_one_line(tmp_path, workdir, line):
+    (tmp_path / "experiment.py").write_text(f"{line}\n")
+    message = refused(f"--config={tmp_path / 'experiment.py'}", workdir)
+    assert message.startswith("error: --config: ")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
 
 
 def converted_folder(path_or_hub_id: str | Path) -> Path:
-    """Where `weights.convert` writes by default: a local folder itself, else beside the hub's cache.
+    """Default output of `tools.convert_weights`: a local folder itself, else beside the hub's cache.
 
     `resolve` looks there before it asks the hub.
     """

@@ -19,7 +19,7 @@ mean IoU of the object a name asks for, and of that with the name of another one
 Names absent from a picture paint 2.1 to 2.4 % of it.
 """
 
-from digseg_jax.config.parse import default
+from digseg_jax.config import default
 
 
 def get_config():

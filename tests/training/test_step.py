@@ -165,9 +165,9 @@ class TestRematerialisation:
         assert kept["attention"] < kept["none"], kept
 
     def test_the_parameters_keep_their_paths(self, folders):
-        trees = [SegmentationTask(tiny.config(folders, model__remat=mode)).abstract
-                 for mode in ("none", "block")]  # fmt: skip
-        assert trees.flatten(trees[0]) == trees.flatten(trees[1])
+        shapes = [SegmentationTask(tiny.config(folders, model__remat=mode)).abstract
+                  for mode in ("none", "block")]  # fmt: skip
+        assert trees.flatten(shapes[0]) == trees.flatten(shapes[1])
 
     @pytest.mark.parametrize(("shape", "again"), [((1, 8, 8, 63), True), ((1, 8, 8, 64), False)])
     def test_large_is_block_where_a_map_has_more_pixels_than_channels(self, shape, again):

@@ -213,7 +213,7 @@ def test_known_names_are_unique_and_stand_for_hub_ids():
         assert hub._HUB_ID.fullmatch(catalog.expand(spec)), spec
     assert catalog.expand("sd-1.5:unet") == "stable-diffusion-v1-5/stable-diffusion-v1-5:unet"
     assert catalog.expand("org/name:unet") == "org/name:unet"
-    assert any("weights.convert biomedclip" in row for row in catalog.rows())
+    assert any("convert_weights biomedclip" in row for row in catalog.rows())
 
 
 def test_a_misspelt_known_name_or_part_is_told_what_is_legal():
