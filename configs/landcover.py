@@ -32,5 +32,5 @@ def get_config():
     config.eval.ensemble = 2
     config.eval.steps = 2
     # the shape of the paper's table, for the report: a quarter of an hour
-    config.eval.estep = ("1x1", "1x2", "4x2", "8x2", "1x1:leading", "4x2:leading")
+    config.eval.sweep = ("1x1", "1x2", "4x2", "8x2", "1x1:leading", "4x2:leading")
     return config

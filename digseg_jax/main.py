@@ -11,7 +11,8 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from digseg_jax.config.parse import check_key
+from digseg_jax.config.parse import check_key, parse, with_sampling
+from digseg_jax.config.schema import Config
 from digseg_jax.errors import OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.log import log, setup
 
@@ -36,10 +37,10 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8."
 )
 _SUITE = flags.DEFINE_string(
-    "eval.suite", None, "eval: tables of the paper, from the data sets under config.data.root."
+    "suite", None, "eval: tables of the paper, from the data sets under config.data.root."
 )
-_ESTEP = flags.DEFINE_string(
-    "estep", None, 'eval, predict: members x steps, such as "8x2" or "20x50:leading".'
+_SAMPLING = flags.DEFINE_string(
+    "sampling", None, 'eval, predict: members x steps, such as "8x2" or "20x50:leading".'
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
@@ -49,79 +50,100 @@ _START_TIMEOUT = flags.DEFINE_float(
 )
 
 
-def _required(value: str | None, flag: str, mode: str) -> str:
-    if value is None or not value.strip():
-        raise UserError(f"--mode={mode} needs --{flag}")
-    return value
+# the modes that a flag is for; in any other it would silently do nothing
+_FOR_MODES = {
+    "model": ("predict",),
+    "image": ("predict",),
+    "query": ("predict",),
+    "vocabulary": ("predict",),
+    "out": ("predict",),
+    "topology": ("compile",),
+    "suite": ("eval",),
+    "sampling": ("eval", "predict"),
+    "accept_changes": ("train", "eval", "export"),
+}
+
+
+def check_flags(mode: str) -> None:
+    """Raises UserError for a flag that the mode needs and lacks, or has and does not use."""
+    for name, modes in _FOR_MODES.items():
+        if flags.FLAGS[name].present and mode not in modes:
+            raise UserError(f"--{name}: for --mode={' or '.join(modes)} only, not --mode={mode}")
+
+    if _CONFIG.value is None and mode != "predict":
+        raise UserError(f"--mode={mode} needs --config")
+    needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
+    for name in needed.get(mode, ("workdir",)):
+        if not (flags.FLAGS[name].value or "").strip():
+            raise UserError(f"--mode={mode} needs --{name}")
+    if mode == "predict":
+        if _MODEL.value and _WORKDIR.value:
+            raise UserError("--model and --workdir: both name the weights; give one of them")
+        if not _QUERY.value and not _VOCABULARY.value:
+            raise UserError("--mode=predict needs --query or --vocabulary")
 
 
 def run() -> None:
     """Dispatches to the mode; imports late, so that a wrong flag is told before JAX loads."""
     mode = _MODE.value
-    if _CONFIG.value is None and mode != "predict":
-        raise UserError(f"--mode={mode} needs --config")
-    if mode == "predict":
-        if _MODEL.value and _WORKDIR.value:
-            raise UserError("--model and --workdir: both name the weights; give one of them")
-        _required(_IMAGE.value, "image", mode)
-        if not _QUERY.value and not _VOCABULARY.value:
-            raise UserError("--mode=predict needs --query or --vocabulary")
-    elif mode != "cache_latents":
-        _required(_WORKDIR.value, "workdir", mode)
+    check_flags(mode)
+    config = None if _CONFIG.value is None else parse(_CONFIG.value)
+    if config is not None and _SAMPLING.value:
+        config = with_sampling(config, _SAMPLING.value)
 
-    from digseg_jax.config.parse import parse, with_estep
-    from digseg_jax.runtime import cpu, gpu
-
+    # Before JAX is imported: the devices to compile for, and the start-up settings of those here.
     if mode == "compile":
         from digseg_jax.aot import topology
 
-        topology.prepare(_required(_TOPOLOGY.value, "topology", mode))
+        topology.prepare(_TOPOLOGY.value)
+    from digseg_jax.runtime import cpu, gpu
+
     cpu.tune()
     gpu.tune()
-    if mode == "predict":
-        from digseg_jax.prediction.job import predict
 
-        predict(
-            parse(_CONFIG.value) if _CONFIG.value is not None else None,
-            _MODEL.value or _WORKDIR.value,
-            _IMAGE.value,
-            _QUERY.value or [],
-            Path(_OUT.value),
-            _VOCABULARY.value,
-            _ESTEP.value,
-        )
-        return
-    config = parse(_CONFIG.value)
-    if _ESTEP.value:
-        config = with_estep(config, _ESTEP.value)
     if mode == "compile":
-        from digseg_jax.aot import job as compiling
-        from digseg_jax.io.storage import as_path
+        _compile(config)
+    elif mode == "predict":
+        _predict(config)
+    else:
+        _run_on_all_processes(mode, config)
 
-        if not compiling.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
-            _leave(OVER_BUDGET)
-        return
+
+def _compile(config: Config) -> None:
+    from digseg_jax.aot import job
+    from digseg_jax.io.storage import as_path
+
+    if not job.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
+        _leave(OVER_BUDGET)
+
+
+def _predict(config: Config | None) -> None:
+    from digseg_jax.prediction.job import predict
+
+    weights, queries, out = _MODEL.value or _WORKDIR.value, _QUERY.value or [], Path(_OUT.value)
+    predict(config, weights, _IMAGE.value, queries, out, _VOCABULARY.value, _SAMPLING.value)
+
+
+def _run_on_all_processes(mode: str, config: Config) -> None:
     from digseg_jax import jobs
     from digseg_jax.io.storage import as_path
     from digseg_jax.runtime import distributed
 
-    if _SUITE.value is not None and mode != "eval":
-        raise UserError("--eval.suite needs --mode=eval")
     timeout = _START_TIMEOUT.value
     cluster = distributed.find_cluster(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
     )
     distributed.start(cluster, timeout)
-    if _SUITE.value is not None:
-        jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
-        return
+
     if mode == "cache_latents":
         from digseg_jax.tools import cache_latents
 
         cache_latents.run(config)
-        return
-    job = {"train": jobs.train, "eval": jobs.run_eval, "export": jobs.run_export}[mode]
-    job(config, as_path(_WORKDIR.value), accept_changes=_ACCEPT_CHANGES.value)
+    elif _SUITE.value is not None:
+        jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
+    else:
+        job = {"train": jobs.train, "eval": jobs.run_eval, "export": jobs.run_export}[mode]
+        job(config, as_path(_WORKDIR.value), accept_changes=_ACCEPT_CHANGES.value)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -40,7 +40,7 @@ def workdir(tmp_path) -> str:
         ("--config.train.stepz=3", "config.train.stepz: no such key; did you mean 'steps'"),
         ("--config.trian.steps=3", "config.trian: no such key; did you mean 'train'"),
         ("--config.task=segment", "config.task='segment': legal values are segmentation, prior"),
-        ("--config.eval.estep=('4by2',)", "E-Step '4by2'"),
+        ("--config.eval.sweep=('4by2',)", "E-Step '4by2'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_and_nothing_is_made(override, expected, workdir):
@@ -65,6 +65,19 @@ def test_a_missing_flag_is_named(arguments, missing):
     assert f"needs {missing}" in refused(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--image=a.png"], "--image: for --mode=predict only, not --mode=train"),
+        (["--mode=export", "--sampling=8x2"], "--sampling: for --mode=eval or predict only"),
+        (["--suite=semantic"], "--suite: for --mode=eval only"),
+        (["--mode=eval", "--topology=cpu:2"], "--topology: for --mode=compile only"),
+    ],
+)
+def test_a_flag_that_the_mode_does_not_use_is_refused(arguments, expected, workdir):
+    assert expected in refused(QUICKSTART, workdir, *arguments)
+
+
 def test_a_missing_config_file_is_named(workdir):
     assert "nowhere.py" in refused("--config=nowhere.py", workdir)
 
@@ -79,9 +92,7 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
     assert "stepz" in message and "steps" in message
 
 
-@pytest.mark.parametrize(
-    "line", ["from digseg_jax.config import defaults", "import no", "def get("]
-)
+@pytest.mark.parametrize("line", ["from digseg_jax.config import defaults", "import no", "def get("])
 def test_a_config_file_that_cannot_be_imported_is_told_in_one_line(tmp_path, workdir, line):
     (tmp_path / "experiment.py").write_text(f"{line}\n")
     message = refused(f"--config={tmp_path / 'experiment.py'}", workdir)

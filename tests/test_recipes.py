@@ -61,5 +61,5 @@ def test_another_version_is_refused_with_the_legal_ones():
 
 def test_the_configuration_knows_exactly_the_registered_names():
     field = DataConfig.__dataclass_fields__["name"]
-    assert sorted(field.metadata["legal"]) == list(registry.names())
+    assert sorted(field.metadata["names"]) == list(registry.names())
     assert Config().data.name == "landcover"

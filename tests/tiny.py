@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from digseg_jax.config.parse import parse, to_dict
-from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.config.schema import Config, MeshConfig, settings
 from digseg_jax.data.datasets import landcover
 from digseg_jax.data.datasets.landcover_prompts import HELD_OUT, captions, training_prompts
 from digseg_jax.errors import UserError
@@ -78,6 +78,11 @@ def write_folders(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("vae", "unet", "text")}
 
 
+def uses(task: str, key: str) -> bool:
+    tasks = settings()[key].tasks
+    return not tasks or task in tasks
+
+
 def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
     """A complete tiny configuration as a dict; changes are written as `train__steps=3`."""
     small = {
@@ -104,8 +109,10 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
         "eval__calibrate": False,
         "eval__view_size": (128,),  # a tile of the land cover
     }
+    task = changes.get("task", "segmentation")
+    used = {key: value for key, value in small.items() if uses(task, key.replace("__", "."))}
     tree = to_dict(Config())
-    for key, value in (small | changes).items():
+    for key, value in (used | changes).items():
         *parents, leaf = key.split("__")
         node = tree
         for parent in parents:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import typing
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import ml_collections
 
 from digseg_jax.config.rules import check_combinations
+from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError, nearest
 
@@ -38,14 +40,12 @@ def to_dict(config: Config) -> dict[str, Any]:
     return _lists(dataclasses.asdict(config))
 
 
-def with_estep(config: Config, text: str) -> Config:
+def with_sampling(config: Config, text: str) -> Config:
     """The configuration with ensemble, steps and spacing of an E-Step such as "8x2".
 
     Raises:
       UserError: another form, or more steps than there are timesteps.
     """
-    from digseg_jax.config.sampling import EStep  # imports JAX, which a wrong key need not
-
     estep = EStep.parse(text)
     values = to_dict(config)
     values["eval"] |= dataclasses.asdict(estep)
@@ -56,7 +56,7 @@ def check_key(path: str) -> None:
     """Raises UserError unless `path`, such as "config.train.steps", is a setting or a section."""
     node, done = Config, "config"
     for key in path.split(".")[1:]:
-        key = key.split("[")[0]  # ml_collections reads config.eval.estep[0] too
+        key = key.split("[")[0]  # ml_collections reads config.eval.sweep[0] too
         fields = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
         if key not in fields:
             raise _no_such_key(done, key, fields)
@@ -87,7 +87,8 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     return cls(**made)
 
 
-def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
+def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
+    """A value of a field's type and within its bounds. about: the field's metadata, see `setting`."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r}: expected a section of keys, got a single value")
@@ -97,13 +98,30 @@ def _value(hint: Any, value: Any, metadata: Any, path: str) -> Any:
             raise UserError(f"{path}={value!r}: expected a list")
         item = typing.get_args(hint)[0]
         return tuple(_value(item, v, {}, path) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+
+    # a Literal is a string of a closed list
+    names, kind = about.get("names", ()), hint
+    if typing.get_origin(hint) is Literal:
+        names, kind = typing.get_args(hint), str
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
-    allowed = metadata.get("legal")
-    prefixes = metadata.get("prefixes", ())
-    if allowed and value not in allowed and not value.startswith(prefixes or "\0"):
-        names = [*allowed, *(f"{prefix}NAME" for prefix in prefixes)]
-        raise UserError(f"{path}={value!r}: legal values are {', '.join(names)}")
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
+
+    prefixes = about.get("prefixes", ())
+    if names and value not in names and not value.startswith(prefixes or "\0"):
+        legal = ", ".join(name or "''" for name in (*names, *(f"{p}NAME" for p in prefixes)))
+        raise UserError(f"{path}={value!r}: legal values are {legal}{nearest(value, names)}")
+    _check_bounds(value, about.get("bounds", {}), path)
     return value
+
+
+_HOLDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
+
+
+def _check_bounds(value: Any, bounds: Mapping[str, float], path: str) -> None:
+    """Raises UserError, with all of the bounds, unless each of them holds; nan satisfies none."""
+    if all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
+        return
+    legal = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+    raise UserError(f"{path}={value}: must be {legal}")

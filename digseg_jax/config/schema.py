@@ -1,20 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration: frozen dataclasses with defaults, made from a locked ConfigDict.
 
-The dataclasses are the only place that knows names, types, defaults and legal values. A config file
-starts from `default()`, sets what its experiment needs, and `parse` turns the result (with the
-command line's overrides) into a `Config`, or says which key is wrong and what is legal.
+The dataclasses are the only place that knows a key's name, type, default, legal values, which tasks use
+it and whether it changes what is trained. A config file starts from `default()`, sets what its
+experiment needs, and `parse` turns the result (with the command line's overrides) into a `Config`, or
+says which key is wrong and what is legal.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
 
 
-def legal(*values: str, prefixes: tuple[str, ...] = ()) -> Any:
-    """A string field restricted to `values` (the first is the default) and what begins so."""
-    return dataclasses.field(default=values[0], metadata={"legal": values, "prefixes": prefixes})
+def setting(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    names: tuple[str, ...] = (),
+    prefixes: tuple[str, ...] = (),
+    free: bool = False,
+    tasks: tuple[str, ...] = (),
+) -> Any:
+    """A field of the configuration, or a section of it, and what `parse` must know about it.
+
+    Args:
+        default: its value unless a file or the command line sets another.
+        at_least, at_most, above, below: bounds of a number.
+        names, prefixes: legal strings, and what others may begin with; a closed list is a `Literal`.
+        free: it does not change what is trained, so a run may go on with another value.
+        tasks: values of config.task that use it; all if empty. Others refuse it.
+    """
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    about = {"bounds": given, "names": names, "prefixes": prefixes, "free": free, "tasks": tasks}
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,55 +48,71 @@ class PartConfig:
 
     name: str = "landcover"
     root: str = ""
-    weight: float = 1.0  # share of the examples, relative to the other parts
+    weight: float = setting(1.0, above=0.0)  # share of the examples, relative to the other parts
     split: str = ""  # empty: the data set's training split
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    name: str = legal(
+    name: str = setting(
         "landcover",
-        "landcover_igbp",
-        "ade20k",
-        "ade20k_847",
-        "bdd100k",
-        "camvid",
-        "cityscapes",
-        "coco_stuff",
-        "deepglobe",
-        "folder",
-        "monuseg",
-        "pascal_context_59",
-        "pascal_context_459",
-        "pascal_voc",
-        "phenobench",
-        "refuge2",
+        names=(
+            "landcover",
+            "landcover_igbp",
+            "ade20k",
+            "ade20k_847",
+            "bdd100k",
+            "camvid",
+            "cityscapes",
+            "coco_stuff",
+            "deepglobe",
+            "folder",
+            "monuseg",
+            "pascal_context_59",
+            "pascal_context_459",
+            "pascal_voc",
+            "phenobench",
+            "refuge2",
+        ),
         prefixes=("tfds:",),  # tfds:NAME, prepared as array_record under root
     )
     # the download as it unpacks, or shards of digseg_jax.tools.prepare_data; the land cover needs none
     root: str = ""
-    label_set: str = legal("groups", "igbp")  # what evaluation and its queries use
-    train_label_sets: tuple[str, ...] = ("groups",)  # where training draws its queries from
-    image_size: int = 64  # pixels; a side of the square training crop
-    num_queries: int = 2  # queries per image in training
-    negative_rate: float = 0.15  # share of queries whose class is absent from the crop
-    repeat_threshold: float = 0.0  # repeat-factor sampling of rare classes' tiles; 0: off
-    text_noise: float = 0.0  # deviation of noise on text tokens in training, in token deviations
-    word_dropout: float = 0.0  # share of training queries that show the sentence token alone
-    workers: int = 0  # grain worker processes; 0: threads of this process
+    label_set: Literal["groups", "igbp"] = "groups"  # what evaluation and its queries use
+    # label sets from which training draws its queries
+    train_label_sets: tuple[Literal["groups", "igbp"], ...] = ("groups",)
+    image_size: int = setting(64, at_least=1)  # pixels; a side of the square training crop
+    num_queries: int = setting(2, at_least=1)  # queries per image in training
+    # share of a crop's queries whose class is not in it
+    negative_rate: float = setting(0.15, at_least=0.0, below=1.0)
+    # repeat-factor sampling of tiles with rare classes; 0 turns it off
+    repeat_threshold: float = setting(0.0, at_least=0.0)
+    # noise added to text tokens in training: its standard deviation, relative to the tokens' own
+    text_noise: float = setting(0.0, at_least=0.0)
+    # share of training queries whose words are hidden, so that only the sentence token is left
+    word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
+    # grain worker processes; 0: threads of this process
+    workers: int = setting(0, at_least=0, free=True)
     # the rest is for every data set but the land cover
     train_split: str = ""  # empty: the data set's own
-    mixture: tuple[PartConfig, ...] = ()  # trains on these instead; name stays what is evaluated
+    # trains on these instead; name stays what is evaluated
+    mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation",))
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
-    hard_negative_rate: float = 0.5  # share of negatives that one would expect here (ours)
-    scale_min: float = 0.5  # large-scale jitter: at 1 the short side fills the crop (mmseg's range)
-    scale_max: float = 2.0
-    class_share_cap: float = 0.75  # of labelled pixels in a crop (mmseg's cat_max_ratio); 1: off
-    flip: float = 0.5  # probability of a mirrored crop (mmseg, Marigold)
-    jitter: float = 0.5  # of colours; 1: mmseg's PhotoMetricDistortion, 0: off (ours: half of it)
-    on_error: str = legal("raise", "skip")  # a broken example: stop, or count, log and replace it
-    # made by --mode=cache_latents and trained from instead of the pictures: a folder or gs://; "": none
-    latent_cache: str = ""
+    # share of absent queries that name a class likely to occur in such an image (not in the paper)
+    hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)
+    # range of the random scale; at 1 the image's short side fills the crop (mmseg's range)
+    scale_min: float = setting(0.5, above=0.0)
+    scale_max: float = setting(2.0, above=0.0)
+    # largest share of labeled pixels that one class may take in a crop (mmseg's cat_max_ratio)
+    class_share_cap: float = setting(0.75, at_least=0.0, at_most=1.0)
+    # probability of a mirrored crop (mmseg, Marigold)
+    flip: float = setting(0.5, at_least=0.0, at_most=1.0)
+    # strength of color augmentation: 1 is mmseg's PhotoMetricDistortion, 0 none (not in the paper)
+    jitter: float = setting(0.5, at_least=0.0, at_most=1.0)
+    # what to do with an unreadable example: stop, or log it, count it and use another
+    on_error: Literal["raise", "skip"] = setting("raise", free=True)
+    # folder of latents that --mode=cache_latents wrote; training reads them instead of the images
+    latent_cache: str = setting("", tasks=("segmentation",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +124,9 @@ class VaeArch:
     norm_num_groups: int = 4
     mid_block_add_attention: bool = False
     kl_weight: float = 5e-4
-    color_weight: float = 0.0  # of the error of each latent cell's mean colour; 0: off
-    carry_colors: bool = False  # start with a path that carries colours exactly (models/vae_init.py)
+    color_weight: float = 0.0  # weight of the error of each latent cell's mean color
+    # initialize with a path that passes colors through exactly (models/vae_init.py)
+    carry_colors: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,135 +145,156 @@ class UnetArch:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    vae: str = "assets:vae"  # assets:NAME (shipped), a folder, or a hub id[:subfolder]
-    unet: str = "assets:prior"  # where the U-Net starts; same forms
-    unet_init: str = legal("pretrained", "random")  # random: that architecture, from scratch
-    text: str = (
-        "minilm"  # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog
-    )
-    text_skip_layers: int = 0  # last layers of a CLIP tower to leave out; 1: the penultimate's output
-    max_tokens: int = 16  # text length after padding
-    # False: a CLIP tower's padding is text like any other, for the tower and for cross-attention, as
-    # Stable Diffusion was trained; that of other towers is masked always
+    # assets:NAME (shipped), a folder, or a hub id[:subfolder]
+    vae: str = setting("assets:vae", tasks=("segmentation", "prior"))
+    unet: str = setting("assets:prior", tasks=("segmentation",))  # where the U-Net starts; same forms
+    # random: that architecture, from scratch
+    unet_init: Literal["pretrained", "random"] = setting("pretrained", tasks=("segmentation",))
+    # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog
+    text: str = setting("minilm", tasks=("segmentation", "prior"))
+    # last layers of a CLIP tower to leave out; 1: the penultimate's output
+    text_skip_layers: int = setting(0, at_least=0)
+    max_tokens: int = setting(16, at_least=1)  # text length after padding
+    # False: CLIP's padding tokens are attended to like any other, as Stable Diffusion was trained. The
+    # padding of other text encoders is always masked
     mask_padding: bool = True
-    # one more token, the mean of a prompt's own: neighbours of a name mean the same to it (ours)
+    # append the mean token embedding: helps synonyms that were never trained (not in the paper)
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
-    dtype: str = legal("float32", "bfloat16")  # of activations; weights stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
     # cpu: fewer products, see models/kernels/conv.py; xla: as XLA has it; auto: by platform. All give
     # the same result up to rounding
-    conv: str = legal("auto", "xla", "cpu")
-    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: the
-    # one of these for the devices. Equal in result
-    attention: str = legal("plain", "auto", "chunked", "headwise", "splash", "cudnn")
-    # plain: layer by layer; fused: one kernel, TPU; auto: the one of these for the devices
-    feed_forward: str = legal("auto", "plain", "fused")
-    remat: str = legal("none", "block", "large", "attention", "dots")  # see models/remat.py
-    vae_limit: int = 0  # pictures that the autoencoder takes at a time on a device; 0: all of a batch
-    unet_limit: int = 0  # masks that the U-Net denoises at a time on a device in evaluation; 0: all
-    vae_arch: VaeArch = VaeArch()
-    unet_arch: UnetArch = UnetArch()
+    conv: Literal["auto", "xla", "cpu"] = setting("auto", free=True)
+    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: by
+    # platform. All give the same result up to rounding
+    attention: Literal["plain", "auto", "chunked", "headwise", "splash", "cudnn"] = setting(
+        "plain", free=True
+    )
+    # plain: layer by layer; fused: one kernel, TPU; auto: by platform
+    feed_forward: Literal["auto", "plain", "fused"] = setting("auto", free=True)
+    # see models/remat.py
+    remat: Literal["none", "block", "large", "attention", "dots"] = setting("none", free=True)
+    # images that a device encodes at a time; 0: the whole batch
+    vae_limit: int = setting(0, at_least=0, free=True)
+    # masks that a device denoises at a time in evaluation; 0: all
+    unet_limit: int = setting(0, at_least=0, free=True)
+    vae_arch: VaeArch = setting(VaeArch(), tasks=("autoencoder",))
+    unet_arch: UnetArch = setting(UnetArch(), tasks=("prior",))
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    prediction_type: str = legal("v_prediction", "sample", "epsilon")
-    num_train_timesteps: int = 1000
+    prediction_type: Literal["v_prediction", "sample", "epsilon"] = "v_prediction"
+    num_train_timesteps: int = setting(1000, at_least=1)
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_snr: bool = True
-    timestep_sampling: str = legal("high_noise", "uniform")
-    terminal_fraction: float = 0.5  # high_noise: share of draws at the last timestep
+    timestep_sampling: Literal["high_noise", "uniform"] = "high_noise"
+    # high_noise: share of draws at the last timestep
+    terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
     high_noise_a: float = 0.1  # high_noise: scale of the heavy tail (METHOD: GenMask's a)
-    mask_loss_weight: float = 0.0  # of the auxiliary loss on the predicted mask; 0: the paper's MSE
-    mask_loss_from: float = 0.5  # the auxiliary loss counts at timesteps from this share of T on
-    noise: str = legal("gaussian", "multires")
+    # weight of the auxiliary loss on the decoded mask; 0: the paper's noise-prediction MSE alone
+    mask_loss_weight: float = setting(0.0, at_least=0.0)
+    # fraction of T from which the mask loss applies (noisy steps only)
+    mask_loss_from: float = setting(0.5, at_least=0.0, at_most=1.0)
+    noise: Literal["gaussian", "multires"] = "gaussian"
     multires_strength: float = 0.9  # multires: annealed as strength * t / T (Marigold)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    schedule: str = legal("cosine", "constant", "exponential")
-    final_scale: float = 0.01  # learning rate at the end, as a share of the peak
-    b1: float = 0.9
-    b2: float = 0.99
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    ema_decay: float = 0.995  # 0: no average is kept; evaluation and export use the weights
-    # of Adam's first moment; the second stays float32, bfloat16 loses its updates at b2 = 0.999
-    mu_dtype: str = legal("float32", "bfloat16")
+    learning_rate: float = setting(1e-3, above=0.0)
+    warmup_steps: int = setting(100, at_least=0)
+    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
+    # learning rate at the end, as a share of the peak
+    final_scale: float = setting(0.01, at_least=0.0, at_most=1.0)
+    b1: float = setting(0.9, at_least=0.0, below=1.0)
+    b2: float = setting(0.99, at_least=0.0, below=1.0)
+    weight_decay: float = setting(0.0, at_least=0.0)
+    clip_norm: float = setting(1.0, above=0.0)
+    # 0: no moving average is kept; evaluation and export use the weights themselves
+    ema_decay: float = setting(0.995, at_least=0.0, below=1.0)
+    # Adam's first moment. The second stays float32: bfloat16 loses its updates at b2 = 0.999
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
     freeze: tuple[str, ...] = ()  # regexes on parameter paths that stay fixed: "^down_blocks"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1000
-    batch_size: int = 8  # images per step, over all hosts
-    log_every: int = 20
-    eval_every: int = 0  # 0: only at the end
-    accumulation: int = 1  # parts of the batch, taken in turn: the same step in less memory
-    profile: tuple[int, ...] = ()  # (first, last) step to trace into WORKDIR/profile
-    compile_cache: str = ""  # folder of compiled programs, kept over runs and restarts; "": none
-    wandb: str = ""  # project at Weights & Biases that gets the metrics too; "": none
-    log_examples: bool = False  # write WORKDIR/examples: which examples each step saw
+    steps: int = setting(1000, at_least=0)
+    batch_size: int = setting(8, at_least=1)  # images per step, over all hosts
+    log_every: int = setting(20, at_least=1, free=True)
+    eval_every: int = setting(0, at_least=0, free=True, tasks=("segmentation",))  # 0: only at the end
+    # microbatches that a batch is split into: the same step in less memory
+    accumulation: int = setting(1, at_least=1, free=True)
+    # (first, last) step to trace into WORKDIR/profile
+    profile: tuple[int, ...] = setting((), free=True)
+    # folder of compiled programs, kept over runs and restarts; "": none
+    compile_cache: str = setting("", free=True)
+    # project at Weights & Biases that gets the metrics too; "": none
+    wandb: str = setting("", free=True)
+    # write WORKDIR/examples: which examples each step saw
+    log_examples: bool = setting(False, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 200
-    keep: int = 2  # the newest ones
-    keep_every: int = 0  # steps; those at its multiples are never removed; 0: none
-    best: str = ""  # metric of the in-training evaluation (val_miou); its best is kept and exported
-    # steps that may run while a save is being written; then the loop waits for it, so that a kill
-    # costs no more than `every` + overlap - 1 finished steps. 0: no limit (ours)
-    overlap: int = 1
-    timeout: float = 900.0  # seconds that a save may take before the run stops; ours
+    every: int = setting(200, at_least=1)
+    keep: int = setting(2, at_least=1)  # the newest ones
+    keep_every: int = setting(0, at_least=0)  # steps; those at its multiples are never removed; 0: none
+    # metric of the in-training evaluation whose best checkpoint is kept and exported; "": the last one
+    best: Literal["", "val_miou"] = ""
+    # steps that may run while a checkpoint is being written; then the loop waits for it, so that a
+    # kill costs at most `every` + overlap - 1 finished steps. 0: no limit
+    overlap: int = setting(1, at_least=0)
+    # seconds that a save may take before the run stops
+    timeout: float = setting(900.0, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationConfig:
     # binary: one query, one mask (open vocabulary; the paper does not say which it uses).
-    # palette: every class of a closed set in one pass, as colours
-    codec: str = legal("binary", "palette")
+    # palette: all classes of a closed set in one pass, as colors
+    codec: Literal["binary", "palette"] = "binary"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    split: str = legal("test", "val")
-    ensemble: int = 2
-    steps: int = 2
-    spacing: str = legal("trailing", "leading")
-    ensemble_rule: str = legal("mean", "median", "vote")  # of the members' probabilities (ours)
+    split: Literal["test", "val"] = "test"
+    ensemble: int = setting(2, at_least=1)
+    steps: int = setting(2, at_least=1)
+    spacing: Literal["trailing", "leading"] = "trailing"
+    # how the members' probabilities are combined (not in the paper)
+    ensemble_rule: Literal["mean", "median", "vote"] = "mean"
     # how mask latents become masks: decoded once, after the mean over members; each member decoded;
     # or read from the latents without a decoder: by a linear probe, a palette's by the nearest color
-    decoder: str = legal("latent_mean", "vae", "probe")
+    decoder: Literal["latent_mean", "vae", "probe"] = "latent_mean"
     # latent_mean: masks of a view that are decoded, those that the probe puts first; the other queries
     # keep the probe's reading. 0: all of them
-    decode_limit: int = 24
+    decode_limit: int = setting(24, at_least=0)
     # how an image becomes views of one size: overlapping windows, squeezed into one, or scaled to fit
     # into one (the paper is silent). auto: as its data set is evaluated in the field, else windows
-    inference: str = legal("auto", "window", "whole", "aspect")
+    inference: Literal["auto", "window", "whole", "aspect"] = "auto"
     # pixels of a view: a side, or height and width; empty: the training crop
     view_size: tuple[int, ...] = ()
     # windows: pixels that an image's short side is brought to; masks come back at the image's own size.
     # 0: scale 1 of the training crops, where they are scaled by it, else as the image comes
-    short_side: int = 0
-    # what a class counts that the labels never show; auto: by the rule of the data set
-    absent_rule: str = legal("auto", "mmseg", "detectron2", "official")
+    short_side: int = setting(0, at_least=0)
+    # how a class that no label shows enters the mean; auto: as the data set defines it
+    absent_rule: Literal["auto", "mmseg", "detectron2", "official"] = "auto"
     # up to how many classes all of them are asked for. Beyond, a coarse pass says which are there: how
     # many it lets through (16 to 32 of hundreds), and from which presence score on (ours)
-    exhaustive_limit: int = 200
-    gate_limit: int = 16
+    exhaustive_limit: int = setting(200, at_least=0)
+    gate_limit: int = setting(16, at_least=1)
     gate_cut: float = 0.3
-    batch_size: int = 4  # views per compiled call, over all devices
-    num_images: int = 0  # 0: the whole split
-    gallery: int = 24  # images shown in the report
+    batch_size: int = setting(4, at_least=1)  # views per compiled call, over all devices
+    num_images: int = setting(0, at_least=0)  # 0: the whole split
+    gallery: int = setting(24, at_least=0)  # images shown in the report
     calibrate: bool = True  # fit the probability's scale and each query's bias on calibrate_split
-    calibrate_split: str = legal("val", "train")  # train: where a data set has no third split
-    calibrate_images: int = 0  # of that split; 0: num_images
-    estep: tuple[str, ...] = ()  # rows of the E-Step table, such as "4x2" or "4x2:leading"
+    calibrate_split: Literal["val", "train"] = "val"  # train: where a data set has no third split
+    calibrate_images: int = setting(0, at_least=0)  # of that split; 0: num_images
+    # further samplings to score, rows of the E-Step table: "4x2", "4x2:leading"
+    sweep: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,13 +309,15 @@ class MeshConfig:
 class CompileConfig:
     """What --mode=compile compiles."""
 
-    program: str = legal("train", "eval")  # the train step, or one batch of the evaluation
+    program: Literal["train", "eval"] = "train"  # the train step, or one batch of the evaluation
     unet_only: bool = False  # train: the U-Net's step on given latents and tokens, nothing else
-    per_device_batch: int = 0  # images a device; 0: what train.batch_size or eval.batch_size gives
-    eval_queries: int = 0  # eval: classes of the vocabulary; 0: those of config.data
+    # images a device; 0: what train.batch_size or eval.batch_size gives
+    per_device_batch: int = setting(0, at_least=0)
+    # eval: classes of the vocabulary; 0: those of config.data
+    eval_queries: int = setting(0, at_least=0)
     # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a quick look: its
     # memory is a tenth too low, and it knows no fetching ahead (aot/RECORD.md)
-    effort: float = 0.0
+    effort: float = setting(0.0, at_least=-1.0, at_most=1.0)
     # TPUs: also search for the fastest tiling of every convolution, as a run does. That is most
     # of its compilation, and changes no number of the report but compile_seconds
     tuned: bool = False
@@ -261,16 +326,50 @@ class CompileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    task: str = legal("segmentation", "prior", "autoencoder")
+    task: Literal["segmentation", "prior", "autoencoder"] = "segmentation"
     seed: int = 0
     init_from: str = ""  # another run's working directory: start from its newest checkpoint's weights
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    segmentation: SegmentationConfig = SegmentationConfig()
+    diffusion: DiffusionConfig = setting(DiffusionConfig(), tasks=("segmentation", "prior"))
+    segmentation: SegmentationConfig = setting(SegmentationConfig(), tasks=("segmentation",))
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
-    compile: CompileConfig = CompileConfig()
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), free=True)
+    eval: EvalConfig = setting(EvalConfig(), free=True, tasks=("segmentation",))
+    mesh: MeshConfig = setting(MeshConfig(), free=True)
+    compile: CompileConfig = setting(CompileConfig(), free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What holds for one key, whether its field says so or its section."""
+
+    default: Any
+    free: bool
+    tasks: tuple[str, ...]
+
+
+@functools.cache
+def settings() -> dict[str, Setting]:
+    """Every key of the configuration by its path, such as "train.steps"."""
+    return dict(_settings(Config, "", Setting(None, free=False, tasks=())))
+
+
+def is_free(key: str) -> bool:
+    """Whether a key changes nothing of what is trained; of keys that are no more, by their section."""
+    if key in settings():
+        return settings()[key].free
+    section = {f.name: f.metadata for f in dataclasses.fields(Config)}.get(key.split(".")[0], {})
+    return section.get("free", False)
+
+
+def _settings(cls: type, prefix: str, section: Setting) -> Iterator[tuple[str, Setting]]:
+    for field in dataclasses.fields(cls):
+        free = section.free or field.metadata.get("free", False)
+        tasks = field.metadata.get("tasks") or section.tasks
+        setting = Setting(field.default, free, tasks)
+        if dataclasses.is_dataclass(field.default):
+            yield from _settings(type(field.default), f"{prefix}{field.name}.", setting)
+        else:
+            yield f"{prefix}{field.name}", setting

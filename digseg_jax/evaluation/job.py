@@ -72,7 +72,7 @@ def evaluate(
     searching = evaluator.threshold_counts(estep, training, journal) if training else []
     results = results_of(scores, evaluator, config, fitted, estep, searching)
     results |= {"weights": about} if about else {}
-    rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.estep)]
+    rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.sweep)]
 
     with together("the files of the evaluation"):
         if is_main():

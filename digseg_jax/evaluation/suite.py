@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--mode=eval --eval.suite=NAME: the tables of the paper, for one set of weights.
+"""--mode=eval --suite=NAME: the tables of the paper, for one set of weights.
 
 Every data set is looked for in config.data.root/NAME, in its official layout or as prepared shards, on
 a disk or in a bucket. One that is not there is named in the table as not measured. All devices and
@@ -51,7 +51,7 @@ NAMES = (*SUITES, "all")
 def check_suite(name: str) -> None:
     """Raises UserError: no such suite."""
     if name not in NAMES:
-        raise UserError(f"--eval.suite={name}: legal values are {', '.join(NAMES)}")
+        raise UserError(f"--suite={name}: legal values are {', '.join(NAMES)}")
 
 
 def run_suite(
@@ -73,7 +73,7 @@ def run_suite(
     check_suite(name)
     suites = SUITES if name == "all" else {name: SUITES[name]}
     esteps = [EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)]
-    esteps += [e for e in map(EStep.parse, config.eval.estep) if e not in esteps]
+    esteps += [e for e in map(EStep.parse, config.eval.sweep) if e not in esteps]
     weights = fetch_to_main(params)
 
     results: dict[str, Any] = {"suite": name, "seed": config.seed, "rows": []}
@@ -85,7 +85,7 @@ def run_suite(
                 results["rows"].append(row | _one(config, segmenter, weights, folder, dataset, estep))
     if all("missing" in row for row in results["rows"]):
         raise UserError(
-            f"--eval.suite={name}: no data set of it under config.data.root={config.data.root!r}; "
+            f"--suite={name}: no data set of it under config.data.root={config.data.root!r}; "
             f"the first: {results['rows'][0]['missing']}"
         )
     with together("the files of the suite"):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from digseg_jax.config.parse import parse, to_dict
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import Config, is_free
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.metric_writer import METRICS_NAME
@@ -25,26 +25,6 @@ LOCK = "train.lock"  # held while a run trains there; says who holds it
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 CALIBRATION = "calibration.json"  # in it; what an evaluation fitted for these weights
-# settings that do not change what was trained
-FREE_SECTIONS = ("eval", "mesh", "compile")
-FREE_KEYS = (
-    "train.log_every",
-    "train.accumulation",
-    "train.profile",
-    "train.compile_cache",
-    "train.wandb",
-    "train.log_examples",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "checkpoint.keep_every",
-    "checkpoint.timeout",
-    "data.workers",
-    "model.conv",
-    "model.attention",
-    "model.remat",
-    "model.vae_limit",
-    "model.unet_limit",
-)
 
 
 def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
@@ -159,9 +139,7 @@ def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key.split(".")[0] not in FREE_SECTIONS
-        and key not in FREE_KEYS
+        if old.get(key) != new.get(key) and not is_free(key)
     ]
 
 

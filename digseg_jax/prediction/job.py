@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import with_estep
+from digseg_jax.config.parse import with_sampling
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
@@ -59,7 +59,7 @@ def predict(
     if config is None:
         config = read_description(folder).training_config()
     if estep:
-        config = with_estep(config, estep)
+        config = with_sampling(config, estep)
     segmenter, _ = load_segmenter(config, folder)
     sampling = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
     mode = "window" if config.eval.inference == "auto" else config.eval.inference

@@ -212,12 +212,10 @@ class Trainer:
         return compiled
 
     def _is_saved(self, step: int, extra: dict[str, float]) -> bool:
-        """Every so often, at the end, and where the metric is known by which the best is chosen."""
-        best = self.config.checkpoint.best
-        if best and extra and best not in extra:
-            raise UserError(f"config.checkpoint.best={best!r}: legal are {', '.join(extra)}")
+        """True every `checkpoint.every` steps, at the last one, and where `checkpoint.best` was measured."""
         last = step == self.config.train.steps
-        return step % self.config.checkpoint.every == 0 or last or bool(best and extra)
+        measured = self.config.checkpoint.best in extra
+        return step % self.config.checkpoint.every == 0 or last or measured
 
     def _save(
         self,

@@ -31,14 +31,14 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--images", type=int, default=0, help="tiles, evenly spread; 0: all")
     vocabulary = jobs.add_parser("open_vocab", help="oracle, gated, exhaustive on 17 IGBP classes")
     vocabulary.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
-    vocabulary.add_argument("--estep", default="8x2")
+    vocabulary.add_argument("--sampling", default="8x2")
     vocabulary.add_argument("--images", type=int, default=24, help="tiles, evenly spread; 0: all")
     vocabulary.add_argument("--limit", type=int, default=6, help="classes the gate lets through")
     vocabulary.add_argument("--cut", type=float, default=0.3, help="least presence score")
     stamps = jobs.add_parser("stamps", help="masks by name: trained, never trained and wrong names")
     stamps.add_argument("--weights", required=True, help="RUN/export of tests/bench/stamps_config.py")
     stamps.add_argument("--root", type=Path, required=True, help="what tests.bench.stamp_data made")
-    stamps.add_argument("--estep", default="1x1")
+    stamps.add_argument("--sampling", default="1x1")
     stamps.add_argument("--images", type=int, default=200, help="scenes of each set; 0: all")
     stamps.add_argument("--sheet", type=Path, help="PNG of some scenes, names and masks to write")
     prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
@@ -117,7 +117,7 @@ def _open_vocab(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import open_vocab
 
     return open_vocab.run(
-        arguments.weights, arguments.estep, arguments.images, arguments.limit, arguments.cut
+        arguments.weights, arguments.sampling, arguments.images, arguments.limit, arguments.cut
     )
 
 
@@ -125,7 +125,7 @@ def _stamps(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import stamps
 
     result = stamps.run(
-        arguments.weights, arguments.root, arguments.estep, arguments.images, arguments.sheet
+        arguments.weights, arguments.root, arguments.sampling, arguments.images, arguments.sheet
     )
     if not arguments.json:
         print(stamps.table(result))

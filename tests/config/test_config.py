@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import one_line
 
-from digseg_jax.config.parse import default, parse, to_dict, with_estep
+from digseg_jax.config.parse import default, parse, to_dict, with_sampling
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 
@@ -51,8 +51,8 @@ def test_the_default_config_is_locked():
         ({"train": {"steps": True}}, "config.train.steps=True", "expected int, got bool"),
         ({"diffusion": {"zero_snr": 1}}, "config.diffusion.zero_snr=1", "expected bool, got int"),
         ({"optim": {"b1": False}}, "config.optim.b1=False", "expected float, got bool"),
-        ({"eval": {"estep": "4x2"}}, "config.eval.estep='4x2'", "expected a list"),
-        ({"eval": {"estep": (4,)}}, "config.eval.estep=4", "expected str, got int"),
+        ({"eval": {"sweep": "4x2"}}, "config.eval.sweep='4x2'", "expected a list"),
+        ({"eval": {"sweep": (4,)}}, "config.eval.sweep=4", "expected str, got int"),
         ({"model": {"vae": None}}, "config.model.vae=None", "expected str, got NoneType"),
         ({"data": 3}, "config.data=3", "expected a section"),
     ],
@@ -63,9 +63,9 @@ def test_a_value_of_the_wrong_type_is_refused(values, key, expected):
 
 
 def test_an_int_may_stand_for_a_float_and_a_list_for_a_tuple():
-    config = parse({"optim": {"clip_norm": 2}, "eval": {"estep": ["4x2"]}})
+    config = parse({"optim": {"clip_norm": 2}, "eval": {"sweep": ["4x2"]}})
     assert config.optim.clip_norm == 2.0 and isinstance(config.optim.clip_norm, float)
-    assert config.eval.estep == ("4x2",)
+    assert config.eval.sweep == ("4x2",)
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,49 @@ def test_an_int_may_stand_for_a_float_and_a_list_for_a_tuple():
         ({"task": "segment"}, "config.task='segment'", "segmentation, prior, autoencoder"),
         ({"diffusion": {"noise": "pink"}}, "config.diffusion.noise", "gaussian, multires"),
         ({"eval": {"spacing": "even"}}, "config.eval.spacing", "trailing, leading"),
-        ({"data": {"negative_rate": 1.0}}, "config.data.negative_rate=1.0", "[0, 1)"),
+        ({"data": {"negative_rate": 1.0}}, "config.data.negative_rate=1.0", "at least 0 and below 1"),
         ({"data": {"train_label_sets": ["koeppen"]}}, "'koeppen'", "groups, igbp"),
         ({"data": {"train_label_sets": []}}, "config.data.train_label_sets", "groups, igbp"),
         ({"train": {"batch_size": 0}}, "config.train.batch_size=0", "at least 1"),
         ({"checkpoint": {"every": 0}}, "config.checkpoint.every=0", "at least 1"),
-        ({"train": {"steps": -1}}, "config.train.steps", "not be negative"),
+        ({"train": {"steps": -1}}, "config.train.steps", "at least 0"),
         ({"eval": {"steps": 2000}}, "config.eval.steps=2000", "1000"),
-        ({"eval": {"estep": ["4by2"]}}, "'4by2'", "8x2"),
-        ({"eval": {"estep": ["1x2000"]}}, "1x2000", "1000"),
+        ({"eval": {"sweep": ["4by2"]}}, "'4by2'", "8x2"),
+        ({"eval": {"sweep": ["1x2000"]}}, "1x2000", "1000"),
     ],
 )
 def test_an_illegal_value_is_refused_with_what_is_legal(values, key, legal):
     message = refused(values)
     assert key in message and legal in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"task": "prior", "eval": {"ensemble": 4}}, "config.eval.ensemble=4: config.task='prior'"),
+        ({"task": "prior", "train": {"eval_every": 5}}, "config.train.eval_every=5"),
+        ({"task": "autoencoder", "diffusion": {"noise": "multires"}}, "only segmentation, prior"),
+        ({"model": {"vae_arch": {"kl_weight": 1.0}}}, "only autoencoder; leave it at 0.0005"),
+        ({"model": {"unet_arch": {"norm_num_groups": 4}}}, "config.model.unet_arch.norm_num_groups=4"),
+    ],
+)
+def test_a_key_that_the_task_does_not_use_is_refused(values, expected):
+    assert expected in refused(values)
+
+
+@pytest.mark.parametrize("best", ["val_mious", "loss"])
+def test_the_metric_of_the_best_checkpoint_is_checked_before_anything_is_trained(best):
+    message = refused({"checkpoint": {"best": best}, "train": {"eval_every": 5}})
+    assert f"config.checkpoint.best='{best}': legal values are " in message and "val_miou" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0])
+def test_a_number_that_satisfies_no_bound_is_refused_with_all_of_them(value):
+    assert "must be above 0" in refused({"optim": {"learning_rate": value}})
+
+
+def test_every_bound_holds_for_its_default():
+    assert parse(to_dict(Config())) == Config()
 
 
 def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
@@ -117,7 +146,7 @@ def test_every_experiment_file_parses(path):
 
 
 def test_to_dict_survives_json_and_parse_takes_it_back():
-    config = parse({"eval": {"estep": ["1x1", "4x2:leading"]}, "seed": 7, "optim": {"b2": 0.5}})
+    config = parse({"eval": {"sweep": ["1x1", "4x2:leading"]}, "seed": 7, "optim": {"b2": 0.5}})
     assert parse(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -127,10 +156,10 @@ def test_a_config_is_immutable():
 
 
 def test_an_estep_on_the_command_line_sets_its_three_settings():
-    config = with_estep(parse({}), "20x50:leading")
+    config = with_sampling(parse({}), "20x50:leading")
     assert (config.eval.ensemble, config.eval.steps, config.eval.spacing) == (20, 50, "leading")
-    assert with_estep(parse({}), "8x2").eval.spacing == "trailing"
+    assert with_sampling(parse({}), "8x2").eval.spacing == "trailing"
     for wrong in ("8", "1x2000"):
         with pytest.raises(UserError) as caught:
-            with_estep(parse({}), wrong)
+            with_sampling(parse({}), wrong)
         assert "\n" not in str(caught.value)

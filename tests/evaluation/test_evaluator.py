@@ -175,7 +175,7 @@ def run(folders, task, params, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny.config(
         folders, eval__num_images=3, eval__gallery=2, eval__ensemble=2,
-        eval__estep=("1x1", "2x1:leading"), eval__calibrate=True, eval__decoder="vae", seed=0,
+        eval__sweep=("1x1", "2x1:leading"), eval__calibrate=True, eval__decoder="vae", seed=0,
     )  # fmt: skip
     return workdir, evaluate(config, task, params, tiny.mesh(), workdir)
 

@@ -95,12 +95,6 @@ def test_the_best_weights_can_be_had_after_the_run(cover, folders, tmp_path):
     assert source == str(tmp_path / "checkpoints" / "2")
 
 
-def test_an_unknown_best_metric_is_refused_with_the_known_ones(cover, folders, tmp_path):
-    changes = {"checkpoint__best": "miou", "train__eval_every": 1}
-    with pytest.raises(UserError, match="config.checkpoint.best='miou': legal are val_miou"):
-        train(folders, tmp_path, lambda step, state: {"val_miou": 0.5}, **changes)
-
-
 class TestStart:
     """Own run > init_from > pretrained > random; one log line says which."""
 

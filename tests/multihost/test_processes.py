@@ -95,7 +95,7 @@ def test_a_suite_is_shared_by_the_processes(folders, tmp_path):
         run = folder / "run"
         command = flags(folder, folders, run, **changes)
         tiny.export(tiny.config(folders, **changes), run / "export")
-        processes = pod.Pod(folder, [*command, "--mode=eval", "--eval.suite=phenobench"], count)
+        processes = pod.Pod(folder, [*command, "--mode=eval", "--suite=phenobench"], count)
         processes.check()
         assert count == 1 or all("of 2; process 0" in log.read_text() for log in processes.logs)
         (row,) = json.loads((run / "eval" / "suite_phenobench.json").read_text())["rows"]

@@ -37,7 +37,7 @@ SIZES = {
     "train.log_every": 1,
     "checkpoint.every": EVERY,
     "eval.num_images": 2,
-    "eval.estep": "()",
+    "eval.sweep": "()",
 }
 # of Stable Diffusion's configurations, whose crops have 512 pixels and whose ensembles eight members
 CROPS = {"data.image_size": 64, "data.num_queries": 2, "data.workers": 0, "eval.ensemble": 2}
@@ -199,7 +199,7 @@ def evaluate_suite(run: Run) -> None:
     """The data set's row has scores; the suite's other sets are named as missing."""
     suite = run.dataset.suite
     parent = f"--config.data.root={run.root.parent}"
-    run.do(FOUR, "--mode=eval", f"--eval.suite={suite}", parent, name=f"suite {suite}")
+    run.do(FOUR, "--mode=eval", f"--suite={suite}", parent, name=f"suite {suite}")
     for row in run.results(f"suite_{suite}.json")["rows"]:
         if row["dataset"] == run.name:
             assert len(row["per_class"]) == run.dataset.classes
@@ -216,7 +216,7 @@ def evaluate_tables(run: Run) -> None:
         if not (run.root.parent / name).exists():
             trees.write_tree(name, run.root.parent / name)
     parent = f"--config.data.root={run.root.parent}"
-    run.do(FOUR, "--mode=eval", "--eval.suite=all", parent, name="suite all")
+    run.do(FOUR, "--mode=eval", "--suite=all", parent, name="suite all")
     rows = run.results("suite_all.json")["rows"]
     assert {row["dataset"] for row in rows} == in_tables.keys()
     for row in rows:

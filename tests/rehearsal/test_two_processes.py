@@ -48,7 +48,7 @@ def test_killed_resumed_and_evaluated(stage, tmp_path):
     np.testing.assert_array_equal(run.confusion(), counted)
 
     # The suite is shared by the processes, not done by each.
-    suite = f"--eval.suite={run.dataset.suite}", f"--config.data.root={run.root.parent}"
+    suite = f"--suite={run.dataset.suite}", f"--config.data.root={run.root.parent}"
     on_two(run, "suite", "--mode=eval", *suite).check()
     file = f"suite_{run.dataset.suite}.json"
     together = run.results(file)

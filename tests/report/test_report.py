@@ -135,7 +135,7 @@ def words(workdir) -> str:
 @pytest.fixture(scope="module")
 def product(cover, folders, tmp_path_factory):
     """A run of the program itself, as small as can be."""
-    config = tiny.config(folders, train__steps=1, eval__num_images=1, eval__estep=("1x1",))
+    config = tiny.config(folders, train__steps=1, eval__num_images=1, eval__sweep=("1x1",))
     workdir = tmp_path_factory.mktemp("product")
     jobs.train(config, workdir)
     return workdir

@@ -292,7 +292,7 @@ def test_another_class_list_is_refused_at_the_start(cached, folders, data, tmp_p
         ({"data__scale_min": 0.5, "data__class_share_cap": 0.75},
          "legal is scale_min=1.0, class_share_cap=1.0"),
         ({"data__name": "landcover"}, "random windows of its scenes"),
-        ({"task": "prior"}, "for config.task='segmentation' only, not 'prior'"),
+        ({"task": "prior"}, "config.task='prior' does not use it, only segmentation"),
     ],
 )  # fmt: skip
 def test_what_a_cache_cannot_give_is_told(folders, values, expected):
