@@ -212,7 +212,7 @@ class Trainer:
         return compiled
 
     def _is_saved(self, step: int, extra: dict[str, float]) -> bool:
-        """True every `checkpoint.every` steps, at the last one, and where `checkpoint.best` was measured."""
+        """True every `checkpoint.every` steps, at the last one, and where `best` was measured."""
         last = step == self.config.train.steps
         measured = self.config.checkpoint.best in extra
         return step % self.config.checkpoint.every == 0 or last or measured
