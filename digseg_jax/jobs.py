@@ -70,6 +70,7 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
             params, source = trainer.weights_of(str(workdir), best=True)
             log.info("best %s: exporting %s", config.checkpoint.best, source)
         export_run(config, task, params, workdir, source, parts)
+        del trainer, on_eval  # their frozen parts too: the evaluation places its own
         if isinstance(task, SegmentationTask):
             evaluate_and_report(config, task, params, mesh, workdir)
 

@@ -163,6 +163,11 @@ def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
     return make_mesh(MeshConfig(data, fsdp, tensor), devices)
 
 
+def bytes_on_a_device(tree: Any) -> int:
+    """Bytes of a tree's arrays that the first device holds."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def land_cover() -> landcover.LandCover:
     try:
         return landcover.load()

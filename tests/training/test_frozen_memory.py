@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
+from digseg_jax import jobs
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.training.loop import Trainer
@@ -42,13 +44,14 @@ def config(folders, tmp_path_factory):
 
 
 def held() -> np.ndarray:
-    """Bytes of all arrays on each device."""
+    """Bytes of all buffers on each device; a shard looked at is an array of its own, not a buffer."""
     gc.collect()
-    count = dict.fromkeys(jax.devices(), 0)
-    for array in jax.live_arrays():
-        for shard in array.addressable_shards:
-            count[shard.device] += shard.data.nbytes
-    return np.array(list(count.values()))
+    buffers = {
+        (shard.device, shard.data.unsafe_buffer_pointer()): shard.data.nbytes
+        for array in jax.live_arrays()
+        for shard in array.addressable_shards
+    }
+    return np.array([sum(n for (d, _), n in buffers.items() if d == x) for x in jax.devices()])
 
 
 def assert_even(before: np.ndarray, least: float) -> None:
@@ -75,3 +78,19 @@ def test_so_do_those_of_a_latent_cache(config):
     images = np.zeros((3, 64, 64, 3), np.uint8)
     assert encoder.pictures(images).shape == (3, 8, 8, 4)
     assert_even(before, sum(x.nbytes for x in jax.tree.leaves(task.frozen)) / DEVICES)
+
+
+def test_the_final_evaluation_finds_only_the_weights_on_the_devices(
+    cover, config, tmp_path, monkeypatch
+):
+    """No moments, and no frozen parts beside those that the segmenter places for itself."""
+    found = []
+
+    def look(config, task, params, mesh, workdir):
+        found.append((held() - before, tiny.bytes_on_a_device(params)))
+
+    monkeypatch.setattr(jobs, "evaluate_and_report", look)
+    before = held()
+    jobs.train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)), tmp_path)
+    more, weights = found[0]
+    assert weights <= more.max() < 1.1 * weights
