@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples a run has seen: WORKDIR/examples/PROCESS.jsonl, for whoever must prove it.
+"""A record of the examples that a run has seen: WORKDIR/examples/PROCESS.jsonl.
 
 A line is one step of one process: {"step", "index": the examples' global numbers, "crc": checksums of
-their images, or of the images' latents where a cache gives those}. With it, a run that was killed and
-resumed on other hosts can be compared with one that was left alone, example by example. Written if
-`config.train.log_examples` asks.
+their images, or of the images' latents where a cache supplies those}. It proves, example by example,
+that a run that was killed and resumed on other hosts saw the same data as one that ran undisturbed.
+Written if `config.train.log_examples` is set.
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ FOLDER = "examples"
 
 
 class ExampleLog:
-    """Appends this process's part of every batch; `start` is the restored step."""
+    """Appends this process's rows of every batch, from the restored step `start` on."""
 
     def __init__(self, workdir: AnyPath, start: int, active: bool) -> None:
         self._record: Record | None = None
         if not active:
             return
+
         folder = workdir / FOLDER
         name = f"{jax.process_index()}.jsonl"
-        if is_main() and folder.exists():  # files of an earlier start with more processes
+
+        # An earlier start may have had more processes. Nobody opens their files now, so the main
+        # process cuts off the steps that are trained again.
+        if is_main() and folder.exists():
             for path in folder.iterdir():
                 if path.suffix == ".jsonl" and int(path.stem) >= jax.process_count():
                     cut(path, start)
+
         self._record = Record(folder / name, truncate_after=start)
 
     def __enter__(self) -> ExampleLog:
@@ -46,12 +51,18 @@ class ExampleLog:
             self._record = None
 
     def add(self, step: int, batch: dict[str, np.ndarray]) -> None:
+        """Writes one step's line.
+
+        Args:
+          step: the step that the batch is for.
+          batch: this host's rows: "index" [b], and "image" [b, h, w, c] or "image_latent".
+        """
         if self._record:
             images = batch["image"] if "image" in batch else batch["image_latent"]
             crc = [zlib.crc32(np.ascontiguousarray(image)) for image in images]
             self._record.write({"step": step, "index": batch["index"].tolist(), "crc": crc})
 
     def sync(self) -> None:
-        """See `Record.sync`."""
+        """Makes the lines so far durable, as `Record.sync` does."""
         if self._record:
             self._record.sync()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: data, step, log, save; the same for every task."""
+"""The training loop, the same for every task: next batch, step, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled wait
 
 
 class Trainer:
-    """A run in a working directory: builds or restores the state, then trains to the last step."""
+    """A training run in a working directory: builds or restores the state, trains to the last step."""
 
     def __init__(
         self,
@@ -58,45 +58,67 @@ class Trainer:
         self.config, self.task, self.mesh, self.workdir = config, task, mesh, workdir
         self.accept_changes = accept_changes
         train = config.train
+
+        # Bad input is answered before anything is placed on a device.
         check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
         require_wandb(config.train.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache:
             check_cache(config, task)
+
+        # Shapes and shardings of the state; the state itself is made or restored by `start_state`.
         abstract = abstract_state(task.abstract, config)
         self.state_shardings = infer_shardings(abstract, mesh)
         self.abstract_state = abstract_with_shardings(abstract, self.state_shardings)
+
+        # Frozen parts (autoencoder, text embeddings) never change: placed once, passed to every step.
         frozen_shardings = infer_shardings(task.frozen, mesh)
         self.frozen = place(task.frozen, frozen_shardings)
         log.info("state: %s", describe_memory(abstract, self.state_shardings))
         self.step_fn = make_train_step(task, config, mesh, self.state_shardings, frozen_shardings)
 
     def start_state(self, checkpointer: Checkpointer) -> tuple[int, TrainState]:
-        """Own checkpoint, else `config.init_from`, else pretrained or random, as the task says.
+        """Restores the run's newest checkpoint, or else makes the state of step 0.
+
+        The parameters of step 0 come from the run that `config.init_from` names, or else are pretrained
+        or random, as the configuration says.
+
+        Returns:
+          The number of finished steps, and the sharded state.
 
         Raises:
-          UserError: a checkpoint that cannot be used, or one of another vocabulary.
+          UserError: the checkpoint cannot be used, or was trained with another vocabulary.
         """
         if checkpointer.latest_step() is not None:
             step, state, meta = checkpointer.restore(self.abstract_state)
             self._check_vocabulary(meta.get("vocabulary", self.vocabulary))
             log.info("start: resumed from %s at step %d", checkpointer.folder, step)
             return step, state
+
+        # Only the weights are taken over from another run; its moments and step count are not.
         if self.config.init_from:
             params, source = self.weights_of(self.config.init_from)
         else:
             params, source = self._initial_params()
+
+        # Under jit with output shardings the optimizer's moments are born sharded, never whole on one
+        # device.
         make = jax.jit(self._initial_state, out_shardings=self.state_shardings)
         log.info("start: step 0, from %s", source)
         return 0, make(params)
 
     def weights_of(self, workdir: str, *, best: bool = False) -> tuple[Params, str]:
-        """The averaged weights of a run's newest (or best) checkpoint, sharded, and where they lie.
+        """Loads the averaged weights of a run's newest (or best) checkpoint.
+
+        Returns:
+          The sharded parameters, and the path that they came from.
 
         Raises:
-          UserError: no checkpoint there, or not of this model.
+          UserError: there is no checkpoint, or it is one of another model.
         """
         name = "ema" if "ema" in self.abstract_state else "params"
+
+        # create=False: reading from a mistyped folder must not create it.
         with Checkpointer(workdir, self.config.checkpoint, create=False) as other:
             step = other.best_step() if best else other.latest_step()
             if step is None:
@@ -105,13 +127,17 @@ class Trainer:
             return part[name], f"{other.folder / str(step)}"
 
     def _initial_params(self) -> tuple[Params, str]:
+        """Parameters of step 0, sharded, and the words by which the log names their source."""
         model = self.config.model
         pretrained = self.config.task == "segmentation" and model.unet_init == "pretrained"
         source = f"the pretrained {model.unet}" if pretrained else "random weights"
         return place(self.task.initial(), self.state_shardings["params"]), source
 
     def _check_vocabulary(self, stored: list[str]) -> None:
-        """Query ids are places in the vocabulary: a resumed run must have the same one."""
+        """Raises UserError for another vocabulary in the checkpoint, unless changes are accepted.
+
+        Query ids are positions in the vocabulary: with another one, they would name other classes.
+        """
         if stored == self.vocabulary or self.accept_changes:
             return
         gone = [text for text in stored if text not in self.vocabulary]
@@ -124,24 +150,32 @@ class Trainer:
 
     @property
     def vocabulary(self) -> list[str]:
+        """Texts that the query ids of this run stand for; empty for a task without text."""
         return list(getattr(self.task, "prompts", ()))
 
     def _initial_state(self, params: Params) -> TrainState:
+        """State of step 0 from its parameters; traced under jit."""
         optimizer = make_optimizer(self.config.optim, self.config.train.steps)
         return initial_state(params, optimizer, self.config.optim)
 
     def run(self, on_eval: Callable[[int, TrainState], dict[str, float]] | None = None) -> TrainState:
-        """Trains until `config.train.steps`; returns the final state.
+        """Trains until `config.train.steps` and returns the final state.
+
+        Args:
+          on_eval: called with the step and the state every `config.train.eval_every` steps; returns
+            metrics by name, which are logged and saved with the checkpoint.
 
         Raises:
-          NotFinite: the loss or the gradient norm is no number; WORKDIR/failure has the step.
-          Preempted: asked to leave; the step that it names is saved.
+          NotFinite: the loss or the gradient norm is not finite; WORKDIR/failure has the step.
+          Preempted: the process was asked to leave; the step that the message names is saved.
           UserError: a checkpoint or a record cannot be read or written.
         """
         with contextlib.ExitStack() as stack:
             checkpointer = Checkpointer(self.workdir, self.config.checkpoint)
             stack.enter_context(checkpointer)
             start, state = self.start_state(checkpointer)
+
+            # Lines of a killed run beyond the restored step are cut off: those steps are trained again.
             log = TrainLog(self.config, self.workdir, start, list(self.mesh.devices.flat))
             stack.push(log.leave)
             try:
@@ -158,7 +192,10 @@ class Trainer:
         log: TrainLog,
         on_eval: Callable[[int, TrainState], dict[str, float]] | None,
     ) -> TrainState:
+        """Trains the steps after `start`; `run` says what it raises."""
         train, steps = self.config.train, self.config.train.steps
+
+        # A run that is finished already opens no stream.
         with (
             contextlib.nullcontext(()) if start >= steps else self.batches(start) as stream,
             contextlib.closing(ProfilerWindow(train.profile, f"{self.workdir}/profile")) as profile,
@@ -167,42 +204,58 @@ class Trainer:
         ):
             batches = place_ahead(stream, self.mesh)
             for step in range(start + 1, steps + 1):
+                # Next batch: `rows` are this host's arrays, `batch` the same on the devices. The time
+                # until it is there counts as waiting for data.
                 with log.watch("data"):
                     rows, batch = next(batches)
                     examples.add(step, rows)
+
+                # The first batch gives the shapes: count the model's FLOPs, compile on all processes.
                 if step == start + 1:
                     log.flops = step_flops(self.task, batch)
                     run_step = self._compiled_by_all(state, batch)
+
+                # Step. It is dispatched, not awaited: the host prepares the next batch meanwhile.
                 profile.before(step)
                 compiles = step == start + 1
                 with heartbeat("compiling the train step") if compiles else contextlib.nullcontext():
                     state, metrics = run_step(state, self.frozen, batch)
                 profile.after(step, metrics)
+
+                # A save that failed in the background is raised here, before the step counts as done.
                 with log.watch("checkpoint"):
-                    checkpointer.check(step)  # before the step counts as done
+                    checkpointer.check(step)
                 log.add(step, metrics)
+
+                # Evaluate, but never a state that is not finite.
                 extra = {}
                 if on_eval and train.eval_every and step % train.eval_every == 0:
                     log.check()
                     with log.watch("eval"):
                         extra = on_eval(step, state)
+
+                # An evaluation gets its own line, also between two logged steps.
                 if step % train.log_every == 0 or step == steps or extra:
                     log.write(step, extra)
+
+                # Save. `reached` is collective: every process leaves after the same step.
                 leaving = preemption.reached(step)
                 if leaving or self._is_saved(step, extra):
-                    log.check()  # a state that is no number must not become a checkpoint
+                    log.check()  # a state that is not finite must not become a checkpoint
                     with log.watch("checkpoint"):
                         self._save(step, state, extra, checkpointer, log, examples)
+
+                # After the last step there is nothing to resume: the run ends as any other.
                 if leaving and step < steps:
                     checkpointer.wait()
                     raise Preempted(f"preempted: step {step} is saved in {checkpointer.folder}")
         return state
 
     def _compiled_by_all(self, state: TrainState, batch: Batch) -> Callable[..., Any]:
-        """The step, once every process has compiled it.
+        """The compiled step, returned once every process has it.
 
-        A collective gives up on a process that is late (on CPUs after 30 s, which nothing changes), and
-        busy machines compile at different speeds.
+        A collective gives up on a process that is late (on CPUs after 30 s, which no setting changes),
+        and busy machines compile at different speeds.
         """
         if jax.process_count() == 1:
             return self.step_fn
@@ -212,7 +265,7 @@ class Trainer:
         return compiled
 
     def _is_saved(self, step: int, extra: dict[str, float]) -> bool:
-        """True every `checkpoint.every` steps, at the last one, and where `best` was measured."""
+        """True every `checkpoint.every` steps, at the last step, and where `best` was measured."""
         last = step == self.config.train.steps
         measured = self.config.checkpoint.best in extra
         return step % self.config.checkpoint.every == 0 or last or measured
@@ -226,21 +279,24 @@ class Trainer:
         log: TrainLog,
         examples: ExampleLog,
     ) -> None:
-        """The records first: what a checkpoint has behind it is never missing from them."""
+        """Saves the state after the records, so that no record lacks a step that a checkpoint has."""
         log.writer.sync()
         examples.sync()
         meta = {"config": to_dict(self.config), "vocabulary": self.vocabulary}
         checkpointer.save(step, state, meta, extra or None)
 
     def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> None:
+        """Saves the batch of the step that failed, drawn once more from the stream."""
         with self.batches(error.step - 1) as stream:
             batch = next(stream)
+
+        # The replay starts from the newest checkpoint; 0 stands for the initial state.
         last = checkpointer.latest_step() or 0
         folder = save_failure(self.workdir, error, batch, self.config.seed, last)
         log.info("%s: saved %s; %s", error, folder, REPLAY.format(workdir=self.workdir))
 
     def batches(self, start: int) -> Batches:
-        """This host's part of the batches of the steps after `start`; close it when done."""
+        """This host's rows of the batches after step `start`; close the stream when done."""
         host, hosts = data_share(self.mesh)
         return training_stream(
             self.config.data,

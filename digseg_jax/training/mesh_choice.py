@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.mesh.fsdp=0`: over how many devices the state is split, from the chip and how many there are.
+"""`config.mesh.fsdp=0`: chooses over how many devices the state is split, by chip and device count.
 
-The rule is that of measured compilations (aot/RECORD.md). A state of a gigabyte and more is split over
-the devices that fast links join, a TPU slice or the GPUs of a host, up to 16 of them: an update then
-reads and writes a part of the moments and averages instead of all, which saves more time than the
-gathers take, and beyond 16 the gradients' sums cost more than they save. It is split over more where it
-would not fit otherwise. Where no fast link is known of, it is split only as far as it must be to fit.
+The rule comes from measured compilations (aot/RECORD.md). Where fast links join the devices (a TPU
+slice, or the GPUs of a host), a state of a gigabyte or more is split over up to 16 of them: an update
+then reads and writes a part of the moments and averages instead of all, which saves more time than the
+gathers take; beyond 16, the sums of the gradients cost more than is saved. It is split over more
+devices if it would not fit otherwise. Where no fast link is known, it is split only as far as it must
+be to fit.
 """
 
 from __future__ import annotations
@@ -28,22 +29,26 @@ from digseg_jax.training.step import abstract_state
 from digseg_jax.training.tasks.base import Task
 
 GB = 1e9
-SMALL = 1 * GB  # a state below it is held whole by every device
-WIDE = 16  # devices that one state is split over where links are fast, if it fits
-# of a device's memory: what JAX takes of a GPU's, and on others room for what the estimate leaves out
+SMALL = 1 * GB  # bytes; a smaller state is held whole by every device
+WIDE = 16  # most devices that one state is split over where links are fast, if it fits
+
+# Usable share of a device's memory: on a GPU what JAX allocates of it, on other devices room for what
+# the estimate leaves out.
 USABLE = 0.75
-# Bytes of activations for a mask's latent cell: Stable Diffusion's train step at 512 pixels, 4 images
-# of 4 masks a chip, bfloat16, blocks rematerialised (aot/RECORD.md). Other modes against that one.
+# Bytes of activations per latent cell of a mask: Stable Diffusion's train step at 512 pixels, 4 images
+# of 4 masks per chip, bfloat16, blocks rematerialized (aot/RECORD.md). KEPT has the other modes of
+# rematerialization relative to that one.
 CELL_BYTES, CELL_CHANNELS = 85e3, 320
 KEPT = {"block": 1.0, "large": 1.3, "dots": 1.55, "attention": 2.1, "none": 2.1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Bytes of a train step: state and gradients on all devices that share them, the rest on each.
+    """Bytes of memory that a train step needs.
 
-    state: parameters, moments and average, with gradients. frozen: autoencoder, prompts. Both are split
-    over fsdp. temporaries: an estimate, of one device's images.
+    state: parameters, moments and moving average, with gradients; split over fsdp.
+    frozen: autoencoder and prompts; split over fsdp.
+    temporaries: estimated activations of one device's images; not split.
     """
 
     state: float
@@ -51,6 +56,7 @@ class Needs:
     temporaries: float
 
     def on_a_device(self, fsdp: int) -> float:
+        """Bytes on one of `fsdp` devices that share the state."""
         return (self.state + self.frozen) / fsdp + self.temporaries
 
 
@@ -61,11 +67,17 @@ def chosen(
     memory: float | None = None,
     chip: Chip | None = None,
 ) -> MeshConfig:
-    """The configuration's mesh, its fsdp in place of 0; tells in one line which and why.
+    """The configuration's mesh with a chosen fsdp in place of 0; logs in one line which and why.
 
-    memory: bytes of a device; by default the chip's, where nothing is known of it the least that a
-      process finds. The answer is the same on all processes: each must ask.
-    chip: what the devices stand for; by default what they are.
+    Every process must call it: all get the same answer.
+
+    Args:
+      config: `mesh.fsdp` other than 0 is returned as it is.
+      task: its shapes are what has to fit.
+      devices: all devices of the mesh.
+      memory: bytes of one device. By default the chip's, or for an unknown chip the least that any
+        process finds.
+      chip: the kind of the devices, to plan for another kind than theirs. By default that of the first.
     """
     mesh = config.mesh
     if mesh.fsdp != 0:
@@ -73,12 +85,15 @@ def chosen(
     if mesh.data != -1:
         return dataclasses.replace(mesh, fsdp=-1)  # there is no choice left
 
+    # What a device has, and what the step needs. Data and fsdp together split the batch, so its shards
+    # are known before fsdp is.
     chip = chip or chip_of(devices[0].device_kind)
     memory = memory or (chip.hbm_bytes if chip else least_memory(devices))
     needs = needs_of(config, task, max(len(devices) // mesh.tensor, 1))
     group = joined(devices) // mesh.tensor
     fsdp = fsdp_for(needs, chip, group, memory * USABLE)
 
+    # Say what was chosen, from what.
     share, held = needs.on_a_device(fsdp), needs.state + needs.frozen
     over = "" if share <= USABLE * memory else "; it may not fit: raise config.train.accumulation"
     log.info(
@@ -91,41 +106,68 @@ def chosen(
 
 
 def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
-    """Of the divisors of `group`, by the rule of the module; the widest where none fits."""
+    """The divisor of `group` that the module's rule picks; the largest one if none fits.
+
+    Args:
+      needs: bytes of the train step.
+      chip: kind of the devices; None if unknown.
+      group: devices that fast links join.
+      budget: usable bytes of one device.
+    """
     if needs.state < SMALL:
         return 1
+
+    # Each size that splits the group evenly, ascending.
     sizes = [size for size in range(1, group + 1) if group % size == 0] or [1]
+
     if chip is not None and chip.ici_bandwidth:
+        # Fast links: not less than the widest size up to WIDE, more only to fit.
         least = max(size for size in sizes if size <= WIDE)
         sizes = [size for size in sizes if size >= least]
+
     return next((size for size in sizes if needs.on_a_device(size) <= budget), sizes[-1])
 
 
 def needs_of(config: Config, task: Task, shards: int) -> Needs:
-    """Of the train step; shards: parts that its batch is split into."""
+    """Bytes that the train step needs; its batch is split into `shards` equal parts."""
+    # Gradients have the parameters' shapes, so parameters count twice.
     state, params = _bytes(abstract_state(task.abstract, config)), _bytes(task.abstract)
     images = math.ceil(config.train.batch_size / (shards * config.train.accumulation))
     return Needs(state + params, _bytes(task.frozen), images * activation_bytes(config, task))
 
 
 def activation_bytes(config: Config, task: Task) -> float:
-    """An estimate for one image of the train step; 0 for a task without a U-Net, which is small."""
+    """Estimated bytes of activations per image of the train step.
+
+    0 for a task without a U-Net, whose activations are small.
+    """
     unet: UNetConfig | None = getattr(task, "unet_config", None)
     if unet is None:
         return 0.0
+
+    # Latent cells of an image: the binary codec has one mask for each query, others one for all.
     masks = config.data.num_queries if getattr(task, "codec", "") == "binary" else 1
     cells = masks * (config.data.image_size // task.vae.config.factor) ** 2
+
+    # Bytes per cell grow with the channels and the size of a number, measured at 320 and bfloat16.
     width = unet.block_out_channels[0] / CELL_CHANNELS * np.dtype(config.model.dtype).itemsize / 2
     return CELL_BYTES * cells * width * KEPT[config.model.remat]
 
 
 def joined(devices: list[jax.Device]) -> int:
-    """Devices that fast links join: those of the smallest TPU slice, or host of other devices."""
+    """Number of devices that fast links join: the smallest TPU slice, or host of other devices.
+
+    For groups of unequal sizes it is their greatest common divisor, so that no group of the mesh spans
+    two.
+    """
     platform = devices[0].platform
 
     def group(device: jax.Device) -> int:
         if platform == "cpu":
             return device.process_index
+
+        # A TPU that belongs to no named slice is in the only one. GPUs without a slice are joined per
+        # host.
         alone = 0 if platform == "tpu" else device.process_index
         return getattr(device, "slice_index", alone)
 
@@ -133,15 +175,22 @@ def joined(devices: list[jax.Device]) -> int:
 
 
 def least_memory(devices: list[jax.Device]) -> float:
-    """Bytes of the device with the least memory, on all processes; simulated ones share a host's."""
+    """Bytes of the device with the least memory, over all processes; all must call it.
+
+    Simulated devices share their host's memory.
+    """
     own = [d for d in devices if d.process_index == jax.process_index()] or devices
     stats = own[0].memory_stats() or {}
+
+    # Devices that do not tell (CPUs) get their share of the host's memory.
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(own)
     found = float(stats.get("bytes_limit", host))
+
     if jax.process_count() == 1:
         return found
     return float(np.min(multihost_utils.process_allgather(np.float32(found))))
 
 
 def _bytes(tree: Any) -> float:
+    """Bytes of all arrays, or shapes of arrays, in a tree."""
     return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer, learning-rate schedule and the moving average of the weights."""
+"""Optimizer, learning-rate schedule, frozen parameters and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from digseg_jax.errors import UserError, nearest
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine, exponential or constant down to final_scale at `steps`."""
+    """Learning rate by step: linear warm-up from 0, then the configured decay to the end of the run.
+
+    Cosine and exponential decays reach `final_scale` times the peak at `steps`.
+    """
+    # A run shorter than its warm-up still reaches the peak, at its last step.
     peak, warmup = config.learning_rate, min(config.warmup_steps, max(steps - 1, 0))
     rest = max(steps - warmup, 1)
+
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
     elif config.schedule == "exponential":
@@ -30,8 +35,9 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; kernels decay, biases and norms do not."""
+    """AdamW on gradients clipped by their global norm; only kernels have weight decay."""
 
+    # Biases and the scales of norms have one dimension.
     def kernels(params: Params) -> Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
@@ -49,16 +55,24 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params:
-    """One step of the moving average; short at first, so that it forgets the start."""
+    """One step of the moving average, in the type of `ema`.
+
+    The decay is min(decay, (1 + step) / (10 + step)): short at first, so that the average forgets the
+    initial weights.
+    """
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema, params)
 
 
 def split_frozen(params: Params, freeze: Iterable[str]) -> tuple[Params, Params]:
-    """Parameters that learn, and those whose path (`a.0.kernel`) one of the regexes finds."""
+    """Splits parameters into (trainable, frozen) by regexes on their paths (`a.0.kernel`).
+
+    A parameter is frozen if any regex is found anywhere in its path.
+    """
     patterns = tuple(freeze)
     if not patterns:
         return params, {}
+
     flat = trees.flatten(params)
     fixed = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
     return (
@@ -68,17 +82,19 @@ def split_frozen(params: Params, freeze: Iterable[str]) -> tuple[Params, Params]
 
 
 def join_frozen(trainable: Params, fixed: Params) -> Params:
-    """Inverse of `split_frozen`."""
+    """Merges what `split_frozen` returned."""
     if not fixed:
         return trainable
     return trees.unflatten(trees.flatten(trainable) | trees.flatten(fixed))
 
 
 def check_freeze(params: Params, freeze: Iterable[str]) -> None:
-    """Raises UserError for a pattern of `config.optim.freeze` that matches nothing, or if all match."""
+    """Raises UserError if a regex of `config.optim.freeze` matches no parameter, or all are matched."""
     paths = list(trees.flatten(params))
     for pattern in freeze:
         if not any(re.search(pattern, path) for path in paths):
+            # A typed name may be any folder of the tree, so the nearest one is sought among all
+            # prefixes.
             parts = dict.fromkeys(
                 ".".join(path.split(".")[:end])
                 for path in paths
@@ -89,5 +105,6 @@ def check_freeze(params: Params, freeze: Iterable[str]) -> None:
                 f"config.optim.freeze: {pattern!r} matches no parameter{hint}; "
                 f"parameters are below {', '.join(params)}"
             )
+
     if not split_frozen(params, freeze)[0]:
         raise UserError("config.optim.freeze: matches every parameter, nothing is left to train")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration's task, with the kernels of this machine's devices and on its mesh."""
+"""Builds a configuration's task for this machine's devices, and the mesh it runs on."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": Au
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What training, evaluation, export and replay begin with.
+    """A configuration made concrete: the start of training, evaluation, export and replay.
 
     config: with the kernels that `auto` stands for on these devices.
+    task: with its frozen parts loaded.
+    mesh: of all devices.
     """
 
     config: Config
@@ -40,5 +42,7 @@ def set_up(config: Config) -> Setup:
     """
     devices = jax.devices()
     config = for_devices(config, devices)
+
+    # The task first: the choice of the mesh needs the shapes of its state.
     task: Task = TASKS[config.task](config)
     return Setup(config, task, make_mesh(chosen(config, task, devices)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step: loss and gradients, in parts if asked, then update and moving average."""
+"""One optimizer step: loss and gradients (accumulated if asked), update, moving average."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ from digseg_jax.training.tasks.base import Task, example_keys
 
 TrainState = dict[str, Any]  # {"step", "params", "opt"} and maybe "ema": a pure pytree
 LossAndGrads = tuple[tuple[Array, dict[str, Array]], Params]
-Gradient = Callable[..., LossAndGrads]  # of a batch, or of a part and the whole batch
+Gradient = Callable[..., LossAndGrads]  # (batch), or (microbatch, full batch)
 
 
 def initial_state(
     params: Params, optimizer: optax.GradientTransformation, config: OptimConfig
 ) -> TrainState:
-    """The state of step 0 from parameters of any kind (arrays or, under eval_shape, abstract)."""
+    """State of step 0 from its parameters: arrays or, under `jax.eval_shape`, abstract ones."""
+    # Frozen parameters stay in the state but have no moments.
     trainable, _ = split_frozen(params, config.freeze)
     state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(trainable)}
     if config.ema_decay:
+        # A copy: the step donates the state, and one buffer cannot be donated twice.
         state["ema"] = jax.tree.map(jnp.array, params)
     return state
 
@@ -48,15 +50,21 @@ def abstract_state(params: Params, config: Config) -> TrainState:
 
 
 def averaged(state: TrainState) -> Params:
-    """The parameters to evaluate and export: their moving average, or they if none is kept."""
+    """The parameters to evaluate and export: the moving average, or `params` if none is kept."""
     return state.get("ema", state["params"])
 
 
 def make_train_step(
     task: Task, config: Config, mesh: Mesh, state_shardings: Any, frozen_shardings: Any
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
-    """One optimizer step, jitted for the mesh; the state is donated."""
+    """Builds the train step (state, frozen, batch) -> (state, metrics), jitted for the mesh.
+
+    The state is donated. The batch is sharded along its examples; metrics are scalars, the same on
+    every device: the task's, "loss", "grad_norm" (before clipping) and "learning_rate".
+    """
     task.prepare()
+
+    # The optimizer sees only the parameters that learn; `like` are their shardings.
     optimizer = make_optimizer(config.optim, config.train.steps)
     rate = learning_rate(config.optim, config.train.steps)
     like, _ = split_frozen(state_shardings["params"], config.optim.freeze)
@@ -65,6 +73,8 @@ def make_train_step(
         trainable, fixed = split_frozen(state["params"], config.optim.freeze)
 
         def gradient(part: Batch, *whole: Batch) -> LossAndGrads:
+            # One key per example, a function of (seed, example index): neither the number of devices
+            # nor accumulation changes what is drawn.
             keys = example_keys(config.seed, part["index"])
 
             def loss(learned: Params) -> tuple[Array, dict[str, Array]]:
@@ -72,24 +82,32 @@ def make_train_step(
 
             return jax.value_and_grad(loss, has_aux=True)(trainable)
 
+        # Loss and gradients; the sum of an accumulation starts from zeros sharded like the parameters.
         if config.train.accumulation == 1:
             (loss, metrics), grads = gradient(batch)
         else:
             zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), like)
             (loss, metrics), grads = accumulate(gradient, zeros, batch, config.train.accumulation, mesh)
+
+        # Update what learns.
         updates, opt = optimizer.update(grads, state["opt"], trainable)
         params = join_frozen(optax.apply_updates(trainable, updates), fixed)
+
+        # The rate is that of this update, so the schedule is read at the old step.
         metrics |= {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
         }
+
+        # Moving average of all parameters.
         average = {}
         if config.optim.ema_decay:
             decay = config.optim.ema_decay
             average["ema"] = update_ema(state["ema"], params, state["step"], decay)
         return {"step": state["step"] + 1, "params": params, "opt": opt} | average, metrics
 
+    # The task's shardings go in and come out, so that no step moves the state.
     replicated = NamedSharding(mesh, P())
     return jax.jit(
         on_mesh(mesh, train_step),
@@ -101,10 +119,16 @@ def make_train_step(
 
 
 def accumulate(gradient: Gradient, zeros: Params, batch: Batch, parts: int, mesh: Mesh) -> LossAndGrads:
-    """Loss, metrics and gradients of a batch, as means over equal parts taken one after another.
+    """Loss, metrics and gradients of a batch, as means over equal microbatches taken in turn.
 
-    Part i has the examples i, i + parts, ...: so every device's share of the batch is split, and
-    none is moved to another device.
+    Microbatch i has the examples i, i + parts, ...: every device's share of the batch is split, and no
+    example is moved to another device.
+
+    Args:
+      gradient: called with (microbatch, full batch).
+      zeros: zeros of the gradients' shapes and shardings, where the sum starts.
+      batch: arrays [b, ...], b divisible by parts times the devices of the batch.
+      parts: number of microbatches.
     """
     sharding = NamedSharding(mesh, P(None, *BATCH))
 
@@ -116,7 +140,10 @@ def accumulate(gradient: Gradient, zeros: Params, batch: Batch, parts: int, mesh
         (loss, metrics), grads = gradient(part, batch)
         return jax.tree.map(jnp.add, total, (loss, grads)), metrics
 
+    # A scan, not an unrolled loop: one microbatch's activations are alive at a time.
     start = (jnp.zeros(()), zeros)
     total, metrics = jax.lax.scan(add, start, jax.tree.map(split, batch))
+
+    # Sums become means; metrics come out of the scan stacked, [parts].
     loss, grads = jax.tree.map(lambda x: x / parts, total)
     return (loss, {name: value.mean(axis=0) for name, value in metrics.items()}), grads

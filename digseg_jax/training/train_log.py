@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop reports: means of the step metrics, speed, shares of time; the NaN guard."""
+"""The training loop's log: means of the step metrics, speed, shares of time, and the NaN guard."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from digseg_jax.io.metric_writer import MetricWriter
 from digseg_jax.io.progress import Progress
 from digseg_jax.runtime.profiling import Stopwatch, speed
 
-GUARDED = ("loss", "grad_norm")
+GUARDED = ("loss", "grad_norm")  # metrics that must be finite for the run to go on
 
 
 class NotFinite(FloatingPointError):
-    """A step whose loss or gradient norm is no number."""
+    """A step whose loss or gradient norm is not finite."""
 
     def __init__(self, step: int, metrics: dict[str, float]):
         self.step, self.metrics = step, metrics
@@ -29,28 +29,34 @@ class NotFinite(FloatingPointError):
 class TrainLog:
     """Collects step metrics on the device and fetches them once per logged line.
 
-    Set `flops` to the model's of one step to have the speed in FLOP/s, and MFU, reported.
+    Set `flops` to the model's FLOPs of one step to have FLOP/s and MFU logged as well.
     """
 
     def __init__(self, config: Config, workdir: str, start: int, devices: list[jax.Device]):
         self.config, self.devices, self.flops = config, devices, 0.0
         self.writer = MetricWriter(workdir, truncate_after=start, wandb=config.train.wandb)
         self.progress = Progress(config.train.steps)
+
+        # Metrics that are still on the devices, and those fetched since the last line.
         self.pending: list[tuple[int, dict[str, Array]]] = []
         self.fetched: list[dict[str, float]] = []
         self.watch = Stopwatch()
 
     def add(self, step: int, metrics: dict[str, Array]) -> None:
+        """Keeps a step's metrics on the device; fetching them here would make every step wait."""
         self.pending.append((step, metrics))
 
     def check(self) -> None:
-        """Waits for the steps so far.
+        """Waits for the steps so far and fetches their metrics.
 
         Raises:
-          NotFinite: the first of them whose loss or gradient norm is no number; it is logged.
+          NotFinite: for the first step whose loss or gradient norm is not finite; its metrics are
+            logged.
         """
         steps, metrics = zip(*self.pending, strict=True) if self.pending else ((), ())
         self.pending = []
+
+        # One transfer for all steps; then every step is judged, so that the first bad one is named.
         for step, values in zip(steps, jax.device_get(metrics), strict=True):
             row = {name: float(value) for name, value in values.items()}
             if not np.isfinite([row[name] for name in GUARDED]).all():
@@ -59,19 +65,27 @@ class TrainLog:
             self.fetched.append(row)
 
     def write(self, step: int, extra: dict[str, float]) -> None:
-        """The means over the steps since the last line; raises what `check` raises."""
+        """Writes one line of means over the steps since the last; raises what `check` raises.
+
+        Args:
+          step: the step that the line is of.
+          extra: metrics of an evaluation at this step, written as they are.
+        """
         self.check()
         mean = {k: float(np.mean([row[k] for row in self.fetched])) for k in self.fetched[0]}
+
+        # Speed over the wall time, evaluation and saving included; their shares stand beside it.
         seconds, shares = self.watch.read()
         steps = len(self.fetched)
         mean["images_per_second"] = steps * self.config.train.batch_size / seconds
         if self.flops:
             mean |= speed(steps * self.flops, seconds, self.devices)
+
         self.writer.write(step, mean | shares | extra)
         self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **extra)
         self.fetched = []
 
     def leave(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Closes the files, as `__exit__` would; see `Record.leave`."""
+        """Closes the files, as `__exit__` would; `Record.leave` says what an exception changes."""
         self.progress.close()
         self.writer.__exit__(kind, None, None)
