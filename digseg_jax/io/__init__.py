@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes and reads back: storage on disks and in buckets, logs, the workdir, checkpoints."""
+"""Files of a run: storage on disks and in buckets, the workdir, metrics, progress and checkpoints."""

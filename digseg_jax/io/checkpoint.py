@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: DIR/checkpoints/STEP/{state,data,meta}, written by orbax in the background.
 
-`state` is the sharded train state (see `packing`), `data` one integer (the next step of the stream),
-`meta` the configuration, the vocabulary and the library versions. A checkpoint that was cut off never
-gets its final name (in a bucket: its commit marker), so it is never seen. Every process must call
+`state` is the sharded train state (packed as in `packing`), `data` one integer (the next step of the
+stream), `meta` the configuration, the vocabulary and the library versions. An interrupted checkpoint
+never gets its final name (in a bucket: its commit marker), so it is never read. Every process must call
 every method, at the same step.
 """
 
@@ -25,11 +25,17 @@ from digseg_jax.io import packing, storage
 from digseg_jax.io.workdir import CHECKPOINTS
 from digseg_jax.runtime import malloc
 
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # versions go to `meta`
 
 
 class Checkpointer:
-    """Saves and restores the state of one run; use as a context manager so that writes finish."""
+    """Saves and restores the state of one run; a context manager, so that writes finish.
+
+    Args:
+      workdir: the run's directory.
+      config: how many checkpoints are kept, and how long a save may take.
+      create: whether this run writes here. If not, the folder is neither made nor tidied up.
+    """
 
     def __init__(self, workdir: str, config: CheckpointConfig, *, create: bool = True):
         self.config = config
@@ -38,20 +44,25 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             create=create,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=create,  # not in another run, which may be writing
+            cleanup_tmp_directories=create,  # not in another run's folder: it may be writing
             best_fn=(lambda metrics: metrics[best]) if best else None,
             preservation_policy=_policy(config),
             async_options=ocp.AsyncOptions(timeout_secs=int(config.timeout)),
         )
-        handlers = {  # an entry that a save does not have ("metrics") gets orbax's own handler
-            # float weights compress by 8 %, and cost three times the processor time both ways
+
+        # An entry that is not named here ("metrics") gets orbax's own handler.
+        handlers = {
+            # Uncompressed: float weights shrink by only 8 %, at three times the processor time both
+            # ways.
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
+
         with storage.explained(self.folder, "cannot be read or written"):
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        self._started: tuple[int, float] | None = None  # step and time of the save under way
+
+        self._started: tuple[int, float] | None = None  # step and start time of the save under way
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -60,16 +71,16 @@ class Checkpointer:
         if kind is None:
             self.wait()
         elif jax.process_count() > 1:
-            return  # the others may be gone: waiting for them would hide the error
+            return  # peers may be gone: waiting for them would hide the error
         with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self.manager.close()  # waits for the save under way
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step; None if there is none."""
+        """Step of the newest complete checkpoint; None if there is none."""
         return self.manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the highest `config.best`; None without that setting or any value of it."""
+        """Step with the highest `config.best`; None if that is not set or no checkpoint has it."""
         if not self.config.best:
             return None
         self.wait()
@@ -83,9 +94,13 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None
     ) -> None:
-        """Starts writing; a step that is already saved is left alone.
+        """Starts to write a checkpoint in the background; a step that is already saved is left alone.
 
-        metrics: of the evaluation at this step, if there was one; for `config.best`.
+        Args:
+          step: number of finished steps.
+          state: the sharded train state; it may be donated as soon as this returns.
+          meta: JSON values to store with it.
+          metrics: of the evaluation at this step, if there was one; `config.best` is looked up in them.
 
         Raises:
           UserError: this save cannot be started, or the one before it failed.
@@ -93,47 +108,57 @@ class Checkpointer:
         self.wait()
         if step in self.manager.all_steps():
             return
+
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(packing.pack(state)),
             data=ocp.args.JsonSave({"next_step": step}),
             meta=ocp.args.JsonSave({**meta, "versions": versions, "small": packing.layout(state)}),
         )
+
         self._started = (step, time.monotonic())
         try:
             self.manager.save(step, args=items, metrics=metrics, force=True)
-        except Exception as error:  # disks and buckets refuse in many types
+        except Exception as error:  # storage back ends raise unrelated exception types
             raise self._failed(step, error) from error
 
     def check(self, running: int) -> None:
-        """Looks whether the save under way failed or takes too long, while step `running` is computed.
+        """Checks, before step `running` counts as done, whether the save failed or is too slow.
 
-        It waits for the save only once `config.overlap` steps have begun since.
+        Does not wait for the save, unless `config.overlap` steps have begun since it started.
 
         Raises:
-          UserError: names the checkpoint that is missing and those that are there.
+          UserError: names the checkpoint that is missing, and the older ones that are complete.
         """
         if self._started is None:
             return
+
         step, since = self._started
         if self.config.overlap and running >= step + self.config.overlap:
             self.wait()
             return
+
         if self.manager.is_saving_in_progress():
             if time.monotonic() - since > self.config.timeout:
                 raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
             return
+
+        # Finished: collects the error of the background thread, if there is one.
         self.wait()
 
     def wait(self) -> None:
-        """Returns when the save under way is complete. Raises UserError if it failed."""
+        """Returns when the save under way is complete; raises UserError if it failed."""
         if self._started is None:
             return
+
         step, since = self._started
+
+        # Poll, so that a save that hangs ends in an error.
         while self.manager.is_saving_in_progress():
             if time.monotonic() - since > self.config.timeout:
                 raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
             time.sleep(0.01)
+
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
@@ -142,12 +167,16 @@ class Checkpointer:
         self._started = None
 
     def _failed(self, step: int, why: Exception | str) -> UserError:
+        """The error for a save that failed: why, and which older checkpoints are complete."""
         self._started = None
         reason = " ".join(str(why).split())[:300] or type(why).__name__
+
+        # List anew: the manager's cached list misses steps that this save was about to delete.
         try:
-            known = self.manager.all_steps(read=True)  # those to be removed after this save are there
+            known = self.manager.all_steps(read=True)
         except Exception:  # the bucket does not answer
             known = self.manager.all_steps()
+
         whole = sorted(s for s in known if s != step)
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none"
         return UserError(
@@ -156,21 +185,31 @@ class Checkpointer:
         )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
-        """(next step, state, meta) of `step` (default: the latest), placed as the abstract leaves say.
+        """Reads the checkpoint of `step` (default: the latest).
+
+        Args:
+          abstract_state: shapes, types and shardings of the state; they must be those stored, but for
+            the shardings.
+          step: which checkpoint.
+
+        Returns:
+          The next step, the state placed as the abstract leaves say, and `meta`.
 
         Raises:
-          UserError: no checkpoint, or one that is damaged or of another model.
+          UserError: there is no checkpoint, or it is damaged or of another model.
         """
         step = self.latest_step() if step is None else step
         if step is None:
             raise UserError(f"{self.folder}: no checkpoint here; train first")
+
+        # The small entries first: the stored layout tells whether the state fits.
         facts = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         meta = facts["meta"]
         state = self._read_state(abstract_state, step, meta.pop("small", None))
         return int(facts["data"]["next_step"]), state, meta
 
     def restore_part(self, abstract_part: dict[str, Any], step: int) -> dict[str, Any]:
-        """Some top-level entries of the state, such as {"ema": tree}; raises what `restore` raises."""
+        """Reads top-level entries of the state, such as {"ema": tree}; raises what `restore` does."""
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         return self._read_state(abstract_part, step, meta.get("small"), partial_restore=True)
 
@@ -181,28 +220,39 @@ class Checkpointer:
         small: dict[str, dict[str, list]] | None,
         **options: bool,
     ) -> dict[str, Any]:
-        """small: the stored layout; None: a checkpoint of before there was one.
+        """Reads the state, or entries of it, and splits its joined arrays.
+
+        Args:
+          abstract: the entries to read.
+          step: which checkpoint.
+          small: the stored layout (`packing.layout`); None for a checkpoint older than packing.
+          **options: of orbax's restore.
 
         Raises:
           UserError: another layout, or arrays that are missing, damaged or of another shape.
         """
         if small is None:
             return self._read(step, state=_restore_args(abstract, **options))["state"]
+
+        # A joined array of the right length could have other arrays inside: compare names and shapes.
         for entry, wanted in packing.layout(abstract).items():
             if (stored := small.get(entry, {})) != wanted:
                 raise self._unusable(step, _difference(entry, stored, wanted))
+
         packed = packing.abstract_packed(abstract)
         stored = self._read(step, state=_restore_args(packed, **options))["state"]
         return packing.unpack(stored, abstract)
 
     def _read(self, step: int, **items: Any) -> Any:
+        """Reads entries of a checkpoint; every error becomes a UserError."""
         try:
             with malloc.kept_while_loading():
                 return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # orbax raises many types; all of them mean an unusable folder
+        except Exception as error:  # orbax raises many types; each means an unusable folder
             raise self._unusable(step, " ".join(str(error).split())[:400]) from error
 
     def _unusable(self, step: int, reason: str) -> UserError:
+        """The error for a checkpoint that cannot be read, with the way back to the one before it."""
         path = self.folder / str(step)
         earlier = [s for s in self.manager.all_steps() if s < step]
         advice = f"; to go back to step {max(earlier)}, remove {path}" if earlier else ""
@@ -210,27 +260,29 @@ class Checkpointer:
 
 
 def _difference(entry: str, stored: dict[str, list], wanted: dict[str, list]) -> str:
-    """The first array that is not as stored."""
+    """Names the first array that differs between two layouts of an entry."""
     for path in [*wanted, *stored]:
         if stored.get(path) != wanted.get(path):
             there, here = (str(side.get(path, "not there")) for side in (stored, wanted))
             return f"another model: {entry}.{path} is {there} in the checkpoint, here {here}"
+
     return f"another model: the arrays of {entry} are in another order"
 
 
 def _restore_args(abstract: Any, **options: bool) -> ocp.args.PyTreeRestore:
-    """Strict: shapes and tree must be the stored ones."""
+    """Orbax arguments for a strict restore: tree, shapes and shardings as in `abstract`."""
     leaves = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(item=abstract, restore_args=leaves, **options)
 
 
 def _folder(workdir: str) -> epath.Path:
+    """Folder of a run's checkpoints; absolute, as orbax demands."""
     path = epath.Path(storage.as_path(workdir))
     return (path if storage.is_remote(workdir) else path.absolute()) / CHECKPOINTS
 
 
 def _policy(config: CheckpointConfig) -> policies.PreservationPolicy:
-    """The newest ones, every so many steps, and the best one."""
+    """Which checkpoints are kept: the newest ones, every so many steps, and the best one."""
     kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
     if config.keep_every:
         kept.append(policies.EveryNSteps(config.keep_every))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of JSON lines that grows with a run, on a disk or in a bucket, and can be cut on resume.
+"""A file of JSON lines that grows with a run, on a disk or in a bucket, and is cut on resume.
 
 On a disk each line is flushed at once. A bucket cannot append: there the file is kept locally and
-uploaded as a whole, at most every `UPLOAD_EVERY` seconds in the background, and by `sync`, which the
-loop calls before each checkpoint: what a checkpoint has behind it is never missing from the record.
+uploaded as a whole, in the background at most every `UPLOAD_EVERY` seconds, and by `sync`. The training
+loop calls `sync` before each checkpoint, so that no step of a checkpoint is missing from the record.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ UPLOAD_EVERY = 30.0  # seconds
 
 
 def read_rows(path: AnyPath) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, each with an integer "step".
+    """Reads the objects of a file of JSON lines, each with an integer "step".
 
-    A half-written last line, as a killed run leaves it, is left out.
-    Raises UserError if the file is missing or any other line is not such an object.
+    A half-written last line, as a killed run leaves it, is skipped.
+
+    Raises:
+      UserError: the file is missing, or any other line is not such an object.
     """
     with storage.explained(path, "cannot be read"):
         text = path.read_bytes().decode("utf-8", errors="replace")
+
     lines = text.split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -42,13 +45,13 @@ def read_rows(path: AnyPath) -> list[dict[str, Any]]:
         row = _parse(line)
         if row is not None:
             rows.append(row)
-        elif number < len(lines):  # only the text after the last newline can be half a line
+        elif number < len(lines):  # only text after the last newline can be half a line
             raise UserError(f"{path} line {number} is not a JSON object with an integer 'step'")
     return rows
 
 
 def cut(path: AnyPath, last: float | None) -> None:
-    """Drops lines after step `last` (None: none) and a half-written line, in one atomic rewrite."""
+    """Drops lines after step `last` (None: no limit) and a half-written one, in one atomic rewrite."""
     if not path.exists():
         return
     last = math.inf if last is None else last
@@ -58,12 +61,18 @@ def cut(path: AnyPath, last: float | None) -> None:
 
 
 class Record:
-    """Appends rows to `path`; after a resume from step `truncate_after`, later ones are dropped."""
+    """Appends rows to `path`; on resume from step `truncate_after`, drops the later ones first.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
 
     def __init__(self, path: AnyPath, truncate_after: int | None = None):
         self.path = path
         with storage.explained(path, "cannot be written"):
             cut(path, truncate_after)
+
+            # In a bucket, the file so far is fetched: each upload replaces the whole object.
             self.mirror = Mirror(path.parent) if storage.is_remote(path) else None
             folder = self.mirror.local if self.mirror else path.parent
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +81,7 @@ class Record:
             self._file = (folder / path.name).open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Raises UserError if the disk refuses the line."""
+        """Writes one row; raises UserError if the disk refuses it."""
         with storage.explained(self.path, "cannot be written"):
             self._file.write(_dump(row))
             self._file.flush()
@@ -80,49 +89,60 @@ class Record:
             self.mirror.maybe_upload()
 
     def sync(self) -> None:
-        """Returns when everything so far is where it belongs. Raises UserError if it cannot be."""
+        """Returns when every row so far is in its final place; raises UserError if a bucket refuses."""
         if self.mirror:
             self.mirror.upload()
 
     def leave(self, kind: type[BaseException] | None = None) -> None:
-        """Closes the file; what `sync` did not bring to a bucket is brought now.
+        """Closes the file, and uploads to a bucket what `sync` has not.
 
-        kind: of the exception that ends the run. After a UserError there is no last upload: if it is
-        the bucket that refuses, trying again would only hide the first reason.
+        Args:
+          kind: type of the exception that ends the run. After a UserError there is no last upload: if
+            it is the bucket that refuses, trying again would only hide the first reason.
         """
         self._file.close()
         if self.mirror:
             self.mirror.close(upload=kind is None or not issubclass(kind, UserError))
 
     def close(self) -> None:
-        """`leave` without an exception."""
+        """Closes the file at the regular end of a run."""
         self.leave()
 
 
 class Mirror:
-    """A local folder whose changed files go to a folder in a bucket."""
+    """A local folder whose changed files are uploaded to a folder in a bucket.
+
+    Its files must only grow: a file counts as changed when its size does.
+    """
 
     def __init__(self, remote: AnyPath, clock: Callable[[], float] = time.monotonic):
         self.remote, self._clock = remote, clock
         self.local = Path(tempfile.mkdtemp(prefix="digseg_jax_"))
-        self._sent: dict[Path, int] = {}  # file -> size that was uploaded
+        self._sent: dict[Path, int] = {}  # file -> bytes already uploaded
         self._last = clock()
+
+        # One worker, so uploads never overtake each other.
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "upload")
         self._running: concurrent.futures.Future | None = None
 
     def maybe_upload(self) -> None:
-        """Starts an upload in the background if the last one is long enough ago."""
+        """Starts an upload in the background if the last one is `UPLOAD_EVERY` seconds ago.
+
+        An upload that failed is logged and tried again; only `upload` raises.
+        """
         if self._running and not self._running.done():
             return
+
         if self._running and (error := self._running.exception()):
             log.warning("%s; trying again", error)
             self._running = None
+
         if self._clock() - self._last >= UPLOAD_EVERY:
             self._last = self._clock()
             self._running = self._pool.submit(self._send)
 
     def upload(self) -> None:
-        """Uploads what changed, and waits for it. Raises UserError if the bucket refuses."""
+        """Uploads what has changed, and waits for it; raises UserError if the bucket refuses."""
         if self._running:
             concurrent.futures.wait([self._running])
             self._running = None
@@ -130,6 +150,7 @@ class Mirror:
         self._last = self._clock()
 
     def _send(self) -> None:
+        """Uploads each file that has grown."""
         for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
             data = file.read_bytes()
             if self._sent.get(file) != len(data):  # files only grow
@@ -137,7 +158,7 @@ class Mirror:
                 self._sent[file] = len(data)
 
     def close(self, *, upload: bool = True) -> None:
-        """The last upload; the local folder goes away."""
+        """Uploads once more if asked, and removes the local folder."""
         try:
             if upload:
                 self.upload()
@@ -147,6 +168,7 @@ class Mirror:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
+    """The row in a line; None if it is no JSON object with an integer "step"."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -155,4 +177,5 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _dump(row: Mapping[str, Any]) -> str:
+    """One line of strict JSON: NaN and infinity are errors, as other readers do not know them."""
     return json.dumps(row, allow_nan=False) + "\n"

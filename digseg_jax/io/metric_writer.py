@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes about itself: metrics.jsonl, TensorBoard events and a progress line.
+"""A run's metrics: metrics.jsonl, TensorBoard events and, if asked, Weights & Biases.
 
-Only process 0 writes. `metrics.jsonl` is the record (one JSON object a line); the TensorBoard events
+Only process 0 writes. `metrics.jsonl` is the record (one JSON object per line); the TensorBoard events
 repeat it for people who like that viewer. In a bucket both are uploaded as whole files (`jsonl.py`);
-each start of a run makes an event file of its own, and the viewer hides what a resume has undone.
+each start of a run makes a new event file, and the viewer hides the steps that a resume has undone.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl file; values are numbers or None (a value that was not finite).
+    """Reads a metrics.jsonl file; values are numbers, or None for a value that was not finite.
 
-    Raises UserError if the file is missing or damaged (see `read_rows`).
+    Raises:
+      UserError: the file is missing or damaged (see `read_rows`).
     """
     return read_rows(storage.as_path(path))
 
@@ -44,7 +45,7 @@ def _plain(value: Any) -> float | int | None:
 
 
 def require_wandb(project: str) -> None:
-    """Raises UserError if a project is named and the optional package is missing."""
+    """Raises UserError if a project is named but the optional package is missing."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"config.train.wandb={project!r} needs the package wandb, which is not installed: "
@@ -53,10 +54,11 @@ def require_wandb(project: str) -> None:
 
 
 def _wandb_run(project: str, workdir: AnyPath, local: Path) -> Any:
-    """The run of this directory: a resumed training goes on with the one it had."""
+    """Opens the Weights & Biases run of this directory; a resumed training continues it."""
     require_wandb(project)
     import wandb
 
+    # The identity is a hash of the directory, so that a resumed run finds it without a file of its own.
     place = str(workdir if is_remote(workdir) else workdir.absolute())
     identity = hashlib.sha256(place.encode()).hexdigest()[:16]
     return wandb.init(project=project, name=workdir.name, id=identity, dir=str(local), resume="allow")
@@ -65,10 +67,15 @@ def _wandb_run(project: str, workdir: AnyPath, local: Path) -> Any:
 class MetricWriter:
     """Appends metrics to WORKDIR/metrics.jsonl and to event files in WORKDIR/tensorboard.
 
-    truncate_after: the restored step on resume; later lines are dropped, so that a killed and
-      resumed run has each step once. -1 drops every line; None keeps all.
-    active: whether this process writes; by default only JAX process 0 does.
-    wandb: project at Weights & Biases that gets the metrics too; "": none.
+    Args:
+      workdir: the run's directory.
+      truncate_after: the restored step on resume; later lines are dropped, so that a killed and resumed
+        run has each step once. -1 drops every line; None keeps all.
+      active: whether this process writes; by default only JAX process 0 does.
+      wandb: project at Weights & Biases that gets the metrics too; "" for none.
+
+    Raises:
+      UserError: the record cannot be read or written, or `wandb` is not installed.
     """
 
     def __init__(
@@ -81,25 +88,37 @@ class MetricWriter:
     ) -> None:
         self.active = jax.process_index() == 0 if active is None else active
         self.path = storage.as_path(workdir) / METRICS_NAME
+
         if not self.active:
             return
-        from tensorboardX import SummaryWriter  # slow to import, and readers do not need it
+
+        # Imported here: slow to import, and readers do not need it.
+        from tensorboardX import SummaryWriter
 
         self._record = Record(self.path, truncate_after)
         mirror = self._record.mirror
         folder = mirror.local if mirror else self.path.parent
+
+        # purge_step tells the viewer to hide events from that step on.
         purge = None if truncate_after is None else max(truncate_after + 1, 0)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
         self._wandb = _wandb_run(wandb, self.path.parent, folder) if wandb else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes scalars of one step; a value that is not finite becomes null."""
+        """Writes scalars of one step; a value that is not finite becomes null.
+
+        Raises:
+          UserError: a metric is named "step", or the file cannot be written.
+        """
         if "step" in metrics:
             raise UserError("metric name 'step' is taken by the step itself; choose another name")
         if not self.active:
             return
+
         values = {name: _plain(value) for name, value in metrics.items()}
         self._record.write({"step": int(step), **values})
+
+        # The viewers get finite values only: they have no null.
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(name, value, int(step))
@@ -108,7 +127,7 @@ class MetricWriter:
             self._wandb.log(finite, step=int(step))
 
     def sync(self) -> None:
-        """Returns when all lines are where they belong; raises UserError if a bucket refuses."""
+        """Returns when all lines are in their final place; raises UserError if a bucket refuses."""
         if self.active:
             self._events.flush()
             self._record.sync()
@@ -131,4 +150,5 @@ class MetricWriter:
             self._events.close()
             if self._wandb is not None:
                 self._wandb.finish()
+            # Last: its final upload takes the event files along.
             self._record.leave(kind)

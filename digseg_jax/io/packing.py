@@ -2,9 +2,10 @@
 """A train state with its small arrays joined, as checkpoints store it.
 
 Every stored array costs a millisecond or two of processor time and, in a bucket, requests of its own,
-and most arrays of these networks are biases and scales. Those that no device shards are joined, by
-entry of the state and by type: {"params": tree} becomes
-{"params": {"large": tree of the others, "small": {"float32": [n]}}}. `layout` says what lies where.
+and most arrays of these networks are biases and scales. Small arrays, which no device shards, are
+therefore joined, one array per entry of the state and type: {"params": tree} becomes {"params":
+{"large": tree of the others, "small": {"float32": [n]}}}. `layout` records which arrays a joined one is
+made of.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from digseg_jax.arraytypes import Array
 from digseg_jax.runtime.sharding import FSDP_MIN_SIZE
 from digseg_jax.trees import flatten, unflatten
 
-Leaves = dict[str, Any]
+Leaves = dict[str, Any]  # path -> array, or shape of one
 
 
 def layout(state: dict[str, Any]) -> dict[str, dict[str, list]]:
@@ -50,31 +51,42 @@ def abstract_packed(abstract: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(stored: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `pack`, placed as the abstract leaves say."""
+    """Splits what `pack` joined; each leaf gets the type, shape and sharding of its abstract leaf.
+
+    Args:
+      stored: the packed state, {entry: {"large": tree, "small": {type: [n]}}}.
+      abstract: ShapeDtypeStructs of the state's entries, in the layout of the stored ones.
+    """
     state = {}
     for entry, tree in abstract.items():
         leaves = _leaves(tree)
         found = flatten(stored[entry].get("large", {}))
+
+        # Cut each joined array in the order of `layout`.
         for dtype, group in _by_type(_small(leaves)).items():
             wanted = tuple((x.shape, x.sharding) for x in group.values())
             parts = _splitter(wanted)(stored[entry]["small"][dtype])
             found |= dict(zip(group, parts, strict=True))
+
+        # Back into the tree, in the order of its own leaves.
         state[entry] = jax.tree.unflatten(jax.tree.structure(tree), [found[p] for p in leaves])
     return state
 
 
 def _leaves(tree: Any) -> Leaves:
-    """Leaves by their path, such as "0.mu.conv_in.kernel"; "value" for a tree that is one."""
+    """Leaves by their path, such as "0.mu.conv_in.kernel"; "value" for a tree that is a single leaf."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path) or "value": x for path, x in pairs}
 
 
 def _small(leaves: Leaves) -> Leaves:
+    """Leaves below the size from which `runtime.sharding` splits an array over devices."""
     return {path: x for path, x in leaves.items() if math.prod(x.shape) < FSDP_MIN_SIZE}
 
 
 def _by_type(leaves: Leaves) -> dict[str, Leaves]:
+    """Leaves grouped by the name of their type, order kept."""
     groups: dict[str, Leaves] = {}
     for path, x in leaves.items():
         groups.setdefault(x.dtype.name, {})[path] = x
@@ -82,19 +94,22 @@ def _by_type(leaves: Leaves) -> dict[str, Leaves]:
 
 
 def _packed(leaves: Leaves, join: Any) -> dict[str, Any]:
+    """One entry as it is stored, small leaves joined by `join`; a part without arrays is left out."""
     small = _small(leaves)
     large = {path: x for path, x in leaves.items() if path not in small}
+
     joined = {dtype: join(list(group.values())) for dtype, group in _by_type(small).items()}
     parts = {"large": unflatten(large), "small": joined}
     return {name: part for name, part in parts.items() if part}
 
 
 def _joined(xs: list[Array]) -> Array:
+    """All elements of the arrays in one, [n], replicated."""
     return _joiner(_replicated(xs))(xs)
 
 
 def _replicated(xs: Iterable[Any]) -> Sharding | None:
-    """Whole on every device of the arrays' mesh; None for arrays without one."""
+    """Sharding of a joined array: whole on every device of the arrays' mesh, or as the first array."""
     places = [getattr(x, "sharding", None) for x in xs]
     mesh = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
     return places[0] if mesh is None else NamedSharding(mesh, P())
@@ -102,12 +117,13 @@ def _replicated(xs: Iterable[Any]) -> Sharding | None:
 
 @functools.cache
 def _joiner(sharding: Sharding | None) -> Any:
+    """A jitted function that joins arrays; cached, so that saving does not compile each time."""
     return jax.jit(lambda xs: jnp.concatenate([x.reshape(-1) for x in xs]), out_shardings=sharding)
 
 
 @functools.cache
 def _splitter(wanted: tuple[tuple[tuple[int, ...], Sharding | None], ...]) -> Any:
-    """Cuts a joined array into arrays of these shapes and places."""
+    """A jitted function that cuts a joined array into arrays of these (shape, sharding) pairs."""
 
     def split(joined: Array) -> list[Array]:
         parts, start = [], 0

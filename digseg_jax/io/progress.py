@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress for people: how far a long piece of work is, its rate and its end."""
+"""A progress line for people: how far a long job is, its rate and its estimated time of arrival."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax
 
 
 def format_duration(seconds: float) -> str:
-    """Returns `2:31`, or `1:02:31` from an hour on; `-:--` if unknown."""
+    """Formats seconds as `2:31`, or `1:02:31` from an hour on; `-:--` if not finite."""
     if not math.isfinite(seconds):
         return "-:--"
     minutes, second = divmod(round(max(seconds, 0.0)), 60)
@@ -25,10 +25,17 @@ def format_duration(seconds: float) -> str:
 class Progress:
     """A progress line such as `step 120/1000  loss 0.0123  38.2 images/s  ETA 2:31`.
 
-    On a terminal it is redrawn in place; elsewhere it is a plain line at most every `every`
-    seconds. The ETA counts from the first update on, so that compilation does not distort it.
+    On a terminal it is redrawn in place; elsewhere it is a plain line at most every `every` seconds.
+    The ETA counts from the first update on, so that compilation does not distort it.
 
-    total: number of the last step. label, unit: words in the line. stream: stderr by default.
+    Args:
+      total: number of the last step.
+      label: word before the step.
+      unit: what `rate` counts.
+      every: seconds between plain lines.
+      stream: stderr by default.
+      active: whether this process shows it; by default only JAX process 0 does.
+      clock: seconds, monotonic.
     """
 
     def __init__(
@@ -44,21 +51,26 @@ class Progress:
     ) -> None:
         self.total, self.label, self.unit = total, label, unit
         self._active = jax.process_index() == 0 if active is None else active
+
         self._stream = sys.stderr if stream is None else stream
         self._tty = self._stream.isatty()
         self._gap = 0.1 if self._tty else every
+
         self._clock = clock
         self._origin: tuple[float, int] | None = None  # time and step of the first update
         self._shown = -math.inf
         self._line, self._pending = "", False
 
     def update(self, step: int, rate: float | None = None, **values: float) -> None:
-        """Shows `step` of the total, `rate` in units a second, and values such as loss."""
+        """Shows `step` of the total, `rate` in units per second, and values such as the loss."""
         if not self._active:
             return
+
         now = self._clock()
         if self._origin is None:
             self._origin = (now, step)
+
+        # The line is kept even when it is too early to show it, so that `close` can show the last one.
         self._line = self._format(step, rate, values, now)
         self._pending = True
         if now - self._shown >= self._gap:
@@ -80,8 +92,10 @@ class Progress:
         self._line = ""
 
     def _format(self, step: int, rate: float | None, values: dict[str, float], now: float) -> str:
+        """The line's text; the remaining time is extrapolated from the speed since the first update."""
         start, first = self._origin or (now, step)
         left = (now - start) / (step - first) * (self.total - step) if step > first else math.inf
+
         parts = [f"{self.label} {step}/{self.total}"]
         parts += [f"{name} {float(value):.4g}" for name, value in values.items()]
         if rate is not None:
@@ -90,6 +104,7 @@ class Progress:
         return "  ".join(parts)
 
     def _show(self, now: float) -> None:
+        """Writes the line: over the old one on a terminal, else below it."""
         if self._tty:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be redrawn
             self._stream.write(f"\r{self._line[:width]}\x1b[K")

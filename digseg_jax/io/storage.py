@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run on a disk or in a bucket (gs://): whole files, each there completely or not at all.
+"""Files of a run on a disk or in a bucket (gs://): whole files, each complete or absent.
 
-A bucket knows neither appending nor renaming, so what is written in pieces (weights, galleries, event
-files) is made in a local folder first and uploaded when it is whole. The client, gcsfs, tries each
-request six times with growing pauses (about half a minute) before it gives up.
+A bucket can neither append nor rename, so what is written in pieces (weights, galleries, event files)
+is made in a local folder first and uploaded when it is complete. The client, gcsfs, tries each request
+six times with growing pauses (about half a minute) before it gives up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# gcsfs would otherwise ask each bucket for its type through another service; we use plain objects
+# Before gcsfs is imported: otherwise it asks another service for the type of each bucket; only plain
+# objects are used here.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 import fsspec  # noqa: E402
@@ -26,7 +27,7 @@ from etils import epath  # noqa: E402
 
 from digseg_jax.errors import UserError  # noqa: E402
 
-# other processes write too: a listing that was true once must not be remembered
+# No cached listings: other processes write to the bucket too.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 AnyPath = Path | epath.Path  # a Path on a disk, an epath.Path in a bucket
@@ -34,7 +35,7 @@ SCHEMES = ("gs://",)
 
 
 def as_path(place: str | os.PathLike) -> AnyPath:
-    """A path of the kind that fits `place`.
+    """The path for a folder on a disk (`Path`) or in a bucket (`epath.Path`).
 
     Raises:
       UserError: another URL scheme than gs://, no bucket, or gcsfs is not installed.
@@ -44,8 +45,10 @@ def as_path(place: str | os.PathLike) -> AnyPath:
         if "://" in text:
             raise UserError(f"{text}: legal are a folder on a disk and gs://BUCKET/FOLDER")
         return Path(text)
+
     if not text.split("://", 1)[1].strip("/"):
         raise UserError(f"{text}: names no bucket; legal is gs://BUCKET/FOLDER")
+
     try:
         import gcsfs  # noqa: F401
     except ImportError as error:
@@ -54,16 +57,18 @@ def as_path(place: str | os.PathLike) -> AnyPath:
 
 
 def is_remote(place: str | os.PathLike) -> bool:
-    """Whether `place` is in a bucket."""
+    """True for a path in a bucket."""
     return os.fspath(place).startswith(SCHEMES)
 
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turns a disk's or a bucket's refusal inside the block into one line: "PATH: WHAT (reason)".
+    """Turns an error of a disk or bucket inside the block into one line: "PATH: WHAT (reason)".
+
+    On a disk only `OSError` is turned; anything else is a defect of the program, and passes.
 
     Raises:
-      UserError: for any error that is not one already.
+      UserError: for every error that is turned.
     """
     try:
         yield
@@ -72,7 +77,7 @@ def explained(path: str | os.PathLike, what: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path}: {what} ({reason})") from error
-    except Exception as error:  # the clients of buckets raise errors of many packages
+    except Exception as error:  # bucket clients raise errors of many packages
         if not is_remote(path):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -80,13 +85,13 @@ def explained(path: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def read_text(path: AnyPath) -> str:
-    """Raises UserError if the file cannot be read."""
+    """Reads a UTF-8 file; raises UserError if it cannot be read."""
     with explained(path, "cannot be read"):
         return path.read_bytes().decode("utf-8")
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
-    """Writes the whole file, so that a reader sees the old one or the new one; makes its folder.
+    """Writes a whole file, so that a reader sees the old one or the new one; makes its folder.
 
     Raises:
       UserError: the disk or the bucket refuses.
@@ -95,6 +100,8 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
         if is_remote(path):
             path.write_bytes(data)  # one request: an object appears when it is complete
             return
+
+        # On a disk: write beside it, flush to the disk, then rename, which is atomic.
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(path.name + ".tmp")
         with scratch.open("wb") as file:
@@ -105,15 +112,19 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
 
 
 def write_json(path: AnyPath, value: Any) -> None:
-    """Indented JSON with a final newline; see `write_bytes`."""
+    """Writes indented JSON with a final newline, as `write_bytes` does."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
 def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
-    """A local folder to fill, which is `folder` itself or, at the end of the block, uploaded to it.
+    """Yields a local folder to fill: `folder` itself, or one that is uploaded to it after the block.
 
-    replace: what lies there already goes away first (in a bucket; on a disk the filler sees it).
+    Nothing is uploaded if the block raises.
+
+    Args:
+      folder: where the files belong.
+      replace: delete existing contents first. Buckets only: on a disk the caller sees and handles them.
 
     Raises:
       UserError: the disk or the bucket refuses.
@@ -122,6 +133,7 @@ def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
         with explained(folder, "cannot be written"):
             yield Path(folder)
         return
+
     with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
         yield Path(scratch)
         with explained(folder, "cannot be written"):
@@ -131,13 +143,13 @@ def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
 
 
 def upload(local: Path, folder: epath.Path) -> None:
-    """Every file below `local`, under the same name below `folder`."""
+    """Uploads every file below `local` under its relative path below `folder`."""
     for file in sorted(p for p in local.rglob("*") if p.is_file()):
         (folder / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
 
 
 def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
-    """The files and folders `names` of `folder` to the same place below `local`; absent ones are left.
+    """Copies the named files and folders of `folder` below `local`; names that are absent are skipped.
 
     Raises:
       UserError: the bucket refuses.
@@ -160,10 +172,12 @@ def local_copy(folder: AnyPath) -> Path:
     """
     if not is_remote(folder):
         return Path(folder)
+
     with explained(folder, "cannot be read"):
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
         names = tuple(p.name for p in folder.iterdir())
+
     scratch = Path(tempfile.mkdtemp(prefix="digseg_jax_"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     local = scratch / folder.name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A working directory belongs to one configuration: it is written down, and compared on return."""
+"""The working directory: it belongs to one configuration, written down there and compared on return."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from digseg_jax.io.storage import AnyPath
 from digseg_jax.log import log
 
 CONFIG_NAME = "config.json"
-LOCK = "train.lock"  # held while a run trains there; says who holds it
+LOCK = "train.lock"  # held while a run trains there; names the process that holds it
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
-CALIBRATION = "calibration.json"  # in it; what an evaluation fitted for these weights
+CALIBRATION = "calibration.json"  # in EXPORT; what an evaluation fitted for these weights
 
 
 def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
@@ -32,16 +32,22 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
 
     A run that ended before it had made anything, say on a wrong path, leaves no claim.
 
-    accept_changes: go on with the run in spite of a changed configuration, and write down the new one.
+    Args:
+      workdir: the run's directory; made if missing.
+      config: of the run that begins.
+      accept_changes: continue a run despite a changed configuration, and write down the new one.
 
     Raises:
-      UserError: the directory holds a run of another configuration, with the differing keys; or it
-        cannot be read or written.
+      UserError: the directory holds a run of another configuration (the message has the differing
+        keys), or it cannot be read or written.
     """
     path = workdir / CONFIG_NAME
     values = to_dict(config)
+
     with storage.explained(path, "cannot be read"):
         known = path.exists()
+
+    # Compare only what changes the training: `differences` leaves out free keys.
     if known:
         stored = _stored(path)
         changes = differences(stored, values)
@@ -56,6 +62,7 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
             )
         if changes:
             log.warning("configuration changed: %s", "; ".join(changes))
+
     try:
         storage.write_json(path, values)
     except UserError as error:
@@ -67,14 +74,14 @@ def hold(workdir: AnyPath) -> Iterator[None]:
     """Keeps other processes from training in `workdir`: two would write each file twice.
 
     The lock is the operating system's, so it ends with the process, however that ends; a file left
-    behind means nothing. Buckets, and disks that know no locks, are not guarded.
+    behind means nothing. Buckets, and disks without locks, are not guarded.
 
     Raises:
-      UserError: another process trains there, with its number and host.
+      UserError: another process trains there; the message has its number and host.
     """
     with contextlib.ExitStack() as stack:
         if not storage.is_remote(workdir):
-            with contextlib.suppress(OSError):  # a path that is no folder is `claim`'s to explain
+            with contextlib.suppress(OSError):  # not a directory: `claim` reports it better
                 workdir.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((workdir / LOCK).open("a+", encoding="utf-8"))
                 _lock(file, workdir)
@@ -82,24 +89,32 @@ def hold(workdir: AnyPath) -> Iterator[None]:
 
 
 def _lock(file: TextIO, workdir: AnyPath) -> None:
+    """Locks the open file for this process and writes the process's name into it.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
     try:
-        # not flock: children that outlive a killed run would hold that on
+        # lockf, not flock: flock is inherited, so orphaned workers of a killed run would keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
+            # the disk knows no locks
             return
+
         file.seek(0)
         raise UserError(
             f"--workdir={workdir}: {file.read().strip() or 'another process'} trains there; wait for "
             "it, end it, or use another --workdir"
         ) from error
+
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
 
 
 def _unused(workdir: AnyPath) -> bool:
-    """Nothing was trained there: no weights, no checkpoint, no line of metrics."""
+    """True if nothing was trained there: no weights, no checkpoint, no line of metrics."""
     with storage.explained(workdir, "cannot be read"):
         checkpoints, metrics = workdir / CHECKPOINTS, workdir / METRICS_NAME
         return not (
@@ -110,7 +125,7 @@ def _unused(workdir: AnyPath) -> bool:
 
 
 def _ours(stored: dict[str, Any]) -> bool:
-    """Whether it is a configuration of this program: others have a config.json too."""
+    """True for a configuration of this program: other programs have a config.json too."""
     try:
         parse(stored)
     except UserError:
@@ -119,21 +134,27 @@ def _ours(stored: dict[str, Any]) -> bool:
 
 
 def _stored(path: AnyPath) -> dict[str, Any]:
+    """The configuration that was written down, as nested dictionaries.
+
+    Raises:
+      UserError: the file cannot be read, or is not a JSON object.
+    """
     try:
         stored = json.loads(storage.read_text(path))
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not readable as JSON ({error}); use another --workdir") from error
+
     if not isinstance(stored, dict):
         raise UserError(f"{path}: not the configuration of a run; use another --workdir")
     return stored
 
 
 def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Readable changes such as `train.steps: 600 -> 700`, free settings left out.
+    """Readable changes such as `train.steps: 600 -> 700`, without free settings.
 
-    A setting that came into being after the run has its default there: that is what the run did.
+    A setting that is newer than the run counts as its default: that is what the run did.
     """
     old, new = _flat(to_dict(Config())) | _flat(stored), _flat(values)
     return [
@@ -144,6 +165,7 @@ def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
