@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers and transformers checkpoints to and from our trees, without torch."""
+"""Reads and writes checkpoints of diffusers and transformers as parameter trees, without torch."""
 
 from digseg_jax.packages import locate, minilm_folder
 from digseg_jax.weights.conv_in import load_unet_params, narrow_conv_in, widen_conv_in

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hub repositories that hold what the configs need: one table, with a short name for each.
+"""Table of the hub repositories that the configurations use, with a short name for each.
 
-`config.model.unet = "sd-1.5:unet"` means the repository's folder `unet`. `python -m
-digseg_jax.weights.catalog` prints the table.
+`config.model.unet = "sd-1.5:unet"` means the folder `unet` of the repository called sd-1.5 here.
+`python -m digseg_jax.weights.catalog` prints the table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from digseg_jax.errors import UserError
 
-CONVERT = "python -m digseg_jax.tools.convert_weights"
+CONVERT = "python -m digseg_jax.tools.convert_weights"  # turns pickles into safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,15 @@ class Known:
     """A repository on the hub.
 
     Attributes:
-        name: what a config may say instead of the id.
+        name: what a configuration may say instead of the id.
         hub_id: org/name.
-        parts: component folders; empty where the repository itself is one component.
-        facts: what a config has to agree with.
-        unet: fields of its `unet/config.json` that are not Stable Diffusion 1.5's.
-        text_width: channels of its text tokens; 0: it has no text tower.
-        masks_padding: its text tower was trained with the padding masked, as BERTs are and CLIPs not.
+        parts: component folders; empty if the repository itself is one component.
+        facts: what a configuration has to agree with, in words.
         pickle_only: has to be converted once, where torch is installed.
+        unet: fields of its `unet/config.json` that differ from Stable Diffusion 1.5's.
+        text_width: channels of its text tokens; 0 if it has no text encoder.
+        masks_padding: its text encoder was trained with the padding masked, as BERTs are and CLIPs are
+          not.
     """
 
     name: str
@@ -141,14 +142,17 @@ _BY_NAME = {k.name: k for k in KNOWN}
 
 
 def expand(spec: str) -> str:
-    """`sd-1.5:unet` -> `stable-diffusion-v1-5/stable-diffusion-v1-5:unet`; else `spec` itself.
+    """Expands a short name: `sd-1.5:unet` -> `stable-diffusion-v1-5/stable-diffusion-v1-5:unet`.
+
+    Any other spec is returned as it is.
 
     Raises:
-      UserError: a known name without a part that it has.
+      UserError: a known name with a part that it does not have, or without one that it needs.
     """
     name, colon, part = spec.partition(":")
     if name not in _BY_NAME:
         return spec
+
     legal = _names(_BY_NAME[name])
     if spec not in legal:
         raise UserError(f"{spec}: no such part; legal: {', '.join(legal)}")
@@ -156,7 +160,7 @@ def expand(spec: str) -> str:
 
 
 def find(spec: str) -> Known | None:
-    """The table's repository behind a short name or hub id, with or without part and revision."""
+    """The table's entry for a short name or hub id (part and revision aside); None if unknown."""
     repository = spec.partition(":")[0].partition("@")[0]
     return next((k for k in KNOWN if repository in (k.name, k.hub_id)), None)
 
@@ -167,21 +171,22 @@ def short(spec: str) -> str:
 
 
 def hub_id(name: str) -> str:
-    """The repository behind a name of the table."""
+    """The repository id for a name of the table."""
     return _BY_NAME[name].hub_id
 
 
 def names() -> list[str]:
-    """Short names with their parts, as a config takes them."""
+    """Short names with their parts, in the form that a configuration takes."""
     return [name for known in KNOWN for name in _names(known)]
 
 
 def _names(known: Known) -> list[str]:
+    """The legal specs of one entry: a name for each part, or the name alone."""
     return [f"{known.name}:{part}" for part in known.parts] or [known.name]
 
 
 def rows() -> list[str]:
-    """The table, one line of text per repository."""
+    """The table as text, one line per repository."""
     lines = []
     for k in KNOWN:
         parts = f" [{', '.join(k.parts)}]" if k.parts else ""

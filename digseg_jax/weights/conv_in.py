@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A text-to-image U-Net's first convolution, widened for [image latent, noisy mask latent].
+"""Widens a text-to-image U-Net's first convolution to take [image latent, noisy mask latent].
 
-Source: Marigold, `marigold_depth_trainer.py:_replace_unet_conv_in`: repeat the kernel along its
-inputs and halve it, so that the activations keep their scale when both halves see like inputs.
+Source: Marigold, `marigold_depth_trainer.py:_replace_unet_conv_in`: the kernel is repeated along its
+inputs and halved, so that the activations keep their scale when both halves see similar inputs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from digseg_jax.weights.hub import resolve
 from digseg_jax.weights.load import Shardings, load_params
 from digseg_jax.weights.safetensors_io import read_config, tensor_infos, weight_files
 
-# Config fields in which a checkpoint may differ from the model that it starts. The heads are
-# compared as numbers per level, since one number and a list of it mean the same.
+# Config fields in which a checkpoint may differ from the model that it initializes. The heads
+# are compared as numbers per level instead, since one number and a list of it mean the same.
 _FREE_FIELDS = (
     "in_channels",
     "sample_size",
@@ -33,9 +33,10 @@ _FREE_FIELDS = (
 
 
 def widen_conv_in(params: Params, old: int = 4, new: int = 8) -> Params:
-    """Returns params with conv_in's kernel [h,w,old,c] repeated to [h,w,new,c] and scaled.
+    """Repeats conv_in's kernel [h,w,old,c] to [h,w,new,c] and scales it by old / new; keeps the bias.
 
-    The bias is kept. Raises UserError unless the kernel has `old` inputs and `old` divides `new`.
+    Raises:
+      UserError: the kernel does not have `old` inputs, or `new` is not a multiple of `old`.
     """
     kernel = _conv_in_kernel(params, old)
     if new % old:
@@ -45,13 +46,17 @@ def widen_conv_in(params: Params, old: int = 4, new: int = 8) -> Params:
 
 
 def narrow_conv_in(params: Params, old: int = 8, new: int = 4) -> Params:
-    """Returns params with conv_in's input groups summed, [h,w,old,c] to [h,w,new,c].
+    """Sums conv_in's groups of inputs, [h,w,old,c] to [h,w,new,c].
 
-    Exactly undoes `widen_conv_in` where the factor is a power of two.
+    Undoes `widen_conv_in` exactly if the factor is a power of two.
+
+    Raises:
+      UserError: the kernel does not have `old` inputs, or `old` is not a multiple of `new`.
     """
     kernel = _conv_in_kernel(params, old)
     if old % new:
         raise UserError(f"conv_in: {old} inputs are not a multiple of {new}")
+    # Input i and input i + new see the same channel, so the groups are the slower axis.
     h, w, _, c = kernel.shape
     return _with_kernel(params, kernel.reshape(h, w, old // new, new, c).sum(axis=2))
 
@@ -66,14 +71,16 @@ def load_unet_params(
     initial: Params | None = None,
     shardings: Shardings | None = None,
 ) -> Params:
-    """Parameters for a U-Net of `config`, from a checkpoint with as many inputs or with half.
+    """Loads a U-Net's parameters from a checkpoint with as many inputs as `config`, or half as many.
 
-    Half: the kernel is widened (`widen_conv_in`). The other arguments are those of `load_params`.
+    With half as many, the first kernel is widened (`widen_conv_in`). `load_params` explains the other
+    arguments.
 
     Raises:
-        UserError: another number of inputs, a config that computes something else than the
-            checkpoint's (heads do not show in the shapes), or what `load_params` raises.
+        UserError: another number of inputs, a configuration that computes something else than the
+          checkpoint's, or what `load_params` raises.
     """
+    # Check before the weights are read: a wrong number of heads does not show in any shape.
     folder = resolve(path_or_hub_id, subfolder)
     stored = _stored_inputs(folder)
     if config.in_channels not in (stored, 2 * stored):
@@ -82,6 +89,8 @@ def load_unet_params(
             f"{config.in_channels}; legal: {stored}, or {2 * stored} by widening"
         )
     _check_same_computation(folder, config)
+
+    # Load at the stored width.
     narrow = dataclasses.replace(config, in_channels=stored)
     params = load_params(
         folder,
@@ -91,27 +100,33 @@ def load_unet_params(
         initial=initial,
         shardings=shardings,
     )
+
     if stored == config.in_channels:
         return params
     return widen_conv_in(params, stored, config.in_channels)
 
 
 def _abstract_unet(config: Any) -> Params:
+    """Shapes of a U-Net's parameters."""
     from digseg_jax.models.unet import UNet2DConditionModel
 
     return functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))[1]
 
 
 def _stored_inputs(folder: Path) -> int:
+    """Number of inputs of the stored first convolution, read without loading a tensor."""
     infos = tensor_infos(weight_files(folder))
     if "conv_in.weight" not in infos:
         raise UserError(f"{folder} holds no U-Net: no key 'conv_in.weight'")
+    # The hub's layout: [out, in, h, w].
     return infos["conv_in.weight"].shape[1]
 
 
 def _check_same_computation(folder: Path, config: Any) -> None:
+    """Raises UserError if a field of config.json that changes the computation is not the model's."""
     values = read_config(folder)
     stored = type(config).from_dict(values)
+    # Fields that config.json does not have are not compared.
     names = [f.name for f in dataclasses.fields(config) if f.name in values]
     for name in ["heads", *(n for n in names if n not in _FREE_FIELDS)]:
         ours, theirs = getattr(config, name), getattr(stored, name)
@@ -120,6 +135,7 @@ def _check_same_computation(folder: Path, config: Any) -> None:
 
 
 def _conv_in_kernel(params: Params, inputs: int) -> Array:
+    """The first convolution's kernel [h, w, in, out]; raises UserError for another number of inputs."""
     kernel = params["conv_in"]["kernel"]
     if kernel.shape[2] != inputs:
         raise UserError(f"conv_in: the kernel has {kernel.shape[2]} inputs, expected {inputs}")
@@ -127,4 +143,5 @@ def _conv_in_kernel(params: Params, inputs: int) -> Array:
 
 
 def _with_kernel(params: Params, kernel: Array) -> Params:
+    """A copy of the tree with another first kernel; all other leaves are shared."""
     return {**params, "conv_in": {**params["conv_in"], "kernel": kernel}}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads from the hub with `huggingface_hub`: bounded in time, checked, every fault one line.
+"""Downloads from the hub with `huggingface_hub`: limited in time, checked, and each fault one line.
 
-The client resumes a file whose connection ends early and tries again for a while. What it leaves to
-others is done here: API calls without a time limit get one, connections that were reset are tried
-again, and the bytes of weights are compared with the SHA-256 that the hub announces for them.
+The client resumes a file whose connection ends early, and retries for a while. The rest is done here:
+API calls without a time limit get one, connections that were reset are tried again, and weights are
+compared with the SHA-256 that the hub announces for them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
-ATTEMPTS = 3
+ATTEMPTS = 3  # at a snapshot, when the reason may pass by itself
 PAUSE = 1.0  # seconds before the second attempt; the third waits twice as long
-REQUEST_SECONDS = 30.0  # that a request without a limit of its own may wait for an answer
+REQUEST_SECONDS = 30.0  # for an answer to a request without a limit of its own
 LOGIN = "set HF_TOKEN, or run `hf auth login`"
-_REFUSED = "Invalid credentials"  # in the answer to a bad token; a stranger's 401 says otherwise
+_REFUSED = "Invalid credentials"  # in the answer to a bad token; an anonymous 401 lacks it
 _CLOCKS = 2.0  # seconds by which a file system's clock may lag
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Damaged(Exception):
-    """A file that does not hold what the hub announced."""
+    """A file whose bytes are not those that the hub announced."""
 
 
 def snapshot(repository: str, revision: str | None, patterns: list[str], source: str) -> Path:
@@ -39,14 +39,14 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
     Args:
         repository: org/name.
         revision: branch, tag or commit; None: the main branch.
-        patterns: as `huggingface_hub.snapshot_download(allow_patterns=...)` takes them.
+        patterns: of file names, as for `huggingface_hub.snapshot_download(allow_patterns=...)`.
         source: what the user wrote, for the error.
 
     Returns:
         The root of the repository's files in the cache.
 
     Raises:
-        UserError: the hub does not give them; says why and what helps.
+        UserError: the hub does not deliver them; the message says why and what helps.
     """
     for attempt in range(1, ATTEMPTS + 1):
         started = time.time()
@@ -54,7 +54,7 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
             root = _client_snapshot(repository, revision, patterns)
             _check_new_files(root, started)
             return root
-        # the client's HTTP library and Xet raise exceptions of their own, without a common base
+        # The client's HTTP library and Xet raise exceptions of their own, without a common base.
         except Exception as error:
             reason, passing = _explain(error, repository, revision)
             if not passing or attempt == ATTEMPTS:
@@ -65,38 +65,49 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
 
 
 def _client_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    # imported here: most runs never need the hub, and the import costs start-up time
+    """One attempt with the hub's client, its requests limited in time."""
+    # Imported here: most runs never need the hub, and the import costs start-up time.
     from huggingface_hub import get_session, snapshot_download
 
+    # The session is the process's own: add the hook once, next to those of others.
     hooks = get_session().event_hooks
     if _limit_waiting not in hooks["request"]:
         get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit_waiting]}
-    # a warning that lists all patterns; our error names the repository
+
+    # The client's warning would list all patterns; the error raised here names the repository.
     logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
     return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
 def _limit_waiting(request: Any) -> None:
-    """Gives a request of the client the time limits that it lacks: those of the API wait for ever."""
+    """Gives a client's request the time limits that it lacks: its API calls would wait forever."""
     limits = request.extensions.get("timeout", {})
     kinds = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {kind: limits.get(kind) or REQUEST_SECONDS for kind in kinds}
 
 
 def _check_new_files(root: Path, since: float) -> None:
-    """Compares what came since then with the SHA-256 that names it; removes what differs.
+    """Compares files that came after `since` with their SHA-256, and removes the first that differs.
 
-    The client compares sizes only. In its cache a snapshot's file is a link to a blob, named by the
-    SHA-256 for files of LFS; a blob that is a link itself came by way of Xet, which checks its chunks.
+    The client compares sizes only. In its cache a snapshot's file is a link to a blob, which is named
+    by the SHA-256 for files of LFS. A blob that is itself a link came through Xet, which checks its
+    chunks.
+
+    Args:
+      root: of the snapshot.
+      since: time in seconds since the epoch.
 
     Raises:
-        _Damaged: the first file that differs.
+      _Damaged: for the first file that differs.
     """
     for file, blob in _blobs(root):
         if blob.is_symlink() or blob.stat().st_mtime < since - _CLOCKS:
             continue
+
         with blob.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
+
+        # Remove link and blob, so that the next attempt downloads the file again.
         if found != blob.name:
             file.unlink()
             blob.unlink()
@@ -107,9 +118,11 @@ def _check_new_files(root: Path, since: float) -> None:
 
 
 def _blobs(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Pairs of (file, blob) for the snapshot's files that have a SHA-256 for a name."""
     for file in root.rglob("*"):
         if file.is_symlink():
             blob = file.parent / file.readlink()
+            # The link dangles if the download of this file failed.
             with contextlib.suppress(FileNotFoundError):
                 if _SHA256.fullmatch(blob.name) and blob.stat():
                     yield file, blob
@@ -125,7 +138,7 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
     if constants.HF_HUB_OFFLINE:
         return f"HF_HUB_OFFLINE is set, and {lacking}; fetch it once without that variable", False
 
-    # where the client finds no copy either, what the hub answered is the cause
+    # If the client finds no cached copy either, the hub's answer is the cause.
     unfound = isinstance(error, errors.LocalEntryNotFoundError)
     answer = error.__cause__ or error if unfound else error
     if refusal := _refusal(answer, repository, revision):
@@ -134,16 +147,19 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
         why = f"{constants.ENDPOINT} does not answer ({_first_line(answer)})"
         return f"{why}, and {lacking}; try again with a connection", False
 
-    # what the client's libraries raise for lost connections has neither a number nor a status
+    # Exceptions for lost connections carry neither an errno nor an HTTP status,
+    # so whatever has neither is tried again; so are answers of 500 and above.
     final = isinstance(error, ValueError) or getattr(error, "errno", None) or 0 < _status(error) < 500
     return _first_line(error), not final
 
 
 def _refusal(answer: BaseException, repository: str, revision: str | None) -> str:
-    """What a hub that does not give a repository means by that; empty for other trouble."""
+    """Explains the answer of a hub that refuses a repository; "" if it is not a refusal."""
     from huggingface_hub import constants, errors
 
     status = _status(answer)
+
+    # Gated first: such an answer is a 401 or 403 too, and another token would not help.
     if isinstance(answer, errors.GatedRepoError):
         return f"its terms have to be accepted at {constants.ENDPOINT}/{repository}; then {LOGIN}"
     if isinstance(answer, errors.RevisionNotFoundError):
@@ -156,9 +172,10 @@ def _refusal(answer: BaseException, repository: str, revision: str | None) -> st
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status of an answer; 0 where there was none."""
+    """HTTP status of an answer; 0 if there was none."""
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def _first_line(error: BaseException) -> str:
+    """First line of the exception's text, or its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__

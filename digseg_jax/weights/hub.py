@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a folder or a hub id to a local folder."""
+"""Finds the local folder of a component, given a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_EXPORT_FILES = ("segmenter.json", "palette.json", "calibration.json")  # of a segmenter made here
-# small files beside weights
+_EXPORT_FILES = ("segmenter.json", "palette.json", "calibration.json")  # of a segmenter exported here
+# Small files to download beside the weights.
 COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FILES)
 
 
 class _Repository(NamedTuple):
-    """A place on the hub."""
+    """A component's place on the hub."""
 
     id: str
     revision: str | None
@@ -36,6 +36,7 @@ class _Repository(NamedTuple):
 
     @property
     def prefix(self) -> str:
+        """The subfolder with a final slash; "" for the root."""
         return f"{self.subfolder}/" if self.subfolder else ""
 
     def __str__(self) -> str:
@@ -44,35 +45,45 @@ class _Repository(NamedTuple):
 
 
 def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
-    """Returns the local folder of a component, downloading it where it names a hub repository.
+    """Returns the local folder of a component; downloads it if the spec names a hub repository.
 
-    `huggingface_hub` does the download: its cache, login or HF_TOKEN, HF_HOME, HF_ENDPOINT and
-    HF_HUB_OFFLINE hold here too.
+    `huggingface_hub` downloads, so its cache, login or HF_TOKEN, HF_HOME, HF_ENDPOINT and
+    HF_HUB_OFFLINE apply here too.
 
     Args:
-        path_or_hub_id: a folder (gs:// too), a hub id `org/name[@revision][:subfolder]`, or a
-            name of `digseg_jax.weights.catalog`. An existing folder wins. A revision is a branch, a
-            tag or a commit; the main branch if there is none.
+        path_or_hub_id: a folder (gs:// too), a hub id `org/name[@revision][:subfolder]`, or a name of
+          `digseg_jax.weights.catalog`. An existing folder takes precedence. A revision is a branch, a
+          tag or a commit; by default the main branch.
         subfolder: inside the folder or repository.
 
     Raises:
-        UserError: no such folder, or the hub does not give it.
+        UserError: there is no such folder, or the hub does not deliver it.
     """
     found = _locate(path_or_hub_id, subfolder)
     return found if isinstance(found, Path) else _download(found)
 
 
 def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
-    """The same for a component of which the hub has pickles only: `stems` without ending."""
+    """Returns the local folder of a component of which the hub has pickles only.
+
+    Args:
+      path_or_hub_id: as for `resolve`.
+      stems: names of the weight files without ending.
+
+    Raises:
+      UserError: as for `resolve`.
+    """
     found = _locate(path_or_hub_id, "")
     if isinstance(found, Path):
         return found
+
+    # One file, or shards.
     files = [f for stem in stems for f in (f"{stem}.bin", f"{stem}-*-of-*.bin")]
     return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
 
 
 def converted_folder(path_or_hub_id: str | Path) -> Path:
-    """Default output of `tools.convert_weights`: a local folder itself, else beside the hub's cache.
+    """Default output of `tools.convert_weights`: a local folder itself, or one beside the hub's cache.
 
     `resolve` looks there before it asks the hub.
     """
@@ -81,38 +92,56 @@ def converted_folder(path_or_hub_id: str | Path) -> Path:
 
 
 def _beside_cache(repository: _Repository) -> Path:
+    """The folder for a repository's converted weights."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "digseg_jax" / re.sub("[/:]", "--", str(repository))
 
 
 def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
+    """A local folder if there is one, else the repository that the spec names.
+
+    Raises:
+      UserError: neither a folder nor a hub id.
+    """
     spec = str(path_or_hub_id)
     if is_remote(spec):
         return local_copy(as_path(spec) / subfolder)
+
     local = Path(spec).expanduser()
     if local.exists():
         if not (local / subfolder).is_dir():
             raise UserError(f"no such folder: {local / subfolder}")
         return local / subfolder
+
+    # What begins like a path was meant as one, though `./x` also reads as a hub id.
     hub_id = _HUB_ID.fullmatch(catalog.expand(spec))
     if hub_id is None or spec.startswith((".", "/", "~")):
         hint = nearest(spec, catalog.names())
         raise UserError(
             f"no such folder: {local}; legal: a folder, or a hub id such as org/name:subfolder{hint}"
         )
+
     inside = "/".join(filter(None, (hub_id["sub"], subfolder)))
     return _Repository(hub_id["repo"], hub_id["revision"], inside)
 
 
 def _download(repository: _Repository) -> Path:
+    """Returns the folder of a repository's component: converted, cached or downloaded.
+
+    Raises:
+      UserError: the hub does not deliver it, or has it as pickles only.
+    """
     converted = _beside_cache(repository)
     if any(converted.glob("*.safetensors")):
         return converted
-    for variant in ("", ".fp16"):  # one precision only: the others are as large again
+
+    # Full precision, else half: never both, as each is a whole copy of the weights.
+    for variant in ("", ".fp16"):
         folder = _snapshot(repository, _patterns(repository.prefix, variant))
         if any(folder.glob("*.safetensors")):
             return folder
+
     if not folder.is_dir():
         raise UserError(
             f"cannot get {str(repository)!r} from the hub: no such folder in that repository, or "
@@ -126,11 +155,14 @@ def _download(repository: _Repository) -> Path:
 
 
 def _snapshot(repository: _Repository, patterns: list[str]) -> Path:
+    """Downloads the matching files and returns the component's folder among them."""
     root = snapshot(repository.id, repository.revision, patterns, str(repository))
     return root / repository.subfolder
 
 
 def _patterns(prefix: str, variant: str) -> list[str]:
+    """Names of all files that a component may need, for one variant of its weights ("" or ".fp16")."""
+    # Both spellings of a variant: diffusers has changed its place in the name (`safetensors_io`).
     weights = [
         f"{prefix}{stem}{tail}"
         for stem in STEMS
@@ -142,6 +174,8 @@ def _patterns(prefix: str, variant: str) -> list[str]:
             f"-*-of-*{variant}.safetensors",
         )
     ]
-    beside = prefix.removesuffix("text_encoder/")  # a pipeline keeps the tokenizer next to it
+
+    # A pipeline keeps the tokenizer beside its text encoder.
+    beside = prefix.removesuffix("text_encoder/")
     tokenizer = [f"{beside}tokenizer/{f}" for f in _TOKENIZER_FILES] if beside != prefix else []
     return [f"{prefix}{file}" for file in COMPANIONS] + tokenizer + weights

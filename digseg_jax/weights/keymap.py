@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-way map between our parameter paths and the hub's keys.
+"""Two-way map between parameter paths in this program and keys on the hub.
 
-A path of ours is the hub's key but for its last name and the layout of a kernel:
+They are the same but for the last name, and the layout of a kernel:
 
     kernel [h,w,in,out]  <->  weight [out,in,h,w]      embedding  <->  weight
     kernel [in,out]      <->  weight [out,in]          scale      <->  weight      bias <-> bias
@@ -28,24 +28,24 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class KeyRules:
-    """How to read one model family's keys.
+    """Spellings of one model family's keys.
 
     Attributes:
         renames: (pattern, replacement) pairs for `re.sub`, applied in order to every hub key.
-        ignored: patterns searched in the renamed key; a match is no parameter of ours.
+        ignored: patterns searched in the renamed key; a key that matches is no parameter of the model.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
 
     def rename(self, key: str) -> str:
-        """Returns the current spelling of a key."""
+        """The current spelling of a key."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
 
     def ignores(self, key: str) -> bool:
-        """Whether the (renamed) key is a buffer or a head that our model does not have."""
+        """True if the (renamed) key is a buffer or a head that the model does not have."""
         return any(re.search(pattern, key) for pattern in self.ignored)
 
 
@@ -67,7 +67,7 @@ VAE_RULES = KeyRules(
 )
 UNET_RULES = KeyRules()
 _POSITIONS = r"(^|\.)position_ids$"  # a buffer that transformers once stored
-# A whole CLIPModel is read as one of its towers; transformers 5 drops the prefix of the text tower.
+# A whole CLIPModel is read as one of its encoders; transformers 5 drops the text encoder's prefix.
 CLIP_TEXT_RULES = KeyRules(
     renames=((r"^text_model\.", ""),),
     ignored=(_POSITIONS, r"^vision_model\.", r"^(text|visual)_projection\.", r"^logit_scale$"),
@@ -86,14 +86,18 @@ OPEN_CLIP_RULES = KeyRules(
 
 
 def hub_key(path: str) -> str:
-    """`a.0.kernel` -> `a.0.weight`."""
+    """The hub's key for a path: `a.0.kernel` -> `a.0.weight`."""
     parent, _, leaf = path.rpartition(".")
     name = _TO_HUB.get(leaf, leaf)
     return f"{parent}.{name}" if parent else name
 
 
 def to_hub(path: str, leaf: np.ndarray) -> np.ndarray:
-    """Our leaf in the hub's layout."""
+    """A leaf in the hub's layout.
+
+    Raises:
+      ValueError: a kernel of neither 2 nor 4 axes.
+    """
     if path.rpartition(".")[2] != "kernel":
         return leaf
     if leaf.ndim == 4:
@@ -104,7 +108,7 @@ def to_hub(path: str, leaf: np.ndarray) -> np.ndarray:
 
 
 def from_hub(path: str, tensor: np.ndarray, shape: Shape) -> np.ndarray:
-    """A hub tensor in our layout and `shape`, for which `fits` holds."""
+    """A hub tensor in this program's layout and `shape`; `fits` must hold."""
     if path.rpartition(".")[2] != "kernel":
         return tensor
     out_in = tensor.reshape(hub_shape(path, shape))  # a linear layer may come as a 1x1 convolution
@@ -112,7 +116,7 @@ def from_hub(path: str, tensor: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def hub_shape(path: str, shape: Shape) -> Shape:
-    """The shape that our leaf of `shape` has in the hub's layout."""
+    """The hub's shape for a leaf of `shape`."""
     if path.rpartition(".")[2] != "kernel":
         return tuple(shape)
     if len(shape) == 4:
@@ -122,7 +126,10 @@ def hub_shape(path: str, shape: Shape) -> Shape:
 
 
 def fits(path: str, stored: Shape, shape: Shape) -> bool:
-    """Whether a hub tensor of shape `stored` can fill our leaf; [o,i] and [o,i,1,1] are one."""
+    """True if a hub tensor of shape `stored` can fill a leaf of `shape`.
+
+    A linear layer [o, i] and a 1x1 convolution [o, i, 1, 1] fit each other.
+    """
     wanted = hub_shape(path, shape)
     if tuple(stored) == wanted:
         return True
@@ -132,6 +139,8 @@ def fits(path: str, stored: Shape, shape: Shape) -> bool:
 
 @dataclass
 class _Faults:
+    """Keys that do not pair up, by kind."""
+
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
@@ -145,26 +154,28 @@ def match(
     source: str,
     optional_prefixes: tuple[str, ...] = (),
 ) -> dict[str, str]:
-    """Pairs each of our paths with exactly one hub key.
+    """Pairs each path of the model with exactly one hub key.
 
     Args:
-        shapes: our path -> our shape.
+        shapes: path -> shape in the model.
         stored: hub key -> stored shape.
         rules: the model family's spellings.
         source: file or folder, for the error.
         optional_prefixes: paths under these may be absent from the checkpoint.
 
     Returns:
-        hub key as stored -> our path.
+        hub key as stored -> path.
 
     Raises:
-        UserError: lists missing, unexpected, doubled and mis-shaped keys.
+        UserError: lists missing, unexpected, doubled and misshaped keys.
     """
     pairs, faults = _pair(shapes, stored, rules)
+
     found = set(pairs.values())
     faults.missing = [
         hub_key(path) for path in shapes if path not in found and not path.startswith(optional_prefixes)
     ]
+
     if any(vars(faults).values()):
         known = [hub_key(path) for path in shapes]
         raise UserError(f"{source} does not fit the model: {_report(faults, known)}")
@@ -174,13 +185,16 @@ def match(
 def _pair(
     shapes: Mapping[str, Shape], stored: Mapping[str, Shape], rules: KeyRules
 ) -> tuple[dict[str, str], _Faults]:
+    """Pairs stored keys with paths, and collects the faults except missing keys."""
     by_key = {hub_key(path): path for path in shapes}
     pairs: dict[str, str] = {}
-    first: dict[str, str] = {}  # our path -> the stored key that took it
+    first: dict[str, str] = {}  # path -> the stored key that took it
     faults = _Faults()
+
     for key, shape in stored.items():
         name = rules.rename(key)
         path = by_key.get(name)
+
         if path is None:
             if not rules.ignores(name):
                 faults.unexpected.append(key)
@@ -195,10 +209,12 @@ def _pair(
 
 
 def _report(faults: _Faults, known: list[str]) -> str:
+    """The faults in one line; similar missing and unexpected keys are shown together."""
     missing = [m + nearest(m, faults.unexpected, n=1) for m in faults.missing[:_SHOWN]]
-    # with a key missing, that line already pairs the two
+    # Suggest each pair once: with a key missing, the line above already pairs the two.
     ours = [] if faults.missing else known
     unexpected = [u + nearest(u, ours, n=1) for u in faults.unexpected[:_SHOWN]]
+
     parts = [
         _part("missing", faults.missing, missing),
         _part("unexpected", faults.unexpected, unexpected),
@@ -209,6 +225,7 @@ def _report(faults: _Faults, known: list[str]) -> str:
 
 
 def _part(title: str, items: list[str], shown: list[str]) -> str:
+    """`2 missing: a, b` for one kind of fault; "" if there are none."""
     if not items:
         return ""
     more = f", and {len(items) - len(shown)} more" if len(items) > len(shown) else ""

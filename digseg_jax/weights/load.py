@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Components from and to folders in the hub's layout, as NNX modules or as parameter trees."""
+"""Reads and writes components in the hub's folder layout, as NNX modules or as parameter trees."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ from digseg_jax.weights.safetensors_io import (
     write_component,
 )
 
-# From a tree of shapes to a tree of `jax.sharding.Sharding`, such as
-# `functools.partial(sharding.infer_shardings, mesh=mesh)`.
+# A function from a tree of shapes to a tree of `jax.sharding.Sharding`,
+# such as `functools.partial(sharding.infer_shardings, mesh=mesh)`.
 Shardings = Callable[[Params], Params]
 
 
 def load_config(
     path_or_hub_id: str | Path, *, subfolder: str = "", expect: str | tuple[str, ...] | None = None
 ) -> Any:
-    """Returns the component's config, as the dataclass of our model class."""
+    """Reads a component's configuration, as the config dataclass of its model class.
+
+    Raises:
+      UserError: not found, unreadable, or of another class than `expect`.
+    """
     component, values, infos, _ = _open(path_or_hub_id, subfolder, _names(expect))
     return component.make_config(values, infos)
 
@@ -58,9 +62,9 @@ def load_component(
         dtype: compute dtype, float32 if None.
         param_dtype: dtype of the loaded leaves, whatever the file stores.
         subfolder: inside the folder or repository, such as "unet".
-        expect: class name that the component must have; of several, the first that it holds. A
-            whole CLIPModel needs it to say which tower is wanted.
-        shardings: where the parameters go, from their shapes; NumPy arrays on the host if None.
+        expect: class name that the component must have; of several, the first that it contains. A whole
+          CLIPModel needs it to say which encoder is wanted.
+        shardings: from the parameters' shapes to their shardings; NumPy arrays on the host if None.
         **options: further arguments of the model's constructor.
 
     Raises:
@@ -68,10 +72,13 @@ def load_component(
     """
     component, values, infos, folder = _open(path_or_hub_id, subfolder, _names(expect))
     config = component.make_config(values, infos)
+
+    # Structure and shapes only: no random parameters are made.
     compute = jnp.float32 if dtype is None else dtype
     graphdef, wanted = functional.abstract(
         lambda: component.model_class(config, rngs=functional.FixedRngs(), dtype=compute, **options)
     )
+
     params = _read(component, infos, folder, wanted, param_dtype, shardings=shardings)
     return functional.merge(graphdef, params)
 
@@ -90,14 +97,14 @@ def load_params(
 
     Args:
         path_or_hub_id: a folder, `org/name` or `org/name:subfolder`.
-        abstract_params: tree whose leaves have `shape`, as `functional.abstract` gives it.
+        abstract_params: tree whose leaves have `shape`, such as `functional.abstract` returns.
         subfolder: inside the folder or repository.
         param_dtype: dtype of the loaded leaves, whatever the file stores.
-        optional_prefixes: paths under these, such as "text_adapters.", keep their value from
-            `initial` where the checkpoint lacks them.
-        initial: tree that holds at least those values.
-        shardings: where the loaded leaves go, from their shapes; NumPy arrays on the host if None.
-            Each process hands over its own shards only.
+        optional_prefixes: paths under these, such as "text_adapters.", keep their value from `initial`
+          if the checkpoint lacks them.
+        initial: tree that has at least those values.
+        shardings: from the shapes to the leaves' shardings; NumPy arrays on the host if None. Each
+          process places its own shards only.
 
     Raises:
         UserError: not found, unreadable, or the keys do not match one to one.
@@ -134,6 +141,7 @@ def save_component(
         config, params = model.config, functional.split(model)[1]
     else:
         config, params = model
+
     component = component_of_config(config)
     tensors = {
         component.key_prefix + keymap.hub_key(p): keymap.to_hub(p, np.asarray(x))
@@ -145,12 +153,14 @@ def save_component(
 
 
 def _names(expect: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The expected class names as a tuple."""
     return (expect,) if isinstance(expect, str) else expect or ()
 
 
 def _open(
     path_or_hub_id: str | Path, subfolder: str, expect: tuple[str, ...] = ()
 ) -> tuple[Component, dict[str, Any], dict[str, TensorInfo], Path]:
+    """What a folder holds: its component, config values, tensors' places and shapes, and the folder."""
     folder = resolve(path_or_hub_id, subfolder)
     values = read_config(folder)
     component = component_of(values, str(folder), expect)
@@ -167,29 +177,41 @@ def _read(
     initial: Params | None = None,
     shardings: Shardings | None = None,
 ) -> Params:
+    """Reads a component's tensors into the layout, type and shardings of this program."""
+    # Pair every path with a stored key before any tensor is read.
     shapes = {p: tuple(x.shape) for p, x in trees.flatten(abstract_params).items()}
     files = dict.fromkeys(info.file for info in infos.values())
     source = str(next(iter(files))) if len(files) == 1 else f"{folder} ({len(files)} shards)"
     stored = {key: info.shape for key, info in infos.items()}
     pairs = keymap.match(shapes, stored, component.rules, source, optional_prefixes)
+
+    # One tensor at a time, so that the host never holds more than the result and one tensor.
     targets = trees.flatten(shardings(abstract_params)) if shardings else {}
     loaded = {}
     for key, tensor in iter_tensors({k: infos[k] for k in pairs}):
         path = pairs[key]
         leaf = keymap.from_hub(path, tensor, shapes[path])
-        # waits: copies still under way would keep their tensors in the host's memory
+        # Wait: copies still under way would keep their tensors in the host's memory.
         loaded[path] = jax.block_until_ready(_put(leaf, param_dtype, targets.get(path)))
+
+    # What the checkpoint may lack keeps its initial value.
     kept = trees.flatten(initial or {})
     absent = [path for path in shapes if path not in loaded]
     if unset := [path for path in absent if path not in kept]:
         raise UserError(f"{source} lacks {unset[0]!r} and no initial value is given for it")
+
+    # In the order of the model, not of the file.
     return trees.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})
 
 
 def _put(
     leaf: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None
 ) -> np.ndarray | jax.Array:
-    host = np.ascontiguousarray(leaf, dtype)  # here: on a device each shape costs a compilation
+    """One leaf in its type, on the host or on the devices of its sharding."""
+    # Convert on the host: on a device, each shape would cost a compilation.
+    host = np.ascontiguousarray(leaf, dtype)
     if sharding is None:
-        return host if host.base is None else host.copy()  # a view would keep its file's buffer
+        # A view would keep its file's buffer alive.
+        return host if host.base is None else host.copy()
+    # Copies of the shards, for the same reason.
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which class a hub component is, and how its keys read. Classes are imported when asked for."""
+"""Registry of hub components: their classes (imported when used) and their keys' spellings."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Component:
     """A kind of hub component.
 
     Attributes:
-        name: class name in the hub's config.json and in our module.
+        name: class name, in the hub's config.json and in the module.
         module: below `digseg_jax.models`.
         config_name: its config class, in the same module.
         stem: name of the weight file without ending.
         rules: spellings of the keys.
         inferred: config field -> end of the key whose presence in the file makes the field True.
-        key_prefix: what saving puts before every key, so that old readers know it too.
-        config_file: where the component's config lies.
+        key_prefix: put before every key on saving, so that old readers know it too.
+        config_file: name of the component's config file.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Component:
         return getattr(import_module(f"digseg_jax.models.{self.module}"), self.config_name)
 
     def make_config(self, values: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Any:
-        """Config from config.json plus what only the file tells, such as a missing pooler."""
+        """Config from config.json and from what only the weights tell, such as a missing pooler."""
         if hasattr(self.config_class, "from_checkpoint"):
             shapes = {key: info.shape for key, info in infos.items()}
             return self.config_class.from_checkpoint(values, shapes)
@@ -118,7 +118,7 @@ _CLIP = (_CLIP_TEXT, _CLIP_TEXT_PROJECTION, _CLIP_VISION, _OPEN_CLIP_TEXT)
 _ALL = (_UNET, _VAE, _TINY_VAE, _BERT, *_CLIP)
 COMPONENTS = {c.name: c for c in _ALL}
 _BY_MODEL_TYPE = {"bert": "BertModel", "clip": "CLIPModel"}
-# Checkpoints that hold more than one class of ours: `expect` says which one is wanted.
+# Checkpoints that contain more than one class: `expect` says which one is wanted.
 _HOLDS = {
     "CLIPModel": ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"),
     "CLIPTextModelWithProjection": ("CLIPTextModelWithProjection", "CLIPTextModel"),
@@ -126,29 +126,38 @@ _HOLDS = {
 
 
 def component_of(config: Mapping[str, Any], source: str, expect: tuple[str, ...] = ()) -> Component:
-    """Reads the class off a hub config: `_class_name`, else `architectures`, else `model_type`.
+    """Reads the class from a hub config: `_class_name`, else `architectures`, else `model_type`.
 
     Args:
         config: parsed config.json or open_clip_config.json.
         source: folder, for the error.
-        expect: classes of which the first that the checkpoint holds is taken; none: its own class.
+        expect: acceptable classes, the first that the checkpoint contains is taken; if empty, its own
+          class.
 
     Raises:
-        UserError: no class that we have, none of those expected, or several and none expected.
+        UserError: an unknown class, none of those expected, or several and none expected.
     """
     found = _class_of(config, source)
     held = _HOLDS.get(found, (found,))
+
     if expect:
         chosen = next((name for name in expect if name in held), None)
         if chosen is None:
             raise UserError(f"{source} holds a {found}; expected {' or '.join(expect)}")
         return COMPONENTS[chosen]
+
     if found not in COMPONENTS:
         raise UserError(f"{source} holds a {found}; say which part with expect={' or '.join(held)}")
     return COMPONENTS[found]
 
 
 def _class_of(config: Mapping[str, Any], source: str) -> str:
+    """Name of the class that a hub config declares; it may contain others (`_HOLDS`).
+
+    Raises:
+      UserError: no known class.
+    """
+    # open_clip's config has no class name: only the encoders that it takes from transformers are known.
     if "model_cfg" in config:
         if "hf_model_name" not in config["model_cfg"].get("text_cfg", {}):
             raise UserError(
@@ -156,13 +165,17 @@ def _class_of(config: Mapping[str, Any], source: str) -> str:
                 "checkpoint in transformers' layout"
             )
         return _OPEN_CLIP_TEXT.name
+
     named = [config.get("_class_name"), *(config.get("architectures") or [])]
     for name in named:
         if name in COMPONENTS or name in _HOLDS:
             return name
+
+    # The type names the encoder of classes with other heads, such as BertForMaskedLM.
     model_type = config.get("model_type")
-    if model_type in _BY_MODEL_TYPE:  # such as BertForMaskedLM, whose encoder we take
+    if model_type in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[model_type]
+
     found = next((n for n in (*named, model_type) if n), None)
     raise UserError(f"{source}/config.json names the class {found!r}; legal: {', '.join(COMPONENTS)}")
 

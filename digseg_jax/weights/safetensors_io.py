@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a component folder in diffusers' or transformers' layout, read and written safely.
+"""Reads and writes the files of a component folder in diffusers' or transformers' layout.
 
-A folder holds `config.json` and either one `.safetensors` file or shards with an index. Pickle
+A folder contains `config.json` and either one `.safetensors` file or shards with an index. Pickle
 checkpoints can run code when opened, so they are never opened. Every fault is one UserError.
 """
 
@@ -28,25 +28,26 @@ OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 _VARIANTS = ("", ".fp16")  # full precision first
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-_MAPPED_BYTES = 2**24
+_MAPPED_BYTES = 2**24  # read before a file is reopened (`iter_tensors`)
 _LFS_HEADER = b"version https://git-lfs"
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies and its shape as stored."""
+    """A tensor's file, and its shape as stored."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Parses `folder`/config.json, or open_clip_config.json where that is missing.
+    """Parses `folder`/config.json, or open_clip_config.json if the former is missing.
 
     Raises:
         UserError: no such folder or file, or not a JSON object.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
+
     open_clip = folder / OPEN_CLIP_CONFIG_FILE
     if open_clip.is_file() and not (folder / CONFIG_FILE).is_file():
         return _read_json(open_clip)
@@ -54,13 +55,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors file of a component, or its shards in the index's order.
+    """Finds the safetensors file of a component, or its shards in the index's order.
 
     Raises:
-        UserError: none there, only pickles, or a shard that the index names is missing.
+        UserError: there are none, only pickles, or a shard that the index names is missing.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
+
+    # The file before the index, full precision before half: the first that is there is taken.
     for stem in STEMS:
         for variant in _VARIANTS:
             single = folder / f"{stem}{variant}.safetensors"
@@ -73,11 +76,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
-    """Lists the tensors of all files without reading their data.
+    """Lists the tensors of all files without reading their data: key -> (file, shape).
 
     Raises:
-        UserError: an unreadable file, a key that two files hold, or a type of number without a
-        counterpart here, such as float8.
+        UserError: an unreadable file, a key that two files contain, or a number type without a
+          counterpart here, such as float8.
     """
     infos: dict[str, TensorInfo] = {}
     for file in files:
@@ -86,6 +89,7 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
             for key in keys:
                 if key in infos:
                     raise UserError(f"key {key!r} is in both {infos[key].file} and {file}")
+
                 part = handle.get_slice(key)
                 if part.get_dtype() not in _DTYPES:
                     legal = ", ".join(sorted(_DTYPES))
@@ -97,8 +101,8 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
 def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (key, array) one by one, so that little beyond the result is ever in memory.
 
-    The file is mapped, and what was read of a mapping counts as ours until it is closed: it is
-    opened anew now and then.
+    Pages read through the mapping of a file count as resident until it is closed, so the file is
+    reopened every 16 MiB.
     """
     for file in dict.fromkeys(info.file for info in infos.values()):
         keys = [key for key, info in infos.items() if info.file == file]
@@ -112,7 +116,7 @@ def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndar
 
 
 def read_metadata(folder: str | Path) -> dict[str, str]:
-    """Returns the `__metadata__` of a component's first weight file; empty where it has none."""
+    """The `__metadata__` of a component's first weight file; empty if it has none."""
     with _open(weight_files(Path(folder))[0]) as handle:
         return dict(handle.metadata() or {})
 
@@ -125,28 +129,40 @@ def write_component(
     metadata: Mapping[str, str] | None = None,
     config_file: str = CONFIG_FILE,
 ) -> Path:
-    """Writes `config_file` and `stem`.safetensors, each by a rename that either happens or not.
+    """Writes `config_file` and `stem`.safetensors, each by an atomic rename.
 
-    `metadata` is added to the file's `__metadata__`; `format` is always "pt", without which
-    transformers refuses a file.
+    Args:
+      folder: made if missing.
+      config: values of the config file.
+      tensors: key -> array, in the hub's layout.
+      stem: name of the weight file without ending.
+      metadata: added to the file's `__metadata__`. There `format` is always "pt", without which
+        transformers rejects a file.
+      config_file: name of the config file.
+
+    Returns:
+      The weight file.
 
     Raises:
-        UserError: metadata that is not str to str.
+      UserError: metadata that is not str to str.
     """
     meta = {**(metadata or {}), "format": "pt"}
     for key, value in meta.items():
         if not (isinstance(key, str) and isinstance(value, str)):
             raise UserError(f"metadata must map str to str, got {key!r}: {value!r}")
+
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     target = folder / f"{stem}.safetensors"
     _replace(target, lambda temporary: save_file(arrays, temporary, metadata=meta))
+
     text = json.dumps(dict(config), indent=2) + "\n"
     _replace(folder / config_file, lambda temporary: temporary.write_text(text))
     return target
 
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside `target` and renames, so that a reader sees the old file or the new one."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -156,6 +172,7 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Parses a file that must contain a JSON object; raises UserError if it does not."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
@@ -168,7 +185,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _index_names(stem: str, variant: str) -> tuple[str, str]:
-    # diffusers once put the variant before ".index.json" and now puts it before ".safetensors".
+    """Names that an index of shards may have."""
+    # diffusers once put the variant before ".index.json", and now puts it before ".safetensors".
     return (
         f"{stem}{variant}.safetensors.index.json",
         f"{stem}.safetensors.index{variant}.json",
@@ -176,11 +194,17 @@ def _index_names(stem: str, variant: str) -> tuple[str, str]:
 
 
 def _shards(index: Path) -> list[Path]:
+    """Files of the shards that an index names.
+
+    Raises:
+      UserError: the index is malformed, or a shard is missing.
+    """
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"no weight_map in {index}")
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"weight_map in {index} must name a file for each key")
+
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
@@ -189,6 +213,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _open(file: Path) -> Any:
+    """Opens a safetensors file; raises UserError that says what the file is instead."""
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -196,19 +221,24 @@ def _open(file: Path) -> Any:
 
 
 def _why_unreadable(file: Path, error: Exception) -> str:
+    """Explains a file that is not there, is a git-LFS pointer, or is incomplete."""
     if not file.is_file():
         return f"no such file: {file}"
+
     with file.open("rb") as handle:
         head = handle.read(len(_LFS_HEADER))
     if head == _LFS_HEADER:
         return f"{file} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`"
+
     size = file.stat().st_size
     return f"{file} is not a complete safetensors file ({size} bytes; {error}); download it again"
 
 
 def _nothing_found(folder: Path) -> str:
+    """Explains a folder without weights, and names its pickles if there are any."""
     wanted = " or ".join(f"{stem}.safetensors" for stem in STEMS)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+
     if pickles:
         return (
             f"{folder} holds only {', '.join(pickles)}, which this project does not open; "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen text tower: model and tokenizer from one folder, or from a pipeline's two."""
+"""Loads the frozen text encoder: model and tokenizer from one folder, or from a pipeline's two."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from digseg_jax.weights.hub import resolve
 from digseg_jax.weights.load import load_component
 from digseg_jax.weights.tokenizer_files import has_tokenizer, load_tokenizer
 
-# Of a CLIPModel or a tower with projection, the tower without: only tokens are wanted.
+# A CLIPModel, or an encoder with a projection, is read as the plain encoder: only tokens are wanted.
 TEXT_CLASSES = ("CLIPTextModel", "BertModel", "HFTextEncoder")
 
 
 @dataclass(frozen=True)
 class TextTower:
-    """What `segmentation.text_bank.encode_prompts` needs.
+    """A text encoder with its tokenizer, as `segmentation.text_bank.encode_prompts` needs it.
 
     Attributes:
         graphdef: structure of the model, for `models.functional.merge`.
         params: its parameters, on the host.
-        tokenizer: texts to ids.
+        tokenizer: from texts to ids.
         width: channels of a token.
         max_length: most tokens that the model has positions for.
-        causal: a token sees only those before it; such towers (CLIP's) were trained without a mask.
+        causal: a token sees only those before it; such encoders (CLIP's) were trained without a mask.
     """
 
     graphdef: nnx.GraphDef
@@ -45,26 +45,28 @@ class TextTower:
 
 
 def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: int = 0) -> TextTower:
-    """Loads a text tower for inference: CLIP, BERT, or open_clip's BERT (BiomedCLIP).
+    """Loads a text encoder for inference: CLIP, BERT, or open_clip's BERT (BiomedCLIP).
 
     Args:
         spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, a hub id such as
-            openai/clip-vit-large-patch14, or a name of `digseg_jax.weights.catalog`. The tokenizer
-            lies in the same folder, or beside a pipeline's `text_encoder` in `tokenizer`.
+          openai/clip-vit-large-patch14, or a name of `digseg_jax.weights.catalog`. The tokenizer is in
+          the same folder, or in `tokenizer` beside a pipeline's `text_encoder`.
         dtype: compute dtype, float32 if None.
-        skip_layers: last layers of a CLIP tower to leave out, see `without_last_layers`.
+        skip_layers: last layers of a CLIP encoder to leave out, see `without_last_layers`.
 
     Raises:
-        UserError: package, folder or hub id not there, the folder lacks a tokenizer, or layers to
-            skip of a tower that is not CLIP's.
+        UserError: the package, folder or hub id is not there, the folder lacks a tokenizer, or layers
+          are to be skipped in an encoder that is not CLIP's.
     """
     folder = minilm_folder() if spec == "minilm" else resolve(spec)
     model = load_component(folder, dtype=dtype, expect=TEXT_CLASSES)
+
     if skip_layers:
         if not isinstance(model, CLIPTextModel):
             name = type(model).__name__
             raise UserError(f"{folder} holds a {name}; only CLIP text towers can skip layers")
         model = without_last_layers(model, skip_layers)
+
     graphdef, params = functional.split(model)
     config = model.config
     return TextTower(
@@ -78,6 +80,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
 
 
 def _tokenizer_folder(folder: Path) -> Path:
+    """The component's own folder, or a pipeline's `tokenizer` beside its `text_encoder`."""
     beside = folder.parent / "tokenizer"
     if not has_tokenizer(folder) and folder.name == "text_encoder" and beside.is_dir():
         return beside

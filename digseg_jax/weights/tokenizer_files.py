@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers from the files that checkpoints and packages carry, without a network."""
+"""Builds tokenizers from the files in checkpoints and packages, without a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.models.text.tokenizer import Tokenizer
 
 CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # of OpenAI's CLIP and of open_clip, mostly with ".gz"
-SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # may name the padding token
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -21,14 +21,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     The first of these in the folder is taken: tokenizer.json, vocab.json with merges.txt (CLIP),
     vocab.txt (BERT), bpe_simple_vocab_16e6.txt[.gz] (CLIP). The padding token is the one that
-    special_tokens_map.json or else tokenizer_config.json names: "!" (id 0) in Stable Diffusion 2.x,
-    the end of text (49407) in 1.x; else the vocabulary's own.
+    special_tokens_map.json or else tokenizer_config.json names: "!" (id 0) in Stable Diffusion 2.x, the
+    end of text (49407) in 1.x; else the vocabulary's own.
 
     Raises:
         UserError: none of the files is there, or one is malformed.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
+
+    # A vocabulary file is read by its own reader only; in a folder the table's order decides.
     readers = [r for r in _READERS if path.is_dir() or r == path.name]
     for name in readers:
         if (folder / name).is_file():
@@ -36,16 +38,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 return _READERS[name](folder, _pad_token(folder))
             except (ValueError, OSError) as error:  # UserError, malformed JSON, UTF-8 or gzip
                 raise UserError(f"{folder}: {error}") from error
+
     names = ", no ".join(("tokenizer.json", "vocab.json", "vocab.txt", f"{CLIP_BPE}.gz"))
     raise UserError(f"no {names} in {path}")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `load_tokenizer` would find a file in `folder`."""
+    """True if `load_tokenizer` would find a file in `folder`."""
     return any((folder / name).is_file() for name in _READERS)
 
 
 def _pad_token(folder: Path) -> str | None:
+    """The padding token that the settings name; None if they name none."""
     for name in SETTINGS:
         token = _json(folder / name).get("pad_token")
         if isinstance(token, dict):  # an added token with flags
@@ -56,6 +60,7 @@ def _pad_token(folder: Path) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty if there is no such file."""
     return json.loads(_text(path)) if path.is_file() else {}
 
 
@@ -68,30 +73,37 @@ def _lines(text: str) -> list[str]:
 
 
 def _fast(folder: Path, pad_token: str | None) -> Tokenizer:
+    """Reads tokenizer.json, the format of Hugging Face's tokenizers."""
     return Tokenizer.from_json(_text(folder / "tokenizer.json"), pad_token)
 
 
 def _clip(folder: Path, pad_token: str | None) -> Tokenizer:
+    """Reads vocab.json and merges.txt of CLIP."""
     merges = _lines(_text(folder / "merges.txt"))
+    # The first line may be a header.
     if merges[0].startswith("#version"):
         merges = merges[1:]
     return Tokenizer.from_clip(_json(folder / "vocab.json"), merges, pad_token)
 
 
 def _bert(folder: Path, _pad_token: str | None) -> Tokenizer:
+    """Reads vocab.txt of BERT; its padding token is the vocabulary's own."""
     settings = _json(folder / "tokenizer_config.json")
     return Tokenizer.from_vocab(_lines(_text(folder / "vocab.txt")), settings)
 
 
 def _bpe(folder: Path, pad_token: str | None) -> Tokenizer:
+    """Reads OpenAI's byte-pair merges, from which the vocabulary follows."""
     return Tokenizer.from_clip_bpe(_lines(_text(folder / CLIP_BPE)), pad_token)
 
 
 def _bpe_gz(folder: Path, pad_token: str | None) -> Tokenizer:
+    """Reads the same, compressed."""
     with gzip.open(folder / f"{CLIP_BPE}.gz", "rt", encoding="utf-8") as file:
         return Tokenizer.from_clip_bpe(_lines(file.read()), pad_token)
 
 
+# Reader by file name; a folder is searched in this order.
 _READERS: dict[str, Callable[[Path, str | None], Tokenizer]] = {
     "tokenizer.json": _fast,
     "vocab.json": _clip,
