@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration: its fields, how it is read, and the rules it obeys.
+"""The configuration: its fields, how it is parsed, and the rules between its values.
 
 An experiment file needs one name of it: `from digseg_jax.config import default`.
 """

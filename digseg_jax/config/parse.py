@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a ConfigDict, with the command line's overrides, to a checked Config."""
+"""Parses a ConfigDict, with the command line's overrides, into a checked Config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     """Returns the typed configuration.
 
     Raises:
-      UserError: unknown key, wrong type, illegal value or impossible combination.
+      UserError: an unknown key, a wrong type, an illegal value or an impossible combination.
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -36,12 +36,12 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain JSON-ready values; `parse` takes them back."""
+    """Plain values that JSON can store; `parse` takes them back."""
     return _lists(dataclasses.asdict(config))
 
 
 def with_sampling(config: Config, text: str) -> Config:
-    """The configuration with ensemble, steps and spacing of an E-Step such as "8x2".
+    """A copy of the configuration with the ensemble, steps and spacing of a text such as "8x2".
 
     Raises:
       UserError: another form, or more steps than there are timesteps.
@@ -64,23 +64,37 @@ def check_key(path: str) -> None:
 
 
 def _no_such_key(path: str, key: str, legal_keys: Iterable[str]) -> UserError:
+    """The error for an unknown key, with the nearest and all legal ones."""
     keys = list(legal_keys)
     legal_text = ", ".join(keys) or f"none below {path}"
     return UserError(f"{path}.{key}: no such key{nearest(key, keys)}; legal: {legal_text}")
 
 
 def _lists(value: Any) -> Any:
+    """The same values with lists for tuples, which JSON does not have."""
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    """An instance of a dataclass of the schema, from the values of its section.
+
+    Args:
+      cls: the dataclass; fields that `values` lacks keep their default.
+      values: by field name.
+      path: of the section, such as "config.train", for the errors.
+
+    Raises:
+      UserError: an unknown key, a wrong type or an illegal value.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+
     for key in values:
         if key not in fields:
             raise _no_such_key(path, key, fields)
+
     made = {}
     for key, value in values.items():
         made[key] = _value(hints[key], value, fields[key].metadata, f"{path}.{key}")
@@ -88,7 +102,18 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
 
 
 def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
-    """A value of a field's type and within its bounds. about: the field's metadata, see `setting`."""
+    """A value, converted to its field's type and checked against its legal values and bounds.
+
+    Args:
+      hint: type of the field.
+      value: from a file or the command line.
+      about: the field's metadata, see `setting`.
+      path: of the key, for the errors.
+
+    Raises:
+      UserError: a wrong type or an illegal value.
+    """
+    # A section, or a list of items of one type.
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r}: expected a section of keys, got a single value")
@@ -99,19 +124,23 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
         item = typing.get_args(hint)[0]
         return tuple(_value(item, v, {}, path) for v in value)
 
-    # a Literal is a string of a closed list
+    # A Literal is a string from a closed list.
     names, kind = about.get("names", ()), hint
     if typing.get_origin(hint) is Literal:
         names, kind = typing.get_args(hint), str
+
+    # Whole numbers stand for floats, but bools never for numbers, though Python's bool is an int.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{path}={value!r}: expected {kind.__name__}, got {type(value).__name__}")
 
+    # Legal strings. A string never begins with NUL, so that without prefixes only the names are legal.
     prefixes = about.get("prefixes", ())
     if names and value not in names and not value.startswith(prefixes or "\0"):
         legal = ", ".join(name or "''" for name in (*names, *(f"{p}NAME" for p in prefixes)))
         raise UserError(f"{path}={value!r}: legal values are {legal}{nearest(value, names)}")
+
     _check_bounds(value, about.get("bounds", {}), path)
     return value
 
@@ -120,7 +149,7 @@ _HOLDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt,
 
 
 def _check_bounds(value: Any, bounds: Mapping[str, float], path: str) -> None:
-    """Raises UserError, with all of the bounds, unless each of them holds; nan satisfies none."""
+    """Raises UserError that lists all bounds unless every one holds; NaN satisfies none."""
     if all(_HOLDS[name](value, bound) for name, bound in bounds.items()):
         return
     legal = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules between the values of a configuration; those of single values stand at the fields."""
+"""Rules between the values of a configuration; bounds of single values are at the fields (schema).
+
+Each check raises a UserError that names the keys, their values and what is legal.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from digseg_jax.errors import UserError
 
 
 def check_combinations(c: Config) -> None:
-    """Raises UserError for a key that the task does not use, or values that do not go together."""
+    """Raises UserError for a key that the task does not use, or values that exclude each other."""
     _check_used(c)
     _check_train(c)
     _check_model(c)
@@ -24,7 +27,7 @@ def check_combinations(c: Config) -> None:
 
 
 def _check_used(c: Config) -> None:
-    """A key that the task does not use is refused: it would silently do nothing."""
+    """Rejects a changed key that the task does not use: it would silently do nothing."""
     for key, setting in settings().items():
         if setting.tasks and c.task not in setting.tasks:
             value = functools.reduce(getattr, key.split("."), c)
@@ -36,17 +39,20 @@ def _check_used(c: Config) -> None:
 
 
 def _check_train(c: Config) -> None:
+    """Checks what training needs: an evaluation to choose by, a profile window, valid regexes."""
     if c.checkpoint.best and not c.train.eval_every:
         raise UserError(
             f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
             "measures it while training"
         )
+
     if c.train.profile and not (
         len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
     ):
         raise UserError(
             f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
         )
+
     for pattern in c.optim.freeze:
         try:
             re.compile(pattern)
@@ -57,16 +63,19 @@ def _check_train(c: Config) -> None:
 
 
 def _check_model(c: Config) -> None:
+    """Checks the prediction type against the schedule, and kernels against types and the mesh."""
     if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
         raise UserError(
             "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
             "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
         )
+
     if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise UserError(
             "config.model.attention='cudnn' takes 16-bit activations only: set "
             "config.model.dtype='bfloat16', or attention to plain or chunked"
         )
+
     if c.model.feed_forward == "fused" and c.mesh.tensor > 1:
         raise UserError(
             f"config.model.feed_forward='fused' with config.mesh.tensor={c.mesh.tensor}: its kernel "
@@ -75,48 +84,59 @@ def _check_model(c: Config) -> None:
 
 
 def _check_eval(c: Config) -> None:
+    """Checks that evaluation neither leaks labels nor asks for what sampling cannot do."""
     if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
         raise UserError(
             f"config.eval.split={c.eval.split!r} with config.eval.calibrate=True would fit the "
             "calibration on the images that it scores: set config.eval.calibrate=False, or another "
             "config.eval.calibrate_split (val, train)"
         )
+
     if c.eval.steps > c.diffusion.num_train_timesteps:
         raise UserError(
             f"config.eval.steps={c.eval.steps}: at most config.diffusion.num_train_timesteps="
             f"{c.diffusion.num_train_timesteps}"
         )
+
+    # The decoder latent_mean averages latents, before there are any masks to vote.
     if c.eval.ensemble_rule != "mean" and c.eval.decoder == "latent_mean":
         raise UserError(
             f"config.eval.ensemble_rule={c.eval.ensemble_rule!r} needs every member's mask: set "
             "config.eval.decoder='vae' or 'probe'"
         )
+
     if len(c.eval.view_size) > 2 or min(c.eval.view_size, default=1) < 1:
         raise UserError(
             f"config.eval.view_size={c.eval.view_size}: legal are (side,) and (height, width) in "
             "pixels, or () for config.data.image_size"
         )
+
     _check_sweep(c)
 
 
 def _check_data(c: Config) -> None:
+    """Checks that each query keeps some text, and that there are labels to train on."""
     if c.data.word_dropout and not c.model.sentence_token:
         raise UserError(
             f"config.data.word_dropout={c.data.word_dropout} leaves queries without any text unless "
             "config.model.sentence_token=True"
         )
+
     if not c.data.train_label_sets:
         raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
 
 
 def _check_codec(c: Config) -> None:
+    """Checks that a palette, which has one color for each class, is used with one class list."""
     if c.segmentation.codec != "palette":
         return
+
     if c.data.mixture:
         raise UserError(
             "config.data.mixture: a palette has the colours of one class list; with "
             "config.segmentation.codec='palette' train on one data set"
         )
+
     if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
         raise UserError(
             f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
@@ -125,25 +145,34 @@ def _check_codec(c: Config) -> None:
 
 
 def _check_crops(data: DataConfig) -> None:
+    """Checks the range of scales and the prompt templates."""
     if data.scale_min > data.scale_max:
         raise UserError(
             f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: the minimum must be "
             "at most the maximum"
         )
+
     for template in data.templates:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
             raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")
 
 
 def _check_latent_cache(c: Config) -> None:
-    """Latents are of middle squares and their mirror images: what else augments would do nothing."""
+    """Rejects augmentation that a latent cache cannot apply.
+
+    It has the latents of middle squares and of their mirror images: any other augmentation would do
+    nothing.
+    """
     if not c.data.latent_cache:
         return
+
     if c.data.name == "landcover":
         raise UserError(
             "config.data.latent_cache: the land cover is trained on random windows of its scenes, "
             "which no cache holds; set it to '' or choose another config.data.name"
         )
+
+    # These values turn off every other augmentation.
     legal = {"scale_min": 1.0, "scale_max": 1.0, "class_share_cap": 1.0, "jitter": 0.0}
     if differs := [key for key, value in legal.items() if getattr(c.data, key) != value]:
         found = ", ".join(f"config.data.{key}={getattr(c.data, key)}" for key in differs)
@@ -155,7 +184,7 @@ def _check_latent_cache(c: Config) -> None:
 
 
 def _check_sweep(c: Config) -> None:
-    """Now rather than after the training, when the table is made."""
+    """Checks the rows of the E-Step table now rather than after the training, when it is made."""
     for text in c.eval.sweep:
         if EStep.parse(text).steps > c.diffusion.num_train_timesteps:
             raise UserError(

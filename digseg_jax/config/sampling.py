@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a mask is sampled: E members, S steps, the spacing of timesteps."""
+"""How a mask is sampled: number of ensemble members, steps, and the spacing of timesteps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from digseg_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EStep:
-    """E members, S sampling steps, timestep spacing; written "8x2" or "20x50:leading"."""
+    """One way to sample (the paper's E-Step), written "8x2" or "20x50:leading".
+
+    ensemble: members, each from its own noise.
+    steps: denoising steps per member.
+    spacing: of the timesteps, "trailing" or "leading", as in diffusers.
+    """
 
     ensemble: int
     steps: int
@@ -19,10 +24,15 @@ class EStep:
 
     @classmethod
     def parse(cls, text: str) -> EStep:
-        """Raises UserError unless the text looks like 8x2 or 8x2:leading."""
+        """Parses a text such as 8x2 or 8x2:leading.
+
+        Raises:
+          UserError: another form, or a number below 1.
+        """
         match = re.fullmatch(r"(\d+)x(\d+)(?::(trailing|leading))?", text)
         if not match or min(int(match[1]), int(match[2])) < 1:
             raise UserError(f"E-Step {text!r}: expected ExS or ExS:leading, such as 8x2")
+
         return cls(int(match[1]), int(match[2]), match[3] or "trailing")
 
     def __str__(self) -> str:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration: frozen dataclasses with defaults, made from a locked ConfigDict.
+"""The configuration's schema: frozen dataclasses with every key's name, type, default and limits.
 
-The dataclasses are the only place that knows a key's name, type, default, legal values, which tasks use
-it and whether it changes what is trained. A config file starts from `default()`, sets what its
-experiment needs, and `parse` turns the result (with the command line's overrides) into a `Config`, or
-says which key is wrong and what is legal.
+They are the only place that knows a key's name, type, default, legal values, which tasks use it and
+whether it changes what is trained. A config file starts from `default()` and sets what its experiment
+needs; `parse` turns the result (with the command line's overrides) into a `Config`, or says which key
+is wrong and what is legal.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ def setting(
     free: bool = False,
     tasks: tuple[str, ...] = (),
 ) -> Any:
-    """A field of the configuration, or a section of it, and what `parse` must know about it.
+    """A field of the configuration, or a section of it, with what `parse` must know about it.
 
     Args:
         default: its value unless a file or the command line sets another.
         at_least, at_most, above, below: bounds of a number.
-        names, prefixes: legal strings, and what others may begin with; a closed list is a `Literal`.
-        free: it does not change what is trained, so a run may go on with another value.
-        tasks: values of config.task that use it; all if empty. Others refuse it.
+        names, prefixes: legal strings, and what other legal strings begin with; a closed list is a
+          `Literal`.
+        free: it does not change what is trained, so a run may continue with another value.
+        tasks: values of config.task that use it; all if empty. Other tasks reject it.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -54,6 +55,8 @@ class PartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """Data sets, the crops and queries of training, and augmentation."""
+
     name: str = setting(
         "landcover",
         names=(
@@ -76,42 +79,43 @@ class DataConfig:
         ),
         prefixes=("tfds:",),  # tfds:NAME, prepared as array_record under root
     )
-    # the download as it unpacks, or shards of digseg_jax.tools.prepare_data; the land cover needs none
+    # Folder of the download as it unpacks, or of shards from
+    # digseg_jax.tools.prepare_data; the land cover needs none.
     root: str = ""
-    label_set: Literal["groups", "igbp"] = "groups"  # what evaluation and its queries use
-    # label sets from which training draws its queries
+    label_set: Literal["groups", "igbp"] = "groups"  # labels and queries of evaluation
+    # Label sets from which training draws its queries.
     train_label_sets: tuple[Literal["groups", "igbp"], ...] = ("groups",)
-    image_size: int = setting(64, at_least=1)  # pixels; a side of the square training crop
-    num_queries: int = setting(2, at_least=1)  # queries per image in training
-    # share of a crop's queries whose class is not in it
+    image_size: int = setting(64, at_least=1)  # pixels; side of the square training crop
+    num_queries: int = setting(2, at_least=1)  # per image in training
+    # Share of a crop's queries whose class is not in it.
     negative_rate: float = setting(0.15, at_least=0.0, below=1.0)
-    # repeat-factor sampling of tiles with rare classes; 0 turns it off
+    # Repeat-factor sampling (LVIS) of tiles with rare classes: its threshold; 0 turns it off.
     repeat_threshold: float = setting(0.0, at_least=0.0)
-    # noise added to text tokens in training: its standard deviation, relative to the tokens' own
+    # Noise added to text tokens in training: its standard deviation, relative to the tokens' own.
     text_noise: float = setting(0.0, at_least=0.0)
-    # share of training queries whose words are hidden, so that only the sentence token is left
+    # Share of training queries whose words are hidden, so that only the sentence token is left.
     word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
-    # grain worker processes; 0: threads of this process
+    # Grain worker processes; 0: threads of this process.
     workers: int = setting(0, at_least=0, free=True)
-    # the rest is for every data set but the land cover
+    # The keys from here on apply to every data set but the land cover.
     train_split: str = ""  # empty: the data set's own
-    # trains on these instead; name stays what is evaluated
+    # Trains on these instead; `name` is still the data set that is evaluated.
     mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation",))
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
-    # share of absent queries that name a class likely to occur in such an image (not in the paper)
+    # Share of absent queries that name a class likely to occur in such an image (not in the paper).
     hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # range of the random scale; at 1 the image's short side fills the crop (mmseg's range)
+    # Range of the random scale; at 1 the image's short side fills the crop (mmseg's range).
     scale_min: float = setting(0.5, above=0.0)
     scale_max: float = setting(2.0, above=0.0)
-    # largest share of labeled pixels that one class may take in a crop (mmseg's cat_max_ratio)
+    # Largest share of labeled pixels that one class may take in a crop (mmseg's cat_max_ratio).
     class_share_cap: float = setting(0.75, at_least=0.0, at_most=1.0)
-    # probability of a mirrored crop (mmseg, Marigold)
+    # Probability of a mirrored crop (mmseg, Marigold).
     flip: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # strength of color augmentation: 1 is mmseg's PhotoMetricDistortion, 0 none (not in the paper)
+    # Strength of color augmentation: 1 is mmseg's PhotoMetricDistortion, 0 none (not in the paper).
     jitter: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # what to do with an unreadable example: stop, or log it, count it and use another
+    # An unreadable example: stop, or log it, count it and use another.
     on_error: Literal["raise", "skip"] = setting("raise", free=True)
-    # folder of latents that --mode=cache_latents wrote; training reads them instead of the images
+    # Folder of latents that --mode=cache_latents wrote; training reads them instead of the images.
     latent_cache: str = setting("", tasks=("segmentation",))
 
 
@@ -125,7 +129,7 @@ class VaeArch:
     mid_block_add_attention: bool = False
     kl_weight: float = 5e-4
     color_weight: float = 0.0  # weight of the error of each latent cell's mean color
-    # initialize with a path that passes colors through exactly (models/vae_init.py)
+    # Initialize with a path that passes colors through exactly (models/vae_init.py).
     carry_colors: bool = False
 
 
@@ -137,46 +141,48 @@ class UnetArch:
     layers_per_block: int = 1
     norm_num_groups: int = 16
     attention_head_dim: tuple[int, ...] = (2, 3, 4)  # diffusers' name for the number of heads
-    # which up blocks attend, lowest resolution first; every down block does. The highest one costs a
-    # third of the time here and adds little: its skip connections come from a block that attends
+    # Which up blocks attend, lowest resolution first; every down block does. The highest one costs
+    # a third of the time here and adds little: its skip connections come from a block that attends.
     up_attention: tuple[bool, ...] = (True, True, False)
     cross_attention_dim: int = 128  # text adapters bring the tokens to this width
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    # assets:NAME (shipped), a folder, or a hub id[:subfolder]
+    """Weights to start from, the text encoder, and how the networks are computed."""
+
+    # assets:NAME (shipped), a folder, or a hub id[:subfolder].
     vae: str = setting("assets:vae", tasks=("segmentation", "prior"))
-    unet: str = setting("assets:prior", tasks=("segmentation",))  # where the U-Net starts; same forms
-    # random: that architecture, from scratch
+    unet: str = setting("assets:prior", tasks=("segmentation",))  # the initial U-Net; same forms
+    # random: the architecture of `unet`, from scratch.
     unet_init: Literal["pretrained", "random"] = setting("pretrained", tasks=("segmentation",))
-    # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog
+    # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog.
     text: str = setting("minilm", tasks=("segmentation", "prior"))
-    # last layers of a CLIP tower to leave out; 1: the penultimate's output
+    # Last layers of a CLIP text encoder to leave out; 1: the output of the penultimate layer.
     text_skip_layers: int = setting(0, at_least=0)
     max_tokens: int = setting(16, at_least=1)  # text length after padding
-    # False: CLIP's padding tokens are attended to like any other, as Stable Diffusion was trained. The
-    # padding of other text encoders is always masked
+    # False: CLIP's padding tokens are attended to like any other, as Stable
+    # Diffusion was trained. The padding of other text encoders is always masked.
     mask_padding: bool = True
-    # append the mean token embedding: helps synonyms that were never trained (not in the paper)
+    # Append the mean token embedding: helps synonyms that were never trained (not in the paper).
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
-    # cpu: fewer products, see models/kernels/conv.py; xla: as XLA has it; auto: by platform. All give
-    # the same result up to rounding
+    # cpu: fewer products, see models/kernels/conv.py; xla: XLA's own
+    # convolution; auto: by platform. All give the same result up to rounding.
     conv: Literal["auto", "xla", "cpu"] = setting("auto", free=True)
-    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: by
-    # platform. All give the same result up to rounding
+    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn:
+    # NVIDIA GPU; auto: by platform. All give the same result up to rounding.
     attention: Literal["plain", "auto", "chunked", "headwise", "splash", "cudnn"] = setting(
         "plain", free=True
     )
-    # plain: layer by layer; fused: one kernel, TPU; auto: by platform
+    # plain: layer by layer; fused: one kernel, TPU; auto: by platform.
     feed_forward: Literal["auto", "plain", "fused"] = setting("auto", free=True)
-    # see models/remat.py
+    # What the backward pass computes again instead of keeping it, see models/remat.py.
     remat: Literal["none", "block", "large", "attention", "dots"] = setting("none", free=True)
-    # images that a device encodes at a time; 0: the whole batch
+    # Images that a device encodes at a time; 0: the whole batch.
     vae_limit: int = setting(0, at_least=0, free=True)
-    # masks that a device denoises at a time in evaluation; 0: all
+    # Masks that a device denoises at a time in evaluation; 0: all.
     unet_limit: int = setting(0, at_least=0, free=True)
     vae_arch: VaeArch = setting(VaeArch(), tasks=("autoencoder",))
     unet_arch: UnetArch = setting(UnetArch(), tasks=("prior",))
@@ -184,18 +190,20 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
+    """Noise schedule, timesteps and losses of the diffusion."""
+
     prediction_type: Literal["v_prediction", "sample", "epsilon"] = "v_prediction"
     num_train_timesteps: int = setting(1000, at_least=1)
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_snr: bool = True
     timestep_sampling: Literal["high_noise", "uniform"] = "high_noise"
-    # high_noise: share of draws at the last timestep
+    # high_noise: share of draws at the last timestep.
     terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
     high_noise_a: float = 0.1  # high_noise: scale of the heavy tail (METHOD: GenMask's a)
-    # weight of the auxiliary loss on the decoded mask; 0: the paper's noise-prediction MSE alone
+    # Weight of the auxiliary loss on the decoded mask; 0: the paper's noise-prediction MSE alone.
     mask_loss_weight: float = setting(0.0, at_least=0.0)
-    # fraction of T from which the mask loss applies (noisy steps only)
+    # Fraction of T from which the mask loss applies (noisy steps only).
     mask_loss_from: float = setting(0.5, at_least=0.0, at_most=1.0)
     noise: Literal["gaussian", "multires"] = "gaussian"
     multires_strength: float = 0.9  # multires: annealed as strength * t / T (Marigold)
@@ -203,106 +211,120 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
+    """AdamW, its learning rate over the steps, and the moving average of the weights."""
+
     learning_rate: float = setting(1e-3, above=0.0)
     warmup_steps: int = setting(100, at_least=0)
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
-    # learning rate at the end, as a share of the peak
+    # Learning rate at the end, as a share of the peak.
     final_scale: float = setting(0.01, at_least=0.0, at_most=1.0)
     b1: float = setting(0.9, at_least=0.0, below=1.0)
     b2: float = setting(0.99, at_least=0.0, below=1.0)
     weight_decay: float = setting(0.0, at_least=0.0)
     clip_norm: float = setting(1.0, above=0.0)
-    # 0: no moving average is kept; evaluation and export use the weights themselves
+    # 0: no moving average is kept; evaluation and export use the weights themselves.
     ema_decay: float = setting(0.995, at_least=0.0, below=1.0)
-    # Adam's first moment. The second stays float32: bfloat16 loses its updates at b2 = 0.999
+    # Type of Adam's first moment. The second stays float32: bfloat16 loses its updates at b2 = 0.999.
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    freeze: tuple[str, ...] = ()  # regexes on parameter paths that stay fixed: "^down_blocks"
+    freeze: tuple[str, ...] = ()  # regexes on paths of parameters that stay fixed: "^down_blocks"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+    """Length and batches of the training, and what it logs."""
+
     steps: int = setting(1000, at_least=0)
     batch_size: int = setting(8, at_least=1)  # images per step, over all hosts
     log_every: int = setting(20, at_least=1, free=True)
     eval_every: int = setting(0, at_least=0, free=True, tasks=("segmentation",))  # 0: only at the end
-    # microbatches that a batch is split into: the same step in less memory
+    # Microbatches that a batch is split into: the same step in less memory.
     accumulation: int = setting(1, at_least=1, free=True)
-    # (first, last) step to trace into WORKDIR/profile
+    # (first, last) step to trace into WORKDIR/profile.
     profile: tuple[int, ...] = setting((), free=True)
-    # folder of compiled programs, kept over runs and restarts; "": none
+    # Folder of compiled programs, kept over runs and restarts; "": none.
     compile_cache: str = setting("", free=True)
-    # project at Weights & Biases that gets the metrics too; "": none
+    # Project at Weights & Biases that gets the metrics too; "": none.
     wandb: str = setting("", free=True)
-    # write WORKDIR/examples: which examples each step saw
+    # Write WORKDIR/examples: which examples each step saw.
     log_examples: bool = setting(False, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """When the state is saved and which checkpoints are kept."""
+
     every: int = setting(200, at_least=1)
     keep: int = setting(2, at_least=1)  # the newest ones
-    keep_every: int = setting(0, at_least=0)  # steps; those at its multiples are never removed; 0: none
-    # metric of the in-training evaluation whose best checkpoint is kept and exported; "": the last one
+    keep_every: int = setting(0, at_least=0)  # steps; multiples are never removed; 0: none
+    # Metric of the in-training evaluation whose best checkpoint is kept and exported; "": the last one.
     best: Literal["", "val_miou"] = ""
-    # steps that may run while a checkpoint is being written; then the loop waits for it, so that a
-    # kill costs at most `every` + overlap - 1 finished steps. 0: no limit
+    # Steps that may run while a checkpoint is being written; then the loop waits for it,
+    # so that a kill costs at most `every` + overlap - 1 finished steps. 0: no limit.
     overlap: int = setting(1, at_least=0)
-    # seconds that a save may take before the run stops
+    # Seconds that a save may take before the run stops.
     timeout: float = setting(900.0, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationConfig:
-    # binary: one query, one mask (open vocabulary; the paper does not say which it uses).
-    # palette: all classes of a closed set in one pass, as colors
+    """The representation of masks as images."""
+
+    # binary: one query, one mask (open vocabulary; the paper does not say which
+    # it uses). palette: all classes of a closed set in one pass, as colors.
     codec: Literal["binary", "palette"] = "binary"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
+    """How masks are sampled, decoded and scored after training, and in prediction."""
+
     split: Literal["test", "val"] = "test"
     ensemble: int = setting(2, at_least=1)
     steps: int = setting(2, at_least=1)
     spacing: Literal["trailing", "leading"] = "trailing"
-    # how the members' probabilities are combined (not in the paper)
+    # How the members' probabilities are combined (not in the paper).
     ensemble_rule: Literal["mean", "median", "vote"] = "mean"
-    # how mask latents become masks: decoded once, after the mean over members; each member decoded;
-    # or read from the latents without a decoder: by a linear probe, a palette's by the nearest color
+    # How mask latents become masks. latent_mean: decoded once, after the mean
+    # over members; vae: each member decoded; probe: read from the latents
+    # without a decoder, by a linear probe, or of a palette by the nearest color.
     decoder: Literal["latent_mean", "vae", "probe"] = "latent_mean"
-    # latent_mean: masks of a view that are decoded, those that the probe puts first; the other queries
-    # keep the probe's reading. 0: all of them
+    # latent_mean: masks of a view that are decoded, the probe's strongest
+    # first; the other queries keep the probe's reading. 0: all of them.
     decode_limit: int = setting(24, at_least=0)
-    # how an image becomes views of one size: overlapping windows, squeezed into one, or scaled to fit
-    # into one (the paper is silent). auto: as its data set is evaluated in the field, else windows
+    # How an image becomes views of one size: overlapping windows, squeezed into one view, or scaled to
+    # fit into one (the paper is silent). auto: as is usual in the field for its data set, else windows.
     inference: Literal["auto", "window", "whole", "aspect"] = "auto"
-    # pixels of a view: a side, or height and width; empty: the training crop
+    # Pixels of a view: a side, or height and width; empty: the training crop.
     view_size: tuple[int, ...] = ()
-    # windows: pixels that an image's short side is brought to; masks come back at the image's own size.
-    # 0: scale 1 of the training crops, where they are scaled by it, else as the image comes
+    # window: pixels that an image's short side is scaled to; masks come back at the image's own
+    # size. 0: scale 1 of the training crops if they are scaled by it, else the image's own size.
     short_side: int = setting(0, at_least=0)
-    # how a class that no label shows enters the mean; auto: as the data set defines it
+    # How a class that no label shows enters the mean; auto: as the data set defines it.
     absent_rule: Literal["auto", "mmseg", "detectron2", "official"] = "auto"
-    # up to how many classes all of them are asked for. Beyond, a coarse pass says which are there: how
-    # many it lets through (16 to 32 of hundreds), and from which presence score on (ours)
+    # Up to this many classes, all of them are asked for. Beyond, a coarse pass
+    # finds which are present (not in the paper): at most `gate_limit` of them
+    # pass (16 to 32 of hundreds), with a presence score of at least `gate_cut`.
     exhaustive_limit: int = setting(200, at_least=0)
     gate_limit: int = setting(16, at_least=1)
     gate_cut: float = 0.3
     batch_size: int = setting(4, at_least=1)  # views per compiled call, over all devices
     num_images: int = setting(0, at_least=0)  # 0: the whole split
     gallery: int = setting(24, at_least=0)  # images shown in the report
-    calibrate: bool = True  # fit the probability's scale and each query's bias on calibrate_split
-    calibrate_split: Literal["val", "train"] = "val"  # train: where a data set has no third split
+    calibrate: bool = True  # fit the probability's scale and each query's bias, on calibrate_split
+    calibrate_split: Literal["val", "train"] = "val"  # train: for data sets without a third split
     calibrate_images: int = setting(0, at_least=0)  # of that split; 0: num_images
-    # further samplings to score, rows of the E-Step table: "4x2", "4x2:leading"
+    # Further samplings to score, rows of the E-Step table: "4x2", "4x2:leading".
     sweep: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    """Sizes of the mesh's axes; their product is the number of devices."""
+
     data: int = -1  # -1: all remaining devices
-    # devices that share one state. 0: chosen from the chip and how many there are (mesh_choice.py)
+    # Devices that share one state. 0: chosen from the chip and their number (mesh_choice.py).
     fsdp: int = 1
-    tensor: int = 1
+    tensor: int = 1  # devices that share one weight matrix of attention and feed-forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,21 +333,23 @@ class CompileConfig:
 
     program: Literal["train", "eval"] = "train"  # the train step, or one batch of the evaluation
     unet_only: bool = False  # train: the U-Net's step on given latents and tokens, nothing else
-    # images a device; 0: what train.batch_size or eval.batch_size gives
+    # Images per device; 0: as train.batch_size or eval.batch_size gives.
     per_device_batch: int = setting(0, at_least=0)
-    # eval: classes of the vocabulary; 0: those of config.data
+    # eval: classes of the vocabulary; 0: those of config.data.
     eval_queries: int = setting(0, at_least=0)
-    # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a quick look: its
-    # memory is a tenth too low, and it knows no fetching ahead (aot/RECORD.md)
+    # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a
+    # quick look: its memory is a tenth too low, and it does not fetch ahead (aot/RECORD.md).
     effort: float = setting(0.0, at_least=-1.0, at_most=1.0)
-    # TPUs: also search for the fastest tiling of every convolution, as a run does. That is most
-    # of its compilation, and changes no number of the report but compile_seconds
+    # TPUs: also search for the fastest tiling of every convolution, as a run does. That
+    # is most of its compilation, and changes no number of the report but compile_seconds.
     tuned: bool = False
-    advice: bool = True  # over budget: trace the step with other settings, to say what would fit
+    advice: bool = True  # over budget: trace the step with other settings to find what would fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """A whole experiment, section by section."""
+
     task: Literal["segmentation", "prior", "autoencoder"] = "segmentation"
     seed: int = 0
     init_from: str = ""  # another run's working directory: start from its newest checkpoint's weights
@@ -343,7 +367,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What holds for one key, whether its field says so or its section."""
+    """The properties of one key, whether its field or its section declares them."""
 
     default: Any
     free: bool
@@ -357,7 +381,10 @@ def settings() -> dict[str, Setting]:
 
 
 def is_free(key: str) -> bool:
-    """Whether a key changes nothing of what is trained; of keys that are no more, by their section."""
+    """True for a key that does not change what is trained.
+
+    A key that no longer exists is judged by its section.
+    """
     if key in settings():
         return settings()[key].free
     section = {f.name: f.metadata for f in dataclasses.fields(Config)}.get(key.split(".")[0], {})
@@ -365,6 +392,7 @@ def is_free(key: str) -> bool:
 
 
 def _settings(cls: type, prefix: str, section: Setting) -> Iterator[tuple[str, Setting]]:
+    """Yields (path, setting) for every key below a section; keys inherit what the section declares."""
     for field in dataclasses.fields(cls):
         free = section.free or field.metadata.get("free", False)
         tasks = field.metadata.get("tasks") or section.tasks
