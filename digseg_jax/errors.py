@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception type for what a user can put right."""
+"""Exceptions for what a user can put right, and the program's exit statuses."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# Exit statuses of `main`; the scripts of launch/ start a run again after PREEMPTED alone.
+# Exit statuses of `main`; of these, only after PREEMPTED do the scripts of launch/ start a run again.
 USER_ERROR = 2
 OVER_BUDGET = 3  # --mode=compile: the program does not fit the devices
-PREEMPTED = 75  # sysexits' EX_TEMPFAIL: saved, and the same command goes on from there
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on from there
 
 
 class UserError(ValueError):
@@ -24,6 +24,6 @@ class Preempted(Exception):
 
 
 def nearest(name: str, legal: Iterable[str], n: int = 3) -> str:
-    """Returns a hint such as `; did you mean 'a', 'b'?`, or an empty string."""
+    """A hint such as `; did you mean 'a', 'b'?`, or "" if no legal name is similar."""
     close = difflib.get_close_matches(name, list(legal), n=n, cutoff=0.5)
     return f"; did you mean {', '.join(repr(c) for c in close)}?" if close else ""

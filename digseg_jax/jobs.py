@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jobs behind `main`'s modes: each ties configuration, task, loop and files together."""
+"""The jobs behind `main`'s modes: each ties together configuration, task, loop and files."""
 
 from __future__ import annotations
 
@@ -53,24 +53,35 @@ from digseg_jax.weights import load_params
 
 
 def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
-    """Trains (or goes on training), exports the weights, evaluates, and builds the report."""
+    """Trains (or continues), exports the weights, evaluates them and builds the report.
+
+    Raises:
+      UserError: the working directory, data, weights or devices do not fit the configuration.
+    """
     use_compile_cache(config.train.compile_cache)
     with exclusive_run(workdir):
         claim_workdir(workdir, config, accept_changes)
         setup = set_up(config)
         config, task, mesh = setup.config, setup.task, setup.mesh
+
         log_summary(config, task, mesh)
         parts = find_parts(config)
+
+        # Train, now and then with a look at the validation split.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
         on_eval = _validation(config, task, mesh) if config.train.eval_every else None
         state = trainer.run(on_eval)
+
+        # Export the last or the best weights.
         params, source = averaged(state), f"{CHECKPOINTS}/{config.train.steps}"
-        del state  # moments stay on no device while the evaluation runs
+        del state  # frees the moments on the devices before the evaluation
         if config.checkpoint.best:
             params, source = trainer.weights_of(str(workdir), best=True)
             log.info("best %s: exporting %s", config.checkpoint.best, source)
         export_run(config, task, params, workdir, source, parts)
-        del trainer, on_eval  # their frozen parts too: the evaluation places its own
+
+        # Frees the trainer's frozen parts on the devices: the evaluation places its own.
+        del trainer, on_eval
         if isinstance(task, SegmentationTask):
             evaluate_and_report(config, task, params, mesh, workdir)
 
@@ -79,23 +90,25 @@ def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False
     """Exports the newest checkpoint (with `checkpoint.best`, the best one) of a run at any stage.
 
     Raises:
-      UserError: no checkpoint there, or not of this configuration.
+      UserError: there is no checkpoint, or it is not of this configuration.
     """
     if not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
+
     claim_workdir(workdir, config, accept_changes)
     setup = set_up(config)
     config, task, mesh = setup.config, setup.task, setup.mesh
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
+
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
     export_run(config, task, params, workdir, source, find_parts(config))
     log.info("exported %s to %s", source, workdir / EXPORT)
 
 
 def find_parts(config: Config) -> tuple[FrozenPart, ...]:
-    """Autoencoder and text tower of a segmenter, as its export names them; nothing of other tasks.
+    """The autoencoder and text encoder of a segmenter, as its export names them; () for other tasks.
 
-    To be called before the training: after it, the hub may be out of reach.
+    Call it before the training: after it, the hub may be out of reach.
     """
     if config.task != "segmentation":
         return ()
@@ -112,21 +125,35 @@ def export_run(
 ) -> None:
     """Writes the weights where evaluation, prediction and other runs look for them.
 
-    source: the checkpoint that they are of; its last component is the step. parts: see `find_parts`.
+    Args:
+      config: of the run.
+      task: of the run.
+      params: the weights to export.
+      workdir: the run's directory.
+      source: path of the checkpoint that they come from; its last component is the step.
+      parts: as `find_parts` returns them.
     """
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config, task, params, workdir)
         return
+
+    # Only a segmenter is described: its export has to name the parts that it was trained with.
     description = None
     if isinstance(task, SegmentationTask):
         step = source.rsplit("/", 1)[-1]
         checkpoint = f"{CHECKPOINTS}/{step}"
         description = describe(config, parts, task.abstract, int(step), checkpoint)
+
     write_export(task, params, workdir, provenance(config), description)
 
 
 def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
-    """Evaluates the exported weights of a finished run, and builds the report."""
+    """Evaluates the exported weights of a finished run, and builds the report.
+
+    Raises:
+      UserError: the task is not segmentation, nothing is exported, or the weights disagree with the
+        configuration.
+    """
     if config.task != "segmentation":
         raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
     if not (workdir / EXPORT).is_dir():
@@ -134,23 +161,34 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
             f"{workdir / EXPORT}: no trained weights here; run --mode=train first, or "
             "--mode=export for the newest checkpoint of a run that is not finished"
         )
+
+    # The weights decide what they were trained with; a configuration that says otherwise is rejected.
     description = read_description(workdir / EXPORT)
     check_agreement(description, config, workdir / EXPORT)
     use_compile_cache(config.train.compile_cache)
     claim_workdir(workdir, config, accept_changes)
+
     setup = set_up(description.with_pinned_parts(config))
     config, task, mesh = setup.config, setup.task, setup.mesh
+
+    # The export has the moving average, so no optimizer state is read.
     folder = local_copy(workdir / EXPORT)
     task.adopt(folder)
     params = load_params(folder, task.abstract)
     params = place(params, infer_shardings(params, mesh))
+
     evaluate_and_report(config, task, params, mesh, workdir)
 
 
 def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
-    """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.evaluation.suite`."""
+    """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.evaluation.suite`.
+
+    Raises:
+      UserError: an unknown suite, or no exported weights.
+    """
     suite_lib.check_suite(suite)
     use_compile_cache(config.train.compile_cache)
+
     folder = local_copy(workdir / EXPORT)
     segmenter, params = load_segmenter(config, folder)
     about = read_description(folder).provenance()
@@ -160,10 +198,10 @@ def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
 
 @contextlib.contextmanager
 def exclusive_run(workdir: AnyPath) -> Iterator[None]:
-    """While this run trains in `workdir`, no other may.
+    """Keeps other runs from training in `workdir` during the block.
 
     Raises:
-      UserError: on every process, if another run does.
+      UserError: on every process, if another run trains there.
     """
     with contextlib.ExitStack() as stack:
         with together("the lock of the working directory"):
@@ -173,14 +211,15 @@ def exclusive_run(workdir: AnyPath) -> Iterator[None]:
 
 
 def claim_workdir(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
-    """Process 0 claims the working directory; all of them must then see it.
+    """Claims the working directory on process 0, and checks that all processes see it.
 
     Raises:
-      UserError: on every process, what process 0 found, or which one does not see the directory.
+      UserError: on every process: what process 0 found, or which process does not see the directory.
     """
     with together("the working directory"):
         if is_main():
             claim(workdir, config, accept_changes=accept_changes)
+
     with together("a look at the working directory"):
         if not (workdir / CONFIG_NAME).exists():
             raise UserError(
@@ -196,11 +235,13 @@ def write_export(
     metadata: dict[str, str],
     description: Description | None = None,
 ) -> None:
-    """Writes DIR/export; every process must come, process 0 writes."""
+    """Writes DIR/export on process 0; every process must call it."""
+    # Collective: sharded leaves are gathered from all processes.
     whole = fetch_to_main(params)
     with together("the exported weights"):
         if is_main():
-            (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)  # other weights' biases
+            # A calibration there was fitted for other weights.
+            (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)
                 if description:
@@ -210,15 +251,17 @@ def write_export(
 def evaluate_and_report(
     config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
 ) -> dict[str, Any]:
-    """Evaluation, report and a line for the reader."""
+    """Evaluates, writes the report, and logs the mIoU and the report's path; returns the results."""
     about = read_description(workdir / EXPORT).provenance()
     results = evaluate(config, task, params, mesh, workdir, about)
+
     page = workdir
     with together("the report"):
         if is_main():
-            # predict reads it beside the weights
+            # Prediction reads it beside the weights.
             write_json(workdir / EXPORT / CALIBRATION, results["calibration"])
             page = build_report(workdir)
+
     log.info(
         "mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s",
         results["miou"],
@@ -234,27 +277,33 @@ def export_autoencoder(
     config: Config, task: AutoencoderTask, params: Params, workdir: AnyPath
 ) -> dict[str, Any]:
     """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval."""
-    params = jax.tree.map(fetch, params)  # small, and measured by every process on its own
+    # Small enough for the host; every process measures on its own.
+    params = jax.tree.map(fetch, params)
+
+    # Diffusion needs latents of unit variance: the scale belongs to the exported config.
     task.config = dataclasses.replace(
         task.config, scaling_factor=autoencoder.measure_scaling(task.graphdef, params)
     )
+
     results = autoencoder.round_trip(task.graphdef, params, "test")
     log.info("round trip on held-out tiles: %s", json.dumps(results))
     with together("the results"):
         if is_main():
             write_json(workdir / "eval" / "results.json", results)
+
     extra = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
     write_export(task, params, workdir, provenance(config, **extra))
     return results
 
 
 def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
-    """What runs: parameters, devices, data sizes, text."""
+    """Logs what runs: parameters, devices, text, and the size of the default data set."""
     log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
     log.info("trainable parameters:\n%s", _overview(task.abstract))
     sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
     log.info("frozen, in millions: %s", sizes or "nothing")
     log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+
     if config.data.name == "landcover":
         cover = landcover.load()
         tiles = {split: len(cover.tiles(split)) for split in ("train", "val", "test")}
@@ -262,23 +311,24 @@ def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
 
 
 def _overview(params: Params) -> str:
-    """One row per top-level module: the full table of a U-Net has 700."""
+    """A table with one row per top-level module: the full table of a U-Net has 700 rows."""
     groups = {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
     rows = [f"  {name:<20} {count:>12,}" for name, count in groups.items()]
     return "\n".join([*rows, f"  {'total':<20} {sum(groups.values()):>12,}"])
 
 
 def _millions(tree: Params) -> float:
+    """Elements of a tree, in millions, to two digits."""
     return round(sum(np.size(x) for x in jax.tree.leaves(tree)) / 1e6, 2)
 
 
 def _validation(config: Config, task: Task, mesh: Mesh):
-    """In-training evaluation on the val split: 1x1, no calibration, so that it costs little."""
+    """Builds the in-training evaluation: val split, 1x1, no calibration, so that it costs little."""
     if not isinstance(task, SegmentationTask):
         raise UserError("config.train.eval_every: only for config.task='segmentation'; set it to 0")
     examples = eval_examples(config.data, "val", config.eval.num_images)
 
-    # Built once: its programs are compiled once, however often it is asked. Weights come and go.
+    # Built at the first call and kept, so that its programs are compiled once; only weights change.
     segmenter: Segmenter | None = None
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own log lines, apart from the chatter of the libraries (which share absl's logger)."""
+"""This program's log lines, apart from those of the libraries (which share absl's logger)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ log = logging.getLogger("digseg_jax")
 
 
 def setup(*, quiet: bool = False) -> None:
-    """Sends INFO lines (`quiet`: only warnings) to stderr, and libraries' only from warnings on."""
+    """Sends INFO lines (`quiet`: only warnings) to stderr, and the libraries' warnings."""
+    # The libraries, then this program, whose lines must not reach absl's handler a second time.
     absl_logging.set_verbosity(absl_logging.WARNING)
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     log.handlers[:] = [handler]
+
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 @contextlib.contextmanager
 def heartbeat(what: str, every: float = 60.0) -> Iterator[None]:
-    """A line every so many seconds for work that says nothing until it is done, such as compiling."""
+    """Logs a line every `every` seconds during silent work such as compiling."""
     done, start = threading.Event(), time.monotonic()
 
     def beat() -> None:

