@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays between one process's memory and the devices of all: rows of an evaluation, and back again."""
+"""Moves arrays and JSON values between one process's memory and all processes or devices."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from digseg_jax.runtime.distributed import is_main
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """This process's rows of an array that is split along its first axis, in their order.
+    """This process's rows of an array that is split along its first axis, in the array's order.
 
-    Devices that hold the same rows (a tensor axis) give them once.
+    Rows that several devices hold (along a tensor axis) are returned once.
     """
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """The whole array in this process's memory; every process must ask."""
+    """The whole array in this process's memory; every process must call it."""
+    # From the cheapest case to the dearest: here already, a copy here, rows on every process.
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     if x.is_fully_replicated:
@@ -32,7 +33,10 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 def fetch_to_main(tree: Any) -> Any:
-    """The whole tree on process 0, None on the others; leaf by leaf, so that no device holds it all."""
+    """The whole tree on process 0, None on the others; every process must call it.
+
+    Gathers leaf by leaf, so that no device ever holds the whole tree.
+    """
     leaves, structure = jax.tree.flatten(tree)
     fetched = []
     for leaf in leaves:
@@ -42,12 +46,12 @@ def fetch_to_main(tree: Any) -> Any:
 
 
 def gather_all(value: Any) -> list[Any]:
-    """Every process's JSON-ready value, by process; every process must come."""
+    """Every process's JSON-ready value, in the order of the processes; every process must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
 
-    # Two rounds, since the arrays of a gathering have one shape on all processes.
+    # Two rounds, sizes first: an all-gather needs arrays of one shape on all processes.
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).ravel()
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: text.size] = text
@@ -57,11 +61,12 @@ def gather_all(value: Any) -> list[Any]:
 
 
 def tell_all(value: Any) -> Any:
-    """Process 0's JSON-ready value on every process; every process must come."""
+    """Process 0's JSON-ready value on every process; every process must call it."""
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    # two rounds, since the arrays of a broadcast have one shape on all processes
+
+    # Two rounds, the size first: a broadcast needs arrays of one shape on all processes.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size if is_main() else 0)))
     told = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(size, np.uint8))
     return json.loads(np.asarray(told).astype(np.uint8).tobytes())

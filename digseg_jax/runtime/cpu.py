@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up settings for CPU back ends; to be called before JAX is imported."""
+"""Start-up settings for CPU back ends; call `tune` before JAX is imported."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import os
 
 from digseg_jax.log import log
 
-# XLA hands groups of operations to YNNPACK by default; on our U-Net that costs a third of the step
-# (two cores, jaxlib 0.10: 673 ms with, 469 ms without). An unknown flag aborts the process, so it is
-# set only for the versions that it was tried with.
+# XLA hands groups of operations to YNNPACK by default; on this project's U-Net that costs
+# a third of the step (two cores, jaxlib 0.10: 673 ms with, 469 ms without). An unknown
+# flag aborts the process, so it is set only for the versions that it was tried with.
 FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-TRIED = ("0.10.", "0.12.")
+TRIED = ("0.10.", "0.12.")  # jaxlib versions
 
 
 def tune() -> None:
-    """Adds our XLA flag, unless the user has set that flag; a line in the log for another jaxlib."""
+    """Turns YNNPACK's fusions off by an XLA flag, unless the user has set that flag.
+
+    For an untried jaxlib it only logs a line.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if FLAG.rstrip("=") in flags:
         return
+
     version = importlib.metadata.version("jaxlib")
     if version.startswith(TRIED):
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}".strip()

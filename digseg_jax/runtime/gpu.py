@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up settings for NVIDIA GPUs; to be called before JAX is imported."""
+"""Start-up settings for NVIDIA GPUs; call `tune` before JAX is imported."""
 
 from __future__ import annotations
 
 import os
 
-# JAX takes its share of a GPU's memory at the start, and no program gets more: by default three
-# quarters. Only the driver and CUDA's libraries need some beside it. A user may have set either name
-# (the second is the older one); JAX refuses both together.
+# JAX reserves its share of a GPU's memory at the start, and no program gets more: by
+# default three quarters. Only the driver and CUDA's libraries need memory beside it. A
+# user may have set either name (the second is the older one); JAX rejects both together.
 KEYS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 SHARE = "0.9"
 
@@ -19,5 +19,5 @@ def tune() -> None:
 
 
 def memory_share() -> float:
-    """The share of a GPU's memory that a run gets."""
+    """Share of a GPU's memory that a run gets, from 0 to 1."""
     return float(next((os.environ[key] for key in KEYS if os.environ.get(key)), SHARE))

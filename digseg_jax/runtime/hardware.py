@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accelerators can do, from their vendors' data sheets."""
+"""Speed and memory of accelerators, from their vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Chip:
 
     Attributes:
         kind: JAX's `device_kind`, or its first words.
-        flops: dense bfloat16 FLOP/s; of GPUs before Ampere, which have no such units, float32's.
+        flops: dense bfloat16 FLOP/s; float32's for GPUs before Ampere, which have no bfloat16 units.
         hbm_bytes: memory.
         hbm_bandwidth: bytes/s between memory and chip.
-        ici_bandwidth: bytes/s out of the chip over all of its links to its neighbors (of a GPU NVLink,
-          or PCI Express where it has none); 0: unknown.
-        source: where the numbers stand.
-        capability: of an NVIDIA GPU, CUDA's compute capability; empty: it is none.
+        ici_bandwidth: bytes/s out of the chip over all links to its neighbors (on a GPU NVLink, or PCI
+          Express without it); 0: unknown.
+        source: document that the numbers are from.
+        capability: CUDA's compute capability of an NVIDIA GPU; "" for other devices.
     """
 
     kind: str
@@ -46,7 +46,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 197e12, 16 * GIB, 819e9, 200e9, _CLOUD.format("v5e")),
     "v5p": Chip("TPU v5", 459e12, 95 * GIB, 2765e9, 600e9, _CLOUD.format("v5p")),
     "v6e": Chip("TPU v6", 918e12, 32 * GIB, 1640e9, 448e9, _CLOUD.format("v6e")),
-    # a data sheet's GB; a program never gets what the driver and libraries take of them
+    # GB as in the data sheets; a program never gets what the driver and libraries take of them.
     "t4": Chip("Tesla T4", 8.1e12, 16 * GB, 320e9, 16e9, _SHEET.format("T4"), "7.5"),
     "v100": Chip("Tesla V100-SXM2-16GB", 15.7e12, 16 * GB, 900e9, 150e9, _V100, "7.0"),
     "v100-32gb": Chip("Tesla V100-SXM2-32GB", 15.7e12, 32 * GB, 900e9, 150e9, _V100, "7.0"),
@@ -60,7 +60,7 @@ CHIPS = {
     "h100": Chip("NVIDIA H100", 989e12, 80 * GB, 3350e9, 450e9, _H100, "9.0"),
     "h200": Chip("NVIDIA H200", 989e12, 141 * GB, 4800e9, 450e9, _H200, "9.0"),
 }
-# what some versions of JAX, or other boards of a kind, say
+# Names of the same chips in some versions of JAX, or on other boards.
 _OTHER_KINDS = {
     "TPU v5e": "v5e",
     "TPU v5p": "v5p",
@@ -70,8 +70,11 @@ _OTHER_KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip with the longest kind that the name begins with; None where nothing is known, such as
-    for a CPU. Only whole words count: an "NVIDIA L40S" is no "NVIDIA L4"."""
+    """The chip of a JAX device kind; None if it is unknown, such as a CPU.
+
+    Of several kinds that the name begins with, the longest counts, and whole words only: an "NVIDIA
+    L40S" is not an "NVIDIA L4".
+    """
     kinds = {chip.kind: chip for chip in CHIPS.values()}
     kinds |= {kind: CHIPS[name] for kind, name in _OTHER_KINDS.items()}
     known = [kind for kind in kinds if re.match(rf"{re.escape(kind)}(?!\w)", device_kind)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a run is and where its time goes; the profiler window and the compile cache."""
+"""Measures a run's speed and shares of time; profiler window and compile cache."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ ACTIVITIES = ("data", "checkpoint", "eval")  # the rest of the time is the step'
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of one device; None for a kind that is not known, such as a CPU."""
+    """Dense bfloat16 FLOP/s of one device; None for an unknown kind, such as a CPU."""
     chip = chip_of(device_kind)
     return None if chip is None else chip.flops
 
 
 def speed(flops: float, seconds: float, devices: list[jax.Device]) -> dict[str, float]:
-    """{"flops_per_second", and "mfu", the share of the devices' peak, where the peak is known}.
+    """{"flops_per_second"}, with "mfu", the share of the devices' peak, if the peak is known.
 
-    flops: of the model as it is written (`digseg_jax.training.flops`); what a program computes
-      again or in a kernel does not change them.
+    Args:
+      flops: of the model as it is written (`digseg_jax.training.flops`); what a program recomputes or
+        runs in a kernel does not change them.
+      seconds: that these FLOPs took.
+      devices: all devices of the run, of one kind.
     """
     values = {"flops_per_second": flops / seconds}
     peak = peak_flops(devices[0].device_kind)
@@ -47,6 +50,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
+        """Counts the time of the block as `activity`."""
         start = self._clock()
         yield
         self._spent[activity] += self._clock() - start
@@ -54,37 +58,44 @@ class Stopwatch:
     def read(self) -> tuple[float, dict[str, float]]:
         """Seconds since the last reading, and {"time_data": share, ..., "time_step": the rest}.
 
-        The host runs ahead of the devices, so what they still compute while it waits for data or
-        writes a checkpoint is hidden there, not counted twice.
+        The host runs ahead of the devices, so their work while it waits for data or writes a checkpoint
+        is hidden there, not counted twice.
         """
         now = self._clock()
         seconds = max(now - self._since, 1e-9)
+
         shares = {f"time_{name}": spent / seconds for name, spent in self._spent.items()}
         shares["time_step"] = max(1.0 - sum(shares.values()), 0.0)
+
         self._since, self._spent = now, dict.fromkeys(ACTIVITIES, 0.0)
         return seconds, shares
 
 
 class ProfilerWindow:
-    """A trace of the steps first..last (config.train.profile), for TensorBoard or Perfetto."""
+    """A trace of the steps first..last (config.train.profile), for TensorBoard or Perfetto.
+
+    steps: (first, last), counted from 1; () for no trace.
+    folder: where the trace is written.
+    """
 
     def __init__(self, steps: tuple[int, ...], folder: str):
         self.first, self.last = steps or (0, 0)
         self.folder, self.active = folder, False
 
     def before(self, step: int) -> None:
+        """Begins the trace if `step` is the first of the window."""
         if step == self.first:
             jax.profiler.start_trace(self.folder)
             self.active = True
 
     def after(self, step: int, result: Any) -> None:
-        """`result`: what the step returned; the trace ends when it is there."""
+        """Ends the trace after the window's last step, once its `result` is computed."""
         if self.active and step == self.last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that is still going on."""
+        """Ends a trace that is still running."""
         if self.active:
             jax.profiler.stop_trace()
             self.active = False
@@ -99,11 +110,14 @@ def use_compile_cache(folder: str) -> None:
     """
     if not folder:
         return
+
     try:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"config.train.compile_cache={folder!r}: cannot be written ({error.strerror})"
         ) from error
+
+    # JAX settles on a folder at its first compilation, so the cache is reset.
     jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # JAX settles on a folder at its first compilation
+    compilation_cache.reset_cache()

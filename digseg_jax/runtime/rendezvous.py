@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is there? Asked over plain TCP before JAX starts, because JAX's own start aborts the process.
+"""A roll call of the processes over plain TCP, before JAX starts: JAX's own start aborts the process.
 
-`jax.distributed.initialize` ends in a C++ abort when a process is missing and in a segmentation
-fault when the port is taken; neither names the process, the address or the port. So process 0 first
-listens on the coordinator's port until all processes have called, tells everybody the outcome, and
-leaves the port to JAX. The messages are one JSON line each way; nothing in them is secret.
+`jax.distributed.initialize` ends in a C++ abort when a process is missing and in a segmentation fault
+when the port is taken; neither names the process, the address or the port. So process 0 first listens
+on the coordinator's port until all processes have called, tells everybody the outcome, and leaves the
+port to JAX. The messages are one JSON line each way; nothing in them is secret.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from digseg_jax.errors import UserError
 
-_GREETING = "digseg_jax"
+_GREETING = "digseg_jax"  # marks an answer as process 0's
 _RETRY = 0.5  # seconds between attempts to reach process 0
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """ "HOST:PORT" or "[IPV6]:PORT" to its parts.
+    """Splits "HOST:PORT" or "[IPV6]:PORT".
 
     Raises:
       UserError: no port, or none between 1 and 65535.
@@ -39,10 +39,14 @@ def split_address(address: str) -> tuple[str, int]:
 def roll_call(address: str, num_processes: int, process_id: int, timeout: float) -> None:
     """Returns on every process once all have called; process 0 must run at `address`.
 
-    timeout: seconds.
+    Args:
+      address: HOST:PORT of process 0.
+      num_processes: of the run.
+      process_id: this process.
+      timeout: seconds.
 
     Raises:
-      UserError: who is missing, or why process 0 cannot be reached, with address and port.
+      UserError: names the missing processes, or why process 0 cannot be reached, with address and port.
     """
     host, port = split_address(address)
     deadline = time.monotonic() + timeout
@@ -56,6 +60,7 @@ def _listen(address: str, port: int, count: int, deadline: float, timeout: float
     """Process 0: collects the others and tells each of them the outcome."""
     present: dict[int, socket.socket] = {}
     try:
+        # Accept callers until all are there or the time is over.
         with _server(address, port) as server:
             while len(present) < count - 1 and (left := deadline - time.monotonic()) > 0:
                 server.settimeout(left)
@@ -64,6 +69,7 @@ def _listen(address: str, port: int, count: int, deadline: float, timeout: float
                 except TimeoutError:
                     break
                 _admit(caller, present, count)
+
         missing = sorted(set(range(1, count)) - present.keys())
         problem = ""
         if missing:
@@ -72,6 +78,8 @@ def _listen(address: str, port: int, count: int, deadline: float, timeout: float
                 f"process {names} of {count} did not come to {address} within {timeout:.0f} s: start "
                 "the same command there, and open that port between the hosts"
             )
+
+        # Everybody gets the same message, so that each log names the missing ones.
         for caller in present.values():
             caller.sendall(json.dumps({"is": _GREETING, "problem": problem}).encode() + b"\n")
         if problem:
@@ -82,9 +90,15 @@ def _listen(address: str, port: int, count: int, deadline: float, timeout: float
 
 
 def _server(address: str, port: int) -> socket.socket:
+    """A listening socket on every address of this host, IPv6 and IPv4 if it has both.
+
+    Raises:
+      UserError: the port is in use, or cannot be opened.
+    """
     options: dict[str, Any] = {}
     if socket.has_dualstack_ipv6():
         options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+
     try:
         return socket.create_server(("", port), backlog=512, **options)
     except OSError as error:
@@ -97,7 +111,8 @@ def _server(address: str, port: int) -> socket.socket:
 
 
 def _admit(caller: socket.socket, present: dict[int, socket.socket], count: int) -> None:
-    """Writes the caller down, or tells it why it cannot take part."""
+    """Registers the caller, or tells it why it cannot take part."""
+    # Seconds: a silent caller must not keep the others waiting.
     caller.settimeout(5)
     try:
         said = json.loads(_line(caller))
@@ -105,23 +120,28 @@ def _admit(caller: socket.socket, present: dict[int, socket.socket], count: int)
     except (OSError, ValueError, KeyError, TypeError):  # a port scanner, or a caller that died
         caller.close()
         return
+
     problem = ""
     if expected != count:
         problem = f"process {name} was started as one of {expected}, process 0 as one of {count}"
     elif name in present and _alive(present[name]):
         problem = f"two processes say that they are number {name} of {count}"
+
     if problem:
         caller.sendall(json.dumps({"is": _GREETING, "problem": problem}).encode() + b"\n")
         caller.close()
         return
+
+    # The earlier connection is dead: that process was started again.
     if name in present:
         present[name].close()
     present[name] = caller
 
 
 def _alive(caller: socket.socket) -> bool:
-    """Whether the other end still holds the connection."""
+    """True if the other end still holds the connection."""
     caller.setblocking(False)
+    # A closed connection reads as b"", a living silent one would block.
     try:
         return caller.recv(1, socket.MSG_PEEK) != b""
     except BlockingIOError:
@@ -135,13 +155,14 @@ def _alive(caller: socket.socket) -> bool:
 def _call(
     address: str, place: tuple[str, int], count: int, name: int, deadline: float, timeout: float
 ) -> None:
-    """Another process: calls process 0 until it answers or the time is over."""
+    """Every other process: calls process 0 until it answers or the time is over."""
 
     def attempt() -> str | None:
         with socket.create_connection(place, timeout=max(deadline - time.monotonic(), 0.1)) as peer:
             peer.settimeout(max(deadline - time.monotonic(), 0.1) + 10)  # its clock started later
             peer.sendall(json.dumps({"process": name, "of": count}).encode() + b"\n")
             answer = _line(peer)
+
         try:
             said = json.loads(answer)
             return said["problem"] if said["is"] == _GREETING else "not ours"
@@ -159,6 +180,11 @@ def _call(
 def _retry(
     attempt: Callable[[], str | None], address: str, deadline: float, timeout: float
 ) -> str | None:
+    """Repeats `attempt` until it returns, or the next try would be past the deadline.
+
+    Raises:
+      UserError: process 0 was not reached in time.
+    """
     while True:
         try:
             return attempt()
@@ -173,7 +199,12 @@ def _retry(
 
 
 def _line(peer: socket.socket) -> str:
-    """One line of at most 4 kB. Raises ConnectionError if the other end closes before it is whole."""
+    """Reads one line of at most 4 kB.
+
+    Raises:
+      ValueError: the line is longer.
+      ConnectionError: the other end closes before the line is complete.
+    """
     received = b""
     while not received.endswith(b"\n"):
         if len(received) > 4096:

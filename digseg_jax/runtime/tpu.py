@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the TPU compiler for every program of ours, as far as the installed libtpu takes them."""
+"""Options of the TPU compiler for every program, as far as the installed libtpu accepts them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from jax.sharding import SingleDeviceSharding
 
 from digseg_jax.log import log
 
-# With few images a chip, the compiler by itself turns rows of a picture into examples ("space to
+# With few images per chip, the compiler by itself turns rows of an image into examples ("space to
 # batch") to fill its matrix unit, and pays with padded, masked float32 copies of whole activations:
-# a residual block at 64x64x320, 4 images a chip, touches 2.9 GB with it and 0.46 GB without (v5e).
+# a residual block at 64x64x320, 4 images per chip, touches 2.9 GB with it and 0.46 GB without (v5e).
 #
-# A gradient that is wanted in parts would be summed in a loop that passes the parts around while it
-# computes them ("windowed einsum"), on slices of the activations: for Stable Diffusion's U-Net 128 GB
-# touched a step in place of 52 GB (v5e:4x4, fsdp 16, 4 images a chip). Kernels are no larger than this.
+# A gradient that is sharded would be summed in a loop that passes parts of it
+# around while it computes them ("windowed einsum"), on slices of the activations:
+# for Stable Diffusion's U-Net 128 GB touched per step instead of 52 GB (v5e:4x4,
+# fsdp 16, 4 images per chip). Kernels are no larger than this threshold.
 OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
     "xla_tpu_run_space_to_batch": False,
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
 }
 
-# The share of the peak at which the compiler stops its search for a convolution's tiling. Fast tilings
-# unroll: a convolution of 64x64x320, with its gradients, is compiled in 25 s of a core at 1.0 (the
+# Share of the peak at which the compiler stops its search for a convolution's tiling. Fast tilings
+# unroll: a convolution of 64x64x320, with its gradients, compiles in 25 s of one core at 1.0 (the
 # compiler's default), 9 s at 0.95 and 3 s at 0.1.
 UNTUNED = {"xla_jf_convolution_performance_target": 0.1}
 
-ANY_SLICE = "v5e:2x2"  # where no TPU is: libtpu has one table of options for all kinds
+ANY_SLICE = "v5e:2x2"  # stands for any TPU if none is here: libtpu has one table of options
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """For `jax.jit`: those of `OPTIONS` that the compiler takes; None on other platforms."""
+    """Options for `jax.jit`: those of `OPTIONS` that the compiler accepts; None on other platforms."""
     if platform != "tpu":
         return None
     refused = refusals()
@@ -45,8 +46,7 @@ def compiler_options(platform: str) -> dict[str, Any] | None:
 def untuned(platform: str) -> dict[str, Any]:
     """More options for `Lowered.compile`: any tiling of a convolution will do.
 
-    Their code is never run: only a program's memory, traffic and FLOPs are wanted, which do not depend
-    on it.
+    For code that is never run: a program's memory, traffic and FLOPs do not depend on the tiling.
     """
     if platform != "tpu":
         return {}
@@ -55,29 +55,34 @@ def untuned(platform: str) -> dict[str, Any]:
 
 @functools.cache
 def refusals() -> dict[str, str]:
-    """Names of our options that the installed compiler does not take, with what it says; logged once.
+    """Options that the installed compiler rejects, with its message; logged once per process.
 
-    An unknown option is an error of the program that it is given for, and versions of libtpu drop some:
+    An unknown option is an error in the program that it is given for, and versions of libtpu drop some:
     each is tried on a program of one addition.
     """
     wanted = OPTIONS | UNTUNED
     if refusal(wanted) is None:
         return {}
+
     said = {name: refusal({name: value}) for name, value in wanted.items()}
     refused = {name: why for name, why in said.items() if why is not None}
+
     for name, why in refused.items():
         log.warning("the TPU compiler does without %s=%s: %s", name, wanted[name], why)
     return refused
 
 
 def refusal(options: dict[str, Any], device: jax.Device | None = None) -> str | None:
-    """What a device's compiler says against options, in one line; None if it takes them.
+    """A compiler's message against options, in one line; None if it accepts them.
 
-    device: by default a TPU, one that is not there where this process has none.
+    Args:
+      options: by name.
+      device: whose compiler; by default a TPU, an abstract one if this process has none.
     """
     device = device or _a_tpu()
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     program = jax.jit(lambda x: x + 1).trace(number).lower(lowering_platforms=(device.platform,))
+
     try:
         program.compile(options)
     except (jax.errors.JaxRuntimeError, ValueError, AttributeError) as error:
@@ -86,6 +91,7 @@ def refusal(options: dict[str, Any], device: jax.Device | None = None) -> str | 
 
 
 def _a_tpu() -> jax.Device:
+    """A TPU of this process, or an abstract one to compile for."""
     here = [device for device in jax.local_devices() if device.platform == "tpu"]
     if here:
         return here[0]
