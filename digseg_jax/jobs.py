@@ -65,6 +65,7 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
         config, task, mesh = setup.config, setup.task, setup.mesh
 
         log_summary(config, task, mesh)
+        # Revisions and checksums now, while the hub is in reach.
         parts = find_parts(config)
 
         # Train, now and then with a look at the validation split.
@@ -173,6 +174,7 @@ def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) 
 
     # The export has the moving average, so no optimizer state is read.
     folder = local_copy(workdir / EXPORT)
+    # What the training stored beside the weights, such as a palette.
     task.adopt(folder)
     params = load_params(folder, task.abstract)
     params = place(params, infer_shardings(params, mesh))

@@ -39,6 +39,7 @@ def heartbeat(what: str, every: float = 60.0) -> Iterator[None]:
         while not done.wait(every):
             log.info("%s, %.0f s so far", what, time.monotonic() - start)
 
+    # A daemon, so that an error in the block does not keep the process alive.
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
     try:

@@ -73,6 +73,7 @@ def check_flags(mode: str) -> None:
     if _CONFIG.value is None and mode != "predict":
         raise UserError(f"--mode={mode} needs --config")
 
+    # --workdir unless the table says otherwise.
     needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
     for name in needed.get(mode, ("workdir",)):
         if not (flags.FLAGS[name].value or "").strip():
@@ -192,6 +193,7 @@ def _leave(status: int) -> NoReturn:
 
 def main(argv: list[str]) -> None:
     """Runs the mode and turns what it raises into an exit status."""
+    # What absl leaves over is not a flag, and there are no other arguments.
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     setup()

@@ -26,6 +26,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     tree: Params = {}
     for path, value in flat.items():
         *parents, leaf = path.split(".")
+        # Creates the folders of the path on the way down.
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

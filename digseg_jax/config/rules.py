@@ -30,6 +30,7 @@ def _check_used(c: Config) -> None:
     """Rejects a changed key that the task does not use: it would silently do nothing."""
     for key, setting in settings().items():
         if setting.tasks and c.task not in setting.tasks:
+            # Only a changed value is an error: defaults of unused keys are in every configuration.
             value = functools.reduce(getattr, key.split("."), c)
             if value != setting.default:
                 raise UserError(
@@ -53,6 +54,7 @@ def _check_train(c: Config) -> None:
             f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
         )
 
+    # That the regex matches a parameter is checked later (`training.optim.check_freeze`).
     for pattern in c.optim.freeze:
         try:
             re.compile(pattern)
@@ -64,12 +66,14 @@ def _check_train(c: Config) -> None:
 
 def _check_model(c: Config) -> None:
     """Checks the prediction type against the schedule, and kernels against types and the mesh."""
+    # With zero terminal SNR the last timestep is pure noise: predicting it says nothing of x0.
     if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
         raise UserError(
             "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
             "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
         )
 
+    # cuDNN's attention kernels exist for 16-bit types only.
     if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise UserError(
             "config.model.attention='cudnn' takes 16-bit activations only: set "
@@ -85,6 +89,7 @@ def _check_model(c: Config) -> None:
 
 def _check_eval(c: Config) -> None:
     """Checks that evaluation neither leaks labels nor asks for what sampling cannot do."""
+    # A calibration that is fitted on the scored images would flatter the score.
     if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
         raise UserError(
             f"config.eval.split={c.eval.split!r} with config.eval.calibrate=True would fit the "
@@ -105,6 +110,7 @@ def _check_eval(c: Config) -> None:
             "config.eval.decoder='vae' or 'probe'"
         )
 
+    # min's default lets the empty tuple pass.
     if len(c.eval.view_size) > 2 or min(c.eval.view_size, default=1) < 1:
         raise UserError(
             f"config.eval.view_size={c.eval.view_size}: legal are (side,) and (height, width) in "
@@ -152,6 +158,7 @@ def _check_crops(data: DataConfig) -> None:
             "at most the maximum"
         )
 
+    # Exactly one {}, and no other brace, which str.format would read.
     for template in data.templates:
         if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
             raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")

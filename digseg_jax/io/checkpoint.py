@@ -52,8 +52,8 @@ class Checkpointer:
 
         # An entry that is not named here ("metrics") gets orbax's own handler.
         handlers = {
-            # Uncompressed: float weights shrink by only 8 %, at three times the processor time both
-            # ways.
+            # Uncompressed: float weights shrink by only 8 %,
+            # at three times the processor time both ways.
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
@@ -83,7 +83,9 @@ class Checkpointer:
         """Step with the highest `config.best`; None if that is not set or no checkpoint has it."""
         if not self.config.best:
             return None
+        # The save under way may be the best one.
         self.wait()
+
         values = {
             step: metrics[self.config.best]
             for step in self.manager.all_steps()
@@ -246,6 +248,7 @@ class Checkpointer:
     def _read(self, step: int, **items: Any) -> Any:
         """Reads entries of a checkpoint; every error becomes a UserError."""
         try:
+            # Restoring copies each array twice: reuse the pages.
             with malloc.kept_while_loading():
                 return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises many types; each means an unusable folder
@@ -261,6 +264,7 @@ class Checkpointer:
 
 def _difference(entry: str, stored: dict[str, list], wanted: dict[str, list]) -> str:
     """Names the first array that differs between two layouts of an entry."""
+    # Paths that only the checkpoint has come last.
     for path in [*wanted, *stored]:
         if stored.get(path) != wanted.get(path):
             there, here = (str(side.get(path, "not there")) for side in (stored, wanted))

@@ -35,6 +35,7 @@ def read_rows(path: AnyPath) -> list[dict[str, Any]]:
       UserError: the file is missing, or any other line is not such an object.
     """
     with storage.explained(path, "cannot be read"):
+        # Bytes that are not UTF-8 (a torn line) become replacement characters, and the line no JSON.
         text = path.read_bytes().decode("utf-8", errors="replace")
 
     lines = text.split("\n")
@@ -54,8 +55,10 @@ def cut(path: AnyPath, last: float | None) -> None:
     """Drops lines after step `last` (None: no limit) and a half-written one, in one atomic rewrite."""
     if not path.exists():
         return
+
     last = math.inf if last is None else last
     kept = "".join(_dump(row) for row in read_rows(path) if row["step"] <= last).encode()
+    # Unchanged files are not written: in a bucket, each write uploads the whole object.
     if kept != path.read_bytes():
         storage.write_bytes(path, kept)
 
@@ -70,7 +73,7 @@ class Record:
     def __init__(self, path: AnyPath, truncate_after: int | None = None):
         self.path = path
         with storage.explained(path, "cannot be written"):
-            cut(path, truncate_after)
+            cut(path, truncate_after)  # first, so that what is fetched below is already cut
 
             # In a bucket, the file so far is fetched: each upload replaces the whole object.
             self.mirror = Mirror(path.parent) if storage.is_remote(path) else None
@@ -155,7 +158,7 @@ class Mirror:
             data = file.read_bytes()
             if self._sent.get(file) != len(data):  # files only grow
                 storage.write_bytes(self.remote / file.relative_to(self.local).as_posix(), data)
-                self._sent[file] = len(data)
+                self._sent[file] = len(data)  # after the write: a failed upload is tried again
 
     def close(self, *, upload: bool = True) -> None:
         """Uploads once more if asked, and removes the local folder."""

@@ -38,6 +38,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> float | int | None:
     """A JSON number for any scalar (Python, NumPy, JAX); None if it is not finite."""
+    # Integers stay integers (NumPy's count as Integral too); everything else goes through float.
     if isinstance(value, numbers.Integral):
         return int(value)
     value = float(value)
@@ -116,6 +117,7 @@ class MetricWriter:
             return
 
         values = {name: _plain(value) for name, value in metrics.items()}
+        # The record keeps the name of a value that is not finite, with null.
         self._record.write({"step": int(step), **values})
 
         # The viewers get finite values only: they have no null.
@@ -146,6 +148,7 @@ class MetricWriter:
         trace: TracebackType | None,
     ) -> None:
         if self.active:
+            # Cleared first, so that a second close does nothing.
             self.active = False
             self._events.close()
             if self._wandb is not None:

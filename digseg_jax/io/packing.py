@@ -110,6 +110,7 @@ def _joined(xs: list[Array]) -> Array:
 
 def _replicated(xs: Iterable[Any]) -> Sharding | None:
     """Sharding of a joined array: whole on every device of the arrays' mesh, or as the first array."""
+    # Host arrays have no sharding, and a single device's has no mesh.
     places = [getattr(x, "sharding", None) for x in xs]
     mesh = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
     return places[0] if mesh is None else NamedSharding(mesh, P())
@@ -126,6 +127,7 @@ def _splitter(wanted: tuple[tuple[tuple[int, ...], Sharding | None], ...]) -> An
     """A jitted function that cuts a joined array into arrays of these (shape, sharding) pairs."""
 
     def split(joined: Array) -> list[Array]:
+        # `wanted` is static, so these are slices with constant bounds.
         parts, start = [], 0
         for shape, _ in wanted:
             parts.append(joined[start : start + math.prod(shape)].reshape(shape))

@@ -54,12 +54,12 @@ class Progress:
 
         self._stream = sys.stderr if stream is None else stream
         self._tty = self._stream.isatty()
-        self._gap = 0.1 if self._tty else every
+        self._gap = 0.1 if self._tty else every  # seconds between redrawn or printed lines
 
         self._clock = clock
         self._origin: tuple[float, int] | None = None  # time and step of the first update
-        self._shown = -math.inf
-        self._line, self._pending = "", False
+        self._shown = -math.inf  # time of the last line; none yet
+        self._line, self._pending = "", False  # the latest line, and whether it waits to be shown
 
     def update(self, step: int, rate: float | None = None, **values: float) -> None:
         """Shows `step` of the total, `rate` in units per second, and values such as the loss."""
@@ -93,6 +93,7 @@ class Progress:
 
     def _format(self, step: int, rate: float | None, values: dict[str, float], now: float) -> str:
         """The line's text; the remaining time is extrapolated from the speed since the first update."""
+        # No estimate at the first update, nor while no step has been made since.
         start, first = self._origin or (now, step)
         left = (now - start) / (step - first) * (self.total - step) if step > first else math.inf
 

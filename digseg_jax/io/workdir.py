@@ -51,6 +51,7 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
     if known:
         stored = _stored(path)
         changes = differences(stored, values)
+        # A mistake of the first start, say in a flag, need not be confirmed.
         if changes and _unused(workdir) and _ours(stored):
             log.info("%s: nothing was trained there yet, taken with another configuration", workdir)
             changes = []
@@ -60,6 +61,7 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
                 "nothing was touched: use another --workdir, the configuration it was made with, or "
                 "--accept_changes to go on with the new one"
             )
+        # Goes on with the new configuration; the old one stays in the log.
         if changes:
             log.warning("configuration changed: %s", "; ".join(changes))
 
@@ -98,8 +100,8 @@ def _lock(file: TextIO, workdir: AnyPath) -> None:
         # lockf, not flock: flock is inherited, so orphaned workers of a killed run would keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        # EACCES and EAGAIN mean a held lock; any other error, a disk without locks.
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            # the disk knows no locks
             return
 
         file.seek(0)
@@ -156,6 +158,7 @@ def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
 
     A setting that is newer than the run counts as its default: that is what the run did.
     """
+    # Defaults below what was stored, for settings that did not exist then.
     old, new = _flat(to_dict(Config())) | _flat(stored), _flat(values)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"

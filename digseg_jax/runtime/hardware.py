@@ -77,5 +77,6 @@ def chip_of(device_kind: str) -> Chip | None:
     """
     kinds = {chip.kind: chip for chip in CHIPS.values()}
     kinds |= {kind: CHIPS[name] for kind, name in _OTHER_KINDS.items()}
+    # "NVIDIA A100" is also the beginning of the 40 GB boards' names: the longest match decides.
     known = [kind for kind in kinds if re.match(rf"{re.escape(kind)}(?!\w)", device_kind)]
     return kinds[max(known, key=len)] if known else None

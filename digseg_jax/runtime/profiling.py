@@ -62,6 +62,7 @@ class Stopwatch:
         is hidden there, not counted twice.
         """
         now = self._clock()
+        # At least a nanosecond, because the shares divide by it.
         seconds = max(now - self._since, 1e-9)
 
         shares = {f"time_{name}": spent / seconds for name, spent in self._spent.items()}
@@ -79,7 +80,7 @@ class ProfilerWindow:
     """
 
     def __init__(self, steps: tuple[int, ...], folder: str):
-        self.first, self.last = steps or (0, 0)
+        self.first, self.last = steps or (0, 0)  # no step is 0, so (0, 0) never starts
         self.folder, self.active = folder, False
 
     def before(self, step: int) -> None:
@@ -91,6 +92,7 @@ class ProfilerWindow:
     def after(self, step: int, result: Any) -> None:
         """Ends the trace after the window's last step, once its `result` is computed."""
         if self.active and step == self.last:
+            # Steps run asynchronously: without waiting, the trace would end before the device's work.
             jax.block_until_ready(result)
             self.close()
 

@@ -137,6 +137,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
                 dims[dim] = "tensor"
             break
 
+    # Large arrays only; a dimension that the tensor axis has already is left alone.
     fsdp = mesh.shape["fsdp"]
     if fsdp > 1 and math.prod(shape) >= FSDP_MIN_SIZE:
         for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
@@ -246,6 +247,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     sharding, parts = NamedSharding(mesh, BATCH), data_share(mesh)[1]
 
     def put(rows: np.ndarray) -> jax.Array:
+        # The global shape: every process feeds equally many rows.
         shape = (rows.shape[0] * parts, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
@@ -265,6 +267,7 @@ def place_ahead(
         placed.append((batch, place_batch(batch, mesh)))
         if len(placed) == depth:
             yield placed.popleft()
+    # The last ones, when the stream has ended.
     yield from placed
 
 

@@ -58,6 +58,7 @@ class ExampleLog:
           batch: this host's rows: "index" [b], and "image" [b, h, w, c] or "image_latent".
         """
         if self._record:
+            # A latent cache supplies latents instead of images.
             images = batch["image"] if "image" in batch else batch["image_latent"]
             crc = [zlib.crc32(np.ascontiguousarray(image)) for image in images]
             self._record.write({"step": step, "index": batch["index"].tolist(), "crc": crc})

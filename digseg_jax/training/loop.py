@@ -101,8 +101,8 @@ class Trainer:
         else:
             params, source = self._initial_params()
 
-        # Under jit with output shardings the optimizer's moments are born sharded, never whole on one
-        # device.
+        # Under jit with output shardings the optimizer's
+        # moments are born sharded, never whole on one device.
         make = jax.jit(self._initial_state, out_shardings=self.state_shardings)
         log.info("start: step 0, from %s", source)
         return 0, make(params)

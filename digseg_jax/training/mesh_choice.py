@@ -166,8 +166,8 @@ def joined(devices: list[jax.Device]) -> int:
         if platform == "cpu":
             return device.process_index
 
-        # A TPU that belongs to no named slice is in the only one. GPUs without a slice are joined per
-        # host.
+        # A TPU that belongs to no named slice is in the only
+        # one. GPUs without a slice are joined per host.
         alone = 0 if platform == "tpu" else device.process_index
         return getattr(device, "slice_index", alone)
 

@@ -42,6 +42,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     return optax.chain(
+        # Clipping first: AdamW's moments then see bounded gradients.
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
@@ -93,8 +94,8 @@ def check_freeze(params: Params, freeze: Iterable[str]) -> None:
     paths = list(trees.flatten(params))
     for pattern in freeze:
         if not any(re.search(pattern, path) for path in paths):
-            # A typed name may be any folder of the tree, so the nearest one is sought among all
-            # prefixes.
+            # A typed name may be any folder of the tree, so
+            # the nearest one is sought among all prefixes.
             parts = dict.fromkeys(
                 ".".join(path.split(".")[:end])
                 for path in paths

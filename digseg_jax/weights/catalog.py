@@ -43,6 +43,7 @@ class Known:
 
 
 _PIPELINE = ("unet", "vae", "text_encoder")
+# Stable Diffusion 2.x: wider text, heads of 64 channels, linear projections around attention.
 _SD2_UNET = {
     "cross_attention_dim": 1024,
     "attention_head_dim": (5, 10, 20, 20),

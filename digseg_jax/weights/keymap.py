@@ -49,6 +49,7 @@ class KeyRules:
         return any(re.search(pattern, key) for pattern in self.ignored)
 
 
+# "gamma" and "beta" are TensorFlow's names in the first converted checkpoints.
 BERT_RULES = KeyRules(
     renames=(
         (r"^bert\.", ""),
@@ -57,6 +58,7 @@ BERT_RULES = KeyRules(
     ),
     ignored=(r"(^|\.)(position_ids|token_type_ids)$", r"^cls\."),
 )
+# Names of the attention from before diffusers had one attention class.
 VAE_RULES = KeyRules(
     renames=(
         (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
@@ -111,7 +113,8 @@ def from_hub(path: str, tensor: np.ndarray, shape: Shape) -> np.ndarray:
     """A hub tensor in this program's layout and `shape`; `fits` must hold."""
     if path.rpartition(".")[2] != "kernel":
         return tensor
-    out_in = tensor.reshape(hub_shape(path, shape))  # a linear layer may come as a 1x1 convolution
+    # A linear layer may be stored as a 1x1 convolution.
+    out_in = tensor.reshape(hub_shape(path, shape))
     return out_in.transpose(2, 3, 1, 0) if len(shape) == 4 else out_in.T
 
 
@@ -133,6 +136,7 @@ def fits(path: str, stored: Shape, shape: Shape) -> bool:
     wanted = hub_shape(path, shape)
     if tuple(stored) == wanted:
         return True
+    # [o, i] against [o, i, 1, 1]: the sizes must agree and the rest be ones.
     linear = {len(stored), len(wanted)} == {2, 4}
     return linear and tuple(stored[:2]) == wanted[:2] and prod(stored) == prod(wanted)
 
@@ -171,6 +175,7 @@ def match(
     """
     pairs, faults = _pair(shapes, stored, rules)
 
+    # Keys that a checkpoint may lack are missing only if they are not optional.
     found = set(pairs.values())
     faults.missing = [
         hub_key(path) for path in shapes if path not in found and not path.startswith(optional_prefixes)
@@ -199,7 +204,7 @@ def _pair(
             if not rules.ignores(name):
                 faults.unexpected.append(key)
         elif path in first:
-            faults.doubled.append(f"{first[path]} and {key}")
+            faults.doubled.append(f"{first[path]} and {key}")  # two spellings of one key
         else:
             first[path], pairs[key] = key, path
             if not fits(path, shape, shapes[path]):

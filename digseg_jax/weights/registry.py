@@ -65,6 +65,7 @@ class Component:
 
     def make_config(self, values: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Any:
         """Config from config.json and from what only the weights tell, such as a missing pooler."""
+        # open_clip's config names another repository; sizes come from the tensors.
         if hasattr(self.config_class, "from_checkpoint"):
             shapes = {key: info.shape for key, info in infos.items()}
             return self.config_class.from_checkpoint(values, shapes)
@@ -140,6 +141,7 @@ def component_of(config: Mapping[str, Any], source: str, expect: tuple[str, ...]
     found = _class_of(config, source)
     held = _HOLDS.get(found, (found,))
 
+    # Several classes may be acceptable, and the checkpoint may contain several.
     if expect:
         chosen = next((name for name in expect if name in held), None)
         if chosen is None:

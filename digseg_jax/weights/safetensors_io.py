@@ -87,6 +87,7 @@ def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
         with _open(file) as handle:
             keys: list[str] = handle.keys()
             for key in keys:
+                # Two shards with one key would leave the choice to their order.
                 if key in infos:
                     raise UserError(f"key {key!r} is in both {infos[key].file} and {file}")
 
@@ -152,10 +153,12 @@ def write_component(
             raise UserError(f"metadata must map str to str, got {key!r}: {value!r}")
 
     folder.mkdir(parents=True, exist_ok=True)
+    # save_file writes an array's buffer, so a transposed view must become an array of its own.
     arrays = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
     target = folder / f"{stem}.safetensors"
     _replace(target, lambda temporary: save_file(arrays, temporary, metadata=meta))
 
+    # The config last: a folder with one has complete weights.
     text = json.dumps(dict(config), indent=2) + "\n"
     _replace(folder / config_file, lambda temporary: temporary.write_text(text))
     return target
@@ -163,6 +166,8 @@ def write_component(
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
     """Writes beside `target` and renames, so that a reader sees the old file or the new one."""
+    # In the same folder, as a rename is atomic within a file
+    # system only; per process, so that two never share it.
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -205,6 +210,7 @@ def _shards(index: Path) -> list[Path]:
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"weight_map in {index} must name a file for each key")
 
+    # Each file once, in the order of first mention.
     files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
@@ -225,6 +231,7 @@ def _why_unreadable(file: Path, error: Exception) -> str:
     if not file.is_file():
         return f"no such file: {file}"
 
+    # A clone without git-LFS has small text files in place of the weights.
     with file.open("rb") as handle:
         head = handle.read(len(_LFS_HEADER))
     if head == _LFS_HEADER:

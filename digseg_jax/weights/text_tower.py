@@ -61,6 +61,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
     folder = minilm_folder() if spec == "minilm" else resolve(spec)
     model = load_component(folder, dtype=dtype, expect=TEXT_CLASSES)
 
+    # Stable Diffusion 2.x uses the output of the penultimate layer.
     if skip_layers:
         if not isinstance(model, CLIPTextModel):
             name = type(model).__name__
@@ -81,6 +82,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
 
 def _tokenizer_folder(folder: Path) -> Path:
     """The component's own folder, or a pipeline's `tokenizer` beside its `text_encoder`."""
+    # Stable Diffusion's pipelines have unet/, vae/, text_encoder/ and tokenizer/ side by side.
     beside = folder.parent / "tokenizer"
     if not has_tokenizer(folder) and folder.name == "text_encoder" and beside.is_dir():
         return beside
