@@ -334,10 +334,12 @@ def _validation(config: Config, task: Task, mesh: Mesh):
     segmenter: Segmenter | None = None
 
     def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
+        """{"val_miou"} of the averaged weights, as a share of 1."""
         nonlocal segmenter
         params = averaged(state)
         if segmenter is None:
             segmenter = Segmenter(task, params, config.eval, mesh=mesh)
+        # Same shapes, so the compiled programs fit; the old weights are freed.
         segmenter.programs.params = params
         evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
         return {"val_miou": evaluator.scores(EStep(1, 1)).miou}

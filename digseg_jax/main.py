@@ -138,6 +138,7 @@ def _run_on_all_processes(mode: str, config: Config) -> None:
     from digseg_jax.runtime import distributed
 
     timeout = _START_TIMEOUT.value
+    # Alone unless the flags or the machine name other processes.
     cluster = distributed.find_cluster(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
     )

@@ -137,6 +137,7 @@ def _check_codec(c: Config) -> None:
     if c.segmentation.codec != "palette":
         return
 
+    # Colors are chosen once for a list of classes: a second data set or label set has other classes.
     if c.data.mixture:
         raise UserError(
             "config.data.mixture: a palette has the colours of one class list; with "

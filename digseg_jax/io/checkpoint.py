@@ -287,9 +287,11 @@ def _folder(workdir: str) -> epath.Path:
 
 def _policy(config: CheckpointConfig) -> policies.PreservationPolicy:
     """Which checkpoints are kept: the newest ones, every so many steps, and the best one."""
+    # A checkpoint is kept if any of these rules keeps it.
     kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
     if config.keep_every:
         kept.append(policies.EveryNSteps(config.keep_every))
+
     if config.best:
         best = config.best
         kept.append(

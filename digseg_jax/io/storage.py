@@ -178,6 +178,7 @@ def local_copy(folder: AnyPath) -> Path:
             raise UserError(f"no such folder: {folder}")
         names = tuple(p.name for p in folder.iterdir())
 
+    # Removed at exit: weights may be loaded from it at any time until then.
     scratch = Path(tempfile.mkdtemp(prefix="digseg_jax_"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     local = scratch / folder.name

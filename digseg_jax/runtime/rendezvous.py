@@ -95,6 +95,7 @@ def _server(address: str, port: int) -> socket.socket:
     Raises:
       UserError: the port is in use, or cannot be opened.
     """
+    # Callers may use either family, whatever name the address has.
     options: dict[str, Any] = {}
     if socket.has_dualstack_ipv6():
         options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
@@ -158,6 +159,7 @@ def _call(
     """Every other process: calls process 0 until it answers or the time is over."""
 
     def attempt() -> str | None:
+        """Calls once; returns process 0's problem, "" if all is well."""
         with socket.create_connection(place, timeout=max(deadline - time.monotonic(), 0.1)) as peer:
             peer.settimeout(max(deadline - time.monotonic(), 0.1) + 10)  # its clock started later
             peer.sendall(json.dumps({"process": name, "of": count}).encode() + b"\n")

@@ -163,6 +163,7 @@ def joined(devices: list[jax.Device]) -> int:
     platform = devices[0].platform
 
     def group(device: jax.Device) -> int:
+        """Number of the slice or host that a device belongs to."""
         if platform == "cpu":
             return device.process_index
 

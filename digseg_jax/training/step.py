@@ -70,9 +70,11 @@ def make_train_step(
     like, _ = split_frozen(state_shardings["params"], config.optim.freeze)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch):
+        """One step; traced once."""
         trainable, fixed = split_frozen(state["params"], config.optim.freeze)
 
         def gradient(part: Batch, *whole: Batch) -> LossAndGrads:
+            """((loss, metrics), gradients) of (batch), or of (microbatch, full batch)."""
             # One key per example, a function of (seed, example index): neither the number of devices
             # nor accumulation changes what is drawn.
             keys = example_keys(config.seed, part["index"])

@@ -162,6 +162,7 @@ def expand(spec: str) -> str:
 
 def find(spec: str) -> Known | None:
     """The table's entry for a short name or hub id (part and revision aside); None if unknown."""
+    # The part follows a colon, the revision an @.
     repository = spec.partition(":")[0].partition("@")[0]
     return next((k for k in KNOWN if repository in (k.name, k.hub_id)), None)
 

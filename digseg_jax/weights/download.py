@@ -49,6 +49,7 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
         UserError: the hub does not deliver them; the message says why and what helps.
     """
     for attempt in range(1, ATTEMPTS + 1):
+        # Only what this attempt downloads is checked: hashing a whole cache at each start takes long.
         started = time.time()
         try:
             root = _client_snapshot(repository, revision, patterns)

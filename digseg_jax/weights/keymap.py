@@ -122,6 +122,7 @@ def hub_shape(path: str, shape: Shape) -> Shape:
     """The hub's shape for a leaf of `shape`."""
     if path.rpartition(".")[2] != "kernel":
         return tuple(shape)
+    # Convolutions have four axes, linear layers two.
     if len(shape) == 4:
         h, w, cin, cout = shape
         return (cout, cin, h, w)
@@ -215,6 +216,7 @@ def _pair(
 
 def _report(faults: _Faults, known: list[str]) -> str:
     """The faults in one line; similar missing and unexpected keys are shown together."""
+    # A missing and an unexpected key that look alike are most likely one key, spelled in two ways.
     missing = [m + nearest(m, faults.unexpected, n=1) for m in faults.missing[:_SHOWN]]
     # Suggest each pair once: with a key missing, the line above already pairs the two.
     ours = [] if faults.missing else known

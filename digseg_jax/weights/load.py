@@ -142,6 +142,7 @@ def save_component(
     else:
         config, params = model
 
+    # The hub's names and layouts, as in `keymap`.
     component = component_of_config(config)
     tensors = {
         component.key_prefix + keymap.hub_key(p): keymap.to_hub(p, np.asarray(x))
@@ -164,6 +165,7 @@ def _open(
     folder = resolve(path_or_hub_id, subfolder)
     values = read_config(folder)
     component = component_of(values, str(folder), expect)
+    # Shapes come from the files' headers: no tensor is read yet.
     return component, values, tensor_infos(weight_files(folder)), folder
 
 

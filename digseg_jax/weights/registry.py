@@ -84,6 +84,7 @@ _BERT = Component(
     BERT_RULES,
     inferred=(("add_pooling_layer", "pooler.dense.weight"),),
 )
+# Old versions of transformers need the prefix to read what is saved here.
 _CLIP_TEXT = Component(
     "CLIPTextModel",
     "text.clip_text",
@@ -118,6 +119,7 @@ _OPEN_CLIP_TEXT = Component(
 _CLIP = (_CLIP_TEXT, _CLIP_TEXT_PROJECTION, _CLIP_VISION, _OPEN_CLIP_TEXT)
 _ALL = (_UNET, _VAE, _TINY_VAE, _BERT, *_CLIP)
 COMPONENTS = {c.name: c for c in _ALL}
+# For classes with other heads: transformers' model_type names the encoder.
 _BY_MODEL_TYPE = {"bert": "BertModel", "clip": "CLIPModel"}
 # Checkpoints that contain more than one class: `expect` says which one is wanted.
 _HOLDS = {
@@ -184,6 +186,7 @@ def _class_of(config: Mapping[str, Any], source: str) -> str:
 
 def component_of_config(config: Any) -> Component:
     """The component whose config class `config` is an instance of."""
+    # By name, because the classes are imported only when used.
     for component in COMPONENTS.values():
         if type(config).__name__ == component.config_name:
             return component

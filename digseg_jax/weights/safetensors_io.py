@@ -26,10 +26,10 @@ STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM, OPEN_CLIP_STEM, "open_clip_pytorch_m
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 _VARIANTS = ("", ".fp16")  # full precision first
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")  # named in the error, never opened
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 _MAPPED_BYTES = 2**24  # read before a file is reopened (`iter_tensors`)
-_LFS_HEADER = b"version https://git-lfs"
+_LFS_HEADER = b"version https://git-lfs"  # how a pointer file begins
 
 
 class TensorInfo(NamedTuple):
@@ -48,6 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
 
+    # config.json first: some repositories have both, for transformers and for open_clip.
     open_clip = folder / OPEN_CLIP_CONFIG_FILE
     if open_clip.is_file() and not (folder / CONFIG_FILE).is_file():
         return _read_json(open_clip)
@@ -118,6 +119,7 @@ def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndar
 
 def read_metadata(folder: str | Path) -> dict[str, str]:
     """The `__metadata__` of a component's first weight file; empty if it has none."""
+    # Shards repeat it, so the first is enough.
     with _open(weight_files(Path(folder))[0]) as handle:
         return dict(handle.metadata() or {})
 

@@ -58,6 +58,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
         UserError: the package, folder or hub id is not there, the folder lacks a tokenizer, or layers
           are to be skipped in an encoder that is not CLIP's.
     """
+    # The package's files are found on the disk, everything else by the rules of `resolve`.
     folder = minilm_folder() if spec == "minilm" else resolve(spec)
     model = load_component(folder, dtype=dtype, expect=TEXT_CLASSES)
 
