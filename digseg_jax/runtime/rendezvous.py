@@ -9,6 +9,7 @@ port to JAX. The messages are one JSON line each way; nothing in them is secret.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import socket
@@ -81,7 +82,7 @@ def _listen(address: str, port: int, count: int, deadline: float, timeout: float
 
         # Everybody gets the same message, so that each log names the missing ones.
         for caller in present.values():
-            caller.sendall(json.dumps({"is": _GREETING, "problem": problem}).encode() + b"\n")
+            _tell(caller, problem)
         if problem:
             raise UserError(problem)
     finally:
@@ -129,7 +130,7 @@ def _admit(caller: socket.socket, present: dict[int, socket.socket], count: int)
         problem = f"two processes say that they are number {name} of {count}"
 
     if problem:
-        caller.sendall(json.dumps({"is": _GREETING, "problem": problem}).encode() + b"\n")
+        _tell(caller, problem)
         caller.close()
         return
 
@@ -137,6 +138,12 @@ def _admit(caller: socket.socket, present: dict[int, socket.socket], count: int)
     if name in present:
         present[name].close()
     present[name] = caller
+
+
+def _tell(caller: socket.socket, problem: str) -> None:
+    """Sends the outcome, "" if all is well; one caller that died keeps it from nobody else."""
+    with contextlib.suppress(OSError):
+        caller.sendall(json.dumps({"is": _GREETING, "problem": problem}).encode() + b"\n")
 
 
 def _alive(caller: socket.socket) -> bool:
@@ -163,16 +170,15 @@ def _call(
         with socket.create_connection(place, timeout=max(deadline - time.monotonic(), 0.1)) as peer:
             peer.settimeout(max(deadline - time.monotonic(), 0.1) + 10)  # its clock started later
             peer.sendall(json.dumps({"process": name, "of": count}).encode() + b"\n")
-            answer = _line(peer)
-
-        try:
-            said = json.loads(answer)
-            return said["problem"] if said["is"] == _GREETING else "not ours"
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"coordinator address {address}: something other than process 0 answers there; "
-                "choose another port"
-            ) from None
+            # Whatever else listens there may answer with anything, of any length.
+            try:
+                said = json.loads(_line(peer))
+                return said["problem"] if said["is"] == _GREETING else "not ours"
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"coordinator address {address}: something other than process 0 answers there; "
+                    "choose another port"
+                ) from None
 
     problem = _retry(attempt, address, deadline, timeout)
     if problem:

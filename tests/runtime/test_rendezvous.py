@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import socket
+import struct
 import threading
 import time
 
@@ -73,9 +75,13 @@ def test_a_port_in_use_is_told_at_once(address):
     assert f"port {address.rsplit(':', 1)[1]} is in use" in message and address in message
 
 
-def test_something_else_that_answers_at_the_port_is_told(address):
+@pytest.mark.parametrize(
+    "text", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff\xfe\n", b"x" * 9000 + b"\n"],
+    ids=["http", "not text", "long"],
+)  # fmt: skip
+def test_something_else_that_answers_at_the_port_is_told(address, text):
     with socket.create_server(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as server:
-        answer = threading.Thread(target=lambda: _reply(server, b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+        answer = threading.Thread(target=lambda: _reply(server, text))
         answer.start()
         (message,) = call(address, [1], of=2, timeout=5)
         answer.join()
@@ -85,7 +91,8 @@ def test_something_else_that_answers_at_the_port_is_told(address):
 def _reply(server: socket.socket, text: bytes) -> None:
     peer, _ = server.accept()
     peer.recv(1000)
-    peer.sendall(text)
+    with contextlib.suppress(OSError):  # it may have read enough
+        peer.sendall(text)
     peer.close()
 
 
@@ -99,6 +106,22 @@ def test_strangers_do_not_disturb(address):
     stranger.start()
     assert call(address, [0, 1], of=2, timeout=10) == ["", ""]
     stranger.join()
+
+
+def test_one_that_died_after_it_came_keeps_nobody_from_being_told(address):
+    def come_and_die() -> None:
+        time.sleep(0.2)
+        peer = socket.create_connection(split_address(address))
+        peer.sendall(b'{"process": 1, "of": 4}\n')
+        time.sleep(0.2)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        peer.close()
+
+    dead = threading.Thread(target=come_and_die)
+    dead.start()
+    for message in call(address, [0, 2], of=4, timeout=2):
+        assert "process 3 of 4 did not come" in message
+    dead.join()
 
 
 def test_different_numbers_of_processes_are_told(address):
