@@ -90,6 +90,20 @@ def read_text(path: AnyPath) -> str:
         return path.read_bytes().decode("utf-8")
 
 
+def inside(folder: AnyPath, name: str) -> AnyPath:
+    """`folder / name`, for a name that came with the files: an object, a line of a manifest.
+
+    Whoever made the files chose their names; one that climbs out could reach any file of the user.
+
+    Raises:
+      UserError: the name is empty, absolute, or has a part "..".
+    """
+    parts = name.split("/")
+    if not name or "\0" in name or "\\" in name or {"", "..", "."} & set(parts):
+        raise UserError(f"{folder}: the name {name[:200]!r} in it does not stay inside that folder")
+    return folder / name
+
+
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Writes a whole file, so that a reader sees the old one or the new one; makes its folder.
 
@@ -152,16 +166,16 @@ def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
     """Copies the named files and folders of `folder` below `local`; names that are absent are skipped.
 
     Raises:
-      UserError: the bucket refuses.
+      UserError: the bucket refuses, or holds a name that climbs out of its folder.
     """
     with explained(folder, "cannot be read"):
         for name in names:
-            source = folder / name
+            source, target = inside(folder, name), inside(local, name)
             if source.is_dir():
-                download(source, local / name, tuple(p.name for p in source.iterdir()))
+                download(source, target, tuple(p.name for p in source.iterdir()))
             elif source.exists():
-                (local / name).parent.mkdir(parents=True, exist_ok=True)
-                (local / name).write_bytes(source.read_bytes())
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read_bytes())
 
 
 def local_copy(folder: AnyPath) -> Path:

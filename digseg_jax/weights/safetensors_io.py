@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.storage import inside
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
@@ -213,7 +214,7 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"weight_map in {index} must name a file for each key")
 
     # Each file once, in the order of first mention.
-    files = [index.parent / name for name in dict.fromkeys(weight_map.values())]
+    files = [inside(index.parent, name) for name in dict.fromkeys(weight_map.values())]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise UserError(f"{index} names {len(files)} shards; missing: {', '.join(missing)}")

@@ -64,6 +64,12 @@ class Server:
         with urllib.request.urlopen(url) as answer:
             return [item["name"] for item in json.load(answer).get("items", [])]
 
+    def put(self, name: str, data: bytes) -> None:
+        """Stores an object under exactly this name, which a client might tidy up."""
+        query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+        url = f"http://127.0.0.1:{self._backend}/upload/storage/v1/b/{BUCKET}/o?{query}"
+        urllib.request.urlopen(urllib.request.Request(url, data=data, method="POST")).close()
+
     def read(self, name: str) -> bytes:
         quoted = urllib.parse.quote(name, safe="")
         url = f"http://127.0.0.1:{self._backend}/storage/v1/b/{BUCKET}/o/{quoted}?alt=media"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +94,23 @@ def test_other_places_are_refused(place):
     with pytest.raises(UserError) as caught:
         storage.as_path(place)
     assert place in one_line(caught.value) and "gs://BUCKET/FOLDER" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../../evil", "/evil", "..", "", "a//b", "a\\..\\b", "a\0b"]
+)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="does not stay inside"):
+        storage.inside(tmp_path, name)
+    assert storage.inside(tmp_path, "a/b.json") == tmp_path / "a" / "b.json"
+
+
+def test_an_object_whose_name_climbs_is_written_nowhere(store, tmp_path, monkeypatch):
+    """Anybody who may write to the bucket chooses the names in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = f"{tmp_path.name}/export"
+    for name in ("config.json", "../../evil.txt"):
+        store.put(f"{folder}/{name}", b"{}")
+    with pytest.raises(UserError, match="does not stay inside"):
+        storage.local_copy(storage.as_path(f"gs://{BUCKET}/{folder}"))
+    assert [p for p in tmp_path.rglob("*") if p.name == "evil.txt"] == []
