@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
+from digseg_jax.config.parse import flat, to_dict
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets import landcover
@@ -38,7 +41,7 @@ from digseg_jax.prediction.description import (
 from digseg_jax.prediction.job import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
-from digseg_jax.runtime.collectives import fetch, fetch_to_main
+from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.profiling import use_compile_cache
 from digseg_jax.runtime.sharding import infer_shardings, place
@@ -85,6 +88,30 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
         del trainer, on_eval
         if isinstance(task, SegmentationTask):
             evaluate_and_report(config, task, params, mesh, workdir)
+
+
+# settings that may differ from host to host: folders of its disks, and its worker processes
+PER_HOST = ("data.root", "data.mixture", "data.workers", "train.compile_cache")
+
+
+def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
+    """Checks that all processes of the run have the same flags, configuration and code.
+
+    Raises:
+      UserError: on every process, who differs in what.
+    """
+    values = {f"config.{key}": value for key, value in flat(to_dict(config)).items()}
+    for key in PER_HOST:
+        values.pop(f"config.{key}", None)
+    check_all_agree({**flags, **values, "the code's checksum": _checksum_of_the_code()})
+
+
+def _checksum_of_the_code() -> int:
+    """CRC-32 over the package's source files."""
+    checksum = 0
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum
 
 
 def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:

@@ -143,6 +143,8 @@ def _run_on_all_processes(mode: str, config: Config) -> None:
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
     )
     distributed.start(cluster, timeout)
+    told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
+    jobs.check_processes(config, told)
 
     if mode == "cache_latents":
         from digseg_jax.tools import cache_latents

@@ -40,6 +40,17 @@ def to_dict(config: Config) -> dict[str, Any]:
     return _lists(dataclasses.asdict(config))
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def with_sampling(config: Config, text: str) -> Config:
     """A copy of the configuration with the ensemble, steps and spacing of a text such as "8x2".
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.parse import flat, parse, to_dict
 from digseg_jax.config.schema import Config, is_free
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
@@ -159,20 +159,9 @@ def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
     A setting that is newer than the run counts as its default: that is what the run did.
     """
     # Defaults below what was stored, for settings that did not exist then.
-    old, new = _flat(to_dict(Config())) | _flat(stored), _flat(values)
+    old, new = flat(to_dict(Config())) | flat(stored), flat(values)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not is_free(key)
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested dictionaries by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

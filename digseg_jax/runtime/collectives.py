@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from digseg_jax.errors import UserError
 from digseg_jax.runtime.distributed import is_main
 
 
@@ -70,3 +72,27 @@ def tell_all(value: Any) -> Any:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size if is_main() else 0)))
     told = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(size, np.uint8))
     return json.loads(np.asarray(told).astype(np.uint8).tobytes())
+
+
+def check_all_agree(values: Mapping[str, Any]) -> None:
+    """Checks that every process has the same JSON-ready values; every process must call it.
+
+    A process with other settings computes other gradients, silently, or waits for ever in a step that
+    the others never take.
+
+    Raises:
+      UserError: on every process, who differs from process 0 in what.
+    """
+    first, *others = gather_all(dict(values))
+    told = [
+        f"process {number} has {name}={theirs.get(name)!r}, process 0 has {first.get(name)!r}"
+        for number, theirs in enumerate(others, start=1)
+        for name in sorted(first.keys() | theirs.keys())
+        if theirs.get(name) != first.get(name)
+    ]
+    if told:
+        more = f" (and {len(told) - 5} more)" if len(told) > 5 else ""
+        raise UserError(
+            f"the processes of this run disagree: {'; '.join(told[:5])}{more}; start the same command "
+            "with the same code on every host"
+        )

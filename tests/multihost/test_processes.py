@@ -132,6 +132,25 @@ def test_a_start_that_cannot_succeed_says_why_within_a_minute(timeout, folders, 
     print(f"told after {time.monotonic() - began:.0f} s")
 
 
+def test_processes_with_other_settings_are_told_before_the_first_step(folders, tmp_path):
+    """Another learning rate would train on, silently wrong; another number of steps would hang."""
+    run, port = tmp_path / "run", pod.free_port()
+    changes = ({}, {"optim__learning_rate": 0.5, "train__steps": 7})
+    pods = [
+        pod.Pod(
+            tmp_path / f"process{i}", flags(tmp_path / f"process{i}", folders, run, **change), 2,
+            port=port, only=[i],
+        )
+        for i, change in enumerate(changes)
+    ]  # fmt: skip
+    for processes in pods:
+        assert processes.wait() == [USER_ERROR], processes.text()
+        (line,) = [x for x in processes.text().splitlines() if x.startswith("error: ")]
+        assert "process 1 has config.optim.learning_rate=0.5, process 0 has 0.001" in line
+        assert f"process 1 has config.train.steps=7, process 0 has {STEPS}" in line
+    assert not run.exists()
+
+
 @pytest.mark.slow
 def test_training_evaluation_export_and_report_on_two_processes(folders, tmp_path):
     """The whole main job of the segmenter; the same counts as on one process."""
