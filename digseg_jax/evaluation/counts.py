@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one image contributes to its data set's scores: integers that add up over images.
+"""Counts that one image contributes to its data set's scores: integers that add up over images.
 
-Masks come one class at a time, at the label's resolution, and are dropped before the next: memory is a
-few planes of the image's size, however large the vocabulary.
+Masks come one class at a time, at the label's resolution, and are dropped before the next one, so
+memory is a few planes of the image's size however large the vocabulary is.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from digseg_jax.evaluation.journal import pack
 from digseg_jax.metrics import binary, boundary, confusion
 from digseg_jax.prediction.answer import Answer
 
-DEFAULT_THRESHOLD = 0.5  # of a probability, where a mask is judged on its own
+DEFAULT_THRESHOLD = 0.5  # probability above which a pixel belongs to a mask that is judged on its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """The counts of an image, JSON-ready, and what a gallery shows of it.
+    """Counts of one image, JSON-ready, and the masks that a gallery shows.
 
-    prediction: int32 [h, w]. masks: probabilities float16 [h, w] of the classes that the label shows.
+    row: counts by name; arrays are packed (`journal.pack`). prediction: class per pixel, int32 [h, w].
+    masks: probabilities, float16 [h, w], of the classes that the label shows.
     """
 
     row: dict[str, Any]
@@ -45,15 +46,20 @@ def count_image(
     """Counts an answer against the label, by the metric of the data set.
 
     A pixel's class is the most probable one of those that were asked for. A class that covers others
-    (`EvalExamples.covers`: the optic disc contains the cup) counts only where none of them is.
+    (`EvalExamples.covers`: the optic disc contains the cup) wins a pixel only where none of these does.
 
     Args:
+      label: class ids [h, w], -1 for ignored pixels.
+      answer: masks of the queries, at the label's resolution.
       asked: the class that each query of the answer stands for.
+      keep_masks: keep the masks of the classes that the label shows, for the gallery.
 
     Raises:
-      ValueError: the answer is of another size than the label.
+      ValueError: the answer differs from the label in size.
     """
     classes = len(examples.classes)
+
+    # Running argmax over classes: the best probability so far and the class that it belongs to.
     best = np.full(label.shape, -np.inf, np.float32)
     prediction = np.full(label.shape, -1, np.int32)
     overlaps = np.zeros((classes, classes), np.int64)
@@ -61,29 +67,38 @@ def count_image(
     masks: dict[int, np.ndarray] = {}
     extra = _OwnMetric(examples, label)
 
-    # A class comes after those that it covers.
+    # Visit the covered classes first: their masks are subtracted from the covering class's mask.
     for query in sorted(range(len(asked)), key=lambda q: len(examples.covers[asked[q]])):
         c = asked[query]
         probability = answer.probability(query)
         if probability.shape != label.shape:
             raise ValueError(f"mask {probability.shape} and label {label.shape} differ in shape")
+
+        # On its own a mask is judged without bias: biases only rank queries against each other.
         alone = answer.alone(query) if answer.biased else probability
         overlaps[c] = confusion.overlap(label, alone > DEFAULT_THRESHOLD, classes)
         extra.see(c, alone)
+
+        # Probabilities of a class that the label shows, for the gallery.
         if keep_masks and (label == c).any():
             masks[c] = probability.astype(np.float16)
 
-        # What the covered classes claim is not this one's own.
+        # Remove what the covered classes claim: cup pixels are not pixels of the disc's rim.
         own = probability
         for other in examples.covers[c]:
             if other != c and other in inner:
                 own = np.minimum(own, 1.0 - inner[other])
+
+        # Keep the mask only if a class to come covers this one.
         if any(c in covered for k, covered in enumerate(examples.covers) if k != c):
             inner[c] = probability
+
+        # Ties go to the class visited first.
         wins = own > best
         prediction[wins] = c
         best[wins] = own[wins]
 
+    # Integer counts, sparse and JSON-ready; sums over images give the scores of the split.
     row = {
         "confusion": pack(confusion.confusion(label, prediction, classes)),
         "overlap": pack(overlaps),
@@ -97,14 +112,14 @@ def count_image(
 def count_foreground(
     examples: EvalExamples, label: Int[np.ndarray, "h w"], answer: Answer
 ) -> dict[str, Any]:
-    """The counts that a threshold search needs; the answer's last query asks for the last class."""
+    """Counts for a threshold search; the answer's last query must ask for the last class."""
     own = _OwnMetric(examples, label)
     own.see(len(examples.classes) - 1, answer.alone(answer.num_queries - 1))
     return own.row()
 
 
 class _OwnMetric:
-    """Counts beyond a label map's, where the data set is scored by them (`DatasetSpec.metric`)."""
+    """Counts of the data set's own metric (`DatasetSpec.metric`), beyond those of a label map."""
 
     def __init__(self, examples: EvalExamples, label: np.ndarray):
         self.examples, self.label = examples, label
@@ -112,19 +127,22 @@ class _OwnMetric:
         self._regions: dict[int, np.ndarray] = {}
 
     def see(self, c: int, mask: np.ndarray) -> None:
-        """Takes the probabilities [h, w] of a class."""
+        """Takes the probabilities [h, w] of class `c`."""
         if self.examples.metric == "foreground" and c == len(self.examples.classes) - 1:
+            # hits and misses at each of `binary.THRESHOLDS`, labeled pixels only
             truth = np.isin(self.label, self.examples.covers[c])
             self._foreground = binary.threshold_counts(mask, truth, valid=self.label >= 0)
         if self.examples.metric == "region_dice" and c in nested_classes(self.examples):
             self._regions[c] = mask > DEFAULT_THRESHOLD
 
     def row(self) -> dict[str, Any]:
-        """What is written down of it."""
+        """Entries for the image's row; empty where the metric needs none."""
         if self._foreground is not None:
             return {"foreground": self._foreground.tolist()}
         if len(self._regions) < 2:
             return {}
+
+        # Draw the cup over the disc: what remains of the disc is its rim.
         outer, inner = nested_classes(self.examples)
         found = np.where(self._regions[outer], outer, -1)
         found[self._regions[inner]] = inner
@@ -132,13 +150,13 @@ class _OwnMetric:
 
 
 def nested_classes(examples: EvalExamples) -> tuple[int, int]:
-    """The class that covers another one, and that other."""
+    """Ids of the class that covers another one, and of that other class."""
     outer = next(c for c, covered in enumerate(examples.covers) if len(covered) > 1)
     return outer, next(c for c in examples.covers[outer] if c != outer)
 
 
 def covers_matrix(examples: EvalExamples) -> np.ndarray:
-    """bool [c, c]: whether the pixels of class j belong to the mask of class i."""
+    """bool [c, c]: entry (i, j) tells whether the pixels of class j belong to the mask of class i."""
     matrix = np.zeros((len(examples.classes),) * 2, bool)
     for c, covered in enumerate(examples.covers):
         matrix[c, list(covered)] = True

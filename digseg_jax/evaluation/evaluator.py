@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples in, masks from the segmenter, integer counts out; the same integers on any devices.
+"""Evaluation of a segmenter on a split: examples in, masks from the segmenter, integer counts out.
 
-Every process reads and counts the images that its devices segment; the counts, which are small, are
-gathered and written to one journal, so that a killed evaluation goes on where it was.
+Every process reads and counts the images that its own devices segment. The counts are small, so they
+are gathered on all processes and written to one journal: a killed evaluation continues where it
+stopped, and the result is the same integers on any number of devices.
+
 """
 
 from __future__ import annotations
@@ -33,15 +35,20 @@ from digseg_jax.runtime.distributed import together
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation.calibration import Calibration
 
-CALIBRATION_STRIDE = 4  # every 4th pixel of both axes is enough to fit some numbers
-COARSE = EStep(1, 1)  # the pass that judges which classes of a large vocabulary are there
-THRESHOLD_IMAGES = 30  # of the training split, for the threshold of a foreground class
+CALIBRATION_STRIDE = 4  # pixels in both axes; a scale and one bias per class need no more samples
+COARSE = EStep(1, 1)  # sampling of the pass that finds the classes present, one member and one step
+THRESHOLD_IMAGES = 30  # training images for the threshold search of a foreground class
 
 
 class Evaluator:
-    """Evaluates a segmenter on the examples of a split.
+    """Evaluator of a segmenter on the examples of one split.
 
-    prompts: query i stands for class i; by default the data set's own. seed: of the members' noise.
+    Args:
+      prompts: prompt i asks for class i; the data set's own prompts by default.
+      seed: seed of the ensemble members' noise.
+
+    Raises:
+      ValueError: the number of prompts differs from the number of classes.
     """
 
     def __init__(
@@ -57,19 +64,25 @@ class Evaluator:
         self.seed, self.prompts = seed, tuple(prompts or examples.prompts)
         if len(self.prompts) != len(examples.classes):
             raise ValueError(f"{len(self.prompts)} queries for {len(examples.classes)} classes")
+
+        # "auto" takes the data set's own convention from its `DatasetSpec`.
         self.mode = examples.inference if settings.inference == "auto" else settings.inference
         self.absent = examples.absent if settings.absent_rule == "auto" else settings.absent_rule
         self.palette = segmenter.task.codec == "palette"
 
     @property
     def protocol(self) -> str:
-        """How classes are asked for: all of them, or those that a coarse pass lets through."""
+        """The headline's protocol: "exhaustive" asks for all, "gated" for those of a coarse pass."""
         all_of_them = self.palette or len(self.prompts) <= self.settings.exhaustive_limit
         return "exhaustive" if all_of_them else "gated"
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """The headline's, and what tells how far it is from knowing the classes."""
+        """All protocols to score: the headline's, then "gated" and "oracle".
+
+        The oracle asks only for the classes that the label contains: it tells what not knowing them
+        costs.
+        """
         if self.palette:
             return ("exhaustive",)
         return tuple(dict.fromkeys((self.protocol, "gated", "oracle")))
@@ -83,10 +96,16 @@ class Evaluator:
         journal: Journal | None = None,
         shown: Shown | None = None,
     ) -> Scores:
-        """The counts of all images under a protocol, by default the headline's.
+        """Counts all images under one protocol and returns their scores.
 
-        journal: what a killed evaluation had counted; gets every image. shown: is offered every image.
+        Args:
+          estep: ensemble size and number of denoising steps.
+          calibration: scale and class biases of the mask scores; None leaves the scores as they are.
+          protocol: one of `open_vocab.PROTOCOLS`; the headline's by default.
+          journal: counts of an earlier, killed run; receives the counts of every image.
+          shown: the gallery's choice of images; is offered every image.
         """
+        # Without a journal or a gallery: one in memory, and one that keeps nothing.
         protocol = protocol or self.protocol
         journal = journal or Journal(None, "counts", "")
         shown = shown or Shown(0, len(self.examples), None)
@@ -101,20 +120,30 @@ class Evaluator:
                 counted.append(dataclasses.replace(one, row=one.row | facts))
             return counted
 
+        # Images counted before a kill are offered first, with their score only: the choice of the
+        # worst and best must not depend on where a run was interrupted.
         name = f"{estep} {protocol}"
         for image in range(len(self.examples)):
             if f"{name} {image}" in journal:
                 shown.offer(image, _image_miou(journal[f"{name} {image}"]), None)
+
+        # Count the rest; the masks are known only on the process that segmented the image.
         for counted in self._counted(self.examples, name, journal, count):
             for image, row, own in counted:
                 shown.offer(image, _image_miou(row), own)
+
+        # Read all rows back from the journal, so that old and new ones are of one kind.
         rows = tuple(journal[f"{name} {i}"] for i in range(len(self.examples)))
         return Scores(self.examples, protocol, rows, self.absent)
 
     def threshold_counts(
         self, estep: EStep, training: EvalExamples, journal: Journal | None = None
     ) -> list[dict[str, Any]]:
-        """Counts of some training images, on which a foreground class's threshold is searched."""
+        """Counts of the first training images, on which a foreground class's threshold is searched.
+
+        Returns:
+          One row per image, at most THRESHOLD_IMAGES; each names its split.
+        """
         training = training.first(THRESHOLD_IMAGES)
         journal = journal or Journal(None, "counts", "")
 
@@ -122,30 +151,39 @@ class Evaluator:
             # A palette always answers all of its classes.
             asked = self.prompts if self.palette else self.prompts[-1:]
             answers = self._segment(images, found, [asked] * len(images), estep)
+
+            # Only the metric's own counts are needed: no prediction and no masks are kept.
             rows = [
                 count_foreground(training, example["label"], answer)
                 for example, answer in zip(found, answers, strict=True)
             ]
             return [Counted(row | {"split": training.split}, np.zeros((1, 1)), {}) for row in rows]
 
+        # The generator writes the journal; its items are of no further use.
         name = f"{estep} threshold"
         for _ in self._counted(training, name, journal, count):
             pass
         return [journal[f"{name} {i}"] for i in range(len(training))]
 
     def calibrate(self, estep: EStep, examples: EvalExamples) -> Calibration:
-        """Scale and biases of an E-Step, fitted with its members on a split that is not scored."""
+        """Fits scale and class biases for one E-Step, with its members, on a split that is not scored.
+
+        Raises:
+          ValueError: `examples` are of the split that is scored.
+        """
         if examples.split == self.examples.split:
             raise ValueError(f"a calibration on {examples.split!r}, the split that is scored")
+
+        # Each process collects mask scores of its own images.
         every = range(len(examples))
-        pixels: dict[str, str] = {}
+        pixels: dict[str, str] = {}  # image index -> encoded arrays, as JSON has only text keys
         for _, images, found in self._groups(examples, every, f"calibration {estep}"):
             prompts = [self.prompts] * len(images)
             answers = self._segment(images, found, prompts, estep, evidence=True)
             for i, example, answer in zip(images, found, answers, strict=True):
                 pixels[str(i)] = _encoded(_few_pixels(example["label"], answer))
 
-        # Every process fits the same numbers to the pixels of all of them, in the images' order.
+        # Every process fits the same numbers to all processes' pixels, in the order of the images.
         merged = {i: text for part in gather_all(pixels) for i, text in part.items()}
         tables = [_decoded(merged[str(i)]) for i in every]
         evidence = np.concatenate([evidence for evidence, _ in tables])
@@ -154,7 +192,7 @@ class Evaluator:
 
     @property
     def fixed_scale(self) -> float | None:
-        """Of a palette's evidence; None where the scale is to be fitted (binary codec)."""
+        """Scale of a palette's mask scores; None where the scale is fitted (binary codec)."""
         return self.segmenter.scale if self.palette else None
 
     def _ask(
@@ -165,24 +203,36 @@ class Evaluator:
         estep: EStep,
         calibration: Calibration | None,
     ) -> list[tuple[Answer, Sequence[int], dict[str, Any]]]:
-        """The answer about each image, the classes that its queries stand for, and more to note."""
+        """Asks for the classes of a protocol in each image.
+
+        Returns:
+          For each image: the answer, the classes its queries stand for, and more entries for its row.
+
+        Raises:
+          ValueError: unknown protocol.
+        """
         every = list(range(len(self.prompts)))
         facts: list[dict[str, Any]] = [{} for _ in images]
         if protocol == "exhaustive":
+            # slots=0: the segmenter fits them to the number of queries, which is always the same
             asked, slots = [every] * len(images), 0
         elif protocol == "gated":
+            # A first pass judges presence; only the classes that survive are queried. The presence
+            # goes into the row, for the recall of gates of other sizes.
             presence = self._presence(images, found)
             limits = self.settings.gate_limit, self.settings.gate_cut
             asked = [open_vocab.survivors(p, *limits).tolist() for p in presence]
             facts = [{"presence": [float(x) for x in p]} for p in presence]
             slots = query_slots(self.settings.gate_limit)
         elif protocol == "oracle":
+            # An image without a single label still needs a query: ask for class 0.
             present = [np.unique(f["label"][f["label"] >= 0]).tolist() for f in found]
             asked = [classes or every[:1] for classes in present]
             slots = query_slots(self.settings.gate_limit)
         else:
             raise ValueError(f"protocol {protocol!r}; legal: {', '.join(open_vocab.PROTOCOLS)}")
 
+        # A bias belongs to a class, so each image gets the biases of the classes it is asked for.
         queries = [tuple(self.prompts[c] for c in classes) for classes in asked]
         biases = None
         if calibration is not None:
@@ -192,7 +242,10 @@ class Evaluator:
         return list(zip(answers, asked, facts, strict=True))
 
     def _presence(self, images: Sequence[int], found: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-        """How sure one coarse step is that each class is there, of images squeezed into one view."""
+        """Presence scores [classes] of each image, from one coarse step.
+
+        The whole image is squeezed into one view, and masks are read with the linear latent decoder.
+        """
         prompts = [self.prompts] * len(images)
         answers = self._segment(images, found, prompts, COARSE, mode="whole", decoder="probe")
         return [open_vocab.presence(answer.cell_probabilities()) for answer in answers]
@@ -208,6 +261,14 @@ class Evaluator:
         mode: str = "",
         **options: Any,
     ) -> list[Answer]:
+        """Segments images, each with its own queries.
+
+        Args:
+          images: indices in the split; they seed the members' noise.
+          biases: class biases per image, in the order of its queries; None for no biases.
+          mode: "window" or "whole"; the evaluator's own by default.
+          options: further options of `Segmenter.segment`.
+        """
         biases = biases or [None] * len(images)
         requests = [
             Request(example["image"], i, asked, bias)
@@ -222,9 +283,15 @@ class Evaluator:
         journal: Journal,
         count: Callable[[Sequence[int], Sequence[dict[str, Any]]], list[Counted]],
     ) -> Iterator[list[tuple[int, dict[str, Any], Counted | None]]]:
-        """Counts what the journal lacks: image, row and, where this process has them, its masks."""
+        """Counts the images that the journal lacks, and adds them to it.
+
+        Yields:
+          For each group of images: index, row, and the counts with masks on the process that has them
+          (None elsewhere).
+        """
         pending = [i for i in range(len(examples)) if f"{name} {i}" not in journal]
         for group, images, found in self._groups(examples, pending, f"eval {name}"):
+            # The segmenter's clock excludes compilation; every image gets the mean of its group.
             before = self.segmenter.seconds
             counted = dict(zip(images, count(images, found), strict=True))
             seconds = (self.segmenter.seconds - before) / len(group)
@@ -241,10 +308,17 @@ class Evaluator:
     def _groups(
         self, examples: EvalExamples, pending: Sequence[int], label: str
     ) -> Iterator[tuple[Sequence[int], Sequence[int], list[dict[str, Any]]]]:
-        """Images that are segmented together: those of all processes, this one's, and its examples."""
+        """Groups of images that are segmented together, one batch of views over all processes.
+
+        Yields:
+          Indices of the group, indices of this process's share, and the examples of that share.
+        """
         part, parts = self.segmenter.programs.part, self.segmenter.programs.parts
         size = self.segmenter.view_buckets[-1]
         progress = Progress(len(pending), label=label, unit="images")
+
+        # Neighbors in the split go to different processes; `together` turns one process's read error
+        # into an error on all of them.
         started = time.monotonic()
         for start in range(0, len(pending), size):
             group = pending[start : start + size]
@@ -258,11 +332,12 @@ class Evaluator:
 
 
 def _image_miou(row: dict[str, Any]) -> float:
+    """mIoU (0..1) of a single image's row; nan if it has no labels."""
     return confusion.mean_iou(unpack(row["confusion"]))
 
 
 def _few_pixels(label: np.ndarray, answer: Answer) -> dict[str, np.ndarray]:
-    """Evidence [pixels, q, e] and labels [pixels] at every 4th pixel, to fit a calibration to."""
+    """Mask scores [pixels, q, e] and labels [pixels] at every 4th pixel, for fitting a calibration."""
     stride = slice(None, None, CALIBRATION_STRIDE)
     planes = [answer.evidence(q)[:, stride, stride] for q in range(answer.num_queries)]
     evidence = np.stack([p.reshape(len(p), -1) for p in planes])
@@ -270,12 +345,13 @@ def _few_pixels(label: np.ndarray, answer: Answer) -> dict[str, np.ndarray]:
 
 
 def _encoded(arrays: dict[str, np.ndarray]) -> str:
-    """Arrays as text, exactly."""
+    """Arrays as base64 text, bit for bit."""
     data = io.BytesIO()
     np.savez(data, **arrays)
     return base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def _decoded(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mask scores and labels from the text of `_encoded`."""
     with np.load(io.BytesIO(base64.b64decode(text))) as stored:
         return stored["evidence"], stored["label"]

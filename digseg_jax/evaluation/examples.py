@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples of an evaluation split, and what its scores have to know of the data set."""
+"""Examples of an evaluation split, with the facts of the data set that its scores depend on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from digseg_jax.data.sources import open_part, spec_of
 
 @dataclasses.dataclass(frozen=True)
 class EvalExamples:
-    """[i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}; nothing is resized.
+    """Random access to examples: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
 
-    rows: the source's examples that are evaluated. prompts: query i stands for class i. covers: ids
-    whose pixels belong to the mask of each class; more than its own where classes are nested. metric,
-    absent, inference: see `DatasetSpec`.
+    Nothing is resized.
+
+    Attributes:
+      rows: indices of the source's examples that are evaluated.
+      prompts: prompt i asks for class i.
+      covers: for each class the ids whose pixels belong to its mask; several where classes are nested.
+      metric, absent, inference: see `DatasetSpec`.
     """
 
     source: Any
@@ -38,19 +42,20 @@ class EvalExamples:
         return self.source[self.rows[index]]
 
     def first(self, count: int) -> EvalExamples:
-        """The first `count` of them."""
+        """The first `count` examples."""
         return dataclasses.replace(self, rows=self.rows[:count])
 
 
 def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalExamples:
-    """The examples of a split of `config.name`; `num_images` of them, evenly spread, if it is set.
+    """Opens the examples of a split of `config.name`: all, or `num_images` evenly spread ones.
 
-    A broken example is an error here, whatever `config.on_error` says: a score over fewer images
+    A broken example raises an error here, whatever `config.on_error` says: a score over fewer images
     would be another score.
 
     Raises:
       UserError: no such data set, split or folder.
     """
+    # The bundled data set has neither a folder nor nested classes.
     if config.name == "landcover":
         cover = landcover.load()
         source: Any = landcover.EvalTiles(cover, cover.tiles(split), config.label_set)
@@ -58,6 +63,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
         alone = tuple((c,) for c in range(len(names)))
         return EvalExamples(source, split, _spread(len(source), num_images), names, names, alone)
 
+    # Any other data set; `Guarded` checks each label's size and ids when it is read.
     part = PartConfig(config.name, config.root)
     facts = spec_of(part)
     source = Guarded(open_part(part, split), facts.num_classes)
@@ -75,6 +81,6 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
 
 
 def _spread(count: int, wanted: int) -> tuple[int, ...]:
-    """`wanted` of `count` indices, evenly spread; all of them for 0."""
+    """`wanted` indices below `count`, evenly spread; all of them if `wanted` is 0 or too large."""
     wanted = wanted if 0 < wanted < count else count
     return tuple(i * count // wanted for i in range(wanted))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images of an evaluation are shown, and what is kept of them until the gallery is written."""
+"""Choice of the images that an evaluation shows, and their masks until the gallery is written."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from digseg_jax.runtime.distributed import is_main
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz.gallery import GalleryItem, write_gallery
 
-EXTREMES = 3  # worst and best images that are shown beside those from all over the split
-LONGEST = 1024  # pixels of a shown image's longer side
+EXTREMES = 3  # number of worst and of best images shown beside those spread over the split
+LONGEST = 1024  # longer side of a shown image, pixels
 
 
 class Shown:
-    """Images from all over the split, and the worst and the best so far.
+    """Images to show: some spread evenly over the split, and the worst and the best so far.
 
-    A pure function of the order and the scores of the images, so that a resumed run and any number of
-    processes choose the same. What is kept of an image goes to `folder` as it comes.
+    The choice depends only on the order and the scores of the images, so a resumed run and any number
+    of processes choose the same ones. Masks of a chosen image go to `folder` at once.
     """
 
     def __init__(self, count: int, total: int, folder: AnyPath | None):
         count = min(count, total)
-        self.extremes = min(EXTREMES, count // 4)
+        self.extremes = min(EXTREMES, count // 4)  # at most half of the places go to the extremes
         spread = count - 2 * self.extremes
         self.spread = {i * total // spread for i in range(spread)} if spread else set()
         self.folder = folder
@@ -39,38 +39,48 @@ class Shown:
 
     @property
     def wanted(self) -> bool:
-        """Whether anything is shown at all."""
+        """Whether any image is shown."""
         return bool(self.spread)
 
     def offer(self, image: int, score: float, counted: Counted | None) -> None:
-        """Tells an image's score; its masks are kept if it is to be shown.
+        """Records an image's score, and keeps its masks if it is to be shown.
 
-        counted: given on the process that has them; None elsewhere, and for an image of before a kill.
+        Args:
+          score: mIoU of the image, 0..1; nan for an image without labels, which is never an extreme.
+          counted: counts with masks, on the process that has them; None elsewhere, and for an image
+            that was counted before a kill.
         """
         if not np.isnan(score):
             self.scores[image] = score
         if counted is None or self.folder is None:
             return
+
+        # Extremes are extremes so far: some files are written in vain and not shown in the end.
         if image in self.spread or image in self.worst() + self.best():
             write_bytes(self.folder / f"{image}.npz", _packed(counted))
 
     def worst(self) -> list[int]:
+        """Images of the lowest scores so far; ties go to the earlier image."""
         return sorted(self.scores, key=lambda i: (self.scores[i], i))[: self.extremes]
 
     def best(self) -> list[int]:
+        """Images of the highest scores so far; ties go to the earlier image."""
         return sorted(self.scores, key=lambda i: (-self.scores[i], i))[: self.extremes]
 
     def final(self) -> tuple[list[int], dict[int, str]]:
-        """The images in the order of the split, and notes on the extreme ones."""
+        """Chosen images in the order of the split, and captions of the extreme ones."""
         worst, best = self.worst(), self.best()
         notes = {i: "among the best of the split" for i in best if i not in worst}
         notes |= {i: "among the worst of the split" for i in worst}
         return sorted(self.spread | set(worst) | set(best)), notes
 
     def write(self, gallery: Path, examples: EvalExamples, scores: Scores) -> None:
-        """Writes the gallery; for process 0, once all images were offered."""
+        """Writes the gallery on process 0; call once all images have been offered."""
         if self.folder is None or not is_main():
             return
+
+        # An image counted before a kill may have become an extreme without its masks having been
+        # kept.
         chosen, notes = self.final()
         chosen = [i for i in chosen if (self.folder / f"{i}.npz").exists()]
         items = (_item(i, examples, scores, self.folder, notes.get(i, "")) for i in chosen)
@@ -78,10 +88,12 @@ class Shown:
 
 
 def _packed(counted: Counted) -> bytes:
-    """The prediction and the masks, no larger than they are shown."""
+    """Prediction and masks as .npz bytes, reduced to the size at which they are shown."""
     height, width = counted.prediction.shape
     scale = min(1.0, LONGEST / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
+
+    # Class ids must not be mixed: nearest neighbor. Probabilities are averaged over the area.
     prediction = cv2.resize(counted.prediction.astype(np.int16), size, interpolation=cv2.INTER_NEAREST)
     masks = [
         cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA).astype(np.float16)
@@ -100,18 +112,23 @@ def _packed(counted: Counted) -> bytes:
 def _item(
     image: int, examples: EvalExamples, scores: Scores, folder: AnyPath, note: str
 ) -> GalleryItem:
+    """Reads one image's kept masks and makes its gallery item, with IoU per query."""
     path = folder / f"{image}.npz"
     with explained(path, "cannot be read"):
         stored = np.load(io.BytesIO(path.read_bytes()))
     example = examples[image]
+
+    # Bring the label to the size of the kept prediction.
     height, width = stored["prediction"].shape
     label = cv2.resize(
         example["label"].astype(np.int16), (width, height), interpolation=cv2.INTER_NEAREST
     )
+
+    # Masks were kept in the order of the queries; show them in the order of the classes.
     order = np.argsort(stored["classes"])
     shown = [int(c) for c in stored["classes"][order]]
 
-    # Scores are of the image at its own resolution.
+    # Scores come from the counts, which were made at the image's full resolution.
     row = Scores(examples, scores.protocol, (scores.rows[image],), scores.absent_rule)
     iou = confusion.query_iou(row.overlaps, row.areas, covers_matrix(examples))
     return GalleryItem(

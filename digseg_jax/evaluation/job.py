@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation of a data set: scores, E-Step table, gallery, and the files that hold them."""
+"""Evaluation of a data set: scores, E-Step table and gallery, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
-UNFINISHED = "unfinished"  # folder of what a killed evaluation had counted
+UNFINISHED = "unfinished"  # folder with the counts and masks of an evaluation that has not ended
 
 
 def evaluate(
@@ -43,11 +43,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
 
-    about: what is known of the weights; results.json says it too.
+    A killed evaluation continues where it stopped when the same one is started again, and ends with the
+    same results.json; times, which differ from run to run, are in speed.json.
 
-    Returns the results. A killed evaluation goes on where it was when the same one is started again,
-    and ends with the same results.json; times, which never are the same, are in speed.json.
+    Args:
+      about: origin of the weights; goes into results.json.
+
+    Returns:
+      The content of results.json.
+
+    Raises:
+      UserError: no such data set, split or folder, or a file that cannot be written.
     """
+    # Open every split before the first image is segmented, so that a missing one is reported early.
     segmenter = Segmenter(task, params, config.eval, mesh=mesh)
     examples = eval_examples(config.data, config.eval.split, config.eval.num_images)
     evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
@@ -55,6 +63,7 @@ def evaluate(
     fitted_on = _calibrated_on(config)
     _tell_scale(config, examples, evaluator)
 
+    # Counts are only continued for the same weights, data, settings and seed.
     folder = workdir / "eval"
     values = to_dict(config)
     facts = (values["data"], values["eval"], config.seed, len(examples))
@@ -63,10 +72,11 @@ def evaluate(
     shown = Shown(config.eval.gallery, len(examples), folder / UNFINISHED)
 
     def scored(estep: EStep, shown: Shown | None = None) -> tuple[Scores, Calibration]:
-        """Each E-Step with scale and biases of its own: fitted once, they would favor that one."""
+        """Scores of one E-Step with its own calibration; a shared one would favor the fitted E-Step."""
         fitted = _calibration(evaluator, estep, fitted_on, journal)
         return evaluator.scores(estep, fitted, journal=journal, shown=shown), fitted
 
+    # The headline E-Step is shown in the gallery; the sweep only gives rows of a table.
     estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
     scores, fitted = scored(estep, shown)
     searching = evaluator.threshold_counts(estep, training, journal) if training else []
@@ -74,6 +84,7 @@ def evaluate(
     results |= {"weights": about} if about else {}
     rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.sweep)]
 
+    # The journal goes last: until the files are written, a killed run can still make them from it.
     with together("the files of the evaluation"):
         if is_main():
             _write_files(folder, results, rows, scores, shown, examples)
@@ -92,7 +103,7 @@ def results_of(
     estep: EStep,
     searching: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json; floats unrounded, nan as null."""
+    """Content of results.json; scores are unrounded shares (0..1), nan is written as null."""
     settings, segmenter = config.eval, evaluator.segmenter
     return {
         "dataset": config.data.name,
@@ -126,7 +137,7 @@ def results_of(
 
 
 def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[str, Any]:
-    """One row of the E-Step table: mIoU and queries per second."""
+    """Row of the E-Step table: sampling, mIoU (0..1), queries per second and calibration."""
     return {
         **dataclasses.asdict(estep),
         "miou": scores.miou,
@@ -136,7 +147,7 @@ def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[st
 
 
 def _calibrated_on(config: Config) -> EvalExamples | None:
-    """The examples that scale and biases are fitted to; None where nothing is fitted."""
+    """Examples that scale and biases are fitted to; None if config.eval.calibrate is off."""
     settings = config.eval
     if not settings.calibrate:
         return None
@@ -145,7 +156,11 @@ def _calibrated_on(config: Config) -> EvalExamples | None:
 
 
 def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None:
-    """The training images on which a foreground class's threshold is found; None without any."""
+    """Training images on which a foreground class's threshold is searched.
+
+    None for another metric, and without a training split of its own: then only the default threshold is
+    reported.
+    """
     if examples.metric != "foreground":
         return None
     try:
@@ -158,9 +173,11 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
 
 
 def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) -> None:
-    """Says at which scale the first image is seen, and warns where training never saw such a one."""
+    """Logs at which scale the first image is seen; warns if training never saw that scale."""
     with together("the first image"):
         height, width = examples[0]["image"].shape[:2]
+
+    # Windows keep the image's scale or its configured short side; "whole" squeezes it into one view.
     segmenter, data = evaluator.segmenter, config.data
     if evaluator.mode == "window":
         side = segmenter.short_side or min(height, width)
@@ -170,6 +187,8 @@ def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) ->
         "evaluation: %s, views of %dx%d, an image of %dx%d is seen with a short side of %d pixels",
         evaluator.mode, *segmenter.size, height, width, side,
     )  # fmt: skip
+
+    # Scale relative to the training crop; the bundled data set trains on unscaled crops.
     scale = side / data.image_size
     if data.name != "landcover" and not data.scale_min <= scale <= data.scale_max:
         log.warning(
@@ -182,7 +201,10 @@ def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) ->
 def _calibration(
     evaluator: Evaluator, estep: EStep, fitted_on: EvalExamples | None, journal: Journal
 ) -> Calibration:
-    """Scale and biases of an E-Step, fitted once, also over a kill; without `fitted_on`, none."""
+    """Scale and biases of an E-Step, fitted once and kept in the journal.
+
+    Without `fitted_on`: the identity, the segmenter's own scale and no biases.
+    """
     if fitted_on is None:
         classes = len(evaluator.examples.classes)
         return calibration_lib.identity(classes, evaluator.segmenter.scale)
@@ -201,9 +223,12 @@ def _write_files(
     shown: Shown,
     examples: EvalExamples,
 ) -> None:
+    """Writes the results, their tables and the gallery to `folder`."""
     write_json(folder / "results.json", results)
     write_bytes(folder / "results.md", results_markdown(results).encode())
     write_json(folder / "speed.json", scores.speed())
+
+    # The gallery is many small files: filled on a local disk, then moved or uploaded as a whole.
     with filled_locally(folder / "gallery", replace=True) as gallery:
         shown.write(gallery, examples, scores)
     if rows:
@@ -212,5 +237,6 @@ def _write_files(
 
 
 def _remove(folder: AnyPath) -> None:
+    """Removes a folder with its content, if it is there."""
     with explained(folder, "cannot be removed"):
         epath.Path(folder).rmtree(missing_ok=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation has counted so far, so that a killed one goes on and ends with the same numbers.
+"""Journal of an evaluation's counts: a killed run continues and ends with the same numbers.
 
-One JSON line per finished piece of work, appended and flushed (in a bucket, one object). A line that a
-kill cut short is ignored; a journal of other weights, settings or data is begun anew. Only integers and
-exact floats go in, so that what is read back is what was counted.
+One JSON line per finished piece of work, appended and flushed (in a bucket, one object). A line that
+a kill cut short is ignored; a journal of other weights, settings or data is begun anew. Only integers
+and exact floats go in, so that reading them back gives exactly what was counted.
 """
 
 from __future__ import annotations
@@ -24,25 +24,34 @@ from digseg_jax.runtime.distributed import is_main, together
 
 
 class Journal:
-    """Finished pieces by key; `None` as the folder keeps them in memory only."""
+    """Finished pieces of work by key; with None as the folder they are kept in memory only.
+
+    Args:
+      name: file name without ending.
+      identity: digest of weights and settings (`identity_of`); rows of another identity are dropped.
+
+    Raises:
+      UserError: the disk or the bucket cannot be written.
+    """
 
     def __init__(self, folder: AnyPath | None, name: str, identity: str):
-        """Raises UserError if the disk or the bucket refuses."""
         self.done: dict[str, Any] = {}
         self._lines: _File | _Objects | None = None
         if folder is None:
             return
+
+        # Objects of a bucket cannot be appended to, so there each row is an object.
         self._lines = (_Objects if is_remote(folder) else _File)(folder, name)
         self.done = {row["key"]: row["value"] for row in self._lines.begin(identity)}
 
     @classmethod
     def shared(cls, folder: AnyPath, name: str, identity: str) -> Journal:
-        """The journal of a job of all processes: process 0 keeps it, and all know what it knows.
+        """Journal of a job of all processes: process 0 writes it, and all know its content.
 
         Every process must call it.
 
         Raises:
-          UserError: on every process, if the disk or the bucket refuses.
+          UserError: on every process, if the disk or the bucket cannot be written.
         """
         with together("the journal"):
             journal = cls(folder if is_main() else None, name, identity)
@@ -56,30 +65,35 @@ class Journal:
         return self.done[key]
 
     def add(self, key: str, value: Any) -> None:
-        """`value`: JSON-ready; it is on disk when this returns (as far as a killed process goes)."""
+        """Adds a finished piece, JSON-ready.
+
+        It is on disk when this returns, safe from a killed process but not from a crash of the machine.
+        """
         self.done[key] = value
         if self._lines is not None:
             self._lines.append({"key": key, "value": value})
 
     def close(self) -> None:
+        """Closes the file; what was counted stays readable in memory."""
         if self._lines is not None:
             self._lines.close()
             self._lines = None
 
 
 class _File:
-    """NAME.jsonl on a disk: a line for the identity, then one for each piece."""
+    """NAME.jsonl on a disk: a line with the identity, then one line per piece."""
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / f"{name}.jsonl"
         self._file: TextIO | None = None
 
     def begin(self, identity: str) -> list[dict[str, Any]]:
-        """Opens the journal of this identity and returns its rows."""
+        """Opens the journal of this identity for appending and returns its complete rows."""
         with explained(self.path, "cannot be written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self._read(identity)
-            # rewritten from what was whole: the next line must not be appended to half of one
+
+            # Rewrite the complete rows: the next line must not be appended to half a line.
             scratch = self.path.with_name(self.path.name + ".tmp")
             lines = [json.dumps({"identity": identity}), *(json.dumps(row) for row in whole)]
             scratch.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -88,8 +102,11 @@ class _File:
         return whole
 
     def _read(self, identity: str) -> list[dict[str, Any]]:
+        """Complete rows of this identity; none if the file belongs to another one."""
         if not self.path.is_file():
             return []
+
+        # A line cut short by a kill is the last one; nothing after it can be trusted.
         rows = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -99,6 +116,7 @@ class _File:
         return rows[1:] if rows and rows[0] == {"identity": identity} else []
 
     def append(self, row: dict[str, Any]) -> None:
+        """Writes one row and flushes it to the operating system."""
         with explained(self.path, "cannot be written"):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -108,15 +126,17 @@ class _File:
 
 
 class _Objects:
-    """NAME/00000.json, NAME/00001.json ... in a bucket, which cannot append: one for each piece."""
+    """NAME/00000.json, NAME/00001.json ... in a bucket, which cannot append: one object per piece."""
 
     def __init__(self, folder: AnyPath, name: str):
         self.folder, self.count, self.identity = folder / name, 0, ""
 
     def begin(self, identity: str) -> list[dict[str, Any]]:
-        """The rows of this identity, in their order; objects of another one are removed."""
+        """Returns the rows of this identity in their order; removes those of any other identity."""
         self.identity = identity
         rows = []
+
+        # Zero-padded numbers: the order of names is the order of the pieces.
         with explained(self.folder, "cannot be read"):
             names = sorted(p.name for p in self.folder.iterdir()) if self.folder.exists() else []
         for name in names:
@@ -130,16 +150,22 @@ class _Objects:
         return rows
 
     def append(self, row: dict[str, Any]) -> None:
+        """Writes one row as the next object."""
         write_json(self.folder / f"{self.count:05d}.json", {"identity": self.identity} | row)
         self.count += 1
 
     def close(self) -> None:
-        """Every object is complete."""
+        """Does nothing: every object is complete once written."""
 
 
 def identity_of(params: Params, *facts: Any) -> str:
-    """A digest of weights and settings. The arrays must be addressable by this process."""
+    """Digest of weights and settings, 24 hex digits.
+
+    params: arrays must be addressable by this process. facts: JSON-ready, or with a stable `str`.
+    """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+
+    # crc32 of each array: fast, and enough to tell two sets of weights apart.
     for leaf in jax.tree.leaves(params):
         checksum = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
         digest.update(checksum.to_bytes(4, "big"))
@@ -147,8 +173,10 @@ def identity_of(params: Params, *facts: Any) -> str:
 
 
 def pack(counts: np.ndarray) -> dict[str, list[int]]:
-    """An integer array as its shape, the places that are not zero and their values."""
+    """Sparse, JSON-ready form of an integer array: shape, flat places of non-zeros, their values."""
     counts = np.asarray(counts)
+
+    # Confusion counts of one image are nearly all zero with a large vocabulary.
     flat = counts.ravel()
     places = np.flatnonzero(flat)
     return {
@@ -159,7 +187,7 @@ def pack(counts: np.ndarray) -> dict[str, list[int]]:
 
 
 def unpack(packed: dict[str, list[int]]) -> np.ndarray:
-    """int64 of `pack`."""
+    """The int64 array that `pack` was given."""
     flat = np.zeros(int(np.prod(packed["shape"])), np.int64)
     flat[packed["places"]] = packed["values"]
     return flat.reshape(packed["shape"])

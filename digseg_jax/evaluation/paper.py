@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that the paper states (project page of arXiv 2604.24575), to stand beside what is measured.
+"""Figures that the paper states (project page of arXiv 2604.24575), to print beside measured ones.
 
-Percent, as printed there. BDD100K, Cityscapes driving, REFUGE2 and PhenoBench are shown as pictures
-only, so they have none. How the paper evaluates is unknown in several points (prompts, input size,
-class gating); a figure here is a landmark, not a target that was reproduced.
+Percent, as printed there. BDD100K, Cityscapes driving, REFUGE2 and PhenoBench are shown as images
+only, so they have no figures. How the paper evaluates is unknown in several points (prompts, input
+size, class gating); a figure here is a landmark, not a target that was reproduced.
 """
 
 from __future__ import annotations
 
-# suite -> data set -> figures by metric; ViT-L/14 first, another text tower where the page has one
+# suite -> data set -> metric -> figure; ViT-L/14 first, then another text encoder if the page has one
 FIGURES: dict[str, dict[str, dict[str, str]]] = {
     "open_vocab": {
         "ade20k_847": {"miou": "19.9 (L/14), 17.5 (B/16)"},
@@ -28,9 +28,10 @@ FIGURES: dict[str, dict[str, dict[str, str]]] = {
         },
     },
 }
+# MoNuSeg at a threshold found on other images, instead of 0.5
 MONUSEG_SEARCHED = {"f1": "79.84", "iou": "66.44"}
 
-# E-Step -> (COCO-Stuff mIoU, ADE20K mIoU, FPS on unnamed hardware)
+# E-Step -> (COCO-Stuff mIoU, ADE20K mIoU, frames per second on hardware that the page does not name)
 ESTEP: dict[str, tuple[str, str, str]] = {
     "1x1": ("48.2", "56.8", "11.27"),
     "1x2": ("48.5", "57.1", "10.61"),
@@ -41,5 +42,5 @@ ESTEP: dict[str, tuple[str, str, str]] = {
 
 
 def figure(suite: str, dataset: str, metric: str) -> str:
-    """The paper's figure, or a dash."""
+    """The paper's figure of a metric in percent, or a dash where it states none."""
     return FIGURES.get(suite, {}).get(dataset, {}).get(metric, "–")

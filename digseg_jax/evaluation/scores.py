@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the counts of all images to scores: a label map's, one foreground class's, nested regions'."""
+"""Scores from the counts of all images: of a label map, of one foreground class, of nested regions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from digseg_jax.metrics import binary, boundary
 from digseg_jax.metrics import confusion as metrics
 from digseg_jax.metrics import presence as open_vocab
 
-COUNTED = {  # classes that the mean goes over, by the absent-class rule
+# absent-class rule -> the classes that mIoU averages over, in words for results.json
+COUNTED = {
     "mmseg": "classes that occur or are predicted",
     "detectron2": "classes that occur",
     "official": "all classes",
@@ -27,10 +28,10 @@ COUNTED = {  # classes that the mean goes over, by the absent-class rule
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The counts of all images of a split under one protocol; every score is computed from these.
+    """Counts of all images of a split under one protocol; every score is computed from these.
 
-    rows: one an image, as `evaluation.counts` makes them, with "seconds". absent_rule: what a class
-    counts that the labels never show.
+    rows: one row per image (`counts.count_image`), with "seconds". absent_rule: how the mean counts a
+    class that the labels never show, a key of COUNTED.
     """
 
     examples: EvalExamples
@@ -40,27 +41,31 @@ class Scores:
 
     @property
     def confusion(self) -> Int[np.ndarray, "c c+1"]:
+        """Pixels by true and predicted class; the last column counts pixels without a prediction."""
         return np.sum([unpack(row["confusion"]) for row in self.rows], axis=0)
 
     @property
     def overlaps(self) -> Int[np.ndarray, "n q c"]:
+        """Pixels of true class c inside the mask of query q alone, for each image n."""
         return np.stack([unpack(row["overlap"]) for row in self.rows])
 
     @property
     def areas(self) -> Int[np.ndarray, "n c"]:
+        """Labeled pixels of each class, for each image n."""
         return np.stack([unpack(row["area"]) for row in self.rows])
 
     @property
     def miou(self) -> float:
+        """Mean IoU of the label map, 0..1."""
         return metrics.mean_iou(self.confusion, self.absent_rule)
 
     @property
     def seconds(self) -> float:
-        """Of sampling and reading masks, compilation excluded."""
+        """Seconds of sampling and mask decoding, without compilation."""
         return sum(row["seconds"] for row in self.rows)
 
     def speed(self) -> dict[str, float]:
-        """Images and queries a second."""
+        """Images and queries per second."""
         seconds = max(self.seconds, 1e-9)
         queries = sum(row["queries"] for row in self.rows)
         return {
@@ -69,27 +74,28 @@ class Scores:
         }
 
     def per_class(self) -> dict[str, float | None]:
-        """IoU of each class; None where it neither occurs nor is predicted."""
+        """IoU (0..1) by class name; None for a class that neither occurs nor is predicted."""
         iou = metrics.iou_per_class(self.confusion)
         return {name: plain(v) for name, v in zip(self.examples.classes, iou, strict=True)}
 
     def label_map(self) -> dict[str, float | None]:
-        """mIoU and its relatives."""
+        """mIoU, pixel accuracy, mean accuracy and frequency-weighted IoU, 0..1."""
         scores = metrics.closed_set_scores(self.confusion, self.absent_rule)
         return {name: plain(value) for name, value in scores.items()}
 
     def boundary_iou(self) -> float | None:
+        """Boundary IoU of the label map, 0..1; None if no class has a boundary."""
         counts = np.sum([unpack(row["boundary"]) for row in self.rows], axis=0)
         return plain(boundary.boundary_iou(counts))
 
     def single_queries(self) -> dict[str, float | None]:
-        """How well each query's mask follows its text, on its own."""
+        """How well each query's mask follows its text when it is judged without the other queries."""
         covers = covers_matrix(self.examples)
         scores = metrics.query_scores(self.overlaps, self.areas, covers)
         return {name: plain(value) for name, value in scores.items()}
 
     def gate_recall(self) -> dict[int, dict[str, float]] | None:
-        """What a gate of each size lets through; None where nothing was gated."""
+        """Share of the present classes that a gate of each size keeps; None if nothing was gated."""
         if not self.rows or "presence" not in self.rows[0]:
             return None
         presence = np.array([row["presence"] for row in self.rows])
@@ -97,9 +103,9 @@ class Scores:
         return open_vocab.gate_recall(presence, self.areas, limits)
 
     def own_metric(self, searching: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """The scores that the data set defines beside a label map's; empty for most.
+        """Scores that the data set defines beside a label map's; empty for most.
 
-        searching: counts of training images, on which the threshold of a foreground class is found.
+        searching: counts of training images, for the threshold of a foreground class.
         """
         if self.examples.metric == "foreground":
             return _foreground(self, searching)
@@ -109,11 +115,15 @@ class Scores:
 
 
 def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """IoU, precision, recall and F1 of the last class, at 0.5 and at a threshold found elsewhere."""
+    """IoU, precision, recall, F1 of the last class at 0.5, and at a threshold found on other images."""
     counts = np.array([row["foreground"] for row in scores.rows])
     grid = list(binary.THRESHOLDS)
+
+    # foreground counts: [images, thresholds, ...]
     at_half = binary.foreground_scores(counts[:, grid.index(DEFAULT_THRESHOLD)])
     result: dict[str, Any] = {"threshold": DEFAULT_THRESHOLD, **at_half}
+
+    # The threshold is found on the training split; `search_threshold` raises for the scored split.
     if searching:
         split = searching[0]["split"]
         found = binary.search_threshold(
@@ -125,5 +135,5 @@ def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str
 
 
 def plain(value: float) -> float | None:
-    """A JSON number; None for nan."""
+    """A JSON number; None for nan, which JSON has not."""
     return None if math.isnan(value) else float(value)

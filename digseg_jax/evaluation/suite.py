@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--mode=eval --suite=NAME: the tables of the paper, for one set of weights.
+"""The paper's tables for one set of weights: --mode=eval --suite=NAME.
 
 Every data set is looked for in config.data.root/NAME, in its official layout or as prepared shards, on
-a disk or in a bucket. One that is not there is named in the table as not measured. All devices and
-processes share the work; a killed run goes on with the images it was at.
+a disk or in a bucket. A missing one is named in the table as not measured. All devices and processes
+share the work; a killed run continues with the image at which it was stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from digseg_jax.runtime.collectives import fetch_to_main
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.segmentation import calibration as calibration_lib
 
+# suite -> data sets, in the order of the paper's tables
 SUITES = {
     "open_vocab": (
         "ade20k_847",
@@ -49,7 +50,11 @@ NAMES = (*SUITES, "all")
 
 
 def check_suite(name: str) -> None:
-    """Raises UserError: no such suite."""
+    """Checks the name of a suite.
+
+    Raises:
+      UserError: no such suite.
+    """
     if name not in NAMES:
         raise UserError(f"--suite={name}: legal values are {', '.join(NAMES)}")
 
@@ -62,15 +67,21 @@ def run_suite(
     name: str,
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes FOLDER/suite_NAME.json and .md; returns what the former holds.
+    """Scores a suite's data sets; writes FOLDER/suite_NAME.json and .md.
 
-    params: the weights, by which a killed run's journal is known again. about: what is known of them,
-    for the former file.
+    Args:
+      params: the weights; a killed run's journal is only continued for the same ones.
+      about: origin of the weights, for suite_NAME.json.
+
+    Returns:
+      The content of suite_NAME.json.
 
     Raises:
       UserError: no such suite, or none of its data sets is there.
     """
     check_suite(name)
+
+    # The headline E-Step, then the sweep without it. Weights are fetched once, for all journals.
     suites = SUITES if name == "all" else {name: SUITES[name]}
     esteps = [EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)]
     esteps += [e for e in map(EStep.parse, config.eval.sweep) if e not in esteps]
@@ -80,14 +91,18 @@ def run_suite(
     results |= {"weights": about} if about else {}
     for suite, datasets in suites.items():
         for dataset in datasets:
+            # The paper states a table of E-Steps for the semantic suite only.
             for estep in esteps if suite == "semantic" else esteps[:1]:
                 row = {"suite": suite, "dataset": dataset, "estep": str(estep)}
                 results["rows"].append(row | _one(config, segmenter, weights, folder, dataset, estep))
+
+    # A table without one measured row is an error: most likely a wrong root.
     if all("missing" in row for row in results["rows"]):
         raise UserError(
             f"--suite={name}: no data set of it under config.data.root={config.data.root!r}; "
             f"the first: {results['rows'][0]['missing']}"
         )
+
     with together("the files of the suite"):
         if is_main():
             write_json(folder / f"suite_{name}.json", results)
@@ -103,10 +118,12 @@ def _one(
     dataset: str,
     estep: EStep,
 ) -> dict[str, Any]:
-    """The scores of a data set, or why there are none."""
-    # Each data set is evaluated as itself, whatever the weights were trained on.
+    """Scores of one data set under one E-Step, or {"missing": why there are none}."""
+    # Evaluate the data set under its own name, whatever the weights were trained on.
     root = os.path.join(os.path.expanduser(config.data.root), dataset)
     data = dataclasses.replace(config.data, name=dataset, root=root, train_split="", mixture=())
+
+    # A missing data set is a row of the table, not the end of the suite.
     try:
         with together(f"the data set {dataset}"):
             facts = spec_of(PartConfig(dataset, root))
@@ -116,7 +133,8 @@ def _one(
         return {"missing": str(error)}
     evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
 
-    # All of the configuration: size, root, autoencoder and text tower count too.
+    # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
+    # change the counts as well.
     settings = [to_dict(config), dataset, str(estep), len(examples), segmenter.scale]
     identity = identity_of(weights, settings)
     name = f"{dataset}_{estep}".replace(":", "_")
@@ -131,18 +149,25 @@ def _one(
 def scores_of(
     evaluator: Evaluator, estep: EStep, journal: Journal, training: EvalExamples | None
 ) -> dict[str, Any]:
-    """The row of a data set: the scores of its own metric, and its label map's under every protocol."""
+    """Row of a data set: its own metric's scores, and its label map's under every protocol.
+
+    training: images for the threshold search of a foreground class; None for no search.
+    """
     examples = evaluator.examples
     fitted = calibration_lib.identity(len(examples.classes), evaluator.segmenter.scale)
     result: dict[str, Any] = {"metric": examples.metric, "absent_rule": evaluator.absent}
+
+    # Only a label map's mIoU can depend on knowing the classes present.
     protocols = evaluator.protocols if examples.metric == "miou" else (evaluator.protocol,)
     found = {
         protocol: evaluator.scores(estep, fitted, protocol=protocol, journal=journal)
         for protocol in protocols
     }
+
     headline = found[evaluator.protocol]
     searching = evaluator.threshold_counts(estep, training, journal) if training else []
     result |= headline.own_metric(searching) | headline.speed()
+
     result |= {
         "protocols": {name: s.label_map() | s.speed() for name, s in found.items()},
         "headline_protocol": evaluator.protocol,
@@ -150,6 +175,8 @@ def scores_of(
         "boundary_iou": headline.boundary_iou(),
         "per_class": headline.per_class(),
     }
+
+    # How many of the present classes gates of other sizes would have kept.
     if "gated" in found and (recall := found["gated"].gate_recall()):
         result["gate_recall"] = recall
     return result

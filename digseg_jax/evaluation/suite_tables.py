@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of a suite: what was measured beside what the paper states, one line a score."""
+"""Tables of a suite: measured scores beside the paper's figures, one score per line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def lines(results: dict[str, Any]) -> list[list[Any]]:
-    """Rows of `COLUMNS` from suite_NAME.json; scores in percent."""
+    """Table rows in the order of `COLUMNS` from suite_NAME.json; scores in percent."""
     found = []
     for row in results["rows"]:
         where = [row["suite"], row["dataset"], row["estep"]]
@@ -33,7 +33,7 @@ def lines(results: dict[str, Any]) -> list[list[Any]]:
 
 
 def note(results: dict[str, Any]) -> str:
-    """What a reader has to know about the numbers."""
+    """Introduction to the table: how to read its numbers."""
     return (
         f"Suite {results['suite']}, seed {results['seed']}; percent. Oracle asks only for classes that "
         "the truth contains and does not compare with the other protocols. The paper's figures are "
@@ -42,12 +42,15 @@ def note(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown."""
+    """The suite's table as Markdown, below its note."""
     return note(results) + "\n\n" + markdown(COLUMNS, lines(results))
 
 
 def _cells(row: dict[str, Any]) -> list[list[Any]]:
+    """Cells of one data set from "score" on, a list per score."""
     suite, dataset, speed = row["suite"], row["dataset"], row.get("images_per_second")
+
+    # A label map: one line per protocol. The paper's figure stands beside the headline's only.
     if row["metric"] == "miou":
         cells = []
         for protocol, scores in row["protocols"].items():
@@ -55,12 +58,17 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
             rates = [f"{scores[k]:.3g}" for k in ("images_per_second", "queries_per_second")]
             cells.append([f"mIoU, {protocol}", percent(scores["miou"]), stated, *rates])
         return [*cells, ["boundary IoU", percent(row["boundary_iou"]), *"–––"]]
+
+    # A data set with a metric of its own: Dice of nested regions ...
     rate = f"{speed:.3g}" if speed else "–"
     if row["metric"] == "region_dice":
         names = ("disc_dice", "cup_dice", "cdr_error")
         return [
             [n, percent(row[n]), paper.figure(suite, dataset, n), rate, "–"] for n in names if n in row
         ]
+
+    # ... or scores of a foreground class, at the default threshold and at the one found on other
+    # images.
     cells = _foreground_cells(row, f"threshold {row['threshold']}", paper.FIGURES[suite][dataset], rate)
     if "searched" in row:
         found = row["searched"]
@@ -73,6 +81,10 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
 def _foreground_cells(
     scores: dict[str, Any], label: str, stated: dict[str, str], rate: str
 ) -> list[list[Any]]:
+    """Lines of a foreground class, pooled over the split, then as means over images.
+
+    The paper's figures are compared with the pooled scores.
+    """
     return [
         [
             f"{name} {way}, {label}",
@@ -87,7 +99,7 @@ def _foreground_cells(
 
 
 def _stated(row: dict[str, Any]) -> str:
-    """The paper's mIoU; with the E-Step, from its scheduling table."""
+    """The paper's mIoU in percent; for the semantic suite the one of this E-Step."""
     if row["suite"] == "semantic" and row["estep"] in paper.ESTEP:
         coco, ade, fps = paper.ESTEP[row["estep"]]
         return f"{coco if row['dataset'] == 'coco_stuff' else ade} at {fps} FPS"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as Markdown: what was measured, and the paper's figures marked as the paper's."""
+"""Markdown tables of results; the paper's figures are marked as the paper's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def percent(value: Any) -> str:
-    """A share as percent with two digits; a dash for what is not defined, text as it is."""
+    """A share (0..1) in percent with two digits; a dash for an undefined value, text unchanged."""
     if isinstance(value, str):
         return value
     if value is None or not math.isfinite(value):
@@ -18,12 +18,13 @@ def percent(value: Any) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; cells are text or numbers, `|` is escaped."""
+    """A Markdown table; cells are text or numbers, `|` is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) + "\n"
 
 
 def _cell(value: Any) -> str:
+    """Text of one cell: four significant digits for a float, no line breaks."""
     if value is None:
         return "–"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -31,7 +32,7 @@ def _cell(value: Any) -> str:
 
 
 def results_markdown(results: dict[str, Any]) -> str:
-    """results.json of one data set for people: scores, classes, protocol."""
+    """results.json of one data set as a page for people: scores, classes, protocol."""
     scores = [
         [name, percent(results.get(key))]
         for name, key in (
@@ -41,6 +42,8 @@ def results_markdown(results: dict[str, Any]) -> str:
             ("fwIoU", "fwiou"),
         )
     ]
+
+    # Keys of results.json are shares; the page prints percent.
     classes = [[name, percent(value)] for name, value in results["per_class"].items()]
     estep = f"E-Step {results['ensemble']}x{results['steps']}"
     lines = [
