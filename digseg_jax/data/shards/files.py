@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ArrayRecord shards of a split, on a disk or in a bucket: claimed, written whole, counted, read.
+"""ArrayRecord shards of a split, on a disk or in a bucket: claiming, atomic writing, counting, reading.
 
-While shards are being written, each has a sidecar beside it (its name and `.json`) that says it is in
-place; the manifest at the end takes their place. So whatever was killed goes on with what is missing,
-and half a shard never has its name.
+While shards are being written, each finished one has a sidecar beside it (its name and `.json`); the
+manifest at the end replaces all sidecars. A killed run therefore continues with the missing shards,
+and half a shard never has a shard's name.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import explained
 
-PLAN = "plan.json"
-# what goes in is compressed already, or does not compress; one record a group, for random access
+PLAN = "plan.json"  # settings that all shards of a folder share
+# Records are compressed already, or do not compress. One record per group for random access.
 _WRITER = "group_size:1,uncompressed"
 
 
 def shard_name(shard: int, shards: int) -> str:
+    """File name of a shard, counted from 0."""
     return f"shard-{shard:05d}-of-{shards:05d}.array_record"
 
 
 def sidecar(shard: int, shards: int) -> str:
+    """File name of the sidecar that marks a shard as finished."""
     return shard_name(shard, shards) + ".json"
 
 
 def checksum(path: Any) -> str:
     """SHA-256 of a local or remote file, read in pieces."""
     digest = hashlib.sha256()
+    # 4 MiB at a time: shards may be larger than memory.
     with epath.Path(path).open("rb") as file:
         while piece := file.read(2**22):
             digest.update(piece)
@@ -49,7 +52,7 @@ def checksum(path: Any) -> str:
 
 
 def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
-    """Writes the plan down, or compares: shards of two plans would make a data set of neither.
+    """Writes the plan to the folder, or compares it: shards of two plans must not mix in one data set.
 
     remedy: how to name another folder, for the message.
 
@@ -60,6 +63,8 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
     if not path.exists():
         write(path, json.dumps(plan).encode())
         return
+
+    # Tell the first setting that differs; a continued run has the same plan throughout.
     found = json.loads(path.read_text())
     differs = [key for key in plan if found.get(key) != plan[key]]
     if differs:
@@ -71,12 +76,13 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
 
 
 def _short(value: Any, limit: int = 80) -> str:
+    """`repr` of a value, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def missing(folder: epath.Path, shards: int) -> list[int]:
-    """The shards that are still to be written."""
+    """Numbers of the shards that are still to be written."""
     return [i for i in range(shards) if not (folder / sidecar(i, shards)).exists()]
 
 
@@ -84,16 +90,18 @@ def missing(folder: epath.Path, shards: int) -> list[int]:
 def new_shard(
     folder: epath.Path, shard: int, shards: int
 ) -> Iterator[tuple[ArrayRecordWriter, dict[str, Any]]]:
-    """A writer of records, and a dict to be filled with facts: counts, statistics.
+    """Context of a new shard: yields a record writer, and a dict for its facts (counts, statistics).
 
-    When the block has ended well, the shard is moved to its place, then its sidecar is written: the
-    facts with "file", "bytes" and "sha256".
+    When the block ends without an error, the shard is moved to its place, then its sidecar is written:
+    the facts with "file", "bytes" and "sha256".
 
     Raises:
-      UserError: the disk or the bucket refuses.
+      UserError: the disk or the bucket cannot be written.
     """
     name = shard_name(shard, shards)
     facts: dict[str, Any] = {}
+
+    # ArrayRecord writes to local files only, so the shard is built on this machine's disk.
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / name
         writer = ArrayRecordWriter(str(path), _WRITER)
@@ -101,48 +109,57 @@ def new_shard(
             yield writer, facts
         finally:
             writer.close()
+
+        # Not reached after an error in the block: then the scratch folder goes with half a shard.
         row = {"file": name, "bytes": path.stat().st_size, "sha256": checksum(path)}
         with explained(folder / name, "cannot be written"):
             move(path, folder / name)
+
+    # Last of all, as the sidecar says that the shard is in place.
     with explained(folder / sidecar(shard, shards), "cannot be written"):
         write(folder / sidecar(shard, shards), json.dumps(row | facts).encode())
 
 
 def sidecars(folder: epath.Path, shards: int) -> list[dict[str, Any]]:
-    """What all sidecars say, by shard."""
+    """Content of all sidecars, in the order of the shards."""
     return [json.loads((folder / sidecar(i, shards)).read_text()) for i in range(shards)]
 
 
 def remove_sidecars(folder: epath.Path, shards: int) -> None:
-    """To be called when a manifest says what they say."""
+    """Deletes all sidecars; call once the manifest holds their content."""
     for shard in range(shards):
         (folder / sidecar(shard, shards)).unlink()
 
 
 def write(path: epath.Path, data: bytes) -> None:
-    """Whole or not at all; an object of a bucket appears only when it is complete."""
+    """Writes a file completely or not at all; a bucket shows an object only once it is complete."""
     if str(path).startswith("gs://"):
         path.write_bytes(data)
         return
+
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     scratch.write_bytes(data)
     scratch.replace(path)
 
 
 def move(local: Path, path: epath.Path) -> None:
-    """A finished local file to its place, as `write` does it."""
+    """Moves a finished local file to its place, completely or not at all."""
     if str(path).startswith("gs://"):
         epath.Path(local).copy(path, overwrite=True)
         return
+
+    # Copy first: the scratch folder may be on another disk, where a rename is not possible.
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     epath.Path(local).copy(scratch, overwrite=True)
     scratch.replace(path)
 
 
 class Shards:
-    """Random access to the bytes of records; no shard is opened before one of its records is read.
+    """Random access to the bytes of records; a shard is opened when one of its records is first read.
 
-    rows: the manifest's, each with "file" and "bytes". counts: how many records each shard has.
+    Args:
+      rows: the manifest's rows, each with "file" and "bytes".
+      counts: number of records of each shard.
 
     Raises:
       UserError: manifest and shards disagree (a missing shard, or one of another size).
@@ -152,11 +169,13 @@ class Shards:
         self.folder, self.rows = folder, rows
         self._check_sizes()
         self.starts = np.cumsum([0, *counts])
-        # with the range of records in the name no shard has to be opened now
+
+        # With the range of records in its name, a shard need not be opened to count them.
         paths = [f"{folder / r['file']}[0:{n}]" for r, n in zip(rows, counts, strict=True)]
         self.records = grain.sources.ArrayRecordDataSource(paths)
 
     def _check_sizes(self) -> None:
+        """Compares each shard's size with the manifest; a checksum would mean reading all of it."""
         for row in self.rows:
             path = self.folder / row["file"]
             size = path.stat().length if path.exists() else None
@@ -168,10 +187,14 @@ class Shards:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> bytes:
-        """Raises UnreadableError: a damaged shard."""
+        """Bytes of one record.
+
+        Raises:
+          UnreadableError: a damaged shard; names it and the record.
+        """
         try:
             return self.records[index]
-        except (RuntimeError, ValueError) as error:  # what the reader says of a damaged shard
+        except (RuntimeError, ValueError) as error:  # array_record's errors for a damaged shard
             raise UnreadableError(f"{self.where(index)}: {' '.join(str(error).split())}") from error
 
     def file(self, index: int) -> epath.Path:
@@ -179,8 +202,9 @@ class Shards:
         return self.folder / self.rows[self._shard(index)]["file"]
 
     def where(self, index: int) -> str:
-        """A record's shard and its place there, for messages."""
+        """Path of a record's shard and its place there, for messages."""
         return f"{self.file(index)}, record {index - int(self.starts[self._shard(index)])}"
 
     def _shard(self, index: int) -> int:
+        """Number of the shard that holds a record."""
         return int(np.searchsorted(self.starts, index, side="right")) - 1

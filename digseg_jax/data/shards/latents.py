@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cached latents: ArrayRecord shards of what the frozen autoencoder makes of a training split.
+"""Cached latents: ArrayRecord shards of the frozen autoencoder's output on a training split.
 
     CACHE/NAME/SPLIT/latents.json   counts, sizes, checksums, class statistics, what it was made with
-    CACHE/NAME/SPLIT/absent.npy     the latent of a mask that shows nothing (binary codec)
-    CACHE/NAME/SPLIT/shard-...      two records an example: as it is, then mirrored
+    CACHE/NAME/SPLIT/absent.npy     the latent of an empty mask (binary codec)
+    CACHE/NAME/SPLIT/shard-...      two records per example: as it is, then mirrored
 
 A record is its header's length (uint32, little endian), the header (JSON), the label crop (a PNG as in
-`records`) and the latents, float32 [1 + masks, h, w, c]: the picture's, then the mask's of each class
-that the crop shows, or with the palette codec the one of all classes. Mirrored crops are encoded too:
-the mirror of a latent is not the latent of the mirror.
+`records`) and the latents, float32 [1 + masks, h, w, c]: first the image's, then one per mask: the mask
+of each class that the crop shows, or with the palette codec the one of all classes. Mirrored crops are
+encoded too: the mirror of a latent is not the latent of the mirror.
 
-Latents are stored as the float32 that the autoencoder gives, so that training from them is the same to
-rounding: at 512 pixels 64 KB each, 128 KB x (1 + classes shown) an example.
+Latents are stored as the float32 that the autoencoder gives, so that training from them is the same up
+to rounding: at 512 pixels 64 KB each, 128 KB x (1 + classes shown) per example.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from digseg_jax.io.storage import as_path, explained
 FORMAT = 1
 MANIFEST = "latents.json"
 ABSENT = "absent.npy"
-ORIENTATIONS = 2  # records an example: as it is, mirrored
+ORIENTATIONS = 2  # records per example: as it is, mirrored
 MODE = "--mode=cache_latents"
 _LENGTH = 4  # bytes of the header's length
-_STORED = np.dtype("<f4")
-# what a cache depends on, by key of its manifest, in the words of the user
+_STORED = np.dtype("<f4")  # of the latents: float32, little endian
+# Everything that a cache depends on: key of its manifest -> name for the user.
 MADE_WITH = {
     "image_size": "config.data.image_size",
     "codec": "config.segmentation.codec",
@@ -58,9 +58,10 @@ MADE_WITH = {
 
 
 class Stored(NamedTuple):
-    """A record: label [s, s] with ignore = -1, latent [h, w, c] of the picture, masks' latents.
+    """One decoded record.
 
-    classes: what masks[k], [h, w, c], shows; empty for a palette, whose one mask shows all.
+    label: [s, s], ignore = -1. picture: the image's latent [h, w, c]. classes: the class that masks[k],
+    [h, w, c], shows; empty for a palette, whose single mask shows all classes.
     """
 
     label: Int[np.ndarray, "s s"]
@@ -72,7 +73,10 @@ class Stored(NamedTuple):
 def encode_record(
     name: str, label: np.ndarray, classes: Sequence[int], latents: Float[np.ndarray, "n h w c"]
 ) -> bytes:
-    """One orientation of an example as bytes; latents: the picture's, then the masks'."""
+    """Encodes one orientation of an example as bytes.
+
+    latents: float32 [1 + masks, h, w, c], the image's first, then the masks' in the order of `classes`.
+    """
     png = encode_label(label)
     header = {
         "name": name,
@@ -81,18 +85,25 @@ def encode_record(
         "classes": [int(c) for c in classes],
         "latents": list(latents.shape),
     }
+
+    # Little endian whatever the machine, so that a cache may be copied to another one.
     text = json.dumps(header, ensure_ascii=False).encode()
     values = np.ascontiguousarray(latents, _STORED).tobytes()
     return len(text).to_bytes(_LENGTH, "little") + text + png + values
 
 
 def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32) -> Stored:
-    """dtype: signed, of the label; large enough for every id.
+    """Decodes a record of `encode_record`.
+
+    Args:
+      where: names the record for messages; only called on errors.
+      dtype: signed type of the label, wide enough for every id.
 
     Raises:
-      UnreadableError: what lies at `where()` is not a record of ours, or damaged.
+      UnreadableError: `where()` holds no record of cached latents, or a damaged one.
     """
     try:
+        # length | header | PNG | float32 values; a damaged record may fail at any of these
         end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
         header = json.loads(data[_LENGTH:end])
         middle = end + header["label"]
@@ -101,22 +112,25 @@ def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32)
         classes, size = tuple(header["classes"]), tuple(header["size"])
     except (ValueError, KeyError, TypeError, cv2.error) as error:
         raise UnreadableError(f"{where()}: not a record of cached latents") from error
+
+    # OpenCV returns None for a damaged PNG instead of raising.
     if label is None or label.shape != size:
         raise UnreadableError(f"{where()}: damaged record {header['name']!r}")
     return Stored(label, latents[0], classes, latents[1:])
 
 
 def cache_folders(cache: str, parts: Sequence[tuple[PartConfig, DatasetSpec, str]]) -> list[epath.Path]:
-    """CACHE/NAME/SPLIT for each data set; a second one of that name and split is NAME-2.
+    """CACHE/NAME/SPLIT for each data set; a second one of the same name and split is NAME-2.
 
-    parts: as `sources.training_parts` gives them.
+    parts: as returned by `sources.training_parts`.
 
     Raises:
-      UserError: a place that is neither a folder nor gs://.
+      UserError: a path that is neither a folder nor gs://.
     """
     root, seen = epath.Path(as_path(cache)).expanduser(), Counter()
     folders = []
     for part, _, split in parts:
+        # "tfds:" is no good name for a folder
         name = part.name.replace(":", "_")
         seen[name, split] += 1
         number = seen[name, split]
@@ -125,16 +139,18 @@ def cache_folders(cache: str, parts: Sequence[tuple[PartConfig, DatasetSpec, str
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """The manifest of a finished cache.
+    """Reads the manifest of a finished cache.
 
     Raises:
-      UserError: there is none, it is not finished, or it is of another format.
+      UserError: no manifest, an unfinished cache, or another format.
     """
     path = folder / MANIFEST
     with explained(path, "cannot be read"):
         if not path.exists():
             raise UserError(_unfinished(folder))
         text = path.read_text()
+
+    # JSON of another kind raises KeyError or TypeError here.
     try:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
@@ -147,17 +163,22 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def _unfinished(folder: epath.Path) -> str:
+    """Message about a folder without a manifest: nothing there, or how much is missing."""
     plan = folder / files.PLAN
     if not plan.exists():
         return f"{folder}: no cached latents here; {MODE} makes them"
     facts = json.loads(plan.read_text())
+
+    # The plan tells how many shards there will be, rounded up.
     shards = -(-facts["source_examples"] // facts["shard_examples"])
     left = len(files.missing(folder, shards))
     return f"{folder}: not finished, {left} of {shards} shards are missing; {MODE} goes on with it"
 
 
 def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compares what a cache was made with to what a run has; keys as in MADE_WITH.
+    """Compares the settings of a cache with the settings of a run.
+
+    expected: keys of MADE_WITH and the run's values.
 
     Raises:
       UserError: the first difference, with the legal value.
@@ -166,6 +187,9 @@ def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[s
         found = manifest.get(key)
         if found == value:
             continue
+
+        # Only short values are printed: palettes and digests of weights would say nothing to the
+        # user.
         found, value = (f" {v}" if isinstance(v, str | int) else "" for v in (found, value))
         raise UserError(
             f"config.data.latent_cache: {folder} was made with another value of {MADE_WITH[key]}: "
@@ -177,21 +201,24 @@ def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[s
 class LatentSource:
     """Random access to the examples of a finished cache, in either orientation; labels are narrow.
 
-    made_with: keys of MADE_WITH and the values that this run has.
+    made_with: keys of MADE_WITH and the run's values.
 
     Raises:
-      UserError: not finished, made with something else, or a shard that is missing or damaged.
+      UserError: an unfinished cache, one made with other settings, or a missing or damaged shard.
     """
 
     def __init__(self, folder: epath.Path, made_with: Mapping[str, Any]):
         self.folder, self.manifest = folder, read_manifest(folder)
         require(folder, self.manifest, made_with)
+
+        # Record 2 i is example i as it is, record 2 i + 1 its mirror.
         rows = self.manifest["shards"]
         self.records = Shards(folder, rows, [ORIENTATIONS * row["examples"] for row in rows])
         self.label_dtype = narrow_type(self.statistics().num_classes)
         self.absent = self._absent() if self.manifest["codec"] == "binary" else None
 
     def _absent(self) -> Float[np.ndarray, "h w c"]:
+        """Latent of an empty mask, which all absent classes share; its file is checked by SHA-256."""
         path = self.folder / ABSENT
         with explained(path, "cannot be read"):
             data = path.read_bytes()
@@ -203,17 +230,21 @@ class LatentSource:
         return self.manifest["examples"]
 
     def statistics(self) -> ClassStatistics:
-        """Of the crops, all of them."""
+        """Class statistics over all cached crops."""
         return ClassStatistics.from_dict(self.manifest["statistics"])
 
     def read(self, index: int, mirrored: bool) -> Stored:
-        """Raises UnreadableError: a damaged record, with its place."""
+        """Decodes one example in one orientation.
+
+        Raises:
+          UnreadableError: a damaged record; names its shard and place.
+        """
         record = ORIENTATIONS * int(index) + int(mirrored)
         where = partial(self.records.where, record)
         return decode_record(self.records[record], where, self.label_dtype)
 
     def masks(self, stored: Stored, classes: Sequence[int]) -> Float[np.ndarray, "q h w c"]:
-        """The latents of the queried classes' masks; with a palette, of its one picture."""
+        """Latents of the queried classes' masks; with a palette, of its one image of all classes."""
         if self.absent is None:
             return stored.masks
         place = {c: k for k, c in enumerate(stored.classes)}

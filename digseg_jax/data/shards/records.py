@@ -4,9 +4,9 @@
     OUT/SPLIT/manifest.json                      counts, checksums, class list, class statistics
     OUT/SPLIT/shard-00000-of-00012.array_record  one record per example
 
-A record is its header's length (uint32, little endian), the header (JSON), the picture and the label.
-The picture is the JPEG of the download, byte for byte, or a PNG where the source's picture is not what
-its file holds; the label is a PNG of ids with the largest value for ignored pixels.
+A record is its header's length (uint32, little endian), the header (JSON), the image and the label. The
+image is the JPEG of the download, byte for byte, or a PNG where the source's image differs from the
+content of its file; the label is a PNG of ids with the largest value for ignored pixels.
 """
 
 from __future__ import annotations
@@ -31,31 +31,35 @@ from digseg_jax.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 _LENGTH = 4  # bytes of the header's length
-# without filters ids compress as well and decode in 60 % of the time (older OpenCVs have no choice);
-# the highest level is written once and decodes in 75 % of the time of the default
+# Labels are written once and decoded in every epoch. The highest level decodes in 75 % of the time of
+# the default one; without PNG filters ids compress as well and decode in 60 % of the time (older
+# versions of OpenCV offer no choice of filter).
 _LABEL_LEVEL = 9
 _NO_FILTER = [cv2.IMWRITE_PNG_FILTER, 8] if hasattr(cv2, "IMWRITE_PNG_FILTER") else []
+# The header says how to turn an image: OpenCV must not apply EXIF's orientation by itself.
 _AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def class_hash(spec: DatasetSpec) -> str:
-    """Identifies a class list: names in their order, and which ids a mask covers."""
+    """Identifier of a class list (16 hex digits): names in their order, and the ids that masks cover."""
     rows = [[c.name, list(spec.covers(i))] for i, c in enumerate(spec.classes)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def facts_of(spec: DatasetSpec) -> dict[str, Any]:
-    """What a manifest says of the data set, JSON-ready."""
+    """Facts of the data set for its manifest, JSON-ready."""
     classes = [[c.name, list(c.synonyms), list(c.covers)] for c in spec.classes]
     kept = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
     return {key: getattr(spec, key) for key in kept} | {"classes": classes}
 
 
 def stored_spec(root: str | Path) -> DatasetSpec | None:
-    """The facts of a user's own folder, from its shards; None: there are none in `root`."""
+    """Spec of a user's own folder as its shards tell it; None if there are no shards in `root`."""
     manifests = [read_manifest(path.parent) for path in _manifests(root)]
     if not manifests:
         return None
+
+    # All splits were made from one class list; the first manifest speaks for them.
     facts = dict(manifests[0]["spec"])
     classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in facts.pop("classes"))
     splits = {m["split"]: m["examples"] for m in manifests}
@@ -63,14 +67,17 @@ def stored_spec(root: str | Path) -> DatasetSpec | None:
 
 
 def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes | None) -> bytes:
-    """One example as bytes.
+    """Encodes one example as bytes.
 
-    jpeg: the picture's file. It is kept if decoding it, as stored or in one of the turns of EXIF,
-    gives exactly `image`; else the picture is stored as PNG.
+    jpeg: content of the image's file. It is stored if decoding it, as stored or in one of EXIF's turns,
+    gives exactly `image`; otherwise the image is stored as PNG.
     """
     turn, picture = _kept(image, jpeg) if jpeg else (1, None)
     if picture is None:
+        # OpenCV wants BGR; a middle level, as images are large and lossless here
         picture = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
+
+    # The header holds the sizes that separate image and label, and the label's shape as a check.
     label_png = encode_label(label)
     header = {
         "name": name,
@@ -83,9 +90,12 @@ def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes |
 
 
 def _kept(image: np.ndarray, jpeg: bytes) -> tuple[int, bytes | None]:
+    """(EXIF orientation, `jpeg`) if it decodes to exactly `image`; (1, None) otherwise."""
     decoded = _decode_picture(jpeg)
     if decoded is None:
         return 1, None
+
+    # The reader may have turned the image or left it: try all turns instead of trusting EXIF.
     for turn in range(1, 9):
         if np.array_equal(Picture(decoded, turn).upright(), image):
             return turn, jpeg
@@ -93,21 +103,25 @@ def _kept(image: np.ndarray, jpeg: bytes) -> tuple[int, bytes | None]:
 
 
 def _png(value: np.ndarray, level: int, filters: Sequence[int] = ()) -> bytes:
+    """PNG bytes of an array, at a zlib level from 0 to 9."""
     options = [cv2.IMWRITE_PNG_COMPRESSION, level, *filters]
     return cv2.imencode(".png", value, options)[1].tobytes()
 
 
 def encode_label(label: np.ndarray) -> bytes:
-    """int32 [h, w] with ignore = -1 as a PNG: uint8 if that leaves 255 for ignored pixels, else uint16
-    with 65535 for them."""
+    """PNG of a label, int32 [h, w] with ignore = -1.
+
+    uint8 if that leaves 255 free for ignored pixels, otherwise uint16 with 65535 for them.
+    """
     dtype = np.uint8 if label.max(initial=IGNORE) < 255 else np.uint16
     narrow = np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
     return _png(narrow, level=_LABEL_LEVEL, filters=_NO_FILTER)
 
 
 def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
-    """[h, w] of a signed `dtype` for every id, from the bytes (uint8 [n]) of `encode_label`; None: they
-    are damaged.
+    """Label [h, w] from the bytes (uint8 [n]) of `encode_label`; None if they are damaged.
+
+    dtype: signed type, wide enough for every id.
 
     Raises:
       cv2.error: no bytes.
@@ -115,21 +129,23 @@ def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
     raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if raw is None:
         return None
-    if np.dtype(dtype).itemsize == raw.itemsize:  # the largest value reads as IGNORE
-        return raw.view(dtype)
+    if np.dtype(dtype).itemsize == raw.itemsize:
+        return raw.view(dtype)  # same width: the largest unsigned value reads as -1, IGNORE
     label = raw.astype(dtype)
     label[raw == np.iinfo(raw.dtype).max] = IGNORE
     return label
 
 
 def narrow_type(num_classes: int) -> type:
-    """The narrowest signed type of labels: for training crops, where half of the time besides decoding
-    is memory traffic."""
+    """Narrowest signed type for labels of `num_classes`.
+
+    For training crops, where half of the time besides decoding is memory traffic.
+    """
     return np.int8 if num_classes <= np.iinfo(np.int8).max else np.int16
 
 
 def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
-    """uint8 [h, w, 3], RGB, as stored; None: OpenCV cannot read it."""
+    """uint8 [h, w, 3], RGB, not turned; None if OpenCV cannot read it."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
     except cv2.error:
@@ -137,12 +153,17 @@ def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
 
 
 def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32) -> dict[str, Any]:
-    """The example: {"image" uint8 [h, w, 3], "label" [h, w] of a signed `dtype` for every id, "name"}.
+    """Decodes a record: {"image" uint8 [h, w, 3], "label" [h, w], "name"}.
+
+    Args:
+      where: names the record for messages; only called on errors.
+      dtype: signed type of the label, wide enough for every id.
 
     Raises:
-      UnreadableError: what lies at `where()` is not a record of ours.
+      UnreadableError: `where()` holds no record of a prepared data set, or a damaged one.
     """
     try:
+        # length | header | image | label; a damaged record may fail at any of these
         end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
         header = json.loads(data[_LENGTH:end])
         middle = end + header["image"]
@@ -151,15 +172,19 @@ def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32)
         shape = tuple(header["shape"])
     except (ValueError, KeyError, TypeError, cv2.error) as error:
         raise UnreadableError(f"{where()}: not a record of a prepared data set") from error
+
+    # OpenCV returns None for damaged bytes instead of raising.
     if image is None or label is None or label.shape != shape:
         raise UnreadableError(f"{where()}: damaged record {header['name']!r}")
+
+    # Images are stored unturned, to keep the JPEG's bytes; labels always lie on the upright image.
     if header["orientation"] != 1:
         image = Picture(image, header["orientation"]).upright()
     return {"image": image, "label": label, "name": header["name"]}
 
 
 def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any]:
-    """The manifest of a prepared split.
+    """Reads the manifest of a prepared split.
 
     Raises:
       UserError: missing, of another format, or made with another class list than `spec`'s.
@@ -171,6 +196,8 @@ def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any
         raise UserError(f"{path}: no readable manifest; run digseg_jax.tools.prepare_data") from error
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
+
+    # Ids are numbers only: shards of an older class list would be read with shifted names.
     if spec is not None and manifest["class_hash"] != class_hash(spec):
         raise UserError(
             f"{path}: made with another class list than {spec.name}'s "
@@ -180,11 +207,12 @@ def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any
 
 
 def prepared_splits(root: str | Path) -> list[str]:
-    """Splits whose shards are in `root`."""
+    """Names of the splits whose shards are in `root`, sorted."""
     return sorted(path.parent.name for path in _manifests(root))
 
 
 def _manifests(root: str | Path) -> list[epath.Path]:
+    """Paths of all manifests in `root`, sorted."""
     if not str(root):
         return []
     folder = epath.Path(root).expanduser()
@@ -192,12 +220,12 @@ def _manifests(root: str | Path) -> list[epath.Path]:
 
 
 def is_prepared(root: str | Path, split: str) -> bool:
-    """Whether `root` holds shards of the split; `root` may be gs://..."""
+    """True if `root` holds shards of the split; `root` may be gs://..."""
     return bool(str(root)) and (epath.Path(root).expanduser() / split / MANIFEST).exists()
 
 
 class RecordSource:
-    """Random access over the shards of a split; nothing but the manifest is read to open it.
+    """Random access to the examples of a split's shards; opening it reads only the manifest.
 
     narrow: labels are of `narrow_type` rather than int32.
 
@@ -213,23 +241,29 @@ class RecordSource:
         self.records = Shards(self.folder, self.shards, [s["examples"] for s in self.shards])
 
     def statistics(self) -> ClassStatistics:
+        """Class statistics of the split, counted when it was prepared."""
         return ClassStatistics.from_dict(self.manifest["statistics"])
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Decodes one example.
+
+        Raises:
+          UnreadableError: a damaged shard or record; names its place.
+        """
         where = partial(self.records.where, index)
         return decode_record(self.records[index], where, self.label_dtype)
 
     def files(self, index: int) -> dict[str, Path]:
-        """The shard that holds both."""
+        """The shard that holds both image and label."""
         path = self.records.file(index)
         return {"image": path, "label": path}
 
 
 def verify(root: str | Path, split: str) -> list[str]:
-    """Reads every byte of a split's shards; returns what disagrees with the manifest."""
+    """Reads every byte of a split's shards; returns one line per difference from the manifest."""
     folder = epath.Path(root).expanduser() / split
     wrong = []
     for shard in read_manifest(folder)["shards"]:
