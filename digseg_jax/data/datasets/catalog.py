@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data sets of the paper, and those of this project, as specs.
+"""Specs of the data sets of the paper, and of this project's own.
 
-Counts are those of the official releases (labelled images only). `absent` follows the code that the
-published tables of a data set were made with: detectron2's rule in the open-vocabulary ones,
-mmsegmentation's in the supervised ones.
+Counts are those of the official releases (labeled images only). `absent` follows the code that made the
+published tables of a data set: detectron2's rule in the open-vocabulary ones, mmsegmentation's in the
+supervised ones.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from digseg_jax.data.datasets.landcover_prompts import PROMPTS
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec, load_classes
 
 _RESEARCH = "non-commercial research; registration with the authors"
-# VOC 2010's own lists, and PASCAL in Detail's, which most published numbers are for
+# VOC 2010's own lists, and the shorter ones of PASCAL in Detail, which most published numbers use
 _CONTEXT_SPLITS = {"train": 4_998, "val": 5_105, "train_4996": 4_996, "val_5104": 5_104}
 _FLICKR = "images under Flickr terms; no registration"
 
 
 def _ade20k() -> DatasetSpec:
+    """ADE20K's 150 classes of the scene-parsing challenge."""
     return DatasetSpec(
         name="ade20k",
         title="ADE20K-150 (MIT SceneParsing, ADEChallengeData2016)",
@@ -32,6 +33,7 @@ def _ade20k() -> DatasetSpec:
 
 
 def _ade20k_847() -> DatasetSpec:
+    """ADE20K's 847 classes, as open-vocabulary papers evaluate them."""
     return DatasetSpec(
         name="ade20k_847",
         title="ADE20K-847 (full ADE20K, release 2021_17_01, at a short side of 512 or less)",
@@ -45,6 +47,7 @@ def _ade20k_847() -> DatasetSpec:
 
 
 def _pascal_context_59() -> DatasetSpec:
+    """PASCAL-Context's 59 most frequent classes."""
     return DatasetSpec(
         name="pascal_context_59",
         title="PASCAL-Context, 59 classes, background ignored",
@@ -59,6 +62,7 @@ def _pascal_context_59() -> DatasetSpec:
 
 
 def _pascal_context_459() -> DatasetSpec:
+    """PASCAL-Context's full list of 459 classes."""
     return DatasetSpec(
         name="pascal_context_459",
         title="PASCAL-Context, all 459 labels ('unknown' is one of them)",
@@ -73,6 +77,7 @@ def _pascal_context_459() -> DatasetSpec:
 
 
 def _pascal_voc() -> DatasetSpec:
+    """PASCAL VOC's 20 classes, with SBD's additional training labels."""
     return DatasetSpec(
         name="pascal_voc",
         title="PASCAL VOC 2012, 20 classes, background ignored",
@@ -87,6 +92,7 @@ def _pascal_voc() -> DatasetSpec:
 
 
 def _coco_stuff() -> DatasetSpec:
+    """COCO-Stuff's 171 classes of things and stuff."""
     return DatasetSpec(
         name="coco_stuff",
         title="COCO-Stuff-171 (164k, 2017)",
@@ -100,6 +106,7 @@ def _coco_stuff() -> DatasetSpec:
 
 
 def _cityscapes() -> DatasetSpec:
+    """Cityscapes' 19 classes that count in its benchmark."""
     return DatasetSpec(
         name="cityscapes",
         title="Cityscapes, 19 classes, fine annotations (the test labels are not public)",
@@ -111,6 +118,7 @@ def _cityscapes() -> DatasetSpec:
 
 
 def _bdd100k() -> DatasetSpec:
+    """BDD100K's 19 classes, the same as Cityscapes'."""
     return DatasetSpec(
         name="bdd100k",
         title="BDD100K semantic segmentation, 19 classes (the test labels are not public)",
@@ -123,6 +131,7 @@ def _bdd100k() -> DatasetSpec:
 
 
 def _deepglobe() -> DatasetSpec:
+    """DeepGlobe's roads on satellite images."""
     return DatasetSpec(
         name="deepglobe",
         title="DeepGlobe road extraction 2018: the research split of the 6,226 labelled images",
@@ -137,6 +146,7 @@ def _deepglobe() -> DatasetSpec:
 
 
 def _refuge2() -> DatasetSpec:
+    """REFUGE2's optic disc and cup on fundus images; the disc contains the cup."""
     return DatasetSpec(
         name="refuge2",
         title="REFUGE2 optic disc and cup, the 400/400/400 release",
@@ -151,6 +161,7 @@ def _refuge2() -> DatasetSpec:
 
 
 def _monuseg() -> DatasetSpec:
+    """MoNuSeg's nuclei on histology images."""
     return DatasetSpec(
         name="monuseg",
         title="MoNuSeg 2018 nuclei: the challenge's 30 training images, or all 37",
@@ -165,6 +176,7 @@ def _monuseg() -> DatasetSpec:
 
 
 def _phenobench() -> DatasetSpec:
+    """PhenoBench's crop and weed on images of fields from above."""
     return DatasetSpec(
         name="phenobench",
         title="PhenoBench crop and weed (the test labels are not public)",
@@ -176,6 +188,7 @@ def _phenobench() -> DatasetSpec:
 
 
 def _camvid() -> DatasetSpec:
+    """CamVid's 11 classes of driving scenes."""
     return DatasetSpec(
         name="camvid",
         title="CamVid, 11 classes, 480x360",
@@ -188,10 +201,12 @@ def _camvid() -> DatasetSpec:
 
 
 def _landcover(label_set: str, name: str) -> DatasetSpec:
+    """The bundled satellite mosaic with classes of one label set."""
     prompts = PROMPTS[label_set]
     return DatasetSpec(
         name=name,
         title=f"NASA Blue Marble with MODIS land cover of 2019, {len(prompts)} classes",
+        # The first text of a class is its name, the others are synonyms.
         classes=tuple(ClassInfo(n, texts[1:], (i,)) for i, (n, texts) in enumerate(prompts.items())),
         splits={"train": 198, "val": 55, "test": 81},
         eval_split="test",
@@ -200,6 +215,7 @@ def _landcover(label_set: str, name: str) -> DatasetSpec:
     )
 
 
+# Functions, so that a class list is only read when its data set is asked for.
 SPECS = {
     "ade20k": _ade20k,
     "ade20k_847": _ade20k_847,

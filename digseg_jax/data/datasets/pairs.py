@@ -22,11 +22,12 @@ from digseg_jax.errors import UserError
 # (label file, (height, width) of the stored image) -> int32 [h, w], ignore = -1
 ReadLabel = Callable[[Path, tuple[int, int]], np.ndarray]
 
+# Left behind by archives and desktops.
 _JUNK = ("__MACOSX", "Thumbs.db", ".ipynb_checkpoints")
 
 
 class Pair(NamedTuple):
-    """An example: its name, and image and label relative to the source's root."""
+    """An example: its name, and the paths of image and label relative to the source's root."""
 
     name: str
     image: str
@@ -34,19 +35,22 @@ class Pair(NamedTuple):
 
 
 class FileSource:
-    """grain's random access: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
+    """Random access in grain's sense: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
 
-    The label is at the resolution of its file; ignored pixels are -1. `image_is_file` tells whether
-    the image is what its file holds; if not (A-847 resizes), it has to be encoded to be stored.
+    The label has the resolution of its file; ignored pixels are -1. `image_is_file` tells whether the
+    image equals its file's content; where it does not (A-847 resizes), storing it means encoding it
+    again.
 
-    Raises on access:
-      UnreadableError, SizeError, LabelValueError (all of them UserError) with the file's path.
+    Args:
+      strict: raise on an EXIF orientation that the sizes cannot settle.
+
+    Raises:
+      UnreadableError, SizeError, LabelValueError (all UserErrors): on access, with the file's path.
     """
 
     image_is_file = True
 
     def __init__(self, root: Path, pairs: Sequence[Pair], read_label: ReadLabel, strict: bool = False):
-        """strict: an EXIF orientation that the sizes cannot settle is an error."""
         self.root, self.pairs, self.read_label, self.strict = root, list(pairs), read_label, strict
 
     def __len__(self) -> int:
@@ -56,32 +60,46 @@ class FileSource:
         image_path, label_path = self.files(index).values()
         picture = read_picture(image_path)
         label = self.label(index, picture.pixels.shape[:2])
+
+        # The label decides whether the image is to be turned; only then do the sizes have to agree.
         image = orient(picture, label.shape, image_path, self.strict)
         check_size(label_path, label, image)
         return {"image": image, "label": label, "name": self.pairs[index].name}
 
     def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """int32 [h, w] of an example, whose image has `size`; alone, without decoding the image."""
+        """int32 [h, w] of an example without decoding its image, which has `size` (height, width)."""
         return self.read_label(self.files(index)["label"], size)
 
     def files(self, index: int) -> dict[str, Path]:
-        """The files behind an example: {"image", "label"}."""
+        """Paths of an example's files: {"image", "label"}."""
         pair = self.pairs[index]
         return {"image": self.root / pair.image, "label": self.root / pair.label}
 
 
 def orient(picture: Picture, size: tuple[int, int], path: Path, strict: bool) -> np.ndarray:
-    """The image on the pixels of its label: as stored, or turned as EXIF says if only that fits.
+    """Brings an image onto its label's pixels: as stored, or turned as EXIF says if only that fits.
 
     Masks of the public data sets lie on the stored pixels. An orientation that keeps the size (half a
-    turn, a mirror, any turn of a square) cannot be told from sizes: as stored, or an error if strict.
+    turn, a mirror, any turn of a square) cannot be told from sizes: the image stays as stored.
+
+    Args:
+      size: (height, width) of the label.
+      path: the image's file, for messages.
+      strict: raise instead if the sizes cannot tell.
+
+    Raises:
+      SizeError: with `strict` only.
     """
     stored = picture.pixels.shape[:2]
     if picture.orientation == 1 or picture.orientation not in range(2, 9):
         return picture.pixels
+
+    # Turning it changes the size, and only the turned size fits the label: no doubt.
     upright = picture.upright()
     if upright.shape[:2] == size != stored:
         return upright
+
+    # A user's own data: either answer may be right, and the wrong one would train on nonsense.
     if strict and upright.shape[:2] == stored:
         raise SizeError(
             f"{path}: EXIF orientation {picture.orientation}, and the sizes do not tell whether the "
@@ -91,16 +109,18 @@ def orient(picture: Picture, size: tuple[int, int], path: Path, strict: bool) ->
 
 
 def is_junk(name: str) -> bool:
-    """Files that archives and desktops leave behind: never part of a data set."""
+    """True for files that archives and desktops leave behind, which are never part of a data set."""
     return name.startswith(".") or name in _JUNK
 
 
 def list_files(
     folder: Path, suffixes: Iterable[str], generated: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """{stem: file name} of a folder, where stem is the name without the first matching suffix.
+    """Files of a folder: {stem: file name}, where stem is the name without the first matching suffix.
 
-    generated: endings (in lower case) of files that other projects put beside the originals.
+    Args:
+      suffixes: matched without regard to case, the first match counts: longer ones go first.
+      generated: endings (in lower case) of files that other projects put beside the originals.
 
     Raises:
       UnreadableError: no such folder.
@@ -111,6 +131,8 @@ def list_files(
         names = sorted(entry.name for entry in _scan(folder))
     except OSError as error:
         raise UnreadableError(f"{folder}: no such folder ({error.strerror})") from error
+
+    # Two files of one stem (a.jpg, a.jpeg) leave open which one the label belongs to.
     for name in names:
         suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
         if suffix is None or is_junk(name) or name.lower().endswith(generated):
@@ -123,6 +145,7 @@ def list_files(
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder that are no folders."""
     with os.scandir(folder) as entries:
         return [e for e in entries if not e.is_dir()]
 
@@ -130,16 +153,18 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 def pair_up(root: Path, images: dict[str, str], labels: dict[str, str], what: str) -> list[Pair]:
     """Pairs by stem, sorted by it; never by position in two sorted lists.
 
-    images, labels: {stem: path relative to root}.
+    images, labels: {stem: path relative to root}. what: data set and split, for messages.
 
     Raises:
       UserError: no examples, an image without a label, or a label without an image.
     """
+    # Both directions: a partial download must not train on what happens to be complete.
     for have, lack, kind in ((images, labels, "a label"), (labels, images, "an image")):
         missing = sorted(have.keys() - lack.keys())
         if missing:
             first = root / have[missing[0]]
             raise UserError(f"{what}: {len(missing)} files without {kind}, the first is {first}")
+
     if not images:
         raise UserError(f"{what}: no examples under {root}")
     return [Pair(stem, images[stem], labels[stem]) for stem in sorted(images)]
@@ -154,7 +179,11 @@ def pair_folders(
     what: str,
     generated: tuple[str, ...] = (),
 ) -> list[Pair]:
-    """Pairs of two flat folders, given relative to root; raises as list_files and pair_up do."""
+    """Pairs the files of two flat folders, given relative to root.
+
+    Raises:
+      UserError: as `list_files` and `pair_up` do.
+    """
     sides = [
         {
             stem: f"{folder}/{name}"
@@ -166,7 +195,11 @@ def pair_folders(
 
 
 def pick(available: dict[str, str], stems: Iterable[str], folder: Path, what: str) -> dict[str, str]:
-    """The entries of an explicit list of stems; raises UserError if one of them has no file."""
+    """Entries of an explicit list of stems, in its order.
+
+    Raises:
+      UserError: a listed stem has no file.
+    """
     stems = list(stems)
     missing = [s for s in stems if s not in available]
     if missing:
@@ -178,7 +211,11 @@ def pick(available: dict[str, str], stems: Iterable[str], folder: Path, what: st
 
 
 def find_root(root: Path, markers: str | Sequence[str], inside: Sequence[str], what: str) -> Path:
-    """The folder that holds a marker: root itself or one of the names that the archives unpack to.
+    """Folder that holds a marker: root itself, or one of the names that the archives unpack to.
+
+    Args:
+      markers: relative paths, one of which must exist.
+      inside: names of folders in root to look into.
 
     Raises:
       UserError: none of them does; the message names all places looked at.
@@ -193,7 +230,11 @@ def find_root(root: Path, markers: str | Sequence[str], inside: Sequence[str], w
 
 
 def first_folder(root: Path, names: Sequence[str], what: str) -> str:
-    """The first of `names` that is a folder in root; raises UserError if none is."""
+    """The first of `names` that is a folder in root.
+
+    Raises:
+      UserError: none of them is.
+    """
     for name in names:
         if (root / name).is_dir():
             return name
@@ -201,7 +242,11 @@ def first_folder(root: Path, names: Sequence[str], what: str) -> str:
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; raises UnreadableError if there is none."""
+    """Names of the folders in a folder, sorted.
+
+    Raises:
+      UnreadableError: no such folder.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not is_junk(e.name))
@@ -210,7 +255,7 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def walk_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
-    """All files with one of the suffixes, at any depth, relative to root and sorted.
+    """Files with one of the suffixes, at any depth, relative to root and sorted.
 
     Raises:
       UnreadableError: no such folder.
@@ -219,6 +264,7 @@ def walk_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
         raise UnreadableError(f"{root}: no such folder")
     found = []
     for folder, names, files in os.walk(root):
+        # In place: os.walk then leaves these folders out.
         names[:] = [n for n in names if not is_junk(n)]
         found += [
             Path(folder, f).relative_to(root)

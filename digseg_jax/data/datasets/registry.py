@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets by name: what they are, and their examples from the official download as it unpacks.
+"""Data sets by name: their specs, and their examples from the official download as it unpacks.
 
 spec("cityscapes").names
 open_source("cityscapes", "/data/cityscapes", "val")[0]["label"]
@@ -25,17 +25,21 @@ from digseg_jax.errors import UserError, nearest
 
 
 class Source(Protocol):
-    """grain's random access over examples: {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}."""
+    """Random access over examples in grain's sense.
+
+    [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w] with ignore = -1, "name"}.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def files(self, index: int) -> dict[str, Path]:
-        """The files behind an example: {"image", "label"}."""
+        """Paths of an example's files: {"image", "label"}."""
         ...
 
 
+# name -> opener of a split: (spec, root, split) -> source
 _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
     "ade20k": folders.open_ade20k,
     "ade20k_847": open_ade20k_847,
@@ -57,17 +61,18 @@ _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every name that `spec` and `open_source` take."""
+    """All names that `spec` and `open_source` accept."""
     return tuple(sorted(_OPEN))
 
 
 @functools.cache
 def _listed(name: str) -> DatasetSpec:
+    """Spec of a public data set; its class list is read from JSON once."""
     return SPECS[name]()
 
 
 def spec(name: str, root: str | Path = "") -> DatasetSpec:
-    """The facts of a data set; those of `folder` are in its root.
+    """Spec of a data set; for `folder` it is read from the files in `root`.
 
     Raises:
       UserError: no such data set, or a folder without what it needs.
@@ -78,13 +83,15 @@ def spec(name: str, root: str | Path = "") -> DatasetSpec:
 
 
 def open_source(name: str, root: str | Path, split: str) -> Source:
-    """The examples of a split, in a fixed order; nothing is decoded yet.
+    """Opens the examples of a split, in a fixed order; nothing is decoded yet.
 
     Raises:
       UserError: no such data set, split or folder, or files without their partner.
     """
+    # An empty root would mean the current folder; only the bundled data set needs no root.
     if str(root) == "" and not name.startswith("landcover"):
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+
     facts = spec(name, root)
     if split not in facts.splits:
         raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")

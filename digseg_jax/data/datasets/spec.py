@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set is: its classes, splits, ignore rule, prompts and the rules of its scores.
+"""Description of a data set: classes, splits, ignore rule, prompts and the rules of its scores.
 
 A spec holds facts only; reading is in `readers/`. Class lists are JSON files in `classes/`, one class
-a line: name, synonyms, the values that mean it in the official label files, the official colour.
+per line: name, synonyms, the values that mean it in the official label files, the official color.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ IGNORE = -1  # the one ignore label of every int32 label map in this package
 class ClassInfo:
     """A class; its id is its place in `DatasetSpec.classes`.
 
-    synonyms: other words for it; none of them is a name or synonym of another class of the set.
-    raw: values of the official label file that mean it; empty where the label is no index image.
-    color: RGB, official or None; official colours are not always distinct.
-    full_name: the official list of synonyms where `name` had to be shortened or disambiguated.
-    covers: ids whose pixels belong to its mask; more than its own where classes are nested.
+    Attributes:
+      synonyms: other words for it; none is a name or synonym of another class of the data set.
+      raw: values of the official label file that mean it; empty where the label is no index image.
+      color: RGB, official or None; official colors are not always distinct.
+      full_name: the official list of synonyms where `name` had to be shortened or disambiguated.
+      covers: ids whose pixels belong to its mask; several where classes are nested. Empty: its own.
     """
 
     name: str
@@ -38,23 +39,24 @@ class ClassInfo:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """A data set as facts.
+    """Facts of a data set.
 
-    splits: official number of labelled images by split; 0 where nobody but the user knows it.
-    extra_splits: those that overlap others, or that a usual download lacks; `check` reads them only
-      when they are asked for.
-    train_split, eval_split: the ones that the paper's tables (or the field) use.
-    ignored_raw: values of the label file that become -1; any value not listed anywhere is an error,
-      except where `ignore` says otherwise.
-    ignore: the ignore rule in words.
-    template: prompt of a class, with {} for its name.
-    licence: what the user has to know before using the data; the data themselves are not shipped.
-    metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
-      "region_dice" (Dice of each class's region, per image, then the mean over images).
-    absent: what a class without ground truth counts: "mmseg" (0 if predicted, else left out),
-      "detectron2" (left out) or "official" (always counted).
-    inference: how an image is shown to the network: "window", overlapping views of its trained scale,
-      or "whole", squeezed into one view, as segmenters of 512 x 512 pixels are tested.
+    Attributes:
+      splits: official number of labeled images by split; 0 where only the user knows it.
+      extra_splits: splits that overlap others, or that a usual download lacks; `check_data` reads them
+        only when they are asked for.
+      train_split, eval_split: the splits that the paper's tables (or the field) use.
+      ignored_raw: values of the label file that become -1; any value not listed anywhere is an error,
+        except where `ignore` says otherwise.
+      ignore: the ignore rule in words.
+      template: prompt of a class, with {} for its name.
+      licence: what the user has to know before using the data; the data themselves are not shipped.
+      metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
+        "region_dice" (Dice of each class's region, per image, then the mean over images).
+      absent: what a class without ground truth counts: "mmseg" (0 if predicted, else left out),
+        "detectron2" (left out) or "official" (always counted).
+      inference: how an image is shown to the network: "window", overlapping views of its trained scale,
+        or "whole", squeezed into one view, as segmenters of 512 x 512 pixels are tested.
     """
 
     name: str
@@ -74,23 +76,25 @@ class DatasetSpec:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Class names in the order of their ids."""
         return tuple(c.name for c in self.classes)
 
     def prompt(self, name: str) -> str:
-        """The text query of a class name or synonym."""
+        """Text query of a class name or synonym."""
         return self.template.format(name)
 
     def covers(self, class_id: int) -> tuple[int, ...]:
-        """Ids whose pixels belong to the mask of a class; disc contains cup."""
+        """Ids whose pixels belong to the mask of a class: its own, and those of nested classes."""
         return self.classes[class_id].covers or (class_id,)
 
 
 def load_classes(name: str) -> dict[str, Any]:
-    """`classes` and `ignored_raw` of a shipped class list, as keywords for DatasetSpec."""
+    """`classes` and `ignored_raw` of a shipped class list, as keyword arguments of DatasetSpec."""
     file = resources.files(__package__) / "classes" / f"{name}.json"
     listed = json.loads(file.read_text(encoding="utf-8"))
     classes = [_class_info(row) for row in listed["classes"]]
@@ -101,16 +105,18 @@ def load_classes(name: str) -> dict[str, Any]:
 
 
 def shipped_list(name: str) -> list[str]:
-    """The examples of a split that only other projects' lists define."""
+    """Names of a split's examples, where only other projects' lists define the split."""
     return (resources.files(__package__) / "classes" / f"{name}.txt").read_text("ascii").split()
 
 
 def unambiguous(classes: list[ClassInfo]) -> tuple[ClassInfo, ...]:
-    """Drops synonyms that also mean another class: asked with one, two masks would be right."""
+    """Classes without the synonyms that also mean another class: with one, two masks would be right."""
     names = Counter(c.name.lower() for c in classes)
     synonyms = Counter(s.lower() for c in classes for s in {*c.synonyms})
 
+    # A class that lists one synonym twice does not contradict itself: count it once.
     def own(synonym: str) -> bool:
+        """True if no other class has this name or synonym."""
         return names[synonym.lower()] == 0 and synonyms[synonym.lower()] == 1
 
     return tuple(
@@ -119,6 +125,7 @@ def unambiguous(classes: list[ClassInfo]) -> tuple[ClassInfo, ...]:
 
 
 def _class_info(row: dict[str, Any]) -> ClassInfo:
+    """A class from its row of the JSON file."""
     return ClassInfo(
         name=row["name"],
         synonyms=tuple(row["synonyms"]),

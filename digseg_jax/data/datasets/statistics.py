@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training split's labels show: pixels per class, images per class, classes seen together."""
+"""Statistics of a training split's labels: pixels per class, images per class, co-occurrence."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
-SAMPLE = 200  # examples that stand for a split whose statistics were not prepared
+SAMPLE = 200  # number of examples counted for a split whose statistics were not prepared
 
 
 @dataclasses.dataclass
 class ClassStatistics:
-    """Counts over examples; they add up."""
+    """Counts over examples; counts of two sets of examples add up."""
 
     pixels: np.ndarray  # int64 [c]
-    together: np.ndarray  # int64 [c, c]: examples that show both; the diagonal: that show the class
+    together: np.ndarray  # int64 [c, c]: examples showing both classes; diagonal: showing the class
     examples: int = 0
 
     @classmethod
     def empty(cls, num_classes: int) -> ClassStatistics:
+        """Statistics of no examples."""
         shape = (num_classes, num_classes)
         return cls(np.zeros(num_classes, np.int64), np.zeros(shape, np.int64))
 
@@ -31,6 +32,7 @@ class ClassStatistics:
 
     def add(self, label: np.ndarray) -> None:
         """Counts one label map, int [h, w] with ignore = -1."""
+        # shifted by one, so that ignored pixels fall into a bin of their own, which is dropped
         counts = np.bincount(label.ravel() + 1, minlength=self.num_classes + 1)[1:]
         shown = np.flatnonzero(counts)
         self.pixels += counts
@@ -38,18 +40,20 @@ class ClassStatistics:
         self.examples += 1
 
     def merge(self, other: ClassStatistics) -> None:
+        """Adds the counts of other examples."""
         self.pixels += other.pixels
         self.together += other.together
         self.examples += other.examples
 
     def rarity(self) -> np.ndarray:
         """1 / sqrt(pixel frequency), scaled to a mean of 1: float [c]."""
-        share = self.pixels / max(1, self.pixels.sum())
-        weight = 1.0 / np.sqrt(np.maximum(share, 1e-5))
+        share = self.pixels / max(1, self.pixels.sum())  # of all labeled pixels
+        weight = 1.0 / np.sqrt(np.maximum(share, 1e-5))  # at most 316, before scaling
         return weight / weight.mean()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, sparse: 847 classes have 717,409 pairs, few of which occur."""
+        """JSON-ready form, sparse: 847 classes have 717,409 pairs, few of which occur."""
+        # symmetric: the upper triangle is enough
         rows, columns = np.nonzero(np.triu(self.together))
         counts = self.together[rows, columns]
         return {
@@ -60,16 +64,18 @@ class ClassStatistics:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ClassStatistics:
+        """Statistics from the form of `to_dict`."""
         pixels = np.asarray(values["pixels"], np.int64)
         together = np.zeros((len(pixels), len(pixels)), np.int64)
         rows, columns, counts = (np.asarray(v, np.int64) for v in values["together"])
+
         together[rows, columns] = counts
         together[columns, rows] = counts
         return cls(pixels, together, int(values["examples"]))
 
 
 def sampled(source: Any, num_classes: int, sample: int = SAMPLE) -> ClassStatistics:
-    """Statistics of evenly spread examples: the same whoever counts them."""
+    """Statistics of at most `sample` evenly spread examples: the same choice in every process."""
     statistics = ClassStatistics.empty(num_classes)
     n = len(source)
     for i in sorted({k * n // sample for k in range(sample)} if n > sample else range(n)):
@@ -78,15 +84,20 @@ def sampled(source: Any, num_classes: int, sample: int = SAMPLE) -> ClassStatist
 
 
 def name_similarity(names: Sequence[Sequence[str]]) -> np.ndarray:
-    """Shared words of class names and synonyms (Jaccard): float [c, c], 0 on the diagonal.
+    """Similarity of classes by shared words of names and synonyms (Jaccard): float [c, c], diagonal 0.
 
-    Words that a class name ends in say most about the thing ("traffic light", "light"), but all count.
+    All words count alike, although the last word of a name says most about the thing ("traffic light",
+    "light").
     """
     words = [{_stem(w) for name in own for w in name.lower().split()} for own in names]
     column = {w: i for i, w in enumerate(sorted(set().union(*words)))}
+
+    # Bags of words as rows [c, words]: shared words are a matrix product.
     shows = np.zeros((len(names), len(column)), np.float32)
     for row, own in enumerate(words):
         shows[row, [column[w] for w in own]] = 1
+
+    # |A and B| / |A or B|
     both = shows @ shows.T
     sizes = shows.sum(axis=1)
     similarity = both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
@@ -95,14 +106,15 @@ def name_similarity(names: Sequence[Sequence[str]]) -> np.ndarray:
 
 
 def _stem(word: str) -> str:
+    """A word without punctuation and without the s of a plural."""
     word = word.strip(",.;:()-")
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
 def confusable(statistics: ClassStatistics, names: Sequence[Sequence[str]]) -> np.ndarray:
-    """How likely class a is expected where class p is seen: float [p, a].
+    """How strongly class a (column) is expected where class p (row) is seen: float [c, c].
 
-    The share of p's images that show a, plus the similarity of the names; 0 on the diagonal.
+    The share of p's images that show a, plus the similarity of their names; 0 on the diagonal.
     """
     shows = np.diag(statistics.together)
     given = statistics.together / np.maximum(shows[:, None], 1)

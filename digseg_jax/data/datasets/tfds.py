@@ -2,7 +2,7 @@
 """tfds:NAME, a data set that TensorFlow Datasets prepared as array_record, read without TensorFlow.
 
 Prepare it once where TensorFlow is installed, `tfds build NAME --file_format=array_record`; reading
-needs only the files. Pictures and labels are found by what their features are called.
+needs only the files. Image and label are recognized by the names of their features.
 """
 
 from __future__ import annotations
@@ -18,17 +18,23 @@ from etils import epath
 from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
 from digseg_jax.errors import UserError
 
+# Names of features, in the order of preference.
 IMAGES = ("image", "image_left")
 LABELS = ("label", "segmentation_label", "segmentation_mask", "annotations", "mask")
-CLASSES = "classes.txt"  # in `root`, one name a line, for data sets whose features name no classes
-VOID = 255  # of 8-bit labels, where it is no class
+CLASSES = "classes.txt"  # in `root`, one name per line, for data sets whose features name no classes
+VOID = 255  # ignored value of 8-bit labels, unless it is a class
 
 
 @functools.cache
 def _builder(name: str, root: str) -> Any:
-    """Raises UserError: nothing prepared there."""
+    """Builder of a prepared version, the last one by name.
+
+    Raises:
+      UserError: nothing prepared there.
+    """
     folder = epath.Path(root) / name
-    # NAME/VERSION, or NAME/CONFIG/VERSION where `name` does not say which configuration
+
+    # NAME/VERSION, or NAME/CONFIG/VERSION where `name` does not say which configuration.
     patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
     versions = sorted(p for pattern in patterns for p in folder.glob(pattern))
     if not versions:
@@ -40,6 +46,11 @@ def _builder(name: str, root: str) -> Any:
 
 
 def _key(features: Any, names: tuple[str, ...], what: str) -> str:
+    """The first of `names` that is a feature.
+
+    Raises:
+      UserError: none of them is; lists the features.
+    """
     found = [key for key in names if key in features]
     if not found:
         raise UserError(f"{what}: features {', '.join(features)}; none of {', '.join(names)}")
@@ -47,11 +58,17 @@ def _key(features: Any, names: tuple[str, ...], what: str) -> str:
 
 
 def _names(name: str, root: str) -> list[str]:
-    """From the label's feature, or from the file beside the data."""
+    """Class names from the label's feature, or from the file beside the data.
+
+    Raises:
+      UserError: neither has them.
+    """
     features = _builder(name, root).info.features
     feature = features[_key(features, LABELS, f"tfds:{name}")]
     if isinstance(feature, tfds.features.LabeledImage) and feature.names:
         return list(feature.names)
+
+    # Most segmentation features have no names; the user's file goes by line.
     path = epath.Path(root) / CLASSES
     if not path.exists():
         raise UserError(f"tfds:{name}: its label has no class names; write them to {path}")
@@ -59,13 +76,15 @@ def _names(name: str, root: str) -> list[str]:
 
 
 def spec(name: str, root: str) -> DatasetSpec:
-    """The facts that a prepared data set tells of itself.
+    """Spec of a prepared data set, from its own metadata.
 
     Raises:
       UserError: nothing prepared there, or no class names.
     """
     info = _builder(name, root).info
     splits = {key: split.num_examples for key, split in info.splits.items()}
+
+    # The first split there is in this order is evaluated by default.
     known = [s for s in ("validation", "val", "test", "train") if s in splits]
     return DatasetSpec(
         name=f"tfds:{name}",
@@ -79,13 +98,13 @@ def spec(name: str, root: str) -> DatasetSpec:
 
 
 class TfdsSource:
-    """[i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w] with ignore = -1, "name"}.
+    """Random access: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w] with ignore = -1, "name"}.
 
     Raises:
       UserError: nothing prepared there, another file format, or no such split.
     """
 
-    image_is_file = False  # a record holds both
+    image_is_file = False  # image and label are in one record
 
     def __init__(self, name: str, root: str, split: str):
         self.name, self.root, self.split = name, root, split
@@ -93,9 +112,13 @@ class TfdsSource:
         if split not in builder.info.splits:
             legal = ", ".join(builder.info.splits)
             raise UserError(f"tfds:{name} has no split {split!r}; legal: {legal}")
+
+        # Features are recognized by name: there is no convention for segmentation.
         features = builder.info.features
         self.image, self.label = (_key(features, keys, f"tfds:{name}") for keys in (IMAGES, LABELS))
         self.num_classes = len(_names(name, root))
+
+        # TFRecord files would need TensorFlow; tfds says so with NotImplementedError.
         try:
             self.examples = builder.as_data_source(split)
         except NotImplementedError as error:
@@ -107,15 +130,19 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
         image, label = np.asarray(example[self.image]), np.asarray(example[self.label])
+
+        # Gray images become RGB; labels come as [h, w, 1].
         if image.shape[-1] == 1:
             image = np.repeat(image, 3, axis=-1)
         label = label.reshape(label.shape[:2])
+
+        # 255 is void, unless the data set has a class of that id.
         ids = label.astype(np.int32)
         if self.num_classes <= VOID:
             ids[label == VOID] = IGNORE
         return {"image": image, "label": ids, "name": f"{self.split}/{index}"}
 
     def files(self, index: int) -> dict[str, Path]:
-        """The folder of the data set: its records do not say which file they came from."""
+        """Folder of the data set: its records do not tell which file they came from."""
         folder = epath.Path(_builder(self.name, self.root).data_path)
         return {"image": folder, "label": folder}

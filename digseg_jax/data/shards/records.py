@@ -41,7 +41,7 @@ _AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def class_hash(spec: DatasetSpec) -> str:
-    """Identifier of a class list (16 hex digits): names in their order, and the ids that masks cover."""
+    """Identifier of a class list (16 hex digits): names in their order, and ids that masks cover."""
     rows = [[c.name, list(spec.covers(i))] for i, c in enumerate(spec.classes)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 

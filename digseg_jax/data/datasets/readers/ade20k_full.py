@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ADE20K-847: the full ADE20K of 2021_17_01, converted on the fly as its benchmark does it.
+"""ADE20K-847: the full ADE20K of 2021_17_01, converted on access as its benchmark does it.
 
 The benchmark (MaskFormer's conversion) is not at the original resolution: image and label are resized
-so that the short side is at most 512, and the image is JPEG again. Both are done here, so scores
-compare. The index pickle is not needed, and a pickle from a download is not opened.
+so that the short side is at most 512, and the image is saved as JPEG again. Both are done here, so that
+scores compare. The index pickle is not needed, and a pickle from a download is not opened.
 """
 
 from __future__ import annotations
@@ -21,19 +21,26 @@ from digseg_jax.data.datasets.pairs import FileSource, find_root, list_files, li
 from digseg_jax.data.datasets.spec import IGNORE, DatasetSpec
 from digseg_jax.errors import UserError
 
-SHORT_SIDE = 512
+SHORT_SIDE = 512  # pixels
 
 
 class ObjectCodes:
-    """Reads *_seg.png: object (R // 10) * 256 + G, instance B; objects not listed are ignored."""
+    """Reader of *_seg.png: object (R // 10) * 256 + G, instance B; objects not listed are ignored."""
 
     def __init__(self, spec: DatasetSpec):
-        self.lookup = np.full(26 * 256, IGNORE, np.int32)
+        self.lookup = np.full(26 * 256, IGNORE, np.int32)  # R // 10 is 0..25
         for class_id, info in enumerate(spec.classes):
             self.lookup[list(info.raw)] = class_id
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w].
+
+        Raises:
+          LabelValueError: a red value that the coding does not have.
+        """
         red, green = np.moveaxis(read_color_label(path)[..., :2].astype(np.int32), -1, 0)
+
+        # The coding uses multiples of 10 only: interpolation or lossy saving shows here.
         broken = red % 10 != 0
         if broken.any():
             y, x = np.argwhere(broken)[0]
@@ -45,7 +52,7 @@ class ObjectCodes:
 
 
 class ShortSideSource(FileSource):
-    """Examples at a short side of at most 512 pixels."""
+    """Source whose examples have a short side of at most 512 pixels."""
 
     image_is_file = False
 
@@ -54,6 +61,8 @@ class ShortSideSource(FileSource):
         image = read_picture(image_path).pixels
         label = self.read_label(label_path, image.shape[:2])
         check_size(label_path, label, image)
+
+        # Bilinear and nearest, as in the benchmark; the JPEG comes after resizing.
         size = short_side_size(*label.shape)
         if size != label.shape:
             image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
@@ -62,7 +71,7 @@ class ShortSideSource(FileSource):
 
 
 def short_side_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) with a short side of at most 512; the other one rounded to the nearest pixel."""
+    """(height, width) with a short side of at most 512; the longer side is rounded to whole pixels."""
     if min(height, width) <= SHORT_SIDE:
         return height, width
     if width >= height:
@@ -78,13 +87,15 @@ def _as_jpeg(image: np.ndarray) -> np.ndarray:
 
 
 def open_ade20k_847(spec: DatasetSpec, root: Path, split: str) -> ShortSideSource:
-    """images/ADE/{training,validation}/GROUP/SCENE/ADE_*.jpg with ADE_*_seg.png beside it.
+    """Opens images/ADE/{training,validation}/GROUP/SCENE/ADE_*.jpg with ADE_*_seg.png beside it.
 
     Raises:
       UserError: also for the older release, whose object numbers mean other things.
     """
     what = f"{spec.name} {split}"
     inside = ("ADE20K_2021_17_01",)
+
+    # The release of 2016 would otherwise be found and read with the wrong object numbers.
     if not any((p / "images/ADE").is_dir() for p in (root, root / inside[0])):
         for place in (root, root / "ADE20K_2016_07_26"):
             if (place / "images/training").is_dir():
@@ -92,6 +103,8 @@ def open_ade20k_847(spec: DatasetSpec, root: Path, split: str) -> ShortSideSourc
                     f"{what}: {place} is the release of 2016 (or ADEChallengeData2016); its object "
                     "numbers differ: ADE20K_2021_17_01 is needed"
                 )
+
+    # All GROUP and SCENE folders are searched; the split is told by the file names.
     root = find_root(root, "images/ADE", inside, what)
     prefix = "ADE_val_" if split == "val" else "ADE_train_"
     images, labels = _files_of(root, prefix)
@@ -99,6 +112,7 @@ def open_ade20k_847(spec: DatasetSpec, root: Path, split: str) -> ShortSideSourc
 
 
 def _files_of(root: Path, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Images and labels whose names begin with `prefix`: {stem: path relative to root} each."""
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
     for half in list_folders(root / "images/ADE"):
@@ -106,7 +120,7 @@ def _files_of(root: Path, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
             for scene in list_folders(root / "images/ADE" / half / group):
                 folder = f"images/ADE/{half}/{group}/{scene}"
                 for stem, name in list_files(root / folder, (".jpg",)).items():
-                    if stem.startswith(prefix):  # the split is the name's, as in the benchmark
+                    if stem.startswith(prefix):  # the name tells the split, as in the benchmark
                         images[stem] = f"{folder}/{name}"
                 for stem, name in list_files(root / folder, ("_seg.png",)).items():
                     if stem.startswith(prefix):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepGlobe roads: train/ID_sat.jpg with train/ID_mask.png; grey values, road from 128 on."""
+"""DeepGlobe roads: train/ID_sat.jpg with train/ID_mask.png; gray values, road from 128 on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from digseg_jax.data.datasets.decode import LabelValueError, read_grey_label
 from digseg_jax.data.datasets.pairs import FileSource, find_root, list_files, pair_up, pick
 from digseg_jax.data.datasets.spec import DatasetSpec, shipped_list
 
-ROAD_FROM = 128  # the organisers' rule: the values are not purely 0 and 255
+ROAD_FROM = 128  # the organizers' rule: the values are not purely 0 and 255
 
 
 class RoadLabels:
-    """1 (road) where the grey value is at least 128; nothing is ignored, 255 is road."""
+    """Reader of masks: 1 (road) from gray value 128 on, else 0; nothing is ignored, 255 is road."""
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w].
+
+        Raises:
+          LabelValueError: a mask that holds ids instead of gray values.
+        """
         grey = read_grey_label(path)
+        # A mask of 0 and 1 (a converted copy) would have no road at all.
         if grey.max() == 1:
             raise LabelValueError(
                 f"{path}: values 0 and 1 only; the official masks are grey with road from 128 on"
@@ -27,16 +33,23 @@ class RoadLabels:
 
 
 def open_deepglobe(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """Only the 6,226 images in `train` have public masks.
+    """Opens a split of the 6,226 images in `train`, the only ones with public masks.
 
-    test: the 1,530 of them that research papers test on (CoANet's list, and earlier work's); train:
-    the other 4,696.
+    test: the 1,530 images that research papers test on (the list of CoANet and earlier work); train:
+      the other 4,696; all: every image.
+
+    Raises:
+      UserError: no such folder, or files without their partner.
     """
     what = f"{spec.name} {split}"
     root = find_root(root, "train", ("deepglobe", "DeepGlobe", "road"), what)
+
+    # The whole folder has to be in order, whatever the split.
     images = _in_train(root, "_sat.jpg")
     labels = _in_train(root, "_mask.png")
-    pair_up(root, images, labels, what)  # the whole folder has to be in order, whatever the split
+    pair_up(root, images, labels, what)
+
+    # The release has no split of its own.
     stems = list(images)
     if split == "test":
         stems = shipped_list("deepglobe_test")
@@ -47,4 +60,5 @@ def open_deepglobe(spec: DatasetSpec, root: Path, split: str) -> FileSource:
 
 
 def _in_train(root: Path, suffix: str) -> dict[str, str]:
+    """Files of the train folder by stem, relative to root."""
     return {stem: f"train/{name}" for stem, name in list_files(root / "train", (suffix,)).items()}

