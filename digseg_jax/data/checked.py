@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to a broken example in the middle of an epoch: a clear error, or a counted skip."""
+"""Checking of examples as they are read: a broken one is a clear error, or a counted skip."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from digseg_jax.data.datasets.spec import IGNORE
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
-LABEL_DTYPES = (np.int32, np.int16, np.int8)  # the narrow ones come from shards, for training
-TRIES = 10  # replacements of one example; a data set with more in a row is broken as a whole
+LABEL_DTYPES = (np.int32, np.int16, np.int8)  # narrow labels come from shards, for training
+TRIES = 10  # examples tried for one place; a data set with more broken in a row is broken as a whole
 
 
 class Guarded:
-    """A source whose examples are whole: what it gives has been looked at.
+    """Source that checks every example of another source.
 
-    on_error "raise": any failure is a UserError that names the files and the reason. "skip": the
-    failure is logged, counted in the example's "skipped" (int32), and another example takes its
-    place, drawn from (seed, index): the same one whoever asks, and in every epoch.
+    Args:
+      on_error: "raise" makes any failure a UserError that names the files and the reason. "skip" logs
+        the failure, counts it in the example's "skipped" (int32), and puts another example in its
+        place, drawn from (seed, index): the same one in every process and every epoch.
+
+    Raises:
+      UserError: on access.
     """
 
     def __init__(self, source: Any, num_classes: int, on_error: str = "raise", seed: int = 0):
@@ -31,9 +35,11 @@ class Guarded:
         return len(self.source)
 
     def files(self, index: int) -> dict[str, Any]:
+        """Paths of an example's files."""
         return self.source.files(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Example `index` or its replacement, with "skipped" (int32): broken ones before it."""
         at, index = index, int(index)
         for skipped in range(TRIES):
             try:
@@ -42,35 +48,49 @@ class Guarded:
                 if self.on_error == "raise":
                     raise
                 log.warning("skipped: %s", error)
+
+            # Drawn from numbers that every process knows, so that all read the same replacement.
             at = int(np.random.default_rng([self.seed, index, skipped]).integers(len(self)))
         raise UserError(
             f"example {index} and {TRIES - 1} drawn in its place are all broken: see the lines above"
         )
 
     def _read(self, index: int) -> dict[str, Any]:
-        """Raises UserError, whatever went wrong."""
+        """Reads and checks one example.
+
+        Raises:
+          UserError: whatever went wrong; names the example's files.
+        """
         try:
             example = self.source[index]
             self._check(example)
         except UserError:
             raise
-        except Exception as error:  # readers meet files that nobody has foreseen
+        except Exception as error:  # readers meet files that nobody foresaw
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self._named(index)}: {type(error).__name__}: {reason}") from error
         return example
 
     def _named(self, index: int) -> str:
+        """Paths of an example's files for a message, or its index."""
         try:
             return ", ".join(dict.fromkeys(str(p) for p in self.source.files(index).values()))
-        except Exception:  # the error that is being told is the other one
+        except Exception:  # must not hide the error that is reported
             return f"example {index}"
 
     def _check(self, example: dict[str, Any]) -> None:
+        """Checks types, shapes and label ids.
+
+        Raises:
+          ValueError: the first thing that is wrong.
+        """
         image, label = example["image"], example["label"]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"the image is {image.dtype} {image.shape}, not uint8 [h, w, 3]")
         if label.dtype not in LABEL_DTYPES or label.shape != image.shape[:2]:
             raise ValueError(f"the label is {label.dtype} {label.shape}, the image {image.shape}")
+
+        # The range of ids last: it reads every pixel.
         if not label.size:
             raise ValueError("the image has no pixels")
         low, high = int(label.min()), int(label.max())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which classes of a label crop are asked for in training."""
+"""Choice of the classes that are queried for a label crop in training."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import dataclasses
 import cv2
 import numpy as np
 
-# what a query is in its crop
+# Kinds of queries: the class is in the crop, is not, or is not although it would be expected.
 PRESENT, ABSENT, HARD_ABSENT = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuerySampler:
-    """Draws query classes for a crop: present ones by rarity and area, some absent ones.
+    """Draws query classes for a crop: present ones by rarity and area, and some absent ones.
 
-    rarity: float [classes], 1 / sqrt(pixel frequency in the training tiles).
-    negative_rate: probability that a query is for an absent class (if there is one).
-    min_share: a class with a smaller share of the crop is neither present nor absent.
-    confusable: float [c, c], how much class a (column) is expected beside class p (row).
-    hard_rate: share of the absent classes that are drawn by `confusable` rather than evenly.
-    members: bool [c, c], the ids (columns) that a class's mask (row) covers where classes are nested.
+    Attributes:
+      rarity: float [classes], 1 / sqrt(pixel frequency in the training tiles).
+      negative_rate: probability that a query is for an absent class (if there is one).
+      min_share: a class with a smaller share of the crop is neither present nor absent.
+      confusable: float [c, c], how strongly class a (column) is expected beside class p (row).
+      hard_rate: share of the absent classes that are drawn by `confusable` rather than evenly.
+      members: bool [c, c], the ids (columns) that a class's mask (row) covers where classes are nested.
     """
 
     rarity: np.ndarray
@@ -32,34 +33,44 @@ class QuerySampler:
     members: np.ndarray | None = None
 
     def __call__(self, label: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns int32 [n] class ids; without repetition while there are enough classes."""
+        """Draws class ids, int32 [n]; without repetition while there are enough classes."""
         return self.draw(label, n, rng)[0]
 
     def draw(
         self, label: np.ndarray, n: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns class ids and what they are in this crop (PRESENT, ...): int32 [n], int32 [n].
+        """Draws class ids, int32 [n], and their kinds in this crop (PRESENT, ...), int32 [n].
 
-        The kinds are those that were drawn, not those that were asked for: a crop that shows every
-        class has no negatives.
+        The kinds tell what was drawn, not what was wanted: a crop that shows every class has no
+        negatives.
         """
+        # Shares of all pixels of the crop, ignored ones included; a nested class's share includes
+        # its members.
         share = class_counts(label, len(self.rarity)) / label.size
         if self.members is not None:
             share = self.members @ share
         present, absent = share > self.min_share, share == 0
-        # rare classes first, large areas mildly preferred
+
+        # Prefer rare classes, and mildly those of large areas.
         weight = np.where(present, self.rarity * share**0.25, 0.0)
         expected = self._expected(present, absent)
+
         chosen: list[int] = []
         kinds: list[int] = []
         for _ in range(n):
+            # absent evenly, absent but expected, or present by weight
             negative = rng.random() < self.negative_rate and absent.any()
             pool = absent.astype(float) if negative else weight
             hard = negative and expected is not None and rng.random() < self.hard_rate
             if hard:
                 pool = expected
+
+            # Nothing to draw from (only classes below min_share, or only ignored pixels): take any
+            # class shown, or any at all.
             if not pool.any():
                 pool = (share > 0).astype(float) if (share > 0).any() else np.ones_like(share)
+
+            # Repeat a class only when all of the pool have been drawn.
             fresh = pool.copy()
             fresh[chosen] = 0.0
             pool = fresh if fresh.any() else pool
@@ -68,21 +79,23 @@ class QuerySampler:
         return np.asarray(chosen, np.int32), np.asarray(kinds, np.int32)
 
     def _expected(self, present: np.ndarray, absent: np.ndarray) -> np.ndarray | None:
-        """Weights of the absent classes that one would expect in this crop; None: there are none."""
+        """Weights of the absent classes that one would expect in this crop; None if there are none."""
         if not self.hard_rate or not present.any():
             return None
+        # expected beside any present class: the strongest link counts
         weight = np.where(absent, self.confusable[present].max(axis=0), 0.0)
         return weight if weight.any() else None
 
 
 def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
-    """What rng.choice(len(weights), p=weights / sum) gives, without the time of its checks."""
+    """Same draw as rng.choice(len(weights), p=weights / sum), without the time of its checks."""
     cumulative = np.cumsum(weights / weights.sum())
     return int(np.searchsorted(cumulative / cumulative[-1], rng.random(), side="right"))
 
 
 def class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels per class of a label map with ignore = -1: int64 [c]."""
+    # Three ways of the same result, the fastest first; this runs for every crop.
     if label.itemsize == 1 and (counts := _counts_of_few(label, num_classes)) is not None:
         return counts
     if num_classes < 256 and label.size < 2**24:  # float32 counts are exact up to there
@@ -94,18 +107,21 @@ def class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _counts_of_few(label: np.ndarray, num_classes: int) -> np.ndarray | None:
-    """Counts by comparing with each id of a coarse sample, a third of a histogram's time.
+    """Counts by comparison with each id of a coarse sample, in a third of a histogram's time.
 
-    None: there are many ids, or some that the sample does not show.
+    None if there are many ids, or some that the sample does not show.
     """
     ids = np.unique(label[::8, ::8])
     if len(ids) > 12:
         return None
+
+    # If the counts do not add up, the sample missed an id.
     found = [int(np.count_nonzero(label == i)) for i in ids]
     if sum(found) != label.size:
         return None
+
     counts = np.zeros(num_classes + 1, np.int64)
-    counts[ids] = found  # -1 is the last one
+    counts[ids] = found  # -1 indexes the last place, which is dropped
     return counts[:-1]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the configuration to sources: a download, prepared shards, or a TFDS data set; mixtures."""
+"""Opening of the configured data sets: downloads, prepared shards, TFDS data sets, and mixtures."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from digseg_jax.data.shards import records
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
-TFDS = "tfds:"
+TFDS = "tfds:"  # prefix of data sets that TensorFlow Datasets prepared
 
 
 def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
-    """The data sets that training draws from; one of weight 1 if there is no mixture."""
+    """Data sets that training draws from; a single one of weight 1 if there is no mixture."""
     return config.mixture or (PartConfig(config.name, config.root, split=config.train_split),)
 
 
 def spec_of(part: PartConfig) -> DatasetSpec:
-    """Raises UserError: no such data set."""
+    """Spec of a data set.
+
+    Raises:
+      UserError: no such data set.
+    """
     if part.name.startswith(TFDS):
-        from digseg_jax.data.datasets import tfds  # imports tensorflow_datasets
+        from digseg_jax.data.datasets import tfds  # imports tensorflow_datasets, which is slow
 
         return tfds.spec(part.name.removeprefix(TFDS), part.root)
+
+    # Shards of a user's own folder carry its class list; the folder itself may be elsewhere.
     stored = records.stored_spec(part.root) if part.name == "folder" else None
     return stored or registry.spec(part.name, part.root)
 
 
 def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, str]]:
-    """The data sets that training draws from, each with its facts and the split that it is.
+    """Data sets that training draws from, each with its spec and the name of its split.
 
     Raises:
       UserError: no such data set.
@@ -42,7 +48,7 @@ def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, st
 
 
 def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
-    """The examples of a split. A root that holds prepared shards of it is read as such.
+    """Opens the examples of a split; a root that holds prepared shards of the split is read as such.
 
     narrow: labels of shards in the narrowest type, see `RecordSource`.
 
@@ -53,8 +59,13 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
         from digseg_jax.data.datasets import tfds
 
         return tfds.TfdsSource(part.name.removeprefix(TFDS), part.root, split)
+
+    # Shards go first: they are faster than the download's files, which may lie beside them.
     if records.is_prepared(part.root, split):
         return records.RecordSource(part.root, split, spec_of(part), narrow=narrow)
+
+    # Shards of other splits only, or a bucket, where downloads are not read: tell how to make
+    # shards.
     if prepared := records.prepared_splits(part.root):
         raise UserError(
             f"{part.root}: shards of {', '.join(prepared)} only; digseg_jax.tools.prepare_data "
@@ -66,7 +77,10 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
 
 
 def statistics_of(source: Source, guarded: Guarded) -> ClassStatistics:
-    """Prepared data sets carry theirs; of others a sample is read (through the guard)."""
+    """Class statistics of a training split, for drawing queries.
+
+    Prepared data sets carry them; for others a sample of examples is read (through the guard).
+    """
     if isinstance(source, records.RecordSource):
         return source.statistics()
     log.info("class frequencies: from a sample; digseg_jax.tools.prepare_data counts them once for all")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch i of a stream is a pure function of (seed, i), for any number of hosts and workers.
+"""Training streams: batch i is a pure function of (seed, i), for any number of hosts and workers.
 
 `random_map` comes before the host slice, so a global batch is the same set of examples however many
 hosts share it, and the whole state of a stream is one integer, the next step.
@@ -24,9 +24,9 @@ MakeExample = Callable[[Example, np.random.Generator], Example]
 
 
 class Batches:
-    """Batches of a stream, and the end of its worker processes.
+    """Iterator over a stream's batches that also owns its worker processes.
 
-    skipped: how many broken examples have been replaced in what was handed out so far.
+    skipped: number of broken examples replaced in the batches handed out so far.
     """
 
     def __init__(self, batches: grain.IterDataset):
@@ -37,18 +37,20 @@ class Batches:
         return self
 
     def __next__(self) -> Example:
+        # After any error, an interrupt included, the workers must not outlive the iterator.
         try:
             batch = next(self._batches)
         except BaseException:
             self.close()
             raise
+
         if (skipped := int(batch.pop("skipped", np.zeros(1)).sum())) > 0:
             self.skipped += skipped
             log.warning("%d broken examples replaced so far", self.skipped)
         return batch
 
     def close(self) -> None:
-        """Ends the workers; the next batch is then an error."""
+        """Ends the workers; asking for another batch is then an error."""
         self._batches.close()
 
     def __enter__(self) -> Batches:
@@ -71,6 +73,14 @@ def stream(
 ) -> Batches:
     """Endless batches from step `start`; each example carries its global "index" (uint32).
 
+    Args:
+      source: random access to examples.
+      make_example: makes a training example from a source's example and its own random generator.
+      batch_size: examples of the global batch.
+      start: first step.
+      host, hosts: this host's number and the number of hosts that share a batch.
+      workers: worker processes; 0 works in this process.
+
     Raises:
       ValueError: the batch does not divide among the hosts.
     """
@@ -82,7 +92,7 @@ def stream(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A data set of a mixture: its source, what is made of its examples, its weight."""
+    """A data set of a mixture: its source, what makes its training examples, its weight."""
 
     source: Any
     make_example: MakeExample
@@ -103,16 +113,20 @@ def mixed_stream(
     """Like `stream`, from several sources in the proportion of their weights, evenly interleaved.
 
     Each part is shuffled and repeated on its own: a small one is seen again while a large one lasts.
-    threads: of each worker, for reading; None: as many as a local disk needs.
+
+    threads: reading threads of each worker; None: as many as a local disk needs.
 
     Raises:
       ValueError: the batch does not divide among the hosts.
     """
+    # A seed of its own for each part, so that two parts of one size are not shuffled alike.
     datasets = []
     for k, part in enumerate(parts):
         own = int(np.random.SeedSequence([seed, k]).generate_state(1)[0])
         dataset = grain.MapDataset.source(part.source).seed(own).shuffle().repeat(None)
         datasets.append(dataset.random_map(part.make_example))
+
+    # The index counts examples of the mixture, not of a part.
     weights = [part.weight for part in parts]
     dataset = datasets[0] if len(parts) == 1 else grain.MapDataset.mix(datasets, weights)
     dataset = dataset.map_with_index(_with_index)
@@ -128,21 +142,28 @@ def _batches(
     workers: int,
     threads: int | None = None,
 ) -> Batches:
+    """Batches of an endless data set, from step `start`, this host's share of each."""
     if batch_size % hosts:
         raise ValueError(f"batch size {batch_size} does not divide among {hosts} hosts")
-    # whole parts of the batch: the global array is the same one for any number of hosts. The endless
-    # repetition is cut because grain counts its batches in floats, which 2**63 - 1 does not survive
+
+    # Hosts take contiguous parts of a global batch: the global array does not depend on their number.
+    # The endless repetition is cut because grain counts its batches in floats, for which 2**63 - 1 is
+    # too large.
     dataset = dataset[: 2**62]
     dataset = dataset.batch(batch_size // hosts, batch_fn=_stacked)[host::hosts][start:]
-    if threads is None:  # a disk answers at once: a worker reads and works in turn, on one core
+
+    # A disk answers at once: a worker reads and works in turn, on one core.
+    if threads is None:
         threads = 0 if workers else 1
     ahead = max(4, threads) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     batches = dataset.to_iter_dataset(options)
+
+    # Worker processes share the cores among them, so OpenCV starts no threads inside of them.
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain looks its flags up, also outside absl's app.run
+        if not flags.FLAGS.is_parsed():  # grain reads absl's flags, also outside app.run
             flags.FLAGS.mark_as_parsed()
-        # worker processes share the cores among them: no threads of OpenCV inside
+
         multiprocessing = grain.MultiprocessingOptions(num_workers=workers)
         batches = batches.mp_prefetch(multiprocessing, worker_init_fn=_start_worker)
     else:
@@ -151,21 +172,25 @@ def _batches(
 
 
 def _stacked(examples: Sequence[Example]) -> Example:
-    """One array of each kind; labels, which may be narrow until here, as int32."""
+    """Batch of examples, one array per key; labels, which may be narrow until here, become int32."""
     types = {"label": np.int32}
     return {k: np.stack([e[k] for e in examples], dtype=types.get(k)) for k in examples[0]}
 
 
 def _start_worker(index: int, count: int) -> None:
+    """Prepares a worker process: one thread for OpenCV, and freed memory is kept."""
     cv2.setNumThreads(1)
     keep_freed_memory()
 
 
 def _with_index(i: int, example: Example) -> Example:
+    """The example with its global "index" (uint32)."""
     return example | {"index": np.uint32(i)}
 
 
 def _keep_index(make_example: MakeExample) -> MakeExample:
+    """`make_example` for examples with an "index", which it neither sees nor loses."""
+
     def mapped(example: Example, rng: np.random.Generator) -> Example:
         index = example.pop("index")
         return make_example(example, rng) | {"index": index}
