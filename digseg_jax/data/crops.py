@@ -60,7 +60,7 @@ class Window:
 def random_view(
     image: np.ndarray, label: np.ndarray, rules: CropRules, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a crop: image uint8 [h, w, 3] and label [h, w] to [s, s, 3] and [s, s] of the same types."""
+    """Draws a crop: image uint8 [h, w, 3] and label [h, w] to [s, s, 3] and [s, s], types unchanged."""
     window = balanced_window(label, rules, rng)
     image, label = view(image, label, window, rules.size)
 
@@ -84,7 +84,7 @@ def draw_window(height: int, width: int, rules: CropRules, rng: np.random.Genera
 
 
 def central_window(height: int, width: int, size: int) -> Window:
-    """The middle square of an image, whose short side fills the crop: the window of cached latents."""
+    """The middle square of an image, its short side filling the crop: the window of cached latents."""
     side = min(height, width)
     return Window((height - side) // 2, (width - side) // 2, side, side, 0, 0, size, size)
 
@@ -155,8 +155,8 @@ def colour_matrix(strength: float, rng: np.random.Generator) -> np.ndarray:
     brightness, contrast, saturation, hue = draws.tolist()
     contrast, saturation = 1 + 0.5 * contrast, 1 + 0.5 * saturation
 
-    # contrast * hue(saturation * color + (1 - saturation) * luma). The rotation about the gray axis does
-    # not change grays such as luma, so luma's part is added after it.
+    # contrast * hue(saturation * color + (1 - saturation) * luma). The rotation about the gray axis
+    # does not change grays such as luma, so luma's part is added after it.
     turned = _rotation(math.radians(36 * hue), contrast * saturation)
     luma = [contrast * (1 - saturation) * weight for weight in LUMA]
 

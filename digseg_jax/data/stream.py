@@ -163,7 +163,6 @@ def _batches(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl's flags, also outside app.run
             flags.FLAGS.mark_as_parsed()
-
         multiprocessing = grain.MultiprocessingOptions(num_workers=workers)
         batches = batches.mp_prefetch(multiprocessing, worker_init_fn=_start_worker)
     else:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--mode=cache_latents: what the frozen autoencoder makes of the training data, computed once.
+"""Latents of the training data, computed once by the frozen autoencoder: --mode=cache_latents.
 
-Of every training example the middle square, its short side filling the crop, and its mirror image: the
-picture's latent, and those of the masks of all classes that the crop shows (with nested classes, of all
-that they cover; with the palette codec, of the one picture of all classes). Training with the same
-configuration reads `config.data.latent_cache` and runs no autoencoder.
+The middle square of every training example, its short side filling the crop, is encoded as it is and
+mirrored: the image, and the masks of all classes that the crop shows (with nested classes, of all that
+cover them; with the palette codec, the one image of all classes). Training with the same configuration
+reads `config.data.latent_cache` and runs no autoencoder.
 
-Killed and started again it goes on with the shards that are missing. Several processes share the
-shards among them; each encodes with its own devices, so none waits for another before the end.
+A killed job continues with the missing shards. Several processes share the shards; each encodes with
+its own devices, so none waits for another before the end.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.tasks.components import for_devices
 from digseg_jax.training.tasks.latents import Crop, FrozenTask, LatentEncoder, made_with
 
-SHARD_EXAMPLES = 256  # at 512 pixels and eight classes a picture: 300 MB
-READERS = 4  # threads that decode pictures while the devices encode
-PATIENCE = 6 * 3600.0  # seconds that the first process to be ready waits for the last
+SHARD_EXAMPLES = 256  # 300 MB at 512 pixels and eight classes per image
+READERS = 4  # threads that decode images while the devices encode
+PATIENCE = 6 * 3600.0  # seconds that the first process to finish waits for the last
 
 
 def run(config: Config) -> None:
@@ -68,13 +68,19 @@ def run(config: Config) -> None:
     """
     if not config.data.latent_cache:
         raise UserError(f"{MODE} needs --config.data.latent_cache=DIR or gs://BUCKET/DIR")
+
     use_compile_cache(config.train.compile_cache)
+
+    # Each process works alone on its own devices.
     devices = jax.local_devices()
     config = for_devices(config, devices)
     task = FrozenTask(config)
-    # no more pictures at a time than a train step encodes, on the devices of one process
+
+    # At most as many images at a time as a train step encodes, on the devices of one process.
     rows = math.ceil(config.train.batch_size / jax.process_count())
     encoder = LatentEncoder(task, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
+
+    # The same settings go into every plan, so that training can tell whether a cache fits.
     facts = made_with(config, task)
     parts = training_parts(config.data)
     tables = cover_tables([spec for _, spec, _ in parts])
@@ -96,10 +102,12 @@ def run(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SplitWriter:
-    """Writes the cache of one data set.
+    """Writer of one data set's cache.
 
-    source: through the guard. plan: what the cache is made with. covers: int32 [classes, m], the ids
-    of each class's mask.
+    Attributes:
+      source: checked examples of the split.
+      plan: what the cache is made with, JSON-ready.
+      covers: int32 [classes, m], the ids of each class's mask.
     """
 
     source: Guarded
@@ -110,13 +118,21 @@ class SplitWriter:
     covers: np.ndarray
 
     def run(self) -> None:
-        """Every process must come; see the module."""
+        """Writes the missing shards, then the manifest; every process must call it.
+
+        Raises:
+          UserError: as `cache_latents.run`, on every process.
+        """
+        # Process 0 claims the folder for this plan.
         with together("the folder of the latents"):
             if is_main():
                 with explained(self.folder, "cannot be written"):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     files.claim(self.folder, self.plan, "config.data.latent_cache")
-        with together("a look at the latents"):  # by all, before one of them writes
+
+        # All processes look before one of them writes; afterwards they would see different numbers
+        # of shards.
+        with together("a look at the latents"):
             if not (self.folder / files.PLAN).exists():
                 raise UserError(
                     f"{self.folder}: process 0 wrote {files.PLAN} there, this process does not "
@@ -127,6 +143,8 @@ class SplitWriter:
         if done:
             log.info("%s: complete already", self.folder)
             return
+
+        # Every n-th missing shard is this process's.
         log.info("%s: %d of %d shards to write", self.folder, len(todo), self.shards)
         with together("the latents", PATIENCE):
             self._write(todo[jax.process_index() :: jax.process_count()])
@@ -136,13 +154,16 @@ class SplitWriter:
 
     @property
     def shards(self) -> int:
+        """Number of shards, the last one perhaps smaller."""
         return -(-self.plan["source_examples"] // self.plan["shard_examples"])
 
     def _rows(self, shard: int) -> range:
+        """Indices of a shard's examples in the source."""
         step = self.plan["shard_examples"]
         return range(self.plan["source_examples"])[shard * step : (shard + 1) * step]
 
     def _write(self, shards: list[int]) -> None:
+        """Writes shards one by one, showing the progress in images."""
         total = sum(len(self._rows(shard)) for shard in shards)
         progress = Progress(total, label="latents", unit="images")
         start, done = time.monotonic(), 0
@@ -153,13 +174,17 @@ class SplitWriter:
         progress.close()
 
     def _write_shard(self, shard: int) -> Iterator[int]:
-        """Yields how many examples were dealt with. Calls of the encoder never reach over shards: a
-        shard's bytes do not depend on where a killed job goes on."""
+        """Writes one shard; yields the numbers of examples as they are done.
+
+        Calls of the encoder never reach across shards, so a shard's bytes do not depend on where a
+        killed job continues.
+        """
         statistics = ClassStatistics.empty(self.spec.num_classes)
         broken: list[str] = []
         with files.new_shard(self.folder, shard, self.shards) as (writer, facts):
             crops = self._crops(self._rows(shard))
             while chunk := list(itertools.islice(crops, self.encoder.rows)):
+                # broken examples take a place in the chunk, but none in the shard
                 whole = [crop for crop in chunk if isinstance(crop, Crop)]
                 broken += [str(error) for error in chunk if isinstance(error, UserError)]
                 for record in self.encoder.records(whole, self.covers) if whole else ():
@@ -167,6 +192,8 @@ class SplitWriter:
                 for crop in whole:
                     statistics.add(crop.label)
                 yield len(chunk)
+
+            # Goes into the sidecar when the shard is in place.
             facts |= {
                 "examples": statistics.examples,
                 "broken": broken,
@@ -174,10 +201,11 @@ class SplitWriter:
             }
 
     def _crops(self, rows: range) -> Iterator[Crop | UserError]:
-        """In their order, read ahead; broken ones as what is wrong with them."""
+        """Crops in the order of `rows`, read ahead by threads; for a broken example its error."""
         with ThreadPoolExecutor(READERS) as pool:
             pending = collections.deque()
             for index in rows:
+                # at most two calls of the encoder ahead: crops wait in memory
                 pending.append(pool.submit(self._crop, index))
                 if len(pending) > 2 * self.encoder.rows:
                     yield pending.popleft().result()
@@ -185,19 +213,26 @@ class SplitWriter:
                 yield pending.popleft().result()
 
     def _crop(self, index: int) -> Crop | UserError:
+        """Reads one example and cuts its middle square; for a broken one that is skipped, its error."""
         try:
             example = self.source[index]
         except UserError as error:
             if self.plan["on_error"] == "raise":
                 raise
             return error
+
+        # The palette's one image shows all classes, so it needs no list.
         size, label = self.encoder.size, example["label"]
         image, label = view(example["image"], label, central_window(*label.shape, size), size)
         classes = () if self.encoder.palette else shown_classes(label, self.spec)
         return Crop(str(example["name"]), image, label, classes)
 
     def _finish(self) -> None:
-        """Adds the sidecars up to the manifest, and removes them."""
+        """Sums the sidecars up to the manifest, and removes them.
+
+        Raises:
+          UserError: every example is broken, or a file cannot be written.
+        """
         statistics = ClassStatistics.empty(self.spec.num_classes)
         rows, broken = files.sidecars(self.folder, self.shards), []
         for row in rows:
@@ -205,21 +240,29 @@ class SplitWriter:
             broken += row.pop("broken")
         if not statistics.examples:
             raise UserError(f"{self.folder}: no example is whole; the first: {broken[:1]}")
+
+        # The plan is part of the manifest: training compares it with its own settings.
         manifest = self.plan | {
             "examples": statistics.examples,
             "shards": rows,
             "broken": broken,
             "statistics": statistics.to_dict(),
         }
+
+        # All absent classes share one latent, stored once.
         absent = io.BytesIO()
         if not self.encoder.palette:
             np.save(absent, self.encoder.absent(self.covers))
             manifest["absent_sha256"] = hashlib.sha256(absent.getvalue()).hexdigest()
+
+        # The manifest marks the cache as complete, so it is written after all other files.
         with explained(self.folder, "cannot be written"):
             if not self.encoder.palette:
                 files.write(self.folder / ABSENT, absent.getvalue())
             files.write(self.folder / MANIFEST, json.dumps(manifest).encode())
             files.remove_sidecars(self.folder, self.shards)
+
+        # Told at the end as well, where it is not overlooked.
         for line in broken:
             log.warning("left out: %s", line)
         size = sum(row["bytes"] for row in rows) / 1e9

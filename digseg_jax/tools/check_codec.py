@@ -2,8 +2,8 @@
 """python -m digseg_jax.tools.check_codec: what each codec loses in the autoencoder alone.
 
 Label maps of a data set are encoded, sent through the autoencoder and read back. The result is the
-ceiling of any model trained on that codec: label accuracy and mIoU of both codecs, the palette's
-colours and sigma, and the linear probe's share of the mask's variance.
+upper bound for any model trained on that codec: label accuracy and mIoU of both codecs, the palette's
+colors and sigma, and the share of the mask's variance that the linear latent decoder explains.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from digseg_jax.segmentation.palette import (
 )
 from digseg_jax.training.tasks.components import Vae, load_vae
 
-QUERIES = 8  # binary masks that are decoded at a time
+QUERIES = 8  # binary masks per call of the decoder
 
 
 class CodecCheck:
-    """One autoencoder, compiled once per picture size."""
+    """An autoencoder with its parameters, compiled once per image size."""
 
     def __init__(self, vae: Vae, params: Any):
         self.params = params
@@ -50,31 +50,44 @@ class CodecCheck:
         self.factor = vae.config.factor
 
     def latents(self, image: Array) -> np.ndarray:
+        """Latents of images in [-1, 1]."""
         return np.asarray(self.encode(self.params, jnp.asarray(image)))
 
     def round_trip(self, image: Array) -> np.ndarray:
+        """Images in [-1, 1] after encoding and decoding."""
         return np.asarray(self.decode(self.params, self.encode(self.params, jnp.asarray(image))))
 
     def binary(self, label: np.ndarray, num_classes: int, probe: Any) -> dict[str, np.ndarray]:
-        """Label map [h, w] to the maps that come back: by decoder and by linear probe."""
+        """Sends a label map [h, w] through the binary codec; returns the maps that come back.
+
+        "binary": from masks of the decoder; "binary_probe": from masks of the linear latent decoder.
+        """
         evidence, probed = [], []
         for first in range(0, num_classes, QUERIES):
+            # always QUERIES classes, so that one compilation serves; those beyond the last are
+            # dropped below
             classes = np.arange(first, first + QUERIES)[None]
             masks = encode_binary(jnp.asarray(label)[None], jnp.asarray(classes))[0]
             latent = self.encode(self.params, masks)
             evidence.append(np.asarray(decode_binary(self.decode(self.params, latent))))
             probed.append(np.asarray(enlarge(probe(latent), *label.shape)))
+
+        # As in a prediction: each pixel goes to the class of the largest mask score.
         maps = [np.concatenate(x)[:num_classes].argmax(axis=0) for x in (evidence, probed)]
         return {"binary": maps[0], "binary_probe": maps[1]}
 
 
 def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> dict[str, Any]:
-    """Accuracy and mIoU of every way back, over `images` label maps spread over the source."""
+    """Accuracy and mIoU of every way back, over `images` label maps spread evenly over the source."""
     checker = CodecCheck(vae, params)
     probe = fit_probe(checker.latents)
+
+    # A palette has room for a limited number of classes; beyond it only the binary codec is checked.
     palette = None
     if num_classes <= MAX_CLASSES:
         palette = build_palette(num_classes, checker.round_trip, checker.latents)
+
+    # Confusion counts are pooled over all maps.
     counts: dict[str, np.ndarray] = {}
     rows = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(int))
     for row in rows:
@@ -87,6 +100,8 @@ def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> 
         for name, prediction in maps.items():
             found = confusion.confusion(label[None], prediction[None], num_classes)
             counts[name] = counts.get(name, 0) + np.asarray(found, np.int64)
+
+    # JSON-ready.
     result: dict[str, Any] = {"images": len(rows), "probe_r2": probe.r2}
     if palette is not None:
         result["palette"] = palette.to_dict()
@@ -95,14 +110,14 @@ def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> 
 
 
 def _whole_cells(label: np.ndarray, factor: int) -> np.ndarray:
-    """The label map without the pixels beyond the last whole group of latent cells."""
-    step = 4 * factor
+    """The label map without the pixels beyond the last whole group of 4 latent cells."""
+    step = 4 * factor  # pixels
     height, width = (max(n // step, 1) * step for n in label.shape)
     return label[:height, :width]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Rows for people."""
+    """The result as a table for people."""
     rows = ["codec         label accuracy    mIoU"]
     for name, scores in result["codecs"].items():
         rows.append(f"{name:<14}{scores['accuracy']:>14.4f}{scores['miou']:>8.4f}")
@@ -113,6 +128,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 after a UserError."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.check_codec", description=__doc__)
     parser.add_argument("--vae", default=ModelConfig().vae, help="as config.model.vae")
     parser.add_argument("--data", default="landcover", help="a data set of the registry")
@@ -122,8 +138,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON alone on stdout")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args(argv)
+
+    # grain reads absl's flags outside absl.app.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+
     setup(quiet=arguments.json)
     cpu.tune()
     try:
@@ -135,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
     result = {"data": arguments.data, "split": split, "vae": arguments.vae, **result}
     print(json.dumps(result) if arguments.json else table(result))
     if arguments.out:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares a download with its specification.
+"""Comparison of a download with its spec.
 
     python -m digseg_jax.tools.check_data --dataset=NAME --root=DIR
 
-Reads every image and label: counts against the official ones, sizes, unknown label values, unreadable
-files, pixel shares of the classes; draws a contact sheet. Exit status 1 if something is wrong.
+Reads every image and label and compares their number with the official one; finds labels of another
+size, unknown label values and unreadable files; prints pixel shares of the classes and draws a contact
+sheet. The exit status is 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 from digseg_jax.tools.contact_sheet import Tile, contact_sheet
 
-_KINDS = ("unreadable", "size_mismatch", "unknown_value")
-_SHOWN = 20  # messages of one kind that are kept
+_KINDS = ("unreadable", "size_mismatch", "unknown_value")  # of broken examples
+_SHOWN = 20  # messages kept per kind
 
 
 def kind_of(error: UserError) -> str:
-    """The heading that an example's error goes under."""
+    """The kind, one of _KINDS, that an example's error belongs to."""
     if isinstance(error, SizeError):
         return "size_mismatch"
     return "unknown_value" if isinstance(error, LabelValueError) else "unreadable"
@@ -41,28 +42,39 @@ def kind_of(error: UserError) -> str:
 def check_split(
     spec: DatasetSpec, source: registry.Source, split: str, *, limit: int = 0, sheet: int = 0
 ) -> tuple[dict[str, Any], list[Tile]]:
-    """Reads a split's examples, or `limit` of them evenly spread; returns findings and pictures."""
+    """Reads a split's examples, or `limit` of them evenly spread; returns findings and tiles to show.
+
+    sheet: number of tiles.
+    """
     count, official = len(source), spec.splits[split]
     chosen = np.arange(count)
     if 0 < limit < count:
         chosen = np.linspace(0, count - 1, limit).round().astype(int)
     shown = set(chosen[np.linspace(0, len(chosen) - 1, min(sheet, len(chosen))).astype(int)])
+
+    # Counts over all examples that can be read.
     pixels = np.zeros(spec.num_classes + 1, np.int64)  # the last one: ignored
     images = np.zeros(spec.num_classes, np.int64)
     errors: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     counts = dict.fromkeys(_KINDS, 0)
     tiles: list[Tile] = []
+
+    # Only the first messages of a kind are kept, as a wrong folder makes one per file; all are counted.
     for index, example in _examples(source, chosen):
         if isinstance(example, UserError):
             kind = kind_of(example)
             counts[kind] += 1
             errors[kind] += [str(example)] if len(errors[kind]) < _SHOWN else []
             continue
+
+        # Shifted by one: ignored pixels (-1) come first here, and last in `pixels`.
         found = np.bincount(example["label"].ravel() + 1, minlength=spec.num_classes + 1)
         pixels += np.roll(found, -1)
         images += found[1:] > 0
         if index in shown:
             tiles.append(Tile(example["image"], example["label"], f"{split} {example['name']}"))
+
+    # JSON-ready.
     total = max(int(pixels.sum()), 1)
     return {
         "count": count,
@@ -77,9 +89,13 @@ def check_split(
 
 
 def _examples(source: registry.Source, chosen: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """(index, example or its error) in order, read by a few threads: decoding leaves the GIL."""
+    """Reads examples with a few threads, in order: (index, example or its error).
+
+    Threads help, as decoding releases the GIL.
+    """
 
     def read(index: int) -> Any:
+        """The example, or the UserError that names its file."""
         try:
             return source[int(index)]
         except UserError as error:
@@ -94,13 +110,16 @@ def _examples(source: registry.Source, chosen: Iterable[int]) -> Iterator[tuple[
 
 
 def violations(name: str, findings: dict[str, Any]) -> list[str]:
-    """What is wrong with a split, a line each."""
+    """What is wrong with a split, one line per finding."""
     if "error" in findings:
         return [f"{name}: {findings['error']}"]
+
     lines = []
     count, official = findings["count"], findings["official_count"]
     if official and count != official:
         lines.append(f"{name}: {count} examples, officially {official}")
+
+    # One line for each kind of broken example, with the first message.
     words = {"unreadable": "unreadable", "size_mismatch": "label size is not the image's",
              "unknown_value": "unknown label values"}  # fmt: skip
     for kind, text in words.items():
@@ -113,7 +132,7 @@ def violations(name: str, findings: dict[str, Any]) -> list[str]:
 def run(
     name: str, root: str | Path, splits: list[str], *, limit: int, sheet: Path | None
 ) -> dict[str, Any]:
-    """Checks splits (if none is named, all but the extra ones) and writes the contact sheet.
+    """Checks splits (all but the extra ones if none is named) and writes the contact sheet.
 
     Raises:
       UserError: no such data set.
@@ -121,6 +140,8 @@ def run(
     spec = registry.spec(name, root)
     results: dict[str, Any] = {}
     tiles: list[Tile] = []
+
+    # A missing split is a finding too; the others are checked all the same.
     for split in splits or [s for s in spec.splits if s not in spec.extra_splits]:
         try:
             source = registry.open_source(name, root, split)
@@ -146,7 +167,7 @@ def run(
 
 
 def text(result: dict[str, Any]) -> str:
-    """The result for reading."""
+    """The result as text for people."""
     lines = [f"{result['dataset']}: {result['title']}", f"licence: {result['licence']}"]
     for split, found in result["splits"].items():
         if "error" in found:
@@ -154,12 +175,16 @@ def text(result: dict[str, Any]) -> str:
         official = found["official_count"]
         beside = f" (official: {official})" if official else ""
         lines.append(f"{split}: {found['count']} examples{beside}, {found['read']} read")
+
+        # Classes by their share of the pixels, largest first.
         shares = {**found["pixel_share"], "ignored": found["ignored_share"]}
         ranked = sorted(shares.items(), key=lambda item: -item[1])
         lines += [f"  {100 * share:7.3f} %  {name}" for name, share in ranked if share > 0]
         absent = [n for n, images in found["images_with_class"].items() if not images]
         if absent:
             lines.append(f"  in no image: {', '.join(absent)}")
+
+    # The verdict comes last, where a terminal shows it.
     if result["contact_sheet"]:
         lines.append(f"contact sheet: {result['contact_sheet']}")
     lines += [f"WRONG  {line}" for line in result["violations"]] or ["nothing is wrong"]
@@ -167,6 +192,7 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.check_data", description=__doc__)
     parser.add_argument("--dataset", required=True, help=", ".join(registry.names()))
     parser.add_argument("--root", default="", help="the folder of the download, as it unpacks")
@@ -180,11 +206,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: as it should be, 1: something is wrong, 2: it could not be checked."""
+    """Runs the command line; exit status 0: nothing wrong, 1: something wrong, 2: not checked."""
     arguments = _parser().parse_args(argv)
     flags.FLAGS.mark_as_parsed()
     sheet = arguments.sheet or Path(f"{arguments.dataset}_check.png")
     sheet = None if str(sheet) == "-" else sheet
+
     try:
         result = run(
             arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m digseg_jax.tools.convert_weights SOURCE [OUT]: a pickled checkpoint to safetensors, once.
 
-For checkpoints that are published only as pickles, such as BiomedCLIP. Runs where torch is
-installed; nothing else in this project opens a pickle. Opened with `weights_only=True`, so that
-a file holding more than tensors is refused rather than run.
+For checkpoints that are published only as pickles, such as BiomedCLIP. Needs an environment with torch;
+nothing else in this project opens a pickle. It is opened with `weights_only=True`, which rejects a file
+that holds more than tensors instead of running its code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.weights.hub import COMPANIONS, converted_folder, resolve_pickles
 from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, OPEN_CLIP_STEM, TRANSFORMERS_STEM
 
-STEMS = {  # stem of the pickle -> of the safetensors file
+# stem of the pickle -> stem of the safetensors file
+STEMS = {
     "diffusion_pytorch_model": DIFFUSERS_STEM,
     "pytorch_model": TRANSFORMERS_STEM,
     "open_clip_pytorch_model": OPEN_CLIP_STEM,
@@ -26,18 +27,18 @@ STEMS = {  # stem of the pickle -> of the safetensors file
 
 
 def convert(source: str | Path, out: str | Path | None = None) -> Path:
-    """Writes `out` with the tensors of `source` as one safetensors file, and the files beside them.
+    """Converts the tensors of `source` to one safetensors file; copies the files beside them.
 
     Args:
         source: a folder, a hub id[:subfolder], or a name of `digseg_jax.weights.catalog`.
-        out: folder to write, which `load_component` reads; None: where `resolve` looks for the
-            source's name itself, beside the hub's cache, or the folder that is the source.
+        out: folder to write, which `load_component` reads; None: where `resolve` looks for the source's
+            name, beside the hub's cache, or the source folder itself.
 
     Returns:
         The weight file.
 
     Raises:
-        UserError: torch is missing, no pickle found, or it holds more than tensors.
+        UserError: torch is missing, no pickle is found, or it holds more than tensors.
     """
     torch = _torch()
     folder = resolve_pickles(source, tuple(STEMS))
@@ -47,18 +48,25 @@ def convert(source: str | Path, out: str | Path | None = None) -> Path:
         tensors |= _tensors(torch, file)
     from safetensors.torch import save_file
 
+    # Configuration and tokenizer go along, so that the folder is a complete component.
     out = converted_folder(source) if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (folder / name).is_file() and folder.resolve() != out.resolve():
             shutil.copyfile(folder / name, out / name)
     target = out / f"{STEMS[stem]}.safetensors"
-    # tied tensors share memory, which safetensors does not store
+
+    # Tied tensors share memory, which safetensors rejects: store copies.
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, target, {"format": "pt"})
     return target
 
 
 def _torch() -> Any:
+    """The torch module.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         import torch
     except ImportError as error:
@@ -70,6 +78,11 @@ def _torch() -> Any:
 
 
 def _pickles(folder: Path) -> tuple[str, list[Path]]:
+    """Stem and files of a folder's checkpoint, which may be split into several files.
+
+    Raises:
+      UserError: no checkpoint of a known name.
+    """
     for stem in STEMS:
         files = [folder / f"{stem}.bin"]
         if not files[0].is_file():
@@ -80,11 +93,18 @@ def _pickles(folder: Path) -> tuple[str, list[Path]]:
 
 
 def _tensors(torch: Any, file: Path) -> dict[str, Any]:
+    """Tensors of one file by name.
+
+    Raises:
+      UserError: not a pickle that torch can read, or one that holds more than tensors.
+    """
     try:
         values = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling and zip errors of many types
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{file} is not a checkpoint of tensors only: {reason}") from error
+
+    # Trainers wrap the tensors in "state_dict", and data-parallel ones prefix the names with "module.".
     values = values.get("state_dict", values)
     other = [key for key, value in values.items() if not isinstance(value, torch.Tensor)]
     if other:
@@ -93,7 +113,7 @@ def _tensors(torch: Any, file: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; exits with status 2 after a UserError."""
+    """Runs the command line; exits with status 2 after a UserError."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.convert_weights")
     parser.add_argument("source", help="folder, hub id[:subfolder] or known name with a pickle")
     parser.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One page of what fits where, from the compile.json of several workdirs.
+"""One page about which program fits on which chips, from the compile.json of several workdirs.
 
 python -m digseg_jax.tools.performance_page DIR ... --out=performance.html
 """
@@ -32,10 +32,10 @@ tr.over td { background: #c0392b22; }
 
 
 def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every compilation of the folders, by topology, program and batch.
+    """Reads every compilation in the folders, sorted by topology, program and batch.
 
     Raises:
-      UserError: a folder without any, or a file that is none.
+      UserError: a folder without a compilation, or a file that is none.
     """
     results = []
     for folder in folders:
@@ -43,6 +43,8 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
         found = [path for path in files if path.is_file()]
         if not found:
             raise UserError(f"{folder}: no {' or '.join(p.name for p in files)} here")
+
+        # A workdir may hold the train step's and the evaluation's.
         for path in found:
             try:
                 values = json.loads(path.read_text(encoding="utf-8"))
@@ -53,10 +55,12 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def cells(result: dict[str, Any]) -> list[str]:
-    """A row, in the order of COLUMNS."""
+    """Cells of a row, in the order of COLUMNS."""
+    # A program that the compiler rejected for its memory has no FLOPs; simulated CPUs have no roofline.
     model, known = result["config"]["model"], "flops" in result
     mesh = " x ".join(f"{name} {n}" for name, n in result["mesh"].items() if n > 1) or "one chip"
     rate, mfu = result.get("roofline_images_per_second_per_chip"), result.get("mfu_bound")
+
     return [
         result["topology"],
         result["program"],
@@ -77,12 +81,16 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
-    """A page that needs nothing else."""
+    """The page as HTML that needs no other file."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
+
+    # Programs that do not fit are marked in color.
     rows = []
     for result in results:
         inside = "".join(f"<td>{html.escape(c)}</td>" for c in cells(result))
         rows.append(f"<tr{'' if result['fits'] else ' class=over'}>{inside}</tr>")
+
+    # Where the peak rates of the chips are stated.
     sources = sorted({r["chip_source"] for r in results if r.get("chip_source")})
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Compiled for pods</title>'
@@ -97,6 +105,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 2 after an error."""
     parser = argparse.ArgumentParser(
         prog="python -m digseg_jax.tools.performance_page", description=__doc__
     )

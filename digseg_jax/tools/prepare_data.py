@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m digseg_jax.tools.prepare_data --dataset=NAME --root=DIR --out=gs://BUCKET/DIR | DIR
 
-Packs a download into ArrayRecord shards (records.py says how). Killed and started again it goes on with
-the shards that are missing. The result is trained from with --config.data.root=OUT.
+Packs a download into ArrayRecord shards (for their format see data/shards/records.py). A killed job
+continues with the missing shards. Train from the result with --config.data.root=OUT.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.log import log, setup
 
 SHARD_EXAMPLES = 1000  # COCO: 119 shards of about 170 MB
-OpenSplit = Callable[[], Source]
+OpenSplit = Callable[[], Source]  # opens the split in the process that reads it
 
 
 def prepare_split(
@@ -45,8 +45,10 @@ def prepare_split(
 ) -> dict[str, Any]:
     """Writes the missing shards of a split and its manifest; returns the manifest.
 
-    open_split: makes the source; called in every worker process. workers 0: in this process.
-    on_error: skip leaves broken examples out and counts them; raise stops at the first one.
+    Args:
+      open_split: opens the source; called in every worker process.
+      workers: number of worker processes; 0 works in this process.
+      on_error: "skip" leaves broken examples out and counts them; "raise" stops at the first one.
 
     Raises:
       UserError: a broken example; or OUT holds shards of other examples, classes or shard sizes.
@@ -54,6 +56,8 @@ def prepare_split(
     folder = epath.Path(out).expanduser() / split
     folder.mkdir(parents=True, exist_ok=True)
     source = open_split()
+
+    # The plan is everything that the content of the shards depends on.
     shards = -(-len(source) // shard_examples)
     plan = {
         "format": records.FORMAT,
@@ -66,9 +70,13 @@ def prepare_split(
         "on_error": on_error,
     }
     files.claim(folder, plan, "--out")
+
+    # The manifest is written last, so its presence means that nothing is left to do.
     if (folder / records.MANIFEST).exists():
         log.info("%s %s: complete already", spec.name, split)
         return records.read_manifest(folder, spec)
+
+    # Shards are independent of each other and of the order in which they are written.
     todo = files.missing(folder, shards)
     log.info("%s %s: %d of %d shards to write", spec.name, split, len(todo), shards)
     job = partial(_write_shard, open_split, spec, str(folder), shards, shard_examples, on_error)
@@ -77,11 +85,16 @@ def prepare_split(
     else:
         for shard in todo:
             job(shard)
+
     return _finish(folder, plan, shards)
 
 
 def _in_parallel(job: Callable[[int], None], shards: list[int], workers: int) -> None:
-    """The first error stops the shards that are not begun; those in work are finished."""
+    """Runs `job` on every shard in worker processes.
+
+    After the first error no further shard is begun; those in work are finished.
+    """
+    # Spawned, not forked: forking a process with threads (grain, OpenCV) can lock up.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
@@ -101,11 +114,13 @@ def _write_shard(
     on_error: str,
     shard: int,
 ) -> None:
-    """One shard and, when it is in place, the sidecar that says so."""
+    """Writes one shard and, when it is in place, its sidecar."""
     source = Guarded(open_split(), spec.num_classes)
     start = shard * shard_examples
     statistics = ClassStatistics.empty(spec.num_classes)
     broken: list[str] = []
+
+    # A broken example leaves no gap: records are counted, not numbered.
     with files.new_shard(epath.Path(folder), shard, shards) as (writer, facts):
         for i in range(start, min(start + shard_examples, len(source))):
             try:
@@ -117,6 +132,8 @@ def _write_shard(
                 continue
             statistics.add(example["label"])
             writer.write(_record(source.source, i, example))
+
+        # Goes into the sidecar, and from there into the manifest.
         facts |= {
             "examples": statistics.examples,
             "broken": broken,
@@ -125,18 +142,21 @@ def _write_shard(
 
 
 def _record(source: Source, index: int, example: dict[str, Any]) -> bytes:
+    """Bytes of one example; the source's JPEG is offered to be stored as it is."""
     data = source.files(index)["image"].read_bytes() if source.image_is_file else b""
-    jpeg = data if data.startswith(b"\xff\xd8") else None
+    jpeg = data if data.startswith(b"\xff\xd8") else None  # the first bytes of every JPEG
     return records.encode_record(example["image"], example["label"], str(example["name"]), jpeg)
 
 
 def _finish(folder: epath.Path, plan: dict[str, Any], shards: int) -> dict[str, Any]:
-    """Adds the sidecars up to the manifest, and removes them."""
+    """Sums the sidecars up to the manifest, and removes them."""
     statistics = ClassStatistics.empty(len(plan["spec"]["classes"]))
     rows, broken = files.sidecars(folder, shards), []
     for row in rows:
         statistics.merge(ClassStatistics.from_dict(row.pop("statistics")))
         broken += row.pop("broken")
+
+    # Manifest first: a job killed in between finds the split complete.
     counted = {"examples": statistics.examples, "shards": rows, "broken": broken}
     manifest = plan | counted | {"statistics": statistics.to_dict()}
     files.write(folder / records.MANIFEST, json.dumps(manifest).encode())
@@ -145,6 +165,7 @@ def _finish(folder: epath.Path, plan: dict[str, Any], shards: int) -> dict[str, 
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = argparse.ArgumentParser(
         prog="python -m digseg_jax.tools.prepare_data", description=__doc__
     )
@@ -160,9 +181,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Prepares or verifies the splits that the options name; returns the exit status.
+
+    Raises:
+      UserError: no such data set or split, a broken example, or a shard that differs from its manifest.
+    """
     spec = registry.spec(arguments.dataset, arguments.root)
     if arguments.shard_examples < 1:
         raise UserError(f"--shard-examples={arguments.shard_examples}: must be at least 1")
+
+    # By default the two splits that training and evaluation use.
     for split in arguments.split or dict.fromkeys((spec.train_split, spec.eval_split)):
         if arguments.verify:
             if wrong := records.verify(arguments.out, split):
@@ -185,6 +213,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status, 2 after a UserError."""
     arguments = _parser().parse_args()
     setup()
     try:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeats the step at which a run's loss was not finite.
+"""Replay of the step at which a run's loss was not finite.
 
     python -m digseg_jax.tools.replay --workdir=DIR
 
-
-On one process: restores the checkpoint before it, repeats the steps between, then says whether the
-parameters were still finite, the loss of every example, and which gradients are not finite.
+On one process: restores the last checkpoint before the step and repeats the steps between. Then prints
+which parameters are not finite before the step, the loss of every example, and which gradients are not
+finite.
 """
 
 from __future__ import annotations
@@ -36,23 +36,29 @@ from digseg_jax.training.tasks.base import Task, example_keys
 
 
 def replay(workdir: str, trainer: Trainer) -> dict[str, Any]:
-    """Repeats the saved step; see the module.
+    """Repeats the saved step; see the module. The report is JSON-ready.
 
     Raises:
-      UserError: nothing to replay, or the run has gone on since, past the step.
+      UserError: nothing to replay, or the run has continued past the step since.
     """
     failure, batch = load_failure(workdir)
     with Checkpointer(workdir, trainer.config.checkpoint) as checkpointer:
         start, state = trainer.start_state(checkpointer)
+
+    # A later checkpoint would be restored instead of the one before the failure.
     if start >= failure["step"]:
         raise UserError(
             f"{workdir}: the run has gone on to step {start}, past the failed step "
             f"{failure['step']}; remove the later checkpoints to replay it"
         )
+
+    # Batches are a function of seed and step, so the steps between give the same parameters again; the
+    # failed step's own batch comes from the file.
     with trainer.batches(start) as batches:
         for _ in range(start + 1, failure["step"]):
             placed = place_batch(next(batches), trainer.mesh)
             state, _ = trainer.step_fn(state, trainer.frozen, placed)
+
     params = state["params"]
     return {
         "step": failure["step"],
@@ -65,11 +71,13 @@ def replay(workdir: str, trainer: Trainer) -> dict[str, Any]:
 def examine(
     task: Task, seed: int, params: Params, frozen: Params, batch: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The loss of each example alone, by its global index, and the gradients that are not finite."""
+    """Loss of each example alone, by its global index, and the gradients that are not finite."""
 
     def loss(params: Params, frozen: Params, part: dict[str, Any]) -> jax.Array:
+        """Loss of a part of the batch, with the noise that the failed step drew."""
         return task.loss(params, frozen, part, example_keys(seed, part["index"]))[0]
 
+    # One by one, so that the example behind the failure can be told. As text: JSON has no NaN.
     one = jax.jit(loss)
     losses = {}
     for i, index in enumerate(batch["index"]):
@@ -82,18 +90,22 @@ def examine(
 
 
 def not_finite(tree: Params) -> list[str]:
-    """Paths of the leaves with a value that is no number."""
+    """Paths of the leaves with a value that is not finite."""
     finite = jax.jit(lambda x: jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), x))(tree)
+
+    # Reduced on the devices: only one bit per leaf is fetched.
     return [path for path, ok in trees.flatten(jax.device_get(finite)).items() if not ok]
 
 
 def main() -> int:
+    """Runs the command line; returns the exit status, 2 after a UserError."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.replay", description=__doc__)
     parser.add_argument("--workdir", required=True)
     workdir = parser.parse_args().workdir
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags outside absl.app
     setup()
     cpu.tune()
+
     try:
         from digseg_jax.training.setup import set_up  # loads every task
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a finished run's weights into the package as float16.
+"""Copy of a finished run's weights into the package, as float16.
 
     python -m digseg_jax.tools.ship_assets NAME [RUN]
 
-The recipe's command, the configuration's essentials and what was measured go into the metadata. Without
-RUN, segmenter.json is written for the weights that are there, from the recipe that their metadata name.
+The recipe's command, the main settings and the measured scores go into the metadata. Without RUN,
+segmenter.json is written for the shipped weights, from the recipe that their metadata name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from digseg_jax.prediction import description as description_lib
 from digseg_jax.prediction.description import FrozenPart, describe, write_description
 from digseg_jax.weights import load_component, read_metadata, save_component
 
-CONFIGS = Path(__file__).parents[2] / "configs"  # of a checkout: weights are shipped from there
+CONFIGS = Path(__file__).parents[2] / "configs"  # exists in a checkout only, where weights are shipped
+# asset -> the recipe in configs/ that makes it
 RECIPES = {"vae": "landcover_vae", "prior": "landcover_prior", "segmenter": "landcover"}
 
 
@@ -38,6 +39,8 @@ def ship(run: Path, name: str) -> Path:
     export = run / EXPORT
     model = load_component(export)
     params = jax.tree.map(lambda x: np.asarray(x, np.float16), functional.split(model)[1])
+
+    # Everything that is needed to make the weights again goes into the file itself.
     config = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
     metadata = read_metadata(export) | {
         "command": f"python -m digseg_jax.main --config=configs/{RECIPES[name]}.py --workdir=DIR",
@@ -47,6 +50,8 @@ def ship(run: Path, name: str) -> Path:
     }
     folder = FOLDER / name
     written = save_component((model.config, params), folder, metadata=metadata)
+
+    # A segmenter comes with its calibration and description; the other assets have neither.
     for beside in (CALIBRATION, description_lib.FILE):
         if (export / beside).is_file():
             shutil.copyfile(export / beside, folder / beside)
@@ -59,12 +64,13 @@ def describe_shipped(name: str) -> Path:
     The library versions of that run are not known and stay empty.
 
     Raises:
-      UserError: the recipe is not the one that the weights' metadata tell of.
+      UserError: the weights' metadata tell of another recipe.
     """
     folder = FOLDER / name
     metadata = read_metadata(folder)
     config = _recipe(RECIPES[name])
 
+    # A recipe edited since would describe weights that it never made.
     stored, values = json.loads(metadata["train"]), to_dict(config)["train"]
     changed = [key for key in stored.keys() & values.keys() if stored[key] != values[key]]
     if changed or int(metadata["seed"]) != config.seed or metadata["task"] != config.task:
@@ -73,6 +79,7 @@ def describe_shipped(name: str) -> Path:
             f"({', '.join(changed) or 'another task or seed'}); ship the weights of a new run"
         )
 
+    # The description names the frozen components and digests the weights.
     parts = (FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text))
     params = functional.split(load_component(folder))[1]
     made = describe(config, parts, params, int(metadata["steps"]), checkpoint="")
@@ -81,7 +88,7 @@ def describe_shipped(name: str) -> Path:
 
 
 def _recipe(name: str) -> Config:
-    """The configuration of configs/NAME.py."""
+    """The configuration of configs/NAME.py, which is no package."""
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -89,10 +96,12 @@ def _recipe(name: str) -> Config:
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.ship_assets", description=__doc__)
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("run", type=Path, nargs="?", help="working directory of a finished run")
     arguments = parser.parse_args()
+
     if arguments.run is not None:
         print(ship(arguments.run, arguments.name))
     elif arguments.name == "segmenter":
