@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page a run leaves behind, and the pictures in it."""
+"""The page that a run leaves behind, and the images in it."""
 
 from digseg_jax.report.build import build_report
 from digseg_jax.viz.gallery import GalleryItem, write_gallery

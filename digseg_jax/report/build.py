@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds WORKDIR/report/index.html from the files of a run: one static page, all in one file.
+"""Build of WORKDIR/report/index.html from the files of a run: one static page, all in one file.
 
-Script, style and pictures are inlined, so that the page opens from disk and can be passed on.
+Script, style and images are inlined, so that the page opens from disk and can be passed on.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from digseg_jax.viz.colors import class_colors, from_hex, to_hex
 
 T = TypeVar("T")
 
-_SOURCES = (METRICS_NAME, "config.json", "eval", "bench")  # what a report is made of
+_SOURCES = (METRICS_NAME, "config.json", "eval", "bench")  # files and folders that a report reads
 
+# keys of results.json without which there is no page
 _REQUIRED = (
     "dataset", "split", "protocol", "num_images", "miou", "per_class", "ensemble", "steps", "seed",
 )  # fmt: skip
 
 
 def _read(path: Path) -> Any:
-    """JSON of a file, with NaN and infinities read as null; raises UserError if it is not JSON."""
+    """JSON of a file, with NaN and infinities read as null.
+
+    Raises:
+      UserError: not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -42,6 +47,12 @@ def _read(path: Path) -> Any:
 
 
 def _object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """JSON object of a file.
+
+    Raises:
+      UserError: not an object, or without one of `keys`.
+    """
+    # Older or edited files are told apart from damaged ones: the missing keys are named.
     value = _read(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
@@ -52,10 +63,16 @@ def _object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _optional(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """JSON object of a file; empty if the file does not exist."""
     return _object(path, keys) if path.exists() else {}
 
 
 def _results(workdir: Path) -> dict[str, Any]:
+    """Content of eval/results.json.
+
+    Raises:
+      UserError: no evaluation (the message names the command that makes one), or not of its form.
+    """
     path = workdir / "eval" / "results.json"
     if not path.exists():
         raise UserError(
@@ -69,15 +86,20 @@ def _results(workdir: Path) -> dict[str, Any]:
 
 
 def _colors(results: Mapping[str, Any], gallery: Mapping[str, Any]) -> dict[str, str]:
-    """Colour of each class name: the gallery's, so that the page agrees with its pictures."""
+    """Color (#rrggbb) of each class name: the gallery's own, so that the page agrees with its images.
+
+    Raises:
+      UserError: a color of the gallery that is none.
+    """
     names = list(results["per_class"])
     table = {n: to_hex(c) for n, c in zip(names, class_colors(len(names), names), strict=True)}
     for entry in gallery.get("classes", []):
-        table[entry["name"]] = to_hex(from_hex(entry["color"]))  # refuses anything but a colour
+        table[entry["name"]] = to_hex(from_hex(entry["color"]))  # raises for anything but a color
     return table
 
 
 def _training(workdir: Path) -> str:
+    """Section of the training curves; empty without metrics."""
     path = workdir / METRICS_NAME
     metrics = read_metrics(path) if path.exists() else []
     charts = chart.loss_chart(metrics) + chart.miou_chart(metrics)
@@ -85,7 +107,7 @@ def _training(workdir: Path) -> str:
 
 
 def _shaped(path: Path, make: Callable[[], T]) -> T:
-    """What is made from one file; if the file is not as it should be, a UserError names it."""
+    """Calls `make`, which reads one file; a file that is not of the expected form is a UserError."""
     try:
         return make()
     except (KeyError, TypeError, AttributeError) as error:
@@ -93,21 +115,25 @@ def _shaped(path: Path, make: Callable[[], T]) -> T:
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    """Replaces each {{name}} once; what is put in is not searched again."""
+    """Replaces each {{name}} once; the inserted text is not searched again."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
 def render(workdir: Path) -> str:
-    """The page as text; parts whose files are absent are left out."""
+    """The page as HTML; parts whose files are absent are left out."""
     results = _results(workdir)
     gallery_path = workdir / "eval" / "gallery" / "gallery.json"
     estep_path, config_path = workdir / "eval" / "estep.json", workdir / "config.json"
     bench_paths = sorted((workdir / "bench").glob("*.json"))
     suite_paths = sorted((workdir / "eval").glob("suite_*.json"))
+
+    # Only results.json is required.
     gallery, estep = _optional(gallery_path), _optional(estep_path)
     benches = [_object(path, ("title", "columns", "rows")) for path in bench_paths]
     config = _read(config_path) if config_path.exists() else None
     colors = _shaped(gallery_path, lambda: _colors(results, gallery))
+
+    # In the order of the page. Sections are empty strings where there is nothing to show.
     parts = [
         sections.headline(results),
         sections.listening(results),
@@ -119,6 +145,8 @@ def render(workdir: Path) -> str:
         _shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
         sections.details(config, results),
     ]
+
+    # Style and script go into the page itself.
     package = resources.files("digseg_jax.report")
     page, style, script = (
         (package / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
@@ -138,16 +166,20 @@ def build_report(workdir: AnyPath | str) -> AnyPath:
 
     Reads eval/results.json and, where they exist, metrics.jsonl, eval/gallery/gallery.json,
     eval/estep.json, eval/suite_*.json, bench/*.json and config.json.
-    Raises UserError if there are no results (naming the command that makes them) or if a file
-    is not of the expected form.
+
+    Raises:
+      UserError: no results (naming the command that makes them), or a file not of the expected form.
     """
     workdir = storage.as_path(workdir)
+
+    # The files of a bucket are fetched first: rendering reads local files only.
     with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
         source = workdir
         if storage.is_remote(workdir):
             source = Path(scratch) / workdir.name
             storage.download(workdir, source, _SOURCES)
         text = render(source)
+
     out = workdir / "report" / "index.html"
     storage.write_bytes(out, text.encode("utf-8"))
     return out

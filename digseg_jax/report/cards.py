@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gallery part of the page: a toolbar with legend and filter, and one card an image."""
+"""Gallery of the page: a toolbar with legend and filter, and one card per image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from digseg_jax.viz.colors import IGNORE_COLOR
 
 Picture = tuple[str, int, int]  # data URI, width, height
 
-_AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)
+_AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)  # RGB in an error map: pale, vermilion
 
 
 def load_picture(folder: Path, name: Any) -> Picture:
-    """A PNG of the gallery folder as a data URI; raises UserError if it is not there or not one."""
+    """A PNG of the gallery folder as a data URI, with its size.
+
+    Raises:
+      UserError: the file is missing, not a PNG, or not directly in the folder.
+    """
     if not isinstance(name, str) or Path(name).name != name:
         raise UserError(f"gallery picture {name!r} must be the plain name of a file in {folder}")
+
+    # Pillow reads the size only; the file's bytes go into the page unchanged.
     try:
         data = (folder / name).read_bytes()
         with Image.open(BytesIO(data), formats=["PNG"]) as picture:
@@ -36,17 +42,26 @@ def load_picture(folder: Path, name: Any) -> Picture:
 
 
 def _uri(png: bytes) -> str:
+    """Data URI of a PNG."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def error_map(prediction: Path, truth: Path) -> Picture:
-    """Vermilion where two label pictures differ, pale where they agree, grey where not labelled."""
+    """Draws where two label images differ (vermilion) and agree (pale); gray where not labeled.
+
+    Raises:
+      UserError: the images differ in size.
+    """
     with Image.open(prediction) as a, Image.open(truth) as b:
         guess, target = (np.asarray(picture.convert("RGB")) for picture in (a, b))
     if guess.shape != target.shape:
         raise UserError(f"gallery pictures {prediction} and {truth} differ in size")
+
+    # Label images are colored by class, so equal colors mean equal classes.
     ignored = (target == IGNORE_COLOR).all(axis=-1)
     index = np.where(ignored, 2, (guess != target).any(axis=-1)).astype(np.uint8)
+
+    # A palette of three colors makes a small file, as it is inlined.
     picture = Image.fromarray(index)
     picture.putpalette([*_AGREE, *_DIFFER, *IGNORE_COLOR])
     buffer = BytesIO()
@@ -55,6 +70,7 @@ def error_map(prediction: Path, truth: Path) -> Picture:
 
 
 def _img(picture: Picture, alt: str, kind: str) -> str:
+    """An <img> element with its size, so that the page does not jump while loading."""
     uri, width, height = picture
     return f'<img class="{kind}" src="{uri}" width="{width}" height="{height}" alt="{esc(alt)}">'
 
@@ -62,7 +78,15 @@ def _img(picture: Picture, alt: str, kind: str) -> str:
 def _thumb(
     picture: Picture, kind: str, what: str, where: str, extra: str, pressed: bool, tint: str = ""
 ) -> str:
-    """A button that puts its picture on the right side of the slider; masks have a tint."""
+    """A button that puts its image on the right side of the slider; masks have a tint.
+
+    Args:
+      kind: CSS class of the image.
+      what: what the image shows, for the script and for screen readers.
+      where: the card's title.
+      extra: caption, ready HTML.
+      pressed: shown at first.
+    """
     style = f' style="--tint:{tint}"' if tint else ""
     image = _img(picture, f"{what}, {where}", kind)
     return (
@@ -73,6 +97,7 @@ def _thumb(
 
 
 def _stage(photo: Picture, prediction: Picture, where: str) -> str:
+    """The slider: input on the left, a label image or mask on the right, a movable line between."""
     return (
         f'<div class="stage" style="aspect-ratio:{photo[1]}/{photo[2]}">'
         f"{_img(photo, f'input, {where}', 'photo')}"
@@ -87,21 +112,32 @@ def _stage(photo: Picture, prediction: Picture, where: str) -> str:
 
 
 def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str, str]) -> str:
-    """One image: slider of input and prediction, and pictures to choose its right side from."""
+    """One image: a slider between input and prediction, and thumbnails to choose the right side from.
+
+    Raises:
+      UserError: an image file is missing or not a PNG.
+    """
     where = str(item["id"])
 
     def load(name: Any) -> Picture:
         return load_picture(folder, name)
 
+    # The four images that every card has; the error map is made here.
     photo, prediction, truth = (load(item[k]) for k in ("image", "prediction", "label"))
     wrong = error_map(folder / item["prediction"], folder / item["label"])
     maps = _thumb(prediction, "labels", "prediction", where, "prediction", True)
     maps += _thumb(truth, "labels", "truth", where, "truth", False)
     maps += _thumb(wrong, "labels", "errors", where, "errors", False)
+
+    # One mask for each query that was kept.
     masks = "".join(_mask(query, where, load, colors) for query in item.get("queries", []))
+
+    # Classes to filter by; a gallery without them lists the queries that have an IoU.
     present = item.get("classes")
     if present is None:
         present = [q["name"] for q in item.get("queries", []) if is_number(q.get("iou"))]
+
+    # The script sorts by the score, which may be empty.
     score = item["miou"] if is_number(item.get("miou")) else ""
     note = f'<p class="note">{esc(item["note"])}</p>' if item.get("note") else ""
     return (
@@ -119,6 +155,7 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
 def _mask(
     query: Mapping[str, Any], where: str, load: Callable[[Any], Picture], colors: Mapping[str, str]
 ) -> str:
+    """Thumbnail of a query's mask, tinted in its class's color, with its IoU."""
     name = str(query["name"])
     color = colors.get(name)
     dot = f'<span class="dot" style="background:{color}"></span>' if color else ""
@@ -128,17 +165,21 @@ def _mask(
 
 
 def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
+    """Legend, filter by class, choice of the compared image, and order."""
     chips = ['<button type="button" class="chip" data-class="" aria-pressed="true">all</button>']
     chips += [
         f'<button type="button" class="chip" data-class="{esc(name)}" aria-pressed="false">'
         f'<span class="dot" style="background:{colors[name]}"></span>{esc(name)}</button>'
         for name in names
     ]
+
+    # What all sliders show on their right side.
     sides = "".join(
         f'<label><input type="radio" name="side" autocomplete="off" value="{what}"{checked}>'
         f"<span>{what}</span></label>"
         for what, checked in (("prediction", " checked"), ("truth", ""), ("errors", ""))
     )
+
     return (
         '<div class="toolbar"><div class="chips" role="group" '
         f'aria-label="Legend; choose a class to see only images with it">{"".join(chips)}'
@@ -152,7 +193,11 @@ def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
 
 
 def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[str, str]) -> str:
-    """The gallery; empty if it has no items. Raises UserError if a picture is missing."""
+    """Section of the gallery; empty if it has no items.
+
+    Raises:
+      UserError: an image is missing.
+    """
     items = gallery.get("items") or []
     if not items:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helpers for HTML text: escaping, numbers that carry their full value, tables."""
+"""Helpers for HTML text: escaping, numbers that carry their full value, tables, sections."""
 
 from __future__ import annotations
 
@@ -20,37 +20,42 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A <data> element: rounded for the eye, unrounded in its value; a dash for no number."""
+    """A <data> element: rounded for reading, its value unrounded; a dash for what is no number."""
     if not is_number(value):
         return '<span class="none" title="undefined here">–</span>'
+    # Integers with thousands separators, floats with `digits` decimals.
     shown = f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
     return f'<data value="{value!r}" title="{value!r}">{shown}</data>'
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A <data> element that shows a share as percent and carries the share."""
+    """A <data> element that shows a share (0..1) as percent and carries the share."""
     return f'<data value="{value!r}" title="{value!r}">{100 * value:.{digits}f} %</data>'
 
 
 def significant(value: Any) -> str:
-    """A <data> element with three significant digits at least; other values as escaped text."""
+    """A <data> element with at least three significant digits; other values become escaped text."""
     if value is None:
         return number(None)
     if not is_number(value):
         return esc(value)
     if isinstance(value, int):
         return number(value)
+
+    # Decimals after the first significant digit: 0.01234 -> 0.0123. At most 8.
     size = math.floor(math.log10(abs(value))) if value else 0
     return number(value, min(max(2 - size, 1), 8))
 
 
 def table(columns: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str) -> str:
-    """A scrollable table; cells are ready HTML, columns are text, caption is ready HTML.
+    """A table that scrolls sideways; cells are ready HTML, columns are text, the caption is ready HTML.
 
     Columns of numbers are set flush right, columns of words flush left.
     """
+    # A column is numeric if any of its cells is a number of `number` or `percent`.
     numeric = [any("<data" in str(row[i]) for row in rows) for i in range(len(columns))]
     kind = [' class="num"' if n else "" for n in numeric]
+
     head = "".join(f'<th scope="col"{k}>{esc(c)}</th>' for c, k in zip(columns, kind, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{k}>{c}</td>" for c, k in zip(row, kind, strict=True)) + "</tr>"
@@ -64,7 +69,7 @@ def table(columns: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str) -
 
 
 def section(key: str, title: str, body: str, lead: str = "") -> str:
-    """A page section; `body` and `lead` are ready HTML. Empty if there is no body."""
+    """A section of the page, empty if there is no body; `body` and `lead` are ready HTML."""
     if not body:
         return ""
     intro = f'<p class="lead">{lead}</p>' if lead else ""

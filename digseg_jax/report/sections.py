@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the page that state numbers: headline, text test, classes, tables, config."""
+"""Sections of the page that state numbers: headline, text test, classes, tables, configuration."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from digseg_jax.report.markup import (
     table,
 )
 
+# word in the protocol's description -> its meaning for a reader
 _PROTOCOLS = {
     "oracle": "only classes that the truth contains are asked for, which is easier than asking all",
     "gated": "all classes are asked for, and those judged absent are left out",
@@ -25,16 +26,18 @@ _PROTOCOLS = {
 
 
 def _fact(term: str, value: str, meaning: str) -> str:
+    """An entry of a list of numbers: name, value and meaning, all ready HTML."""
     return f'<div><dt>{term}</dt><dd>{value}</dd><dd class="meaning">{meaning}</dd></div>'
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
-    """What was measured, and what is known of the weights; nothing about what is not recorded."""
+    """What was measured, and what is known of the weights; nothing is said of what is unknown."""
     sentences = [
         f"<strong>Measured by this run</strong> on the {esc(results['split'])} split of "
         f"{esc(results['dataset'])} (seed {esc(results['seed'])})."
     ]
 
+    # Older results tell less about their weights: each fact is optional.
     weights = results.get("weights") or {}
     if is_number(weights.get("parameters")):
         sentences.append(f"The model has {number(weights['parameters'])} trained parameters.")
@@ -54,7 +57,8 @@ def _provenance(results: Mapping[str, Any]) -> str:
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """The scores with one sentence each, and where they come from."""
+    """Section of the scores, one sentence for each, and their provenance."""
+    # Facts in the order of the page; a score that was not computed has no entry.
     members, steps = results["ensemble"], results["steps"]
     facts = []
     if is_number(results.get("accuracy")):
@@ -67,6 +71,8 @@ def headline(results: Mapping[str, Any]) -> str:
         f"{'step' if steps == 1 else 'steps'} for each query; probabilities are averaged."
     )
     facts.append(_fact("E × S", f"{esc(members)} × {esc(steps)}", meaning))
+
+    # The protocol's own words, and their meaning if it is a known one.
     known = next((v for k, v in _PROTOCOLS.items() if k in str(results["protocol"]).lower()), "")
     meaning = f"{known}." if known else "how classes are asked for and counted."
     protocol = f'<span class="word">{esc(results["protocol"])}</span>'
@@ -82,9 +88,10 @@ def headline(results: Mapping[str, Any]) -> str:
 
 
 def listening(results: Mapping[str, Any]) -> str:
-    """Whether the masks follow the words; empty if it was not measured."""
+    """Section on whether the masks follow the words; empty if it was not measured."""
     match, wrong = results.get("matching_iou"), results.get("wrong_query_iou")
     absent = results.get("absent_rate")
+
     facts = []
     if is_number(match):
         facts.append(_fact("Right word", number(match), "IoU with the mask of the class named."))
@@ -95,19 +102,22 @@ def listening(results: Mapping[str, Any]) -> str:
     if is_number(absent):
         meaning = "of pixels get probability above 0.5 for a class that is not there."
         facts.append(_fact("Absent class", percent(absent), meaning))
+
     lead = "A text-driven segmenter must mark what is named, and nothing when it is not there."
     body = f'<dl class="row">{"".join(facts)}</dl>' if facts else ""
     return section("text", "Does it listen to the text?", body, lead)
 
 
 def class_bars(per_class: Mapping[str, Any], colors: Mapping[str, str]) -> str:
-    """Bars of IoU, best first; classes without a value come last."""
+    """Section of IoU bars per class, best first; classes without a value come last."""
 
     def rank(entry: tuple[str, Any]) -> float:
+        """Sort key: the negative IoU; a missing one counts as worse than any."""
         return -entry[1] if is_number(entry[1]) else 1.0
 
     rows = []
     for name, iou in sorted(per_class.items(), key=rank):
+        # A class without a color of its own (not in the gallery) gets gray.
         width = 100 * min(max(iou, 0.0), 1.0) if is_number(iou) else 0.0
         color = colors.get(name, "#808080")
         rows.append(
@@ -115,8 +125,11 @@ def class_bars(per_class: Mapping[str, Any], colors: Mapping[str, str]) -> str:
             f'<span class="fill" style="width:{width:.2f}%;background:{color}"></span></span>'
             f'<span class="value">{number(iou)}</span></li>'
         )
+
+    # Many classes are set in columns.
     wide = " many" if len(rows) > 16 else ""
     body = f'<ul class="bars{wide}">{"".join(rows)}</ul>' if rows else ""
+
     undefined = any(not is_number(v) for v in per_class.values())
     left_out = " A dash: the class does not occur, so it has no IoU." if undefined else ""
     lead = f"IoU of each class over all images, from 0 to 1, best first.{left_out}"
@@ -124,13 +137,16 @@ def class_bars(per_class: Mapping[str, Any], colors: Mapping[str, str]) -> str:
 
 
 def estep_table(estep: Mapping[str, Any]) -> str:
-    """The table of ensemble size × steps; the best mIoU is marked."""
+    """Section of the table of ensemble size x steps; the best mIoU is bold."""
     rows = estep.get("rows") or []
     scores = [r["miou"] for r in rows if is_number(r.get("miou"))]
     best = max(scores, default=None)
     spread = any(is_number(r.get("miou_std")) for r in rows)
+
+    # Standard deviations are shown if any row has one.
     cells = []
     for row in rows:
+        # Several rows may share the best score.
         score = number(row.get("miou"))
         if is_number(row.get("miou")) and row["miou"] == best:
             score = f"<strong>{score}</strong>"
@@ -139,6 +155,7 @@ def estep_table(estep: Mapping[str, Any]) -> str:
         size = f"{esc(row.get('ensemble', '–'))} × {esc(row.get('steps', '–'))}"
         speed = significant(row.get("queries_per_second"))
         cells.append([size, esc(row.get("spacing", "–")), score, speed])
+
     columns = ["E × S", "spacing", "mIoU ± std" if spread else "mIoU", "queries/s"]
     body = table(columns, cells, esc(estep.get("note") or "")) if rows else ""
     lead = (
@@ -149,7 +166,7 @@ def estep_table(estep: Mapping[str, Any]) -> str:
 
 
 def bench_tables(tables: Sequence[Mapping[str, Any]]) -> str:
-    """Tables from bench/*.json, in order of file name."""
+    """Section of the tables in bench/*.json, in the order of the file names."""
     body = []
     for entry in tables:
         rows = [[significant(cell) for cell in row] for row in entry["rows"]]
@@ -159,7 +176,7 @@ def bench_tables(tables: Sequence[Mapping[str, Any]]) -> str:
 
 
 def details(config: Mapping[str, Any] | None, results: Mapping[str, Any]) -> str:
-    """Collapsible blocks: the queries that were asked and the whole configuration."""
+    """Section of folded blocks: the queries that were asked, and the whole configuration."""
     blocks = []
     queries = results.get("queries") or []
     if queries:
