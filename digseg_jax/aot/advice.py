@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would fit: computed from the program's own numbers, where a compilation went over the budget."""
+"""Advice after a compilation that went over the memory: what would fit, by the program's numbers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from digseg_jax.models.remat import MODES
 from digseg_jax.runtime.sharding import infer_shardings, make_mesh
 from digseg_jax.training.step import abstract_state
 
-GB = 1e9
+GB = 1e9  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Bytes on one device: of the arguments, of temporaries; images there; and what there is."""
+    """Memory of a program on one device, in bytes.
+
+    Attributes:
+      arguments: parameters, optimizer state and batch.
+      temporaries: intermediate results at the peak.
+      images: images of one device.
+      budget: what the device has.
+    """
 
     arguments: float
     temporaries: float
@@ -30,7 +37,7 @@ class Needs:
 
 
 def advise(config: Config, parts: Parts, mesh: Mesh, needs: Needs) -> list[str]:
-    """One line for each setting that would help, with the bytes that it would come to."""
+    """One line for each setting that would help, with the memory that it would need."""
     lines = [_batch(needs)]
     if config.compile.program == "train":
         lines += [*_fsdp(config, parts, mesh, needs), *_remat(config, parts, needs)]
@@ -38,11 +45,16 @@ def advise(config: Config, parts: Parts, mesh: Mesh, needs: Needs) -> list[str]:
 
 
 def _batch(needs: Needs) -> str:
-    """Temporaries grow with the batch, arguments hardly do."""
+    """The largest batch that fits; empty if the batch is not the problem.
+
+    Temporaries grow with the batch, arguments hardly do.
+    """
     each = needs.temporaries / needs.images
     fit = math.floor((needs.budget - needs.arguments) / each) if each else 0
     if fit >= needs.images:
         return ""
+
+    # Smaller batches do not help: the parameters alone are too large.
     if fit < 1:
         return (
             f"batch: not even one image a device fits beside {needs.arguments / GB:.2f} GB of "
@@ -56,9 +68,11 @@ def _batch(needs: Needs) -> str:
 
 
 def _fsdp(config: Config, parts: Parts, mesh: Mesh, needs: Needs) -> list[str]:
-    """The state on every device, exactly, if all devices shared it."""
+    """Memory if the state were split over all data-parallel devices; exact for the state."""
     if mesh.shape["data"] == 1:
         return []
+
+    # Shapes only: the state is laid out on this mesh, and on one that splits it over all devices.
     task, _ = programs.train_task(config, parts, 1)
     state = abstract_state(task.abstract, config)
     wide = MeshConfig(data=1, fsdp=mesh.shape["data"] * mesh.shape["fsdp"], tensor=config.mesh.tensor)
@@ -72,7 +86,7 @@ def _fsdp(config: Config, parts: Parts, mesh: Mesh, needs: Needs) -> list[str]:
 
 
 def state_bytes(state: object, mesh: Mesh) -> float:
-    """Of a tree of shapes, on one device of the mesh."""
+    """Bytes of a tree of shapes on one device of the mesh."""
     import jax
 
     shardings = infer_shardings(state, mesh)
@@ -81,14 +95,16 @@ def state_bytes(state: object, mesh: Mesh) -> float:
 
 
 def _remat(config: Config, parts: Parts, needs: Needs) -> list[str]:
-    """Other rematerialisation: the program traced with each, what the backward pass would keep."""
+    """Other modes of rematerialization, by what the traced program keeps for the backward pass."""
     if not config.compile.advice:
         return []
 
     def kept(mode: str) -> float:
+        """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
         model = dataclasses.replace(config.model, remat=mode)
         return programs.kept_bytes(dataclasses.replace(config, model=model), parts) * needs.images
 
+    # Only what is kept changes by the mode; other temporaries are taken to stay.
     now = kept(config.model.remat)
     lines = []
     for mode in MODES:
@@ -104,4 +120,5 @@ def _remat(config: Config, parts: Parts, needs: Needs) -> list[str]:
 
 
 def _verdict(total: float, needs: Needs) -> str:
+    """Whether a total fits, or by how much it does not."""
     return ": fits" if total <= needs.budget else f": {(total - needs.budget) / GB:.2f} GB too many"

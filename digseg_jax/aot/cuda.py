@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs for NVIDIA GPUs where there is none: lowered for CUDA, accounted by another compiler.
+"""Programs for NVIDIA GPUs without a GPU: lowered for CUDA, accounted by another compiler.
 
 CUDA's compiler needs a GPU. So the program that would run is lowered for CUDA, which proves that JAX
-takes it, and one that computes the same is compiled for as many simulated CPU devices: for arguments,
-FLOPs and collectives. Temporaries are those of the program as it is written (`aot.liveness`), since a
+accepts it, and one that computes the same is compiled for as many simulated CPU devices: for arguments,
+FLOPs and collectives. Temporaries come from the program as it is written (`aot.liveness`), since a
 CPU's are three times a TPU's. All of it is an estimate, and is labeled as one.
 """
 
@@ -25,8 +25,8 @@ from digseg_jax.config.schema import Config
 from digseg_jax.models.kernels.attention import unfit
 from digseg_jax.training.tasks.components import PORTABLE
 
-CUDNN = 91000  # the version that is assumed, 9.10
-# the CPU's code is never run, so none of it is optimized
+CUDNN = 91000  # version assumed where none is installed: 9.10
+# The CPU's code is never run: compile fast instead of well.
 OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HOW = (
     "lowered for CUDA, not compiled for it. Arguments, FLOPs, traffic and collectives are of the same "
@@ -37,13 +37,15 @@ HOW = (
 
 
 def stand_in(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
-    """The programs for CPU devices that compute what `config` asks of a GPU.
+    """Programs for CPU devices that compute what `config` asks of a GPU.
 
     Raises:
-      Exception: JAX's own, where the program cannot be lowered for CUDA.
+      Exception: JAX's own, if the program cannot be lowered for CUDA.
     """
     with assumed_cudnn():
         programs.lower(config, parts, mesh, "cuda")
+
+    # cuDNN's attention does not compile for a CPU: take the portable one, which computes the same.
     device, model = mesh.devices.flat[0], config.model
     if unfit(model.attention, device, model.dtype):
         config = dataclasses.replace(config, model=dataclasses.replace(model, attention=PORTABLE))
@@ -53,11 +55,17 @@ def stand_in(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
 def estimates(
     config: Config, parts: Parts, mesh: Mesh, measured: list[dict[str, Any]], budget: float
 ) -> list[dict[str, Any]]:
-    """What `stand_in`'s programs, compiled, need, with the temporaries of a GPU in place of a CPU's."""
+    """Memory of `stand_in`'s compiled programs, with the temporaries of a GPU in place of a CPU's.
+
+    Args:
+      measured: per program, as `compile_and_measure` returns it.
+      budget: bytes of one GPU.
+    """
     with assumed_cudnn():
         temporaries = programs.temporary_bytes(config, parts, mesh)
     found = []
     for values, stored in zip(measured, temporaries, strict=True):
+        # The CPU's own temporaries stay in the result, for comparison.
         peak = values["hbm_args_bytes"] + stored + values["hbm_result_bytes"]
         own = {"fits": peak <= budget, "hbm_temp_bytes": stored, "hbm_peak_bytes": peak}
         own |= {"cpu_temp_bytes": values["hbm_temp_bytes"], "estimate": True, "estimated_by": HOW}
@@ -67,8 +75,10 @@ def estimates(
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-    """Answers the one question that JAX asks of an installation when it traces cuDNN's attention: which
-    version of cuDNN is there. An installed one answers for itself."""
+    """Context in which JAX finds a version of cuDNN, all that tracing cuDNN's attention asks for.
+
+    An installed cuDNN answers for itself.
+    """
     before: Any = fused_attention.cuda_versions
     if before is None:
         fused_attention.cuda_versions = types.SimpleNamespace(cudnn_get_version=lambda: CUDNN)

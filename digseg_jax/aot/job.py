@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--mode=compile: the run's own program compiled for devices that are not there, and what it needs."""
+"""Compilation of a run's program for devices that are not there, and its needs: --mode=compile."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.mesh_choice import chosen
 from digseg_jax.training.tasks.components import for_devices
 
+# Suffixes of bytes in the compiler's messages, and two forms of its message about too little memory.
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 TOO_MUCH = (
     r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
@@ -41,28 +42,37 @@ VERSIONS = ("jax", "jaxlib", "libtpu", "flax")
 def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     """Compiles, and writes DIR/compile.json and compile.txt (compile_eval.* for the evaluation).
 
-    Returns what is in the file. `fits` is False if the program needs more memory than the device has.
+    Returns:
+      The content of compile.json. `fits` is False if the program needs more memory than the device has.
 
     Raises:
       UserError: no such topology, a mesh or a batch that its devices do not divide, or a program that
-        the compiler refuses for another reason than memory.
+        the compiler rejects for another reason than memory.
     """
+    # The configuration and the mesh, as a run on these devices would choose them.
     target = open_topology(topology)
     config = for_devices(config, target.meant)
     parts = Parts.of(config.model)
     task, _ = programs.train_task(config, parts, 1)
     choice = chosen(config, task, target.devices, target.hbm_bytes, target.chip)
     mesh = make_mesh(choice, target.devices)
+
+    # Lower: JAX's own part, which needs no device.
     start = time.monotonic()
     lower = cuda.stand_in if target.place_of else programs.lower
     lowered = lower(config, parts, mesh)
     lowered_after = time.monotonic() - start
+
+    # Several programs make an evaluation, one a train step.
     name = "eval" if config.compile.program == "eval" else lowered[0].name
     images = lowered[0].images
     log.info(
         "compiling %s for %s: %d images a call, mesh %s; a full-size model takes minutes",
         " and ".join(p.name for p in lowered), topology, images, dict(mesh.shape),
     )  # fmt: skip
+
+    # Compile, which takes minutes. Options are a run's own, except for the search for fast convolutions
+    # and for the effort.
     platform = target.devices[0].platform
     quick = {} if config.compile.tuned else tpu.untuned(platform)
     more = quick | effort_options(config.compile.effort, target.devices[0])
@@ -71,6 +81,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     each = [compile_and_measure(p, target, more) for p in lowered]
     if target.place_of:
         each = cuda.estimates(config, parts, mesh, each, target.hbm_bytes)
+
+    # Everything in bytes and seconds, per device unless the key says otherwise.
     result = {
         "topology": topology,
         "program": name,
@@ -91,6 +103,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         **combined(each, [p.calls for p in lowered]),
         "lower_seconds": round(lowered_after, 1),
     }
+
+    # An evaluation lists its programs. A train step states the model's own FLOPs, for the MFU.
     if name == "eval":
         result["calls"] = {p.name: p.calls for p in lowered}
         result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
@@ -99,7 +113,10 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         result["model_flops"] = per_chip
         result["images_configured"] = _configured(config, images)
         result["parameter_bytes"] = 4 * programs.count(task.abstract)
+
     result |= roofline(result, target)
+
+    # Over the memory: compute what would fit.
     if not result["fits"]:
         needs = Needs(
             result["hbm_args_bytes"],
@@ -109,6 +126,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         )
         with cuda.assumed_cudnn():
             result["advice"] = advise(config, parts, mesh, needs)
+
+    # The file tells everything that is needed to compile again.
     result["config"] = to_dict(config)
     result["versions"] = _versions()
     write_json(workdir / f"{FILES[name]}.json", result)
@@ -118,6 +137,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     return result
 
 
+# measures that add up over programs and calls
 SUMMED = (
     "flops", "bytes_accessed", "memory_bytes", "loop_flops", "kernel_flops", "loop_bytes",
     "collective_bytes",
@@ -125,10 +145,14 @@ SUMMED = (
 
 
 def combined(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
-    """Several programs as one: the memory of the one that needs most, and the work of all calls."""
+    """Several programs as one: the memory of the one that needs most, and the work of all calls.
+
+    calls: how often each program is called.
+    """
     if len(measured) == 1 and calls == [1]:
         return measured[0]
     result = dict(max(measured, key=lambda m: m["hbm_peak_bytes"] / m.get("hbm_limit_bytes", 1.0)))
+
     result["compile_seconds"] = round(sum(m["compile_seconds"] for m in measured), 1)
     result["fits"] = all(m["fits"] for m in measured)
     if not all("flops" in m for m in measured):
@@ -140,6 +164,7 @@ def combined(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]
 
 
 def _summed_collectives(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]:
+    """Collectives by kind, summed over programs and calls."""
     total: dict[str, dict[str, Any]] = {}
     for found, times in zip(measured, calls, strict=True):
         for kind, values in found["collectives"].items():
@@ -149,29 +174,36 @@ def _summed_collectives(measured: list[dict[str, Any]], calls: list[int]) -> dic
 
 
 def _configured(config: Config, images: int) -> int:
-    """Images a train step that the configuration names; another number where they do not divide."""
+    """Images of a train step by the configuration; another number where devices do not divide it."""
     return images if config.compile.per_device_batch else config.train.batch_size
 
 
 def effort_options(value: float, device: jax.Device) -> dict[str, Any]:
-    """Compiler options for this much of XLA's effort for fast code; none for a run's, which is 0.
+    """Compiler options for an amount of XLA's effort for fast code; none for a run's own, which is 0.
 
-    Since jax 0.12 there are levels alone: O1 stands for everything below 0, O3 for everything above.
+    Since jax 0.12 there are only levels: O1 stands for all values below 0, O3 for all above.
     """
     if not value:
         return {}
     exact = {"exec_time_optimization_effort": value}
     if tpu.refusal(exact, device) is None:
         return exact
+
     return {"optimization_level": "O1" if value < 0 else "O3"}
 
 
 def compile_and_measure(
     program: Program, target: Topology, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Bytes, FLOPs, collectives and large buffers of one device; or how far over the memory it is.
+    """Compiles a program and measures it on one device: bytes, FLOPs, collectives, large buffers.
 
-    options: of the compiler, beside those that the program was lowered with.
+    options: compiler options, in addition to those that the program was lowered with.
+
+    Returns:
+      The measures; for a program over the memory, how much it needs.
+
+    Raises:
+      UserError: the compiler rejects the program for another reason than memory.
     """
     start = time.monotonic()
     try:
@@ -180,11 +212,15 @@ def compile_and_measure(
     except jax.errors.JaxRuntimeError as error:
         return over_budget(str(error)) | _seconds(start)
     seconds = _seconds(start)
+
+    # XLA's own accounts, and what they leave out: loops, kernels, collectives.
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     module = hlo.parse(compiled.as_text())
     collectives = hlo.collectives(module, len(target.devices))
     more_flops, more_bytes = traffic.loop_corrections(module)
     kernels = kernel_flops(module)
+
+    # Donated arguments are written over by results, which then take no memory of their own.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + code + program.waiting
@@ -192,14 +228,15 @@ def compile_and_measure(
         "fits": peak <= target.hbm_bytes,
         "hbm_args_bytes": memory.argument_size_in_bytes,
         "hbm_temp_bytes": memory.temp_size_in_bytes,
-        "hbm_result_bytes": results,  # beyond those that are written over donated arguments
+        "hbm_result_bytes": results,  # without those written over donated arguments
         "hbm_code_bytes": code,
         "hbm_waiting_bytes": program.waiting,
         "hbm_peak_bytes": peak,
         "flops": cost.get("flops", 0.0) + more_flops + kernels,
         "bytes_accessed": cost.get("bytes accessed", 0.0) + more_bytes,
-        "memory_bytes": traffic.memory_traffic(module),  # our count, main memory alone
-        "loop_flops": more_flops,  # the parts of flops and bytes_accessed that XLA's count leaves out
+        "memory_bytes": traffic.memory_traffic(module),  # counted here, main memory only
+        # the parts of flops and bytes_accessed that XLA's own count leaves out
+        "loop_flops": more_flops,
         "kernel_flops": kernels,
         "loop_bytes": more_bytes,
         "collective_bytes": sum(c.bytes for c in collectives.values()),
@@ -210,11 +247,12 @@ def compile_and_measure(
 
 
 def _seconds(start: float) -> dict[str, float]:
+    """Seconds since `start`, as an entry of the result."""
     return {"compile_seconds": round(time.monotonic() - start, 1)}
 
 
 def over_budget(message: str) -> dict[str, Any]:
-    """What the TPU compiler says of a program that does not fit.
+    """Measures from the TPU compiler's message about a program that does not fit.
 
     Raises:
       UserError: it failed for another reason.
@@ -222,6 +260,8 @@ def over_budget(message: str) -> dict[str, Any]:
     used = next(filter(None, (re.search(form, message) for form in TOO_MUCH)), None)
     if not used:
         raise UserError(f"the compiler refuses the program: {' '.join(message.split())[:600]}")
+
+    # The message states the total and the arguments; the rest are temporaries.
     needed = float(used[1]) * UNITS[used[2]]
     arguments = _said(message, "arguments")
     return {
@@ -241,10 +281,14 @@ def _said(message: str, what: str) -> float:
 
 
 def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
-    """Least times of one call: of computing, of memory traffic, of traffic between chips.
+    """Lower bounds of one call's time, in seconds: computing, memory traffic, traffic between chips.
 
-    The longest is taken for the whole; with model FLOPs that bounds the utilisation (MFU). Beside it
-    stands the time of the collectives that nothing runs beside, by the compiler's schedule.
+    The longest one is the bound for the whole call; with model FLOPs it also bounds the utilization
+    (MFU). Beside it stands the time of the collectives beside which nothing runs, by the compiler's
+    schedule.
+
+    Returns:
+      Entries of the result; empty for an unknown chip or a program that does not fit.
     """
     chip = target.chip
     if chip is None or "flops" not in result:
@@ -254,7 +298,9 @@ def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
         "memory": result["memory_bytes"] / chip.hbm_bandwidth,
         "collectives": result["collective_bytes"] / chip.ici_bandwidth,
     }
-    if target.place_of:  # the traffic is another compiler's, and too large for a bound
+
+    # In the place of a GPU the traffic is another compiler's, and too large for a bound.
+    if target.place_of:
         del seconds["memory"]
     longest = max(seconds.values())
     exposed = sum(c["bytes"] - c["overlapped_bytes"] for c in result["collectives"].values())
@@ -265,12 +311,14 @@ def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
         "exposed_collective_seconds": exposed / chip.ici_bandwidth,
         "chip_source": chip.source,
     }
+
     if "model_flops" in result:
         values["mfu_bound"] = result["model_flops"] / (longest * chip.flops)
     return values
 
 
 def _versions() -> dict[str, str]:
+    """Versions of the libraries behind a compilation, where they are installed."""
     found = {}
     for name in VERSIONS:
         try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that a traced program's results take, in the order and the precision in which it is
-written: an estimate where no compiler for the device is at hand.
+"""Memory of a traced program's results, in the order and the precision in which it is written.
 
-XLA:CPU's own accounting will not do in its place: it computes bfloat16 in float32, keeps transposed
-copies of kernels, and came to 9.0 GB where the TPU compiler allots 2.6 (RECORD.md).
+An estimate for where no compiler for the device is at hand. XLA:CPU's own accounting will not do in its
+place: it computes bfloat16 in float32, keeps transposed copies of kernels, and came to 9.0 GB where the
+TPU compiler allots 2.6 (RECORD.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-# results that XLA does not store by themselves: other shapes and types of what is there already
+# Operations whose results XLA does not store: other shapes and types of an existing array.
 VIEWS = {
     "broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "iota", "name",
     "optimization_barrier", "reduce_precision", "reshape", "sharding_constraint", "squeeze",
@@ -24,27 +24,30 @@ VIEWS = {
 
 
 def peak_bytes(jaxpr: core.Jaxpr, *, output_share: float = 1.0) -> float:
-    """Most bytes of results at one time, those that are returned included, the arguments not.
+    """Most bytes of results alive at one time: returned ones included, arguments excluded.
 
-    Every result but `VIEWS` is taken to be stored until its last use. What XLA fuses is not stored,
-    what it fetches ahead or pads is more than this.
+    Every result except `VIEWS` is taken to be stored until its last use. XLA stores less where it
+    fuses, and more where it fetches ahead or pads.
 
-    output_share: of the bytes of what is returned, the part that a device stores.
+    output_share: part of the returned bytes that one device stores.
     """
-    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # without dead code
     return _peak(needed, output_share)
 
 
 def _peak(jaxpr: core.Jaxpr, output_share: float) -> float:
+    """`peak_bytes` of a jaxpr without dead code."""
     sizes, last, returned = _lives(jaxpr)
     for variable in returned:
         sizes[variable] *= output_share
 
-    # results that are not needed any more after the i-th equation
+    # Results that end with the i-th equation, which is their last use.
     ends: dict[int, list[Any]] = {}
     for variable in sizes:
         ends.setdefault(last[variable], []).append(variable)
 
+    # An equation's own results, or the peak inside of it, come on top of what is alive. Bodies of loops
+    # and branches are taken to free everything when they end.
     live = peak = 0.0
     for i, equation in enumerate(jaxpr.eqns):
         stored = sum(sizes.get(variable, 0.0) for variable in equation.outvars)
@@ -55,12 +58,13 @@ def _peak(jaxpr: core.Jaxpr, output_share: float) -> float:
 
 
 def _lives(jaxpr: core.Jaxpr) -> tuple[dict[Any, float], dict[Any, int], Collection[Any]]:
-    """Bytes of the stored results, the place of each one's last use, and those that are returned."""
+    """Bytes of the stored results, the place of each one's last use, and the returned ones."""
     sizes: dict[Any, float] = {}
     last: dict[Any, int] = {}
-    sources: dict[Any, set[Any]] = {}  # of a view: the results that it shows
+    sources: dict[Any, set[Any]] = {}  # view -> the results that it shows
 
     def shown(variables: list[Any]) -> set[Any]:
+        """The stored results behind variables: a use of a view is a use of what it shows."""
         named = [v for v in variables if not isinstance(v, core.Literal)]
         return set().union(*(sources.get(v, {v}) for v in named))
 
@@ -72,12 +76,15 @@ def _lives(jaxpr: core.Jaxpr) -> tuple[dict[Any, float], dict[Any, int], Collect
                 sources[variable] = read
             else:
                 sizes[variable], last[variable] = _bytes(variable), i
+
+    # Returned results live to the end. Arguments are among `last`, but not among `sizes`.
     returned = shown(jaxpr.outvars)
     last |= dict.fromkeys(returned, len(jaxpr.eqns))
     return sizes, last, [v for v in returned if v in sizes]
 
 
 def _bytes(variable: Any) -> float:
+    """Bytes of a variable; 0 for tokens and the like."""
     aval = variable.aval
     if not hasattr(aval, "shape"):
         return 0.0

@@ -28,7 +28,8 @@ from digseg_jax.training.flops import step_flops
 from digseg_jax.training.step import abstract_state, make_train_step
 from digseg_jax.training.tasks.base import example_keys
 
-FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}  # names without ending
+# program -> name of its result's files, without ending
+FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Program:
     """A program ready to be compiled.
 
     Attributes:
-        name: train, unet or eval.
-        lowered: for the mesh.
-        images: of one call, on all devices; views of an evaluation.
+        name: train or unet; coarse, sample or read for those of an evaluation.
+        lowered: for the devices of a mesh.
+        images: images of one call on all devices; views for an evaluation.
         queries: masks of one call, on all devices.
-        calls: how often it is called for each of these images.
-        traced: what was lowered, where more than that is asked of it.
-        waiting: bytes on a device of the batch that is copied there while this one is computed.
+        calls: how often it is called for each batch of images.
+        traced: what was lowered; only kept for an evaluation.
+        waiting: bytes on a device of the next batch, which is copied there during this one.
     """
 
     name: str
@@ -55,43 +56,50 @@ class Program:
 
 
 def lower(config: Config, parts: Parts, mesh: Mesh, platform: str | None = None) -> list[Program]:
-    """What `config.compile` asks for: the train step, or the programs of an evaluation; for the
-    mesh's devices, or for others in their place.
+    """Lowers what `config.compile` asks for: the train step, or the programs of an evaluation.
+
+    platform: lower for this one instead of the platform of the mesh's devices.
 
     Raises:
       UserError: a batch that the devices do not divide.
     """
     if config.compile.program == "eval":
         return evaluation_programs(config, parts, mesh, platform)
+
     images = train_images(config, mesh)
     task, batch = train_task(config, parts, images)
     lowered = lower_step(config, task, batch, mesh, platform)
     name, queries = "train", images * config.data.num_queries
     if config.compile.unet_only:
         name, queries = "unet", images
+
+    # While a step runs, the next batch is already on its way to the devices.
     rows = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in batch.values())
     return [Program(name, lowered, images, queries, waiting=rows / shards(mesh))]
 
 
 def shards(mesh: Mesh) -> int:
-    """Parts that a batch is split into."""
+    """Number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def train_images(config: Config, mesh: Mesh) -> int:
-    """Images of a step, on all devices.
+    """Images of a train step, on all devices.
 
-    A `config.train.batch_size` that they do not divide, which a run refuses, becomes the next that they
-    do: the question is what fits on these devices, and a batch belongs to a recipe.
+    A `config.train.batch_size` that they do not divide, which a run rejects, becomes the next larger
+    one that they do: the question here is what fits on these devices, and a batch belongs to a recipe.
 
     Raises:
       UserError: `config.compile.per_device_batch` does not divide.
     """
     parts = shards(mesh) * config.train.accumulation
+
+    # A batch given per device goes before the recipe's.
     if each := config.compile.per_device_batch:
         key = f"config.compile.per_device_batch={each} makes a batch"
         check_batch(key, each * shards(mesh), mesh, config.train.accumulation)
         return each * shards(mesh)
+
     images = nearest_batches(config.train.batch_size, parts)[-1]
     if config.train.batch_size % parts == 0:
         return config.train.batch_size
@@ -117,30 +125,35 @@ def lower_step(
     mesh: Mesh,
     platform: str | None = None,
 ) -> jax.stages.Lowered:
-    """The very step that `Trainer` runs."""
+    """Lowers the very step that `Trainer` runs."""
     state = abstract_state(task.abstract, config)
     state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
     step = make_train_step(task, config, mesh, state_shardings, frozen_shardings)
+
     platforms = _platforms(mesh, platform)
     return step.trace(state, task.frozen, batch).lower(lowering_platforms=platforms)
 
 
 def _platforms(mesh: Mesh, platform: str | None) -> tuple[str, ...]:
+    """The platform to lower for: the mesh's own by default."""
     return (platform or mesh.devices.flat[0].platform,)
 
 
 def evaluation_programs(
     config: Config, parts: Parts, mesh: Mesh, platform: str | None = None
 ) -> list[Program]:
-    """The programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
+    """Programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
 
     All classes are asked for, or, beyond `eval.exhaustive_limit`, those that a coarse pass finds.
     """
+    # Sizes as the segmenter chooses them.
     settings = config.eval
     each = config.compile.per_device_batch or max(1, settings.batch_size // shards(mesh))
     views = each * shards(mesh)
     palette = config.segmentation.codec == "palette"
     classes = config.compile.eval_queries or num_classes(config.data)
+
+    # Shapes of the arguments, with their places on the mesh.
     task = ShapeTask(config, parts, prompts=1)
     size = view_size(settings, config.data)
     params = _placed(task.abstract, infer_shardings(task.abstract, mesh))
@@ -151,17 +164,20 @@ def evaluation_programs(
     def made(
         name: str, program: Any, shared: tuple[Any, ...], batch: Batch, queries: int, slots: int
     ) -> Program:
+        """A program traced and lowered; `slots` queries per call of the `queries` that are asked."""
         traced = prediction.trace(program, shared, batch, mesh)
         lowered = traced.lower(lowering_platforms=_platforms(mesh, platform))
         return Program(name, lowered, views, views * slots, -(-queries // slots), traced)
 
     def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Program:
+        """The program that samples mask latents: [views, slots, members or 1, h, w, c]."""
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
         batch = shapes.view_batch(config, parts, views, size, slots)
         return made(name, program, (params, vae, root), batch, queries, slots)
 
     def read(name: str, queries: int, slots: int) -> Program:
+        """The program that turns mask latents into masks."""
         program = partial(
             prediction.read_masks,
             task,
@@ -171,13 +187,18 @@ def evaluation_programs(
             biased=settings.calibrate,
             raw=False,
         )
+
+        # With "latent_mean" the members were averaged by the sampling program.
         members = 1 if mean else settings.ensemble
         batch = shapes.latent_batch(parts, views, size, slots, members, classes if palette else slots)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
         return made(name, program, (vae, scale), batch, queries, slots)
 
+    # A palette answers all classes in one image, by one query.
     if palette:
         return [sample("sample", estep, 1, 1, mean), read("read", 1, 1)]
+
+    # A large vocabulary: one step for every class, then all steps for those that pass the gate.
     if classes > settings.exhaustive_limit:
         slots, asked = query_slots(settings.gate_limit), settings.gate_limit
         coarse = sample("coarse", EStep(1, 1), classes, query_slots(classes), False)
@@ -185,6 +206,9 @@ def evaluation_programs(
     else:
         slots, asked = query_slots(classes), classes
         found = [sample("sample", estep, asked, slots, mean)]
+
+    # The linear latent decoder reads latents on the host, so it is no program. With `decode_limit` only
+    # those masks of a view are decoded that it puts first.
     if settings.decoder == "probe":
         return found
     if mean and 0 < settings.decode_limit < asked:
@@ -193,46 +217,51 @@ def evaluation_programs(
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
+    """A tree of shapes with the sharding of each array."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
 def model_flops(config: Config, parts: Parts, images: int) -> float:
-    """FLOPs of the train step on `images` as the model is written; see `digseg_jax.training.flops`."""
+    """FLOPs of a train step on `images` as the model is written; see `digseg_jax.training.flops`."""
     return step_flops(*train_task(config, parts, images))
 
 
 def kept_bytes(config: Config, parts: Parts) -> float:
-    """Bytes an image that the forward pass keeps for the backward pass, as the program is written.
+    """Bytes per image that the forward pass keeps for the backward pass, as the program is written.
 
     Traced, not compiled: the growth from one image to two. XLA may keep less, or other dtypes.
     """
 
     def residuals(images: int) -> int:
+        """Bytes of everything that the backward pass closes over."""
         task, batch = train_task(config, parts, images)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
 
         def pullback(params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
+            """The backward pass as a function: its leaves are the kept arrays."""
             return jax.vjp(lambda p: task.loss(p, frozen, batch, keys)[0], params)[1]
 
         kept = jax.eval_shape(pullback, task.abstract, task.frozen, batch, keys)
         return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
+    # The difference drops what does not grow with the batch, such as the parameters.
     return residuals(2) - residuals(1)
 
 
 def temporary_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
-    """Bytes of results on one device, as the program is written, for each of `lower`'s programs; see
-    `aot.liveness`.
+    """Bytes of results on one device for each of `lower`'s programs, by `aot.liveness`.
 
-    Kernels that are split come on top as if all were gathered at once: fetched ahead, many of them are
-    there together.
+    Split kernels are added as if all were gathered at once: fetched ahead, many of them are there
+    together.
     """
     if config.compile.program == "eval":
         needed = _evaluation_bytes(config, parts, mesh)
     else:
         needed = [_gradient_bytes(config, parts, mesh)]
+
+    # With FSDP, layers gather their kernels in the model's dtype.
     gathered = 0.0
     if mesh.shape["fsdp"] > 1:
         width = jnp.dtype(config.model.dtype).itemsize
@@ -241,34 +270,40 @@ def temporary_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
 
 
 def _evaluation_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
-    """The programs as one device runs them on its own images, what they return not counted."""
+    """Temporaries of the evaluation's programs on one device's own images, without their results."""
     local = config.compile.per_device_batch or max(1, config.eval.batch_size // shards(mesh))
     compiled = dataclasses.replace(config.compile, per_device_batch=local)
     config = dataclasses.replace(config, compile=compiled, mesh=MeshConfig(1, 1, 1))
+
+    # Traced for one device with its share of the views.
     alone = make_mesh(config.mesh, [mesh.devices.flat[0]])
     made = evaluation_programs(config, parts, alone, "cuda")
     return [peak_bytes(program.traced.jaxpr.jaxpr, output_share=0.0) for program in made]
 
 
 def _gradient_bytes(config: Config, parts: Parts, mesh: Mesh) -> float:
-    """Loss and gradients of one device's images; the optimizer's update is fused and takes nothing."""
+    """Temporaries of loss and gradients for one device's images.
+
+    The optimizer's update is fused and takes nothing.
+    """
     local = train_images(config, mesh) // shards(mesh)
     task, batch = train_task(config, parts, local // config.train.accumulation)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> Any:
         return task.loss(params, frozen, batch, example_keys(0, batch["index"]))
 
+    # Gradients are the returned results; a device stores its share of them.
     gradient = jax.value_and_grad(loss, has_aux=True)
     traced = jax.make_jaxpr(gradient)(task.abstract, task.frozen, batch)
     share = _stored_share(task.abstract, mesh)
     needed = peak_bytes(traced.jaxpr, output_share=share)
     if config.train.accumulation > 1:
-        needed += 4 * count(task.abstract) * share  # the sum of the parts' gradients
+        needed += 4 * count(task.abstract) * share  # float32 sum of the microbatches' gradients
     return needed
 
 
 def _stored_share(tree: Any, mesh: Mesh) -> float:
-    """The part of a tree's numbers that one device of the mesh holds."""
+    """Part of a tree's numbers that one device of the mesh stores, 0..1."""
     places = jax.tree.leaves(infer_shardings(tree, mesh))
     pairs = zip(jax.tree.leaves(tree), places, strict=True)
     return float(sum(np.prod(s.shard_shape(x.shape)) for x, s in pairs) / count(tree))

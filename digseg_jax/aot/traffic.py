@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program computes and moves, where XLA's own count is not what one wants.
+"""Computing and traffic of a compiled program, where XLA's own count is not what is needed.
 
-XLA counts a loop's body once, and counts on-chip copies like traffic with the device's memory: of a
+XLA counts a loop's body once, and counts on-chip copies like traffic with the device's memory: in a
 program that fetches its operands ahead, every byte up to four times.
 """
 
@@ -14,7 +14,8 @@ from digseg_jax.aot.hlo import NO_TRAFFIC, Instruction, Module, Shape, walk
 
 
 def loop_corrections(module: Module) -> tuple[float, float]:
-    """(FLOPs, bytes) of loop bodies beyond their first run, which XLA's cost analysis leaves out."""
+    """FLOPs and bytes of loop bodies beyond their first run, which XLA's cost analysis leaves out."""
+    # Products count inside of fusions too, traffic does not: fused results are no buffers.
     flops = moved = 0.0
     for instruction, times, where in walk(module, fusions=True):
         if times > 1 and instruction.opcode in ("convolution", "dot"):
@@ -26,7 +27,7 @@ def loop_corrections(module: Module) -> tuple[float, float]:
 
 
 def memory_traffic(module: Module) -> float:
-    """Bytes read from and written to the device's main memory, loops as often as they run.
+    """Bytes read from and written to the device's main memory; loops count as often as they run.
 
     Arrays in on-chip memory cost nothing; an asynchronous copy counts where it starts.
     """
@@ -34,6 +35,7 @@ def memory_traffic(module: Module) -> float:
     for instruction, times, where in walk(module, fusions=False):
         if instruction.opcode in NO_TRAFFIC or instruction.opcode.endswith("-done"):
             continue
+
         own = module.named[where]
         inputs = [own[name].shapes for name in instruction.operands if name in own]
         if instruction.opcode in ("copy-start", "slice-start"):
@@ -44,8 +46,10 @@ def memory_traffic(module: Module) -> float:
 
 
 def _prefetched(instruction: Instruction, source: Shape) -> float:
-    """Of an asynchronous copy, whose results also name its source: the part that is fetched, once for
-    either end in main memory."""
+    """Bytes moved in main memory by an asynchronous copy: its size, once for either end that is there.
+
+    The results of such a copy also name its source.
+    """
     fetched = instruction.shapes[1 if instruction.opcode == "slice-start" else 0]
     return fetched.bytes * ((source.space == 0) + (fetched.space == 0))
 
@@ -53,13 +57,15 @@ def _prefetched(instruction: Instruction, source: Shape) -> float:
 def _traffic(
     instruction: Instruction, own: dict[str, Instruction], *, main_memory: bool = False
 ) -> float:
-    """Bytes of inputs and results; only the slice counts where one is cut out or put in."""
+    """Bytes of inputs and results; where a slice is cut out or put in, only the slice counts."""
 
     def total(shapes: tuple[Shape, ...]) -> float:
         return sum(s.bytes for s in shapes if not main_memory or s.space == 0)
 
     results = total(instruction.shapes)
     inputs = [total(own[o].shapes) for o in instruction.operands if o in own]
+
+    # A slice is read and written once; the array that it is cut from or put into stays in place.
     if "dynamic-slice" in instruction.name or "dynamic_slice" in instruction.op_name:
         return 2 * results
     if "dynamic-update-slice" in instruction.name or "dynamic_update_slice" in instruction.op_name:
@@ -68,14 +74,19 @@ def _traffic(
 
 
 def _product_flops(instruction: Instruction, own: dict[str, Instruction]) -> float:
+    """FLOPs of a matrix product or convolution; 0 if its operands are not in this computation."""
     if len(instruction.operands) < 2 or any(o not in own for o in instruction.operands[:2]):
         return 0.0
+
+    # 2 FLOPs for each element of the result and each element that is summed over.
     out = math.prod(instruction.shapes[0].dims)
     left, right = (own[o].shapes[0].dims for o in instruction.operands[:2])
     if instruction.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
         contracted = [left[int(a)] for a in axes[1].split(",") if a] if axes else []
         return 2.0 * out * math.prod(contracted)
+
+    # A convolution sums over all axes of the kernel except the output features ("o").
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)
     if not labels:
         return 0.0
