@@ -98,6 +98,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
     entry, name, lines = "", "", []
+
     for line in text.splitlines():
         # a computation: header, instructions, closing brace
         header = re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$", line)
@@ -110,6 +111,7 @@ def parse(text: str) -> Module:
             lines.append(line)
         elif name and lines:  # line breaks inside a kernel's metadata
             lines[-1] += line
+
     if not entry:
         raise ValueError("no ENTRY computation: not the text of a compiled program")
     return Module(computations, entry)
@@ -244,7 +246,7 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
                 continue
             chains.add(chain.groups())
 
-        # The name of the fused computation tells a reduce-scatter from an all-reduce.
+        # XLA names the fused computation of a reduce-scatter so; the operation in it is an all-reduce.
         if kind == "all-reduce" and "all-reduce-scatter" in where:
             kind = "reduce-scatter"
 

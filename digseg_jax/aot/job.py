@@ -127,7 +127,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         with cuda.assumed_cudnn():
             result["advice"] = advise(config, parts, mesh, needs)
 
-    # The file tells everything that is needed to compile again.
+    # With configuration and versions in the file, the compilation can be repeated.
     result["config"] = to_dict(config)
     result["versions"] = _versions()
     write_json(workdir / f"{FILES[name]}.json", result)

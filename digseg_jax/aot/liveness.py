@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of a traced program's results, in the order and the precision in which it is written.
 
-An estimate for where no compiler for the device is at hand. XLA:CPU's own accounting will not do in its
-place: it computes bfloat16 in float32, keeps transposed copies of kernels, and came to 9.0 GB where the
-TPU compiler allots 2.6 (RECORD.md).
+An estimate where there is no compiler for the device. XLA:CPU's own accounting cannot replace it: it
+computes bfloat16 in float32, keeps transposed copies of kernels, and came to 9.0 GB where the TPU
+compiler allots 2.6 (RECORD.md).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _peak(jaxpr: core.Jaxpr, output_share: float) -> float:
     for variable in sizes:
         ends.setdefault(last[variable], []).append(variable)
 
-    # An equation's own results, or the peak inside of it, come on top of what is alive. Bodies of loops
+    # An equation's own results, or the peak inside of it, are added to what is alive. Bodies of loops
     # and branches are taken to free everything when they end.
     live = peak = 0.0
     for i, equation in enumerate(jaxpr.eqns):

@@ -37,7 +37,7 @@ class Program:
     """A program ready to be compiled.
 
     Attributes:
-        name: train or unet; coarse, sample or read for those of an evaluation.
+        name: train or unet; in an evaluation coarse, sample or read.
         lowered: for the devices of a mesh.
         images: images of one call on all devices; views for an evaluation.
         queries: masks of one call, on all devices.

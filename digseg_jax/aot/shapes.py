@@ -179,7 +179,7 @@ def train_batch(config: Config, images: int, parts: Parts) -> Batch:
         "index": _int(np.uint32, images),
     }
 
-    # Public data sets tell what kind each query is; nested classes have several ids per mask.
+    # Batches of public data sets have the kind of each query; nested classes have several ids per mask.
     if data.name != "landcover":
         specs = [spec_of(part) for part in parts_of(data)]
         covered = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
@@ -223,7 +223,7 @@ def latent_batch(
 ) -> Batch:
     """Shapes of a batch for `prediction.programs.read_masks`.
 
-    classes: number of masks that come of the queries; with a palette more than queries.
+    classes: number of masks per view; with a palette more than queries.
     """
     cells = (size[0] // parts.vae.factor, size[1] // parts.vae.factor, parts.vae.latent_channels)
     return {

@@ -94,7 +94,7 @@ def _collectives(result: dict[str, Any]) -> list[str]:
 
 
 def _buffers(buffers: list[dict[str, Any]]) -> list[str]:
-    """Lines on the largest buffers; long names keep their end, which tells the layer's operation."""
+    """Lines on the largest buffers; long names keep their end, which names the layer's operation."""
     rows = []
     for b in buffers:
         name = b["op_name"] if len(b["op_name"]) <= 70 else "…" + b["op_name"][-69:]

@@ -35,7 +35,7 @@ RESERVED = 2**28  # bytes of a TPU's memory that its system keeps; v5e's compile
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A device that is not there, with the facts that the choice of a program depends on."""
+    """A device that is not there, with the properties that the choice of a program depends on."""
 
     platform: str
     device_kind: str

@@ -27,6 +27,7 @@ def measure_scaling(graphdef: nnx.GraphDef, params: Params) -> float:
 
     @jax.jit
     def moments(image: Array, label: Array) -> Array:
+        """Mean and mean square of the latents of one tile's image and mask: [2]."""
         # The mask of the commonest class has foreground; a class at random would mostly be absent.
         common = jnp.argmax(jnp.bincount(label.ravel(), length=len(landcover.GROUPS)))
         mask = encode_binary(label[None], common[None, None])[:, 0]
@@ -57,6 +58,7 @@ def round_trip(
 
     @jax.jit
     def one(image: Array, label: Array) -> tuple[Array, Array, Array]:
+        """Intersections [n], unions [n] and the image's mean absolute error (0..2) of one tile."""
         masks = encode_binary(label[None], jnp.arange(n)[None])[0]
         vae = functional.merge(graphdef, params)
 

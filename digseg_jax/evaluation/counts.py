@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts that one image contributes to its data set's scores: integers that add up over images.
 
-Masks come one class at a time, at the label's resolution, and are dropped before the next one, so
+Masks are read one class at a time, at the label's resolution, and dropped before the next one, so
 memory is a few planes of the image's size however large the vocabulary is.
 """
 
@@ -89,7 +89,7 @@ def count_image(
             if other != c and other in inner:
                 own = np.minimum(own, 1.0 - inner[other])
 
-        # Keep the mask only if a class to come covers this one.
+        # Keep the mask only if a later class covers this one.
         if any(c in covered for k, covered in enumerate(examples.covers) if k != c):
             inner[c] = probability
 
@@ -119,7 +119,7 @@ def count_foreground(
 
 
 class _OwnMetric:
-    """Counts of the data set's own metric (`DatasetSpec.metric`), beyond those of a label map."""
+    """Counts of the data set's own metric (`DatasetSpec.metric`), in addition to a label map's."""
 
     def __init__(self, examples: EvalExamples, label: np.ndarray):
         self.examples, self.label = examples, label
@@ -156,7 +156,7 @@ def nested_classes(examples: EvalExamples) -> tuple[int, int]:
 
 
 def covers_matrix(examples: EvalExamples) -> np.ndarray:
-    """bool [c, c]: entry (i, j) tells whether the pixels of class j belong to the mask of class i."""
+    """bool [c, c]: entry (i, j) is True if the pixels of class j belong to the mask of class i."""
     matrix = np.zeros((len(examples.classes),) * 2, bool)
     for c, covered in enumerate(examples.covers):
         matrix[c, list(covered)] = True

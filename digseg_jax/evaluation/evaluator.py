@@ -72,7 +72,10 @@ class Evaluator:
 
     @property
     def protocol(self) -> str:
-        """The headline's protocol: "exhaustive" asks for all, "gated" for those of a coarse pass."""
+        """Name of the headline's protocol.
+
+        "exhaustive" asks for every class, "gated" only for the classes that a coarse pass finds.
+        """
         all_of_them = self.palette or len(self.prompts) <= self.settings.exhaustive_limit
         return "exhaustive" if all_of_them else "gated"
 
@@ -80,8 +83,8 @@ class Evaluator:
     def protocols(self) -> tuple[str, ...]:
         """All protocols to score: the headline's, then "gated" and "oracle".
 
-        The oracle asks only for the classes that the label contains: it tells what not knowing them
-        costs.
+        The oracle asks only for the classes that the label contains: an upper bound that assumes the
+        classes are known. A palette always answers all of its classes, so it has one protocol.
         """
         if self.palette:
             return ("exhaustive",)
@@ -111,6 +114,7 @@ class Evaluator:
         shown = shown or Shown(0, len(self.examples), None)
 
         def count(images: Sequence[int], found: Sequence[dict]) -> list[Counted]:
+            """Asks for the protocol's classes and counts the answers, one per image."""
             answers = self._ask(protocol, images, found, estep, calibration)
             counted = []
             for example, (answer, asked, facts) in zip(found, answers, strict=True):
@@ -148,6 +152,7 @@ class Evaluator:
         journal = journal or Journal(None, "counts", "")
 
         def count(images: Sequence[int], found: Sequence[dict]) -> list[Counted]:
+            """Counts pixels above each threshold, for the last class only."""
             # A palette always answers all of its classes.
             asked = self.prompts if self.palette else self.prompts[-1:]
             answers = self._segment(images, found, [asked] * len(images), estep)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples of an evaluation split, with the facts of the data set that its scores depend on."""
+"""Examples of an evaluation split, with the properties of the data set that its scores depend on."""
 
 from __future__ import annotations
 

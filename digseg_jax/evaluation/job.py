@@ -106,6 +106,7 @@ def results_of(
     """Content of results.json; scores are unrounded shares (0..1), nan is written as null."""
     settings, segmenter = config.eval, evaluator.segmenter
     return {
+        # what was evaluated, and by which rules
         "dataset": config.data.name,
         "split": settings.split,
         "protocol": f"{config.data.name}: held-out images, counts pooled over the split, mean over "
@@ -119,16 +120,19 @@ def results_of(
         "inference": evaluator.mode,
         "view_size": list(segmenter.size),
         "short_side": segmenter.short_side if evaluator.mode == "window" else 0,
+        # scores of the label map
         **scores.label_map(),
         "per_class": scores.per_class(),
         "boundary_iou": scores.boundary_iou(),
         "label_set": config.data.label_set if config.data.name == "landcover" else "",
+        # sampling and calibration
         "ensemble": estep.ensemble,
         "steps": estep.steps,
         "spacing": estep.spacing,
         "seed": config.seed,
         "calibration": calibration.to_dict(),
         "queries": list(evaluator.examples.prompts),
+        # the data set's own metric, the counts, and scores of single queries
         "metric": evaluator.examples.metric,
         "own_metric": scores.own_metric(searching or ()),
         "confusion": scores.confusion.tolist(),

@@ -122,6 +122,7 @@ class _File:
             self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -132,7 +133,7 @@ class _Objects:
         self.folder, self.count, self.identity = folder / name, 0, ""
 
     def begin(self, identity: str) -> list[dict[str, Any]]:
-        """Returns the rows of this identity in their order; removes those of any other identity."""
+        """Returns the rows of this identity in their order; removes the rows of any other identity."""
         self.identity = identity
         rows = []
 
@@ -165,7 +166,7 @@ def identity_of(params: Params, *facts: Any) -> str:
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
 
-    # crc32 of each array: fast, and enough to tell two sets of weights apart.
+    # crc32 of each array: fast, and enough to distinguish two sets of weights.
     for leaf in jax.tree.leaves(params):
         checksum = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
         digest.update(checksum.to_bytes(4, "big"))

@@ -52,7 +52,7 @@ def _object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     Raises:
       UserError: not an object, or without one of `keys`.
     """
-    # Older or edited files are told apart from damaged ones: the missing keys are named.
+    # An older or edited file may be sound JSON and still lack keys: name them.
     value = _read(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; it must be a JSON object")

@@ -37,7 +37,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
         f"{esc(results['dataset'])} (seed {esc(results['seed'])})."
     ]
 
-    # Older results tell less about their weights: each fact is optional.
+    # Older results say less about their weights, so every entry is optional.
     weights = results.get("weights") or {}
     if is_number(weights.get("parameters")):
         sentences.append(f"The model has {number(weights['parameters'])} trained parameters.")
@@ -58,7 +58,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
 
 def headline(results: Mapping[str, Any]) -> str:
     """Section of the scores, one sentence for each, and their provenance."""
-    # Facts in the order of the page; a score that was not computed has no entry.
+    # Entries in the order of the page; a score that was not computed has none.
     members, steps = results["ensemble"], results["steps"]
     facts = []
     if is_number(results.get("accuracy")):
@@ -185,6 +185,7 @@ def details(config: Mapping[str, Any] | None, results: Mapping[str, Any]) -> str
         blocks.append(
             f'<details><summary>Queries asked{label}</summary><ul class="words">{chips}</ul></details>'
         )
+
     if config is not None:
         text = esc(json.dumps(config, indent=2, ensure_ascii=False))
         blocks.append(

@@ -28,7 +28,7 @@ def suite_tables(suites: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A cell as HTML: measured numbers, which come as text in percent, are marked as numbers."""
+    """A cell as HTML; measured numbers, given as text in percent, are marked as numbers."""
     text = str(value)
     if text.replace(".", "", 1).isdigit():
         return f'<data value="{esc(text)}">{esc(text)}</data>'

@@ -262,7 +262,7 @@ class SplitWriter:
             files.write(self.folder / MANIFEST, json.dumps(manifest).encode())
             files.remove_sidecars(self.folder, self.shards)
 
-        # Told at the end as well, where it is not overlooked.
+        # Repeated at the end, where it is not overlooked.
         for line in broken:
             log.warning("left out: %s", line)
         size = sum(row["bytes"] for row in rows) / 1e9

@@ -67,7 +67,7 @@ def check_split(
             errors[kind] += [str(example)] if len(errors[kind]) < _SHOWN else []
             continue
 
-        # Shifted by one: ignored pixels (-1) come first here, and last in `pixels`.
+        # Shifted by one: ignored pixels (-1) are the first entry here, and the last in `pixels`.
         found = np.bincount(example["label"].ravel() + 1, minlength=spec.num_classes + 1)
         pixels += np.roll(found, -1)
         images += found[1:] > 0

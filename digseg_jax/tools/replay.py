@@ -77,7 +77,7 @@ def examine(
         """Loss of a part of the batch, with the noise that the failed step drew."""
         return task.loss(params, frozen, part, example_keys(seed, part["index"]))[0]
 
-    # One by one, so that the example behind the failure can be told. As text: JSON has no NaN.
+    # One by one, to find the example behind the failure. As text, since JSON has no NaN.
     one = jax.jit(loss)
     losses = {}
     for i, index in enumerate(batch["index"]):

@@ -64,7 +64,7 @@ def describe_shipped(name: str) -> Path:
     The library versions of that run are not known and stay empty.
 
     Raises:
-      UserError: the weights' metadata tell of another recipe.
+      UserError: by their metadata, the weights were made by another recipe.
     """
     folder = FOLDER / name
     metadata = read_metadata(folder)

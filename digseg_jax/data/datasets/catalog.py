@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Specs of the data sets of the paper, and of this project's own.
 
-Counts are those of the official releases (labeled images only). `absent` follows the code that made the
+Counts are the official releases' numbers of labeled images. `absent` follows the code that made the
 published tables of a data set: detectron2's rule in the open-vocabulary ones, mmsegmentation's in the
 supervised ones.
 """

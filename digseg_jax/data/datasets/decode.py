@@ -232,6 +232,7 @@ def _decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
     Raises:
       UnreadableError: another format, damaged, or more than MAX_PIXELS.
     """
+    # Both limits on pixels, Pillow's and this module's, apply before decoding.
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         # `open` reads the header only, so the size is known before any pixel is decoded.
@@ -244,6 +245,7 @@ def _decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
         kinds = ", ".join(formats)
         reason = " ".join(str(error).split())
         raise UnreadableError(f"{path}: cannot be decoded ({kinds}): {reason}") from error
+
     if width * height > MAX_PIXELS:
         raise UnreadableError(f"{path}: {width}x{height} pixels, more than {MAX_PIXELS} in all")
     return image

@@ -80,12 +80,12 @@ def orient(picture: Picture, size: tuple[int, int], path: Path, strict: bool) ->
     """Brings an image onto its label's pixels: as stored, or turned as EXIF says if only that fits.
 
     Masks of the public data sets lie on the stored pixels. An orientation that keeps the size (half a
-    turn, a mirror, any turn of a square) cannot be told from sizes: the image stays as stored.
+    turn, a mirror, any turn of a square) cannot be recognized by the sizes: the image stays as stored.
 
     Args:
       size: (height, width) of the label.
       path: the image's file, for messages.
-      strict: raise instead if the sizes cannot tell.
+      strict: raise instead if the sizes do not decide.
 
     Raises:
       SizeError: with `strict` only.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Description of a data set: classes, splits, ignore rule, prompts and the rules of its scores.
 
-A spec holds facts only; reading is in `readers/`. Class lists are JSON files in `classes/`, one class
-per line: name, synonyms, the values that mean it in the official label files, the official color.
+A spec holds no code for reading, which is in `readers/`. Class lists are JSON files in `classes/`, one
+class per line: name, synonyms, the values that mean it in the official label files, the official color.
 """
 
 from __future__ import annotations

@@ -143,6 +143,6 @@ class TfdsSource:
         return {"image": image, "label": ids, "name": f"{self.split}/{index}"}
 
     def files(self, index: int) -> dict[str, Path]:
-        """Folder of the data set: its records do not tell which file they came from."""
+        """Folder of the data set: records carry no name of their file."""
         folder = epath.Path(_builder(self.name, self.root).data_path)
         return {"image": folder, "label": folder}

@@ -64,7 +64,7 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
         write(path, json.dumps(plan).encode())
         return
 
-    # Tell the first setting that differs; a continued run has the same plan throughout.
+    # A continued run has the same plan; name the first setting that differs.
     found = json.loads(path.read_text())
     differs = [key for key in plan if found.get(key) != plan[key]]
     if differs:

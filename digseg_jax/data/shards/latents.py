@@ -169,7 +169,7 @@ def _unfinished(folder: epath.Path) -> str:
         return f"{folder}: no cached latents here; {MODE} makes them"
     facts = json.loads(plan.read_text())
 
-    # The plan tells how many shards there will be, rounded up.
+    # The number of shards follows from the plan; the last shard may be smaller.
     shards = -(-facts["source_examples"] // facts["shard_examples"])
     left = len(files.missing(folder, shards))
     return f"{folder}: not finished, {left} of {shards} shards are missing; {MODE} goes on with it"

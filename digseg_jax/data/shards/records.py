@@ -47,14 +47,14 @@ def class_hash(spec: DatasetSpec) -> str:
 
 
 def facts_of(spec: DatasetSpec) -> dict[str, Any]:
-    """Facts of the data set for its manifest, JSON-ready."""
+    """Entries of the data set's spec for its manifest, JSON-ready."""
     classes = [[c.name, list(c.synonyms), list(c.covers)] for c in spec.classes]
     kept = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
     return {key: getattr(spec, key) for key in kept} | {"classes": classes}
 
 
 def stored_spec(root: str | Path) -> DatasetSpec | None:
-    """Spec of a user's own folder as its shards tell it; None if there are no shards in `root`."""
+    """Spec of a user's own folder, from its shards; None if there are no shards in `root`."""
     manifests = [read_manifest(path.parent) for path in _manifests(root)]
     if not manifests:
         return None

@@ -104,7 +104,7 @@ def open_ade20k_847(spec: DatasetSpec, root: Path, split: str) -> ShortSideSourc
                     "numbers differ: ADE20K_2021_17_01 is needed"
                 )
 
-    # All GROUP and SCENE folders are searched; the split is told by the file names.
+    # All GROUP and SCENE folders are searched; the split follows from the file names.
     root = find_root(root, "images/ADE", inside, what)
     prefix = "ADE_val_" if split == "val" else "ADE_train_"
     images, labels = _files_of(root, prefix)
@@ -120,7 +120,7 @@ def _files_of(root: Path, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
             for scene in list_folders(root / "images/ADE" / half / group):
                 folder = f"images/ADE/{half}/{group}/{scene}"
                 for stem, name in list_files(root / folder, (".jpg",)).items():
-                    if stem.startswith(prefix):  # the name tells the split, as in the benchmark
+                    if stem.startswith(prefix):  # the split follows from the name, as in the benchmark
                         images[stem] = f"{folder}/{name}"
                 for stem, name in list_files(root / folder, ("_seg.png",)).items():
                     if stem.startswith(prefix):

@@ -61,6 +61,7 @@ def paint(masks: Masks, size: tuple[int, int], where: str) -> np.ndarray:
       UnreadableError: broken run lengths.
       SizeError: a mask that differs from the image in size.
     """
+    # In the file's order: overlapping masks are painted over each other.
     raw = np.zeros(size, np.int32)
     for category, segmentation in masks:
         try:

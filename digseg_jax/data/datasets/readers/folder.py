@@ -27,7 +27,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 _MASKS = (".png", ".tif", ".tiff", ".bmp")
 # Optional value (decimal or #rrggbb) and colon, then the names.
 _LINE = re.compile(r"(?:(?P<value>\d{1,5}|#[0-9a-fA-F]{6})\s*:)?(?P<names>[^:]+)")
-_COLOR = 1 << 24  # added to a color's number, to tell it from a plain value
+_COLOR = 1 << 24  # added to a color's number, to distinguish it from a plain value
 
 
 def folder_spec(root: Path) -> DatasetSpec:

@@ -63,7 +63,7 @@ def open_bdd100k(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     root = find_root(root, markers, ("bdd100k",), what)
     label_dir = first_folder(root, markers, what)
 
-    # The labels' folder tells the release, and with it where the images are.
+    # The release is recognized by its labels' folder; images are elsewhere in each of them.
     image_dir = {
         markers[0]: f"images/10k/{split}",
         markers[1]: f"seg/images/{split}",

@@ -35,7 +35,7 @@ class LandCoverSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
-        # scenes carry the labels of every label set, tiles only those of theirs
+        # a scene has labels of every label set, a tile of one label set only
         label = example["label"] if "label" in example else example[self.label_set]
         return {"image": example["image"], "label": label, "name": self.tiles[index].name}
 

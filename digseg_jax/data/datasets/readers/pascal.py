@@ -67,7 +67,7 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
         raise UserError(f"{what}: neither a folder trainval nor {_JSON} in {voc} or {root}")
     detail = DetailJson(merged) if merged and (mats is None or split == "train_4996") else None
 
-    # Listed images only: JPEGImages holds those of all of VOC's tasks.
+    # Listed images only: JPEGImages also holds the images of VOC's other tasks.
     stems = _context_stems(voc, split, detail, merged, what)
     images = _jpegs(voc, stems, what)
 

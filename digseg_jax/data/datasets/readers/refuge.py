@@ -17,7 +17,7 @@ from digseg_jax.data.datasets.pairs import FileSource, pair_up, walk_files
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 
-# File names tell the split; in the training set g is glaucoma, n is not.
+# File names by split; in the training set g means glaucoma and n no glaucoma.
 STEMS = {"train": r"[gn]\d{4}", "val": r"V\d{4}", "test": r"T\d{4}"}
 TOLERANCE = 30  # gray levels, for files that went through lossy tools
 MASK_FOLDER = "Disc_Cup_Masks"

@@ -29,6 +29,7 @@ def unpack(text: str) -> list[int]:
     Raises:
       ValueError: a character that the form does not have, or an incomplete number.
     """
+    # `value` collects the bits of one number, `shift` counts them.
     runs: list[int] = []
     value = shift = 0
     for character in text:
@@ -36,14 +37,17 @@ def unpack(text: str) -> list[int]:
         bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 60:
             raise ValueError(f"no run-length text: {character!r}")
+
         value |= (bits & 31) << shift
         shift += 5
-        if bits & 32:  # the number goes on
+        if bits & 32:  # more bits of this number follow
             continue
         if bits & 16:  # negative: extend the sign
             value -= 1 << shift
+
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value = shift = 0
+
     if shift:
         raise ValueError("run-length text ends early")
     return runs
