@@ -250,8 +250,8 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
         if kind == "all-reduce" and "all-reduce-scatter" in where:
             kind = "reduce-scatter"
 
-        # Chained, split into start and done, or inside an asynchronous computation: all run beside
-        # others.
+        # Chained, split into start and done, or inside an asynchronous
+        # computation: all run beside others.
         n = _group_size(instruction, devices)
         counts[kind] += times
         share = times * _received(kind, instruction, module.named[where], n)

@@ -283,9 +283,9 @@ def _said(message: str, what: str) -> float:
 def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
     """Lower bounds of one call's time, in seconds: computing, memory traffic, traffic between chips.
 
-    The longest one is the bound for the whole call; with model FLOPs it also bounds the utilization
-    (MFU). Beside it stands the time of the collectives beside which nothing runs, by the compiler's
-    schedule.
+    The longest one is the bound for the whole call; with model FLOPs it also bounds the
+    utilization (MFU). Beside it stands the time of the collectives beside which nothing runs,
+    by the compiler's schedule.
 
     Returns:
       Entries of the result; empty for an unknown chip or a program that does not fit.

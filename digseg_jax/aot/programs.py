@@ -253,8 +253,8 @@ def kept_bytes(config: Config, parts: Parts) -> float:
 def temporary_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
     """Bytes of results on one device for each of `lower`'s programs, by `aot.liveness`.
 
-    Split kernels are added as if all were gathered at once: fetched ahead, many of them are there
-    together.
+    Split kernels are added as if all were gathered at once: fetched ahead, many of
+    them are there together.
     """
     if config.compile.program == "eval":
         needed = _evaluation_bytes(config, parts, mesh)

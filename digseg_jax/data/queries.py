@@ -41,11 +41,11 @@ class QuerySampler:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws class ids, int32 [n], and their kinds in this crop (PRESENT, ...), int32 [n].
 
-        The kinds tell what was drawn, not what was wanted: a crop that shows every class has no
-        negatives.
+        The kinds tell what was drawn, not what was wanted: a crop that shows every
+        class has no negatives.
         """
-        # Shares of all pixels of the crop, ignored ones included; a nested class's share includes
-        # its members.
+        # Shares of all pixels, ignored ones included. Where classes are nested,
+        # a class's share includes the classes that it covers.
         share = class_counts(label, len(self.rarity)) / label.size
         if self.members is not None:
             share = self.members @ share

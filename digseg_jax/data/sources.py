@@ -64,8 +64,8 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     if records.is_prepared(part.root, split):
         return records.RecordSource(part.root, split, spec_of(part), narrow=narrow)
 
-    # Shards of other splits only, or a bucket, where downloads are not read: say how to make
-    # shards.
+    # Shards of other splits only, or a bucket, where downloads are
+    # not read: say how to make shards.
     if prepared := records.prepared_splits(part.root):
         raise UserError(
             f"{part.root}: shards of {', '.join(prepared)} only; digseg_jax.tools.prepare_data "

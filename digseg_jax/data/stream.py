@@ -146,9 +146,9 @@ def _batches(
     if batch_size % hosts:
         raise ValueError(f"batch size {batch_size} does not divide among {hosts} hosts")
 
-    # Hosts take contiguous parts of a global batch: the global array does not depend on their number.
-    # The endless repetition is cut because grain counts its batches in floats, for which 2**63 - 1 is
-    # too large.
+    # Hosts take contiguous parts of a global batch: the global array does not depend on
+    # their number. The endless repetition is cut because grain counts its batches in
+    # floats, for which 2**63 - 1 is too large.
     dataset = dataset[: 2**62]
     dataset = dataset.batch(batch_size // hosts, batch_fn=_stacked)[host::hosts][start:]
 

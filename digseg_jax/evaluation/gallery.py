@@ -79,8 +79,8 @@ class Shown:
         if self.folder is None or not is_main():
             return
 
-        # An image counted before a kill may have become an extreme without its masks having been
-        # kept.
+        # An image counted before a kill may have become an extreme
+        # without its masks having been kept.
         chosen, notes = self.final()
         chosen = [i for i in chosen if (self.folder / f"{i}.npz").exists()]
         items = (_item(i, examples, scores, self.folder, notes.get(i, "")) for i in chosen)

@@ -162,8 +162,8 @@ def _calibrated_on(config: Config) -> EvalExamples | None:
 def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None:
     """Training images on which a foreground class's threshold is searched.
 
-    None for another metric, and without a training split of its own: then only the default threshold is
-    reported.
+    None for another metric, and without a training split of its own: then only the
+    default threshold is reported.
     """
     if examples.metric != "foreground":
         return None

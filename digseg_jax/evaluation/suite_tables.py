@@ -67,8 +67,8 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
             [n, percent(row[n]), paper.figure(suite, dataset, n), rate, "–"] for n in names if n in row
         ]
 
-    # ... or scores of a foreground class, at the default threshold and at the one found on other
-    # images.
+    # ... or scores of a foreground class, at the default threshold and
+    # at the one found on other images.
     cells = _foreground_cells(row, f"threshold {row['threshold']}", paper.FIGURES[suite][dataset], rate)
     if "searched" in row:
         found = row["searched"]

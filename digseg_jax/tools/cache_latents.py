@@ -130,8 +130,8 @@ class SplitWriter:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     files.claim(self.folder, self.plan, "config.data.latent_cache")
 
-        # All processes look before one of them writes; afterwards they would see different numbers
-        # of shards.
+        # All processes look before one of them writes; afterwards they would
+        # see different numbers of shards.
         with together("a look at the latents"):
             if not (self.folder / files.PLAN).exists():
                 raise UserError(

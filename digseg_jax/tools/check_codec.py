@@ -64,8 +64,8 @@ class CodecCheck:
         """
         evidence, probed = [], []
         for first in range(0, num_classes, QUERIES):
-            # always QUERIES classes, so that one compilation serves; those beyond the last are
-            # dropped below
+            # always QUERIES classes, so that one compilation serves; those
+            # beyond the last are dropped below
             classes = np.arange(first, first + QUERIES)[None]
             masks = encode_binary(jnp.asarray(label)[None], jnp.asarray(classes))[0]
             latent = self.encode(self.params, masks)

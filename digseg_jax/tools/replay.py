@@ -3,9 +3,9 @@
 
     python -m digseg_jax.tools.replay --workdir=DIR
 
-On one process: restores the last checkpoint before the step and repeats the steps between. Then prints
-which parameters are not finite before the step, the loss of every example, and which gradients are not
-finite.
+On one process: restores the last checkpoint before the step and repeats the steps between.
+Then prints which parameters are not finite before the step, the loss of every example, and
+which gradients are not finite.
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ class LabelTable:
         outside = (raw < 0) | (raw >= len(self.lookup))
         label = self.lookup[np.where(outside, 0, raw)] if outside.any() else self.lookup[raw]
 
-        # Name the first unknown pixel: a wrong file, a lossy copy or another release of the data
-        # set.
+        # Name the first unknown pixel: a wrong file, a lossy copy or
+        # another release of the data set.
         unknown = outside | (label == self.UNKNOWN)
         if unknown.any():
             y, x = np.argwhere(unknown)[0]
@@ -259,8 +259,8 @@ def _check_png(path: Path, data: bytes) -> None:
     Raises:
       UnreadableError: the file ends early, or a checksum differs.
     """
-    # A chunk: length (4 bytes), kind (4), data, CRC-32 of kind and data (4); 8 bytes of signature
-    # first.
+    # A chunk: length (4 bytes), kind (4), data, CRC-32 of kind and data
+    # (4); 8 bytes of signature first.
     position, kind = 8, b""
     while kind != b"IEND":
         length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 :][:4]

@@ -37,9 +37,9 @@ class Pair(NamedTuple):
 class FileSource:
     """Random access in grain's sense: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
 
-    The label has the resolution of its file; ignored pixels are -1. `image_is_file` tells whether the
-    image equals its file's content; where it does not (A-847 resizes), storing it means encoding it
-    again.
+    The label has the resolution of its file; ignored pixels are -1. `image_is_file` tells
+    whether the image equals its file's content; where it does not (A-847 resizes), storing
+    it means encoding it again.
 
     Args:
       strict: raise on an EXIF orientation that the sizes cannot settle.

@@ -86,8 +86,8 @@ def sampled(source: Any, num_classes: int, sample: int = SAMPLE) -> ClassStatist
 def name_similarity(names: Sequence[Sequence[str]]) -> np.ndarray:
     """Similarity of classes by shared words of names and synonyms (Jaccard): float [c, c], diagonal 0.
 
-    All words count alike, although the last word of a name says most about the thing ("traffic light",
-    "light").
+    All words count alike, although the last word of a name says most about the thing
+    ("traffic light", "light").
     """
     words = [{_stem(w) for name in own for w in name.lower().split()} for own in names]
     column = {w: i for i, w in enumerate(sorted(set().union(*words)))}

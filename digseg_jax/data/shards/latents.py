@@ -188,8 +188,8 @@ def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[s
         if found == value:
             continue
 
-        # Only short values are printed: palettes and digests of weights would say nothing to the
-        # user.
+        # Only short values are printed: palettes and digests of weights
+        # would say nothing to the user.
         found, value = (f" {v}" if isinstance(v, str | int) else "" for v in (found, value))
         raise UserError(
             f"config.data.latent_cache: {folder} was made with another value of {MADE_WITH[key]}: "

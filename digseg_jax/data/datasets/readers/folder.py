@@ -165,7 +165,7 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     folders = (f"images/{split}", first_folder(root, places, what))
     pairs = pair_folders(root, *folders, _IMAGES, _MASKS, what)
 
-    # All values have one form, so the first tells it. Strict about EXIF: the data are the user's
-    # own.
+    # All values have one form, so the first tells it. Strict about
+    # EXIF: the data are the user's own.
     colored = spec.classes[0].raw[0] >= _COLOR
     return FileSource(root, pairs, ColorLabels(spec) if colored else IndexLabels(spec), strict=True)

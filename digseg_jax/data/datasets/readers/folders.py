@@ -100,8 +100,8 @@ def open_cityscapes(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     what = f"{spec.name} {split}"
     root = find_root(root, f"gtFine/{split}", ("cityscapes", "Cityscapes"), what)
 
-    # Images first, then labels; stems are unique over all cities, as they begin with the city's
-    # name.
+    # Images first, then labels; stems are unique over all cities, as
+    # they begin with the city's name.
     sides = []
     for kind, suffix in (("leftImg8bit", "_leftImg8bit.png"), ("gtFine", "_gtFine_labelIds.png")):
         found: dict[str, str] = {}

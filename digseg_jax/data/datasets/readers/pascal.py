@@ -59,8 +59,8 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
     what = f"{spec.name} {split}"
     voc = find_root(root, "JPEGImages", ("VOCdevkit/VOC2010", "VOC2010"), what)
 
-    # Labels come in two forms; the JSON file is large, so it is only parsed where something needs
-    # it.
+    # Labels come in two forms; the JSON file is large, so it is only
+    # parsed where something needs it.
     mats = next((p for p in (voc / "trainval", root / "trainval") if p.is_dir()), None)
     merged = next((p for p in (voc / _JSON, root / _JSON) if p.is_file()), None)
     if mats is None and merged is None:
