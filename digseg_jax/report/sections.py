@@ -17,6 +17,12 @@ from digseg_jax.report.markup import (
     table,
 )
 
+# ensemble rule -> how the members' probabilities become one
+_COMBINED = {
+    "mean": "; their probabilities are averaged",
+    "median": "; the median of their probabilities counts",
+    "vote": "; the share of them that chose the query counts",
+}
 # word in the protocol's description -> its meaning for a reader
 _PROTOCOLS = {
     "oracle": "only classes that the truth contains are asked for, which is easier than asking all",
@@ -66,9 +72,13 @@ def headline(results: Mapping[str, Any]) -> str:
         facts.append(_fact("Pixel accuracy", percent(results["accuracy"]), meaning))
     meaning = f"of the {esc(results['split'])} split."
     facts.append(_fact("Images", number(results["num_images"]), meaning))
+    # The default decoder averages before the mask exists, so that no rule applies.
+    combined = _COMBINED.get(results.get("ensemble_rule"), "")
+    if results.get("decoder") == "latent_mean":
+        combined = "; the mean of their latents is decoded"
     meaning = (
         f"{esc(members)} noise {'draw' if members == 1 else 'draws'} × {esc(steps)} denoising "
-        f"{'step' if steps == 1 else 'steps'} for each query; probabilities are averaged."
+        f"{'step' if steps == 1 else 'steps'} for each query{combined if members > 1 else ''}."
     )
     facts.append(_fact("E × S", f"{esc(members)} × {esc(steps)}", meaning))
 

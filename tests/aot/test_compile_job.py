@@ -226,6 +226,19 @@ def test_over_the_budget_the_advice_is_computed(folders):
     assert not any(line.startswith("batch") for line in advise(made, parts, mesh, roomy))
 
 
+def test_of_several_programs_the_one_that_needs_most_is_told_whether_it_fits_or_not():
+    fitting = {"fits": True, "hbm_peak_bytes": 2e9, "compile_seconds": 1.0}
+    too_large = {
+        "fits": False,
+        "hbm_peak_bytes": 2e10,
+        "hbm_limit_bytes": 1.6e10,
+        "compile_seconds": 1.0,
+    }
+    for measured in ([fitting, too_large], [too_large, fitting]):
+        result = compiling.combined(measured, [1, 1])
+        assert (result["fits"], result["hbm_peak_bytes"]) == (False, 2e10)
+
+
 def test_over_the_budget_of_the_compiler():
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "

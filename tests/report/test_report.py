@@ -184,6 +184,20 @@ def test_what_is_not_recorded_is_not_said(tmp_path):
     assert "trained" not in said.partition("Does it listen")[0]
 
 
+@pytest.mark.parametrize(
+    ("decoder", "rule", "expected"),
+    [
+        ("latent_mean", "mean", "the mean of their latents is decoded"),
+        ("vae", "mean", "their probabilities are averaged"),
+        ("vae", "median", "the median of their probabilities counts"),
+        ("probe", "vote", "the share of them that chose the query counts"),
+    ],
+)
+def test_the_page_says_how_members_became_one_answer(tmp_path, decoder, rule, expected):
+    dump(tmp_path / "eval" / "results.json", results(decoder=decoder, ensemble_rule=rule))
+    assert expected in words(tmp_path)
+
+
 def test_made_up_results_have_no_key_that_the_program_does_not_write(product):
     real = json.loads((product / "eval" / "results.json").read_text())
     assert results().keys() <= real.keys()

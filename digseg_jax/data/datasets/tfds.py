@@ -27,7 +27,7 @@ VOID = 255  # ignored value of 8-bit labels, unless it is a class
 
 @functools.cache
 def _builder(name: str, root: str) -> Any:
-    """Builder of a prepared version, the last one by name.
+    """Builder of a prepared version: the highest, of the configuration that is last by name.
 
     Raises:
       UserError: nothing prepared there.
@@ -36,13 +36,19 @@ def _builder(name: str, root: str) -> Any:
 
     # NAME/VERSION, or NAME/CONFIG/VERSION where `name` does not say which configuration.
     patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
-    versions = sorted(p for pattern in patterns for p in folder.glob(pattern))
+    versions = sorted((p for pattern in patterns for p in folder.glob(pattern)), key=_version)
     if not versions:
         raise UserError(
             f"tfds:{name}: no prepared data set in {folder}; run `tfds build {name} "
             f"--data_dir={root} --file_format=array_record` where TensorFlow is installed"
         )
     return tfds.builder_from_directory(versions[-1].parent)
+
+
+def _version(info: epath.Path) -> tuple[str, list[int]]:
+    """(configuration, version as numbers) of a dataset_info.json: 10.0.0 comes after 9.0.0."""
+    numbers = [int(part) for part in info.parent.name.split(".") if part.isdigit()]
+    return info.parent.parent.name, numbers
 
 
 def _key(features: Any, names: tuple[str, ...], what: str) -> str:

@@ -145,10 +145,13 @@ class TestBombs:
             file.truncate(decode.MAX_BYTES + 1)  # sparse: takes no room
         assert read(tmp_path / "a.png") is None
 
-    def test_a_mat_file_that_unpacks_to_much(self, tmp_path):
-        packed = zlib.compress(bytes(80 * 2**20), 1)
+    @pytest.mark.parametrize("sizes", [(80 * 2**20,), (64 * 2**20, 1000)], ids=["one", "two"])
+    def test_a_mat_file_that_unpacks_to_much(self, tmp_path, sizes):
+        """Two elements: the first takes all of the room, to the last byte."""
+        packed = [zlib.compress(bytes(size), 1) for size in sizes]
         header = b"MATLAB 5.0".ljust(124) + b"\x00\x01IM"
-        (tmp_path / "a.mat").write_bytes(header + struct.pack("<II", 15, len(packed)) + packed)
+        elements = b"".join(struct.pack("<II", 15, len(p)) + p for p in packed)
+        (tmp_path / "a.mat").write_bytes(header + elements)
         with pytest.raises(UnreadableError, match="unpacks to more"):
             read_mat(tmp_path / "a.mat", "LabelMap")
 
@@ -177,6 +180,7 @@ class TestXml:
             "<A><Vertex X='1' Y='2'/></A>",
             "<A><Region><Vertex X='1'/></Region></A>",
             "<A><Region><Vertex X='nan' Y='1'/></Region></A>",
+            "<A><Region><Vertex X='1' Y='nan'/></Region></A>",
             "<A><Region><Vertex X='inf' Y='1'/></Region></A>",
             "<A><Region><Vertex X='1e300' Y='1'/></Region></A>",
             "<A><Region><Vertex X='one' Y='1'/></Region></A>",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from digseg_jax.config.schema import PartConfig
 from digseg_jax.data.checked import Guarded
+from digseg_jax.data.datasets.tfds import _builder
 from digseg_jax.data.sources import open_part, spec_of
 from digseg_jax.errors import UserError
 
@@ -92,6 +94,15 @@ def write(root, names, label_key="segmentation_label"):
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return PartConfig("tfds:tiny", str(root))
+
+
+def test_the_highest_version_is_read(tmp_path):
+    write(tmp_path, NAMES)
+    for version in ("9.0.0", "10.0.0"):
+        shutil.copytree(tmp_path / "tiny" / "1.0.0", tmp_path / "tiny" / version)
+        info = tmp_path / "tiny" / version / "dataset_info.json"
+        info.write_text(info.read_text().replace("1.0.0", version))
+    assert _builder("tiny", str(tmp_path)).info.version == "10.0.0"
 
 
 @pytest.fixture(params=[True, False], ids=["named labels", "classes.txt"])

@@ -58,12 +58,13 @@ def _check_unpacked_size(path: Path, data: bytes) -> None:
         kind = int.from_bytes(data[position : position + 4], "little")
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         if kind == _COMPRESSED:
-            # A small file can unpack to gigabytes: stop at the room that is left.
+            # A small file can unpack to gigabytes: stop one byte past the room that is left. (A limit
+            # of 0 would be none for zlib.)
             unpacker = zlib.decompressobj()
             try:
-                room -= len(unpacker.decompress(data[position + 8 :][:size], room))
+                room -= len(unpacker.decompress(data[position + 8 :][:size], room + 1))
             except zlib.error as error:
                 raise UnreadableError(f"{path}: the MATLAB file is damaged: {error}") from error
-            if unpacker.unconsumed_tail:
+            if room < 0:
                 raise UnreadableError(f"{path}: unpacks to more than {_MAX_UNPACKED} bytes")
         position += 8 + size

@@ -56,7 +56,9 @@ def regions(path: Path) -> list[np.ndarray]:
             total += 1
 
             x, y = float(attributes["X"]), float(attributes["Y"])
-            if total > MAX_VERTICES or not max(abs(x), abs(y)) <= MAX_COORDINATE:
+            if total > MAX_VERTICES or not (
+                abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE  # each: nan satisfies neither
+            ):
                 raise ValueError(f"vertex {total} at ({x}, {y}) is beyond what is read")
             found[-1].append((x, y))
 
