@@ -9,6 +9,7 @@ from collections.abc import Iterable
 # Exit statuses of `main`; of these, only after PREEMPTED do the scripts of launch/ start a run again.
 USER_ERROR = 2
 OVER_BUDGET = 3  # --mode=compile: the program does not fit the devices
+INTERRUPTED = 130  # Ctrl-C where nothing is to be saved: 128 + SIGINT, as shells have it
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on from there
 
 

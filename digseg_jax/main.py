@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from digseg_jax.config.parse import check_key, parse, with_sampling
 from digseg_jax.config.schema import Config
-from digseg_jax.errors import OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
+from digseg_jax.errors import INTERRUPTED, OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.log import log, setup
 
 MODES = ("train", "eval", "export", "predict", "compile", "cache_latents")
@@ -207,6 +207,9 @@ def main(argv: list[str]) -> None:
     except Preempted as error:
         log.info("%s; the same command goes on from there", error)
         _leave(PREEMPTED)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        _leave(INTERRUPTED)
     except Exception:
         traceback.print_exc()
         _leave(1)

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 from PIL import Image
+
+from digseg_jax.errors import INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -151,3 +155,22 @@ def test_predict_on_a_missing_image_is_one_line(folders, tmp_path, workdir):
     config = tiny.config_file(tmp_path, folders)
     message = refused(f"--config={config}", workdir, "--mode=predict", "--image=no.png", "--query=ice")
     assert "--image=no.png: no such file" in message
+
+
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folders, tmp_path):
+    """While the configuration is known, and JAX and the models are still being loaded."""
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "digseg_jax.main",
+        QUICKSTART,
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "config.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=240)[1].splitlines()
+    assert process.returncode == INTERRUPTED
+    assert said[-1] == "error: interrupted" and "Traceback" not in "".join(said)

@@ -8,6 +8,7 @@ hosts share it, and the whole state of a stream is one integer, the next step.
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -177,7 +178,11 @@ def _stacked(examples: Sequence[Example]) -> Example:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Prepares a worker process: one thread for OpenCV, and freed memory is kept."""
+    """Prepares a worker process: one thread for OpenCV, freed memory kept, deaf to Ctrl-C.
+
+    A terminal sends Ctrl-C to the workers too, while the loop still needs their batch to end its step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     keep_freed_memory()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns SIGTERM into a request: after which step all processes save and leave.
+"""Turns SIGTERM and Ctrl-C into a request: after which step all processes save and leave.
 
 Of several processes, each may get the signal at another step, or only one of them; JAX's coordination
 service, which handles SIGTERM from the start, then finds the first step that all can still reach. A
@@ -8,6 +8,7 @@ process on its own needs no agreement.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Any
@@ -15,28 +16,38 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from digseg_jax.log import log
+
 
 class PreemptionWatch:
-    """A context manager around the training loop; outside of it SIGTERM ends the process."""
+    """A context manager around the training loop; outside of it both signals end the process."""
 
     def __init__(self) -> None:
         self._alone = jax.process_count() == 1
         self._asked = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> PreemptionWatch:
         # Python accepts signal handlers in the main thread only.
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            if self._alone:
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, *_: Any) -> None:
         """Signal handler: remembers the request until the step is done."""
         self._asked = True
+
+    def _interrupt(self, *_: Any) -> None:
+        """Handles the first Ctrl-C as SIGTERM; the second one interrupts at once."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        log.warning("Ctrl-C: saving after this step; press it again to leave without saving")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """True if all processes save and leave after `step`; each must call it after every step."""

@@ -166,12 +166,14 @@ def test_a_slow_save_holds_up_the_step_that_would_be_lost_too(overlap, waits_at,
         monkeypatch.undo()
 
 
-def test_sigterm_saves_the_step_and_leaves(cover, folders, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_sigterm_or_ctrl_c_saves_the_step_and_leaves(cover, folders, tmp_path, sent):
     """One process: the signal may come at any moment of a step."""
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
     def on_eval(step, state):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return {}
 
     changes = {"train__eval_every": 1, "checkpoint__every": 100}
@@ -179,9 +181,20 @@ def test_sigterm_saves_the_step_and_leaves(cover, folders, tmp_path):
         train(folders, tmp_path, on_eval, **changes)
     assert pod.checkpoints(tmp_path) == [3]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     expected = train(folders, tmp_path / "whole")[1]
     assert_same_bits(train(folders, tmp_path)[1], expected)
+
+
+def test_a_second_ctrl_c_leaves_at_once(cover, folders, tmp_path):
+    def on_eval(step, state):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(folders, tmp_path, on_eval, train__eval_every=3, checkpoint__every=100)
+    assert pod.checkpoints(tmp_path) == []
 
 
 def test_sigterm_at_the_last_step_is_no_preemption(cover, folders, tmp_path):
@@ -194,13 +207,15 @@ def test_sigterm_at_the_last_step_is_no_preemption(cover, folders, tmp_path):
     assert pod.checkpoints(tmp_path)[-1] == STEPS
 
 
-def test_main_ends_with_the_documented_status_after_sigterm(cover, folders, tmp_path):
-    config = tiny.config_file(tmp_path, folders, task="prior", train__steps=100000)
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_main_ends_with_the_documented_status_after_a_signal(cover, folders, tmp_path, sent):
+    config = tiny.config_file(tmp_path, folders, task="prior", train__steps=100000, data__workers=1)
     flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     process = pod.Pod(tmp_path / "logs", flags)
     process.when(lambda: pod.last_step(tmp_path / "run") >= 2)
-    process.kill(signal.SIGTERM)
+    process.kill(sent)
     assert process.wait() == [PREEMPTED]
+    assert "Traceback" not in process.text()
     assert pod.checkpoints(tmp_path / "run")[-1] == pod.last_step(tmp_path / "run")
 
 
