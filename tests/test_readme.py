@@ -105,7 +105,8 @@ def test_every_module_and_file_that_is_named_exists(path):
     text = path.read_text()
     modules = re.findall(r"python -m ((?:digseg_jax|tests)(?:\.\w+)*)", text)
     assert [name for name in modules if module_file(name) is None] == []
-    files = re.findall(r"(?<![\w/])((?:configs|digseg_jax|launch|tests)/[\w/]+\.(?:py|sh|md|txt))", text)
+    folders, endings = "configs|digseg_jax|launch|tests", "py|sh|md|txt"
+    files = re.findall(rf"(?<![\w/])((?:{folders})/[\w/]+\.(?:{endings}))", text)
     assert [name for name in files if not (ROOT / name).is_file()] == []
 
 

@@ -21,6 +21,7 @@ import jax
 
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
+from digseg_jax.io.events import EventFile
 from digseg_jax.io.jsonl import Record, read_rows
 from digseg_jax.io.storage import AnyPath, is_remote
 
@@ -93,16 +94,12 @@ class MetricWriter:
         if not self.active:
             return
 
-        # Imported here: slow to import, and readers do not need it.
-        from tensorboardX import SummaryWriter
-
         self._record = Record(self.path, truncate_after)
         mirror = self._record.mirror
         folder = mirror.local if mirror else self.path.parent
 
-        # purge_step tells the viewer to hide events from that step on.
         purge = None if truncate_after is None else max(truncate_after + 1, 0)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=10)
+        self._events = EventFile(folder / "tensorboard", purge_from=purge)
         self._wandb = _wandb_run(wandb, self.path.parent, folder) if wandb else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -121,11 +118,9 @@ class MetricWriter:
         self._record.write({"step": int(step), **values})
 
         # The viewers get finite values only: they have no null.
-        for name, value in values.items():
-            if value is not None:
-                self._events.add_scalar(name, value, int(step))
+        finite = {name: value for name, value in values.items() if value is not None}
+        self._events.write(int(step), finite)
         if self._wandb is not None:
-            finite = {name: value for name, value in values.items() if value is not None}
             self._wandb.log(finite, step=int(step))
 
     def sync(self) -> None:

@@ -48,9 +48,7 @@ ROWS = (
 def draw_row(row: Row, segmenter: Segmenter) -> UInt8[np.ndarray, "h w 3"]:
     """One row of the image: tile, probabilities, answer, labels, each with its caption."""
     scene = landcover.load().window(row.tile.top, row.tile.left, landcover.TILE)
-    (probability,) = segmenter.predict_masks(
-        [scene["image"]], row.words, ensemble=8, steps=2, key=SEED
-    )
+    (probability,) = segmenter.predict_masks([scene["image"]], row.words, ensemble=8, steps=2, key=SEED)
 
     # Words and labels have the same color where they mean the same.
     answer = paint(probability.argmax(axis=0), class_colors(len(row.words), row.words))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -11,10 +12,12 @@ import textwrap
 
 import numpy as np
 import pytest
+from tensorboardX import event_file_writer
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.metric_writer import MetricWriter, read_metrics
 from digseg_jax.io.progress import Progress, format_duration
+from digseg_jax.log import log
 
 
 def steps(path):
@@ -170,6 +173,27 @@ def test_tensorboard_gets_every_finite_scalar(tmp_path):
         found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
         at += size + 16
     assert found == [(5, "loss", 0.5)]
+
+
+@pytest.mark.parametrize("fails", ["__init__", "write_event", "flush", "close"])
+def test_a_disk_that_refuses_events_is_one_warning_and_the_record_goes_on(
+    tmp_path, monkeypatch, caplog, fails
+):
+    """Whatever the copy for a viewer meets: the run must neither end nor hang for it."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(event_file_writer.EventsWriter, fails, refuse)
+    monkeypatch.setattr(log, "propagate", True)
+    with MetricWriter(tmp_path, active=True) as writer:
+        for step in range(1, 40):
+            writer.write(step, {"loss": 0.5})
+        writer.sync()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 39
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{tmp_path / 'tensorboard'}: no more events for TensorBoard (No space left on device)"
+    ]
 
 
 def test_neither_tensorflow_nor_torch_is_imported(tmp_path):
