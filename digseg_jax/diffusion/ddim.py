@@ -20,7 +20,7 @@ Denoise = Callable[[Float[Array, "b h w c"], Int[Array, "b"]], Float[Array, "b h
 
 
 def timesteps(num_train: int, steps: int, spacing: str) -> np.ndarray:
-    """The `steps` timesteps in falling order, int32; trailing starts at T-1, leading does not.
+    """Returns the `steps` timesteps in falling order, int32; trailing starts at T-1, leading does not.
 
     Trailing: round(T - i T / S) - 1, so S=1 [999], S=2 [999, 499]. Leading: multiples of T // S,
     so S=1 [0], S=2 [500, 0] (diffusers with steps_offset 0).
@@ -47,14 +47,22 @@ def sample(
     steps: int,
     spacing: str,
 ) -> Float[Array, "b h w c"]:
-    """Clean latents from noise; `denoise(x_t, t)` is the network's raw prediction."""
+    """Denoises to clean latents in `steps` steps; `denoise(x_t, t)` is the network's raw prediction.
+
+    Raises:
+      ValueError: unknown spacing, or more steps than training timesteps.
+    """
     points = timesteps(schedule.num_timesteps, steps, spacing)
+
+    # The last step returns x0 itself, so the timestep that would follow it does not matter.
     following = np.append(points[1:], 0).astype(np.int32)
     last = np.arange(steps) == steps - 1
 
     def step(x: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
         t, t_next, is_last = now
         batch_t = jnp.full(x.shape[0], t)
+
+        # With eta 0, the noise that the prediction implies is put back at the next, lower level.
         x0, eps = schedule.x0_and_eps(denoise(x, batch_t), x, batch_t)
         x_next = schedule.add_noise(x0, eps, jnp.full(x.shape[0], t_next))
         return jnp.where(is_last, x0, x_next), None

@@ -10,19 +10,21 @@ from digseg_jax.arraytypes import Array, Float
 
 
 def gaussian(key: Array, shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
-    """Standard normal noise of one example."""
+    """Draws standard normal noise for one example."""
     return jax.random.normal(key, shape)
 
 
 def multires(
     key: Array, shape: tuple[int, int, int], strength: Float[Array, ""]
 ) -> Float[Array, "h w c"]:
-    """Noise with added coarser octaves, each `strength` times weaker, scaled to unit deviation.
+    """Draws noise with added coarser octaves, each `strength` times weaker, scaled to unit deviation.
 
     The octaves halve (Marigold draws the ratio from [2, 4]; a drawn shape cannot be compiled).
     strength: 0 gives plain Gaussian noise; Marigold anneals it as 0.9 t / T.
     """
     height, width, channels = shape
+
+    # Ten octaves at most; they end where one value covers the whole map.
     keys = jax.random.split(key, 10)
     noise = jax.random.normal(keys[0], shape)
     for level in range(1, 10):
@@ -31,4 +33,5 @@ def multires(
         noise += strength**level * jax.image.resize(octave, shape, "linear")
         if h == w == 1:
             break
+
     return noise / jnp.std(noise)

@@ -17,7 +17,11 @@ from digseg_jax.arraytypes import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """`alphas_cumprod`: float64 tuple over the T training timesteps (hashable: a static argument)."""
+    """The signal that is left at each of the T training timesteps, and what the network predicts.
+
+    alphas_cumprod: abar_t as float64; a tuple, so that a schedule is hashable and can be a static
+      argument of a jitted function.
+    """
 
     alphas_cumprod: tuple[float, ...]
     prediction_type: str  # "epsilon" | "v_prediction" | "sample"
@@ -27,7 +31,7 @@ class Schedule:
         return len(self.alphas_cumprod)
 
     def signal_and_noise(self, t: Int[Array, "b"]) -> tuple[Array, Array]:
-        """sqrt(abar_t) and sqrt(1 - abar_t), shaped [b, 1, 1, 1], float32."""
+        """Returns sqrt(abar_t) and sqrt(1 - abar_t), shaped [b, 1, 1, 1], float32."""
         table = np.asarray(self.alphas_cumprod)
         signal = jnp.asarray(np.sqrt(table), jnp.float32)[t]
         noise = jnp.asarray(np.sqrt(1.0 - table), jnp.float32)[t]
@@ -36,14 +40,14 @@ class Schedule:
     def add_noise(
         self, x0: Float[Array, "b h w c"], eps: Float[Array, "b h w c"], t: Int[Array, "b"]
     ) -> Float[Array, "b h w c"]:
-        """x_t."""
+        """Noises clean latents: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
         signal, noise = self.signal_and_noise(t)
         return signal * x0 + noise * eps
 
     def target(
         self, x0: Float[Array, "b h w c"], eps: Float[Array, "b h w c"], t: Int[Array, "b"]
     ) -> Float[Array, "b h w c"]:
-        """What the U-Net is trained to predict."""
+        """The training target for the schedule's prediction type."""
         if self.prediction_type == "epsilon":
             return eps
         if self.prediction_type == "sample":
@@ -54,12 +58,12 @@ class Schedule:
     def x0_and_eps(
         self, prediction: Float[Array, "b h w c"], x: Float[Array, "b h w c"], t: Int[Array, "b"]
     ) -> tuple[Array, Array]:
-        """Clean latent and noise implied by a prediction at x_t."""
+        """Solves for the clean latent and the noise that a prediction at x_t implies."""
         signal, noise = self.signal_and_noise(t)
         if self.prediction_type == "epsilon":
             return (x - noise * prediction) / signal, prediction
         if self.prediction_type == "sample":
-            # at t = 0 without noise there is no eps to speak of; 1e-8 only avoids 0 / 0
+            # at t = 0 there is hardly any noise to solve for; 1e-8 only avoids 0 / 0
             return prediction, (x - signal * prediction) / jnp.maximum(noise, 1e-8)
         return signal * x - noise * prediction, signal * prediction + noise * x
 
@@ -67,7 +71,9 @@ class Schedule:
 def make_schedule(
     num_timesteps: int, beta_start: float, beta_end: float, *, zero_snr: bool, prediction_type: str
 ) -> Schedule:
-    """Scaled-linear betas; `zero_snr` shifts and scales sqrt(abar) so that the last one is exactly 0.
+    """Builds a schedule of scaled-linear betas.
+
+    zero_snr: shift and scale sqrt(abar) so that the last one is exactly 0.
 
     Source of the rescaling: arXiv 2305.08891, algorithm 1.
 
@@ -78,8 +84,12 @@ def make_schedule(
         raise ValueError(f"prediction_type {prediction_type!r}: epsilon, v_prediction or sample")
     if zero_snr and prediction_type == "epsilon":
         raise ValueError("epsilon prediction is undefined at the last timestep with zero_snr")
+
+    # Linear in the square root, in float64: the product of 1000 factors follows.
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
     alphas_cumprod = np.cumprod(1.0 - betas)
+
+    # Keep the first value and move the last one to 0, so that training sees pure noise.
     if zero_snr:
         root = np.sqrt(alphas_cumprod)
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])

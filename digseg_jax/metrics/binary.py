@@ -14,7 +14,7 @@ import numpy as np
 from digseg_jax.arraytypes import Bool, Float, Int
 
 NAMES = ("iou", "precision", "recall", "f1")
-EMPTY_RULES = ("one", "zero", "skip")  # of an image without foreground in label and prediction
+EMPTY_RULES = ("one", "zero", "skip")  # for images without foreground in label and prediction
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
@@ -23,7 +23,7 @@ def binary_counts(
     prediction: Bool[np.ndarray, "*b h w"],
     valid: Bool[np.ndarray, "*b h w"] | None = None,
 ) -> Int[np.ndarray, "*b 3"]:
-    """TP, FP, FN pixels of each image; pixels that are not `valid` are not counted.
+    """Counts TP, FP and FN pixels of each image; pixels that are not `valid` are left out.
 
     Raises:
       ValueError: the arrays differ in shape.
@@ -39,14 +39,14 @@ def binary_counts(
 def pooled(counts: Int[np.ndarray, "n 3"]) -> dict[str, float]:
     """IoU, precision, recall and F1 (which is Dice) from the sums over all images.
 
-    A quotient 0 / 0 is nan: nothing to find and nothing found says nothing.
+    A quotient 0 / 0 is nan: without any foreground there is nothing to score.
     """
     tp, fp, fn = np.asarray(counts, np.int64).reshape(-1, 3).sum(axis=0)
     return {name: float(v) for name, v in zip(NAMES, _quotients(tp, fp, fn), strict=True)}
 
 
 def per_image(counts: Int[np.ndarray, "n 3"], empty: str = "one") -> dict[str, float]:
-    """Means over images of the same four; an image with an undefined quotient follows `empty`.
+    """Averages the four scores over images; `empty` decides about images with an undefined score.
 
     empty: "one" counts it as 1 (nothing was to be found and nothing was), "zero" as 0, "skip" leaves
       it out of that mean. A quotient is undefined if its denominator is 0; precision of an image
@@ -58,6 +58,9 @@ def per_image(counts: Int[np.ndarray, "n 3"], empty: str = "one") -> dict[str, f
     if empty not in EMPTY_RULES:
         raise ValueError(f"empty rule {empty!r}; legal: {', '.join(EMPTY_RULES)}")
     tp, fp, fn = np.asarray(counts, np.int64).reshape(-1, 3).T
+
+    # An undefined score has two causes: an empty image, which follows the rule, and foreground that
+    # was missed altogether, which scores 0.
     nothing = (tp + fp + fn) == 0
     means = {}
     for name, values in zip(NAMES, _quotients(tp, fp, fn), strict=True):
@@ -80,7 +83,7 @@ def threshold_counts(
     thresholds: Sequence[float] = THRESHOLDS,
     valid: Bool[np.ndarray, "h w"] | None = None,
 ) -> Int[np.ndarray, "t 3"]:
-    """`binary_counts` of probability > threshold, for every threshold."""
+    """Counts as `binary_counts` does, for the mask probability > threshold of every threshold."""
     return np.stack([binary_counts(truth, probability > t, valid) for t in thresholds])
 
 
@@ -90,17 +93,20 @@ def search_threshold(
     scored_split: str,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> float:
-    """The threshold of the best pooled F1; the middle one of several equally good ones.
+    """Returns the threshold with the best pooled F1; of equally good ones, the middle one.
 
-    split: where `counts` were made; it must not be the split that is scored.
+    split: the split that `counts` come from; it must not be the one that is scored.
 
     Raises:
       ValueError: the threshold would be fitted on what it scores.
     """
     if split == scored_split:
         raise ValueError(f"threshold search on {split!r}, which is the split that is scored")
+
+    # Pool over images: [t] each.
     tp, fp, fn = np.moveaxis(np.asarray(counts, np.int64).sum(axis=0), -1, 0)
     f1 = np.nan_to_num(_quotients(tp, fp, fn)[3])
+
     best = np.flatnonzero(f1 == f1.max())
     return float(thresholds[best[len(best) // 2]])
 
@@ -116,16 +122,19 @@ def cup_and_disc(
     Args:
       label, prediction: class indices; `cup` and `rim` name the two classes.
     """
+    # The disc is the region inside the rim, so it includes the cup.
     scores = {}
     for name, classes in (("cup", (cup,)), ("disc", (cup, rim))):
         counts = binary_counts(np.isin(label, classes), np.isin(prediction, classes))
         scores[f"{name}_dice"] = per_image(counts[None])["f1"]
+
+    # Ratios of label and prediction.
     ratios = [_vertical_ratio(m == cup, np.isin(m, (cup, rim))) for m in (label, prediction)]
     return scores | {"cdr_error": abs(ratios[0] - ratios[1])}
 
 
 def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over images of dictionaries of one set of keys; empty for no images."""
+    """Averages dictionaries with the same keys over images; empty for no images."""
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} if rows else {}
 
 
@@ -136,6 +145,7 @@ def _vertical_ratio(cup: np.ndarray, disc: np.ndarray) -> float:
 
 
 def _extent(rows: np.ndarray) -> int:
+    """Number of rows from the first True one to the last; 0 without any."""
     found = np.flatnonzero(rows)
     return int(found[-1] - found[0] + 1) if found.size else 0
 

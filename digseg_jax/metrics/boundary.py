@@ -13,14 +13,14 @@ _SQUARE = np.ones((3, 3), np.uint8)
 
 
 def band_width(height: int, width: int, ratio: float = DILATION_RATIO) -> int:
-    """Pixels of the band: a share of the diagonal, at least 1."""
+    """Width of the band in pixels: a share of the diagonal, at least 1."""
     return max(1, int(round(ratio * float(np.hypot(height, width)))))
 
 
 def inner_band(mask: Bool[np.ndarray, "h w"], width: int) -> Bool[np.ndarray, "h w"]:
-    """Pixels of the mask within `width` pixels (chessboard distance) of its outside.
+    """Selects the pixels of a mask within `width` pixels (chessboard distance) of its outside.
 
-    What lies beyond the picture is outside, as in the paper's code.
+    Everything beyond the image counts as outside, as in the paper's code.
     """
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     kept = cv2.erode(padded, _SQUARE, iterations=width)[1:-1, 1:-1]
@@ -33,15 +33,17 @@ def boundary_counts(
     num_classes: int,
     ratio: float = DILATION_RATIO,
 ) -> Int[np.ndarray, "c 2"]:
-    """Intersection and union of the bands of every class on one image; add them up over images.
+    """Counts intersection and union of every class's bands on one image; sum them over images.
 
-    Pixels labelled -1 (ignore) are cut out of both bands; "no class" (-1) predicts none.
+    Pixels labeled -1 (ignore) are cut out of both bands; "no class" (-1) predicts none.
 
     Raises:
       ValueError: the maps differ in shape.
     """
     if label.shape != prediction.shape:
         raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
+
+    # Only classes that occur can have a band.
     width, valid = band_width(*label.shape, ratio), label >= 0
     counts = np.zeros((num_classes, 2), np.int64)
     for c in np.intersect1d(np.union1d(label, prediction), np.arange(num_classes)):
@@ -52,7 +54,7 @@ def boundary_counts(
 
 
 def boundary_iou(counts: Int[np.ndarray, "c 2"]) -> float:
-    """Mean over classes with a band anywhere; nan if there is none."""
+    """Averages the IoU over classes that have a band anywhere; nan if there is none."""
     hit, union = np.asarray(counts, np.int64).T
     seen = union > 0
     return float((hit[seen] / union[seen]).mean()) if seen.any() else float("nan")

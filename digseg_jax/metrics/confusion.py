@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer counts of pixels, and the scores that are made of them."""
+"""Integer counts of pixels, and the scores that they give."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ABSENT_RULES = ("mmseg", "detectron2", "official")
 def confusion(
     label: Int[np.ndarray, "*n h w"], prediction: Int[np.ndarray, "*n h w"], num_classes: int
 ) -> Int[np.ndarray, "c c+1"]:
-    """Pixel counts by (true class, predicted class), int64; the last column is "no class" (-1).
+    """Counts pixels by (true class, predicted class), int64; the last column is "no class" (-1).
 
-    Pixels labelled -1 (ignore) are not counted.
+    Pixels labeled -1 (ignore) are not counted.
 
     Raises:
       ValueError: label and prediction differ in shape: a score at another resolution is another score.
@@ -23,6 +23,8 @@ def confusion(
     label, prediction = np.asarray(label), np.asarray(prediction)
     if label.shape != prediction.shape:
         raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
+
+    # One number for each pair of classes, so that one `bincount` counts them all.
     columns, valid = num_classes + 1, label >= 0
     predicted = np.where(prediction < 0, num_classes, prediction)[valid]
     cells = label[valid].astype(np.int64) * columns + predicted
@@ -32,7 +34,7 @@ def confusion(
 def overlap(
     label: Int[np.ndarray, "h w"], mask: Bool[np.ndarray, "h w"], num_classes: int
 ) -> Int[np.ndarray, " c"]:
-    """Pixels of a query's mask by true class, int64; ignored pixels belong to none."""
+    """Counts a query's mask pixels by true class, int64; ignored pixels belong to none."""
     return np.bincount(label[mask & (label >= 0)], minlength=num_classes)
 
 
@@ -43,7 +45,7 @@ def iou_per_class(counts: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(counts: np.ndarray, rule: str = "mmseg") -> float:
-    """Mean IoU over classes; `rule` says what a class does that the labels never show.
+    """Mean IoU over classes; `rule` says how a class counts that no label shows.
 
     mmseg: it counts as 0 if it is predicted anywhere and is left out otherwise (mmsegmentation's
       IoUMetric; cityscapesScripts and torchmetrics agree).
@@ -58,7 +60,11 @@ def mean_iou(counts: np.ndarray, rule: str = "mmseg") -> float:
 
 
 def counted_classes(counts: np.ndarray, rule: str) -> np.ndarray:
-    """bool [c]: the classes that `mean_iou` averages over under a rule."""
+    """Marks the classes that `mean_iou` averages over: bool [c].
+
+    Raises:
+      ValueError: unknown rule.
+    """
     _, true, predicted = _marginals(counts)
     if rule == "mmseg":
         return (true > 0) | (predicted > 0)
@@ -97,7 +103,7 @@ def dice_per_class(counts: np.ndarray) -> np.ndarray:
 
 
 def closed_set_scores(counts: np.ndarray, rule: str = "mmseg") -> dict[str, float]:
-    """Everything that confusion counts [c, c + 1] say about a closed set; values in 0..1."""
+    """Computes every closed-set score of confusion counts [c, c + 1]; values in 0..1."""
     return {
         "miou": mean_iou(counts, rule),
         "accuracy": pixel_accuracy(counts),
@@ -115,11 +121,12 @@ def _marginals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole; nan where the whole is 0."""
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def _mean(values: np.ndarray, zero_if_nan: bool = False) -> float:
-    """Mean of what is defined; nan, without a warning, if nothing is."""
+    """Mean of the defined values; nan, without a warning, if there are none."""
     values = np.nan_to_num(values) if zero_if_nan else values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
 
@@ -129,7 +136,7 @@ def query_scores(
     areas: Int[np.ndarray, "n c"],
     covers: Bool[np.ndarray, "c c"] | None = None,
 ) -> dict[str, float]:
-    """How well masks follow their text; no argmax, each query's mask alone.
+    """Scores how well masks follow their text: each query's mask by itself, without argmax.
 
     Args:
       overlaps: pixels of each query's mask by true class, image by image; query i asks for class i.
@@ -143,6 +150,8 @@ def query_scores(
     """
     covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
     overlaps, areas = _regions(overlaps, areas, covers)
+
+    # A few pixels at a border do not make a class present; neither do they leave it absent.
     present = areas > 0.01 * pixels
     absent = areas == 0
     classes = range(areas.shape[1])
@@ -152,8 +161,10 @@ def query_scores(
         hit = overlaps[both, query, true].sum()
         return hit, covered[both, query].sum() + areas[both, true].sum() - hit
 
+    # Every class with its own query, then with those of all others.
     matching = [pooled(c, c) for c in classes]
     wrong = [np.sum([pooled(q, c) for q in classes if q != c], axis=0) for c in classes]
+
     return {
         "matching_iou": _mean_ratio(matching),
         "wrong_query_iou": _mean_ratio(wrong),
@@ -184,5 +195,6 @@ def _regions(
 
 
 def _mean_ratio(pairs: list) -> float:
+    """Mean of intersection / union over the pairs with a union; nan without any."""
     ratios = [hit / union for hit, union in pairs if union > 0]
     return float(np.mean(ratios)) if ratios else float("nan")

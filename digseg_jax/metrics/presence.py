@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gating a large vocabulary: which classes are worth the full E x S, and how many a gate loses.
+"""Gating a large vocabulary: which classes are worth full sampling, and how many the gate loses.
 
 A scorer gives every class of an image a presence score; the best K above a cut survive and only they
-are denoised in full. Arrays in, arrays out; `digseg_jax.evaluation` asks the model.
+are denoised in full. This module only computes on arrays; `digseg_jax.evaluation` runs the model.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 from digseg_jax.arraytypes import Float, Int
 
 PROTOCOLS = ("oracle", "gated", "exhaustive")
-TOP_SHARE = 0.01  # of an image: a class is as present as its most certain percent of pixels
+TOP_SHARE = 0.01  # of an image's pixels: the most certain ones, whose mean is the score
 
 
 def presence(probability: Float[np.ndarray, "q h w"]) -> Float[np.ndarray, "q"]:
-    """A presence score from soft masks: the mean of each one's highest percent of pixels."""
+    """Presence score of each soft mask: the mean over its highest percent of pixels."""
     flat = probability.reshape(len(probability), -1)
     count = max(1, int(TOP_SHARE * flat.shape[1]))
     return np.partition(flat, flat.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
 
 
 def survivors(scores: Float[np.ndarray, "q"], limit: int, cut: float) -> Int[np.ndarray, "k"]:
-    """The at most `limit` best classes with a score of at least `cut`, in class order; never none."""
+    """Selects the `limit` best classes with a score of `cut` or more, in class order; at least one."""
     best = np.argsort(-scores, kind="stable")[:limit]
     kept = best[scores[best] >= cut]
     return np.sort(kept if len(kept) else best[:1])
@@ -34,21 +34,23 @@ def survivors(scores: Float[np.ndarray, "q"], limit: int, cut: float) -> Int[np.
 def label_map(
     probability: Float[np.ndarray, "k h w"], classes: Int[np.ndarray, "k"]
 ) -> Int[np.ndarray, "h w"]:
-    """The most probable of the classes that were asked for; class indices of the vocabulary."""
+    """Labels each pixel with the most probable class asked for, as an index of the vocabulary."""
     return np.asarray(classes)[probability.argmax(axis=0)].astype(np.int32)
 
 
 def gate_recall(
     scores: Float[np.ndarray, "n q"], areas: Int[np.ndarray, "n q"], limits: Sequence[int]
 ) -> dict[int, dict[str, float]]:
-    """What the K best-scored classes cover, for each K.
+    """Measures what the K best-scored classes cover, for each K.
 
-    "pixels": share of the labelled pixels, "classes": share of the present classes; pooled over
-    images, nan where nothing is labelled.
+    "pixels": share of the labeled pixels, "classes": share of the present classes; pooled over
+    images, nan where nothing is labeled.
     """
+    # Areas of each image's classes, the best-scored first.
     order = np.argsort(-scores, axis=1, kind="stable")
     ranked = np.take_along_axis(np.asarray(areas, np.int64), order, axis=1)
     pixels, present = max(ranked.sum(), 0), (ranked > 0).sum()
+
     table = {}
     for k in limits:
         top = ranked[:, :k]
@@ -60,6 +62,6 @@ def gate_recall(
 
 
 def recall_limits(num_classes: int) -> tuple[int, ...]:
-    """1, 2, 4, ... up to the whole vocabulary."""
+    """Returns 1, 2, 4, ... up to the whole vocabulary."""
     powers = [2**i for i in range(11) if 2**i < num_classes]
     return (*powers, num_classes)

@@ -21,13 +21,16 @@ def attention(
     mask: Bool[Array, "b m"] | None = None,
     implementation: str | AttentionFn = "plain",
 ) -> Float[Array, "b l heads d"]:
-    """Softmax attention, scale d**-0.5, softmax in float32; equal results from every implementation.
+    """Computes softmax attention, scale d**-0.5, softmax in float32; the same in every implementation.
 
     Args:
       mask: False where a key is padding. A row without any valid key attends to all keys evenly.
       implementation: "plain" | "chunked" (bounded memory, any platform) | "headwise" (CPU) | "splash"
-        (TPU) | "cudnn" (GPU), see `models.attention_kernels`; or a function of (q, k, v, mask), such
+        (TPU) | "cudnn" (GPU), see `models.kernels.attention`; or a function of (q, k, v, mask), such
         as one that knows how the arrays are sharded.
+
+    Raises:
+      ValueError: unknown implementation.
     """
     if callable(implementation):
         return implementation(q, k, v, mask)
@@ -52,7 +55,7 @@ class Attention(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        if norm_groups is not None:  # the VAE's attention normalises its own input
+        if norm_groups is not None:  # the VAE's attention normalizes its own input
             self.group_norm = GroupNorm(features, norm_groups, eps=norm_eps, compute=compute)
         options = {"bias": bias, "compute": compute, "rngs": rngs}
         self.to_q = linear(features, features, **options)
@@ -71,8 +74,12 @@ class Attention(nnx.Module):
             x = self.group_norm(x)
         source = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
-        if context is not None:  # a text's are small
+
+        # The projections of a text are small: keeping them is cheaper than projecting again.
+        if context is not None:
             k, v = remat.kept(k), remat.kept(v)
+
+        # Split the channels into heads, attend, and join them again.
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
         attend = partial(attention, implementation=self.compute.attention)
         y = remat.attention(attend, self.compute.remat)(q, k, v, mask)
@@ -105,7 +112,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the positions of a map (diffusers: `transformer_2d.py`)."""
+    """Transformer blocks over the positions of a feature map (diffusers: `transformer_2d.py`)."""
 
     def __init__(
         self,
@@ -142,6 +149,7 @@ class Transformer2DModel(nnx.Module):
         return remat.block(self._residual, self.compute.remat)(x, context, mask)
 
     def _residual(self, x: Array, context: Array, mask: Array | None) -> Array:
+        """The map's positions as a sequence through all blocks, added to the map."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:

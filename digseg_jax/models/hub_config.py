@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model configs share: reading a hub's `config.json` into a frozen dataclass and back."""
+"""Base class of the model configs: reading a hub's `config.json` into a frozen dataclass and back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def _tuples(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class HubConfig:
-    """Fields are named as in `config.json`; `REQUIRED_VALUES` are the settings we support only so."""
+    """Fields are named as in `config.json`; `REQUIRED_VALUES`: settings with one supported value."""
 
     CLASS_NAME: ClassVar[str] = ""
     REQUIRED_VALUES: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes a parsed `config.json`; keys without influence on the arrays are ignored.
+        """Builds the config from a parsed `config.json`; ignores keys that do not affect the arrays.
 
         Raises:
           UserError: a setting whose value this port does not implement.
@@ -35,6 +35,8 @@ class HubConfig:
                 raise UserError(
                     f"{cls.CLASS_NAME} config: {key}={values[key]!r} is not supported; legal: {legal!r}"
                 )
+
+        # Everything that is not a field of ours says nothing about the arrays.
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{k: _tuples(v) for k, v in values.items() if k in names})
 

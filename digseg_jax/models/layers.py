@@ -23,6 +23,7 @@ WeightsFn = Callable[[Array], Array]
 
 
 def as_it_is(kernel: Array) -> Array:
+    """Returns the kernel unchanged: the default of `Compute.weights`."""
     return kernel
 
 
@@ -31,15 +32,15 @@ class Compute:
     """How a model computes; never what it computes.
 
     dtype: activations; norms, softmax and timestep embeddings stay in float32.
-    conv: "xla", as XLA has it; or "cpu": fewer products, see `models.cpu_conv`, and for a doubled map
-      `models.upsample`. On a TPU that would cost more traffic than it saves. Equal up to rounding.
-      `models.feed_forward.GEGLU` has its own way for each of them too.
+    conv: "xla": `lax.conv_general_dilated`; "cpu": fewer products, see `models.kernels.conv`, and for
+      upsampled maps `models.kernels.upsample`. On a TPU that would cost more traffic than it saves.
+      Equal up to rounding. `models.feed_forward.GEGLU` distinguishes the two as well.
     attention: a name or a function, see `models.attention.attention`.
     remat: see `models.remat`.
     weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
       sharded kernels are gathered.
-    feed_forward: that of (x, up, up_bias, down, down_bias), in place of its layers one by one where
-      `models.feed_forward_kernel.takes` the map.
+    feed_forward: a function of (x, up, up_bias, down, down_bias), used in place of separate layers
+      where `models.kernels.feed_forward.takes` accepts the map.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -53,7 +54,8 @@ class Compute:
 class Conv(nnx.Module):
     """2-D convolution, kernel HWIO. `padding` is ((top, bottom), (left, right)).
 
-    doubled: of the map at twice its size (nearest neighbour); for 3x3 kernels as they are by default.
+    doubled: convolve the map upsampled to twice its size (nearest neighbor); needs the default 3x3
+      kernel, stride and padding.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Conv(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        # torch's default initialisation: uniform with variance 1 / (3 fan_in)
+        # torch's default initialization: uniform with variance 1 / (3 fan_in)
         init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
         if use_bias:
@@ -82,7 +84,8 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         dtype = self.compute.dtype
         x, kernel = x.astype(dtype), self.compute.weights(self.kernel[...].astype(dtype))
-        # Winograd's sums and differences are for float32's digits
+
+        # The CPU's ways: stride 1 only, and float32 only, because Winograd's sums lose digits.
         ours = self.compute.conv == "cpu" and self.stride == 1 and dtype == jnp.float32
         if ours and self.doubled:
             y = doubled_conv(x, kernel)
@@ -94,7 +97,7 @@ class Conv(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation with float32 statistics."""
+    """Group normalization with float32 statistics."""
 
     def __init__(self, features: int, groups: int, *, eps: float, compute: Compute):
         self.scale = nnx.Param(jnp.ones((features,)))
@@ -104,7 +107,7 @@ class GroupNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "b *space c"], *, silu: bool = False
     ) -> Float[Array, "b *space c"]:
-        """silu: followed by that activation, as almost every norm of these networks is."""
+        """Normalizes; silu: apply that activation too, as after almost every norm of these networks."""
         scale, bias = self.scale[...], self.bias[...]
         return group_norm(x, scale, bias, self.groups, self.eps, silu, self.compute.dtype)
 
@@ -127,25 +130,26 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
 
     def weights(self) -> Float[Array, "c d"]:
-        """The kernel as activations are multiplied with it."""
+        """Returns the kernel in the dtype of the activations, gathered if it is sharded."""
         return self.compute.weights(self.kernel[...].astype(self.compute.dtype))
 
 
 def linear(
     in_features: int, out_features: int, *, bias: bool = True, compute: Compute, rngs: nnx.Rngs
 ) -> Linear:
+    """Builds a `Linear` that has a bias by default."""
     return Linear(in_features, out_features, bias=bias, compute=compute, rngs=rngs)
 
 
 def layer_norm(features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 1e-5) -> nnx.LayerNorm:
-    """Layer normalisation; flax keeps its statistics in float32."""
+    """Builds a layer normalization; flax keeps its statistics in float32."""
     return nnx.LayerNorm(features, epsilon=eps, dtype=compute.dtype, use_fast_variance=False, rngs=rngs)
 
 
 def timestep_embedding(
     timestep: Float[Array, "b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "b width"]:
-    """Sinusoids of the timestep, float32 (diffusers: `embeddings.py:get_timestep_embedding`)."""
+    """Embeds timesteps as sinusoids, float32 (diffusers: `embeddings.py:get_timestep_embedding`)."""
     half = width // 2
     exponent = -math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angle = timestep.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every device does on its own part: slices of a batch, gathered kernels, attention by shards."""
+"""Work that each device does on its own shard: slices of a batch, gathered kernels, attention."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from digseg_jax.runtime.sharding import BATCH, spec_of
 
 
 def in_slices(function: Callable[[Any], Array], x: Any, limit: int) -> Array:
-    """function(x), taken `limit` examples a device at a time, one slice after another; 0: all at once.
+    """Computes function(x) in slices of at most `limit` examples a device; 0: all at once.
 
     `function` maps examples to examples; x is an array of them, or a tree of arrays. Slice s has the
-    examples s, s + slices, ...: every device's part is split, and none is moved to another device.
+    examples s, s + slices, ...: this splits each device's own part and moves no example elsewhere.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -30,6 +30,8 @@ def in_slices(function: Callable[[Any], Array], x: Any, limit: int) -> Array:
     local = max(count // shards, 1)
     if not limit or local <= limit or count % shards:
         return function(x)
+
+    # The fewest slices of equal size that respect the limit.
     slices = next(s for s in range(2, local + 1) if local % s == 0 and local // s <= limit)
     parts = jax.tree.map(lambda a: a.reshape(-1, slices, *a.shape[1:]).swapaxes(0, 1), x)
     out = jax.lax.map(function, parts).swapaxes(0, 1)
@@ -37,10 +39,10 @@ def in_slices(function: Callable[[Any], Array], x: Any, limit: int) -> Array:
 
 
 def gathered(kernel: Array) -> Array:
-    """A kernel as the whole that every device multiplies with, gathered over fsdp where it is used.
+    """Gathers a kernel over the fsdp axis where it is used, so that every device has all of it.
 
-    Left to itself, XLA sometimes gathers the much larger activations instead. With a tensor axis it
-    is left to itself, since a kernel's own axis is not known here.
+    Left to itself, XLA sometimes gathers the much larger activations instead. With a tensor axis the
+    choice stays with XLA, because the kernel's tensor axis is not known here.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
@@ -50,7 +52,7 @@ def gathered(kernel: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _whole(kernel: Array, spec: P) -> Array:
-    # Sharded first: without that, the kernel before its conversion to bfloat16 is what XLA gathers.
+    # Sharded first: otherwise XLA gathers the float32 kernel and converts it to bfloat16 afterwards.
     kernel = jax.lax.with_sharding_constraint(kernel, spec)
     return jax.lax.with_sharding_constraint(kernel, P())
 
@@ -69,9 +71,9 @@ _whole.defvjp(_whole_forward, _whole_backward)
 
 
 def local_feed_forward(x: Float[Array, "b l c"], *weights: Array) -> Float[Array, "b l c"]:
-    """`models.feed_forward_kernel.fused` on every device's own examples; see `LocalAttention`.
+    """Runs `models.kernels.feed_forward.fused` on each device's own examples; see `LocalAttention`.
 
-    The weights are whole on each; their gradients are summed over the devices.
+    Every device has the whole weights; their gradients are summed over the devices.
     """
 
     def local(x: Array, *weights: Array) -> Array:
@@ -88,11 +90,11 @@ def local_feed_forward(x: Float[Array, "b l c"], *weights: Array) -> Float[Array
 
 @dataclasses.dataclass(frozen=True)
 class LocalAttention:
-    """Attention in which every device works on its own examples and heads, as kernels need it.
+    """Attention where each device computes its own examples and heads, as Pallas kernels require.
 
     XLA cannot partition the call of a Pallas kernel. The mesh is the one that `on_mesh` traced with;
-    without one, as on a single device, the arrays are taken whole. A dimension that its mesh axes do
-    not divide is computed whole by each of them.
+    without one, as on a single device, nothing is split. A dimension that the mesh axes do not divide
+    is computed whole on each device.
     """
 
     implementation: str | AttentionFn
@@ -111,9 +113,12 @@ class LocalAttention:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty:
             return local(*arrays)
+
+        # Examples over data and fsdp, heads over tensor, where they divide.
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         batch = BATCH[0] if q.shape[0] % shards == 0 else None
         heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+
         spec = P(batch, None, heads, None)
         in_specs = (spec, spec, spec, P(batch, None))[: len(arrays)]
         # check_vma off: a Pallas call does not say over which axes its result varies

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rematerialisation: what the backward pass keeps, and what it computes again.
+"""Rematerialization: which results the backward pass keeps and which it recomputes.
 
-The one place that knows the policies. Models wrap their units in `block` and `attention`; the
+This is the only module that knows the policies. Models wrap their units in `block` and `attention`;
 parameters, their paths and the results stay the same, only memory and time change.
 
 | mode | kept for the backward pass | computed again |
@@ -12,12 +12,12 @@ parameters, their paths and the results stay the same, only memory and time chan
 | block | the input of every resnet and transformer | all that happens in it, see below |
 | large | the same where a map has more pixels than channels, else everything | all that happens there |
 
-`block`, `large` and `dots` keep what is `kept` as well: results as large as a block's input that are
-dearest to compute again (of attention, with its normalisers, of the feed-forward part, of a resnet's
-first convolution), and small ones: statistics of group norms, projections of the timestep and the text.
-`dots` computes hardly any FLOPs twice; of a transformer it keeps some eleven maps, `block` four.
-`large` is `block` without what it does not pay for: a small map of many channels takes little memory,
-but its kernels, which computing it again reads (and, sharded, gathers) once more, are the largest.
+`block`, `large` and `dots` also keep what is marked as `kept`: results as large as a block's input that
+are expensive to recompute (of attention, with its normalizers; of the feed-forward part; of a resnet's
+first convolution), and small ones (statistics of group norms, projections of timestep and text).
+`dots` computes hardly any FLOPs twice; it keeps some eleven maps of a transformer, `block` four.
+`large` recomputes only where that saves memory: small maps of many channels are cheap to keep, but
+their kernels, the largest, would be read (and, if sharded, gathered) a second time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def kept(x: Array) -> Array:
-    """x, which a block keeps for the backward pass."""
+    """Marks x as a result that a block keeps for the backward pass."""
     return checkpoint_name(x, KEPT)
 
 
 def block(function: F, mode: str) -> F:
-    """Wraps a resnet or a transformer; its arguments are maps [b, h, w, c], then arrays (or None)."""
+    """Wraps a resnet or a transformer; its arguments are a map [b, h, w, c], then arrays or None.
+
+    Raises:
+      ValueError: unknown mode.
+    """
     if mode == "block":
         return _but_kept(function)
     if mode == "large":
@@ -53,7 +57,11 @@ def block(function: F, mode: str) -> F:
 
 
 def attention(function: F, mode: str) -> F:
-    """Wraps a function of (q, k, v, mask)."""
+    """Wraps a function of (q, k, v, mask).
+
+    Raises:
+      ValueError: unknown mode.
+    """
     return jax.checkpoint(function) if mode == "attention" else _unchanged(function, mode)
 
 
@@ -76,9 +84,9 @@ def _if_large(function: F) -> F:
 
 
 def weight_products(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether to keep the result: of convolutions, and of products without a batch dimension.
+    """Policy: keep results of convolutions, and of matrix products without a batch dimension.
 
-    Attention's products have one; they are the large ones, and the reason to rematerialise.
+    Attention's products have one; these large results are the reason to rematerialize.
     """
     if primitive is jax.lax.conv_general_dilated_p:
         return True
@@ -90,5 +98,5 @@ def weight_products(primitive: Any, *_: Any, **params: Any) -> bool:
 
 def _unchanged(function: F, mode: str) -> F:
     if mode not in MODES:
-        raise ValueError(f"rematerialisation {mode!r}; legal: {', '.join(MODES)}")
+        raise ValueError(f"rematerialization {mode!r}; legal: {', '.join(MODES)}")
     return function

@@ -41,6 +41,8 @@ class ResnetBlock2D(nnx.Module):
         return remat.block(self._residual, self.compute.remat)(x, time)
 
     def _residual(self, x: Array, time: Array | None) -> Array:
+        # Kept for the backward pass: the small projection of the timestep, and the first convolution,
+        # the most expensive result to recompute.
         y = self.conv1(self.norm1(x, silu=True))
         if time is not None:
             y = y + remat.kept(self.time_emb_proj(jax.nn.silu(time)))[:, None, None, :]
@@ -60,7 +62,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest-neighbour doubling, then a convolution."""
+    """Nearest-neighbor upsampling by 2, then a convolution."""
 
     def __init__(self, features: int, *, compute: Compute, rngs: nnx.Rngs):
         self.conv = Conv(features, features, doubled=True, compute=compute, rngs=rngs)

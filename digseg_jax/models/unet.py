@@ -81,6 +81,8 @@ class UNetConfig(HubConfig):
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
+
+        # Block types: one for each level, of the kinds that exist here.
         kinds = {"down_block_types": DOWN_TYPES, "up_block_types": UP_TYPES}
         for field, legal in kinds.items():
             types = getattr(self, field)
@@ -88,11 +90,14 @@ class UNetConfig(HubConfig):
                 raise UserError(
                     f"UNet2DConditionModel config: {field}={types!r}; legal: {levels} of {legal!r}"
                 )
+
+        # diffusers also allows one number for each level; no Stable Diffusion has that.
         for field in ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
             if not isinstance(getattr(self, field), int):
                 raise UserError(
                     f"UNet2DConditionModel config: {field}={getattr(self, field)!r}; legal: one number"
                 )
+
         heads = self.num_attention_heads or self.attention_head_dim
         if isinstance(heads, tuple) and len(heads) != levels:
             raise UserError(
@@ -118,7 +123,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """Noisy latent, timestep and text tokens to a prediction of the latent's shape."""
+    """The denoising network: noisy latent, timestep and text tokens to a prediction like the latent."""
 
     def __init__(
         self,
@@ -132,6 +137,7 @@ class UNet2DConditionModel(nnx.Module):
         weights: WeightsFn = as_it_is,
         feed_forward: FeedForwardFn | None = None,
     ):
+        # What all parts share.
         compute = Compute(dtype, conv, attention, remat, weights, feed_forward)
         options = {"compute": compute, "rngs": rngs}
         widths, levels = config.block_out_channels, len(config.block_out_channels)
@@ -143,6 +149,8 @@ class UNet2DConditionModel(nnx.Module):
             **options,
         }
         self.config, self.compute = config, compute
+
+        # Inputs: latent, timestep, text; one text adapter per resolution.
         self.conv_in = Conv(config.in_channels, widths[0], **options)
         self.time_embedding = TimestepEmbedding(widths[0], time_features, **options)
         if config.text_adapters:
@@ -150,6 +158,8 @@ class UNet2DConditionModel(nnx.Module):
             self.text_adapters = nnx.List(
                 [TextAdapter(text_dim, config.cross_attention_dim, **options) for _ in widths]
             )
+
+        # Down, at the highest resolution first; the last level is not downsampled.
         self.down_blocks = nnx.List(
             [
                 DownBlock(
@@ -162,6 +172,7 @@ class UNet2DConditionModel(nnx.Module):
                 for i, kind in enumerate(config.down_block_types)
             ]
         )
+
         self.mid_block = MidBlock(
             widths[-1],
             heads=config.heads[-1],
@@ -169,6 +180,8 @@ class UNet2DConditionModel(nnx.Module):
             time_features=time_features,
             **options,
         )
+
+        # Up, at the lowest resolution first; each level also takes the skips of its down block.
         self.up_blocks = nnx.List(
             [
                 UpBlock(
@@ -182,6 +195,7 @@ class UNet2DConditionModel(nnx.Module):
                 for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True)
             ]
         )
+
         self.conv_norm_out = GroupNorm(
             widths[0], config.norm_num_groups, eps=config.norm_eps, compute=compute
         )
@@ -194,26 +208,33 @@ class UNet2DConditionModel(nnx.Module):
         context: Float[Array, "b l d"],
         context_mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """Height and width must be multiples of 2 ** (levels - 1); the result is float32.
+        """Predicts noise, v or x0, in float32; height and width are multiples of 2 ** (levels - 1).
 
         context_mask: True (or non-zero) where a text token is real; None: all are.
         """
         mask = None if context_mask is None else context_mask.astype(bool)
         contexts = self._contexts(context.astype(self.compute.dtype))
         time = self._time(timestep)
+
+        # Down, collecting the skip connections.
         x = self.conv_in(sample)
         skips = [x]
         for block, text in zip(self.down_blocks, contexts, strict=True):
             x, outputs = block(x, time, text, mask)
             skips += outputs
+
         x = self.mid_block(x, time, contexts[-1], mask)
+
+        # Up, taking the last skips first, one for each resnet.
         for block, text in zip(self.up_blocks, reversed(contexts), strict=True):
             count = len(block.resnets)
             x = block(x, skips[-count:], time, text, mask)
             skips = skips[:-count]
+
         return self.conv_out(self.conv_norm_out(x, silu=True)).astype(jnp.float32)
 
     def _time(self, timestep: Array) -> Array:
+        """Embedding of the timestep, [b, 4 * width]."""
         c = self.config
         sinusoids = timestep_embedding(
             timestep,
@@ -224,6 +245,7 @@ class UNet2DConditionModel(nnx.Module):
         return self.time_embedding(sinusoids.astype(self.compute.dtype))
 
     def _contexts(self, context: Array) -> list[Array]:
+        """The text tokens for each level, the highest resolution first."""
         if self.config.text_adapters:
             return [adapter(context) for adapter in self.text_adapters]
         return [context] * len(self.down_blocks)

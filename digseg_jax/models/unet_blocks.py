@@ -15,7 +15,7 @@ from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 
 class _Level(nnx.Module):
-    """What the three kinds of block share: resnets, and a transformer after each where asked."""
+    """Base of the three kinds of block: resnets, each optionally followed by a transformer."""
 
     def _add_resnet(self, cin: int, cout: int, config: Any, time_features: int, **options) -> None:
         self.resnets.append(
@@ -63,10 +63,13 @@ class DownBlock(_Level):
         self.resnets = nnx.List([])
         if heads is not None:
             self.attentions = nnx.List([])
+
+        # Only the first resnet changes the width.
         for i in range(layers):
             self._add_resnet(cin if i == 0 else cout, cout, config, time_features, **options)
             if heads is not None:
                 self._add_attention(cout, heads, config, **options)
+
         if downsample:
             self.downsamplers = nnx.List([Downsample2D(cout, asymmetric=False, **options)])
 
@@ -142,12 +145,15 @@ class UpBlock(_Level):
         self.resnets = nnx.List([])
         if heads is not None:
             self.attentions = nnx.List([])
+
+        # One resnet more than on the way down, one for each skip; the last skip is the next level's.
         for i in range(layers + 1):
             skip = skip_cin if i == layers else cout
             width = cin if i == 0 else cout
             self._add_resnet(width + skip, cout, config, time_features, **options)
             if heads is not None:
                 self._add_attention(cout, heads, config, **options)
+
         if upsample:
             self.upsamplers = nnx.List([Upsample2D(cout, **options)])
 
@@ -159,7 +165,7 @@ class UpBlock(_Level):
         context: Float[Array, "b l d"],
         mask: Bool[Array, "b l"] | None,
     ) -> Float[Array, "b h2 w2 d"]:
-        """`skips` in the order they were made; the last one is used first."""
+        """Applies the block; `skips` are in the order they were made, the last one is used first."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(jnp.concatenate([x, skips[-1 - i]], axis=-1), time)
             if hasattr(self, "attentions"):

@@ -85,6 +85,8 @@ class _Block(nnx.Module):
 
 
 class _Mid(nnx.Module):
+    """Resnet, optional self-attention over positions, resnet."""
+
     def __init__(self, c: int, groups: int, attention: bool, **options):
         self.resnets = nnx.List(
             [ResnetBlock2D(c, c, groups=groups, eps=EPS, **options) for _ in range(2)]
@@ -103,7 +105,7 @@ class _Mid(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Image to the moments of the latent."""
+    """Image to mean and log-variance of the latent."""
 
     def __init__(self, config: VaeConfig, **options):
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -186,15 +188,15 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = Conv(channels, channels, 1, **options)
 
     def encode(self, image: Float[Array, "b H W c"]) -> Posterior:
-        """Unscaled posterior; multiply the mean by `config.scaling_factor` for the U-Net."""
+        """Encodes to the unscaled posterior; times `config.scaling_factor`, its mean is the U-Net's input."""
         moments = self.quant_conv(self.encoder(image)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
-        """Images, nominally in [-1, 1] and not clipped, float32."""
+        """Decodes unscaled latents to images, nominally in [-1, 1] and not clipped, float32."""
         return self.decoder(self.post_quant_conv(latent)).astype(jnp.float32)
 
     def __call__(self, image: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
-        """Round trip through the posterior mean."""
+        """Encodes and decodes through the posterior mean."""
         return self.decode(self.encode(image).mean)

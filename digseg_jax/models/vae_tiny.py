@@ -72,27 +72,27 @@ class TinyVaeConfig(HubConfig):
 
 
 class PointLatent(NamedTuple):
-    """The result of an encoder without posterior; named as a posterior's mean, to be used alike."""
+    """The result of an encoder without posterior; the field has the name of a posterior's mean."""
 
     mean: Float[Array, "b h w c"]
 
 
 class ReLU(nnx.Module):
-    """A layer without parameters: it keeps torch's index in a sequence."""
+    """The activation as a layer, because it counts in torch's indices of a sequence."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return jax.nn.relu(x)
 
 
 class Upsample(nnx.Module):
-    """Keeps torch's index; the convolution behind it does the doubling."""
+    """Identity that counts in torch's indices; the convolution behind it upsamples."""
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return x
 
 
 class TinyBlock(nnx.Module):
-    """Three convolutions with ReLU between them, the input added, ReLU."""
+    """Residual block: three convolutions with ReLU between them, the input added, ReLU."""
 
     def __init__(self, c: int, **options):
         convs = [Conv(c, c, **options) for _ in range(3)]
@@ -160,15 +160,15 @@ class AutoencoderTiny(nnx.Module):
         self.decoder = TinyDecoder(config, **options)
 
     def encode(self, image: Float[Array, "b H W c"]) -> PointLatent:
-        """The latent; multiply by `config.scaling_factor` (1 for TAESD) for the U-Net."""
+        """Encodes images to latents; the U-Net takes them times `config.scaling_factor` (1 for TAESD)."""
         return PointLatent(self.encoder(image).astype(jnp.float32))
 
     def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
-        """Images, nominally in [-1, 1] and not clipped, float32."""
+        """Decodes latents to images, nominally in [-1, 1] and not clipped, float32."""
         return self.decoder(latent).astype(jnp.float32)
 
     def __call__(self, image: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
-        """Round trip; unlike diffusers', without rounding the latent to bytes."""
+        """Encodes and decodes; unlike diffusers', without rounding the latent to bytes."""
         return self.decode(self.encode(image).mean)
 
 

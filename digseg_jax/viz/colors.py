@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class colours: natural ones for land cover, and well-separated ones for any number of classes.
+"""Class colors: natural ones for land cover, and well-separated ones for any number of classes.
 
-Separation is measured in CIELAB, as seen with normal vision and with the two common colour
+Separation is measured in CIELAB, as seen with normal vision and with the two common color
 deficiencies (matrices: Machado, Oliveira, Fernandes 2009, severity 1); the smallest of the three
 distances counts, so classes differ in lightness, not only in hue.
 """
@@ -39,7 +39,7 @@ NATURAL = {
     "desert": _BARE,
 }
 
-# Okabe and Ito's set without black, and without the two that resemble the grey of ignored pixels
+# Okabe and Ito's set without black, and without the two that resemble the gray of ignored pixels
 _FIRST = ("#e69f00", "#56b4e9", "#f0e442", "#0072b2", "#d55e00")
 
 _DEFICIENCIES = np.array(
@@ -68,14 +68,17 @@ def from_hex(text: str) -> tuple[int, int, int]:
             raise ValueError
         return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
     except (ValueError, TypeError):
-        raise UserError(f"colour {text!r} must look like '#rrggbb'") from None
+        raise UserError(f"color {text!r} must look like '#rrggbb'") from None
 
 
 def seen_lab(colors: UInt8[np.ndarray, "n 3"]) -> Float[np.ndarray, "views n 3"]:
-    """CIELAB coordinates as seen with normal, protanopic and deuteranopic vision."""
+    """Converts to CIELAB coordinates as seen with normal, protanopic and deuteranopic vision."""
+    # sRGB to linear light, in which the deficiencies are matrices.
     value = np.asarray(colors, np.float64) / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
     views = np.clip(np.einsum("vij,nj->vni", _DEFICIENCIES, linear), 0, 1)
+
+    # Linear light to CIELAB, relative to the display's white.
     xyz = views @ _TO_XYZ.T / _TO_XYZ.sum(axis=1)
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     x, y, z = np.moveaxis(f, -1, 0)
@@ -85,7 +88,7 @@ def seen_lab(colors: UInt8[np.ndarray, "n 3"]) -> Float[np.ndarray, "views n 3"]
 def separation(
     a: UInt8[np.ndarray, "n 3"], b: UInt8[np.ndarray, "m 3"], normal_weight: float = 1.0
 ) -> Float[np.ndarray, "n m"]:
-    """Distance in CIELAB between two sets of colours: the smallest of the three views.
+    """Distance in CIELAB between two sets of colors: the smallest of the three views.
 
     A `normal_weight` below 1 asks for more distance in normal vision than in the other two.
     """
@@ -96,44 +99,55 @@ def separation(
 
 @functools.cache
 def _candidates() -> UInt8[np.ndarray, "n 3"]:
+    """Colors to choose from: a grid in RGB without the extremes."""
     levels = np.linspace(10, 250, 15).astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness, a, b = np.moveaxis(seen_lab(grid)[0], -1, 0)
-    # neither near black or white, nor so pale that it passes for the grey of ignored pixels
+
+    # neither near black or white, nor so pale that it passes for the gray of ignored pixels
     chroma = np.hypot(a, b)
     return grid[(lightness > 25) & (lightness < 92) & (chroma > 22) & (chroma < 90)]
 
 
 @functools.cache
 def _extended(fixed: tuple[str, ...], n: int) -> tuple[str, ...]:
-    """`fixed` and further colours up to n, each the farthest from all those before it."""
+    """Adds colors to `fixed` up to n, each the farthest from all those before it."""
+    # `distance`: of every candidate to the nearest color taken so far.
     chosen = list(fixed)
     pool = _candidates()
     taken = np.array([IGNORE_COLOR, *map(from_hex, chosen)], np.uint8)
     weight = 0.6  # at equal weights the search gives up on hue, above all on green
     distance = separation(pool, taken, weight).min(axis=1)
+
     while len(chosen) < n:
         best = int(np.argmax(distance))
         chosen.append(to_hex(pool[best]))
         distance = np.minimum(distance, separation(pool, pool[best : best + 1], weight)[:, 0])
+
     return tuple(chosen[:n])
 
 
 def class_colors(n: int, names: Sequence[str] | None = None) -> UInt8[np.ndarray, "n 3"]:
-    """Colours of n classes, all different, none of them the grey of ignored pixels.
+    """Chooses colors for n classes, all different, none of them the gray of ignored pixels.
 
-    With names, the land-cover groups get their natural colours (water is blue) and the others
-    colours far from those. The same arguments always give the same colours.
-    Raises UserError if n is negative, beyond 2000, or not the number of names.
+    With names, the land-cover groups get their natural colors (water is blue) and the others
+    colors far from those. The same arguments always give the same colors.
+
+    Raises:
+      UserError: n is negative, beyond 2000, or not the number of names.
     """
     if not 0 <= n <= 2000 or (names is not None and len(names) != n):
         found = "" if names is None else f" with {len(names)} names"
         raise UserError(f"class_colors({n}){found}: n must be 0..2000 and equal len(names)")
+
+    # Of two names with the same natural color (water, ocean), the first gets it.
     table: dict[int, str] = {}
     for index, name in enumerate(names or ()):
         color = NATURAL.get(name.strip().lower())
         if color is not None and color not in table.values():
             table[index] = color
+
+    # All other classes, in their order, share the further colors.
     natural = tuple(table.values())
     spare = iter(_extended(natural or _FIRST, max(n, len(natural or _FIRST)))[len(natural) :])
     rows = [from_hex(table[i] if i in table else next(spare)) for i in range(n)]

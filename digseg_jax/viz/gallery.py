@@ -46,22 +46,29 @@ def write_gallery(
     classes: Sequence[str],
     colors: UInt8[np.ndarray, "n 3"] | None = None,
 ) -> Path:
-    """Writes PNGs and gallery.json into `out`, in place of an earlier gallery; returns the json.
+    """Writes PNGs and gallery.json into `out`, replacing an earlier gallery; returns the JSON file.
 
     classes: names in label order; colors: theirs, `class_colors` if left out.
-    Raises UserError if an item's arrays do not fit each other or the classes.
+
+    Raises:
+      UserError: an item's arrays do not fit each other or the classes.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if colors is None:
         colors = images.class_colors(len(classes), classes)
+
+    # Files of an earlier gallery could outlive it where that had more items.
     for old in (out / GALLERY_NAME, *out.glob("[0-9][0-9][0-9][0-9]_*.png")):
         old.unlink(missing_ok=True)
+
     rows = [_write_item(out, i, item, classes, colors) for i, item in enumerate(items)]
     table = [
         {"name": name, "color": images.to_hex(color)}
         for name, color in zip(classes, colors, strict=True)
     ]
+
+    # Written beside and moved, so that a reader never sees half a file.
     scratch = out / (GALLERY_NAME + ".tmp")
     text = json.dumps({"classes": table, "items": rows}, indent=1, allow_nan=False)
     scratch.write_text(text, encoding="utf-8")
@@ -72,16 +79,21 @@ def write_gallery(
 def _write_item(
     out: Path, index: int, item: GalleryItem, classes: Sequence[str], colors: np.ndarray
 ) -> dict[str, Any]:
+    """Writes an item's PNGs; returns its row of gallery.json."""
     _check(item)
+
     names = {kind: f"{index:04d}_{kind}.png" for kind in ("image", "label", "prediction")}
     images.save_photo(out / names["image"], item.image)
     images.save_label(out / names["label"], item.label, colors)
     images.save_label(out / names["prediction"], item.prediction, colors)
+
     queries = []
     for k, (name, mask, iou) in enumerate(zip(item.queries, item.masks, item.ious, strict=True)):
         file = f"{index:04d}_mask_{k}.png"
         images.save_mask(out / file, mask)
         queries.append({"name": name, "mask": file, "iou": _number(iou)})
+
+    # The item's own mean, if it has one, else that of its defined IoUs.
     defined = [q["iou"] for q in queries if q["iou"] is not None]
     mean = float(np.mean(defined)) if defined else None
     seen = np.union1d(np.unique(item.label), np.unique(item.prediction))
@@ -96,6 +108,7 @@ def _write_item(
 
 
 def _number(value: float | None) -> float | None:
+    """A finite float, else None: JSON has no nan."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 

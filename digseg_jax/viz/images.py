@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of label maps: painted classes, overlays on the photo, a legend strip, PNG files."""
+"""Images of label maps: painted classes, overlays on the photo, a legend strip, PNG files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
 
 
 def _checked(label: Int[np.ndarray, "h w"], n: int) -> Int[np.ndarray, "h w"]:
+    """Returns the label map; raises UserError unless it is [h, w] of integers in -1..n-1."""
     label = np.asarray(label)
     if label.ndim != 2 or label.dtype.kind not in "iu":
         raise UserError(
@@ -35,7 +36,7 @@ def _checked(label: Int[np.ndarray, "h w"], n: int) -> Int[np.ndarray, "h w"]:
 def paint(
     label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarray, "n 3"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Class colours of a label map; -1 (ignored) is mid grey.
+    """Paints a label map in class colors; -1 (ignored) is mid gray.
 
     Raises UserError for a label outside -1..n-1.
     """
@@ -49,7 +50,7 @@ def overlay(
     colors: UInt8[np.ndarray, "n 3"],
     alpha: float = 0.5,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The photo with class colours laid over it; alpha in 0..1, ignored pixels stay as they are."""
+    """Lays class colors over a photo; alpha in 0..1, ignored pixels stay as they are."""
     image = np.asarray(image)
     if image.shape != (*np.shape(label), 3):
         raise UserError(
@@ -66,9 +67,11 @@ def legend(
     width: int = 512,
     size: int = 13,
 ) -> UInt8[np.ndarray, "h width 3"]:
-    """A white strip of swatches and names, wrapped to `width` pixels; `size` is the text height."""
+    """Draws a white strip of swatches and names, `width` pixels wide; `size` is the text height."""
     font = ImageFont.load_default(size=size)
     row, gap = round(size * 1.7), round(size * 0.6)
+
+    # Where each entry begins; one that would pass the right edge opens a new row.
     places, x, y = [], gap, gap
     for name in names:
         step = size + gap + round(font.getlength(name)) + 2 * gap
@@ -76,6 +79,7 @@ def legend(
             x, y = gap, y + row
         places.append((x, y))
         x += step
+
     strip = Image.new("RGB", (width, y + row), "white")
     draw = ImageDraw.Draw(strip)
     for (x, y), name, color in zip(places, names, colors, strict=True):
@@ -104,12 +108,12 @@ def save_label(path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarr
         return
     palette = np.full((256, 3), IGNORE_COLOR, np.uint8)
     palette[: len(colors)] = colors
-    picture = Image.fromarray(np.where(label == -1, 255, label).astype(np.uint8))
-    picture.putpalette(palette.tobytes())
-    picture.save(path, optimize=True)
+    indices = Image.fromarray(np.where(label == -1, 255, label).astype(np.uint8))
+    indices.putpalette(palette.tobytes())
+    indices.save(path, optimize=True)
 
 
 def save_mask(path: Path, mask: Float[np.ndarray, "h w"]) -> None:
-    """Writes probabilities 0..1 as an 8-bit grey PNG; NaN is written as 0."""
+    """Writes probabilities 0..1 as an 8-bit gray PNG; NaN is written as 0."""
     share = np.clip(np.nan_to_num(np.asarray(mask, np.float64)), 0, 1)
     Image.fromarray(np.rint(share * 255).astype(np.uint8)).save(path, optimize=True)

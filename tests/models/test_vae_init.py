@@ -69,5 +69,5 @@ def test_the_rest_stays_random_and_the_arguments_untouched():
     "change", [{"norm_num_groups": 4}, {"block_out_channels": (4, 16, 32)}, {"latent_channels": 2}]
 )
 def test_an_architecture_without_room_is_refused(change):
-    with pytest.raises(UserError, match="a colour path needs 8 channels"):
+    with pytest.raises(UserError, match="a color path needs 8 channels"):
         carry_colors({}, dataclasses.replace(CONFIG, **change))

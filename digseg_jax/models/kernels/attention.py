@@ -2,8 +2,8 @@
 """The implementations behind `models.attention.attention`; all of them compute the same function.
 
 Shapes everywhere: q [b, l, heads, d], k and v [b, m, heads, d], mask [b, m] with False at padding.
-What a kernel is legal for stands here and nowhere else: devices in `unfit`, shapes in the kernel's own
-function, which hands the others to a portable implementation.
+This module alone knows where each kernel may be used: `unfit` decides about devices, and a kernel's own
+function about shapes; it hands what it cannot take to a portable implementation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
 QUERY_CHUNK = 256  # on two CPU cores faster than 64 and 1024
 FEW_KEYS = 128
 HEADWISE_CHUNK = 1 << 21  # weights at a time on a CPU: 8 MB
-HEADWISE_FEW = 1 << 19  # weights of a head, below which its calls cost more than they save
+HEADWISE_FEW = 1 << 19  # weights of a head; with fewer, separate calls cost more than they save
 LANES = 128  # splash blocks are multiples of a TPU register's lanes
 # cuDNN's fused attention: channels per head that it takes on every GPU, multiples of queries and keys
 # that its backward pass takes in every version, and the first generation of GPUs that it runs on
@@ -34,7 +34,7 @@ PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda"), "headwise": ("cpu",)}
 
 
 def unfit(name: str, device: Any, dtype: str) -> str:
-    """Why a device cannot run an implementation with activations of `dtype`; "" if it can.
+    """Says why a device cannot run an implementation with activations of `dtype`; "" if it can.
 
     device: a `jax.Device`, or what describes one: its `platform` and, of a GPU, `compute_capability`.
     """
@@ -44,6 +44,8 @@ def unfit(name: str, device: Any, dtype: str) -> str:
         return f"runs on {platforms[0].upper()}s only, the devices here are of platform {platform!r}"
     if name != "cudnn":
         return ""
+
+    # cuDNN also asks for 16 bits and a recent GPU.
     if jnp.dtype(dtype).itemsize != 2:
         return f"takes 16-bit activations only, config.model.dtype is {dtype!r}"
     capability = getattr(device, "compute_capability", None) or "8.0"
@@ -58,7 +60,7 @@ def plain(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """Two matrix products around a softmax in float32; holds l x m weights per head."""
+    """Computes two matrix products around a softmax in float32; holds l x m weights per head."""
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     return _attend(q, k, v, mask).swapaxes(1, 2)
 
@@ -76,11 +78,14 @@ def _attend(
     q = q * scale if early else q
     logits = jnp.einsum("bhld,bhmd->bhlm", q, k, preferred_element_type=jnp.float32)
     logits = logits if early else logits * scale
+
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+
     # Any shift leaves the softmax as it is, so the maximum needs no gradient.
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     out = jnp.einsum("bhlm,bhmd->bhld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
     # Divided here rather than in the weights, which are many more numbers.
     return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
@@ -91,19 +96,23 @@ def chunked(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """`plain` on at most 256 queries at a time, each chunk rematerialised in the backward pass.
+    """Computes `plain` on at most 256 queries at a time; the backward pass recomputes each chunk.
 
-    Memory is bounded by chunk x keys rather than queries x keys, on every platform. Where the keys are
-    few, as those of text, the weights are no larger than an activation, and one product is faster.
+    Memory is bounded by chunk x keys rather than queries x keys, on every platform. With few keys, such
+    as a text's, the weights are no larger than an activation, and a single product is faster.
     """
     b, length, heads, d = q.shape
     count = -(-length // QUERY_CHUNK)
     if count <= 1 or k.shape[1] <= FEW_KEYS:
         return plain(q, k, v, mask)
+
+    # Pad to equal chunks, with the chunks as the leading axis.
     size = -(-length // count)
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, count * size - length), (0, 0)))
     chunks = q.reshape(b, heads, count, size, d).transpose(2, 0, 1, 3, 4)
+
+    # One chunk after another; then back into one sequence, without the padding.
     out = jax.lax.map(jax.checkpoint(lambda chunk: _attend(chunk, k, v, mask)), chunks)
     out = out.transpose(1, 2, 0, 3, 4).reshape(b, heads, count * size, d)
     return out[:, :, :length].swapaxes(1, 2)
@@ -115,18 +124,20 @@ def headwise(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """`plain` on one head of one example at a time, and on some of its queries, for CPUs.
+    """Computes `plain` for one head of one example at a time, some queries at a time; for CPUs.
 
-    The weights of a chunk stay in a processor's cache: twice as fast as all of them through main
-    memory. Each chunk is rematerialised in the backward pass. `plain` where they are few.
+    The weights of a chunk stay in a processor's cache, which is twice as fast as all of them through
+    main memory. The backward pass recomputes each chunk. With few weights this is `plain`.
     """
     b, length, heads, d = q.shape
     keys = k.shape[1]
     if length * keys < HEADWISE_FEW:
         return plain(q, k, v, mask)
+
+    # The fewest equal chunks that fit the cache.
     least = -(-length * keys // HEADWISE_CHUNK)
     count = next((n for n in range(least, 2 * least + 1) if length % n == 0), None)
-    if count is None:  # of a map with sides that nobody has
+    if count is None:  # no such number divides the length: a feature map with odd sides
         return chunked(q, k, v, mask)
 
     @jax.checkpoint
@@ -138,6 +149,7 @@ def headwise(
         chunks, *others = arrays
         return jax.lax.map(lambda chunk: attend(chunk, *others), chunks)
 
+    # Examples and heads become one axis, to loop over.
     q, k, v = (a.swapaxes(1, 2).reshape(b * heads, -1, d) for a in (q, k, v))
     chunks = q.reshape(b * heads, count, length // count, d)
     masks = () if mask is None else (jnp.repeat(mask, heads, axis=0),)
@@ -153,12 +165,12 @@ def splash(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b l heads d"]:
-    """Pallas kernels for TPUs; `chunked` for what their blocks do not fit.
+    """Runs Pallas kernels for TPUs; `chunked` where their blocks do not fit.
 
-    JAX's splash attention where both lengths are multiples of 128 and no key is masked: the U-Net's
-    self-attention. Text has few keys: `cross_attention_kernel`. XLA cannot partition a Pallas
-    kernel, so on several devices this has to be called on each one's part
-    (`sharding.LocalAttention`).
+    JAX's splash attention takes the U-Net's self-attention: both lengths multiples of 128, no key
+    masked. The few keys of a text go to `kernels.cross_attention`. XLA cannot partition a Pallas
+    kernel, so on several devices this has to be called on each device's shard
+    (`partition.LocalAttention`).
 
     Args:
       interpret: run the kernel's semantics on any platform, slowly; for tests.
@@ -168,6 +180,8 @@ def splash(
         return cross_attention.few_keys(q, k, v, mask, interpret=interpret)
     if mask is not None or length % LANES or keys % LANES:
         return chunked(q, k, v, mask)
+
+    # The kernel does not scale, and takes one example with the heads first.
     kernel = _splash_kernel(heads, length, keys, interpret)
     q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
     out = jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v)))
@@ -175,7 +189,8 @@ def splash(
 
 
 def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Callable[..., Array]:
-    # Imported here: Pallas' TPU part is of no use elsewhere, and costs start-up time.
+    """JAX's splash attention without a mask, for arrays [heads, length, d]."""
+    # Imported here: Pallas' TPU part is useless elsewhere and costs start-up time.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     block_q, block_kv = _block(length), _block(keys)
@@ -187,6 +202,8 @@ def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Calla
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
+
+    # Its results are named, so that rematerialized blocks keep them.
     masks = [library.FullMask((length, keys))] * heads
     return library.make_splash_mha(
         library.splash_attention_mask.MultiHeadMask(masks),
@@ -199,6 +216,7 @@ def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Calla
 
 
 def _block(length: int) -> int:
+    """Largest block size that divides a multiple of 128."""
     return next(size for size in (512, 384, 256, LANES) if length % size == 0)
 
 
@@ -208,10 +226,10 @@ def cudnn(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """cuDNN's fused attention for NVIDIA GPUs; `chunked` for what it does not take or does not pay for.
+    """Runs cuDNN's fused attention on NVIDIA GPUs; `chunked` where it cannot or does not pay.
 
-    It computes a map's attention to itself. Text has few keys, of an odd number and with a mask, which
-    its backward pass refuses; widths beyond its own are those of small maps and of the autoencoder.
+    It takes the self-attention of feature maps. A text has few keys, an odd number of them and a mask,
+    which cuDNN's backward pass refuses; wider heads occur in small maps and in the autoencoder.
     """
     if not _cudnn_takes(q, k, mask):
         return chunked(q, k, v, mask)
@@ -219,7 +237,7 @@ def cudnn(
 
 
 def _cudnn_takes(q: Array, k: Array, mask: Array | None) -> bool:
-    """Whether cuDNN computes it forward and backward, on every GPU that `unfit` lets pass."""
+    """Whether cuDNN computes it forward and backward on every GPU that `unfit` accepts."""
     (_, length, _, width), keys = q.shape, k.shape[1]
     if mask is not None or keys <= FEW_KEYS or q.dtype.itemsize != 2:
         return False

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions as CPUs compute them fastest: stride 1, float32, as products of matrices where it pays.
+"""Fast convolutions for CPUs: stride 1, float32, as matrix products where that pays.
 
-XLA's own convolution on CPUs gathers a patch for each cell and multiplies. Against it, on one AVX-512
-processor, forward: Winograd's products 1.2 to 1.8 times as fast on large maps of many channels; all
-patches gathered at once 1.1 to 3 times on maps smaller than their kernels, where XLA reads the kernel
-too often; the gradient of a wide kernel, one product a tap, up to 3 times, a 1x1 convolution up to 4.
+XLA's own convolution on CPUs gathers a patch for each cell and multiplies. Faster than that, on one
+AVX-512 processor: Winograd's products on large maps of many channels (1.2 to 1.8 times), all patches
+gathered at once on maps smaller than their kernels, where XLA reads the kernel too often (1.1 to 3
+times), the gradient of a wide kernel as one product a tap (up to 3), a 1x1 convolution (up to 4).
 `python -m tests.bench models` times whole networks either way.
 """
 
@@ -21,10 +21,10 @@ import numpy as np
 from digseg_jax.arraytypes import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
-SAME = ((1, 1), (1, 1))  # of a 3x3 kernel
+SAME = ((1, 1), (1, 1))  # keeps the size with a 3x3 kernel
 
 # F(4, 3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), 4.3: four
-# neighbours of a row from six products instead of twelve
+# neighbors of a row from six products instead of twelve
 TILE = 4
 INPUT = (
     (4, 0, -5, 0, 1, 0),
@@ -51,7 +51,7 @@ MANY = 2048  # cells; with fewer, Winograd's sums cost more than its products sa
 def conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "i j c d"], padding: Padding
 ) -> Float[Array, "b h2 w2 d"]:
-    """The convolution of stride 1, equal to XLA's up to rounding, which is some 1e-6 of the result."""
+    """Convolves with stride 1; equal to XLA's convolution up to rounding, some 1e-6 of the result."""
     if kernel.shape[:2] == (1, 1) and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
     if min(kernel.shape[2:]) < WIDE:
@@ -61,6 +61,7 @@ def conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _wide_conv(x: Array, kernel: Array, padding: Padding) -> Array:
+    """The fastest way for kernels of many channels."""
     if _smaller_than_kernel(x, kernel):
         return patches_conv(x, kernel, padding)
     same = kernel.shape[:2] == (3, 3) and padding == SAME
@@ -77,6 +78,8 @@ def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) ->
     x, kernel = saved
     if _smaller_than_kernel(x, kernel):
         return jax.vjp(partial(patches_conv, padding=padding), x, kernel)[1](cotangent)
+
+    # The gradient of x is the convolution with the mirrored kernel and the opposite padding.
     i, j = kernel.shape[:2]
     (top, bottom), (left, right) = padding
     opposite = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
@@ -96,40 +99,45 @@ def _smaller_than_kernel(x: Array, kernel: Array) -> bool:
 
 
 def xla_conv(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Array:
-    """As XLA has it."""
+    """Plain `lax.conv_general_dilated`, the reference implementation."""
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def patches_conv(x: Array, kernel: Array, padding: Padding) -> Array:
-    """Each cell's patch gathered, then one product of matrices."""
+    """Gathers each cell's patch, then multiplies all patches in one matrix product."""
     size, (c, d) = kernel.shape[:2], kernel.shape[2:]
     columns = jnp.concatenate(_shifted(x, size, padding), axis=-1)  # b h w i*j*c
     return columns @ kernel.reshape(size[0] * size[1] * c, d)
 
 
 def winograd_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Array:
-    """Zero padding 1, half the products: Winograd's along rows, plain along columns.
+    """Convolves with zero padding 1 and half the products: Winograd along rows, plain along columns.
 
     Raises:
       TypeError: w is no multiple of 4 (from the reshape).
     """
     b, h, w, c = x.shape
+
+    # Six neighbors in a row for every tile of four results; the last two come from the next tile.
     tiles = w // TILE
     padded = jnp.pad(x, ((0, 0), (0, 0), (1, TILE - 1), (0, 0))).reshape(b, h, tiles + 1, TILE, c)
     cells = [padded[:, :, :tiles, i] for i in range(TILE)]
     cells += [padded[:, :, 1:, i] for i in range(len(INPUT) - TILE)]
+
+    # One plain convolution along the columns for each of the six products.
     products = []
     for inputs, taps in zip(INPUT, KERNEL, strict=True):
         column = _combine(taps, [kernel[:, j] for j in range(3)])  # 3 c d
         products.append(xla_conv(_combine(inputs, cells), column[:, None], ((1, 1), (0, 0))))
+
     outputs = [_combine(row, products) for row in OUTPUT]
     return jnp.stack(outputs, axis=3).reshape(b, h, w, -1)
 
 
 def _combine(factors: Sequence[float], terms: Sequence[Array]) -> Array:
-    """The sum of the terms, each times its factor, most of which are 0 or 1."""
+    """Sums terms times factors, most of which are 0 or 1."""
     total = None
     for factor, term in zip(factors, terms, strict=True):
         if factor:
@@ -139,7 +147,7 @@ def _combine(factors: Sequence[float], terms: Sequence[Array]) -> Array:
 
 
 def _kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int], padding: Padding) -> Array:
-    """One product of matrices for each tap."""
+    """Gradient of the kernel, as one matrix product for each tap."""
     c, d = x.shape[-1], cotangent.shape[-1]
     columns = cotangent.reshape(-1, d)
     taps = [shifted.reshape(-1, c).T @ columns for shifted in _shifted(x, size, padding)]
@@ -147,7 +155,7 @@ def _kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int], padding:
 
 
 def _shifted(x: Array, size: tuple[int, int], padding: Padding) -> list[Array]:
-    """What each tap of a kernel sees, [b h2 w2 c] each, in the kernel's order."""
+    """Inputs of each tap of a kernel, [b, h2, w2, c] each, in the kernel's order."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     h, w = x.shape[1] - size[0] + 1, x.shape[2] - size[1] + 1
     return [x[:, i : i + h, j : j + w] for i in range(size[0]) for j in range(size[1])]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to a few keys, those of a text, as one Pallas kernel for TPUs, and one backward.
+"""Attention to the few keys of a text: a Pallas kernel for TPUs, and one for its backward pass.
 
-All keys of an example lie in the chip's own memory, so a block of queries has its whole softmax
-there: no weight is written to main memory, and none is kept for the backward pass. Heads stay where
-the projections put them, in the channels: nothing is transposed.
+All keys of an example fit into the chip's own memory, so the whole softmax of a block of queries is
+computed there: no weight is written to main memory or kept for the backward pass. Heads stay in the
+channels, where the projections put them: nothing is transposed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models.kernels.pallas import call, product
 from digseg_jax.models.remat import kept
 
-KEYS = 128  # at most, and what fewer are padded to: a register's lanes
+KEYS = 128  # the most keys; fewer are padded to as many, the lanes of a register
 ROWS = (256, 128)  # queries at a time
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def takes(length: int, keys: int) -> bool:
-    """Whether the kernel is one for that many queries and keys of an example."""
+    """Whether the kernel can take that many queries and keys of an example."""
     return keys <= KEYS and length % ROWS[-1] == 0
 
 
@@ -36,16 +36,18 @@ def few_keys(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b l heads d"]:
-    """`models.attention_kernels.plain` for queries and keys that it `takes`.
+    """Computes `kernels.attention.plain` where `takes` allows it.
 
     Args:
       interpret: run the kernel's semantics on any platform, slowly; for tests.
     """
     heads, keys = q.shape[2], k.shape[1]
     valid = jnp.ones(k.shape[:2], bool) if mask is None else mask
-    # added to the logits: keys that are masked all weigh the same, those of the padding nothing
+
+    # Added to the logits. If all keys are masked they weigh the same; padding never weighs anything.
     bias = jnp.where(valid, 0.0, LOWEST / 2).astype(jnp.float32)
     bias = jnp.pad(bias, ((0, 0), (0, KEYS - keys)), constant_values=LOWEST)[:, None]
+
     padding = ((0, 0), (0, KEYS - keys), (0, 0))
     k, v = (jnp.pad(a.reshape(*a.shape[:2], -1), padding) for a in (k, v))
     y = _attend(heads, interpret, q.reshape(*q.shape[:2], -1), k, v, bias)
@@ -84,8 +86,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _specs(q: Array) -> tuple[Any, Any, Any]:
-    """Blocks of an example's queries, one after another; its keys whole; its bias."""
-    from jax.experimental import pallas as pl  # here: of no use elsewhere, and costs start-up time
+    """Blocks for the kernel: some queries of an example at a time, all of its keys, its bias."""
+    from jax.experimental import pallas as pl  # here: useless elsewhere, and costs start-up time
 
     size, width = next(size for size in ROWS if q.shape[1] % size == 0), q.shape[2]
     rows = pl.BlockSpec((None, size, width), lambda b, i: (b, i, 0))
@@ -98,6 +100,7 @@ def _grid(q: Array, rows: Any) -> tuple[int, int]:
 
 
 def _forward(heads: int, q: Any, k: Any, v: Any, bias: Any, y: Any) -> None:
+    """The kernel: y from one block of queries, head by head."""
     for part in _parts(q, heads):
         weights, total = _weights(q[:, part], k[:, part], bias[...])
         found = product(weights.astype(v.dtype), v[:, part], 1, 0)
@@ -107,6 +110,7 @@ def _forward(heads: int, q: Any, k: Any, v: Any, bias: Any, y: Any) -> None:
 def _backward(
     heads: int, q: Any, dy: Any, k: Any, v: Any, bias: Any, dq: Any, dk: Any, dv: Any
 ) -> None:
+    """The backward kernel: dq of one block; dk and dv are summed over an example's blocks."""
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(1) == 0)
@@ -117,18 +121,21 @@ def _backward(
         q_part, k_part, dy_part = q[:, part], k[:, part], dy[:, part]
         weights, total = _weights(q_part, k_part, bias[...])
         weights = weights / total
+
+        # Through the product with v, then through the softmax.
         dv[:, part] += product(weights.astype(v.dtype), dy_part, 0, 0)
         d_weights = product(dy_part, v[:, part], 1, 1)
         mean = (weights * d_weights).sum(axis=1, keepdims=True)
         d_logits = weights * (d_weights - mean) * q_part.shape[1] ** -0.5
-        # where a text has no valid key at all, masked ones have weights, but no logits to change
+
+        # If a text has no valid key, masked keys have weights, but their logits are constants.
         d_logits = jnp.where(bias[...] == 0, d_logits, 0.0).astype(q.dtype)
         dq[:, part] = product(d_logits, k_part, 1, 0).astype(dq.dtype)
         dk[:, part] += product(d_logits, q_part, 0, 0)
 
 
 def _parts(q: Any, heads: int) -> list[slice]:
-    """The channels of each head."""
+    """Channels of each head."""
     width = q.shape[1] // heads
     return [slice(h * width, (h + 1) * width) for h in range(heads)]
 

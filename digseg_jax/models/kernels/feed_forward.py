@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feed-forward part of a transformer block as one Pallas kernel for TPUs, and one backward.
+"""The feed-forward part of a transformer block: a Pallas kernel for TPUs, and a backward one.
 
-Its hidden maps are eight times as wide as its input; written to main memory, kept or made again for
-the backward pass, and read there, they are most of a transformer block's traffic. Here a block of
-positions goes through both layers while the kernels lie in the chip's own memory, which also gathers
-the kernels' gradients. That pays, and fits, where a map has more positions than channels.
+The hidden maps are eight times as wide as the input. Written to main memory, kept or recomputed for
+the backward pass, and read there, they make up most of a transformer block's traffic. Here a block of
+positions goes through both layers while the layers' kernels stay in the chip's own memory, where their
+gradients are summed too. That pays, and fits, where a map has more positions than channels.
 
 Shapes: x [n, c]; up [c, 2 h] and up_bias [2 h], the value's half before the gate's; down [h, c] and
 down_bias [c].
@@ -26,14 +26,14 @@ from digseg_jax.models.kernels.pallas import call, product
 FeedForwardFn = Callable[[Array, Array, Array, Array, Array], Array]
 
 ROWS = (512, 256, 128)  # positions at a time
-HIDDEN = 256  # hidden channels at a time: an unrolled loop over all compiles ten times as long
+HIDDEN = 256  # hidden channels at a time; unrolled over all, compiling takes ten times as long
 LANES = 128
-MAX_FEATURES = 640  # of 1280 the kernels and their gradients would not fit
-MEMORY = 60 * 2**20  # of the chip's 64 MiB (v5p) or 128 MiB (v5e, v6e) at most
+MAX_FEATURES = 640  # with 1280 the kernels and their gradients would not fit
+MEMORY = 60 * 2**20  # bytes at most, of the chip's 64 MiB (v5p) or 128 MiB (v5e, v6e)
 
 
 def takes(length: int, features: int, hidden: int) -> bool:
-    """Whether a map [*, length, features] is one for the kernel."""
+    """Whether the kernel can take a map [*, length, features], and pays."""
     rows = length % ROWS[-1] == 0 and length > features
     return rows and features <= MAX_FEATURES and hidden % LANES == 0
 
@@ -47,9 +47,10 @@ def fused(
     *,
     interpret: bool = False,
 ) -> Float[Array, "n c"]:
-    """(value * gelu(gate)) @ down + down_bias, with (value, gate) = x @ up + up_bias; exact GELU.
+    """Computes (value * gelu(gate)) @ down + down_bias with the exact GELU.
 
-    Products of the arrays' dtype are summed in float32, and so is all between them.
+    (value, gate) = x @ up + up_bias. Products in the arrays' dtype are summed in float32, and
+    everything between them is float32.
 
     Args:
       interpret: run the kernel's semantics on any platform, slowly; for tests.
@@ -79,11 +80,15 @@ def _fused_forward(interpret: bool, *arrays: Array) -> tuple[Array, tuple[Array,
 def _fused_backward(interpret: bool, arrays: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
     x, *weights = arrays
     rows, whole = _specs(x, weights)
+
+    # Gradients of x block by block, of the weights whole and in float32, because they are sums.
     shapes = [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes]
     options = {"grid": _grid(x, rows), "memory": MEMORY, "interpret": interpret}
     specs, results = [rows, rows, *whole[:3]], [rows, *whole]
     run = call(_backward, "feed_forward_backward", specs, results, shapes, **options)
+
+    # The last bias is not read: its gradient needs dy alone.
     found = run(x, dy, *weights[:3])
     return tuple(g.astype(a.dtype) for g, a in zip(found, arrays, strict=True))
 
@@ -92,8 +97,8 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _specs(x: Array, weights: list[Array]) -> tuple[Any, list[Any]]:
-    """Blocks of positions, one after another; the weights whole, and once for all of them."""
-    from jax.experimental import pallas as pl  # here: of no use elsewhere, and costs start-up time
+    """Blocks for the kernel: some positions at a time; the weights whole, loaded once."""
+    from jax.experimental import pallas as pl  # here: useless elsewhere, and costs start-up time
 
     size = next(size for size in ROWS if len(x) % size == 0)
     rows = pl.BlockSpec((size, x.shape[1]), lambda i: (i, 0))
@@ -105,6 +110,7 @@ def _grid(x: Array, rows: Any) -> tuple[int]:
 
 
 def _forward(x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, y: Any) -> None:
+    """The kernel: y of one block of positions, summed over parts of the hidden channels."""
     block, size = x[...], _hidden_size(down)
 
     def add(i: Array, total: Array) -> Array:
@@ -120,6 +126,7 @@ def _backward(
     x: Any, dy: Any, up: Any, up_bias: Any, down: Any,
     dx: Any, d_up: Any, d_up_bias: Any, d_down: Any, d_down_bias: Any,
 ) -> None:  # fmt: skip
+    """The backward kernel: dx of one block; the weights' gradients are summed over the blocks."""
     from jax.experimental import pallas as pl
 
     @pl.when(pl.program_id(0) == 0)
@@ -127,6 +134,7 @@ def _backward(
         for total in (d_up, d_up_bias, d_down, d_down_bias):
             total[...] = jnp.zeros_like(total)
 
+    # The hidden map is computed again, one part of its channels at a time.
     block, dy_block, size = x[...], dy[...], _hidden_size(down)
     dtype, width = block.dtype, down.shape[0]
 
@@ -135,9 +143,13 @@ def _backward(
         value, gate = _halves(block, up, up_bias, i * size, size)
         cdf = _normal_cdf(gate)
         gelu, density = gate * cdf, jnp.exp(-0.5 * gate * gate) * (2 * math.pi) ** -0.5
+
+        # Through `down`, then through the gated activation: gelu'(g) = cdf + g * density.
         d_down[here] += product((value * gelu).astype(dtype), dy_block, 0, 0)
         d_hidden = product(dy_block, down[here], 1, 1)
         d_halves = (d_hidden * gelu, d_hidden * value * (cdf + gate * density))
+
+        # Through the two halves of `up`.
         for start, gradient in zip((i * size, width + i * size), d_halves, strict=True):
             half = (slice(None), _part(start, size))
             d_up_bias[half] += gradient.sum(axis=0, keepdims=True)
@@ -152,19 +164,21 @@ def _backward(
 
 
 def _halves(x: Array, up: Any, up_bias: Any, start: Array, size: int) -> list[Array]:
-    """Value and gate of the hidden channels from `start`, float32 [rows, size]."""
+    """Value and gate of `size` hidden channels from `start` on, float32 [rows, size] each."""
     width = up.shape[1] // 2
     parts = [(slice(None), _part(first, size)) for first in (start, width + start)]
     return [product(x, up[p], 1, 0) + up_bias[p].astype(jnp.float32) for p in parts]
 
 
 def _part(start: Array, size: int) -> Any:
+    """A slice of channels that the compiler knows to begin at a multiple of the lanes."""
     from jax.experimental import pallas as pl
 
     return pl.ds(pl.multiple_of(start, LANES), size)
 
 
 def _hidden_size(down: Any) -> int:
+    """Hidden channels at a time."""
     return HIDDEN if down.shape[0] % HIDDEN == 0 else LANES
 
 

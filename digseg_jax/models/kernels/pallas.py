@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our Pallas kernels for TPUs share: the call, and a product."""
+"""Shared parts of our Pallas kernels for TPUs: the call, and a matrix product."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def call(
     memory: int | None = None,
     interpret: bool = False,
 ) -> Callable[..., Any]:
-    """A function of the inputs that runs `kernel` on each of their blocks.
+    """Builds a function of the inputs that runs `kernel` on each of their blocks.
 
     Args:
-      name: of the call in the compiled program, by which `aot.kernels` knows its FLOPs.
-      shapes: of the results.
-      parallel: the first axes of the grid, whose blocks go in any order. Along the others they go one
-        after another, and may sum into the same result.
-      memory: bytes of the chip's own memory at most; the compiler's default if None.
+      name: name of the call in the compiled program; `aot.kernels` looks up its FLOPs by it.
+      shapes: shapes and dtypes of the results.
+      parallel: number of leading grid axes whose blocks may run in any order. Along the others they
+        run one after another, and may sum into the same result.
+      memory: most bytes of the chip's own memory; the compiler's default if None.
       interpret: run the kernel's semantics on any platform, slowly; for tests.
     """
-    from jax.experimental import pallas as pl  # here: of no use elsewhere, and costs start-up time
+    from jax.experimental import pallas as pl  # here: useless elsewhere, and costs start-up time
     from jax.experimental.pallas import tpu as pltpu
 
     order = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
@@ -51,5 +51,5 @@ def call(
 
 
 def product(a: Array, b: Array, i: int, j: int) -> Array:
-    """Of two matrices, summed over axis i of a and j of b, in float32."""
+    """Matrix product of a and b, summed over axis i of a and j of b in float32."""
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)

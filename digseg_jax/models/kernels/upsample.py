@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest-neighbour doubling, and the convolution of a doubled map without making it."""
+"""Nearest-neighbor upsampling by 2, and a convolution of the upsampled map without making it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
 def doubled_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]
 ) -> Float[Array, "b 2*h 2*w d"]:
-    """The 3x3 convolution, zero padding 1, of `upsample_nearest(x)`, as a CPU computes it fastest."""
+    """Convolves `upsample_nearest(x)` with a 3x3 kernel, zero padding 1, the fastest way on a CPU."""
     if math.prod(x.shape[:3]) < FEW:
         return conv.conv(upsample_nearest(x), kernel, conv.SAME)
     return folded_conv(x, kernel)
@@ -32,10 +32,10 @@ def doubled_conv(
 def folded_conv(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]
 ) -> Float[Array, "b 2*h 2*w d"]:
-    """`doubled_conv` in 4/9 of its products.
+    """Computes `doubled_conv` with 4/9 of its products.
 
-    Two neighbours of a doubled map are one cell of x, whose weights may be added beforehand: each of
-    the four phases of the result, even and odd rows and columns, is a 2x2 convolution of x.
+    Two neighbors in the upsampled map are one cell of x, so their weights can be added beforehand: each
+    of the four phases of the result (even and odd rows and columns) is a 2x2 convolution of x.
     """
     b, h, w, _ = x.shape
     rows = []
@@ -50,7 +50,7 @@ def folded_conv(
 
 
 def _fold(kernel: Array, phase: int, axis: int) -> Array:
-    """Three taps become two: the even phase sees its left neighbour once and itself twice."""
+    """Folds three taps into two: the even phase sees its left neighbor once and itself twice."""
     first, second, third = jnp.split(kernel, 3, axis)
     taps = (first, second + third) if phase == 0 else (first + second, third)
     return jnp.concatenate(taps, axis)

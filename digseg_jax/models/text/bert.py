@@ -62,7 +62,7 @@ class BertConfig(HubConfig):
 
 
 class BertEmbeddings(nnx.Module):
-    """Sum of word, position and token type embeddings, normalised."""
+    """Sum of word, position and token type embeddings, normalized."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         def embed(size: int) -> nnx.Embed:
@@ -175,7 +175,7 @@ class BertModel(nnx.Module):
 
     `pooled` is tanh(dense(first token)) when the checkpoint has a pooler
     (`config.add_pooling_layer`), else the mean of the tokens under the mask, which is the sentence
-    vector of sentence-transformers before normalisation.
+    vector of sentence-transformers before normalization.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer that CLIP's two towers share, equal to transformers' at inference.
+"""The transformer of CLIP's text and image encoders, equal to transformers' at inference.
 
 Pre-layer-norm; attribute names are those of transformers, so a parameter path is the checkpoint key.
 Source: Radford et al., arXiv:2103.00020; transformers `models/clip/modeling_clip.py`.
@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": _quick_gelu, "
 
 
 def check_tower(name: str, config: Any) -> None:
-    """Raises UserError for an activation or a number of heads that the tower cannot have."""
+    """Raises UserError for an unknown activation, or a width that the heads do not divide."""
     if config.hidden_act not in ACTIVATIONS:
         legal = ", ".join(ACTIVATIONS)
         raise UserError(f"{name} config: hidden_act={config.hidden_act!r}; legal: {legal}")
@@ -58,6 +58,8 @@ class ClipAttention(nnx.Module):
     ) -> Float[Array, "b l d"]:
         parts = (f(x) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in parts)
+
+        # Causal attention is for texts of 77 tokens at most: no kernel of ours is needed.
         if self.causal:
             keys = None if mask is None else mask[:, None, None, :]
             y = jax.nn.dot_product_attention(q, k, v, mask=keys, is_causal=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's text tower, numerically equal to `transformers.CLIPTextModel` at inference.
+"""CLIP's text encoder, numerically equal to `transformers.CLIPTextModel` at inference.
 
 ViT-L/14 (Stable Diffusion 1.x) and ViT-B/16 with quick-GELU, OpenCLIP's ViT-H/14 with the exact
 GELU. Stable Diffusion 2.x conditions on the penultimate layer: its `text_encoder` has dropped the
@@ -48,7 +48,7 @@ class ClipTextConfig(HubConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes a tower's own `config.json` or that of a whole CLIPModel."""
+        """Builds from an encoder's own `config.json` or that of a whole CLIPModel."""
         return super().from_dict(tower_values(values, "text_config"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,13 +59,13 @@ class ClipTextConfig(HubConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextProjectionConfig(ClipTextConfig):
-    """The same for the tower with its projection into the space shared with images."""
+    """Settings of the encoder with its projection into the space shared with images."""
 
     CLASS_NAME: ClassVar[str] = "CLIPTextModelWithProjection"
 
 
 def tower_values(values: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """One tower's settings; a CLIPModel keeps them in a section, its projection's width above it."""
+    """Selects one encoder's settings: a section of a CLIPModel's, and the projection's width above it."""
     if section not in values:
         return dict(values)
     own = {**(values[section] or {}), **(values.get(f"{section}_dict") or {})}
@@ -92,7 +92,7 @@ class ClipTextEmbeddings(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """Token ids to token features; `pooled` is the normalised feature of the end-of-text token."""
+    """Token ids to token features; `pooled` is the normalized feature of the end-of-text token."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         options = {"compute": Compute(dtype), "rngs": rngs}
@@ -118,6 +118,7 @@ class CLIPTextModel(nnx.Module):
                 f"CLIP text has {input_ids.shape[1]} tokens; the model has positions for "
                 f"{self.config.max_position_embeddings}"
             )
+
         mask = None if attention_mask is None else attention_mask.astype(bool)
         x = self.final_layer_norm(self.encoder(self.embeddings(input_ids), mask))
         end = _end_of_text(input_ids, self.config.eos_token_id)
@@ -125,7 +126,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(nnx.Module):
-    """`CLIPTextModel` whose `pooled` is projected to the space of image features, not normalised."""
+    """`CLIPTextModel` whose `pooled` is projected to the space of image features, not normalized."""
 
     def __init__(
         self, config: ClipTextProjectionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
@@ -141,13 +142,13 @@ class CLIPTextModelWithProjection(nnx.Module):
         input_ids: Int[Array, "b l"],
         attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
     ) -> TextOutput:
-        """As `CLIPTextModel`, with `pooled` [b, projection_dim]."""
+        """Encodes as `CLIPTextModel` does, with `pooled` projected to [b, projection_dim]."""
         out = self.text_model(input_ids, attention_mask)
         return TextOutput(out.last_hidden_state, self.text_projection(out.pooled))
 
 
 def without_last_layers(model: CLIPTextModel, count: int) -> CLIPTextModel:
-    """The tower that ends `count` layers earlier, with the same final norm and the same arrays.
+    """Returns the encoder without its last `count` layers: same final norm, same arrays.
 
     Raises:
         UserError: fewer than one layer would remain.
@@ -158,6 +159,8 @@ def without_last_layers(model: CLIPTextModel, count: int) -> CLIPTextModel:
             f"cannot drop {count} of {model.config.num_hidden_layers} text layers; "
             f"legal: 0 to {model.config.num_hidden_layers - 1}"
         )
+
+    # The structure of the shorter encoder, filled with the arrays of the longer one.
     config = dataclasses.replace(model.config, num_hidden_layers=layers)
     dtype = model.embeddings.token_embedding.dtype
     graphdef, _ = functional.abstract(
@@ -169,6 +172,7 @@ def without_last_layers(model: CLIPTextModel, count: int) -> CLIPTextModel:
 
 
 def _end_of_text(input_ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, "b"]:
+    """Position of each text's end token."""
     if eos_token_id == _WRONG_EOS:
         return jnp.argmax(input_ids, axis=-1)
     return jnp.argmax(input_ids == eos_token_id, axis=-1)  # the first: padding may repeat it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's image tower, numerically equal to `transformers.CLIPVisionModelWithProjection`."""
+"""CLIP's image encoder, numerically equal to `transformers.CLIPVisionModelWithProjection`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class VisionOutput(NamedTuple):
 
     Attributes:
         last_hidden_state: [b, 1 + patches, d], the class token first, before the last norm.
-        image_embeds: [b, e] in the space shared with text, not normalised.
+        image_embeds: [b, e] in the space shared with text, not normalized.
     """
 
     last_hidden_state: Float[Array, "b l d"]
@@ -121,7 +121,7 @@ class ClipVisionTransformer(nnx.Module):
         self.post_layernorm = layer_norm(d, eps=eps, **options)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
-        """Token features [b, l, d] and the normalised class token [b, d]."""
+        """Token features [b, l, d] and the normalized class token [b, d]."""
         tokens = self.encoder(self.pre_layrnorm(self.embeddings(x)))
         return tokens, self.post_layernorm(tokens[:, 0])
 
@@ -138,7 +138,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
         )
 
     def __call__(self, pixel_values: Float[Array, "b h w 3"]) -> VisionOutput:
-        """Takes images normalised by `normalize_pixels`.
+        """Takes images normalized by `normalize_pixels`.
 
         Raises:
             UserError: not of `config.image_size`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BERT text tower of an open_clip checkpoint, such as BiomedCLIP's PubMedBERT, with projection.
+"""The BERT text encoder of an open_clip checkpoint, such as BiomedCLIP's PubMedBERT, with projection.
 
 Numerically equal to open_clip's `HFTextEncoder` (`hf_model.py`), whose name and keys it has.
 """
@@ -28,7 +28,7 @@ PROJECTIONS = ("mlp", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class OpenClipTextConfig:
-    """What open_clip_config.json and the stored shapes say about the text tower.
+    """What open_clip_config.json and the stored shapes say about the text encoder.
 
     open_clip_config.json names a BERT on the hub instead of describing it, so sizes come from the
     shapes; heads are 64 wide.
@@ -111,7 +111,7 @@ class HFTextEncoder(nnx.Module):
         input_ids: Int[Array, "b l"],
         attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
     ) -> TextOutput:
-        """As `BertModel`, with `pooled` [b, embed_dim] projected, not normalised.
+        """As `BertModel`, with `pooled` [b, embed_dim] projected, not normalized.
 
         open_clip itself masks the tokens equal to `[PAD]`; pass `input_ids != 0` for the same.
         """

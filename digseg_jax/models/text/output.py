@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every text encoder returns, whichever its architecture."""
+"""The result of every text encoder, whatever its architecture."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """Callable that tokenizes and pads, and refuses what would be cut."""
+    """Tokenizes and pads texts; rejects a text that would be cut."""
 
     def __init__(self, core: Any, pad_id: int = 0):
         core.no_truncation()  # tokenizer.json may carry its own; a cut prompt must be an error
@@ -39,7 +39,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, pad_token: str | None = None) -> Tokenizer:
-        """From the content of a tokenizer.json; pads with `pad_token`, else as `_pad_id` says.
+        """Builds from the content of a tokenizer.json; pads with `pad_token`, else as `_pad_id` says.
 
         Raises UserError if it is malformed.
         """
@@ -51,12 +51,17 @@ class Tokenizer:
 
     @classmethod
     def from_vocab(cls, words: Sequence[str], settings: Mapping[str, Any] | None = None) -> Tokenizer:
-        """WordPiece from the lines of a BERT vocab.txt; `settings` is tokenizer_config.json."""
+        """Builds WordPiece from the lines of a BERT vocab.txt; `settings` is tokenizer_config.json.
+
+        Raises:
+            UserError: one of BERT's four special tokens is missing.
+        """
         settings = settings or {}
         vocab = {word: i for i, word in enumerate(words)}
         missing = [t for t in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if t not in vocab]
         if missing:
             raise UserError(f"not a BERT vocabulary: no {', '.join(missing)} in it")
+
         core = BertWordPieceTokenizer(
             vocab,
             lowercase=settings.get("do_lower_case", True),
@@ -69,7 +74,7 @@ class Tokenizer:
     def from_clip(
         cls, vocab: Mapping[str, int], merges: Sequence[str], pad_token: str | None = None
     ) -> Tokenizer:
-        """Byte-level BPE from CLIP's vocab.json and the lines of its merges.txt, such as "i n".
+        """Builds byte-level BPE from CLIP's vocab.json and the lines of its merges.txt, such as "i n".
 
         Raises:
             UserError: the vocabulary lacks CLIP's two special tokens, or the merges do not fit it.
@@ -88,10 +93,12 @@ class Tokenizer:
 
     @classmethod
     def from_clip_bpe(cls, lines: Sequence[str], pad_token: str | None = None) -> Tokenizer:
-        """From the lines of OpenAI's and open_clip's `bpe_simple_vocab_16e6.txt`."""
+        """Builds from the lines of OpenAI's and open_clip's `bpe_simple_vocab_16e6.txt`."""
         merges = list(lines[1 : CLIP_MERGES + 1])  # the first line is a comment
         if len(merges) < CLIP_MERGES:
             raise UserError(f"not CLIP's BPE file: {len(merges)} merges, expected {CLIP_MERGES}")
+
+        # The vocabulary in CLIP's order: bytes, bytes that end a word, merges, special tokens.
         letters = _byte_letters()
         words = ["".join(line.split()) for line in merges]
         entries = [*letters, *(x + "</w>" for x in letters), *words, CLIP_START, CLIP_END]
@@ -106,6 +113,8 @@ class Tokenizer:
         for i, text in enumerate(texts):
             if not text.strip():
                 raise UserError(f"prompt {i} is empty: {text!r}")
+
+        # Rows start as padding, and each text fills its beginning.
         encodings = self._core.encode_batch(list(texts))
         ids = np.full((len(texts), max_length), self.pad_id, np.int32)
         for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
@@ -115,6 +124,7 @@ class Tokenizer:
                     f"prompt {text!r} is {count} tokens long; at most {max_length} are legal"
                 )
             ids[row, :count] = encoding.ids
+
         counts = np.array([len(e.ids) for e in encodings], np.int32)
         return Tokens(ids, np.arange(max_length)[None, :] < counts[:, None])
 
