@@ -188,7 +188,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = Conv(channels, channels, 1, **options)
 
     def encode(self, image: Float[Array, "b H W c"]) -> Posterior:
-        """Encodes to the unscaled posterior; times `config.scaling_factor`, its mean is the U-Net's input."""
+        """Encodes to the unscaled posterior; the U-Net takes its mean times `config.scaling_factor`."""
         moments = self.quant_conv(self.encoder(image)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))

@@ -160,7 +160,7 @@ class AutoencoderTiny(nnx.Module):
         self.decoder = TinyDecoder(config, **options)
 
     def encode(self, image: Float[Array, "b H W c"]) -> PointLatent:
-        """Encodes images to latents; the U-Net takes them times `config.scaling_factor` (1 for TAESD)."""
+        """Encodes images to latents; the U-Net takes them times `config.scaling_factor` (TAESD: 1)."""
         return PointLatent(self.encoder(image).astype(jnp.float32))
 
     def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:

@@ -65,7 +65,7 @@ class ClipTextProjectionConfig(ClipTextConfig):
 
 
 def tower_values(values: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """Selects one encoder's settings: a section of a CLIPModel's, and the projection's width above it."""
+    """Selects one encoder's settings: a section of a CLIPModel's, and the projection width above it."""
     if section not in values:
         return dict(values)
     own = {**(values[section] or {}), **(values.get(f"{section}_dict") or {})}
