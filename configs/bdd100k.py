@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BDD100K, 19 classes of street scenes, 1280x720. Paper: pictures only, no numbers.
+"""BDD100K, 19 classes of street scenes, 1280x720. Paper: images only, no numbers.
 
     python -m digseg_jax.main --config=configs/bdd100k.py --config.data.root=DIR --workdir=RUN
 

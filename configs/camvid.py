@@ -8,11 +8,11 @@ configs/camvid.py:binary asks for one class at a time; :sd15 and :sd21 start fro
 the hub, for an accelerator. Whose choice a setting of those is: the comments here and in
 digseg_jax/recipes.py.
 
-Measured, palette: 8,000 steps in 2 h 11 min on one core of a busy machine; the 101 pictures of val,
+Measured, palette: 8,000 steps in 2 h 11 min on one core of a busy machine; the 101 images of val,
 biases from 48 of train, 1x1: mIoU 0.432, accuracy 0.835; road 0.91, tree 0.83, sky 0.79, building 0.71,
 pavement 0.66, car 0.48, fence 0.20, pedestrian 0.07, bicyclist 0.06, sign 0.04, pole 0.00. With four
 members 0.433. Read through the decoder instead of from the latents 0.370 and 0.739. Latent cells are
-four pixels of a picture of 160x120: what is thinner than a cell is lost, and a band of a third class
+four pixels of an image of 160x120: what is thinner than a cell is lost, and a band of a third class
 lies on some borders. The autoencoder lets 0.64 of palette masks through at 128 pixels, 0.71 at 192.
 
 Binary: 1.4 s a step on two idle cores (2.3 s on one), so two hours and a quarter. A run of 3,400 steps,

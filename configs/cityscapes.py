@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cityscapes, 19 classes, 2048x1024. Paper: mIoU 38.5 open-vocabulary, trained on COCO-Stuff;
-supervised only pictures.
+supervised only images.
 
     python -m digseg_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=RUN
 

@@ -4,7 +4,7 @@
 Made once and shipped as digseg_jax/assets/vae. Training imagery: training blocks only.
 
 Measured on two CPU cores: 10 minutes; masks of held-out tiles come back with a mean IoU of 0.972,
-images with an error of 3.6 of 255, the mean colours of cells with 0.2.
+images with an error of 3.6 of 255, the mean colors of cells with 0.2.
 """
 
 from digseg_jax.config import default
@@ -22,7 +22,7 @@ def get_config():
     config.model.vae_arch.norm_num_groups = 2  # eight channels and more in a group, for carry_colors
     config.model.vae_arch.carry_colors = True
     config.model.vae_arch.color_weight = 4.0
-    config.optim.learning_rate = 2e-4  # five times as much tears the colour path up
+    config.optim.learning_rate = 2e-4  # five times as much tears the color path up
     config.optim.b2 = 0.999
     config.optim.warmup_steps = 100
     config.optim.ema_decay = 0.995

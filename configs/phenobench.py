@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PhenoBench: soil, crop and weed, 1024x1024. Paper: pictures only, no numbers.
+"""PhenoBench: soil, crop and weed, 1024x1024. Paper: images only, no numbers.
 
     python -m digseg_jax.main --config=configs/phenobench.py --config.data.root=DIR --workdir=RUN
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""REFUGE2 optic disc and cup; the disc contains the cup. Paper: pictures only, no numbers.
+"""REFUGE2 optic disc and cup; the disc contains the cup. Paper: images only, no numbers.
 
     python -m digseg_jax.main --config=configs/refuge2.py --config.data.root=DIR --workdir=RUN
 

@@ -69,7 +69,8 @@ def legal_flags(code: str) -> set[str]:
     """The flags that a piece of code may use: those of its module, or of anything of ours."""
     named = re.search(r"python -m ((?:digseg_jax|tests)[\w.]*)", code)
     if named and named[1] != main.__name__:
-        return argparse_flags(module_file(named[1]))
+        file = module_file(named[1])  # a module that does not exist is another test's finding
+        return argparse_flags(file) if file else set()
     if named:
         return main_flags()
     scripts = {f for path in (ROOT / "launch").glob("*.sh") for f in FLAG.findall(path.read_text())}

@@ -98,6 +98,8 @@ class _Mid(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = self.resnets[0](x)
+
+        # One head over all positions of the map.
         if hasattr(self, "attentions"):
             b, h, w, c = x.shape
             x = x + self.attentions[0](x.reshape(b, h * w, c)).reshape(x.shape)
@@ -110,6 +112,8 @@ class Encoder(nnx.Module):
     def __init__(self, config: VaeConfig, **options):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = Conv(config.in_channels, widths[0], **options)
+
+        # One block for each level; all but the last halve the resolution.
         self.down_blocks = nnx.List(
             [
                 _Block(
@@ -123,6 +127,8 @@ class Encoder(nnx.Module):
                 for i, width in enumerate(widths)
             ]
         )
+
+        # Mean and log-variance come out together, hence twice the channels.
         self.mid_block = _Mid(widths[-1], groups, config.mid_block_add_attention, **options)
         self.conv_norm_out = GroupNorm(widths[-1], groups, eps=EPS, compute=options["compute"])
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **options)
@@ -142,6 +148,8 @@ class Decoder(nnx.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = Conv(config.latent_channels, widths[0], **options)
         self.mid_block = _Mid(widths[0], groups, config.mid_block_add_attention, **options)
+
+        # One block for each level, with a resnet more than in the encoder; all but the last double.
         self.up_blocks = nnx.List(
             [
                 _Block(
@@ -155,6 +163,7 @@ class Decoder(nnx.Module):
                 for i, width in enumerate(widths)
             ]
         )
+
         self.conv_norm_out = GroupNorm(widths[-1], groups, eps=EPS, compute=options["compute"])
         self.conv_out = Conv(widths[-1], config.out_channels, **options)
 

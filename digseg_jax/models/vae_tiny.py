@@ -52,6 +52,8 @@ class TinyVaeConfig(HubConfig):
             "encoder": (self.encoder_block_out_channels, self.num_encoder_blocks),
             "decoder": (self.decoder_block_out_channels, self.num_decoder_blocks),
         }
+
+        # What the sequences of layers can express, and both sides with the same number of levels.
         for side, (widths, counts) in sides.items():
             # a change of width between levels is not expressible in diffusers' layout
             if len(widths) != len(counts) or len(set(widths)) != 1:
@@ -107,6 +109,8 @@ class TinyEncoder(nnx.Module):
 
     def __init__(self, config: TinyVaeConfig, **options):
         width = config.encoder_block_out_channels[0]
+
+        # The first level keeps the resolution, each further one halves it.
         layers: list[nnx.Module] = []
         for i, count in enumerate(config.num_encoder_blocks):
             if i == 0:
@@ -126,6 +130,8 @@ class TinyDecoder(nnx.Module):
 
     def __init__(self, config: TinyVaeConfig, **options):
         width = config.decoder_block_out_channels[0]
+
+        # Each level but the last ends by doubling the resolution.
         layers: list[nnx.Module] = [Conv(config.latent_channels, width, **options), ReLU()]
         for count in config.num_decoder_blocks[:-1]:
             layers += [TinyBlock(width, **options) for _ in range(count)]

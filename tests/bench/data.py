@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast training crops come: against bare decoding, against torch's DataLoader, with more workers.
 
-Pictures are 640 x 480 (COCO's size) windows of the land-cover imagery, as JPEG and PNG; crops are
+Images are 640 x 480 (COCO's size) windows of the land-cover imagery, as JPEG and PNG; crops are
 512 x 512. Rates per core are per second of processor time, so that other programs on the machine
 disturb them little; the scaling with workers is by the clock and needs idle cores.
 """
@@ -80,7 +80,7 @@ def open_folder(folder: Path) -> FileSource:
 
 
 def limit(folder: Path, rounds: int) -> dict[str, float]:
-    """Decode both files from memory and resize them to the crop's size: pictures a second.
+    """Decode both files from memory and resize them to the crop's size: images a second.
 
     The fastest decoder at hand: OpenCV's and Pillow's are tried.
     """

@@ -37,7 +37,7 @@ def read_stamps(root: Path) -> list[Stamp]:
     """All photographs with a short name, in the order of their paths.
 
     Raises:
-      UserError: no stamps there, or a file that is no picture or no text.
+      UserError: no stamps there, or a file that is no image or no text.
     """
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     if not root.is_dir():
@@ -82,7 +82,7 @@ def held_out(stamps: list[Stamp], share: float, seed: int) -> set[str]:
     names = {s.name for s in stamps}
     first = {name: name[:-1] if name[-1] == "s" and name[:-1] in names else name for name in names}
     categories: dict[str, list[str]] = {}
-    for stamp in stamps:  # a name's category is that of its first picture
+    for stamp in stamps:  # a name's category is that of its first image
         known = [n for group in categories.values() for n in group]
         if first[stamp.name] == stamp.name and stamp.name not in known:
             categories.setdefault(stamp.category, []).append(stamp.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of stamps on satellite photographs: a picture, and whose every pixel is."""
+"""Composes stamps on satellite photographs: an image, and the stamp that each pixel belongs to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scenes:
         self.size = size
 
     def scene(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Picture uint8 [s, s, 3] and label uint16 [s, s]: 0 background, i + 1 for names[i].
+        """Image uint8 [s, s, 3] and label uint16 [s, s]: 0 background, i + 1 for names[i].
 
         Raises:
           UserError: the stamps are too thin to be seen at this size.
@@ -49,7 +49,7 @@ class Scenes:
         return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
 
     def _placed(self, k: int, rng: np.random.Generator) -> tuple[np.ndarray, int, int]:
-        """One of the pictures of names[k] at its size in the scene, uint8 [h, w, 4]; top, left."""
+        """One of the images of names[k] at its size in the scene, uint8 [h, w, 4]; top, left."""
         choice = self.stamps[self.names[k]]
         rgba = choice[int(rng.integers(len(choice)))].rgba
         side = rng.uniform(*SCALE) * self.size / max(rgba.shape[:2])
@@ -61,7 +61,7 @@ class Scenes:
 
 
 def shrunk(rgba: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 4] at another size; colours are averaged by alpha, so hidden ones stay hidden."""
+    """uint8 [h, w, 4] at another size; colors are averaged by alpha, so hidden ones stay hidden."""
     weighted = rgba.astype(np.float32)
     weighted[..., :3] *= weighted[..., 3:]
     small = cv2.resize(weighted, (width, height), interpolation=cv2.INTER_AREA)
@@ -74,7 +74,7 @@ def paste(
 ) -> np.ndarray:
     """Draws uint8 [h, w, 4] onto both in place; returns where it now is, bool as label.
 
-    The picture is mixed by alpha; the label is `value` where the cut-out is more than half opaque.
+    The image is mixed by alpha; the label is `value` where the cut-out is more than half opaque.
     """
     h, w = cutout.shape[:2]
     place = (slice(top, top + h), slice(left, left + w))

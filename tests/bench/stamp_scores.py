@@ -15,7 +15,7 @@ from tests.bench.stamp_sheet import Answered
 FOUND = 0.5  # IoU from which a name counts as found
 MEANS = ("matching", "other", "absent", "found", "pointing")
 
-# (picture [h, w, 3], names, number of the scene) -> probabilities [names, h, w]
+# (image [h, w, 3], names, number of the scene) -> probabilities [names, h, w]
 Ask = Callable[[np.ndarray, Sequence[str], int], np.ndarray]
 Row = dict[str, Any]  # an object of a scene: "name", "scene" and what `score_scene` says of it
 

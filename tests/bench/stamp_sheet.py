@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of answers for the eye: a scene a row, then each name with its mask on the scene."""
+"""An image of answers for the eye: a scene a row, then each name with its mask on the scene."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 144  # pixels of one picture
+SIDE = 144  # pixels of one image
 _LINE, _GAP = 16, 6
 _MASK, _TRUTH = (255, 0, 80), (255, 255, 0)
 

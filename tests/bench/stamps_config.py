@@ -13,10 +13,10 @@ eight scenes only: some five seconds a scene on two busy cores, and 3.0 GB at th
 the commonest one it is drawn for 2 % of the queries.
 
 Measured (seed 0, 1x1, 200 scenes of each set, no calibration), trained in 50 minutes on one busy core;
-mean IoU of the object a name asks for, and of that with the name of another one in the picture:
+mean IoU of the object a name asks for, and of that with the name of another one in the image:
     seen names    217: 0.611 (standard error 0.014) against 0.046; mostly on the right object in 89 %
     unseen names   56: 0.162 (0.030) against 0.068; in 38 %, of two or three objects a scene
-Names absent from a picture paint 2.1 to 2.4 % of it.
+Names absent from an image paint 2.1 to 2.4 % of it.
 """
 
 from digseg_jax.config import default

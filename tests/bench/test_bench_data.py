@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data benchmark measures what it says: the same pictures, whole pipelines, real rates."""
+"""The data benchmark measures what it says: the same images, whole pipelines, real rates."""
 
 from __future__ import annotations
 

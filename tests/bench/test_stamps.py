@@ -23,7 +23,7 @@ SETTINGS = {"size": 32, "scenes": 6, "val": 3, "seed": 0, "share": 0.4}
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """Stamps of one colour each, as Debian's package has them; and some that are left out."""
+    """Stamps of one color each, as Debian's package has them; and some that are left out."""
     root = tmp_path_factory.mktemp("package")
     folder = root / FOLDER / "animals"
     for i, name in enumerate([*NAMES, "a name of too many words", "cartoon owl"]):
@@ -146,7 +146,7 @@ def test_backgrounds_are_training_tiles_for_training_alone(made, cover):
 
 
 def test_masks_are_the_cut_outs(made):
-    """Every stamp has one colour, which nothing else in a scene has in such a patch."""
+    """Every stamp has one color, which nothing else in a scene has in such a patch."""
     _, out = made
     part = PartConfig("folder", str(out / "seen"))
     names, source = spec_of(part).names, open_part(part, "train")

@@ -2,8 +2,8 @@
 """The reference of `bench data`: a torch DataLoader with the same transforms, run on its own.
 
 python torch_loader.py FOLDER SIZE EXAMPLES -> JSON; needs torch, NumPy and Pillow, nothing of ours.
-The steps are those of the usual recipes on PIL images: decode, scale the whole picture, crop with a
-class cap, flip, colours as torchvision's ColorJitter does them, pad, tensor, collate.
+The steps are those of the usual recipes on PIL images: decode, scale the whole image, crop with a
+class cap, flip, colors as torchvision's ColorJitter does them, pad, tensor, collate.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference: gradient-boosted trees on a pixel's colour and the means of its surroundings."""
+"""The reference: gradient-boosted trees on a pixel's color and the means of its surroundings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAIN_PIXELS = 600_000
 
 
 def features(cover: LandCover) -> np.ndarray:
-    """float32 [h, w, 9]: colour, and its means over 9 and 41 pixels."""
+    """float32 [h, w, 9]: color, and its means over 9 and 41 pixels."""
     image = cover.image.astype(np.float32)
     return np.concatenate([image, *(cv2.blur(image, (w, w)) for w in WINDOWS)], axis=-1)
 

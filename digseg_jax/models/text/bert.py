@@ -77,6 +77,7 @@ class BertEmbeddings(nnx.Module):
 
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         positions = jnp.arange(input_ids.shape[1])
+
         x = self.word_embeddings(input_ids)
         padding = (input_ids == self.pad_token_id)[..., None]
         x = jnp.where(padding, jax.lax.stop_gradient(x), x)  # torch never trains the padding row
@@ -200,6 +201,8 @@ class BertModel(nnx.Module):
                 f"BERT input has {input_ids.shape[1]} tokens; the model has positions for "
                 f"{self.config.max_position_embeddings}"
             )
+
+        # With a pooler the first token stands for the text, else the mean of all of them.
         mask = None if attention_mask is None else attention_mask.astype(bool)
         x = self.encoder(self.embeddings(input_ids), mask)
         if self.config.add_pooling_layer:
@@ -208,7 +211,7 @@ class BertModel(nnx.Module):
 
 
 def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:
-    """Mean over the tokens that the mask marks (all if None); zero where it marks none."""
+    """Averages the tokens that the mask marks (all if None); zero where it marks none."""
     if mask is None:
         return x.mean(axis=1)
     weights = mask[..., None].astype(x.dtype)
@@ -218,11 +221,13 @@ def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Fl
 def _linear(
     inputs: int, outputs: int, config: BertConfig, rngs: nnx.Rngs, dtype: jnp.dtype
 ) -> nnx.Linear:
+    """A linear layer with BERT's initial weights."""
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
 def _layer_norm(config: BertConfig, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
+    """Layer normalization over the width of a token."""
     # The fast variance, E[x^2] - E[x]^2, loses digits where eps is only 1e-12.
     return nnx.LayerNorm(
         config.hidden_size,

@@ -84,6 +84,8 @@ class PatchEmbedding(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         b, h, w, c = x.shape
         p = kernel.shape[0]
+
+        # Patches to rows, in the order of the kernel's own pixels.
         x = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)
         return x.reshape(b, -1, p * p * c) @ kernel.reshape(p * p * c, -1)
 
@@ -102,6 +104,7 @@ class ClipVisionEmbeddings(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
+        # The class token comes first, as in the checkpoints' table of positions.
         patches = self.patch_embedding(x)
         b, length, d = patches.shape
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, d))
@@ -110,7 +113,7 @@ class ClipVisionEmbeddings(nnx.Module):
 
 
 class ClipVisionTransformer(nnx.Module):
-    """The tower without its projection."""
+    """The encoder without its projection."""
 
     def __init__(self, config: ClipVisionConfig, *, compute: Compute, rngs: nnx.Rngs):
         options = {"compute": compute, "rngs": rngs}
@@ -121,13 +124,13 @@ class ClipVisionTransformer(nnx.Module):
         self.post_layernorm = layer_norm(d, eps=eps, **options)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
-        """Token features [b, l, d] and the normalized class token [b, d]."""
+        """Returns token features [b, l, d] and the normalized class token [b, d]."""
         tokens = self.encoder(self.pre_layrnorm(self.embeddings(x)))
         return tokens, self.post_layernorm(tokens[:, 0])
 
 
 class CLIPVisionModelWithProjection(nnx.Module):
-    """Images to vectors that compare with `CLIPTextModelWithProjection`'s by their cosine."""
+    """Encodes images to vectors whose cosine with `CLIPTextModelWithProjection`'s compares them."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         options = {"compute": Compute(dtype), "rngs": rngs}
@@ -138,20 +141,21 @@ class CLIPVisionModelWithProjection(nnx.Module):
         )
 
     def __call__(self, pixel_values: Float[Array, "b h w 3"]) -> VisionOutput:
-        """Takes images normalized by `normalize_pixels`.
+        """Encodes images that `normalize_pixels` has normalized.
 
         Raises:
-            UserError: not of `config.image_size`.
+            UserError: the images do not have `config.image_size`.
         """
         size, found = self.config.image_size, pixel_values.shape[1:3]
         if found != (size, size):
             raise UserError(f"CLIP image is {found[0]}x{found[1]}; the model takes {size}x{size}")
+
         tokens, pooled = self.vision_model(pixel_values)
         return VisionOutput(tokens, self.visual_projection(pooled))
 
 
 def normalize_pixels(image: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:
-    """Images in [-1, 1], as the VAE takes them, to CLIP's pixel values; resized bicubically."""
+    """Converts images in [-1, 1], the VAE's range, to CLIP's pixel values; resizes bicubically."""
     image = (image.astype(jnp.float32) + 1) / 2
     shape = (image.shape[0], size, size, image.shape[3])
     image = jnp.clip(jax.image.resize(image, shape, "cubic"), 0, 1)

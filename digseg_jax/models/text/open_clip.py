@@ -111,7 +111,7 @@ class HFTextEncoder(nnx.Module):
         input_ids: Int[Array, "b l"],
         attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
     ) -> TextOutput:
-        """As `BertModel`, with `pooled` [b, embed_dim] projected, not normalized.
+        """Encodes as `BertModel` does, with `pooled` projected to [b, embed_dim], not normalized.
 
         open_clip itself masks the tokens equal to `[PAD]`; pass `input_ids != 0` for the same.
         """
@@ -119,6 +119,7 @@ class HFTextEncoder(nnx.Module):
         return TextOutput(out.last_hidden_state, self._project(self._pool(out, attention_mask)))
 
     def _pool(self, out: TextOutput, mask: Array | None) -> Float[Array, "b d"]:
+        """One vector per text, by the checkpoint's own pooling."""
         if self.config.pooler == "cls_pooler":
             return out.pooled
         if self.config.pooler == "mean_pooler":
@@ -132,6 +133,7 @@ class HFTextEncoder(nnx.Module):
 
 
 def _check(text: Mapping[str, Any], key: str, legal: tuple[str, ...]) -> None:
+    """Raises UserError unless a setting has one of the legal values."""
     if text.get(key) not in legal:
         raise UserError(
             f"open_clip_config.json: {key}={text.get(key)!r} is not supported; "
@@ -140,6 +142,11 @@ def _check(text: Mapping[str, Any], key: str, legal: tuple[str, ...]) -> None:
 
 
 def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertConfig:
+    """Reads the sizes of the text encoder off the stored shapes: open_clip's config has none.
+
+    Raises:
+        UserError: a key of a BERT is missing.
+    """
     prefix = "text.transformer."
     try:
         vocab, width = shapes[f"{prefix}embeddings.word_embeddings.weight"]
@@ -150,6 +157,8 @@ def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertCon
         raise UserError(
             f"open_clip checkpoint without a BERT text tower: no key {error.args[0]!r}"
         ) from error
+
+    # Layers are counted by their keys; heads are all of one width.
     layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
     numbers = [int(m[1]) for m in map(layer.match, shapes) if m]
     return BertConfig(
