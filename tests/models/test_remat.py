@@ -16,14 +16,13 @@ from flax import nnx
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from digseg_jax.models import functional
+from digseg_jax.models import functional, partition
 from digseg_jax.models.attention import Transformer2DModel
 from digseg_jax.models.kernels import attention as attention_kernels
 from digseg_jax.models.kernels import feed_forward
 from digseg_jax.models.layers import Compute
 from digseg_jax.models.partition import LocalAttention, local_feed_forward
 from digseg_jax.models.resnet import ResnetBlock2D
-from digseg_jax.runtime import sharding
 
 KERNELS = ("splash_mha_fwd", "cross_attention_forward", "feed_forward_forward")
 
@@ -85,7 +84,7 @@ def count(equations: list[core.JaxprEqn], primitive: str, shape: tuple[int, ...]
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(sharding, "fused", partial(feed_forward.fused, interpret=True))
+    monkeypatch.setattr(partition, "fused", partial(feed_forward.fused, interpret=True))
 
 
 @pytest.mark.parametrize("mode", ["none", "block", "large", "dots"])

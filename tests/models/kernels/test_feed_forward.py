@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 
 from digseg_jax.errors import UserError
-from digseg_jax.models import functional
+from digseg_jax.models import functional, partition
 from digseg_jax.models.feed_forward import FeedForward
 from digseg_jax.models.kernels import feed_forward as kernel
 from digseg_jax.models.layers import Compute
@@ -29,7 +29,7 @@ FEATURES = 96  # no multiple of a register's lanes, as the 320 of Stable Diffusi
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(sharding, "fused", partial(kernel.fused, interpret=True))
+    monkeypatch.setattr(partition, "fused", partial(kernel.fused, interpret=True))
 
 
 def relative_l2(actual, expected) -> float:
