@@ -50,7 +50,7 @@ from digseg_jax.training.setup import set_up
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
-from digseg_jax.training.tasks.components import provenance
+from digseg_jax.training.tasks.parts import provenance
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 

@@ -22,7 +22,7 @@ from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, U
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.prediction.description import FrozenPart, describe, write_description
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import save_component
 
 SIZE = 32  # pixels of a crop; 8 latent cells
@@ -138,7 +138,7 @@ def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:
 
 def export(config: Config, folder: Path, prompts: tuple[str, ...] = ("water",)) -> None:
     """What a segmentation run of the configuration exports, of weights that were never trained."""
-    task = SegmentationTask(config, prompts)
+    task = load_task(config, prompts)
     task.export(jax.device_get(task.initial()), folder, {"task": "test"})
     parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
     write_description(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))

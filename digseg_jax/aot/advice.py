@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from digseg_jax.aot import programs
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.models.remat import MODES
 from digseg_jax.runtime.sharding import infer_shardings, make_mesh
@@ -36,11 +36,11 @@ class Needs:
     budget: float
 
 
-def advise(config: Config, parts: Parts, mesh: Mesh, needs: Needs) -> list[str]:
+def advise(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs) -> list[str]:
     """One line for each setting that would help, with the memory that it would need."""
     lines = [_batch(needs)]
     if config.compile.program == "train":
-        lines += [*_fsdp(config, parts, mesh, needs), *_remat(config, parts, needs)]
+        lines += [*_fsdp(config, architecture, mesh, needs), *_remat(config, architecture, needs)]
     return [line for line in lines if line]
 
 
@@ -67,13 +67,13 @@ def _batch(needs: Needs) -> str:
     )
 
 
-def _fsdp(config: Config, parts: Parts, mesh: Mesh, needs: Needs) -> list[str]:
+def _fsdp(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs) -> list[str]:
     """Memory if the state were split over all data-parallel devices; exact for the state."""
     if mesh.shape["data"] == 1:
         return []
 
     # Shapes only: the state is laid out on this mesh, and on one that splits it over all devices.
-    task, _ = programs.train_task(config, parts, 1)
+    task, _ = programs.train_task(config, architecture, 1)
     state = abstract_state(task.abstract, config)
     wide = MeshConfig(data=1, fsdp=mesh.shape["data"] * mesh.shape["fsdp"], tensor=config.mesh.tensor)
     now, then = (state_bytes(state, m) for m in (mesh, make_mesh(wide, list(mesh.devices.flat))))
@@ -94,7 +94,7 @@ def state_bytes(state: object, mesh: Mesh) -> float:
     return float(sum(np.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs))
 
 
-def _remat(config: Config, parts: Parts, needs: Needs) -> list[str]:
+def _remat(config: Config, architecture: Architecture, needs: Needs) -> list[str]:
     """Other modes of rematerialization, by what the traced program keeps for the backward pass."""
     if not config.compile.advice:
         return []
@@ -102,7 +102,9 @@ def _remat(config: Config, parts: Parts, needs: Needs) -> list[str]:
     def kept(mode: str) -> float:
         """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
         model = dataclasses.replace(config.model, remat=mode)
-        return programs.kept_bytes(dataclasses.replace(config, model=model), parts) * needs.images
+        return (
+            programs.kept_bytes(dataclasses.replace(config, model=model), architecture) * needs.images
+        )
 
     # Only what is kept changes by the mode; other temporaries are taken to stay.
     now = kept(config.model.remat)

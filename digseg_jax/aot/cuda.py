@@ -20,10 +20,10 @@ from jax.sharding import Mesh
 
 from digseg_jax.aot import programs
 from digseg_jax.aot.programs import Program
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.schema import Config
 from digseg_jax.models.kernels.attention import unfit
-from digseg_jax.training.tasks.components import PORTABLE
+from digseg_jax.training.tasks.parts import PORTABLE
 
 CUDNN = 91000  # version assumed where none is installed: 9.10
 # The CPU's code is never run: compile fast instead of well.
@@ -36,24 +36,28 @@ HOW = (
 )
 
 
-def stand_in(config: Config, parts: Parts, mesh: Mesh) -> list[Program]:
+def stand_in(config: Config, architecture: Architecture, mesh: Mesh) -> list[Program]:
     """Programs for CPU devices that compute what `config` asks of a GPU.
 
     Raises:
       Exception: JAX's own, if the program cannot be lowered for CUDA.
     """
     with assumed_cudnn():
-        programs.lower(config, parts, mesh, "cuda")
+        programs.lower(config, architecture, mesh, "cuda")
 
     # cuDNN's attention does not compile for a CPU: take the portable one, which computes the same.
     device, model = mesh.devices.flat[0], config.model
     if unfit(model.attention, device, model.dtype):
         config = dataclasses.replace(config, model=dataclasses.replace(model, attention=PORTABLE))
-    return programs.lower(config, parts, mesh)
+    return programs.lower(config, architecture, mesh)
 
 
 def estimates(
-    config: Config, parts: Parts, mesh: Mesh, measured: list[dict[str, Any]], budget: float
+    config: Config,
+    architecture: Architecture,
+    mesh: Mesh,
+    measured: list[dict[str, Any]],
+    budget: float,
 ) -> list[dict[str, Any]]:
     """Memory of `stand_in`'s compiled programs, with the temporaries of a GPU in place of a CPU's.
 
@@ -62,7 +66,7 @@ def estimates(
       budget: bytes of one GPU.
     """
     with assumed_cudnn():
-        temporaries = programs.temporary_bytes(config, parts, mesh)
+        temporaries = programs.temporary_bytes(config, architecture, mesh)
     found = []
     for values, stored in zip(measured, temporaries, strict=True):
         # The CPU's own temporaries stay in the result, for comparison.

@@ -17,7 +17,7 @@ from digseg_jax.aot import cuda, hlo, programs, traffic
 from digseg_jax.aot.advice import Needs, advise
 from digseg_jax.aot.kernels import kernel_flops
 from digseg_jax.aot.programs import FILES, Program
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.aot.table import as_text
 from digseg_jax.aot.topology import Topology, open_topology
 from digseg_jax.config.parse import to_dict
@@ -28,7 +28,7 @@ from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime import tpu
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.mesh_choice import chosen
-from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.parts import for_devices
 
 # Suffixes of bytes in the compiler's messages, and two forms of its message about too little memory.
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -52,15 +52,15 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     # The configuration and the mesh, as a run on these devices would choose them.
     target = open_topology(topology)
     config = for_devices(config, target.meant)
-    parts = Parts.of(config.model)
-    task, _ = programs.train_task(config, parts, 1)
+    architecture = Architecture.of(config.model)
+    task, _ = programs.train_task(config, architecture, 1)
     choice = chosen(config, task, target.devices, target.hbm_bytes, target.chip)
     mesh = make_mesh(choice, target.devices)
 
     # Lower: JAX's own part, which needs no device.
     start = time.monotonic()
     lower = cuda.stand_in if target.place_of else programs.lower
-    lowered = lower(config, parts, mesh)
+    lowered = lower(config, architecture, mesh)
     lowered_after = time.monotonic() - start
 
     # Several programs make an evaluation, one a train step.
@@ -80,7 +80,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         more |= cuda.OPTIONS
     each = [compile_and_measure(p, target, more) for p in lowered]
     if target.place_of:
-        each = cuda.estimates(config, parts, mesh, each, target.hbm_bytes)
+        each = cuda.estimates(config, architecture, mesh, each, target.hbm_bytes)
 
     # Everything in bytes and seconds, per device unless the key says otherwise.
     result = {
@@ -109,7 +109,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         result["calls"] = {p.name: p.calls for p in lowered}
         result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
     else:
-        per_chip = programs.model_flops(config, parts, images) / len(target.devices)
+        per_chip = programs.model_flops(config, architecture, images) / len(target.devices)
         result["model_flops"] = per_chip
         result["images_configured"] = _configured(config, images)
         result["parameter_bytes"] = 4 * programs.count(task.abstract)
@@ -125,7 +125,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
             target.hbm_bytes,
         )
         with cuda.assumed_cudnn():
-            result["advice"] = advise(config, parts, mesh, needs)
+            result["advice"] = advise(config, architecture, mesh, needs)
 
     # With configuration and versions in the file, the compilation can be repeated.
     result["config"] = to_dict(config)

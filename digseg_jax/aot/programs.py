@@ -15,18 +15,19 @@ from jax.sharding import Mesh
 from digseg_jax import trees
 from digseg_jax.aot import shapes
 from digseg_jax.aot.liveness import peak_bytes
-from digseg_jax.aot.shapes import Parts, ShapeTask, UNetTask
+from digseg_jax.aot.shapes import Architecture, UNetTask, abstract_parts
 from digseg_jax.arraytypes import Batch
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.log import log
 from digseg_jax.prediction import programs as prediction
-from digseg_jax.prediction.segmenter import query_slots, view_size
+from digseg_jax.prediction.segmenter import view_size
 from digseg_jax.runtime.sharding import check_batch, infer_shardings, make_mesh, nearest_batches
 from digseg_jax.training.flops import step_flops
 from digseg_jax.training.step import abstract_state, make_train_step
 from digseg_jax.training.tasks.base import example_keys
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 # program -> name of its result's files, without ending
 FILES = {"train": "compile", "unet": "compile", "eval": "compile_eval"}
@@ -55,7 +56,9 @@ class Program:
     waiting: float = 0.0
 
 
-def lower(config: Config, parts: Parts, mesh: Mesh, platform: str | None = None) -> list[Program]:
+def lower(
+    config: Config, architecture: Architecture, mesh: Mesh, platform: str | None = None
+) -> list[Program]:
     """Lowers what `config.compile` asks for: the train step, or the programs of an evaluation.
 
     platform: lower for this one instead of the platform of the mesh's devices.
@@ -64,10 +67,10 @@ def lower(config: Config, parts: Parts, mesh: Mesh, platform: str | None = None)
       UserError: a batch that the devices do not divide.
     """
     if config.compile.program == "eval":
-        return evaluation_programs(config, parts, mesh, platform)
+        return evaluation_programs(config, architecture, mesh, platform)
 
     images = train_images(config, mesh)
-    task, batch = train_task(config, parts, images)
+    task, batch = train_task(config, architecture, images)
     lowered = lower_step(config, task, batch, mesh, platform)
     name, queries = "train", images * config.data.num_queries
     if config.compile.unet_only:
@@ -111,16 +114,20 @@ def train_images(config: Config, mesh: Mesh) -> int:
     return images
 
 
-def train_task(config: Config, parts: Parts, images: int) -> tuple[ShapeTask | UNetTask, Batch]:
+def train_task(
+    config: Config, architecture: Architecture, images: int
+) -> tuple[SegmentationTask | UNetTask, Batch]:
     """The task and the shapes of its batch."""
     if config.compile.unet_only:
-        return UNetTask(config, parts), shapes.unet_batch(config, parts, images)
-    return ShapeTask(config, parts), shapes.train_batch(config, images, parts)
+        whole = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
+        return UNetTask(whole), shapes.unet_batch(config, architecture, images)
+    task = SegmentationTask(abstract_parts(config, architecture), config)
+    return task, shapes.train_batch(config, images, architecture)
 
 
 def lower_step(
     config: Config,
-    task: ShapeTask | UNetTask,
+    task: SegmentationTask | UNetTask,
     batch: Batch,
     mesh: Mesh,
     platform: str | None = None,
@@ -140,7 +147,7 @@ def _platforms(mesh: Mesh, platform: str | None) -> tuple[str, ...]:
 
 
 def evaluation_programs(
-    config: Config, parts: Parts, mesh: Mesh, platform: str | None = None
+    config: Config, architecture: Architecture, mesh: Mesh, platform: str | None = None
 ) -> list[Program]:
     """Programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
 
@@ -150,11 +157,11 @@ def evaluation_programs(
     settings = config.eval
     each = config.compile.per_device_batch or max(1, settings.batch_size // shards(mesh))
     views = each * shards(mesh)
-    palette = config.segmentation.codec == "palette"
     classes = config.compile.eval_queries or num_classes(config.data)
 
     # Shapes of the arguments, with their places on the mesh.
-    task = ShapeTask(config, parts, prompts=1)
+    task = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
+    codec = task.codec
     size = view_size(settings, config.data)
     params = _placed(task.abstract, infer_shardings(task.abstract, mesh))
     vae = _placed(task.frozen["vae"], infer_shardings(task.frozen["vae"], mesh))
@@ -167,13 +174,15 @@ def evaluation_programs(
         """A program traced and lowered; `slots` queries per call of the `queries` that are asked."""
         traced = prediction.trace(program, shared, batch, mesh)
         lowered = traced.lower(lowering_platforms=_platforms(mesh, platform))
-        return Program(name, lowered, views, views * slots, -(-queries // slots), traced)
+        masks = views * codec.num_images(slots)
+        return Program(name, lowered, views, masks, -(-queries // slots), traced)
 
     def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Program:
         """The program that samples mask latents: [views, slots, members or 1, h, w, c]."""
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
-        batch = shapes.view_batch(config, parts, views, size, slots)
+        texts = len(codec.texts(("",) * slots))
+        batch = shapes.view_batch(config, architecture, views, size, texts)
         return made(name, program, (params, vae, root), batch, queries, slots)
 
     def read(name: str, queries: int, slots: int) -> Program:
@@ -190,22 +199,23 @@ def evaluation_programs(
 
         # With "latent_mean" the members were averaged by the sampling program.
         members = 1 if mean else settings.ensemble
-        batch = shapes.latent_batch(parts, views, size, slots, members, classes if palette else slots)
+        images = codec.num_images(slots)
+        batch = shapes.latent_batch(architecture, views, size, images, members, slots)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
         return made(name, program, (vae, scale), batch, queries, slots)
 
-    # A palette answers all classes in one image, by one query.
-    if palette:
-        return [sample("sample", estep, 1, 1, mean), read("read", 1, 1)]
-
     # A large vocabulary: one step for every class, then all steps for those that pass the gate.
-    if classes > settings.exhaustive_limit:
-        slots, asked = query_slots(settings.gate_limit), settings.gate_limit
-        coarse = sample("coarse", EStep(1, 1), classes, query_slots(classes), False)
+    if classes > settings.exhaustive_limit and not codec.closed:
+        slots, asked = codec.slots(settings.gate_limit), settings.gate_limit
+        coarse = sample("coarse", EStep(1, 1), classes, codec.slots(classes), False)
         found = [coarse, sample("sample", estep, asked, slots, mean)]
     else:
-        slots, asked = query_slots(classes), classes
+        slots, asked = codec.slots(classes), classes
         found = [sample("sample", estep, asked, slots, mean)]
+
+    # A codec that paints queries together has nothing to read or choose one by one.
+    if not codec.one_by_one:
+        return [*found, read("read", asked, slots)]
 
     # The linear latent decoder reads latents on the host, so it is no program. With `decode_limit` only
     # those masks of a view are decoded that it puts first.
@@ -223,12 +233,12 @@ def _placed(tree: Any, shardings: Any) -> Any:
     )
 
 
-def model_flops(config: Config, parts: Parts, images: int) -> float:
+def model_flops(config: Config, architecture: Architecture, images: int) -> float:
     """FLOPs of a train step on `images` as the model is written; see `digseg_jax.training.flops`."""
-    return step_flops(*train_task(config, parts, images))
+    return step_flops(*train_task(config, architecture, images))
 
 
-def kept_bytes(config: Config, parts: Parts) -> float:
+def kept_bytes(config: Config, architecture: Architecture) -> float:
     """Bytes per image that the forward pass keeps for the backward pass, as the program is written.
 
     Traced, not compiled: the growth from one image to two. XLA may keep less, or other dtypes.
@@ -236,7 +246,7 @@ def kept_bytes(config: Config, parts: Parts) -> float:
 
     def residuals(images: int) -> int:
         """Bytes of everything that the backward pass closes over."""
-        task, batch = train_task(config, parts, images)
+        task, batch = train_task(config, architecture, images)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
 
         def pullback(params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
@@ -250,26 +260,26 @@ def kept_bytes(config: Config, parts: Parts) -> float:
     return residuals(2) - residuals(1)
 
 
-def temporary_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
+def temporary_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> list[float]:
     """Bytes of results on one device for each of `lower`'s programs, by `aot.liveness`.
 
     Split kernels are added as if all were gathered at once: fetched ahead, many of
     them are there together.
     """
     if config.compile.program == "eval":
-        needed = _evaluation_bytes(config, parts, mesh)
+        needed = _evaluation_bytes(config, architecture, mesh)
     else:
-        needed = [_gradient_bytes(config, parts, mesh)]
+        needed = [_gradient_bytes(config, architecture, mesh)]
 
     # With FSDP, layers gather their kernels in the model's dtype.
     gathered = 0.0
     if mesh.shape["fsdp"] > 1:
         width = jnp.dtype(config.model.dtype).itemsize
-        gathered = float(width * count(train_task(config, parts, 1)[0].abstract))
+        gathered = float(width * count(train_task(config, architecture, 1)[0].abstract))
     return [each + gathered for each in needed]
 
 
-def _evaluation_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
+def _evaluation_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> list[float]:
     """Temporaries of the evaluation's programs on one device's own images, without their results."""
     local = config.compile.per_device_batch or max(1, config.eval.batch_size // shards(mesh))
     compiled = dataclasses.replace(config.compile, per_device_batch=local)
@@ -277,17 +287,17 @@ def _evaluation_bytes(config: Config, parts: Parts, mesh: Mesh) -> list[float]:
 
     # Traced for one device with its share of the views.
     alone = make_mesh(config.mesh, [mesh.devices.flat[0]])
-    made = evaluation_programs(config, parts, alone, "cuda")
+    made = evaluation_programs(config, architecture, alone, "cuda")
     return [peak_bytes(program.traced.jaxpr.jaxpr, output_share=0.0) for program in made]
 
 
-def _gradient_bytes(config: Config, parts: Parts, mesh: Mesh) -> float:
+def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> float:
     """Temporaries of loss and gradients for one device's images.
 
     The optimizer's update is fused and takes nothing.
     """
     local = train_images(config, mesh) // shards(mesh)
-    task, batch = train_task(config, parts, local // config.train.accumulation)
+    task, batch = train_task(config, architecture, local // config.train.accumulation)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> Any:
         return task.loss(params, frozen, batch, example_keys(0, batch["index"]))

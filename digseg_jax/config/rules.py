@@ -20,7 +20,6 @@ def check_combinations(c: Config) -> None:
     _check_train(c)
     _check_model(c)
     _check_eval(c)
-    _check_codec(c)
     _check_data(c)
     _check_crops(c.data)
     _check_latent_cache(c)
@@ -130,25 +129,6 @@ def _check_data(c: Config) -> None:
 
     if not c.data.train_label_sets:
         raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
-
-
-def _check_codec(c: Config) -> None:
-    """Checks that a palette, which has one color for each class, is used with one class list."""
-    if c.segmentation.codec != "palette":
-        return
-
-    # Colors are chosen once for a list of classes: a second data set or label set has other classes.
-    if c.data.mixture:
-        raise UserError(
-            "config.data.mixture: a palette has the colours of one class list; with "
-            "config.segmentation.codec='palette' train on one data set"
-        )
-
-    if c.data.name == "landcover" and c.data.train_label_sets != (c.data.label_set,):
-        raise UserError(
-            f"config.data.train_label_sets={c.data.train_label_sets}: a palette has the colours of one "
-            f"label set; with config.segmentation.codec='palette' it must be ('{c.data.label_set}',)"
-        )
 
 
 def _check_crops(data: DataConfig) -> None:

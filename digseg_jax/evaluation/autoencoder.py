@@ -13,7 +13,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Params
 from digseg_jax.data.datasets import landcover
 from digseg_jax.models import functional
-from digseg_jax.segmentation.codecs import encode_binary
+from digseg_jax.segmentation.binary import encode_binary
 from digseg_jax.training.tasks.base import to_unit
 
 

@@ -29,7 +29,7 @@ from digseg_jax.io.progress import Progress
 from digseg_jax.metrics import confusion
 from digseg_jax.metrics import presence as open_vocab
 from digseg_jax.prediction.answer import Answer
-from digseg_jax.prediction.segmenter import Request, Segmenter, query_slots
+from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.runtime.collectives import gather_all
 from digseg_jax.runtime.distributed import together
 from digseg_jax.segmentation import calibration as calibration_lib
@@ -68,7 +68,7 @@ class Evaluator:
         # "auto" takes the data set's own convention from its `DatasetSpec`.
         self.mode = examples.inference if settings.inference == "auto" else settings.inference
         self.absent = examples.absent if settings.absent_rule == "auto" else settings.absent_rule
-        self.palette = segmenter.task.codec == "palette"
+        self.codec = segmenter.task.codec
 
     @property
     def protocol(self) -> str:
@@ -76,7 +76,7 @@ class Evaluator:
 
         "exhaustive" asks for every class, "gated" only for the classes that a coarse pass finds.
         """
-        all_of_them = self.palette or len(self.prompts) <= self.settings.exhaustive_limit
+        all_of_them = self.codec.closed or len(self.prompts) <= self.settings.exhaustive_limit
         return "exhaustive" if all_of_them else "gated"
 
     @property
@@ -84,9 +84,9 @@ class Evaluator:
         """All protocols to score: the headline's, then "gated" and "oracle".
 
         The oracle asks only for the classes that the label contains: an upper bound that assumes the
-        classes are known. A palette always answers all of its classes, so it has one protocol.
+        classes are known. A closed codec always answers all of its classes, so it has one protocol.
         """
-        if self.palette:
+        if self.codec.closed:
             return ("exhaustive",)
         return tuple(dict.fromkeys((self.protocol, "gated", "oracle")))
 
@@ -153,8 +153,8 @@ class Evaluator:
 
         def count(images: Sequence[int], found: Sequence[dict]) -> list[Counted]:
             """Counts pixels above each threshold, for the last class only."""
-            # A palette always answers all of its classes.
-            asked = self.prompts if self.palette else self.prompts[-1:]
+            # A closed codec always answers all of its classes.
+            asked = self.prompts if self.codec.closed else self.prompts[-1:]
             answers = self._segment(images, found, [asked] * len(images), estep)
 
             # Only the metric's own counts are needed: no prediction and no masks are kept.
@@ -197,8 +197,8 @@ class Evaluator:
 
     @property
     def fixed_scale(self) -> float | None:
-        """Scale of a palette's mask scores; None where the scale is fitted (binary codec)."""
-        return self.segmenter.scale if self.palette else None
+        """Scale of the mask scores where the codec knows it; None where it is fitted."""
+        return self.codec.scale
 
     def _ask(
         self,
@@ -228,12 +228,12 @@ class Evaluator:
             limits = self.settings.gate_limit, self.settings.gate_cut
             asked = [open_vocab.survivors(p, *limits).tolist() for p in presence]
             facts = [{"presence": [float(x) for x in p]} for p in presence]
-            slots = query_slots(self.settings.gate_limit)
+            slots = self.codec.slots(self.settings.gate_limit)
         elif protocol == "oracle":
             # An image without a single label still needs a query: ask for class 0.
             present = [np.unique(f["label"][f["label"] >= 0]).tolist() for f in found]
             asked = [classes or every[:1] for classes in present]
-            slots = query_slots(self.settings.gate_limit)
+            slots = self.codec.slots(self.settings.gate_limit)
         else:
             raise ValueError(f"protocol {protocol!r}; legal: {', '.join(open_vocab.PROTOCOLS)}")
 

@@ -67,6 +67,8 @@ class Answer:
     def cell_probabilities(self) -> Float[np.ndarray, "q h2 w2"]:
         """Probabilities of the latent cells of an image that is one view, as the probe reads them."""
         (masks,) = self.masks
+        if masks.cells is None:  # of a codec that reads its queries together
+            return masks.probability
         return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
 
     def stack(self) -> Float[np.ndarray, "q h w"]:

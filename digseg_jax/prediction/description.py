@@ -33,6 +33,7 @@ from digseg_jax.io import storage
 from digseg_jax.io.checkpoint import LIBRARIES
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import EXPORT
+from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.weights import catalog, minilm_folder, resolve
 from digseg_jax.weights.safetensors_io import weight_files
 
@@ -56,7 +57,7 @@ BINDING = (
     "model.sentence_token",
     "model.text_adapters",
 )
-PALETTE_BINDING = ("data.name", "data.label_set")  # a palette's colors stand for one class list
+CLOSED_BINDING = ("data.name", "data.label_set")  # of a codec that answers one class list
 # frozen parts may have another name elsewhere: their files are compared
 PARTS = ("model.vae", "model.text")
 # how the run was evaluated: what a prediction does unless it is told otherwise
@@ -69,7 +70,7 @@ SUGGESTED = (
     "eval.short_side",
     "eval.view_size",
 )
-REQUIRED = (*BINDING, *PALETTE_BINDING, *PARTS)
+REQUIRED = (*BINDING, *CLOSED_BINDING, *PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,9 +248,9 @@ def check_agreement(description: Description, config: Config, folder: AnyPath) -
       UserError: it contradicts the training, with each key and both values.
     """
     values = to_dict(config)
-    palette = config.segmentation.codec == "palette"
+    closed = CODECS[config.segmentation.codec].closed
     different = []
-    for key in (*BINDING, *(PALETTE_BINDING if palette else ())):
+    for key in (*BINDING, *(CLOSED_BINDING if closed else ())):
         trained, asked = _at(description.config, key), _at(values, key)
         if trained != asked:
             different.append(f"config.{key}={asked!r}, trained with {trained!r}")

@@ -25,8 +25,8 @@ from digseg_jax.prediction.files import find_images, find_queries, read_image, t
 from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.mesh_choice import chosen
-from digseg_jax.training.tasks.components import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import load_params
 
 SHIPPED = "assets:segmenter"
@@ -116,7 +116,7 @@ def load_segmenter(config: Config, folder: Path) -> tuple[Segmenter, Params]:
     # the architecture comes with the weights; nothing of the prior is needed
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
     config = for_devices(config, jax.devices())
-    task = SegmentationTask(config, prompts=("any",))  # the segmenter encodes its own queries
+    task = load_task(config, prompts=("any",))  # the segmenter encodes its own queries
     task.adopt(folder)
     calibration = folder / CALIBRATION
     scale = json.loads(calibration.read_text())["scale"] if calibration.is_file() else 2.0

@@ -59,13 +59,13 @@ class Programs:
         self,
         crops: UInt8[np.ndarray, "n h w 3"],
         index: Int[np.ndarray, " n"],
-        tokens: Float[np.ndarray, "n q l d"],
-        mask: Bool[np.ndarray, "n q l"],
+        tokens: Float[np.ndarray, "n t l d"],
+        mask: Bool[np.ndarray, "n t l"],
         root: Array,
         estep: EStep,
         *,
         mean: bool,
-    ) -> Float[np.ndarray, "n q e h2 w2 c"]:
+    ) -> Float[np.ndarray, "n k e h2 w2 c"]:
         """Denoised mask latents of this process's views.
 
         index: names each view in the draws of the initial noise. root: key of those draws. mean:
@@ -90,8 +90,8 @@ class Programs:
     ) -> dict[str, np.ndarray]:
         """Masks of this process's views: "probability" [n, q, h, w], float32.
 
-        q is k, or the number of classes for the palette codec. biased: return "alone" as well, the
-        probabilities without the bias. evidence: return "evidence" [n, q, e, h, w] instead.
+        The k mask images show the q queries (see `segmentation.codec`). biased: return "alone" as well,
+        the probabilities without the bias. evidence: return "evidence" [n, q, e, h, w] instead.
 
         decoder: "vae" or "probe" (see `SegmentationTask.read`); rule: see `ensemble.combine`.
         """
@@ -157,7 +157,7 @@ def sample_latents(
     *,
     estep: EStep,
     mean: bool,
-) -> Float[Array, "n q e h w c"]:
+) -> Float[Array, "n k e h w c"]:
     """The program of `Programs.sample`."""
     frozen = {"vae": vae, "bank": {"tokens": batch["tokens"], "mask": batch["mask"]}}
     latents = task.sample(params, frozen, batch["crops"], batch["index"], estep, seed=root)
@@ -183,10 +183,10 @@ def read_masks(
         return {"evidence": read(latents)}
 
     def combined(evidence: Array, bias: Array) -> Array:
-        return ensemble.probabilities(evidence, scale, bias, codec=task.codec, rule=rule)
+        return ensemble.probabilities(evidence, scale, bias, exclusive=task.codec.exclusive, rule=rule)
 
-    # One member at a time where its masks are many (every class of a palette) and a mean is wanted.
-    if task.codec == "palette" and rule == "mean" and latents.shape[2] > 1:
+    # One member at a time where a mask image shows many queries and a mean is wanted.
+    if bias.shape[1] > latents.shape[1] and rule == "mean" and latents.shape[2] > 1:
 
         def add(total: Params, member: Array) -> tuple[Params, None]:
             evidence = read(member[:, :, None])

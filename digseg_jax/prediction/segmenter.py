@@ -28,21 +28,20 @@ from digseg_jax.prediction.answer import Answer, ViewMasks
 from digseg_jax.prediction.programs import Programs
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import Views, make_views
-from digseg_jax.training.tasks.components import encode_bank
-from digseg_jax.training.tasks.segmentation import PALETTE_PROMPT, SegmentationTask
+from digseg_jax.training.tasks.parts import encode_bank
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
-QUERY_LIMIT = 16  # queries of a call; with an 8x2 ensemble 128 masks a view
-QUERY_BUCKETS = (1, 2, 4, 6, 8, 12, 16)
 VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
 TEXT_BATCH = 32  # texts that are encoded at a time
+NOTHING = ("any",)  # the queries of a view that only fills up a call
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """An image, and what is asked of it.
 
-    index: names the image in the draws of the noise. queries: texts, or the class names of a palette in
-    their order. bias: added to each query's logits (see `segmentation.calibration`).
+    index: names the image in the draws of the noise. queries: texts, or the class names of a closed
+    codec in their order. bias: added to each query's logits (see `segmentation.calibration`).
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -57,7 +56,7 @@ class Segmenter:
     Args:
       params: host arrays, or arrays that are on the mesh already.
       settings: view size, decoder, ensemble rule, views of a call.
-      scale: turns evidence into logits; a palette brings its own.
+      scale: turns evidence into logits, unless the codec has a scale of its own.
     """
 
     def __init__(
@@ -71,10 +70,10 @@ class Segmenter:
     ):
         task.prepare()
         config = task.config
-        self.task, self.settings = task, settings or config.eval
+        self.task, self.codec, self.settings = task, task.codec, settings or config.eval
         self.mesh = make_mesh(config.mesh) if mesh is None else mesh
         self.programs = Programs(task, params, self.mesh)
-        self.scale = task.palette.scale if task.codec == "palette" else scale
+        self.scale = self.codec.scale or scale
         self.size = view_size(self.settings, config.data)
         self.short_side = self.settings.short_side or trained_short_side(config.data)
         self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -137,15 +136,14 @@ class Segmenter:
           advance: gets the calls that are done and their number, after every one.
 
         Raises:
-          UserError: no queries, a blank or too long one, or a palette asked for another number of
-            classes.
+          UserError: no queries, a blank or too long one, or some that the codec cannot answer.
         """
         for request in requests:
             self._check(request.queries)
         job = _Job(
             estep=estep,
             root=jax.random.key(key) if isinstance(key, int) else key,
-            scale=self.scale if scale is None or self.task.codec == "palette" else scale,
+            scale=self.codec.scale or scale or self.scale,
             decoder=decoder or self.settings.decoder,
             evidence=evidence,
         )
@@ -153,11 +151,11 @@ class Segmenter:
         places = [(r, k) for r, view in enumerate(views) for k in range(len(view.crops))]
 
         # All processes make the same calls: as many as the one with the most views and queries needs.
-        most = max((len(self._texts_of(r)) for r in requests), default=0)
+        most = max((len(r.queries) for r in requests), default=0)
         biased = any(_bias_of(r).any() for r in requests)
         agreed = self.programs.agree_on_largest(len(places), most, int(biased))
         most_views, most_queries, job.biased = agreed[0], agreed[1], bool(agreed[2])
-        job.slots = slots or query_slots(most_queries)
+        job.slots = slots or self.codec.slots(most_queries)
         job.groups = max(1, -(-most_queries // job.slots))
         rows = self._rows_of_call(most_views)
         calls = -(-most_views // rows)
@@ -183,11 +181,7 @@ class Segmenter:
     def _check(self, queries: Sequence[str]) -> None:
         if not queries:
             raise UserError("no queries: name what to segment")
-        if self.task.codec == "palette" and len(queries) != len(self.task.palette.colors):
-            raise UserError(
-                f"{len(queries)} queries: this palette answers its {len(self.task.palette.colors)} "
-                "classes at once; for free text use weights of the binary codec"
-            )
+        self.codec.check_queries(queries)
 
     def _rows_of_call(self, views: int) -> int:
         """Views that this process hands over in a call."""
@@ -210,19 +204,17 @@ class Segmenter:
         index = [requests[r].index * VIEW_STRIDE + k for r, k in places]
         index = np.array([*index, *[0] * (rows - len(index))], np.int32)
         asked = [requests[r] for r, _ in places]
-        if self.task.codec == "palette":
-            return self._ask_palette(asked, crops, index, job)
 
         # Where few queries are decoded of many, which ones is known after the last group only.
-        limit = self.settings.decode_limit
-        many = job.decoder == "latent_mean" and 0 < limit < job.groups * job.slots
+        limit, one_by_one = self.settings.decode_limit, self.codec.one_by_one
+        many = one_by_one and job.decoder == "latent_mean" and 0 < limit < job.groups * job.slots
         parts, latents = [], []
         for group in range(job.groups):
             tokens, mask, bias = self._group(asked, rows, group, job.slots)
             sampled = self.programs.sample(
                 crops, index, tokens, mask, job.root, job.estep, mean=job.decoder == "latent_mean"
             )
-            if many or job.decoder == "probe":
+            if many or (one_by_one and job.decoder == "probe"):
                 latents.append(sampled)
             else:
                 parts.append(self._read(sampled, bias, job))
@@ -232,23 +224,6 @@ class Segmenter:
         if many:
             self._decode_first(asked, masks, np.concatenate(latents, axis=1), limit, job)
         return masks
-
-    def _ask_palette(
-        self, asked: Sequence[Request], crops: np.ndarray, index: np.ndarray, job: _Job
-    ) -> list[ViewMasks]:
-        """One text paints every class."""
-        tokens, mask = self._encoded([PALETTE_PROMPT])
-        rows = len(crops)
-        tokens, mask = (np.broadcast_to(x, (rows, *x.shape)) for x in (tokens, mask))
-        mean = job.decoder == "latent_mean"
-        latents = self.programs.sample(
-            crops, index, np.ascontiguousarray(tokens), np.ascontiguousarray(mask),
-            job.root, job.estep, mean=mean,
-        )  # fmt: skip
-        bias = np.zeros((rows, len(self.task.palette.colors)), np.float32)
-        for row, request in zip(bias, asked, strict=False):
-            row[:] = _bias_of(request)
-        return self._all_decoded(asked, [self._read(latents, bias, job)])
 
     def _read(self, latents: np.ndarray, bias: np.ndarray, job: _Job) -> dict[str, np.ndarray]:
         return self.programs.read(
@@ -275,7 +250,7 @@ class Segmenter:
 
     def _probed(self, asked: Sequence[Request], latents: np.ndarray) -> list[ViewMasks]:
         """Masks of views as the probe reads them."""
-        probe = self.task.probe
+        probe = self.codec.probe
         masks = []
         for row, request in enumerate(asked):
             count = len(request.queries)
@@ -308,15 +283,15 @@ class Segmenter:
     def _group(
         self, asked: Sequence[Request], rows: int, group: int, slots: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, masks and biases [rows, slots, ...] of one group of each view's queries."""
+        """One group of each view's queries: tokens and masks [rows, t, ...], biases [rows, slots]."""
         # Requests of one vocabulary share their arrays; padding repeats a query that is there.
         made: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
         tokens, masks, bias = [], [], np.zeros((rows, slots), np.float32)
         for row in range(rows):
             request = asked[min(row, len(asked) - 1)] if asked else None
-            queries = request.queries if request else (PALETTE_PROMPT,)
+            queries = request.queries if request else NOTHING
             part = queries[group * slots : (group + 1) * slots] or queries[:1]
-            texts = part + part[-1:] * (slots - len(part))
+            texts = self.codec.texts(part + part[-1:] * (slots - len(part)))
             if texts not in made:
                 made[texts] = self._encoded(texts)
             tokens.append(made[texts][0])
@@ -326,15 +301,12 @@ class Segmenter:
                 bias[row, : len(own)] = own
         return np.stack(tokens), np.stack(masks), bias
 
-    def _texts_of(self, request: Request) -> Sequence[str]:
-        return (PALETTE_PROMPT,) if self.task.codec == "palette" else request.queries
-
     def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n, l, d] and masks [n, l] of texts; every text is encoded once."""
         missing = [t for t in dict.fromkeys(texts) if t not in self._texts]
         for start in range(0, len(missing), TEXT_BATCH):
             part = missing[start : start + TEXT_BATCH]
-            bank = encode_bank(self.task.tower, part, self.task.config.model)
+            bank = encode_bank(self.task.parts.tower, part, self.task.config.model)
             tokens, mask = np.asarray(bank.tokens), np.asarray(bank.mask)
             self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(part)}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))
@@ -368,14 +340,6 @@ def trained_short_side(data: DataConfig) -> int:
     windows of one map.
     """
     return 0 if data.name == "landcover" else data.image_size
-
-
-def query_slots(count: int) -> int:
-    """Queries of a call, so that `count` of them take the fewest calls and little padding."""
-    if count <= QUERY_LIMIT:
-        return next(b for b in QUERY_BUCKETS if b >= count)
-    calls = -(-count // QUERY_LIMIT)
-    return -(-count // calls)
 
 
 def first_queries(

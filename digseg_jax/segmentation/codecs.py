@@ -1,34 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between label maps and the mask images that the VAE encodes. `binary`: one query, one mask."""
+"""The codecs by name, and the file beside trained weights that holds what one of them chose."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import json
+from pathlib import Path
 
-from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.segmentation.binary import BinaryCodec
+from digseg_jax.segmentation.codec import Codec
+from digseg_jax.segmentation.palette import PaletteCodec
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (BinaryCodec, PaletteCodec)}
 
 
-def encode_binary(
-    label: Int[Array, "b h w"], query_class: Int[Array, "b q"] | Int[Array, "b q m"]
-) -> Float[Array, "b q h w 3"]:
-    """+1 where the label is the queried class, else -1, in three equal channels.
+def make_codec(config: Config) -> Codec:
+    """The codec of a configuration, for its data.
 
-    With a third axis, +1 where it is one of the m ids that the class covers (nested classes).
+    Raises:
+      UserError: the codec cannot carry those data.
     """
-    if query_class.ndim == 2:
-        query_class = query_class[..., None]
-    covered = label[:, None, None] == query_class[..., None, None]
-    mask = jnp.where(covered.any(axis=2), 1.0, -1.0)
-    return jnp.broadcast_to(mask[..., None], (*mask.shape, 3))
+    return CODECS[config.segmentation.codec].for_data(config.data)
 
 
-def decode_binary(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w"]:
-    """The evidence for a query: channel mean clipped to [-1, 1], positive where the query is seen."""
-    return jnp.clip(image.mean(axis=-1), -1.0, 1.0)
+def save_state(codec: Codec, folder: Path) -> None:
+    """Writes FOLDER/CODEC.json: with other colors, say, the weights' output would be misread."""
+    if state := codec.state():
+        text = json.dumps(state, indent=1)
+        state_file(codec.name, folder).write_text(text + "\n", encoding="utf-8")
 
 
-def latent_validity(label: Int[Array, "b h w"], factor: int) -> Bool[Array, "b h2 w2"]:
-    """True for latent cells none of whose factor x factor pixels carries the ignore label, -1."""
-    b, h, w = label.shape
-    cells = label.reshape(b, h // factor, factor, w // factor, factor)
-    return (cells >= 0).all(axis=(2, 4))
+def load_state(codec: Codec, folder: Path) -> None:
+    """Takes over what was stored beside the weights of `folder`.
+
+    Raises:
+      UserError: there is no state for this codec, or it is of other classes.
+    """
+    path = state_file(codec.name, folder)
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        codec.restore(stored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def state_file(name: str, folder: Path) -> Path:
+    """Where weights in `folder` keep the state of the codec `name`."""
+    return folder / f"{name}.json"

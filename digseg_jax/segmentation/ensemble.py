@@ -15,14 +15,15 @@ def member_probabilities(
     evidence: Float[Array, "n q e h w"],
     scale: float | Array,
     bias: Float[Array, "*n q"],
-    codec: str = "binary",
+    *,
+    exclusive: bool = False,
 ) -> Float[Array, "n q e h w"]:
-    """What each member alone says: sigmoid per query (binary), softmax over classes (palette).
+    """What each member alone says: sigmoid per query; softmax over those that exclude one another.
 
     bias: one for each query, the same for all images or with a leading axis for each.
     """
     logits = scale * evidence + bias[..., None, None, None]
-    return jax.nn.softmax(logits, axis=1) if codec == "palette" else jax.nn.sigmoid(logits)
+    return jax.nn.softmax(logits, axis=1) if exclusive else jax.nn.sigmoid(logits)
 
 
 def combine(
@@ -52,9 +53,9 @@ def probabilities(
     scale: float | Array,
     bias: Float[Array, "*n q"],
     *,
-    codec: str = "binary",
+    exclusive: bool = False,
     rule: str = "mean",
 ) -> Float[Array, "n q h w"]:
-    """`member_probabilities`, combined over the members; a palette's classes exclude each other."""
-    members = member_probabilities(evidence, scale, bias, codec)
-    return combine(members, rule, exclusive=codec == "palette")
+    """`member_probabilities`, combined over the members."""
+    members = member_probabilities(evidence, scale, bias, exclusive=exclusive)
+    return combine(members, rule, exclusive=exclusive)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digseg_jax.arraytypes import Array, Float
-from digseg_jax.segmentation.palette import synthetic_maps
+from digseg_jax.segmentation.synthetic import synthetic_maps
 
 Encode = Callable[[np.ndarray], np.ndarray]  # images [n H W 3] in [-1, 1] to scaled latents [n h w c]
 

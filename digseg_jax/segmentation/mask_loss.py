@@ -9,8 +9,6 @@ classes from staying empty in short trainings (it is off by default).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -22,13 +20,10 @@ MARGIN = 2.0  # logits by which the closest two colours of a palette are told ap
 
 
 def latent_evidence(
-    latent: Float[Array, "n h w c"],
-    encode: Callable[[Float[Array, "2 H W 3"]], Float[Array, "2 h w c"]],
-    size: int,
+    latent: Float[Array, "n h w c"], ends: Float[Array, "2 h w c"]
 ) -> Float[Array, "n h w"]:
-    """Position between the latents of an empty (-1) and a full (1) mask of `size` pixels a side."""
-    ends = jnp.broadcast_to(jnp.asarray([-1.0, 1.0])[:, None, None, None], (2, size, size, 3))
-    empty, full = encode(ends).mean(axis=(1, 2))
+    """Position between `ends`, the latents of an empty (-1) and of a full (1) mask."""
+    empty, full = ends.mean(axis=(1, 2))
     direction = full - empty
     return 2.0 * ((latent - empty) @ direction) / (direction @ direction) - 1.0
 

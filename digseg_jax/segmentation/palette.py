@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`palette` codec: one colour a class, all classes of a closed set painted and read in one pass.
+"""`palette` codec: one color a class, all classes of a closed set painted and read in one pass.
 
-Colours are chosen here, by how far apart they are *after* the autoencoder and in its latents: never a
+Colors are chosen here, by how far apart they are *after* the autoencoder and in its latents: never a
 data set's own (several of those have duplicates). A pixel is read as probabilities, the softmax of the
 negative squared distance to every class's colour over 2 sigma^2, sigma being what the autoencoder
 scatters.
@@ -10,18 +10,22 @@ scatters.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
 
-from digseg_jax.arraytypes import Array, Float, Int
+from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.config.schema import DataConfig
+from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.errors import UserError
+from digseg_jax.segmentation.codec import Codec, HostAutoencoder, ImageMap, require_prepared
+from digseg_jax.segmentation.mask_loss import balanced_ce_and_dice, class_shares, palette_logits
+from digseg_jax.segmentation.synthetic import synthetic_maps
 
-ImageMap = Callable[[np.ndarray], np.ndarray]
-"""`encode`: images [n h w 3] in [-1, 1] to latents [n h2 w2 c]; `round_trip`: to images again."""
-
+PROMPT = "segmentation map of all classes"
+PATCH_CELLS = 8  # latent cells; a side of the flat images of the palette's colors
 LEVELS = 6  # per channel, 0.4 (51 of 255) apart: the cube that candidates are taken from
 SATURATIONS = (1.0, 0.6, 0.35, 0.2)  # every one of them also nearer to its grey
 MAX_CLASSES = LEVELS**3
@@ -59,6 +63,124 @@ class Palette:
     def from_dict(cls, values: dict[str, Any]) -> Palette:
         arrays = [np.asarray(values[k], np.float32) for k in ("colors", "prototypes")]
         return cls(*arrays, float(values["sigma"]))
+
+
+class PaletteCodec(Codec):
+    """One image of all classes of a data set, each in its color, whatever is asked."""
+
+    name: ClassVar[str] = "palette"
+    closed: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
+
+    def __init__(self, classes: int):
+        self.classes = classes
+        self._palette: Palette | None = None
+        self._latents: np.ndarray | None = None
+
+    @classmethod
+    def for_data(cls, data: DataConfig) -> Self:
+        if data.mixture:
+            raise UserError(
+                "config.data.mixture: a palette has the colors of one class list; with "
+                "config.segmentation.codec='palette' train on one data set"
+            )
+        if data.name == "landcover" and data.train_label_sets != (data.label_set,):
+            raise UserError(
+                f"config.data.train_label_sets={data.train_label_sets}: a palette has the colors of "
+                "one label set; with config.segmentation.codec='palette' it must be "
+                f"('{data.label_set}',)"
+            )
+        return cls(num_classes(data))
+
+    @property
+    def palette(self) -> Palette:
+        """The colors of the classes, chosen with this autoencoder or restored."""
+        return require_prepared(self._palette, "PaletteCodec.palette")
+
+    @property
+    def color_latents(self) -> Float[np.ndarray, "s c"]:
+        """What the autoencoder makes of flat images of the palette's colors."""
+        return require_prepared(self._latents, "PaletteCodec.color_latents")
+
+    @property
+    def scale(self) -> float:
+        return self.palette.scale
+
+    def num_images(self, queries: int) -> int:
+        return 1
+
+    def texts(self, queries: Sequence[str]) -> tuple[str, ...]:
+        """One thing is asked of every image."""
+        return (PROMPT,)
+
+    def text_rows(self, query: Int[Array, "b q"]) -> Int[Array, "b 1"]:
+        return jnp.zeros((len(query), 1), jnp.int32)
+
+    def slots(self, count: int) -> int:
+        return count
+
+    def check_queries(self, queries: Sequence[str]) -> None:
+        if len(queries) != self.classes:
+            raise UserError(
+                f"{len(queries)} queries: this palette answers its {self.classes} classes at once; for "
+                "free text use weights of the binary codec"
+            )
+
+    def encode(
+        self,
+        label: Int[Array, "b h w"],
+        query_class: Int[Array, "b q"] | Int[Array, "b q m"],
+        drawn: Any = None,
+    ) -> Float[Array, "b 1 h w 3"]:
+        return encode_palette(label, jnp.asarray(self.palette.colors))[:, None]
+
+    def decode(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n s h w"]:
+        return decode_palette(image, jnp.asarray(self.palette.prototypes))
+
+    def read_latents(self, latents: Float[Array, "n 1 e h w c"]) -> Float[Array, "n s e h w"]:
+        """By the nearest color's latent, which the auxiliary loss trains, in units of `decode`."""
+        logits = palette_logits(latents[:, 0], jnp.asarray(self.color_latents))
+        return jnp.moveaxis(logits, -1, 1) / self.scale
+
+    def mask_loss(
+        self,
+        latent: Float[Array, "n h w c"],
+        label: Int[Array, "b H W"],
+        query_class: Int[Array, "b q"] | Int[Array, "b q m"],
+        valid: Bool[Array, "n h w"],
+        anchors: Float[Array, "a h w c"] | None,
+        drawn: Any = None,
+    ) -> Float[Array, " n"]:
+        """Balanced cross-entropy plus Dice of the nearest colors."""
+        shares = class_shares(label, label.shape[1] // latent.shape[1], self.classes)
+        logits = palette_logits(latent, jnp.asarray(self.color_latents))
+        return balanced_ce_and_dice(logits, shares, valid)
+
+    def prepare(self, autoencoder: HostAutoencoder) -> None:
+        if self._palette is None:
+            self._palette = build_palette(self.classes, autoencoder.round_trip, autoencoder.encode)
+        if self._latents is None:
+            size = PATCH_CELLS * autoencoder.factor
+            flat = np.broadcast_to(self._palette.colors[:, None, None], (self.classes, size, size, 3))
+            self._latents = autoencoder.encode(flat.astype(np.float32)).mean(axis=(1, 2))
+
+    def assume(self, latent_channels: int) -> None:
+        """Colors are constants of the program, whatever they are; no two latents are alike."""
+        table = np.zeros((self.classes, 3), np.float32)
+        self._palette = Palette(table, table, 1.0)
+        count = self.classes * latent_channels
+        self._latents = np.arange(count, dtype=np.float32).reshape(self.classes, latent_channels)
+
+    def state(self) -> dict[str, Any]:
+        return self.palette.to_dict()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if not state:
+            raise UserError("missing; these weights were not trained with a palette")
+        stored = Palette.from_dict(state)
+        if len(stored.colors) != self.classes:
+            raise UserError(f"{len(stored.colors)} colors for {self.classes} classes")
+        self._palette, self._latents = stored, None
 
 
 def encode_palette(label: Int[Array, "b h w"], colors: Float[Array, "c 3"]) -> Float[Array, "b h w 3"]:
@@ -170,17 +292,3 @@ def fit_sigma(palette: Palette, round_trip: ImageMap) -> float:
     labels = synthetic_maps(SYNTHETIC_MAPS, len(palette.colors))
     residual = round_trip(palette.colors[labels]) - palette.prototypes[labels]
     return max(float(np.sqrt(np.square(residual).mean())), 1e-3)
-
-
-def synthetic_maps(
-    count: int, num_classes: int, size: int = 64, sites: int = 12, seed: int = 0
-) -> Int[np.ndarray, "n size size"]:
-    """Made-up label maps: every pixel takes the class of the nearest of some random sites."""
-    rng = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), axis=-1)
-    maps = []
-    for _ in range(count):
-        places = rng.uniform(0, size, (sites, 2))
-        owner = np.square(grid[:, :, None] - places).sum(axis=-1).argmin(axis=-1)
-        maps.append(rng.integers(0, num_classes, sites)[owner])
-    return np.stack(maps)

@@ -51,8 +51,8 @@ from digseg_jax.log import log
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.profiling import use_compile_cache
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.tasks.components import for_devices
-from digseg_jax.training.tasks.latents import Crop, FrozenTask, LatentEncoder, made_with
+from digseg_jax.training.tasks.latents import Crop, FrozenParts, LatentEncoder, made_with
+from digseg_jax.training.tasks.parts import for_devices
 
 SHARD_EXAMPLES = 256  # 300 MB at 512 pixels and eight classes per image
 READERS = 4  # threads that decode images while the devices encode
@@ -74,14 +74,14 @@ def run(config: Config) -> None:
     # Each process works alone on its own devices.
     devices = jax.local_devices()
     config = for_devices(config, devices)
-    task = FrozenTask(config)
+    frozen = FrozenParts(config)
 
     # At most as many images at a time as a train step encodes, on the devices of one process.
     rows = math.ceil(config.train.batch_size / jax.process_count())
-    encoder = LatentEncoder(task, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
+    encoder = LatentEncoder(frozen, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
 
     # The same settings go into every plan, so that training can tell whether a cache fits.
-    facts = made_with(config, task)
+    facts = made_with(config, frozen)
     parts = training_parts(config.data)
     tables = cover_tables([spec for _, spec, _ in parts])
     folders = cache_folders(config.data.latent_cache, parts)
@@ -221,10 +221,10 @@ class SplitWriter:
                 raise
             return error
 
-        # The palette's one image shows all classes, so it needs no list.
+        # Where one image shows all classes, no list is needed.
         size, label = self.encoder.size, example["label"]
         image, label = view(example["image"], label, central_window(*label.shape, size), size)
-        classes = () if self.encoder.palette else shown_classes(label, self.spec)
+        classes = shown_classes(label, self.spec) if self.encoder.one_by_one else ()
         return Crop(str(example["name"]), image, label, classes)
 
     def _finish(self) -> None:
@@ -251,13 +251,13 @@ class SplitWriter:
 
         # All absent classes share one latent, stored once.
         absent = io.BytesIO()
-        if not self.encoder.palette:
+        if self.encoder.one_by_one:
             np.save(absent, self.encoder.absent(self.covers))
             manifest["absent_sha256"] = hashlib.sha256(absent.getvalue()).hexdigest()
 
         # The manifest marks the cache as complete, so it is written after all other files.
         with explained(self.folder, "cannot be written"):
-            if not self.encoder.palette:
+            if self.encoder.one_by_one:
                 files.write(self.folder / ABSENT, absent.getvalue())
             files.write(self.folder / MANIFEST, json.dumps(manifest).encode())
             files.remove_sidecars(self.folder, self.shards)

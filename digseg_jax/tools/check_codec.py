@@ -15,98 +15,76 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from digseg_jax.arraytypes import Array
 from digseg_jax.config.schema import ModelConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.log import setup
 from digseg_jax.metrics import confusion
 from digseg_jax.runtime import cpu
-from digseg_jax.segmentation.codecs import decode_binary, encode_binary
-from digseg_jax.segmentation.latent_probe import enlarge, fit_probe
-from digseg_jax.segmentation.palette import (
-    MAX_CLASSES,
-    build_palette,
-    decode_palette,
-    encode_palette,
-)
-from digseg_jax.training.tasks.components import Vae, load_vae
+from digseg_jax.segmentation.binary import BinaryCodec
+from digseg_jax.segmentation.codec import Codec, HostAutoencoder
+from digseg_jax.segmentation.latent_probe import enlarge
+from digseg_jax.segmentation.palette import MAX_CLASSES, PaletteCodec
+from digseg_jax.training.tasks.parts import Vae, load_vae
 
 QUERIES = 8  # binary masks per call of the decoder
 
 
-class CodecCheck:
-    """An autoencoder with its parameters, compiled once per image size."""
-
-    def __init__(self, vae: Vae, params: Any):
-        self.params = params
-        self.encode = jax.jit(vae.encode)
-        self.decode = jax.jit(vae.decode)
-        self.factor = vae.config.factor
-
-    def latents(self, image: Array) -> np.ndarray:
-        """Latents of images in [-1, 1]."""
-        return np.asarray(self.encode(self.params, jnp.asarray(image)))
-
-    def round_trip(self, image: Array) -> np.ndarray:
-        """Images in [-1, 1] after encoding and decoding."""
-        return np.asarray(self.decode(self.params, self.encode(self.params, jnp.asarray(image))))
-
-    def binary(self, label: np.ndarray, num_classes: int, probe: Any) -> dict[str, np.ndarray]:
-        """Sends a label map [h, w] through the binary codec; returns the maps that come back.
-
-        "binary": from masks of the decoder; "binary_probe": from masks of the linear latent decoder.
-        """
-        evidence, probed = [], []
-        for first in range(0, num_classes, QUERIES):
-            # always QUERIES classes, so that one compilation serves; those
-            # beyond the last are dropped below
-            classes = np.arange(first, first + QUERIES)[None]
-            masks = encode_binary(jnp.asarray(label)[None], jnp.asarray(classes))[0]
-            latent = self.encode(self.params, masks)
-            evidence.append(np.asarray(decode_binary(self.decode(self.params, latent))))
-            probed.append(np.asarray(enlarge(probe(latent), *label.shape)))
-
-        # As in a prediction: each pixel goes to the class of the largest mask score.
-        maps = [np.concatenate(x)[:num_classes].argmax(axis=0) for x in (evidence, probed)]
-        return {"binary": maps[0], "binary_probe": maps[1]}
-
-
 def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> dict[str, Any]:
     """Accuracy and mIoU of every way back, over `images` label maps spread evenly over the source."""
-    checker = CodecCheck(vae, params)
-    probe = fit_probe(checker.latents)
-
     # A palette has room for a limited number of classes; beyond it only the binary codec is checked.
-    palette = None
+    autoencoder = vae.on_host(params)
+    codecs: list[Codec] = [BinaryCodec()]
     if num_classes <= MAX_CLASSES:
-        palette = build_palette(num_classes, checker.round_trip, checker.latents)
+        codecs.append(PaletteCodec(num_classes))
+    for codec in codecs:
+        codec.prepare(autoencoder)
 
     # Confusion counts are pooled over all maps.
     counts: dict[str, np.ndarray] = {}
     rows = np.unique(np.linspace(0, len(source) - 1, min(images, len(source))).astype(int))
     for row in rows:
-        label = _whole_cells(np.asarray(source[int(row)]["label"]), checker.factor)
-        maps = checker.binary(label, num_classes, probe)
-        if palette is not None:
-            painted = encode_palette(jnp.asarray(label)[None], jnp.asarray(palette.colors))
-            back = decode_palette(checker.round_trip(painted), jnp.asarray(palette.prototypes))
-            maps["palette"] = np.asarray(back[0]).argmax(axis=0)
-        for name, prediction in maps.items():
-            found = confusion.confusion(label[None], prediction[None], num_classes)
-            counts[name] = counts.get(name, 0) + np.asarray(found, np.int64)
+        label = _whole_cells(np.asarray(source[int(row)]["label"]), autoencoder.factor)
+        for codec in codecs:
+            for name, prediction in round_trip(codec, autoencoder, label, num_classes).items():
+                found = confusion.confusion(label[None], prediction[None], num_classes)
+                counts[name] = counts.get(name, 0) + np.asarray(found, np.int64)
 
     # JSON-ready.
-    result: dict[str, Any] = {"images": len(rows), "probe_r2": probe.r2}
-    if palette is not None:
-        result["palette"] = palette.to_dict()
+    result: dict[str, Any] = {"images": len(rows), "probe_r2": codecs[0].probe.r2}
+    result |= {codec.name: state for codec in codecs if (state := codec.state())}
     result["codecs"] = {name: confusion.closed_set_scores(c) for name, c in counts.items()}
     return result
+
+
+def round_trip(
+    codec: Codec, autoencoder: HostAutoencoder, label: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
+    """Sends a label map [h, w] through a codec; returns the maps that come back.
+
+    NAME: read from the decoder's images; NAME_probe: from the latents alone.
+    """
+    evidence, probed = [], []
+
+    # Always QUERIES masks at a time, so that one compilation serves; those beyond the last class are
+    # dropped below. A codec that paints all classes together takes one call.
+    step = QUERIES if codec.one_by_one else num_classes
+    for first in range(0, num_classes, step):
+        classes = np.arange(first, first + step)[None]
+        images = codec.encode(jnp.asarray(label)[None], jnp.asarray(classes))[0]
+        latents = autoencoder.encode(images)
+        decoded = codec.decode(jnp.asarray(autoencoder.decode(latents)))
+        evidence.append(np.asarray(decoded).reshape(-1, *label.shape))
+        cells = codec.read_latents(jnp.asarray(latents)[None, :, None])[0, :, 0]
+        probed.append(np.asarray(enlarge(cells, *label.shape)))
+
+    # As in a prediction: each pixel goes to the class of the largest mask score.
+    maps = [np.concatenate(x)[:num_classes].argmax(axis=0) for x in (evidence, probed)]
+    return {codec.name: maps[0], f"{codec.name}_probe": maps[1]}
 
 
 def _whole_cells(label: np.ndarray, factor: int) -> np.ndarray:

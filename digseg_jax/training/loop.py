@@ -92,6 +92,8 @@ class Trainer:
         if checkpointer.latest_step() is not None:
             step, state, meta = checkpointer.restore(self.abstract_state)
             self._check_vocabulary(meta.get("vocabulary", self.vocabulary))
+            if constants := meta.get("constants"):
+                self.task.restore_constants(constants)
             log.info("start: resumed from %s at step %d", checkpointer.folder, step)
             return step, state
 
@@ -151,7 +153,7 @@ class Trainer:
     @property
     def vocabulary(self) -> list[str]:
         """Texts that the query ids of this run stand for; empty for a task without text."""
-        return list(getattr(self.task, "prompts", ()))
+        return list(self.task.prompts)
 
     def _initial_state(self, params: Params) -> TrainState:
         """State of step 0 from its parameters; traced under jit."""
@@ -283,6 +285,8 @@ class Trainer:
         log.writer.sync()
         examples.sync()
         meta = {"config": to_dict(self.config), "vocabulary": self.vocabulary}
+        if constants := self.task.constants():
+            meta["constants"] = constants
         checkpointer.save(step, state, meta, extra or None)
 
     def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> None:

@@ -25,6 +25,7 @@ from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.log import log
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.runtime.hardware import Chip, chip_of
+from digseg_jax.segmentation.codec import Codec
 from digseg_jax.training.step import abstract_state
 from digseg_jax.training.tasks.base import Task
 
@@ -145,8 +146,9 @@ def activation_bytes(config: Config, task: Task) -> float:
     if unet is None:
         return 0.0
 
-    # Latent cells of an image: the binary codec has one mask for each query, others one for all.
-    masks = config.data.num_queries if getattr(task, "codec", "") == "binary" else 1
+    # Latent cells of an image: those of its mask images.
+    codec: Codec | None = getattr(task, "codec", None)
+    masks = codec.num_images(config.data.num_queries) if codec else 1
     cells = masks * (config.data.image_size // task.vae.config.factor) ** 2
 
     # Bytes per cell grow with the channels and the size of a number, measured at 320 and bfloat16.

@@ -13,11 +13,11 @@ from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.mesh_choice import chosen
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
-from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.prior import PriorTask
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 
-TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
+TASKS = {"segmentation": load_task, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
 
 @dataclasses.dataclass(frozen=True)

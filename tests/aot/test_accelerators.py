@@ -15,12 +15,12 @@ import pytest
 
 from digseg_jax.aot import programs
 from digseg_jax.aot.cuda import assumed_cudnn
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.recipes import stable_diffusion
 from digseg_jax.runtime.sharding import make_mesh, on_mesh
-from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.parts import for_devices
 
 DEVICES = {
     "cuda": types.SimpleNamespace(platform="cuda", compute_capability="9.0"),
@@ -55,7 +55,7 @@ def lowered(function: Any, platform: str, *arguments: Any) -> str:
 @versions
 def test_the_train_step(version, platform):
     config = configured(version, platform)
-    parts, mesh = Parts.of(config.model), make_mesh(config.mesh)
+    parts, mesh = Architecture.of(config.model), make_mesh(config.mesh)
     task, batch = programs.train_task(config, parts, config.train.batch_size)
     with assumed_cudnn():
         step = programs.lower_step(config, task, batch, mesh, platform)
@@ -73,7 +73,7 @@ def test_other_losses(version, platform, codec):
         data = dataclasses.replace(config.data, latent_cache="DIR")
         diffusion = dataclasses.replace(config.diffusion, mask_loss_weight=0.2)
         config = dataclasses.replace(config, data=data, diffusion=diffusion)
-    task, batch = programs.train_task(config, Parts.of(config.model), 8)
+    task, batch = programs.train_task(config, Architecture.of(config.model), 8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     text = lowered(task.loss, platform, task.abstract, task.frozen, batch, keys)
     assert CALLS[platform] in text
@@ -92,7 +92,7 @@ def test_evaluation_and_prediction_of_150_classes(version, platform, codec, deco
     config = dataclasses.replace(config, eval=settings, compile=compiled)
     mesh = make_mesh(config.mesh)
     with assumed_cudnn():
-        made = programs.lower(config, Parts.of(config.model), mesh, platform)
+        made = programs.lower(config, Architecture.of(config.model), mesh, platform)
     texts = {program.name: program.lowered.as_text() for program in made}
     assert ("coarse" in texts) == (codec == "binary")
     assert all(CALLS[platform] in text for name, text in texts.items() if name != "read")

@@ -16,7 +16,7 @@ from digseg_jax import trees
 from digseg_jax.aot import cuda, programs, shapes, topology
 from digseg_jax.aot import job as compiling
 from digseg_jax.aot.advice import Needs, advise
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.aot.table import as_text, size
 from digseg_jax.aot.topology import Topology
 from digseg_jax.config.schema import CompileConfig
@@ -26,8 +26,8 @@ from digseg_jax.runtime import gpu, tpu
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.tools import performance_page
-from digseg_jax.training.tasks.components import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 
 KEYS = {
     "topology", "chips", "fits", "hbm_args_bytes", "hbm_temp_bytes", "hbm_peak_bytes", "flops",
@@ -97,13 +97,13 @@ def test_without_an_exact_effort_its_level_is_taken(monkeypatch):
 def test_nothing_is_needed_but_shapes(folders):
     """The task without values has the shapes of the real one, and the same step."""
     made = config(folders)
-    real = SegmentationTask(made)
-    task = shapes.ShapeTask(made, Parts.of(made.model))
+    real = load_task(made)
+    task = SegmentationTask(shapes.abstract_parts(made), made)
     described = jax.eval_shape(lambda: (real.frozen, task.abstract))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), (task.frozen, real.abstract)) == jax.tree.map(
         lambda x: (x.shape, x.dtype), described
     )
-    batch = shapes.train_batch(made, 8, Parts.of(made.model))
+    batch = shapes.train_batch(made, 8, Architecture.of(made.model))
     for name, value in tiny.batch().items():
         assert (batch[name].shape, batch[name].dtype) == (value.shape, value.dtype), name
 
@@ -201,7 +201,7 @@ def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path)
 
 
 def test_rematerialisation_is_no_part_of_the_models_flops(folders):
-    parts = Parts.of(config(folders).model)
+    parts = Architecture.of(config(folders).model)
     counted = [
         programs.model_flops(config(folders, model__remat=mode), parts, 8) for mode in ("none", "block")
     ]
@@ -209,14 +209,14 @@ def test_rematerialisation_is_no_part_of_the_models_flops(folders):
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
-    parts = Parts.of(config(folders).model)
+    parts = Architecture.of(config(folders).model)
     kept = {m: programs.kept_bytes(config(folders, model__remat=m), parts) for m in ("none", "block")}
     assert 0 < kept["block"] < kept["none"]
 
 
 def test_over_the_budget_the_advice_is_computed(folders):
     made = config(folders, mesh__data=8, mesh__fsdp=1)
-    parts, mesh = Parts.of(made.model), make_mesh(made.mesh)
+    parts, mesh = Architecture.of(made.model), make_mesh(made.mesh)
     needs = Needs(arguments=3e6, temporaries=8e6, images=8, budget=6e6)
     batch, *others = advise(made, parts, mesh, needs)
     assert "per_device_batch=3 " in batch  # 3 MB of arguments and a MB an image leave room for three
@@ -284,14 +284,14 @@ def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog
 
 
 def test_known_repositories_need_no_network():
-    parts = Parts.of(dataclasses.replace(tiny_model(), unet="sd-2.1:unet", vae="sd-2.1:vae",
+    parts = Architecture.of(dataclasses.replace(tiny_model(), unet="sd-2.1:unet", vae="sd-2.1:vae",
                                          text="sd-2.1:text_encoder"))  # fmt: skip
     assert parts.unet.cross_attention_dim == parts.text_width == 1024
     assert parts.unet.heads == (5, 10, 20, 20) and parts.vae.factor == 8
-    parts = Parts.of(dataclasses.replace(tiny_model(), unet="sd-1.5:unet", vae="sd-1.5:vae",
+    parts = Architecture.of(dataclasses.replace(tiny_model(), unet="sd-1.5:unet", vae="sd-1.5:vae",
                                          text="clip-b16"))  # fmt: skip
     assert parts.unet.cross_attention_dim == 768 and parts.text_width == 512
-    made = shapes.ShapeTask(sd_config(), parts, prompts=1)
+    made = SegmentationTask(shapes.abstract_parts(sd_config(), parts, prompts=1), sd_config())
     assert programs.count(made.abstract) > 859_520_964  # conv_in is wider, adapters come on top
     assert trees.flatten(made.frozen)["bank.tokens"].shape[0] == 1
 

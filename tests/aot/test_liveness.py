@@ -11,7 +11,7 @@ import pytest
 
 from digseg_jax.aot import programs
 from digseg_jax.aot.liveness import peak_bytes
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import MeshConfig
 from digseg_jax.recipes import stable_diffusion
@@ -73,5 +73,5 @@ def test_against_what_the_tpu_compiler_allots(chips, images, allotted):
     options = dataclasses.replace(config.compile, unet_only=True, per_device_batch=images)
     config = dataclasses.replace(config, model=model, compile=options)
     mesh = make_mesh(MeshConfig(1, chips, 1), jax.devices()[:chips])
-    (estimate,) = programs.temporary_bytes(config, Parts.of(config.model), mesh)
+    (estimate,) = programs.temporary_bytes(config, Architecture.of(config.model), mesh)
     assert allotted <= estimate <= 1.25 * allotted

@@ -23,8 +23,9 @@ from digseg_jax.log import log
 from digseg_jax.metrics import confusion
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.segmentation.codecs import state_file
 from digseg_jax.segmentation.sampling import DECODERS
-from digseg_jax.training.tasks.segmentation import PALETTE_NAME, SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import load_params
 from tests.bench.landcover import bench_config
 
@@ -52,7 +53,7 @@ def run(
     summary = [grid.row(decoder, estep, seeds) for decoder in decoders for estep in esteps]
     return {
         "weights": weights,
-        "codec": grid.task.codec,
+        "codec": grid.task.codec.name,
         "split": "test",
         "images": len(grid.examples),
         "seeds": list(seeds),
@@ -69,10 +70,10 @@ class Grid:
 
     def __init__(self, weights: str, images: int):
         config, folder = bench_config(weights)
-        codec = "palette" if (folder / PALETTE_NAME).is_file() else "binary"
+        codec = "palette" if state_file("palette", folder).is_file() else "binary"
         segmentation = dataclasses.replace(config.segmentation, codec=codec)
         self.config = dataclasses.replace(config, segmentation=segmentation)
-        self.task = SegmentationTask(self.config)
+        self.task = load_task(self.config)
         self.task.adopt(folder)
         self.params = load_params(folder, self.task.abstract)
         self.mesh = make_mesh(self.config.mesh)

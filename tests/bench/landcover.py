@@ -23,8 +23,8 @@ from digseg_jax.log import log
 from digseg_jax.metrics import confusion
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.calibration import Calibration
-from digseg_jax.training.tasks.components import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import load_params
 from tests.bench import trees
 
@@ -44,7 +44,7 @@ def bench_config(weights: str) -> tuple[Config, Path]:
 def run(weights: str) -> dict[str, Any]:
     """Everything measured in this run, on the test split."""
     config, folder = bench_config(weights)
-    task = SegmentationTask(config)
+    task = load_task(config)
     params = load_params(folder, task.abstract)
     segmenter = Segmenter(task, params)
     tiles = eval_examples(config.data, "test")

@@ -20,14 +20,14 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.step import averaged
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 
 ESTEP = EStep(1, 1)
 
 
 def one(config: Config) -> dict[str, float]:
     """Trains in a scratch directory; mIoU on test at 1x1 without calibration."""
-    task, mesh = SegmentationTask(config), make_mesh(config.mesh)
+    task, mesh = load_task(config), make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as scratch:
         state = Trainer(config, task, mesh, scratch).run()
     segmenter = Segmenter(task, averaged(state), mesh=mesh)

@@ -43,18 +43,20 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     cpu.tune()
     import jax
 
-    from digseg_jax.aot.shapes import Parts, ShapeTask
+    from digseg_jax.aot.shapes import Architecture, abstract_parts
     from digseg_jax.config.sampling import EStep
     from digseg_jax.segmentation.ensemble import combine
-    from digseg_jax.training.tasks.components import load_vae
+    from digseg_jax.training.tasks.parts import load_vae
+    from digseg_jax.training.tasks.segmentation import SegmentationTask
     from digseg_jax.weights import load_config, load_unet_params
 
     config = configuration(spec)
     arrays = inputs(spec["size"], spec["pixels"], spec["queries"])
     tokens = jax.device_put(arrays["tokens"])
     vae, vae_params = load_vae(config.model)
-    parts = Parts(load_config(config.model.unet), vae.config, tokens.shape[-1])
-    task = ShapeTask(config, parts, prompts=spec["queries"])
+    architecture = Architecture(load_config(config.model.unet), vae.config, tokens.shape[-1])
+    parts = abstract_parts(config, architecture, prompts=spec["queries"])
+    task = SegmentationTask(parts, config)
     params = load_unet_params(config.model.unet, task.unet_config)
     bank = {"tokens": tokens, "mask": np.ones(tokens.shape[:2], bool)}
     arguments = (params, {"vae": vae_params, "bank": bank}, arrays["image"], np.zeros(1, np.int32))

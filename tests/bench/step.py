@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digseg_jax import trees
-from digseg_jax.aot.shapes import Parts, ShapeTask
+from digseg_jax.aot.shapes import Architecture, abstract_parts
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
@@ -25,22 +25,27 @@ from digseg_jax.models.vae import VaeConfig
 from digseg_jax.runtime.sharding import infer_shardings, make_mesh, place, place_batch
 from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.step import abstract_state, initial_state, make_train_step
+from digseg_jax.training.tasks.parts import Parts
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 TOKENS, WIDTH, PROMPTS = 77, 768, 4  # CLIP ViT-L/14's
 GB = 1e9
 
 
-class RandomTask(ShapeTask):
-    """The segmentation task with Stable Diffusion 1.5's shapes and random weights: no files needed."""
+def random_parts(config: Config, unet: UNetConfig, vae: VaeConfig) -> Parts:
+    """Parts of Stable Diffusion 1.5's shapes with random weights: no files needed."""
+    parts = abstract_parts(config, Architecture(unet, vae, WIDTH), prompts=PROMPTS)
+    bank = parts.frozen["bank"]
+    tokens = np.random.default_rng(config.seed).normal(size=bank["tokens"].shape)
+    frozen = {
+        "vae": functional.random_init(parts.frozen["vae"], config.seed),
+        "bank": {"tokens": tokens.astype(np.float32), "mask": np.ones(bank["mask"].shape, bool)},
+    }
+    return dataclasses.replace(parts, frozen=frozen)
 
-    def __init__(self, config: Config, unet: UNetConfig, vae: VaeConfig):
-        super().__init__(config, Parts(unet, vae, WIDTH), prompts=PROMPTS)
-        bank = self.frozen["bank"]
-        tokens = np.random.default_rng(config.seed).normal(size=bank["tokens"].shape)
-        self.frozen = {
-            "vae": functional.random_init(self.frozen["vae"], config.seed),
-            "bank": {"tokens": tokens.astype(np.float32), "mask": np.ones(bank["mask"].shape, bool)},
-        }
+
+class RandomTask(SegmentationTask):
+    """The segmentation task from random weights."""
 
     def initial(self) -> Params:
         """Nothing starts at zero, so that one step moves every parameter."""
@@ -89,7 +94,7 @@ def run(
       UserError: the step needs more memory than the machine has left.
     """
     config = configuration(size, dtype, ema)
-    task = RandomTask(config, unet or UNetConfig(), vae or VaeConfig())
+    task = RandomTask(random_parts(config, unet or UNetConfig(), vae or VaeConfig()), config)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optim, config.train.steps)
 

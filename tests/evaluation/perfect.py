@@ -10,6 +10,8 @@ import numpy as np
 
 from digseg_jax.prediction.answer import Answer
 from digseg_jax.prediction.segmenter import Request
+from digseg_jax.segmentation.binary import BinaryCodec
+from digseg_jax.segmentation.codec import Codec
 from digseg_jax.segmentation.views import Views
 
 
@@ -26,9 +28,9 @@ def answer(masks: np.ndarray, bias: Any = None) -> Answer:
 class Reader:
     """Stands where a segmenter does; `read(image, query, coarse)` -> probabilities [h, w]."""
 
-    def __init__(self, read: Any, presence: Any = None, codec: str = "binary"):
+    def __init__(self, read: Any, presence: Any = None, codec: Codec | None = None):
         self.read, self.presence = read, presence
-        self.task = SimpleNamespace(codec=codec)
+        self.task = SimpleNamespace(codec=codec or BinaryCodec())
         self.programs = SimpleNamespace(part=0, parts=1)
         self.view_buckets, self.size, self.short_side = (1,), (8, 8), 0
         self.scale, self.seconds = 2.0, 0.0

@@ -17,7 +17,8 @@ from digseg_jax.evaluation.evaluator import COARSE, Evaluator
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.metrics.presence import presence
 from digseg_jax.prediction.segmenter import Request, Segmenter
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.segmentation.palette import PaletteCodec
+from digseg_jax.training.tasks.segmentation import load_task
 
 ONE = EStep(1, 1)
 PROMPTS = ("water", "forest", "snow and ice", "barren")
@@ -78,13 +79,13 @@ def test_an_oracle_knows_the_classes_and_one_of_an_empty_label_asks_something(re
 
 
 def test_a_palette_answers_all_of_its_classes(asked):
-    palette = Reader(lambda image, query: np.ones(image.shape[:2], np.float32), codec="palette")
+    palette = Reader(lambda image, query: np.ones(image.shape[:2], np.float32), codec=PaletteCodec(2))
     label = [np.zeros((4, 4), np.int32)]
     assert evaluator(palette, label, exhaustive_limit=1).protocols == ("exhaustive",)
 
 
 def test_the_coarse_pass_is_one_step_through_the_probe(folders):
-    task = SegmentationTask(tiny.config(folders), prompts=PROMPTS)
+    task = load_task(tiny.config(folders), prompts=PROMPTS)
     segmenter = Segmenter(task, task.initial(), mesh=tiny.mesh())
     label = np.random.default_rng(0).integers(0, 4, (40, 56)).astype(np.int32)
     coarse = Evaluator(segmenter, examples([label]), task.config.eval, seed=3)

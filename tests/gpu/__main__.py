@@ -86,7 +86,7 @@ def run(folder: Path, *, tiny: bool, minutes: float) -> tuple[Check, dict[str, A
     import jax
 
     from digseg_jax.config.parse import to_dict
-    from digseg_jax.training.tasks.components import for_devices
+    from digseg_jax.training.tasks.parts import for_devices
 
     from . import inputs
 

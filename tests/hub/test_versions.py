@@ -13,8 +13,8 @@ import hub
 from digseg_jax.config.parse import parse
 from digseg_jax.errors import UserError
 from digseg_jax.recipes import VERSIONS, stable_diffusion
-from digseg_jax.training.tasks.components import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import catalog, load_text_tower
 from digseg_jax.weights.hub import converted_folder
 from hub import layouts
@@ -42,7 +42,7 @@ def task_of(version: str) -> SegmentationTask:
         hub.biomedclip_folder(converted_folder("biomedclip"))
     config = stable_diffusion(version, "monuseg")
     config.data.image_size = SIZE
-    return SegmentationTask(for_devices(parse(config), jax.devices()[:1]), PROMPTS)
+    return load_task(for_devices(parse(config), jax.devices()[:1]), PROMPTS)
 
 
 def loss_of(task: SegmentationTask):
@@ -63,12 +63,12 @@ def loss_of(task: SegmentationTask):
 def test_a_versions_parts_make_a_loss(online, version):
     task = task_of(version)
     pipeline = layouts.MARIGOLD if version == "marigold" else layouts.SD15
-    assert task.tower.width == TEXT_WIDTHS.get(version, layouts.TEXT_WIDTH)
+    assert task.parts.tower.width == TEXT_WIDTHS.get(version, layouts.TEXT_WIDTH)
     assert task.unet_config.in_channels == 8
     assert task.unet_config.block_out_channels == tuple(pipeline["unet"]["block_out_channels"])
 
     # BERT's padding is masked, CLIP's is text
-    assert task.frozen["bank"]["tokens"].shape == (2, 77, task.tower.width)
+    assert task.frozen["bank"]["tokens"].shape == (2, 77, task.parts.tower.width)
     assert bool(task.frozen["bank"]["mask"].all()) == (version != "biomedclip")
 
     assert 0.0 < float(jax.jit(loss_of(task))(task.initial())) < 100.0

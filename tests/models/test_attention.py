@@ -23,7 +23,7 @@ from digseg_jax.models.kernels import attention as kernels
 from digseg_jax.models.partition import LocalAttention
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.runtime.sharding import BATCH, on_mesh
-from digseg_jax.training.tasks.components import compute_options, for_devices
+from digseg_jax.training.tasks.parts import compute_options, for_devices
 
 LIMIT = 2e-5  # relative L2, float32
 INTERPRETED = partial(kernels.splash, interpret=True)

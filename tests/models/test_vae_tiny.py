@@ -12,7 +12,7 @@ import tiny
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.vae_tiny import AutoencoderTiny, TinyVaeConfig
-from digseg_jax.training.tasks.components import load_vae
+from digseg_jax.training.tasks.parts import load_vae
 from digseg_jax.weights import load_component, load_config, save_component
 
 SMALL = TinyVaeConfig(

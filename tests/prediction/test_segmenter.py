@@ -13,16 +13,14 @@ import tiny
 from digseg_jax.config.sampling import EStep
 from digseg_jax.errors import UserError
 from digseg_jax.prediction.segmenter import (
-    QUERY_LIMIT,
     Request,
     Segmenter,
     first_queries,
-    query_slots,
     trained_short_side,
     view_size,
 )
 from digseg_jax.segmentation.ensemble import probabilities
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 
 QUERIES = ["water", "forest", "snow and ice"]
 ONE = EStep(1, 1)
@@ -34,7 +32,7 @@ def noise(height, width, seed=0):
 
 @pytest.fixture(scope="module")
 def task(folders):
-    return SegmentationTask(tiny.config(folders, eval__view_size=()), prompts=QUERIES)
+    return load_task(tiny.config(folders, eval__view_size=()), prompts=QUERIES)
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +169,6 @@ class TestReading:
 
 class TestSizes:
     """What is asked of the network."""
-
-    def test_a_call_has_few_slots_and_little_padding(self):
-        assert [query_slots(n) for n in (1, 3, 5, 16)] == [1, 4, 6, 16]
-        for n in range(QUERY_LIMIT + 1, 900):
-            slots = query_slots(n)
-            calls = -(-n // slots)
-            assert slots <= QUERY_LIMIT and calls == -(-n // QUERY_LIMIT)
-            assert calls * slots - n < calls
 
     def test_a_view_is_the_training_crop_unless_it_is_set(self, folders):
         config = tiny.config(folders, eval__view_size=())

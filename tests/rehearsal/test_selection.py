@@ -21,8 +21,8 @@ from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.prediction.segmenter import Segmenter, trained_short_side, view_size
 from digseg_jax.recipes import VERSIONS
 from digseg_jax.training.loop import Trainer
-from digseg_jax.training.tasks.components import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import load_task
 from rehearsal import story, trees
 
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -86,7 +86,7 @@ def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
     """With an autoencoder that has attention, which is a program of its own on several devices."""
     codec = dataclasses.replace(miniature.segmentation, codec="palette")
     config = for_devices(dataclasses.replace(miniature, segmentation=codec), jax.devices()[:4])
-    task = SegmentationTask(config)
+    task = load_task(config)
     assert task.vae.config.mid_block_add_attention
     trainer = Trainer(config, task, tiny.mesh(data=2, fsdp=2), str(tmp_path))
     batch = {
@@ -103,7 +103,7 @@ def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
 def test_masks_are_read_by_the_probe_on_a_mesh(miniature):
     config = for_devices(miniature, jax.devices()[:4])
     settings = dataclasses.replace(config.eval, decoder="probe")
-    task = SegmentationTask(config, prompts=("crop",))
+    task = load_task(config, prompts=("crop",))
     segmenter = Segmenter(task, task.initial(), settings, mesh=tiny.mesh(data=2, fsdp=2))
     image = np.random.default_rng(0).integers(0, 256, (SIZE, 2 * SIZE, 3), np.uint8)
     (masks,) = segmenter.predict_masks([image], ["crop"], ensemble=1, steps=1)

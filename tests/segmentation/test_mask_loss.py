@@ -46,7 +46,8 @@ def test_shares_are_the_foreground_pixels_of_each_cell():
 
 def test_latents_of_a_linear_encoder_give_back_the_shares():
     mask = jnp.asarray(masks())
-    evidence = latent_evidence(linear_encoder(mask), linear_encoder, 16)
+    ends = linear_encoder(np.stack([np.full((16, 16, 3), end) for end in (-1.0, 1.0)]))
+    evidence = latent_evidence(linear_encoder(mask), ends)
     np.testing.assert_allclose(evidence, 2 * cell_shares(mask, FACTOR) - 1, atol=1e-5)
 
 

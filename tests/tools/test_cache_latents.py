@@ -16,7 +16,7 @@ import tiny
 from PIL import Image
 
 from digseg_jax.aot import shapes
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.data import pipeline
 from digseg_jax.data.crops import central_window, view
@@ -36,7 +36,7 @@ from digseg_jax.training.loop import Trainer
 from digseg_jax.training.tasks import latents
 from digseg_jax.training.tasks.base import example_keys
 from digseg_jax.training.tasks.latents import check_cache
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import save_component
 
 COUNT, SHARD = 7, 3
@@ -150,10 +150,10 @@ def test_the_loss_is_that_of_the_same_crops_through_the_autoencoder(
 ):
     config = configured(folders, nested if case == "nested" else data, tmp_path, **CASES[case])
     cache_latents.run(config)
-    task = SegmentationTask(config)
+    task = load_task(config)
     task.prepare()
     check_cache(config, task)
-    described = shapes.ShapeTask(config, Parts.of(config.model)).frozen  # for --mode=compile
+    described = shapes.abstract_parts(config).frozen  # for --mode=compile
     assert jax.tree.map(np.shape, described) == jax.tree.map(np.shape, task.frozen)
     ours, theirs = both_batches(config)
     assert ours["mask_latent"].shape[1] == (1 if case == "palette" else 3)
@@ -214,7 +214,7 @@ def test_a_kill_at_any_point_is_made_up_for(cached, folders, data, tmp_path, mon
         patch.setattr(where, name, dying)
         with pytest.raises(Killed):
             cache_latents.run(config)
-    task = latents.FrozenTask(config)
+    task = latents.FrozenParts(config)
     with pytest.raises(UserError, match="not finished"):
         check_cache(config, task)
     whole = files_of(cached)
@@ -260,7 +260,7 @@ def test_a_cache_of_something_else_is_neither_read_nor_written(
     changes = {k: other_vae if v == "other" else v for k, v in changes.items()}
     config = changed(cached, folders, **changes)
     with pytest.raises(UserError) as caught:
-        check_cache(config, latents.FrozenTask(config))
+        check_cache(config, latents.FrozenParts(config))
     assert expected in tiny.one_line(caught.value)
     before = files_of(cached)
     with pytest.raises(UserError, match="holds shards made with .*another config.data.latent_cache"):
@@ -272,7 +272,7 @@ def test_the_name_of_an_autoencoder_does_not_matter_its_weights_do(cached, folde
     again = tmp_path / "elsewhere"
     save_component((tiny.VAE, tiny.random_params(AutoencoderKL, tiny.VAE, 1)), again)
     config = changed(cached, folders, model__vae=str(again))
-    check_cache(config, latents.FrozenTask(config))
+    check_cache(config, latents.FrozenParts(config))
 
 
 def test_another_class_list_is_refused_at_the_start(cached, folders, data, tmp_path):
@@ -339,13 +339,13 @@ def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_p
     config = configured(
         folders, root, cached.data.latent_cache, train__steps=2, train__log_examples=True,
     )  # fmt: skip
-    task = SegmentationTask(config)
+    task = load_task(config)
     trainer = Trainer(config, task, tiny.mesh(), str(tmp_path / "run"))
     trainer.run()
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2] and all(np.isfinite(r["loss"]) for r in rows)
     assert pod.examples(tmp_path / "run").keys() == {1, 2}
-    parts = Parts.of(config.model)
+    parts = Architecture.of(config.model)
     with trainer.batches(0) as stream:
         batch = next(stream)
     described = shapes.train_batch(config, 4, parts)
@@ -357,7 +357,7 @@ def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_p
 def test_a_run_with_another_autoencoder_does_not_start(cached, folders, other_vae, tmp_path):
     config = changed(cached, folders, model__vae=other_vae)
     with pytest.raises(UserError, match="the autoencoder's weights"):
-        Trainer(config, SegmentationTask(config), tiny.mesh(), str(tmp_path))
+        Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from digseg_jax.tools import check_codec
-from digseg_jax.training.tasks.components import Vae
+from digseg_jax.training.tasks.parts import Vae
 
 
 class Identity(Vae):

@@ -11,11 +11,11 @@ import pytest
 import tiny
 
 from digseg_jax.aot import programs
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.training.flops import step_flops, traced_flops
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.prior import PriorTask
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 
 
 def counted(function, *shapes) -> float:
@@ -65,7 +65,7 @@ def test_convolutions_and_their_gradients_are_counted_as_xla_counts_them(stride,
 
 @pytest.fixture(scope="module")
 def segmentation(folders):
-    return SegmentationTask(tiny.config(folders))
+    return load_task(tiny.config(folders))
 
 
 def test_a_step_is_counted_as_xla_counts_it(folders, segmentation):
@@ -90,7 +90,7 @@ def test_a_step_is_counted_as_xla_counts_it(folders, segmentation):
 )
 def test_no_kernel_and_no_rematerialization_changes_them(folders, segmentation, changes):
     config = tiny.config(folders, **changes)
-    parts = Parts.of(config.model)
+    parts = Architecture.of(config.model)
     assert programs.model_flops(config, parts, 8) == step_flops(segmentation, tiny.batch())
 
 

@@ -15,8 +15,8 @@ from digseg_jax import jobs
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.training.loop import Trainer
-from digseg_jax.training.tasks.latents import FrozenTask, LatentEncoder
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.latents import FrozenParts, LatentEncoder
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import save_component
 
 DEVICES = 8
@@ -63,7 +63,7 @@ def assert_even(before: np.ndarray, least: float) -> None:
 
 def test_a_trainers_devices_hold_the_same(config, tmp_path):
     before = held()
-    task = SegmentationTask(config)
+    task = load_task(config)
     trainer = Trainer(config, task, tiny.mesh(1, DEVICES), str(tmp_path))
     params, _ = trainer._initial_params()
     weights = sum(x.nbytes for x in jax.tree.leaves((task.frozen, params)))
@@ -73,7 +73,7 @@ def test_a_trainers_devices_hold_the_same(config, tmp_path):
 
 def test_so_do_those_of_a_latent_cache(config):
     before = held()
-    task = FrozenTask(config)
+    task = FrozenParts(config)
     encoder = LatentEncoder(task, tiny.mesh(1, DEVICES), rows=DEVICES)
     images = np.zeros((3, 64, 64, 3), np.uint8)
     assert encoder.pictures(images).shape == (3, 8, 8, 4)

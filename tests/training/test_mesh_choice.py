@@ -13,7 +13,7 @@ import tiny
 
 from digseg_jax import jobs
 from digseg_jax.aot import programs
-from digseg_jax.aot.shapes import Parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.prediction.job import load_segmenter
@@ -36,7 +36,7 @@ def devices(count: int, kind: str, platform: str, group: int, attribute: str) ->
 def sd15():
     """The literal configuration of ADE20K and its task, shapes alone."""
     config = parse(stable_diffusion("sd15", "ade20k"))
-    task, _ = programs.train_task(config, Parts.of(config.model), 1)
+    task, _ = programs.train_task(config, Architecture.of(config.model), 1)
     return config, task
 
 
@@ -115,7 +115,7 @@ def test_what_is_set_stays(sd15):
 
 def test_simulated_devices_hold_small_models_whole(folders):
     config = tiny.config(folders, mesh__fsdp=0)
-    task, _ = programs.train_task(config, Parts.of(config.model), 1)
+    task, _ = programs.train_task(config, Architecture.of(config.model), 1)
     mesh = make_mesh(chosen(config, task, jax.devices()))
     assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
@@ -126,7 +126,7 @@ def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_p
     monkeypatch.setattr(mesh_choice, "least_memory", lambda devices: 1e3)
     config = tiny.config(folders, mesh__fsdp=0)
     tiny.export(config, tmp_path / "export")
-    task, _ = programs.train_task(config, Parts.of(config.model), 1)
+    task, _ = programs.train_task(config, Architecture.of(config.model), 1)
     trained = make_mesh(chosen(config, task, jax.devices()))
     assert trained.shape["fsdp"] == len(jax.devices()) > 1
 

@@ -18,7 +18,7 @@ from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.step import averaged, initial_state, make_train_step
 from digseg_jax.training.tasks.base import example_keys
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 
 
 def uneven_batch():
@@ -33,7 +33,7 @@ def uneven_batch():
 def one_step(config, mesh=None, batch=None, task=None):
     """Metrics and state after one step from the tiny prior."""
     mesh = mesh or tiny.mesh()
-    task = task or SegmentationTask(config)
+    task = task or load_task(config)
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = initial_state(task.initial(), optimizer, config.optim)
     shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
@@ -46,7 +46,7 @@ def one_step(config, mesh=None, batch=None, task=None):
 
 def abstract_step(config):
     """Shapes and dtypes of the state and the metrics after a step; nothing is compiled."""
-    task, mesh = SegmentationTask(config), tiny.mesh()
+    task, mesh = load_task(config), tiny.mesh()
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer, config.optim), task.abstract)
     shardings = infer_shardings((state, task.frozen), mesh)
@@ -106,7 +106,7 @@ class TestAccumulation:
 
     def test_a_mean_of_the_parts_own_losses_would_be_another_loss(self, folders, reference):
         config = tiny.config(folders, **OPTIONS)
-        task, batch = SegmentationTask(config), uneven_batch()
+        task, batch = load_task(config), uneven_batch()
         params = task.initial()
 
         @jax.jit
@@ -119,7 +119,7 @@ class TestAccumulation:
 
     def test_clipping_and_average_happen_once_per_step(self, folders):
         config = tiny.config(folders, train__accumulation=2, **OPTIONS | {"optim__clip_norm": 0.01})
-        task = SegmentationTask(config)
+        task = load_task(config)
         before = trees.flatten(task.initial())
         metrics, state = one_step(config, task=task)
         assert state["step"] == 1
@@ -134,7 +134,7 @@ class TestAccumulation:
     def test_a_batch_that_cannot_be_parted_is_refused(self, folders, tmp_path):
         config = tiny.config(folders, train__accumulation=4)
         with pytest.raises(UserError) as caught:
-            Trainer(config, SegmentationTask(config), tiny.mesh(data=4), str(tmp_path))
+            Trainer(config, load_task(config), tiny.mesh(data=4), str(tmp_path))
         message = tiny.one_line(caught.value)
         assert "config.train.batch_size=8" in message and "multiple of 16" in message
         assert "config.train.accumulation=4" in message
@@ -149,7 +149,7 @@ class TestRematerialisation:
     @staticmethod
     def kept(folders, mode) -> int:
         """Bytes that the forward pass hands to the backward pass."""
-        task = SegmentationTask(tiny.config(folders, model__remat=mode))
+        task = load_task(tiny.config(folders, model__remat=mode))
         batch = tiny.batch(4)
         keys = example_keys(0, batch["index"])
 
@@ -165,7 +165,7 @@ class TestRematerialisation:
         assert kept["attention"] < kept["none"], kept
 
     def test_the_parameters_keep_their_paths(self, folders):
-        shapes = [SegmentationTask(tiny.config(folders, model__remat=mode)).abstract
+        shapes = [load_task(tiny.config(folders, model__remat=mode)).abstract
                   for mode in ("none", "block")]  # fmt: skip
         assert trees.flatten(shapes[0]) == trees.flatten(shapes[1])
 
@@ -197,7 +197,7 @@ def equations(jaxpr):
 @pytest.fixture(scope="module")
 def program(folders):
     """The loss and its gradient with bfloat16 activations, and the shapes of its results."""
-    task = SegmentationTask(tiny.config(folders, model__dtype="bfloat16"))
+    task = load_task(tiny.config(folders, model__dtype="bfloat16"))
     batch = tiny.batch(4)
     keys = example_keys(0, batch["index"])
     grad = jax.value_and_grad(lambda p: task.loss(p, task.frozen, batch, keys)[0])
@@ -237,7 +237,7 @@ class TestPrecision:
         assert dtypes((state["params"], state["ema"], adam(state).nu)) == {"float32"}
 
     def test_the_loss_is_that_of_float32_to_a_few_percent(self, folders, reference):
-        task = SegmentationTask(tiny.config(folders, model__dtype="bfloat16", **OPTIONS))
+        task = load_task(tiny.config(folders, model__dtype="bfloat16", **OPTIONS))
         batch = uneven_batch()
         keys = example_keys(0, batch["index"])
         loss = jax.jit(lambda p: task.loss(p, task.frozen, batch, keys)[0])(task.initial())
@@ -251,7 +251,7 @@ class TestFreezing:
         config = tiny.config(
             folders, optim__freeze=self.PATTERNS, optim__weight_decay=0.1, optim__ema_decay=0.5
         )
-        task = SegmentationTask(config)
+        task = load_task(config)
         before = trees.flatten(task.initial())
         metrics, state = one_step(config, task=task)
         learned = gradients(state, config)
@@ -269,7 +269,7 @@ class TestFreezing:
     def test_a_pattern_that_matches_nothing_names_what_is_near(self, folders, tmp_path):
         config = tiny.config(folders, optim__freeze=("^down_block\\.0",))
         with pytest.raises(UserError) as caught:
-            Trainer(config, SegmentationTask(config), tiny.mesh(), str(tmp_path))
+            Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
         message = tiny.one_line(caught.value)
         assert "config.optim.freeze" in message and "'down_blocks.0'" in message
         assert "mid_block" in message  # the list of what there is
@@ -277,7 +277,7 @@ class TestFreezing:
     def test_freezing_everything_is_refused(self, folders, tmp_path):
         config = tiny.config(folders, optim__freeze=(".",))
         with pytest.raises(UserError, match="nothing is left to train"):
-            Trainer(config, SegmentationTask(config), tiny.mesh(), str(tmp_path))
+            Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
 
     def test_a_pattern_that_is_none_is_refused_with_the_configuration(self, folders):
         with pytest.raises(UserError, match="config.optim.freeze.*no regular expression"):

@@ -24,7 +24,7 @@ from digseg_jax.models.text.open_clip import HFTextEncoder, OpenClipTextConfig
 from digseg_jax.packages import locate
 from digseg_jax.segmentation.prompt_bank import encode_prompts
 from digseg_jax.tools import convert_weights
-from digseg_jax.training.tasks.components import encode_bank
+from digseg_jax.training.tasks.parts import encode_bank
 from digseg_jax.weights import catalog, hub, load_text_tower
 from digseg_jax.weights.tokenizer_files import load_tokenizer
 

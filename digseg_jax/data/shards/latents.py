@@ -2,13 +2,13 @@
 """Cached latents: ArrayRecord shards of the frozen autoencoder's output on a training split.
 
     CACHE/NAME/SPLIT/latents.json   counts, sizes, checksums, class statistics, what it was made with
-    CACHE/NAME/SPLIT/absent.npy     the latent of an empty mask (binary codec)
+    CACHE/NAME/SPLIT/absent.npy     the latent of an empty mask (one mask per class)
     CACHE/NAME/SPLIT/shard-...      two records per example: as it is, then mirrored
 
 A record is its header's length (uint32, little endian), the header (JSON), the label crop (a PNG as in
 `records`) and the latents, float32 [1 + masks, h, w, c]: first the image's, then one per mask: the mask
-of each class that the crop shows, or with the palette codec the one of all classes. Mirrored crops are
-encoded too: the mirror of a latent is not the latent of the mirror.
+of each class that the crop shows, or the one of all classes where the codec paints them together.
+Mirrored crops are encoded too: the mirror of a latent is not the latent of the mirror.
 
 Latents are stored as the float32 that the autoencoder gives, so that training from them is the same up
 to rounding: at 512 pixels 64 KB each, 128 KB x (1 + classes shown) per example.
@@ -53,7 +53,7 @@ MADE_WITH = {
     "class_hash": "the class list",
     "vae": "the autoencoder's weights (config.model.vae)",
     "dtype": "config.model.dtype",
-    "palette": "the colours of the palette",
+    "codec_state": "what the codec chose (the colors of a palette)",
 }
 
 
@@ -61,7 +61,7 @@ class Stored(NamedTuple):
     """One decoded record.
 
     label: [s, s], ignore = -1. picture: the image's latent [h, w, c]. classes: the class that masks[k],
-    [h, w, c], shows; empty for a palette, whose single mask shows all classes.
+    [h, w, c], shows; empty where a single mask shows all classes.
     """
 
     label: Int[np.ndarray, "s s"]
@@ -215,7 +215,7 @@ class LatentSource:
         rows = self.manifest["shards"]
         self.records = Shards(folder, rows, [ORIENTATIONS * row["examples"] for row in rows])
         self.label_dtype = narrow_type(self.statistics().num_classes)
-        self.absent = self._absent() if self.manifest["codec"] == "binary" else None
+        self.absent = self._absent() if "absent_sha256" in self.manifest else None
 
     def _absent(self) -> Float[np.ndarray, "h w c"]:
         """Latent of an empty mask, which all absent classes share; its file is checked by SHA-256."""
@@ -244,7 +244,7 @@ class LatentSource:
         return decode_record(self.records[record], where, self.label_dtype)
 
     def masks(self, stored: Stored, classes: Sequence[int]) -> Float[np.ndarray, "q h w c"]:
-        """Latents of the queried classes' masks; with a palette, of its one image of all classes."""
+        """Latents of the queried classes' masks, or of the one that shows all classes."""
         if self.absent is None:
             return stored.masks
         place = {c: k for k, c in enumerate(stored.classes)}

@@ -13,14 +13,14 @@ from digseg_jax.config.schema import Config
 from digseg_jax.models import functional
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.models.vae_init import carry_colors
-from digseg_jax.segmentation.codecs import encode_binary
-from digseg_jax.training.tasks.base import to_unit
+from digseg_jax.segmentation.binary import encode_binary
+from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.weights import save_component
 
 MASK_SHARPNESS = 4.0  # turns a decoded mask in [-1, 1] into logits; only the sign matters later
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Absolute and squared error on images, cross-entropy on masks, a little KL."""
 
     def __init__(self, config: Config):
@@ -44,9 +44,6 @@ class AutoencoderTask:
             )
         )
         self.frozen: Params = {}
-
-    def prepare(self) -> None:
-        """Nothing of this task's program is computed ahead."""
 
     def initial(self) -> Params:
         params = functional.random_init(self.abstract, self.seed)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -16,10 +16,17 @@ class Task(Protocol):
 
     frozen: Params
     abstract: Params  # shapes of the trainable parameters
-    # A task with a text bank also has `prompts`, the bank's texts: what query ids stand for.
+    prompts: tuple[str, ...] = ()  # the bank's texts: what query ids stand for
 
     def prepare(self) -> None:
-        """Computes the constants of the task's programs; before any of them is traced."""
+        """Computes the constants of the task's programs, if any; before any of them is traced."""
+
+    def constants(self) -> dict[str, Any]:
+        """Those constants that a checkpoint must hold, JSON-ready; empty: none."""
+        return {}
+
+    def restore_constants(self, constants: dict[str, Any]) -> None:
+        """Takes over `constants` of a checkpoint; before any program is traced."""
 
     def initial(self) -> Params:
         """Parameters at step 0, host arrays."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen part of the segmentation task on its own: pictures and masks to latents, for a cache."""
+"""The frozen parts of the segmentation task on their own: images and masks to latents, for a cache."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from digseg_jax.data.sources import training_parts
 from digseg_jax.errors import UserError
 from digseg_jax.runtime.sharding import BATCH, infer_shardings, on_mesh, place
 from digseg_jax.runtime.tpu import compiler_options
+from digseg_jax.segmentation.codecs import make_codec
 from digseg_jax.training.tasks.base import to_unit
-from digseg_jax.training.tasks.components import Vae, load_vae
+from digseg_jax.training.tasks.parts import Vae, load_vae
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 
@@ -39,15 +40,15 @@ class Crop(NamedTuple):
     classes: tuple[int, ...]
 
 
-class FrozenTask(SegmentationTask):
-    """The task's autoencoder and codec; neither text tower nor U-Net is loaded.
+class FrozenParts:
+    """A configuration's autoencoder and codec; neither text tower nor U-Net is loaded.
 
     Raises:
-      UserError: the autoencoder is missing, or cannot take pictures of this size.
+      UserError: the autoencoder is missing, or cannot take images of this size.
     """
 
     def __init__(self, config: Config):
-        self.config, self.codec = config, config.segmentation.codec
+        self.config, self.codec = config, make_codec(config)
         self.vae, params = load_vae(config.model)
         self.frozen: Params = {"vae": params}
         size, factor = config.data.image_size, self.vae.config.factor
@@ -55,6 +56,7 @@ class FrozenTask(SegmentationTask):
             raise UserError(
                 f"config.data.image_size={size}: must be a multiple of {factor} pixels for this VAE"
             )
+        self.codec.prepare(self.vae.on_host(params))
 
     def picture_latents(
         self, frozen: Params, image: UInt8[Array, "b s s 3"]
@@ -64,21 +66,21 @@ class FrozenTask(SegmentationTask):
     def mask_latents(
         self, frozen: Params, label: Int[Array, "b s s"], covers: Int[Array, "b m"]
     ) -> Float[Array, "b h w c"]:
-        """One mask for each label, of the ids that its class covers; a palette paints all classes."""
-        masks = self._targets({"label": label, "query_class": covers[:, None]})[:, 0]
+        """One mask image for each label, of the ids that its class covers, or of all classes."""
+        masks = self.codec.encode(label, covers[:, None])[:, 0]
         return self.vae.encode(frozen["vae"], masks)
 
 
-def made_with(config: Config, task: SegmentationTask) -> dict[str, Any]:
-    """What cached latents depend on beside the data: keys of `latent_records.MADE_WITH`, JSON-ready."""
+def made_with(config: Config, parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
+    """What cached latents depend on beside the data: keys of `shards.latents.MADE_WITH`, JSON-ready."""
     facts = {
         "image_size": config.data.image_size,
         "codec": config.segmentation.codec,
         "dtype": config.model.dtype,
-        "vae": fingerprint(task.vae, task.frozen["vae"]),
+        "vae": fingerprint(parts.vae, parts.frozen["vae"]),
     }
-    if task.codec == "palette":
-        facts["palette"] = task.palette.colors.tolist()
+    if state := parts.codec.state():
+        facts["codec_state"] = state
     return facts
 
 
@@ -100,15 +102,15 @@ class LatentEncoder:
     rows: pictures or masks of a call, rounded up to the devices.
     """
 
-    def __init__(self, task: FrozenTask, mesh: Mesh, rows: int):
+    def __init__(self, parts: FrozenParts, mesh: Mesh, rows: int):
         self.rows = math.ceil(rows / mesh.size) * mesh.size
-        self.palette = task.codec == "palette"
-        self.size = task.config.data.image_size
-        side = self.size // task.vae.config.factor
-        self.shape = (side, side, task.vae.config.latent_channels)
+        self.one_by_one = parts.codec.one_by_one
+        self.size = parts.config.data.image_size
+        side = self.size // parts.vae.config.factor
+        self.shape = (side, side, parts.vae.config.latent_channels)
         self._batch = NamedSharding(mesh, BATCH)
-        shardings = infer_shardings(task.frozen, mesh)
-        self._frozen = place(task.frozen, shardings)
+        shardings = infer_shardings(parts.frozen, mesh)
+        self._frozen = place(parts.frozen, shardings)
 
         def compiled(function: Callable[..., Array], arguments: int) -> Callable[..., Array]:
             return jax.jit(
@@ -118,14 +120,14 @@ class LatentEncoder:
                 compiler_options=compiler_options(mesh.devices.flat[0].platform),
             )
 
-        self._pictures = compiled(task.picture_latents, 1)
-        self._masks = compiled(task.mask_latents, 2)
+        self._pictures = compiled(parts.picture_latents, 1)
+        self._masks = compiled(parts.mask_latents, 2)
 
     def records(self, crops: Sequence[Crop], covers: Int[np.ndarray, "c m"]) -> Iterator[bytes]:
         """Two records for each crop: as it is, then mirrored. covers: ids of each class's mask."""
         images = np.stack([view for c in crops for view in (c.image, c.image[:, ::-1])])
         labels = np.stack([view for c in crops for view in (c.label, c.label[:, ::-1])])
-        shown = [(0,) if self.palette else c.classes for c in crops for _ in range(2)]
+        shown = [c.classes if self.one_by_one else (0,) for c in crops for _ in range(2)]
         asked = np.asarray([(k, c) for k, own in enumerate(shown) for c in own], int).reshape(-1, 2)
         pictures = self.pictures(images)
         masks = self.masks(labels, asked[:, 0], covers[asked[:, 1]])
@@ -175,6 +177,7 @@ def check_cache(config: Config, task: SegmentationTask) -> None:
     Raises:
       UserError: not finished, or made with another autoencoder, size, codec or precision.
     """
+    task.prepare()
     facts = made_with(config, task)
     for folder in cache_folders(config.data.latent_cache, training_parts(config.data)):
         require(folder, read_manifest(folder), facts)

@@ -13,8 +13,8 @@ from digseg_jax.data.datasets.landcover_prompts import captions
 from digseg_jax.models import functional
 from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
-from digseg_jax.training.tasks.base import to_unit
-from digseg_jax.training.tasks.components import (
+from digseg_jax.training.tasks.base import Task, to_unit
+from digseg_jax.training.tasks.parts import (
     asked,
     bank_arrays,
     check_fit,
@@ -28,7 +28,7 @@ from digseg_jax.training.tasks.components import (
 from digseg_jax.weights import save_component
 
 
-class PriorTask:
+class PriorTask(Task):
     """MSE of the noise (or v, or x0) prediction on image latents, captions by cross-attention."""
 
     def __init__(self, config: Config):
@@ -64,9 +64,6 @@ class PriorTask:
                 **unet_options(model),
             )
         )
-
-    def prepare(self) -> None:
-        """Nothing of this task's program is computed ahead."""
 
     def initial(self) -> Params:
         return functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)

@@ -152,7 +152,7 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
     from digseg_jax.io.workdir import claim
     from digseg_jax.runtime.sharding import make_mesh
     from digseg_jax.training.loop import Trainer
-    from digseg_jax.training.tasks.segmentation import SegmentationTask
+    from digseg_jax.training.tasks.segmentation import load_task
     from digseg_jax.weights import load_params
 
     config = tiny.config(
@@ -160,7 +160,7 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
         eval__num_images=1, eval__batch_size=1,
     )  # fmt: skip
     claim(tmp_path, config)
-    task = SegmentationTask(config)
+    task = load_task(config)
     state = Trainer(config, task, make_mesh(config.mesh), str(tmp_path)).run()
     jobs.run_export(config, tmp_path)
     jobs.run_eval(config, tmp_path)

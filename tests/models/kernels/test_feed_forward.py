@@ -21,7 +21,7 @@ from digseg_jax.models.layers import Compute
 from digseg_jax.models.partition import local_feed_forward
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import BATCH, on_mesh
-from digseg_jax.training.tasks.components import for_devices, unet_options
+from digseg_jax.training.tasks.parts import for_devices, unet_options
 
 LIMIT = 1e-5
 FEATURES = 96  # no multiple of a register's lanes, as the 320 of Stable Diffusion

@@ -14,7 +14,7 @@ from digseg_jax.models.kernels.upsample import doubled_conv, folded_conv, upsamp
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.models.vae import AutoencoderKL
 from digseg_jax.models.vae_tiny import AutoencoderTiny, TinyVaeConfig
-from digseg_jax.training.tasks.components import for_devices
+from digseg_jax.training.tasks.parts import for_devices
 
 RNG = np.random.default_rng(0)
 

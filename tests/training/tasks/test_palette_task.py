@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from digseg_jax.config.parse import parse
 from digseg_jax.config.sampling import EStep
 from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.job import evaluate
 from digseg_jax.segmentation.ensemble import probabilities
 from digseg_jax.training.tasks.base import example_keys
-from digseg_jax.training.tasks.segmentation import PALETTE_NAME, SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def config(folders):
 
 @pytest.fixture(scope="module")
 def task(config):
-    task = SegmentationTask(config)
+    task = load_task(config)
     task.prepare()
     return task
 
@@ -56,16 +55,16 @@ def test_evidence_names_every_class_and_members_differ(task, params):
     evidence = ask(params, task.frozen, image)
     assert evidence.shape == (2, len(GROUPS), 2, tiny.SIZE, tiny.SIZE)
     assert (np.asarray(evidence[:, :, 0]) != np.asarray(evidence[:, :, 1])).any()
-    probability = probabilities(evidence, task.palette.scale, jnp.zeros(8), codec="palette")
+    probability = probabilities(evidence, task.codec.scale, jnp.zeros(8), exclusive=True)
     np.testing.assert_allclose(np.asarray(probability).sum(axis=1), 1.0, rtol=1e-4)
 
 
 def test_without_a_decoder_the_nearest_colour_is_read(task):
     classes = np.arange(8).reshape(1, 1, 2, 4).repeat(4, 2).repeat(2, 3)  # [n, e, h, w] of cells
-    latents = jnp.asarray(task.palette_latents[classes])[:, None]
+    latents = jnp.asarray(task.codec.color_latents[classes])[:, None]
     evidence = task.read(task.frozen, latents, (tiny.SIZE, tiny.SIZE), "probe")
     assert evidence.shape == (1, len(GROUPS), 1, tiny.SIZE, tiny.SIZE)
-    found = np.asarray(probabilities(evidence, task.palette.scale, jnp.zeros(8), codec="palette"))
+    found = np.asarray(probabilities(evidence, task.codec.scale, jnp.zeros(8), exclusive=True))
     factor = tiny.SIZE // classes.shape[-1]
     middle = slice(factor // 2, None, factor)  # of the cells: between them it is interpolated
     np.testing.assert_array_equal(found[0].argmax(axis=0)[middle, middle], classes[0, 0])
@@ -73,7 +72,7 @@ def test_without_a_decoder_the_nearest_colour_is_read(task):
 
 def test_the_colors_are_known_before_a_program_is_traced(config, task):
     """Tracing for a mesh would take the autoencoder's attention for a part of the program."""
-    again = SegmentationTask(config)
+    again = load_task(config)
     latents = jnp.zeros((1, 1, 1, 8, 8, 4))
 
     def read():
@@ -84,16 +83,16 @@ def test_the_colors_are_known_before_a_program_is_traced(config, task):
         read()
     again.prepare()
     assert read().shape[1] == len(GROUPS)
-    np.testing.assert_array_equal(again.palette.colors, task.palette.colors)
+    np.testing.assert_array_equal(again.codec.palette.colors, task.codec.palette.colors)
 
 
 def test_the_palette_is_stored_with_the_weights_and_adopted(config, task, tmp_path):
     task.export(jax.device_get(task.initial()), tmp_path, {"task": "test"})
-    assert (tmp_path / PALETTE_NAME).is_file()
-    again = SegmentationTask(config)
+    assert (tmp_path / "palette.json").is_file()
+    again = load_task(config)
     again.adopt(tmp_path)
-    np.testing.assert_array_equal(again.palette.prototypes, task.palette.prototypes)
-    (tmp_path / PALETTE_NAME).unlink()
+    np.testing.assert_array_equal(again.codec.palette.prototypes, task.codec.palette.prototypes)
+    (tmp_path / "palette.json").unlink()
     with pytest.raises(UserError, match="not trained with a palette"):
         again.adopt(tmp_path)
 
@@ -101,14 +100,17 @@ def test_the_palette_is_stored_with_the_weights_and_adopted(config, task, tmp_pa
 def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_path):
     results = evaluate(config, task, params, tiny.mesh(), tmp_path)
     assert np.sum(results["confusion"]) == 128 * 128
-    assert results["calibration"]["scale"] == pytest.approx(task.palette.scale)
+    assert results["calibration"]["scale"] == pytest.approx(task.codec.scale)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"data__train_label_sets": ("groups", "igbp")}, "config.data.train_label_sets")],
+    [
+        ({"data__train_label_sets": ("groups", "igbp")}, "config.data.train_label_sets"),
+        ({"data__mixture": ({"name": "camvid", "root": "x"},)}, "config.data.mixture"),
+    ],
 )  # fmt: skip
 def test_what_a_palette_cannot_do_is_told_at_the_start(folders, change, named):
     with pytest.raises(UserError) as caught:
-        parse(tiny.values(folders, segmentation__codec="palette", **change))
+        load_task(tiny.config(folders, segmentation__codec="palette", **change))
     assert named in tiny.one_line(caught.value)

@@ -23,12 +23,12 @@ from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.step import initial_state, make_train_step
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask, binary_iou, color_error, mask_error
 from digseg_jax.training.tasks.base import example_keys, to_unit
-from digseg_jax.training.tasks.components import draw_noise_and_timestep, schedule_of
+from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_of
 from digseg_jax.training.tasks.prior import PriorTask
-from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import load_component, load_params, save_component
 
-TASKS = {"segmentation": SegmentationTask, "prior": PriorTask, "autoencoder": AutoencoderTask}
+TASKS = {"segmentation": load_task, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -40,7 +40,7 @@ def named_task(request, folders):
 @pytest.fixture(scope="module")
 def segmentation(folders):
     config = tiny.config(folders)
-    return config, SegmentationTask(config)
+    return config, load_task(config)
 
 
 def train(config, task, mesh, steps):
@@ -152,7 +152,7 @@ class TestIgnoreLabel:
 
 def test_the_widened_unet_starts_as_the_prior(folders):
     """Where both halves of the input are the same latent, the 8-channel U-Net is the prior."""
-    task = SegmentationTask(tiny.config(folders, model__text=narrow_text(folders),
+    task = load_task(tiny.config(folders, model__text=narrow_text(folders),
                                         model__text_adapters=False))  # fmt: skip
     params = task.initial()
     assert params["conv_in"]["kernel"].shape[2] == 8
@@ -183,7 +183,7 @@ def narrow_text(folders) -> str:
 
 
 def test_random_initialisation_shares_nothing_with_the_prior(folders):
-    task = SegmentationTask(tiny.config(folders, model__unet_init="random"))
+    task = load_task(tiny.config(folders, model__unet_init="random"))
     prior = trees.flatten(functional.split(load_component(folders["unet"]))[1])
     ours = trees.flatten(task.initial())
     assert (np.asarray(ours["mid_block.resnets.0.conv1.kernel"])
@@ -230,38 +230,38 @@ def test_the_loss_hears_the_text(segmentation):
 
 
 def test_word_dropout_leaves_the_sentence_token_alone_and_no_query_without_text(folders):
-    task = SegmentationTask(tiny.config(folders, data__word_dropout=0.25))
+    task = load_task(tiny.config(folders, data__word_dropout=0.25))
     mask = jnp.asarray(task.frozen["bank"]["mask"][:1].repeat(400, 0))
     fewer = np.asarray(task._fewer_words(mask, jax.random.split(jax.random.key(0), 400)))
     whole, alone = (fewer == mask).all(axis=1), fewer.sum(axis=1) == 1
     assert (whole | alone).all() and fewer[:, -1].all()
     assert 0.15 < alone.mean() < 0.35
-    never = SegmentationTask(tiny.config(folders))
+    never = load_task(tiny.config(folders))
     assert never._fewer_words(mask, jax.random.split(jax.random.key(0), 400)) is mask
 
 
 def test_without_a_sentence_token_the_bank_is_one_shorter(folders):
-    with_token = SegmentationTask(tiny.config(folders)).frozen["bank"]
-    without = SegmentationTask(tiny.config(folders, model__sentence_token=False)).frozen["bank"]
+    with_token = load_task(tiny.config(folders)).frozen["bank"]
+    without = load_task(tiny.config(folders, model__sentence_token=False)).frozen["bank"]
     assert with_token["tokens"].shape[1] == without["tokens"].shape[1] + 1 == 21
     with pytest.raises(UserError, match="word_dropout=0.5 leaves queries without any text"):
         tiny.config(folders, model__sentence_token=False, data__word_dropout=0.5)
 
 
 def test_text_noise_moves_tokens_by_the_stated_share_of_their_deviation(folders):
-    task = SegmentationTask(tiny.config(folders, data__text_noise=0.2))
+    task = load_task(tiny.config(folders, data__text_noise=0.2))
     tokens = jax.random.normal(jax.random.key(0), (64, 20, 16)) * 3.0
     moved = task._noisy_text(tokens, jax.random.split(jax.random.key(1), 64)) - tokens
     assert float(moved.std()) == pytest.approx(0.6, rel=0.02)
     assert abs(float(moved.mean())) < 0.01
-    still = SegmentationTask(tiny.config(folders))
+    still = load_task(tiny.config(folders))
     assert still._noisy_text(tokens, jax.random.split(jax.random.key(1), 64)) is tokens
 
 
 def test_each_query_of_an_image_draws_its_own_noise_and_no_key_is_used_twice(segmentation):
     _, task = segmentation
-    kinds = task._query_keys(example_keys(0, np.arange(5)), 3)  # of noise, text and words
-    keys = jax.random.key_data(jnp.concatenate(kinds))
+    kinds = task._keys(example_keys(0, np.arange(5)), 3)  # of noise, text and words
+    keys = jax.random.key_data(kinds.reshape(-1))
     assert len({k.tobytes() for k in np.asarray(keys)}) == 3 * 15
 
 
@@ -315,7 +315,7 @@ def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise
     batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
 
     def loss(**changes):
-        task = SegmentationTask(tiny.config(folders, segmentation__codec=codec, **changes))
+        task = load_task(tiny.config(folders, segmentation__codec=codec, **changes))
         task.prepare()
         return jax.jit(lambda p: task.loss(p, task.frozen, batch, keys))(task.initial())
 
@@ -348,25 +348,25 @@ def test_the_autoencoders_mask_scores():
 @pytest.mark.parametrize("size", [30, 36, 260])
 def test_a_picture_size_that_the_models_cannot_halve_is_refused(folders, size):
     with pytest.raises(UserError, match=f"config.data.image_size={size}.*multiple"):
-        SegmentationTask(tiny.config(folders, data__image_size=size))
+        load_task(tiny.config(folders, data__image_size=size))
 
 
 def test_tokens_that_do_not_fit_the_cross_attention_need_adapters(folders):
     with pytest.raises(UserError, match="config.model.text_adapters") as caught:
-        SegmentationTask(tiny.config(folders, model__text_adapters=False))
+        load_task(tiny.config(folders, model__text_adapters=False))
     assert "16" in tiny.one_line(caught.value) and "8" in str(caught.value)
 
 
 def test_missing_weights_are_one_clear_error(folders, tmp_path):
     for key in ("vae", "unet", "text"):
         with pytest.raises(UserError) as caught:
-            SegmentationTask(tiny.config(folders, **{f"model__{key}": str(tmp_path / "nowhere")}))
+            load_task(tiny.config(folders, **{f"model__{key}": str(tmp_path / "nowhere")}))
         assert "nowhere" in tiny.one_line(caught.value)
 
 
 def test_weights_of_another_kind_are_refused(folders):
     with pytest.raises(UserError, match="AutoencoderKL"):
-        SegmentationTask(tiny.config(folders, model__vae=folders["unet"]))
+        load_task(tiny.config(folders, model__vae=folders["unet"]))
 
 
 def test_the_real_text_tower_feeds_the_unet(folders):
@@ -374,7 +374,7 @@ def test_the_real_text_tower_feeds_the_unet(folders):
         packages.minilm_folder()
     except UserError as error:
         pytest.skip(str(error))
-    task = SegmentationTask(tiny.config(folders, model__text="minilm"), prompts=("water", "forest"))
+    task = load_task(tiny.config(folders, model__text="minilm"), prompts=("water", "forest"))
     assert task.frozen["bank"]["tokens"].shape == (2, 21, 384)  # 20 words, the sentence
     batch = tiny.batch(2)
     batch["query"] %= 2

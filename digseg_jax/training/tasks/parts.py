@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that tasks share: frozen VAE, prompt bank, schedule, training draws of (t, noise)."""
+"""What tasks are made of: frozen VAE, prompt bank, codec, schedule, training draws of (t, noise)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Float, Int, Params
 from digseg_jax.config.schema import Config, DiffusionConfig, ModelConfig
+from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import Schedule, make_schedule
 from digseg_jax.errors import UserError
@@ -24,11 +26,14 @@ from digseg_jax.models.partition import LocalAttention, gathered, in_slices, loc
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
+from digseg_jax.segmentation.codec import Codec, HostAutoencoder
+from digseg_jax.segmentation.codecs import make_codec
 from digseg_jax.segmentation.prompt_bank import PromptBank, encode_prompts, with_sentence_token
-from digseg_jax.weights import TextTower, load_component, load_text_tower
+from digseg_jax.weights import TextTower, load_component, load_config, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 PORTABLE = "chunked"
+ANCHORS = "anchors"  # key of the frozen tree; see `Codec.anchors`
 
 
 def identity(x: Array) -> Array:
@@ -69,6 +74,74 @@ class Vae:
             return read(vae.decode(latent / self.config.scaling_factor))
 
         return in_slices(decode, latent, self.limit)
+
+    def on_host(self, params: Params) -> HostAutoencoder:
+        """The autoencoder with these parameters, compiled, for host arrays."""
+        encode, decode = jax.jit(self.encode), jax.jit(self.decode)
+        return HostAutoencoder(
+            lambda image: np.asarray(encode(params, jnp.asarray(image))),
+            lambda latent: np.asarray(decode(params, jnp.asarray(latent))),
+            self.config.factor,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a segmentation task is made of, beside its configuration.
+
+    unet: with the inputs that it gets here. prompts: the bank's texts. tower: encodes further queries;
+    None where none will be asked. frozen: arrays, or their shapes: "vae", "bank" (tokens and mask of
+    each prompt) and, where training needs them without the autoencoder, `ANCHORS`.
+    """
+
+    vae: Vae
+    codec: Codec
+    unet: UNetConfig
+    prompts: tuple[str, ...]
+    frozen: Params
+    tower: TextTower | None = None
+
+
+def load_parts(config: Config, prompts: Sequence[str] | None = None) -> Parts:
+    """Loads the frozen parts and encodes the prompts, by default those of the training queries.
+
+    Raises:
+      UserError: weights are missing, or parts do not fit together or to the configuration.
+    """
+    model = config.model
+    codec = make_codec(config)
+    vae, vae_params = load_vae(model)
+    tower = load_tower(model)
+
+    prompts = codec.texts(bank_prompts(config.data) if prompts is None else prompts)
+    frozen = {"vae": vae_params, "bank": bank_arrays(encode_bank(tower, prompts, model))}
+    anchors = kept_anchors(config, codec)
+    if anchors is not None:
+        frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
+
+    unet = widened(load_config(assets.resolve(model.unet)), vae, model, tower.width)
+    check_fit(config, vae, tower, unet)
+    return Parts(vae, codec, unet, prompts, frozen, tower)
+
+
+def kept_anchors(config: Config, codec: Codec) -> Array | None:
+    """The images whose latents are frozen parts; None: none.
+
+    The auxiliary loss measures by them, and training from cached latents runs no autoencoder.
+    """
+    if not (config.data.latent_cache and config.diffusion.mask_loss_weight):
+        return None
+    return codec.anchors(config.data.image_size)
+
+
+def widened(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) -> UNetConfig:
+    """The U-Net of a checkpoint with the image's latent beside the mask's, and the text's width."""
+    return dataclasses.replace(
+        unet,
+        in_channels=2 * vae.config.latent_channels,
+        text_adapters=model.text_adapters,
+        text_dim=text_width,
+    )
 
 
 def compute_options(config: ModelConfig) -> dict[str, Any]:
@@ -159,8 +232,8 @@ def bank_arrays(bank: PromptBank) -> Params:
     return {"tokens": bank.tokens, "mask": bank.mask}
 
 
-def asked(bank: Params, query: Int[Array, " n"]) -> tuple[Array, Array]:
-    """Tokens [n, l, d] and mask [n, l] of a bank's rows, in a traced program or outside."""
+def asked(bank: Params, query: Int[Array, "*n"]) -> tuple[Array, Array]:
+    """Tokens [*n, l, d] and mask [*n, l] of a bank's rows, in a traced program or outside."""
     return jnp.asarray(bank["tokens"])[query], jnp.asarray(bank["mask"])[query]
 
 
