@@ -12,13 +12,12 @@ colors, the decoder paints a third one. The binary codec's recipe has 0.547 and 
 through.
 """
 
-from digseg_jax.config import default
+from digseg_jax.recipes import land_cover
 
 
 def get_config():
-    config = default()
+    config = land_cover()
     config.segmentation.codec = "palette"
-    config.data.repeat_threshold = 0.3
     config.data.num_queries = 1
     config.diffusion.terminal_fraction = 0.7
     config.diffusion.mask_loss_weight = 0.3

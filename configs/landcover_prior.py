@@ -4,13 +4,12 @@
 Made once and shipped as digseg_jax/assets/prior. Training imagery: training blocks only.
 """
 
-from digseg_jax.config import default
+from digseg_jax.recipes import land_cover
 
 
 def get_config():
-    config = default()
+    config = land_cover()
     config.task = "prior"
-    config.data.repeat_threshold = 0.3
     config.diffusion.timestep_sampling = "uniform"
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.995

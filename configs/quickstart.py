@@ -6,12 +6,11 @@ held-out mIoU 0.443, accuracy 0.785 (2x1, seed 0; 0.420 to 0.457 and 0.782 to 0.
 rounds).
 """
 
-from digseg_jax.config import default
+from digseg_jax.recipes import land_cover
 
 
 def get_config():
-    config = default()
-    config.data.repeat_threshold = 0.3
+    config = land_cover()
     config.data.text_noise = 0.2
     config.data.word_dropout = 0.5
     config.optim.learning_rate = 1e-3

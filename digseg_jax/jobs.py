@@ -20,7 +20,6 @@ from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import flat, to_dict
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
-from digseg_jax.data.datasets import landcover
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder
 from digseg_jax.evaluation import suite as suite_lib
@@ -310,12 +309,12 @@ def export_autoencoder(
     params = jax.tree.map(fetch, params)
 
     # Diffusion needs latents of unit variance: the scale belongs to the exported config.
-    task.config = dataclasses.replace(
-        task.config, scaling_factor=autoencoder.measure_scaling(task.graphdef, params)
-    )
+    factor, data = task.config.factor, config.data
+    scaling = autoencoder.measure_scaling(task.graphdef, params, data, factor)
+    task.config = dataclasses.replace(task.config, scaling_factor=scaling)
 
-    results = autoencoder.round_trip(task.graphdef, params, "test")
-    log.info("round trip on held-out tiles: %s", json.dumps(results))
+    results = autoencoder.round_trip(task.graphdef, params, data, config.eval.split, factor)
+    log.info("round trip on held-out images: %s", json.dumps(results))
     with together("the results"):
         if is_main():
             write_json(workdir / "eval" / "results.json", results)
@@ -332,11 +331,6 @@ def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
     sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
     log.info("frozen, in millions: %s", sizes or "nothing")
     log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
-
-    if config.data.name == "landcover":
-        cover = landcover.load()
-        tiles = {split: len(cover.tiles(split)) for split in ("train", "val", "test")}
-        log.info("land cover tiles: %s", tiles)
 
 
 def _overview(params: Params) -> str:

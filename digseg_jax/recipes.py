@@ -43,6 +43,22 @@ VERSIONS = {
 }
 
 
+def land_cover() -> ml_collections.ConfigDict:
+    """The default configuration with crops of the land cover as they come from the map.
+
+    Tiles have one scale on the ground and no upright, and absent classes are asked for evenly.
+    """
+    config = default()
+    config.data.scale_unit = "pixel"
+    config.data.scale_min = config.data.scale_max = 1.0
+    config.data.quarter_turns = True
+    config.data.class_share_cap = 1.0
+    config.data.jitter = 0.0
+    config.data.repeat_threshold = 0.3
+    config.data.hard_negative_rate = 0.0
+    return config
+
+
 def stable_diffusion(
     version: str, dataset: str, others: tuple[str, ...] = ()
 ) -> ml_collections.ConfigDict:

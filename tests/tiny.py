@@ -13,8 +13,9 @@ import pytest
 
 from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.config.schema import Config, MeshConfig, settings
-from digseg_jax.data.datasets import landcover
-from digseg_jax.data.datasets.landcover_prompts import HELD_OUT, captions, training_prompts
+from digseg_jax.data.captions import Captions
+from digseg_jax.data.datasets import landcover, registry
+from digseg_jax.data.datasets.landcover_prompts import HELD_OUT, PROMPTS
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
@@ -59,7 +60,8 @@ def write_folders(folder: Path) -> dict[str, str]:
     """Writes folder/{vae,unet,text}; returns their paths."""
     save_component((VAE, random_params(AutoencoderKL, VAE, 1)), folder / "vae")
     save_component((UNET, random_params(UNet2DConditionModel, UNET, 2)), folder / "unet")
-    prompts = [*training_prompts(("groups", "igbp"))[0], *captions(), *HELD_OUT]
+    named = [text for classes in PROMPTS.values() for texts in classes.values() for text in texts]
+    prompts = [*named, *Captions(registry.spec("landcover")).texts, *HELD_OUT]
     words = sorted({w for p in prompts for w in re.findall(r"\w+|[^\w\s]", p)})
     bert = BertConfig(
         vocab_size=len(SPECIAL) + len(words),
@@ -109,6 +111,14 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
         "eval__calibrate": False,
         "eval__view_size": (128,),  # a tile of the land cover
     }
+    if changes.get("data__name", "landcover").startswith("landcover"):
+        small |= {
+            "data__scale_unit": "pixel",
+            "data__scale_min": 1.0,
+            "data__scale_max": 1.0,
+            "data__class_share_cap": 1.0,
+            "data__jitter": 0.0,
+        }
     task = changes.get("task", "segmentation")
     used = {key: value for key, value in small.items() if uses(task, key.replace("__", "."))}
     tree = to_dict(Config())

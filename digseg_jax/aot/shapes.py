@@ -153,16 +153,15 @@ def train_batch(config: Config, images: int, architecture: Architecture) -> Batc
         "label": _int(np.int32, *square),
         "query": _int(np.int32, *queries),
         "query_class": _int(np.int32, *queries),
+        "query_kind": _int(np.int32, *queries),
         "index": _int(np.uint32, images),
     }
 
-    # Batches of public data sets have the kind of each query; nested classes have several ids per mask.
-    if data.name != "landcover":
-        specs = [spec_of(part) for part in parts_of(data)]
-        covered = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
-        batch["query_kind"] = _int(np.int32, *queries)
-        if covered > 1:
-            batch["query_class"] = _int(np.int32, *queries, covered)
+    # Nested classes have several ids per mask.
+    specs = [spec_of(part) for part in parts_of(data)]
+    covered = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
+    if covered > 1:
+        batch["query_class"] = _int(np.int32, *queries, covered)
 
     # A cache replaces the image by latents.
     if data.latent_cache:

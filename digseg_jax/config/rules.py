@@ -127,9 +127,6 @@ def _check_data(c: Config) -> None:
             "config.model.sentence_token=True"
         )
 
-    if not c.data.train_label_sets:
-        raise UserError("config.data.train_label_sets: empty; legal: groups, igbp")
-
 
 def _check_crops(data: DataConfig) -> None:
     """Checks the range of scales and the prompt templates."""
@@ -154,14 +151,16 @@ def _check_latent_cache(c: Config) -> None:
     if not c.data.latent_cache:
         return
 
-    if c.data.name == "landcover":
-        raise UserError(
-            "config.data.latent_cache: the land cover is trained on random windows of its scenes, "
-            "which no cache holds; set it to '' or choose another config.data.name"
-        )
-
     # These values turn off every other augmentation.
-    legal = {"scale_min": 1.0, "scale_max": 1.0, "class_share_cap": 1.0, "jitter": 0.0}
+    legal = {
+        "scale_unit": "short_side",
+        "scale_min": 1.0,
+        "scale_max": 1.0,
+        "quarter_turns": False,
+        "class_share_cap": 1.0,
+        "jitter": 0.0,
+        "repeat_threshold": 0.0,
+    }
     if differs := [key for key, value in legal.items() if getattr(c.data, key) != value]:
         found = ", ".join(f"config.data.{key}={getattr(c.data, key)}" for key in differs)
         wanted = ", ".join(f"{key}={legal[key]}" for key in differs)

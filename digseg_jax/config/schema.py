@@ -82,14 +82,12 @@ class DataConfig:
     # Folder of the download as it unpacks, or of shards from
     # digseg_jax.tools.prepare_data; the land cover needs none.
     root: str = ""
-    label_set: Literal["groups", "igbp"] = "groups"  # labels and queries of evaluation
-    # Label sets from which training draws its queries.
-    train_label_sets: tuple[Literal["groups", "igbp"], ...] = ("groups",)
     image_size: int = setting(64, at_least=1)  # pixels; side of the square training crop
     num_queries: int = setting(2, at_least=1)  # per image in training
     # Share of a crop's queries whose class is not in it.
     negative_rate: float = setting(0.15, at_least=0.0, below=1.0)
-    # Repeat-factor sampling (LVIS) of tiles with rare classes: its threshold; 0 turns it off.
+    # Repeat-factor sampling (LVIS) of images with rare classes: its threshold; 0 turns it off. Every
+    # label is read at the start.
     repeat_threshold: float = setting(0.0, at_least=0.0)
     # Noise added to text tokens in training: its standard deviation, relative to the tokens' own.
     text_noise: float = setting(0.0, at_least=0.0)
@@ -97,20 +95,24 @@ class DataConfig:
     word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
     # Grain worker processes; 0: threads of this process.
     workers: int = setting(0, at_least=0, free=True)
-    # The keys from here on apply to every data set but the land cover.
     train_split: str = ""  # empty: the data set's own
     # Trains on these instead; `name` is still the data set that is evaluated.
-    mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation",))
+    mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder"))
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
     # Share of absent queries that name a class likely to occur in such an image (not in the paper).
     hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # Range of the random scale; at 1 the image's short side fills the crop (mmseg's range).
+    # Scale 1 of a training crop: the image's short side fills it, or its pixels are the image's own
+    # (for images of one scale on the ground).
+    scale_unit: Literal["short_side", "pixel"] = "short_side"
+    # Range of the random scale (mmseg's).
     scale_min: float = setting(0.5, above=0.0)
     scale_max: float = setting(2.0, above=0.0)
     # Largest share of labeled pixels that one class may take in a crop (mmseg's cat_max_ratio).
     class_share_cap: float = setting(0.75, at_least=0.0, at_most=1.0)
     # Probability of a mirrored crop (mmseg, Marigold).
     flip: float = setting(0.5, at_least=0.0, at_most=1.0)
+    # Crops are also turned by 0 to 3 quarters: images from above have no upright.
+    quarter_turns: bool = False
     # Strength of color augmentation: 1 is mmseg's PhotoMetricDistortion, 0 none (not in the paper).
     jitter: float = setting(0.5, at_least=0.0, at_most=1.0)
     # An unreadable example: stop, or log it, count it and use another.

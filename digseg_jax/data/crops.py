@@ -29,9 +29,11 @@ class CropRules:
 
     Attributes:
       size: side of a crop, pixels.
-      scale_min, scale_max: range of the scale; at 1 the image's short side fills the crop.
+      scale_min, scale_max: range of the scale; at 1 the image's short side fills the crop, or, with
+        `native`, a pixel of the crop is a pixel of the image.
       class_share_cap: windows with a larger share of one class are drawn again; 1 accepts all.
       flip: probability of a mirrored crop.
+      quarter_turns: crops are also turned by 0, 90, 180 or 270 degrees.
       jitter: strength of color changes: 0 none, 1 the ranges of mmsegmentation's PhotoMetricDistortion.
     """
 
@@ -41,6 +43,8 @@ class CropRules:
     class_share_cap: float = 0.75
     flip: float = 0.5
     jitter: float = 0.5
+    native: bool = False
+    quarter_turns: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,9 @@ def random_view(
     # In place: allocating another image costs more than the work on it.
     if rng.random() < rules.flip:
         image, label = cv2.flip(image, 1, dst=image), cv2.flip(label, 1, dst=label)
+    if rules.quarter_turns:
+        turns = int(rng.integers(4))
+        image, label = (np.ascontiguousarray(np.rot90(x, turns)) for x in (image, label))
     if rules.jitter:
         image = cv2.transform(image, colour_matrix(rules.jitter, rng), dst=image)
     return image, label
@@ -77,7 +84,7 @@ def draw_window(height: int, width: int, rules: CropRules, rng: np.random.Genera
     scale = math.exp(rng.uniform(math.log(rules.scale_min), math.log(rules.scale_max)))
 
     # A window larger than the image keeps all of it; the rest of the crop is padding.
-    side = max(1, round(min(height, width) / scale))
+    side = max(1, round((rules.size if rules.native else min(height, width)) / scale))
     top, rows, out_top, out_rows = _extent(height, side, rules.size, rng)
     left, columns, out_left, out_columns = _extent(width, side, rules.size, rng)
     return Window(top, left, rows, columns, out_top, out_left, out_rows, out_columns)
@@ -172,25 +179,3 @@ def _rotation(angle: float, scale: float) -> list[list[float]]:
     # Rodrigues' formula for the axis (1, 1, 1) / sqrt(3): a circulant matrix.
     a, b, c = (scale * x for x in (math.cos(angle) + third, third - sine, third + sine))
     return [[a, b, c], [c, a, b], [b, c, a]]
-
-
-def random_crop(example: Example, size: int, rng: np.random.Generator) -> Example:
-    """Cuts a size x size crop at a uniformly drawn position; arrays are [h, w, ...] with the same h, w.
-
-    Raises:
-      ValueError: the example is smaller than the crop.
-    """
-    height, width = example["image"].shape[:2]
-    if min(height, width) < size:
-        raise ValueError(f"crop of {size} pixels from an image of {height}x{width}")
-
-    top = int(rng.integers(height - size + 1))
-    left = int(rng.integers(width - size + 1))
-    return {k: v[top : top + size, left : left + size] for k, v in example.items()}
-
-
-def random_dihedral(example: Example, rng: np.random.Generator) -> Example:
-    """Applies one of the square's eight symmetries; seen from above, north is a convention."""
-    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-    turned = {k: np.rot90(v, turns) for k, v in example.items()}
-    return {k: v[:, ::-1] if mirror else v for k, v in turned.items()}

@@ -10,60 +10,58 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.config.schema import DataConfig
+from digseg_jax.data.captions import Captions
 from digseg_jax.data.checked import Guarded
-from digseg_jax.data.crops import CropRules, Example, random_crop, random_dihedral, random_view
-from digseg_jax.data.datasets import landcover
-from digseg_jax.data.datasets.landcover_prompts import caption_id, training_prompts
+from digseg_jax.data.crops import CropRules, Example, random_view
+from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec
-from digseg_jax.data.datasets.statistics import ClassStatistics, confusable
-from digseg_jax.data.queries import QuerySampler, rarity
+from digseg_jax.data.datasets.statistics import (
+    ClassStatistics,
+    class_shares,
+    confusable,
+    repeat_factors,
+)
+from digseg_jax.data.queries import QuerySampler
 from digseg_jax.data.shards.latents import LatentSource, cache_folders
 from digseg_jax.data.shards.records import class_hash
 from digseg_jax.data.sources import open_part, parts_of, statistics_of, training_parts
-from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream, stream
+from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream
 from digseg_jax.data.vocabulary import vocabularies
-from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.log import log
 
 BUCKET_THREADS = 16  # of a worker: a record of a bucket takes tens of milliseconds to come (grain's)
 
 
-class CropWithQueries:
-    """Scene -> {"image" uint8 [s, s, 3], "label" int32 [s, s], "query" and "query_class" int32 [q]}.
+class CropWithCaption:
+    """Example of any size -> {"image" uint8 [s, s, 3], "query" int32 [1]: the caption's id}."""
 
-    One of `train_label_sets` is drawn per example; "query" is an id of the prompt bank (a synonym
-    of the class), "query_class" the class whose mask the device makes from "label".
+    def __init__(self, rules: CropRules, captions: Captions):
+        self.rules, self.captions = rules, captions
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        image, label = random_view(example["image"], example["label"], self.rules, rng)
+        caption = np.asarray([self.captions.id_of(label)], np.int32)
+        return {"image": image, "query": caption, "skipped": example["skipped"]}
+
+
+class Repeated:
+    """A source with some examples several times: those of rare classes.
+
+    counts: int [examples], how often each.
     """
 
-    def __init__(self, config: DataConfig, samplers: dict[str, QuerySampler]):
-        self.config, self.samplers = config, samplers
-        _, self.prompt_ids = training_prompts(config.train_label_sets)
+    def __init__(self, source: Source, counts: np.ndarray):
+        self.source, self.rows = source, np.repeat(np.arange(len(source)), counts)
 
-    def __call__(self, scene: Example, rng: np.random.Generator) -> Example:
-        crop = random_dihedral(random_crop(scene, self.config.image_size, rng), rng)
-        label_set = self.config.train_label_sets[int(rng.integers(len(self.samplers)))]
-        label = np.ascontiguousarray(crop[label_set])
-        classes = self.samplers[label_set](label, self.config.num_queries, rng)
-        prompts = [rng.choice(self.prompt_ids[label_set][c]) for c in classes]
-        return {
-            "image": np.ascontiguousarray(crop["image"]),
-            "label": label,
-            "query": np.asarray(prompts, np.int32),
-            "query_class": classes,
-        }
+    def __len__(self) -> int:
+        return len(self.rows)
 
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.rows[index])]
 
-class CropWithCaption:
-    """Scene -> {"image" uint8 [s, s, 3], "query" int32 [1]: the caption's id}."""
-
-    def __init__(self, config: DataConfig):
-        self.config = config
-
-    def __call__(self, scene: Example, rng: np.random.Generator) -> Example:
-        crop = random_dihedral(random_crop(scene, self.config.image_size, rng), rng)
-        caption = np.asarray([caption_id(crop["groups"])], np.int32)
-        return {"image": np.ascontiguousarray(crop["image"]), "query": caption}
+    def files(self, index: int) -> dict[str, Any]:
+        return self.source.files(int(self.rows[index]))
 
 
 class NamedQueries:
@@ -171,7 +169,7 @@ def _members(facts: DatasetSpec) -> np.ndarray | None:
     return table if table.sum() > facts.num_classes else None
 
 
-def _parts(config: DataConfig, seed: int) -> list[Part]:
+def _parts(config: DataConfig, task: str, seed: int) -> list[Part]:
     """Raises UserError: a data set, or its cache of latents, that is not there."""
     chosen = training_parts(config)
     words, covers = vocabularies(config), cover_tables([facts for _, facts, _ in chosen])
@@ -189,7 +187,14 @@ def _parts(config: DataConfig, seed: int) -> list[Part]:
         else:
             opened = open_part(part, split, narrow=True)
             source = Guarded(opened, facts.num_classes, config.on_error, seed)
-            make = CropWithNames(_rules(config), *asked(statistics_of(opened, source)))
+            if task == "prior":
+                make = CropWithCaption(_rules(config), Captions(facts))
+            else:
+                make = CropWithNames(_rules(config), *asked(statistics_of(opened, source)))
+            if config.repeat_threshold:
+                shares = class_shares(opened, facts.num_classes)
+                counts = repeat_factors(shares, config.repeat_threshold)
+                source = Guarded(Repeated(opened, counts), facts.num_classes, config.on_error, seed)
         made.append(Part(source, make, part.weight))
         log.info("training data: %s %s, %d examples", part.name, split, len(source))
     return made
@@ -203,6 +208,8 @@ def _rules(config: DataConfig) -> CropRules:
         class_share_cap=config.class_share_cap,
         flip=config.flip,
         jitter=config.jitter,
+        native=config.scale_unit == "pixel",
+        quarter_turns=config.quarter_turns,
     )
 
 
@@ -241,28 +248,8 @@ def training_stream(
       UserError: a data set that is not there, or one that the task cannot train on.
     """
     place = {"start": start, "host": host, "hosts": hosts, "workers": config.workers}
-    if config.name == "landcover":
-        return _landcover_stream(config, task, seed=seed, batch_size=batch_size, **place)
-    if task != "segmentation":
-        raise UserError(f"config.task={task!r} trains on landcover only, not on {config.name!r}")
     places = [config.latent_cache or part.root for part in parts_of(config)]
     remote = any(storage.is_remote(place) for place in places)
     threads = BUCKET_THREADS if remote else None
-    parts = _parts(config, seed)
+    parts = _parts(config, task, seed)
     return mixed_stream(parts, seed=seed, batch_size=batch_size, threads=threads, **place)
-
-
-def _landcover_stream(
-    config: DataConfig, task: str, *, seed: int, batch_size: int, **place: int
-) -> Batches:
-    """Raises UserError: a crop larger than the scenes."""
-    if config.image_size > landcover.SCENE:
-        raise UserError(f"config.data.image_size={config.image_size}: at most {landcover.SCENE}")
-    cover = landcover.load()
-    tiles = cover.tiles("train")
-    shares = {s: landcover.class_shares(cover, tiles, s) for s in config.train_label_sets}
-    repeats = landcover.repeat_factors(shares[config.train_label_sets[0]], config.repeat_threshold)
-    source = landcover.TrainScenes(cover, tiles, repeats)
-    samplers = {s: QuerySampler(rarity(v), config.negative_rate) for s, v in shares.items()}
-    make = CropWithCaption(config) if task == "prior" else CropWithQueries(config, samplers)
-    return stream(source, make, seed=seed, batch_size=batch_size, **place)

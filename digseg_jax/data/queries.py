@@ -123,9 +123,3 @@ def _counts_of_few(label: np.ndarray, num_classes: int) -> np.ndarray | None:
     counts = np.zeros(num_classes + 1, np.int64)
     counts[ids] = found  # -1 indexes the last place, which is dropped
     return counts[:-1]
-
-
-def rarity(shares: np.ndarray) -> np.ndarray:
-    """1 / sqrt(frequency) from pixel shares [tiles, classes], scaled to a mean of 1."""
-    weight = 1.0 / np.sqrt(np.maximum(shares.mean(axis=0), 1e-5))
-    return weight / weight.mean()

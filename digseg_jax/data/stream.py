@@ -61,36 +61,6 @@ class Batches:
         self.close()
 
 
-def stream(
-    source: Any,
-    make_example: MakeExample,
-    *,
-    seed: int,
-    batch_size: int,
-    start: int = 0,
-    host: int = 0,
-    hosts: int = 1,
-    workers: int = 0,
-) -> Batches:
-    """Endless batches from step `start`; each example carries its global "index" (uint32).
-
-    Args:
-      source: random access to examples.
-      make_example: makes a training example from a source's example and its own random generator.
-      batch_size: examples of the global batch.
-      start: first step.
-      host, hosts: this host's number and the number of hosts that share a batch.
-      workers: worker processes; 0 works in this process.
-
-    Raises:
-      ValueError: the batch does not divide among the hosts.
-    """
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    dataset = dataset.map_with_index(_with_index)
-    dataset = dataset.random_map(_keep_index(make_example))
-    return _batches(dataset, batch_size, start, host, hosts, workers)
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A data set of a mixture: its source, what makes its training examples, its weight."""
@@ -111,9 +81,10 @@ def mixed_stream(
     workers: int = 0,
     threads: int | None = None,
 ) -> Batches:
-    """Like `stream`, from several sources in the proportion of their weights, evenly interleaved.
+    """Endless batches from step `start`; each example carries its global "index" (uint32).
 
-    Each part is shuffled and repeated on its own: a small one is seen again while a large one lasts.
+    Several sources come in the proportion of their weights, evenly interleaved. Each is shuffled and
+    repeated on its own: a small one is seen again while a large one lasts.
 
     threads: reading threads of each worker; None: as many as a local disk needs.
 
@@ -190,13 +161,3 @@ def _start_worker(index: int, count: int) -> None:
 def _with_index(i: int, example: Example) -> Example:
     """The example with its global "index" (uint32)."""
     return example | {"index": np.uint32(i)}
-
-
-def _keep_index(make_example: MakeExample) -> MakeExample:
-    """`make_example` for examples with an "index", which it neither sees nor loses."""
-
-    def mapped(example: Example, rng: np.random.Generator) -> Example:
-        index = example.pop("index")
-        return make_example(example, rng) | {"index": index}
-
-    return mapped

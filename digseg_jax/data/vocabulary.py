@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 
 from digseg_jax.config.schema import DataConfig, PartConfig
-from digseg_jax.data.datasets.landcover import LABEL_SETS
-from digseg_jax.data.datasets.landcover_prompts import training_prompts
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.sources import parts_of, spec_of
 
@@ -51,15 +49,11 @@ def vocabularies(config: DataConfig) -> list[Vocabulary]:
 
 def bank_prompts(config: DataConfig) -> list[str]:
     """Every text that training asks with, by row of the bank."""
-    if config.name == "landcover":
-        return training_prompts(config.train_label_sets)[0]
     return [prompt for v in vocabularies(config) for prompt in v.prompts]
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
     """Names of the classes of the data set that is evaluated."""
-    if config.name == "landcover":
-        return LABEL_SETS[config.label_set]
     return spec_of(PartConfig(config.name, config.root)).names
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements of an autoencoder: mask round-trip IoU, image error on held-out tiles, latent scale."""
+"""Measurements of an autoencoder: mask round-trip IoU, image error on held-out images, latent scale."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,54 +12,58 @@ import numpy as np
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Params
-from digseg_jax.data.datasets import landcover
+from digseg_jax.config.schema import DataConfig
+from digseg_jax.data.sources import training_parts
+from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.models import functional
 from digseg_jax.segmentation.binary import encode_binary
 from digseg_jax.training.tasks.base import to_unit
 
+SCALED_IMAGES = 50  # of the training split, that the latent scale is measured on
+MASK_PIXELS = 64  # smaller masks do not count one by one
 
-def measure_scaling(graphdef: nnx.GraphDef, params: Params) -> float:
-    """Latent scaling factor: 1 / standard deviation of the latents of training tiles.
 
-    Half of the latents are of images, half of masks of the tile's commonest class.
+def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, factor: int) -> float:
+    """Latent scaling factor: 1 / standard deviation of the latents of training images.
+
+    Half of the latents are of images, half of masks of the image's commonest class.
+
+    factor: pixels along a side of a latent cell.
     """
-    cover = landcover.load()
-    tiles = landcover.EvalTiles(cover, cover.tiles("train"), "groups")
+    split = training_parts(data)[0][2]
+    examples = eval_examples(data, split, SCALED_IMAGES)
 
     @jax.jit
     def moments(image: Array, label: Array) -> Array:
-        """Mean and mean square of the latents of one tile's image and mask: [2]."""
+        """Mean and mean square of the latents of an image and its mask: [2]."""
         # The mask of the commonest class has foreground; a class at random would mostly be absent.
-        common = jnp.argmax(jnp.bincount(label.ravel(), length=len(landcover.GROUPS)))
+        common = jnp.argmax(jnp.bincount(label.ravel() + 1, length=len(examples.classes) + 1)[1:])
         mask = encode_binary(label[None], common[None, None])[:, 0]
         vae = functional.merge(graphdef, params)
         latent = vae.encode(jnp.concatenate([to_unit(image)[None], mask])).mean
         return jnp.stack([latent.mean(), jnp.square(latent).mean()])
 
-    # Every 4th tile; all tiles have the same number of cells, so that moments may be averaged.
-    rows = range(0, len(tiles), 4)
-    sums = np.stack([moments(tiles[i]["image"], tiles[i]["label"]) for i in rows])
+    sums = np.stack([moments(image, label) for image, label in _whole_cells(examples, factor)])
     mean, square = sums.mean(axis=0)
     return float(1.0 / np.sqrt(square - mean**2))
 
 
 def round_trip(
-    graphdef: nnx.GraphDef, params: Params, split: str, label_set: str = "groups"
+    graphdef: nnx.GraphDef, params: Params, data: DataConfig, split: str, factor: int
 ) -> dict[str, Any]:
-    """Round trip mask -> latent -> mask (threshold 0) of every class in each tile of a split.
+    """Round trip mask -> latent -> mask (threshold 0) of every class in each image of a split.
 
     Returns:
-      mask_iou (mean over classes of the IoU pooled over tiles), mask_iou_per_mask (mean over single
-      masks of at least 64 pixels), per_class (pooled IoU by class name), and image_mae_255 (the images'
-      mean absolute error, 0..255).
+      mask_iou (mean over the classes shown of the IoU pooled over images), mask_iou_per_mask (mean over
+      single masks of at least 64 pixels), per_class (pooled IoU by class name; None: not shown), and
+      image_mae_255 (the images' mean absolute error, 0..255).
     """
-    cover = landcover.load()
-    tiles = landcover.EvalTiles(cover, cover.tiles(split), label_set)
-    n = len(landcover.LABEL_SETS[label_set])
+    examples = eval_examples(data, split)
+    n = len(examples.classes)
 
     @jax.jit
-    def one(image: Array, label: Array) -> tuple[Array, Array, Array]:
-        """Intersections [n], unions [n] and the image's mean absolute error (0..2) of one tile."""
+    def one(image: Array, label: Array) -> tuple[Array, Array, Array, Array]:
+        """Intersections, unions and areas [n], and the image's mean absolute error (0..2)."""
         masks = encode_binary(label[None], jnp.arange(n)[None])[0]
         vae = functional.merge(graphdef, params)
 
@@ -69,21 +74,30 @@ def round_trip(
         predicted, true = decoded[1:].mean(axis=-1) > 0, masks[..., 0] > 0
 
         both, either = (predicted & true).sum((1, 2)), (predicted | true).sum((1, 2))
-        return both, either, jnp.abs(jnp.clip(decoded[0], -1, 1) - to_unit(image)).mean()
+        error = jnp.abs(jnp.clip(decoded[0], -1, 1) - to_unit(image)).mean()
+        return both, either, true.sum((1, 2)), error
 
-    rows = [jax.device_get(one(tiles[i]["image"], tiles[i]["label"])) for i in range(len(tiles))]
+    rows = [jax.device_get(one(*pair)) for pair in _whole_cells(examples, factor)]
+    both, either, area = (np.stack([row[k] for row in rows]) for k in range(3))
 
-    # Pooled IoU sums the pixels of all tiles; the IoU of single masks leaves out those below 64
-    # pixels, where a few pixels decide.
-    both, either = np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
-    areas = landcover.class_shares(cover, tiles.tiles, label_set) * landcover.TILE**2
+    # Pooled IoU sums the pixels of all images, and a class that none of them shows has no score; the
+    # IoU of single masks leaves out small ones, where a few pixels decide.
     pooled = both.sum(axis=0) / np.maximum(either.sum(axis=0), 1)
-    single = (both / np.maximum(either, 1))[areas >= 64]
-    names = landcover.LABEL_SETS[label_set]
+    shown = area.sum(axis=0) > 0
+    single = (both / np.maximum(either, 1))[area >= MASK_PIXELS]
+    named = zip(examples.classes, pooled, shown, strict=True)
     return {
         "split": split,
-        "mask_iou": float(pooled.mean()),
+        "mask_iou": float(pooled[shown].mean()),
         "mask_iou_per_mask": float(single.mean()),
-        "per_class": {name: float(v) for name, v in zip(names, pooled, strict=True)},
-        "image_mae_255": float(np.mean([r[2] for r in rows]) * 127.5),  # [-1, 1] spans 255 levels
+        "per_class": {name: float(v) if there else None for name, v, there in named},
+        "image_mae_255": float(np.mean([row[3] for row in rows]) * 127.5),  # [-1, 1] spans 255 levels
     }
+
+
+def _whole_cells(examples: EvalExamples, factor: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and labels without the pixels beyond the last whole latent cell."""
+    for i in range(len(examples)):
+        example = examples[i]
+        height, width = (n // factor * factor for n in example["label"].shape)
+        yield example["image"][:height, :width], example["label"][:height, :width]

@@ -8,7 +8,6 @@ from typing import Any
 
 from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.data.checked import Guarded
-from digseg_jax.data.datasets import landcover
 from digseg_jax.data.sources import open_part, spec_of
 
 
@@ -55,15 +54,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
     Raises:
       UserError: no such data set, split or folder.
     """
-    # The bundled data set has neither a folder nor nested classes.
-    if config.name == "landcover":
-        cover = landcover.load()
-        source: Any = landcover.EvalTiles(cover, cover.tiles(split), config.label_set)
-        names = landcover.LABEL_SETS[config.label_set]
-        alone = tuple((c,) for c in range(len(names)))
-        return EvalExamples(source, split, _spread(len(source), num_images), names, names, alone)
-
-    # Any other data set; `Guarded` checks each label's size and ids when it is read.
+    # `Guarded` checks each label's size and ids when it is read.
     part = PartConfig(config.name, config.root)
     facts = spec_of(part)
     source = Guarded(open_part(part, split), facts.num_classes)

@@ -124,7 +124,6 @@ def results_of(
         **scores.label_map(),
         "per_class": scores.per_class(),
         "boundary_iou": scores.boundary_iou(),
-        "label_set": config.data.label_set if config.data.name == "landcover" else "",
         # sampling and calibration
         "ensemble": estep.ensemble,
         "steps": estep.steps,
@@ -192,9 +191,9 @@ def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) ->
         evaluator.mode, *segmenter.size, height, width, side,
     )  # fmt: skip
 
-    # Scale relative to the training crop; the bundled data set trains on unscaled crops.
-    scale = side / data.image_size
-    if data.name != "landcover" and not data.scale_min <= scale <= data.scale_max:
+    # Scale relative to the training crops, in the unit of theirs.
+    scale = side / (data.image_size if data.scale_unit == "short_side" else min(height, width))
+    if not data.scale_min <= scale <= data.scale_max:
         log.warning(
             "evaluation at scale %.2f, trained from %.2f to %.2f: set config.eval.short_side nearer to "
             "config.data.image_size=%d",

@@ -42,6 +42,7 @@ SCHEMA = 1
 # prediction and evaluation must have these as training had them
 BINDING = (
     "data.image_size",
+    "data.scale_unit",
     "data.scale_min",
     "data.scale_max",
     "data.templates",
@@ -57,7 +58,7 @@ BINDING = (
     "model.sentence_token",
     "model.text_adapters",
 )
-CLOSED_BINDING = ("data.name", "data.label_set")  # of a codec that answers one class list
+CLOSED_BINDING = ("data.name",)  # of a codec that answers one class list
 # frozen parts may have another name elsewhere: their files are compared
 PARTS = ("model.vae", "model.text")
 # how the run was evaluated: what a prediction does unless it is told otherwise
@@ -107,7 +108,7 @@ class Description:
 
     config: the settings `REQUIRED` and `SUGGESTED`, as sections of a configuration.
     vae, text: the frozen parts. classes: names of the data set that the run evaluates.
-    templates: prompts of training, {} for a class; empty for the land cover, which has its own texts.
+    templates: prompts of training, {} for a class: the configuration's, or one for each data set.
     parameters: number of trained parameters. datasets: what the weights were trained on.
     steps, checkpoint: finished training steps, and their checkpoint below the working directory.
     started_from: the weights at step 0. versions: of the libraries; empty if they were not recorded.
@@ -175,7 +176,7 @@ def describe(
         sections.setdefault(section, {})[name] = values[section][name]
 
     templates = list(config.data.templates)
-    if not templates and config.data.name != "landcover":
+    if not templates:
         templates = list(dict.fromkeys(spec_of(part).template for part in parts_of(config.data)))
     vae, text = parts
     start = config.model.unet if config.model.unet_init == "pretrained" else "random weights"

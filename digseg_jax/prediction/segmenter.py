@@ -334,12 +334,8 @@ def view_size(settings: EvalConfig, data: DataConfig) -> tuple[int, int]:
 
 
 def trained_short_side(data: DataConfig) -> int:
-    """Pixels of an image's short side at scale 1 of the training crops; 0: images are never scaled.
-
-    Training scales an image by its short side (`data.crops`), except the land cover, whose crops are
-    windows of one map.
-    """
-    return 0 if data.name == "landcover" else data.image_size
+    """Pixels of an image's short side at scale 1 of the training crops; 0: it stays as it is."""
+    return data.image_size if data.scale_unit == "short_side" else 0
 
 
 def first_queries(

@@ -191,9 +191,8 @@ def details(config: Mapping[str, Any] | None, results: Mapping[str, Any]) -> str
     queries = results.get("queries") or []
     if queries:
         chips = "".join(f"<li>{esc(q)}</li>" for q in queries)
-        label = f" (label set {esc(results['label_set'])})" if results.get("label_set") else ""
         blocks.append(
-            f'<details><summary>Queries asked{label}</summary><ul class="words">{chips}</ul></details>'
+            f'<details><summary>Queries asked</summary><ul class="words">{chips}</ul></details>'
         )
 
     if config is not None:

@@ -84,12 +84,6 @@ class PaletteCodec(Codec):
                 "config.data.mixture: a palette has the colors of one class list; with "
                 "config.segmentation.codec='palette' train on one data set"
             )
-        if data.name == "landcover" and data.train_label_sets != (data.label_set,):
-            raise UserError(
-                f"config.data.train_label_sets={data.train_label_sets}: a palette has the colors of "
-                "one label set; with config.segmentation.codec='palette' it must be "
-                f"('{data.label_set}',)"
-            )
         return cls(num_classes(data))
 
     @property

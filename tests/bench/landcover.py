@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from digseg_jax import assets
+from digseg_jax.config.parse import parse
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets import landcover
@@ -22,6 +23,7 @@ from digseg_jax.evaluation.scores import Scores
 from digseg_jax.log import log
 from digseg_jax.metrics import confusion
 from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.recipes import land_cover
 from digseg_jax.segmentation.calibration import Calibration
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import load_task
@@ -34,7 +36,7 @@ HEADLINE = EStep(2, 2)
 def bench_config(weights: str) -> tuple[Config, Path]:
     """A config that evaluates a folder of exported weights."""
     folder = Path(assets.resolve(weights))
-    base = Config()
+    base = parse(land_cover())
     model = dataclasses.replace(base.model, unet=str(folder))
     evaluation = dataclasses.replace(base.eval, view_size=(landcover.TILE,))
     config = dataclasses.replace(base, model=model, eval=evaluation)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from digseg_jax.config.parse import parse
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets.landcover import TILE
@@ -17,6 +18,7 @@ from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.log import log
 from digseg_jax.metrics import confusion
 from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.recipes import land_cover
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.step import averaged
@@ -38,7 +40,7 @@ def one(config: Config) -> dict[str, float]:
 
 def run(seeds: int, steps: int) -> dict[str, Any]:
     """Mean and spread over seeds of both starts; only the start differs within a seed."""
-    base = Config()
+    base = parse(land_cover())
     base = dataclasses.replace(base, eval=dataclasses.replace(base.eval, view_size=(TILE,)))
     rows: dict[str, list[dict[str, float]]] = {"pretrained": [], "random": []}
     for seed in range(seeds):
@@ -46,7 +48,7 @@ def run(seeds: int, steps: int) -> dict[str, Any]:
             config = dataclasses.replace(
                 base,
                 seed=seed,
-                data=dataclasses.replace(base.data, repeat_threshold=0.3, text_noise=0.2),
+                data=dataclasses.replace(base.data, text_noise=0.2),
                 model=dataclasses.replace(base.model, unet_init=start),
                 optim=dataclasses.replace(base.optim, ema_decay=0.99),
                 train=dataclasses.replace(base.train, steps=steps),

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from same import assert_same
 
-from digseg_jax.config.schema import DataConfig
-from digseg_jax.data.datasets.landcover_prompts import captions, training_prompts
-from digseg_jax.data.pipeline import stream, training_stream
+from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.data.captions import Captions
+from digseg_jax.data.datasets import registry
+from digseg_jax.data.pipeline import Repeated, _parts, training_stream
+from digseg_jax.data.stream import Part, mixed_stream
+from digseg_jax.data.vocabulary import vocabularies
 
 COUNT = 10  # examples in the toy source; batches cross its end
 
@@ -35,7 +38,7 @@ class AddDraw:
 
 def toy(n, **options):
     options = {"seed": 1, "batch_size": 4} | options
-    return take(stream(ToySource(), AddDraw(), **options), n)
+    return take(mixed_stream([Part(ToySource(), AddDraw())], **options), n)
 
 
 def take(batches, n):
@@ -95,7 +98,8 @@ def test_a_batch_that_does_not_divide_among_the_hosts_is_refused():
         toy(1, hosts=3)
 
 
-CONFIG = DataConfig(image_size=32, num_queries=3, train_label_sets=("groups", "igbp"))
+LAND = {"image_size": 32, "num_queries": 3, "scale_unit": "pixel", "scale_min": 1.0, "scale_max": 1.0}
+CONFIG = DataConfig(**LAND, mixture=(PartConfig("landcover"), PartConfig("landcover_igbp")))
 
 
 def real(n=2, task="segmentation", config=CONFIG, **options):
@@ -115,6 +119,7 @@ class TestLandCover:
             "label": ((4, 32, 32), np.int32),
             "query": ((4, 3), np.int32),
             "query_class": ((4, 3), np.int32),
+            "query_kind": ((4, 3), np.int32),
             "index": ((4,), np.uint32),
         }
 
@@ -126,9 +131,11 @@ class TestLandCover:
         together = np.concatenate([half["image"] for half in halves])
         np.testing.assert_array_equal(together, whole["image"])
 
-    def test_a_query_is_a_prompt_of_its_class_in_one_of_the_label_sets(self):
-        _, ids = training_prompts(CONFIG.train_label_sets)
-        owner = {row: (s, c) for s in ids for c, rows in enumerate(ids[s]) for row in rows}
+    def test_a_query_is_a_prompt_of_its_class_in_one_of_the_class_lists(self):
+        words = vocabularies(CONFIG)
+        owner = {
+            row: (s, c) for s, v in enumerate(words) for c, rows in enumerate(v.rows) for row in rows
+        }
         sets = set()
         for batch in real(6):
             for queries, classes in zip(batch["query"], batch["query_class"], strict=True):
@@ -136,13 +143,26 @@ class TestLandCover:
                 assert [c for _, c in owners] == classes.tolist()
                 assert len({s for s, _ in owners}) == 1
                 sets |= {s for s, _ in owners}
-        assert sets == {"groups", "igbp"}
+        assert sets == {0, 1}
 
     def test_the_prior_gets_captions(self):
-        batch = real(1, task="prior")[0]
+        batch = real(1, task="prior", config=DataConfig(**LAND))[0]
         assert batch.keys() == {"image", "query", "index"}
-        assert batch["query"].shape == (4, 1) and batch["query"].max() < len(captions())
+        texts = Captions(registry.spec("landcover")).texts
+        assert batch["query"].shape == (4, 1) and batch["query"].max() < len(texts)
 
-    def test_repeats_lengthen_the_pass(self):
-        config = DataConfig(image_size=32, repeat_threshold=0.3)
-        assert real(1, config=config)[0]["image"].shape == (4, 32, 32, 3)
+    def test_tiles_of_rare_classes_come_more_often(self):
+        (plain,) = _parts(DataConfig(**LAND), "segmentation", 0)
+        (repeated,) = _parts(DataConfig(**LAND, repeat_threshold=0.3), "segmentation", 0)
+        assert (len(plain.source), len(repeated.source)) == (198, 221)
+
+
+def test_an_example_is_repeated_as_often_as_told():
+    class Source(ToySource):
+        def files(self, index):
+            return {"image": index}
+
+    repeated = Repeated(Source(), np.array([1, 3, 2, *[1] * (COUNT - 3)]))
+    seen = [int(repeated[i]["source"]) for i in range(len(repeated))]
+    assert seen == [0, 1, 1, 1, 2, 2, *range(3, COUNT)]
+    assert repeated.files(3) == {"image": 1}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from digseg_jax.data.queries import QuerySampler, class_counts, rarity
+from digseg_jax.data.queries import QuerySampler, class_counts
 
 N = 8
 LABEL = np.repeat([0, 1, 2, 3], 25).reshape(10, 10)  # four present, four absent
@@ -96,10 +96,3 @@ def test_the_same_generator_gives_the_same_queries():
     np.testing.assert_array_equal(draw(sampler(0.3), seed=5), draw(sampler(0.3), seed=5))
     assert (draw(sampler(0.3), seed=5) != draw(sampler(0.3), seed=6)).any()
     assert sampler()(LABEL, 2, np.random.default_rng(0)).dtype == np.int32
-
-
-def test_rarity_is_one_over_the_root_of_the_frequency():
-    weight = rarity(np.array([[0.64, 0.36], [0.64, 0.36]]))
-    assert weight.mean() == pytest.approx(1.0)
-    assert weight[1] / weight[0] == pytest.approx(0.8 / 0.6)
-    assert np.isfinite(rarity(np.array([[1.0, 0.0]]))).all()

@@ -151,8 +151,8 @@ def test_calibration_never_sees_the_split_that_is_scored(config, one_device):
         one_device.calibrate(ONE, eval_examples(config.data, "test", 2))
 
 
-def test_the_second_label_set_has_its_own_queries(config, one_device):
-    data = dataclasses.replace(config.data, label_set="igbp")
+def test_another_class_list_has_its_own_queries(config, one_device):
+    data = dataclasses.replace(config.data, name="landcover_igbp")
     examples = eval_examples(data, "val", 1)
     assert examples.prompts == landcover.IGBP
     got = Evaluator(one_device.segmenter, examples, config.eval, seed=0).scores(ONE)

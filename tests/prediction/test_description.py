@@ -33,6 +33,7 @@ from digseg_jax.weights import catalog, load_component, read_metadata
 
 OTHER = {  # a legal value of each binding setting that is not the tiny configuration's
     "data.image_size": 64,
+    "data.scale_unit": "short_side",
     "data.scale_min": 0.9,
     "data.scale_max": 1.5,
     "data.templates": ("a photo of {}",),

@@ -179,7 +179,9 @@ class TestSizes:
     def test_images_are_seen_at_the_scale_of_the_training_crops(self, folders):
         config = tiny.config(folders)
         assert trained_short_side(config.data) == 0
-        photographs = dataclasses.replace(config.data, name="ade20k", image_size=512)
+        photographs = dataclasses.replace(
+            config.data, name="ade20k", image_size=512, scale_unit="short_side"
+        )
         assert trained_short_side(photographs) == 512
 
 

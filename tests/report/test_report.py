@@ -225,7 +225,7 @@ def test_names_are_escaped(tmp_path):
     evil = '<script>alert("x")</script>&\'{{script}}'
     facts = weights(datasets=[evil], started_from=evil, checkpoint=evil)
     minimal(tmp_path, dataset=evil, split=evil, protocol=evil, per_class={evil: 0.5},
-            queries=[evil], seed=evil, weights=facts, label_set=evil)  # fmt: skip
+            queries=[evil], seed=evil, weights=facts)  # fmt: skip
     item = make_item(1, 16)
     item = GalleryItem(evil, item.image, item.label, item.prediction, item.masks, (evil,) * 8,
                        item.ious, note=evil)  # fmt: skip

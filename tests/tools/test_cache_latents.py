@@ -117,7 +117,7 @@ def both_batches(config):
     """All examples as the cache gives them, and the same crops as pictures with the same queries."""
     ((part, _, split),) = training_parts(config.data)
     source = open_part(part, split)
-    (stream,) = pipeline._parts(config.data, 0)
+    (stream,) = pipeline._parts(config.data, "segmentation", 0)
     ours, theirs = [], []
     for i in range(len(source)):
         example = stream.make_example(i, np.random.default_rng(i)) | {"index": np.uint32(i)}
@@ -281,7 +281,7 @@ def test_another_class_list_is_refused_at_the_start(cached, folders, data, tmp_p
     (tmp_path / "classes.txt").write_text(CLASSES.replace("city", "town"))
     config = configured(folders, tmp_path, cached.data.latent_cache)
     with pytest.raises(UserError, match="the class list: legal is the cache's"):
-        pipeline._parts(config.data, 0)
+        pipeline._parts(config.data, "segmentation", 0)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_another_class_list_is_refused_at_the_start(cached, folders, data, tmp_p
          "alone; with config.data.latent_cache legal is jitter=0.0"),
         ({"data__scale_min": 0.5, "data__class_share_cap": 0.75},
          "legal is scale_min=1.0, class_share_cap=1.0"),
-        ({"data__name": "landcover"}, "random windows of its scenes"),
+        ({"data__scale_unit": "pixel"}, "legal is scale_unit=short_side"),
         ({"task": "prior"}, "config.task='prior' does not use it, only segmentation"),
     ],
 )  # fmt: skip
@@ -328,7 +328,7 @@ def test_a_broken_example_stops_the_job_or_is_left_out_and_named(folders, broken
     assert manifest["examples"] == COUNT - 1
     assert [r["examples"] for r in manifest["shards"]] == [2, 3, 1]
     assert len(manifest["broken"]) == 1 and "002.png" in manifest["broken"][0]
-    assert len(pipeline._parts(config.data, 0)[0].source) == COUNT - 1
+    assert len(pipeline._parts(config.data, "segmentation", 0)[0].source) == COUNT - 1
 
 
 def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_path):

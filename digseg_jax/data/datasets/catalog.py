@@ -210,6 +210,8 @@ def _landcover(label_set: str, name: str) -> DatasetSpec:
         classes=tuple(ClassInfo(n, texts[1:], (i,)) for i, (n, texts) in enumerate(prompts.items())),
         splits={"train": 198, "val": 55, "test": 81},
         eval_split="test",
+        caption="satellite image of {}",
+        from_package=True,
         ignore="none",
         licence="public domain (NASA); the packages' own licences for their files",
     )

@@ -82,6 +82,15 @@ class Tile:
         return f"tile r{self.row:02d} c{self.column:02d}"
 
     @property
+    def scene(self) -> tuple[int, int]:
+        """Top and left of the SCENE pixels of its block that training crops of it may show."""
+        corner = []
+        for start in (self.top, self.left):
+            block = start // BLOCK * BLOCK
+            corner.append(int(np.clip(start - TILE // 2, block, block + BLOCK - SCENE)))
+        return corner[0], corner[1]
+
+    @property
     def split(self) -> str:
         residue = (self.left // BLOCK + 2 * (self.top // BLOCK)) % 5
         return {0: "test", 1: "val"}.get(residue, "train")
@@ -167,66 +176,3 @@ def load() -> LandCover:
         "igbp": mode_filter(igbp, MODE_FILTER),
     }
     return LandCover(image, labels)
-
-
-class TrainScenes:
-    """Random-access source: for each training tile, the part of its block that crops may show.
-
-    An element: {"image" uint8 [s, s, 3], one int32 [s, s] per label set}, s = twice the tile where
-    the block allows it. `repeats` repeats tiles that show rare classes (see `repeat_factors`).
-    """
-
-    def __init__(self, cover: LandCover, tiles: list[Tile], repeats: np.ndarray | None = None):
-        self.cover = cover
-        counts = np.ones(len(tiles), int) if repeats is None else repeats
-        self.tiles = [t for t, n in zip(tiles, counts, strict=True) for _ in range(n)]
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        tile = self.tiles[index]
-        return self.cover.window(*self._corner(tile), SCENE)
-
-    @staticmethod
-    def _corner(tile: Tile) -> tuple[int, int]:
-        corner = []
-        for start in (tile.top, tile.left):
-            block = start // BLOCK * BLOCK
-            corner.append(int(np.clip(start - TILE // 2, block, block + BLOCK - SCENE)))
-        return corner[0], corner[1]
-
-
-class EvalTiles:
-    """Random-access source of whole tiles: {"image", "label" int32 of one label set, "name"}."""
-
-    def __init__(self, cover: LandCover, tiles: list[Tile], label_set: str):
-        self.cover, self.tiles, self.label_set = cover, tiles, label_set
-
-    def __len__(self) -> int:
-        return len(self.tiles)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
-        tile = self.tiles[index]
-        window = self.cover.window(tile.top, tile.left, TILE)
-        return {"image": window["image"], "label": window[self.label_set], "name": tile.name}
-
-
-def class_shares(cover: LandCover, tiles: list[Tile], label_set: str) -> np.ndarray:
-    """Pixel shares per tile and class: float [tiles, classes]."""
-    n = len(LABEL_SETS[label_set])
-    windows = [cover.window(t.top, t.left, TILE)[label_set] for t in tiles]
-    return np.stack([np.bincount(w.ravel(), minlength=n) / w.size for w in windows])
-
-
-def repeat_factors(shares: np.ndarray, threshold: float) -> np.ndarray:
-    """How often each tile enters an epoch: max over its classes of sqrt(threshold / frequency).
-
-    Frequency is the share of tiles that show more than 0.5 % of the class (the rule of LVIS,
-    arXiv 1908.03195, section 4.1, rounded to whole repeats; at most 4). threshold 0 repeats none.
-    """
-    shows = shares > 0.005
-    frequency = shows.mean(axis=0)
-    factor = np.sqrt(threshold / np.maximum(frequency, 1e-6))
-    per_tile = np.where(shows, factor[None], 1.0).max(axis=1)
-    return np.clip(np.rint(per_tile), 1, 4).astype(int)

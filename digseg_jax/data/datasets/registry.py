@@ -88,11 +88,13 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     Raises:
       UserError: no such data set, split or folder, or files without their partner.
     """
-    # An empty root would mean the current folder; only the bundled data set needs no root.
-    if str(root) == "" and not name.startswith("landcover"):
+    # An empty root would mean the current folder; the class list of a user's own folder lies in it.
+    if name == "folder" and str(root) == "":
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
 
     facts = spec(name, root)
+    if str(root) == "" and not facts.from_package:
+        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
     if split not in facts.splits:
         raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")
     return _OPEN[name](facts, Path(root).expanduser(), split)

@@ -50,7 +50,9 @@ class DatasetSpec:
         except where `ignore` says otherwise.
       ignore: the ignore rule in words.
       template: prompt of a class, with {} for its name.
+      caption: description of an image, with {} for its classes.
       licence: what the user has to know before using the data; the data themselves are not shipped.
+      from_package: the data come with Python packages, so no folder is to be named.
       metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
         "region_dice" (Dice of each class's region, per image, then the mean over images).
       absent: what a class without ground truth counts: "mmseg" (0 if predicted, else left out),
@@ -70,9 +72,11 @@ class DatasetSpec:
     train_split: str = "train"
     eval_split: str = "val"
     template: str = "{}"
+    caption: str = "image of {}"
     metric: str = "miou"
     absent: str = "mmseg"
     inference: str = "window"
+    from_package: bool = False
 
     @property
     def num_classes(self) -> int:

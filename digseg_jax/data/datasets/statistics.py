@@ -74,6 +74,36 @@ class ClassStatistics:
         return cls(pixels, together, int(values["examples"]))
 
 
+def class_shares(source: Any, num_classes: int) -> np.ndarray:
+    """Share of each class in the labels of each example: float [examples, classes].
+
+    Every label is read, unless the source has counted them itself.
+    """
+    if hasattr(source, "class_shares"):
+        return source.class_shares()
+    rows = []
+    for i in range(len(source)):
+        label = source[i]["label"]
+        rows.append(np.bincount(label.ravel() + 1, minlength=num_classes + 1)[1:] / label.size)
+    return np.stack(rows)
+
+
+def repeat_factors(shares: np.ndarray, threshold: float) -> np.ndarray:
+    """How often each example enters an epoch: max over its classes of sqrt(threshold / frequency).
+
+    Frequency is the share of examples that show more than 0.5 % of the class (the rule of LVIS,
+    arXiv 1908.03195, section 4.1, rounded to whole repeats; at most 4). threshold 0 repeats none.
+
+    Args:
+      shares: float [examples, classes], as `class_shares` gives them.
+    """
+    shows = shares > 0.005
+    frequency = shows.mean(axis=0)
+    factor = np.sqrt(threshold / np.maximum(frequency, 1e-6))
+    per_example = np.where(shows, factor[None], 1.0).max(axis=1)
+    return np.clip(np.rint(per_example), 1, 4).astype(int)
+
+
 def sampled(source: Any, num_classes: int, sample: int = SAMPLE) -> ClassStatistics:
     """Statistics of at most `sample` evenly spread examples: the same choice in every process."""
     statistics = ClassStatistics.empty(num_classes)

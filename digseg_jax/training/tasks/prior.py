@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Batch, Params
 from digseg_jax.config.schema import Config
-from digseg_jax.data.datasets.landcover_prompts import captions
+from digseg_jax.data.captions import Captions
+from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.models import functional
 from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
@@ -37,7 +38,8 @@ class PriorTask(Task):
         self.schedule = schedule_of(config.diffusion)
         self.vae, vae_params = load_vae(model)
         tower = load_tower(model)
-        self.prompts = tuple(captions())
+        (part,) = parts_of(config.data)
+        self.prompts = Captions(spec_of(part)).texts
         self.frozen: Params = {
             "vae": vae_params,
             "bank": bank_arrays(encode_bank(tower, self.prompts, model)),

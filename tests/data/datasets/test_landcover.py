@@ -8,6 +8,7 @@ import pytest
 
 from digseg_jax.data.datasets import landcover
 from digseg_jax.data.datasets.landcover import BLOCK, GROUP_OF_IGBP, GROUPS, IGBP, TILE, Tile
+from digseg_jax.data.datasets.readers.landcover import LandCoverSource
 
 SPLITS = ("train", "val", "test")
 ROWS, COLUMNS = 2700 // TILE, 5400 // TILE
@@ -89,15 +90,6 @@ class TestModeFilter:
         np.testing.assert_array_equal(landcover.mode_filter(label, 5), expected)
 
 
-def test_repeat_factors_repeat_only_tiles_of_rare_classes():
-    shares = np.zeros((100, 2))
-    shares[:, 0], shares[:4, 1] = 1.0, 0.3
-    repeats = landcover.repeat_factors(shares, 0.36)  # sqrt(0.36 / 0.04) = 3
-    np.testing.assert_array_equal(repeats, [3] * 4 + [1] * 96)
-    np.testing.assert_array_equal(landcover.repeat_factors(shares, 0.0), 1)
-    assert landcover.repeat_factors(shares, 1e6).max() == 4
-
-
 def test_label_ids_are_in_range_and_every_class_occurs(cover):
     for name, classes in landcover.LABEL_SETS.items():
         label = cover.labels[name]
@@ -155,14 +147,14 @@ def test_tiles_have_land_belong_to_their_split_and_come_row_by_row(cover):
 
 def test_every_group_occurs_in_every_split(cover):
     for split in SPLITS:
-        assert (landcover.class_shares(cover, cover.tiles(split), "groups").sum(axis=0) > 0).all()
+        assert (LandCoverSource("groups", split).class_shares().sum(axis=0) > 0).all()
 
 
 def test_training_scenes_never_show_a_pixel_of_a_held_out_block(cover):
     train = blocks_of("train")
-    source = landcover.TrainScenes(cover, cover.tiles("train"))
+    source = LandCoverSource("groups", "train")
     for i, tile in enumerate(source.tiles):
-        top, left = source._corner(tile)
+        top, left = tile.scene
         corners = {block(top + dy, left + dx) for dy in (0, 2 * TILE - 1) for dx in (0, 2 * TILE - 1)}
         assert corners == {block(tile.top, tile.left)} and corners <= train
         assert top <= tile.top and tile.top + TILE <= top + 2 * TILE
@@ -173,21 +165,16 @@ def test_training_scenes_never_show_a_pixel_of_a_held_out_block(cover):
             np.testing.assert_array_equal(scene["image"], cover.window(top, left, 2 * TILE)["image"])
 
 
-def test_training_scenes_repeat_as_told(cover):
-    tiles = cover.tiles("train")[:3]
-    source = landcover.TrainScenes(cover, tiles, np.array([1, 3, 2]))
-    assert len(source) == 6
-    assert [t.name for t in source.tiles] == [tiles[i].name for i in (0, 1, 1, 1, 2, 2)]
-
-
 def test_eval_tiles_carry_image_label_and_name(cover):
-    tiles = cover.tiles("test")
-    example = landcover.EvalTiles(cover, tiles, "igbp")[3]
+    example = LandCoverSource("igbp", "test")[3]
     assert example["image"].shape == (TILE, TILE, 3) and example["image"].dtype == np.uint8
     assert example["label"].dtype == np.int32 and example["label"].max() < len(IGBP)
-    assert example["name"] == tiles[3].name
+    assert example["name"] == cover.tiles("test")[3].name
 
 
-def test_class_shares_sum_to_one(cover):
-    shares = landcover.class_shares(cover, cover.tiles("val"), "groups")
+def test_class_shares_are_those_of_the_tiles(cover):
+    shares = LandCoverSource("groups", "val").class_shares()
     np.testing.assert_allclose(shares.sum(axis=1), 1.0)
+    tile = cover.tiles("val")[7]
+    water = cover.window(tile.top, tile.left, TILE)["groups"] == 0
+    assert shares[7, 0] == water.mean()

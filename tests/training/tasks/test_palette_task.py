@@ -106,7 +106,6 @@ def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_p
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"data__train_label_sets": ("groups", "igbp")}, "config.data.train_label_sets"),
         ({"data__mixture": ({"name": "camvid", "root": "x"},)}, "config.data.mixture"),
     ],
 )  # fmt: skip

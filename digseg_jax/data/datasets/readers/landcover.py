@@ -6,6 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from digseg_jax.arraytypes import Float
 from digseg_jax.data.datasets import landcover
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.packages import locate
@@ -18,26 +21,34 @@ _FILES = (
 
 
 class LandCoverSource:
-    """Scenes for train, tiles for val and test: {"image" uint8, "label" int32 [h, w], "name"}."""
+    """Scenes for train, tiles for val and test: {"image" uint8, "label" int32 [h, w], "name"}.
+
+    Training crops are drawn from the part of its block around each tile, twice as wide as the tile.
+    """
 
     image_is_file = False  # one file holds all images
 
     def __init__(self, label_set: str, split: str):
-        cover = landcover.load()
-        self.label_set, self.tiles = label_set, cover.tiles(split)
-        if split == "train":
-            self.examples: Any = landcover.TrainScenes(cover, self.tiles)
-        else:
-            self.examples = landcover.EvalTiles(cover, self.tiles, label_set)
+        self.cover, self.label_set = landcover.load(), label_set
+        self.tiles, self.scenes = self.cover.tiles(split), split == "train"
 
     def __len__(self) -> int:
         return len(self.tiles)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        # a scene has labels of every label set, a tile of one label set only
-        label = example["label"] if "label" in example else example[self.label_set]
-        return {"image": example["image"], "label": label, "name": self.tiles[index].name}
+        tile = self.tiles[index]
+        place = (*tile.scene, landcover.SCENE) if self.scenes else (tile.top, tile.left, landcover.TILE)
+        window = self.cover.window(*place)
+        return {"image": window["image"], "label": window[self.label_set], "name": tile.name}
+
+    def class_shares(self) -> Float[np.ndarray, "n c"]:
+        """Share of each class in each tile: of its own pixels only, though its scene shows more."""
+        classes = len(landcover.LABEL_SETS[self.label_set])
+        shares = []
+        for tile in self.tiles:
+            label = self.cover.window(tile.top, tile.left, landcover.TILE)[self.label_set]
+            shares.append(np.bincount(label.ravel(), minlength=classes) / label.size)
+        return np.stack(shares)
 
     def files(self, index: int) -> dict[str, Path]:
         """Files of the two packages, the same for every example."""
