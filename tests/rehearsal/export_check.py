@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export in torch: diffusers' U-Net, our text adapters in front of its cross-attention."""
+"""An export in torch: diffusers' U-Net with our text adapters before its cross-attention; its masks."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -12,9 +13,14 @@ from oracle import nhwc, relative_l2, seeded_input, torch_unet_output
 from oracle import run as run_model
 from safetensors.numpy import load_file
 
+from digseg_jax.predict import load_segmenter
+from digseg_jax.prediction.description import read_description
+from digseg_jax.segmentation.inference import member_noise
 from digseg_jax.weights import load_component
 
 LIMIT = 1e-5  # relative L2
+MASK_LIMIT = 1e-4  # of a probability, any pixel's
+STEPS, SEED = 2, 7  # of a mask's sampling
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -30,6 +36,74 @@ def check_export(folder: Path, cells: int = 8) -> bool:
     actual = run_model(ours, "__call__", nhwc(sample), jnp.asarray(timestep), text)
     assert relative_l2(actual, expected) <= LIMIT
     return True
+
+
+def check_mask(folder: Path, pipeline: Path, side: int, query: str = "wall") -> float:
+    """The largest difference between our mask and that of torch's pipeline, from the same noise.
+
+    One member, two steps, an image of the views' size. folder: an export. pipeline: where the text
+    tower, the tokenizer and the autoencoder of its training are. side: of the image, in pixels.
+    """
+    image = np.random.default_rng(0).integers(0, 256, (side // 16, side // 16, 3))
+    image = np.kron(image, np.ones((16, 16, 1), np.int64)).astype(np.uint8)
+    ours, noise, scale = _our_mask(folder, image, query)
+    theirs = 1 / (1 + np.exp(-scale * _torch_evidence(folder, pipeline, image, query, noise)))
+    assert ours.std() > 0.01, "an even mask compares nothing"
+    difference = float(np.abs(ours - theirs).max())
+    assert difference <= MASK_LIMIT, difference
+    return difference
+
+
+def _our_mask(folder: Path, image: np.ndarray, query: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """As --mode=predict makes it: probabilities [h, w], the initial noise [1, h, w, c], the scale."""
+    config = read_description(folder).training_config()
+    dtype = dataclasses.replace(config.model, dtype="float32")
+    views = dataclasses.replace(config.eval, view_size=image.shape[:2])
+    segmenter, _ = load_segmenter(dataclasses.replace(config, model=dtype, eval=views), folder)
+    mask = segmenter.predict_masks([image], [query], ensemble=1, steps=STEPS, key=SEED, mode="whole")
+    vae = segmenter.task.vae.config
+    shape = (*(side // vae.factor for side in mask[0][0].shape), vae.latent_channels)
+    noise = np.asarray(member_noise(SEED, jnp.zeros(1, jnp.int32), 1, shape))[:, 0]
+    return mask[0][0], noise, segmenter.scale
+
+
+def _torch_evidence(
+    folder: Path, pipeline: Path, image: np.ndarray, query: str, noise: np.ndarray
+) -> np.ndarray:
+    """The decoded mask [h, w] in [-1, 1]: transformers' text tower, diffusers' models and sampler."""
+    import diffusers
+    import torch
+    import transformers
+
+    diffusion = read_description(folder).training_config().diffusion
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=diffusion.num_train_timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type=diffusion.prediction_type,
+        rescale_betas_zero_snr=diffusion.zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(STEPS)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    tower = transformers.CLIPTextModel.from_pretrained(pipeline / "text_encoder").eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(pipeline / "vae").eval()
+    unet = torch_unet(folder)
+
+    with torch.no_grad():
+        words = tokenizer(query, padding="max_length", max_length=77, return_tensors="pt")
+        text = tower(words.input_ids).last_hidden_state
+        pixels = torch.from_numpy(image).movedim(-1, 0)[None].float() / 127.5 - 1
+        encoded = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+
+        x = torch.from_numpy(noise).movedim(-1, 1)
+        for t in scheduler.timesteps:
+            prediction = unet(torch.cat([encoded, x], dim=1), t, encoder_hidden_states=text).sample
+            x = scheduler.step(prediction, t, x).prev_sample
+        decoded = vae.decode(x / vae.config.scaling_factor).sample
+        return decoded.mean(dim=1).clip(-1, 1)[0].numpy()
 
 
 def torch_unet(folder: Path):

@@ -3,17 +3,20 @@
 
     cd tests && PYTHONPATH=..:parity python -m rehearsal.full_size FOLDER [--miniature]
 
-A hub on loopback, two steps with a kill between them, an evaluation of one image, an export, and the
-same U-Net in torch diffusers where torch is installed. Writes FOLDER/figures.json: seconds and peak
-memory of each command. --miniature: the tests' small weights instead, to try the script itself.
+A hub and a bucket on loopback, two steps with a kill between them, an evaluation of one image, an
+export, and where torch is installed the same U-Net and the same mask there. Writes
+FOLDER/figures.json: seconds and peak memory of each command. 40 GB of disk. --miniature: the tests'
+small weights instead, to try the script itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import hub
+from gcs import server as gcs
+from gcs.server import BUCKET
 from hub import layouts, write
 
+from digseg_jax import known, storage
 from rehearsal import trees
-from rehearsal.export_check import check_export
+from rehearsal.export_check import check_export, check_mask
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2
@@ -38,6 +44,7 @@ CHANGES = {
     "data.workers": 0,
     "model.dtype": "float32",
     "optim.ema_decay": 0.0,  # a fourth of the state
+    "optim.mu_dtype": "bfloat16",  # an eighth
     "eval.ensemble": 1,
     "eval.steps": 1,
     "eval.num_images": 1,
@@ -60,7 +67,8 @@ def layout() -> dict[str, Any]:
 def measure(command: list[str], env: dict[str, str], log: Path, stop: Any = None) -> dict[str, float]:
     """Runs a command to its end, or until `stop()` holds: then it is killed with -9.
 
-    Returns its seconds and the peak of its memory in GB; raises CalledProcessError with its log's end.
+    Returns its seconds and the peak of its memory in GB, swapped pages with it; raises
+    CalledProcessError with its log's end.
     """
     started, peak = time.monotonic(), 0
     with log.open("wb") as output:
@@ -68,9 +76,12 @@ def measure(command: list[str], env: dict[str, str], log: Path, stop: Any = None
     killed = False
     try:
         while process.poll() is None:
-            with contextlib.suppress(OSError, StopIteration):
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                peak = max(peak, int(next(x for x in lines if x.startswith("VmHWM")).split()[1]))
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                now = dict(re.findall(r"^(VmHWM|VmRSS|VmSwap):\s*(\d+) kB", status, re.MULTILINE))
+                now = {name: int(value) for name, value in now.items()}
+                if now:
+                    peak = max(peak, now["VmHWM"], now["VmRSS"] + now["VmSwap"])
             if stop is not None and stop():
                 process.kill()
                 killed = True
@@ -90,34 +101,44 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--miniature", action="store_true")
     options = parser.parse_args()
-    folder: Path = options.folder
-    run, data = folder / "run", folder / "data"
-    repositories = folder / "repositories"
+    folder: Path = options.folder.absolute()
+    data, repositories = folder / "data", folder / "repositories"
+    side, view = (64, 64) if options.miniature else (512, 256)
     if not repositories.exists():
         values = layouts.SD15 if options.miniature else layout()
         write.write_pipeline(repositories, values, "sd-1.5")
     trees.write_tree("ade20k", data)
-    size = {"data.image_size": 64} if options.miniature else {}
 
+    run = f"gs://{BUCKET}/run"
     command = [sys.executable, "-m", "digseg_jax.main", "--config=configs/ade20k.py"]
     command += [f"--workdir={run}", f"--config.data.root={data}"]
-    command += [f"--config.{key}={value}" for key, value in (CHANGES | size).items()]
-    figures = {}
+    changes = CHANGES | {"data.image_size": side, "eval.view_size": (view,)}
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
+    figures: dict[str, Any] = {}
 
-    def saved() -> bool:
-        return (run / "checkpoints" / "1").is_dir()
-
-    with hub.serve(repositories) as server:
-        env = {**os.environ, **hub.variables(server.endpoint, folder / "cache"), "JAX_PLATFORMS": "cpu"}
-        figures["killed after step 1"] = measure(command, env, folder / "killed.log", saved)
+    with contextlib.ExitStack() as stack:
+        bucket = stack.enter_context(gcs.serve(folder / "bucket"))
+        server = stack.enter_context(hub.serve(repositories))
+        server.commit(known.hub_id("sd-1.5"))  # hashes the files, for which no client waits
+        stack.enter_context(hub.environment(server.endpoint, folder / "cache"))
+        stack.enter_context(gcs.environment(bucket.env()))
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(folder)}
+        figures["killed after step 1"] = measure(
+            command, env, folder / "killed.log", lambda: 1 in bucket.steps("run")
+        )
         figures["resumed, evaluated"] = measure(command, env, folder / "resumed.log")
         export = [*command, "--mode=export"]
         figures["exported"] = measure(export, env, folder / "export.log")
-    results = json.loads((run / "eval" / "results.json").read_text())
-    assert "resumed from" in (folder / "resumed.log").read_text()
-    assert len(results["confusion"]) == 150
-    cells = 8 if options.miniature else 64
-    figures["agrees with torch"] = check_export(run / "export", cells)
+
+        assert "resumed from" in (folder / "resumed.log").read_text()
+        results = json.loads(bucket.read("run/eval/results.json"))
+        assert len(results["confusion"]) == 150
+        if importlib.util.find_spec("torch"):
+            local = storage.local_copy(storage.as_path(f"{run}/export"))
+            check_export(local, side // 8)
+            pipeline = repositories / known.hub_id("sd-1.5") / "main"
+            figures["largest difference from torch's mask"] = check_mask(local, pipeline, side)
+
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
