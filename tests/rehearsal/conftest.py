@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import hub
 import pytest
 
 from rehearsal import stage as stage_lib
 
 
 @pytest.fixture(scope="session")
-def stage(repositories, tmp_path_factory):
+def stage(tmp_path_factory):
+    repositories = hub.write_all(tmp_path_factory.mktemp("shallow_repositories"))
+    stage_lib.make_shallow(repositories)
     with stage_lib.set_up(tmp_path_factory.mktemp("stage"), repositories) as stage:
         yield stage

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hub
+from hub import layouts, write
 
 from digseg_jax.weights.hub import converted_folder
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 3600.0  # seconds; a busy machine is slow, a hanging test must end
+PIPELINES = {"sd-1.5": layouts.SD15, "sd-2.1": layouts.SD21, "marigold": layouts.MARIGOLD}
 
 
 class Failed(AssertionError):
@@ -33,6 +35,8 @@ class Worker:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         env = {**os.environ, **env, "PYTHONPATH": paths}
         env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        # Every command starts with empty caches: small programs are worth keeping too.
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "rehearsal.worker"],
@@ -100,6 +104,17 @@ class Stage:
     def close(self) -> None:
         for worker in self._workers.values():
             worker.kill()
+
+
+def make_shallow(repositories: Path) -> None:
+    """Gives U-Nets and autoencoders one layer a block in place of two.
+
+    Classes, levels, places of attention and skip connections stay; a train step, of whose compilation
+    most of a story consists, has two thirds of the operations.
+    """
+    for name, layout in PIPELINES.items():
+        shallow = {part: layout[part] | {"layers_per_block": 1} for part in ("unet", "vae")}
+        write.write_pipeline(repositories, layout | shallow, name)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every file in configs/ and every version after the colon, the whole way: pytest -m rehearsal.
+"""Every file in configs/ and every version after the colon: pytest -m rehearsal.
 
-Minutes each; JAX_COMPILATION_CACHE_DIR keeps the programs of one session for the next.
+Every pair of the two is trained, killed, resumed, evaluated, exported, used to predict, and read by
+torch. What does not depend on the pair (one device, decoders, suite, --mode=export, palette) is done
+for every file with the first version, and for every version with the first file.
+
+Compilation is most of it: stories of one version share their programs, and JAX_COMPILATION_CACHE_DIR
+keeps them for the next session.
 """
 
 from __future__ import annotations
@@ -11,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from digseg_jax.recipes import VERSIONS
+from digseg_jax.segmentation.palette import MAX_CLASSES
 from rehearsal import story
 
 CONFIGS = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
 ON_LAND_COVER = ("quickstart", "landcover", "landcover_palette")
 NO_MASKS = ("landcover_prior", "landcover_vae")
+FIRST_VERSION, FIRST_NAME = "sd15", "phenobench"
 PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS})
 pytestmark = pytest.mark.rehearsal
 
@@ -32,9 +39,19 @@ def played(run: story.Run) -> None:
 )
 def test_a_public_data_set(stage, tmp_path, version, name):
     run = story.Run(stage, tmp_path, name, version)
-    story.play(run)
-    if version == "sd15":  # the other versions paint with the same autoencoders
-        story.paint_palette(run)
+    once = version == FIRST_VERSION or name == FIRST_NAME
+    (story.play_whole if once else story.play)(run)
+    played(run)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [(FIRST_VERSION, name) for name in PUBLIC if story.DATASETS[name].classes <= MAX_CLASSES]
+    + [(version, FIRST_NAME) for version in VERSIONS if version != FIRST_VERSION],
+)
+def test_a_palette(stage, tmp_path, version, name):
+    run = story.Run(stage, tmp_path, name, version)
+    story.paint_palette(run)
     played(run)
 
 
@@ -53,7 +70,7 @@ def test_a_small_model(request, stage, tmp_path, name, version):
     if name in ON_LAND_COVER:
         request.getfixturevalue("cover")
     run = story.Run(stage, tmp_path, name, version)
-    story.play(run)
+    story.play_whole(run)
     played(run)
 
 
