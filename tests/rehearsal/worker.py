@@ -14,7 +14,7 @@ import traceback
 
 # elements from which fsdp splits an array; no miniature has one of the product's 2**16
 SPLIT_FROM = 2**10
-# texts of the train step's bank, whatever the data set: so all of them share one compiled program
+# the train step's bank has a multiple of so many texts: data sets share one compiled program
 BANK_ROWS = 1024
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def pad_banks() -> None:
-    """Gives every bank BANK_ROWS rows; no query asks for those behind the data set's own texts."""
+    """Fills banks up to BANK_ROWS rows; no query asks for those behind the data set's own texts."""
     import numpy as np
 
     from digseg_jax.tasks import segmentation
@@ -53,7 +53,7 @@ def pad_banks() -> None:
 
     def padded(bank):
         arrays = whole(bank)
-        missing = BANK_ROWS - len(arrays["mask"])
+        missing = -len(arrays["mask"]) % BANK_ROWS
         rows = {name: [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1) for name, x in arrays.items()}
         return {name: np.pad(x, rows[name]) for name, x in arrays.items()}
 
