@@ -24,6 +24,7 @@ from digseg_jax.training.tasks.parts import (
     ANCHORS,
     Parts,
     Vae,
+    check_sizes,
     compute_options,
     kept_anchors,
     widened,
@@ -112,6 +113,7 @@ def abstract_parts(
     if anchors is not None:
         frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config, architecture))
     unet = widened(architecture.unet, vae, model, architecture.text_width)
+    check_sizes(config, vae, unet)
     return Parts(vae, codec, unet, ("",) * prompts, frozen)
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax.arraytypes import Array
-from digseg_jax.runtime.sharding import FSDP_MIN_SIZE
+from digseg_jax.runtime.sharding import FSDP_MIN_SIZE, place
 from digseg_jax.trees import flatten, unflatten
 
 Leaves = dict[str, Any]  # path -> array, or shape of one
@@ -64,9 +65,7 @@ def unpack(stored: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
 
         # Cut each joined array in the order of `layout`.
         for dtype, group in _by_type(_small(leaves)).items():
-            wanted = tuple((x.shape, x.sharding) for x in group.values())
-            parts = _splitter(wanted)(stored[entry]["small"][dtype])
-            found |= dict(zip(group, parts, strict=True))
+            found |= _cut(stored[entry]["small"][dtype], group)
 
         # Back into the tree, in the order of its own leaves.
         state[entry] = jax.tree.unflatten(jax.tree.structure(tree), [found[p] for p in leaves])
@@ -122,16 +121,18 @@ def _joiner(sharding: Sharding | None) -> Any:
     return jax.jit(lambda xs: jnp.concatenate([x.reshape(-1) for x in xs]), out_shardings=sharding)
 
 
-@functools.cache
-def _splitter(wanted: tuple[tuple[tuple[int, ...], Sharding | None], ...]) -> Any:
-    """A jitted function that cuts a joined array into arrays of these (shape, sharding) pairs."""
+def _cut(joined: Array, wanted: Leaves) -> Leaves:
+    """The arrays that were joined, placed like `wanted`; cut on the host.
 
-    def split(joined: Array) -> list[Array]:
-        # `wanted` is static, so these are slices with constant bounds.
-        parts, start = [], 0
-        for shape, _ in wanted:
-            parts.append(joined[start : start + math.prod(shape)].reshape(shape))
-            start += math.prod(shape)
-        return parts
+    A compiled program with as many results takes longer than reading the whole checkpoint: Stable
+    Diffusion has a thousand of them.
+    """
+    values = np.asarray(joined.addressable_data(0))  # every device holds it whole
+    ends = np.cumsum([math.prod(x.shape) for x in wanted.values()])
+    parts = np.split(values, ends[:-1])
+    shaped = {path: p.reshape(x.shape) for p, (path, x) in zip(parts, wanted.items(), strict=True)}
+    return {path: _placed(part, wanted[path].sharding) for path, part in shaped.items()}
 
-    return jax.jit(split, out_shardings=[place for _, place in wanted])
+
+def _placed(part: np.ndarray, sharding: Sharding | None) -> Array:
+    return jnp.asarray(part) if sharding is None else place(part, sharding)

@@ -54,6 +54,17 @@ def test_unpacking_undoes_packing_on_any_mesh(axes):
         assert x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
+def test_unpacking_compiles_nothing(caplog):
+    """To compile a program that cuts hundreds of arrays takes longer than to read a checkpoint."""
+    state = on(tiny.mesh(fsdp=4), make_state(ema={"bias": np.ones(3), "scale": np.ones(17)}))
+    packed, wanted = packing.pack(state), abstract(state)
+    with jax.log_compiles():
+        packing.unpack(packed, wanted)
+        assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
+        jax.jit(lambda x: x + len(packed))(1.0)
+    assert [r for r in caplog.records if "ompil" in r.getMessage()]  # it would have been told
+
+
 def test_shapes_are_packed_as_arrays_are():
     state = on(tiny.mesh(fsdp=4), make_state())
     expected = abstract(packing.pack(state))

@@ -13,9 +13,9 @@ from oracle import nhwc, relative_l2, seeded_input, torch_unet_output
 from oracle import run as run_model
 from safetensors.numpy import load_file
 
-from digseg_jax.predict import load_segmenter
 from digseg_jax.prediction.description import read_description
-from digseg_jax.segmentation.inference import member_noise
+from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.segmentation.sampling import member_noise
 from digseg_jax.weights import load_component
 
 LIMIT = 1e-5  # relative L2

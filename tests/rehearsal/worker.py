@@ -47,9 +47,9 @@ def pad_banks() -> None:
     """Fills banks up to BANK_ROWS rows; no query asks for those behind the data set's own texts."""
     import numpy as np
 
-    from digseg_jax.tasks import segmentation
+    from digseg_jax.training.tasks import parts
 
-    whole = segmentation.bank_arrays
+    whole = parts.bank_arrays
 
     def padded(bank):
         arrays = whole(bank)
@@ -57,7 +57,7 @@ def pad_banks() -> None:
         rows = {name: [(0, missing)] + [(0, 0)] * (np.ndim(x) - 1) for name, x in arrays.items()}
         return {name: np.pad(x, rows[name]) for name, x in arrays.items()}
 
-    segmentation.bank_arrays = padded
+    parts.bank_arrays = padded
 
 
 def run(arguments: list[str]) -> None:

@@ -275,18 +275,29 @@ def picture_step(vae: Vae, unet: UNetConfig) -> int:
     return vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
 
 
-def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
-    """What the parts must agree on.
+def check_sizes(config: Config, vae: Vae, unet: UNetConfig) -> None:
+    """Checks that training crops and an evaluation's views can be halved as often as the parts do.
 
     Raises:
-      UserError: a picture size that cannot be halved often enough, or tokens of the wrong width.
+      UserError: they cannot.
     """
-    size = config.data.image_size
     step = picture_step(vae, unet)
-    if size % step:
-        raise UserError(
-            f"config.data.image_size={size}: must be a multiple of {step} pixels for this VAE and U-Net"
-        )
+    sizes = {"data.image_size": (config.data.image_size,), "eval.view_size": config.eval.view_size}
+    for key, sides in sizes.items():
+        if any(side % step for side in sides):
+            value = sides if key == "eval.view_size" else sides[0]
+            raise UserError(
+                f"config.{key}={value}: must be a multiple of {step} pixels for this VAE and U-Net"
+            )
+
+
+def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
+    """Checks what the parts must agree on.
+
+    Raises:
+      UserError: a size that `check_sizes` refuses, or tokens of the wrong width.
+    """
+    check_sizes(config, vae, unet)
     if not unet.text_adapters and tower.width != unet.cross_attention_dim:
         raise UserError(
             f"config.model.text_adapters=False: text tokens are {tower.width} wide, the U-Net's "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import tiny
 
 from digseg_jax import packages, trees
+from digseg_jax.aot.shapes import abstract_parts
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
@@ -20,6 +22,7 @@ from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.training.optim import make_optimizer
+from digseg_jax.training.setup import set_up
 from digseg_jax.training.step import initial_state, make_train_step
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask, binary_iou, color_error, mask_error
 from digseg_jax.training.tasks.base import example_keys, to_unit
@@ -349,6 +352,17 @@ def test_the_autoencoders_mask_scores():
 def test_a_picture_size_that_the_models_cannot_halve_is_refused(folders, size):
     with pytest.raises(UserError, match=f"config.data.image_size={size}.*multiple"):
         load_task(tiny.config(folders, data__image_size=size))
+
+
+@pytest.mark.parametrize("size", [(20,), (64, 36)])
+def test_views_that_cannot_be_halved_are_refused_before_the_training(folders, size):
+    config = tiny.config(folders, eval__view_size=size)
+    told = re.escape(f"config.eval.view_size={size}: must be a multiple of")
+    with pytest.raises(UserError, match=told) as caught:
+        set_up(config)
+    tiny.one_line(caught.value)
+    with pytest.raises(UserError, match=told):
+        abstract_parts(config)  # of --mode=compile
 
 
 def test_tokens_that_do_not_fit_the_cross_attention_need_adapters(folders):
