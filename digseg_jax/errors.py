@@ -6,9 +6,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# Exit statuses of `main`; of these, only after PREEMPTED do the scripts of launch/ start a run again.
-USER_ERROR = 2
-OVER_BUDGET = 3  # --mode=compile: the program does not fit the devices
+# Exit statuses of `main`, beside 0; only after PREEMPTED do the scripts of launch/ start a run again. A
+# process that is aborted because another one of its run ended has 134.
+CRASH = 1
+USER_ERROR = 2  # refused, with one line that says why
+OVER_BUDGET = 3  # does not fit: a program of --mode=compile, or a device's or the host's memory
 INTERRUPTED = 130  # Ctrl-C where nothing is to be saved: 128 + SIGINT, as shells have it
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on from there
 
@@ -22,6 +24,11 @@ class UserError(ValueError):
 
 class Preempted(Exception):
     """The machine wants its processes back; everything is saved. `main` exits with PREEMPTED."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the host has not enough memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def nearest(name: str, legal: Iterable[str], n: int = 3) -> str:

@@ -17,33 +17,41 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import flat, to_dict
+from digseg_jax.config.parse import flat, to_dict, with_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder
+from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import eval_examples
-from digseg_jax.evaluation.job import evaluate
-from digseg_jax.io.storage import AnyPath, filled_locally, local_copy, write_json
-from digseg_jax.io.workdir import CALIBRATION, CHECKPOINTS, CONFIG_NAME, EXPORT, claim, hold
+from digseg_jax.io.storage import AnyPath, as_path, filled_locally, write_json
+from digseg_jax.io.workdir import (
+    CALIBRATION,
+    CHECKPOINTS,
+    CONFIG_NAME,
+    EXPORT,
+    claim,
+    hold,
+    stored_config,
+)
 from digseg_jax.log import log
 from digseg_jax.prediction.description import (
     Description,
     FrozenPart,
     check_agreement,
     describe,
+    find_export,
     read_description,
     write_description,
 )
-from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
 from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.profiling import use_compile_cache
-from digseg_jax.runtime.sharding import infer_shardings, place
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.setup import set_up
 from digseg_jax.training.step import averaged
@@ -51,15 +59,22 @@ from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.parts import provenance
 from digseg_jax.training.tasks.segmentation import SegmentationTask
-from digseg_jax.weights import load_params
 
 
-def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
+def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = False) -> None:
     """Trains (or continues), exports the weights, evaluates them and builds the report.
+
+    Args:
+      workdir: the run's folder, on a disk or on gs://; what is there already goes on.
+      accept_changes: go on although the configuration was changed.
 
     Raises:
       UserError: the working directory, data, weights or devices do not fit the configuration.
+
+    Example:
+        >>> dj.train(dj.load_config("quickstart"), "runs/mine")  # doctest: +SKIP
     """
+    workdir = as_path(workdir)
     use_compile_cache(config.train.compile_cache)
     with exclusive_run(workdir):
         claim_workdir(workdir, config, accept_changes)
@@ -93,13 +108,18 @@ def train(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> 
 PER_HOST = ("data.root", "data.mixture", "data.workers", "train.compile_cache")
 
 
-def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
+def check_processes(
+    config: Config | None, settings: Mapping[str, Any], flags: Mapping[str, Any]
+) -> None:
     """Checks that all processes of the run have the same flags, configuration and code.
+
+    settings: by key, where there is no configuration yet.
 
     Raises:
       UserError: on every process, who differs in what.
     """
-    values = {f"config.{key}": value for key, value in flat(to_dict(config)).items()}
+    keys = settings if config is None else flat(to_dict(config))
+    values = {f"config.{key}": value for key, value in keys.items()}
     for key in PER_HOST:
         values.pop(f"config.{key}", None)
     check_all_agree({**flags, **values, "the code's checksum": _checksum_of_the_code()})
@@ -113,23 +133,33 @@ def _checksum_of_the_code() -> int:
     return checksum
 
 
-def run_export(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
+def export(
+    workdir: str | AnyPath, config: Config | None = None, *, accept_changes: bool = False
+) -> AnyPath:
     """Exports the newest checkpoint (with `checkpoint.best`, the best one) of a run at any stage.
+
+    config: by default the one that the run was started with. Returns the folder of the weights.
 
     Raises:
       UserError: there is no checkpoint, or it is not of this configuration.
+
+    Example:
+        >>> dj.export("runs/mine")  # doctest: +SKIP
     """
-    if not (workdir / CONFIG_NAME).is_file():
+    workdir = as_path(workdir)
+    stored = stored_config(workdir) if config is None else config
+    if stored is None or not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
 
-    claim_workdir(workdir, config, accept_changes)
-    setup = set_up(config)
+    claim_workdir(workdir, stored, accept_changes)
+    setup = set_up(stored)
     config, task, mesh = setup.config, setup.task, setup.mesh
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
 
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
     export_run(config, task, params, workdir, source, find_parts(config))
     log.info("exported %s to %s", source, workdir / EXPORT)
+    return workdir / EXPORT
 
 
 def find_parts(config: Config) -> tuple[FrozenPart, ...]:
@@ -174,54 +204,75 @@ def export_run(
     write_export(task, params, workdir, provenance(config), description)
 
 
-def run_eval(config: Config, workdir: AnyPath, *, accept_changes: bool = False) -> None:
-    """Evaluates the exported weights of a finished run, and builds the report.
+def evaluate(
+    workdir: str | AnyPath,
+    suite: str | None = None,
+    *,
+    model: str | None = None,
+    config: Config | None = None,
+    settings: Mapping[str, Any] | None = None,
+    accept_changes: bool = False,
+) -> dict[str, Any]:
+    """Evaluates exported weights on their data set and builds the report, or on the sets of a suite.
+
+    Args:
+      workdir: a run; or, with `model`, a folder for the results.
+      suite: see `digseg_jax.evaluation.suite`; its data sets are looked for under data.root.
+      model: weights from elsewhere, as `load_segmenter` takes them.
+      config: by default the run's own, or with `model` what the weights tell of themselves.
+      settings: other values of some of its keys, such as {"data.root": "/data"}.
+      accept_changes: go on although the run's configuration was changed.
+
+    Returns:
+      The content of WORKDIR/eval/results.json, or of suite_NAME.json.
 
     Raises:
-      UserError: the task is not segmentation, nothing is exported, or the weights disagree with the
-        configuration.
+      UserError: no trained weights, or of another configuration; no data.
+
+    Example:
+        >>> once = {"eval.num_images": 1, "eval.ensemble": 1, "eval.calibrate": False, "eval.sweep": ()}
+        >>> dj.evaluate("out", model="assets:segmenter", settings=once)["num_images"]
+        1
     """
-    if config.task != "segmentation":
+    # What can be told before anything is loaded.
+    if suite is not None:
+        suite_lib.check_suite(suite)
+    workdir = as_path(workdir)
+    if config is None and model is None:
+        config = stored_config(workdir)
+    if config is not None and config.task != "segmentation":
         raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
-    if not (workdir / EXPORT).is_dir():
+    if model is None and not (workdir / EXPORT).is_dir():
         raise UserError(
             f"{workdir / EXPORT}: no trained weights here; run --mode=train first, or "
             "--mode=export for the newest checkpoint of a run that is not finished"
         )
+    if model is not None and (workdir / CONFIG_NAME).is_file():
+        raise UserError(
+            f"--workdir={workdir}: a run lives there, whose results would be replaced; name another "
+            "folder for those of --model"
+        )
 
-    # The weights decide what they were trained with; a configuration that says otherwise is rejected.
-    description = read_description(workdir / EXPORT)
-    check_agreement(description, config, workdir / EXPORT)
+    # What the weights were trained with is held against the configuration before anything is written.
+    folder = find_export(model or str(workdir / EXPORT))
+    description = read_description(folder)
+    config = with_settings(config or description.training_config(), settings or {})
+    check_agreement(description, config, folder)
+
     use_compile_cache(config.train.compile_cache)
-    claim_workdir(workdir, config, accept_changes)
+    if model is None and suite is None:
+        claim_workdir(workdir, config, accept_changes)
 
-    setup = set_up(description.with_pinned_parts(config))
-    config, task, mesh = setup.config, setup.task, setup.mesh
+    segmenter = load_segmenter(folder, config)
+    task, params, mesh = segmenter.task, segmenter.programs.params, segmenter.mesh
+    if suite is None:
+        del segmenter  # frees its frozen parts on the devices: the evaluation places its own
+        return evaluate_and_report(config, task, params, mesh, workdir, description, model is None)
 
-    # The export has the moving average, so no optimizer state is read.
-    folder = local_copy(workdir / EXPORT)
-    # What the training stored beside the weights, such as a palette.
-    task.adopt(folder)
-    params = load_params(folder, task.abstract)
-    params = place(params, infer_shardings(params, mesh))
-
-    evaluate_and_report(config, task, params, mesh, workdir)
-
-
-def run_suite_eval(config: Config, workdir: AnyPath, suite: str) -> None:
-    """Evaluates the exported weights on the data sets of a suite; see `digseg_jax.evaluation.suite`.
-
-    Raises:
-      UserError: an unknown suite, or no exported weights.
-    """
-    suite_lib.check_suite(suite)
-    use_compile_cache(config.train.compile_cache)
-
-    folder = local_copy(workdir / EXPORT)
-    segmenter, params = load_segmenter(config, folder)
-    about = read_description(folder).provenance()
-    suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite, about)
+    about = description.provenance()
+    results = suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite, about)
     log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
+    return results
 
 
 @contextlib.contextmanager
@@ -277,17 +328,27 @@ def write_export(
 
 
 def evaluate_and_report(
-    config: Config, task: SegmentationTask, params: Params, mesh: Mesh, workdir: AnyPath
+    config: Config,
+    task: SegmentationTask,
+    params: Params,
+    mesh: Mesh,
+    workdir: AnyPath,
+    description: Description | None = None,
+    own: bool = True,
 ) -> dict[str, Any]:
-    """Evaluates, writes the report, and logs the mIoU and the report's path; returns the results."""
-    about = read_description(workdir / EXPORT).provenance()
-    results = evaluate(config, task, params, mesh, workdir, about)
+    """Evaluates, writes the report, and logs the mIoU and the report's path; returns the results.
+
+    description: of the weights, by default of the run's export. own: they are that export.
+    """
+    about = (description or read_description(workdir / EXPORT)).provenance()
+    results = evaluation.evaluate(config, task, params, mesh, workdir, about)
 
     page = workdir
     with together("the report"):
         if is_main():
             # Prediction reads it beside the weights.
-            write_json(workdir / EXPORT / CALIBRATION, results["calibration"])
+            if own:
+                write_json(workdir / EXPORT / CALIBRATION, results["calibration"])
             page = build_report(workdir)
 
     log.info(

@@ -1,19 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.main --config=configs/NAME.py --workdir=DIR [--mode=MODE]"""
+"""digseg --config=NAME --workdir=DIR [--mode=MODE], or python -m digseg_jax.main with the same flags.
+
+--config takes a file, or the name of one in configs/. Exit statuses are those of `digseg_jax.errors`.
+"""
 
 from __future__ import annotations
 
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from digseg_jax.config.parse import check_key, parse, with_sampling
+from digseg_jax.config.experiment import NO_FILE, with_config_file
+from digseg_jax.config.parse import parse, sampling_settings, with_sampling
 from digseg_jax.config.schema import Config
-from digseg_jax.errors import INTERRUPTED, OVER_BUDGET, PREEMPTED, USER_ERROR, Preempted, UserError
+from digseg_jax.errors import (
+    CRASH,
+    INTERRUPTED,
+    OVER_BUDGET,
+    PREEMPTED,
+    USER_ERROR,
+    Preempted,
+    UserError,
+    lacks_memory,
+)
 from digseg_jax.log import log, setup
 
 MODES = ("train", "eval", "export", "predict", "compile", "cache_latents")
@@ -25,7 +38,7 @@ _ACCEPT_CHANGES = flags.DEFINE_bool(
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
 _MODEL = flags.DEFINE_string(
-    "model", None, "predict: weights: a run, its export, assets:NAME, gs://FOLDER or a hub id."
+    "model", None, "predict, eval: a run, its export, assets:NAME, gs://FOLDER or a hub id."
 )
 _IMAGE = flags.DEFINE_string("image", None, "predict: image, folder or glob; any size and mode.")
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
@@ -52,7 +65,7 @@ _START_TIMEOUT = flags.DEFINE_float(
 
 # Modes that use a flag; in any other it would silently do nothing, so it is rejected.
 _FOR_MODES = {
-    "model": ("predict",),
+    "model": ("predict", "eval"),
     "image": ("predict",),
     "query": ("predict",),
     "vocabulary": ("predict",),
@@ -70,8 +83,11 @@ def check_flags(mode: str) -> None:
         if flags.FLAGS[name].present and mode not in modes:
             raise UserError(f"--{name}: for --mode={' or '.join(modes)} only, not --mode={mode}")
 
-    if _CONFIG.value is None and mode != "predict":
+    # Weights and runs know their configuration.
+    if _config_file() is None and mode not in ("predict", "eval", "export"):
         raise UserError(f"--mode={mode} needs --config")
+    if _settings() and mode == "export":
+        raise UserError("--config.KEY: --mode=export takes the run's settings, or those of --config")
 
     # --workdir unless the table says otherwise.
     needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
@@ -86,12 +102,27 @@ def check_flags(mode: str) -> None:
             raise UserError("--mode=predict needs --query or --vocabulary")
 
 
+def _config_file() -> str | None:
+    """The experiment file that was named."""
+    if _CONFIG.value is None:
+        return None
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    return None if name == NO_FILE else name
+
+
+def _settings() -> dict[str, Any]:
+    """What --config.KEY=VALUE sets without an experiment file, on top of what the weights tell."""
+    if _CONFIG.value is None or _config_file() is not None:
+        return {}
+    return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
 def run() -> None:
     """Runs the mode; imports late, so that a wrong flag is reported before JAX loads."""
     # What the user typed is checked before anything slow.
     mode = _MODE.value
     check_flags(mode)
-    config = None if _CONFIG.value is None else parse(_CONFIG.value)
+    config = None if _config_file() is None else parse(_CONFIG.value)
     if config is not None and _SAMPLING.value:
         config = with_sampling(config, _SAMPLING.value)
 
@@ -128,10 +159,11 @@ def _predict(config: Config | None) -> None:
     from digseg_jax.prediction.job import predict
 
     weights, queries, out = _MODEL.value or _WORKDIR.value, _QUERY.value or [], Path(_OUT.value)
-    predict(config, weights, _IMAGE.value, queries, out, _VOCABULARY.value, _SAMPLING.value)
+    words, sampling = _VOCABULARY.value, _SAMPLING.value
+    predict(config, weights, _IMAGE.value, queries, out, words, sampling, _settings())
 
 
-def _run_on_all_processes(mode: str, config: Config) -> None:
+def _run_on_all_processes(mode: str, config: Config | None) -> None:
     """The other modes: joins the processes to one run first, before JAX touches a device."""
     from digseg_jax import jobs
     from digseg_jax.io.storage import as_path
@@ -144,27 +176,35 @@ def _run_on_all_processes(mode: str, config: Config) -> None:
     )
     distributed.start(cluster, timeout)
     told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
-    jobs.check_processes(config, told)
+    told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value}
+    jobs.check_processes(config, _settings(), told)
 
     if mode == "cache_latents":
         from digseg_jax.tools import cache_latents
 
         cache_latents.run(config)
-    elif _SUITE.value is not None:
-        jobs.run_suite_eval(config, as_path(_WORKDIR.value), _SUITE.value)
+        return
+
+    workdir, suite, settings = as_path(_WORKDIR.value), _SUITE.value, _settings()
+    if config is None and _SAMPLING.value:
+        settings |= sampling_settings(_SAMPLING.value)
+    options = {"config": config, "accept_changes": _ACCEPT_CHANGES.value}
+    if mode == "train":
+        jobs.train(workdir=workdir, **options)
+    elif mode == "export":
+        jobs.export(workdir, **options)
     else:
-        job = {"train": jobs.train, "eval": jobs.run_eval, "export": jobs.run_export}[mode]
-        job(config, as_path(_WORKDIR.value), accept_changes=_ACCEPT_CHANGES.value)
+        jobs.evaluate(workdir, suite, model=_MODEL.value, settings=settings, **options)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one line in place of the tracebacks of absl and `ml_collections`."""
+    if {"--help", "-h", "-?"} & set(argv):
+        print(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}")
+        sys.exit(0)
     try:
-        # Check keys before absl does, for an error that lists the legal ones.
-        for argument in argv[1:]:
-            if argument.startswith(("--config.", "-config.")):
-                check_key(argument.lstrip("-").split("=")[0])
-        rest = flags.FLAGS(argv)
+        # Keys and the file's name are checked before absl does, for errors that list the legal ones.
+        rest = flags.FLAGS(with_config_file(argv))
         if _CONFIG.value is not None:
             _CONFIG.value.items()  # a broken file is reported only when it is used
         return rest
@@ -198,7 +238,7 @@ def main(argv: list[str]) -> None:
     """Runs the mode and turns what it raises into an exit status."""
     # What absl leaves over is not a flag, and there are no other arguments.
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        _fail(f"unexpected argument {argv[1]!r}; flags begin with --, such as --mode={argv[1]}")
     setup()
     try:
         run()
@@ -210,10 +250,18 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         _leave(INTERRUPTED)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        _leave(1)
+        if lacks_memory(error):
+            print("error: out of memory: take smaller batches or a larger device", file=sys.stderr)
+            _leave(OVER_BUDGET)
+        _leave(CRASH)
+
+
+def command() -> None:
+    """The console command `digseg`."""
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    command()

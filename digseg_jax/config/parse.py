@@ -57,9 +57,28 @@ def with_sampling(config: Config, text: str) -> Config:
     Raises:
       UserError: another form, or more steps than there are timesteps.
     """
-    estep = EStep.parse(text)
+    return with_settings(config, sampling_settings(text))
+
+
+def sampling_settings(text: str) -> dict[str, Any]:
+    """The settings that an E-Step such as "8x2" stands for; raises UserError for another form."""
+    return {f"eval.{name}": value for name, value in dataclasses.asdict(EStep.parse(text)).items()}
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some keys, such as {"train.steps": 100}.
+
+    Raises:
+      UserError: unknown key, wrong type, illegal value or impossible combination.
+    """
     values = to_dict(config)
-    values["eval"] |= dataclasses.asdict(estep)
+    for key, value in settings.items():
+        check_key(f"config.{key}")
+        *sections, name = key.split(".")
+        node = values
+        for section in sections:
+            node = node[section]
+        node[name] = value
     return parse(values)
 
 

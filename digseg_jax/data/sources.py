@@ -47,6 +47,29 @@ def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, st
     return [(part, facts, part.split or facts.train_split) for part, facts in specs]
 
 
+def open_dataset(name: str, root: str = "", split: str = "") -> Source:
+    """Opens a split of a data set; nothing is decoded until an example is asked for.
+
+    Args:
+      name: one of `digseg_jax.dataset_names()`, or tfds:NAME.
+      root: the download as it unpacks, or prepared shards, on a disk or on gs://; the land cover needs
+        none.
+      split: by default the one that is evaluated.
+
+    Returns:
+      A sequence of {"image" uint8 [h, w, 3], "label" int32 [h, w] (-1: ignored), "name"}.
+
+    Raises:
+      UserError: no such data set, split or folder.
+
+    Example:
+        >>> dj.open_dataset("landcover", split="test")[0]["image"].dtype
+        dtype('uint8')
+    """
+    part = PartConfig(name, root)
+    return open_part(part, split or spec_of(part).eval_split)
+
+
 def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """Opens the examples of a split; a root that holds prepared shards of the split is read as such.
 

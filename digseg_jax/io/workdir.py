@@ -71,6 +71,22 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
         raise UserError(f"--workdir={workdir}: {error}") from error
 
 
+def stored_config(workdir: AnyPath) -> Config | None:
+    """The configuration of the run in `workdir`; None where there is no run.
+
+    Raises:
+      UserError: it cannot be read, or this program does not know its keys.
+    """
+    path = workdir / CONFIG_NAME
+    with storage.explained(path, "cannot be read"):
+        if not path.is_file():
+            return None
+    try:
+        return parse(_stored(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; name one with --config") from error
+
+
 @contextlib.contextmanager
 def hold(workdir: AnyPath) -> Iterator[None]:
     """Keeps other processes from training in `workdir`: two would write each file twice.

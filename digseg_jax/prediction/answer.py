@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from digseg_jax.arraytypes import Float
+from digseg_jax.arraytypes import Float, Int
 from digseg_jax.segmentation.resize import resize_probability
 from digseg_jax.segmentation.views import Views
 
@@ -73,17 +73,19 @@ class Answer:
 
     def stack(self) -> Float[np.ndarray, "q h w"]:
         """All probabilities at once: much memory where image and vocabulary are large."""
-        return np.stack([self.probability(q) for q in range(self.num_queries)])
+        first = self.probability(0)
+        planes = np.empty((self.num_queries, *first.shape), np.float32)
+        planes[0] = first
+        for query in range(1, self.num_queries):
+            planes[query] = self.probability(query)
+        return planes
 
     def label_map(self) -> np.ndarray:
         """The most probable query of every pixel, int32 [h, w]."""
-        best = self.probability(0)
-        label = np.zeros(best.shape, np.int32)
-        for query in range(1, self.num_queries):
-            plane = self.probability(query)
-            label[plane > best] = query
-            np.maximum(best, plane, out=best)
-        return label
+        winner = MostProbable()
+        for query in range(self.num_queries):
+            winner.see(self.probability(query))
+        return winner.label
 
     def _plane(self, masks: ViewMasks, query: int, *, biased: bool) -> np.ndarray:
         if masks.slot[query] >= 0:
@@ -96,3 +98,27 @@ class Answer:
         if masks.slot[query] >= 0:
             return masks.evidence[masks.slot[query]]
         return resize_probability(masks.cells[query], *self.size)
+
+
+class MostProbable:
+    """The most probable query of every pixel, from masks that come one after the other.
+
+    floor: what a mask must exceed to count; pixels where none does are -1. None: there is no floor. Of
+    equal masks the first wins.
+    """
+
+    def __init__(self, floor: float | None = None):
+        self.floor, self.count = floor, 0
+        self.label: Int[np.ndarray, "h w"] | None = None
+        self._best: np.ndarray | None = None
+
+    def see(self, mask: Float[np.ndarray, "h w"]) -> None:
+        """Takes the mask of the next query."""
+        if self.label is None:
+            least = -np.inf if self.floor is None else self.floor
+            self._best = np.full(mask.shape, least, mask.dtype)
+            self.label = np.full(mask.shape, -1, np.int32)
+        wins = mask > self._best
+        self.label[wins] = self.count
+        self._best[wins] = mask[wins]
+        self.count += 1

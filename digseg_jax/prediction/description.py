@@ -25,7 +25,7 @@ import digseg_jax
 from digseg_jax import assets
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import parse, to_dict
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import class_names
 from digseg_jax.errors import UserError
@@ -61,15 +61,11 @@ BINDING = (
 CLOSED_BINDING = ("data.name",)  # of a codec that answers one class list
 # frozen parts may have another name elsewhere: their files are compared
 PARTS = ("model.vae", "model.text")
-# how the run was evaluated: what a prediction does unless it is told otherwise
+# how the run was evaluated: what prediction and evaluation do unless they are told otherwise
 SUGGESTED = (
     "model.dtype",
-    "eval.ensemble",
-    "eval.steps",
-    "eval.spacing",
-    "eval.inference",
-    "eval.short_side",
-    "eval.view_size",
+    "data.train_split",
+    *(f"eval.{field.name}" for field in dataclasses.fields(EvalConfig)),
 )
 REQUIRED = (*BINDING, *CLOSED_BINDING, *PARTS)
 
@@ -90,6 +86,8 @@ class FrozenPart:
     def find(cls, reference: str) -> FrozenPart:
         """Raises UserError if the part is missing."""
         folder = part_folder(reference)
+        if Path(reference).expanduser().exists():  # it must mean the same in another working directory
+            reference = str(Path(reference).expanduser().absolute())
         commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
         return cls(reference, commit[1] if commit else "", checksum(folder))
 
@@ -129,7 +127,7 @@ class Description:
     versions: dict[str, str]
 
     def training_config(self) -> Config:
-        """The default configuration with what the weights need.
+        """The default configuration with what the weights need, and the settings of their evaluation.
 
         Raises:
           UserError: a recorded folder is not on this machine.
@@ -141,7 +139,8 @@ class Description:
                     f"{FILE}: config.{key}={part.reference!r} is not on this machine; name a copy with "
                     f"--config=FILE --config.{key}=FOLDER"
                 )
-        return _config_of(_recorded(self.config) | {k: part.pinned for k, part in parts.items()})
+        values = _recorded(self.config) | {key: part.pinned for key, part in parts.items()}
+        return dataclasses.replace(_config_of(values), seed=self.seed)
 
     def with_pinned_parts(self, config: Config) -> Config:
         """The configuration with the hub's frozen parts at the commits that the training had."""
@@ -267,7 +266,7 @@ def check_agreement(description: Description, config: Config, folder: AnyPath) -
     if different:
         raise UserError(
             f"{folder}: {'; '.join(different)}; the masks would be wrong: use the configuration of the "
-            "training, or --mode=predict without --config"
+            "training, or none: the weights know theirs"
         )
 
 

@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--mode=predict` reads and writes: images, queries and vocabularies; masks, overlays, JSON."""
+"""What a prediction reads and writes: images, queries and vocabularies; masks, overlays, JSON."""
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
+from digseg_jax.prediction.answer import MostProbable
 from digseg_jax.viz import images as pictures
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+SHOWN = 0.5  # an overlay colors a pixel by its most probable query, if that is more probable than this
 ONE_COLOR = np.array([[230, 60, 30]], np.uint8)
 
 
@@ -44,30 +47,54 @@ def find_images(text: str) -> list[Path]:
     return [path]
 
 
-def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(path: Path, name: str = "--image") -> UInt8[np.ndarray, "h w 3"]:
     """RGB of any file Pillow reads; transparency is laid over white, EXIF applied.
+
+    name: what an error calls it.
 
     Raises:
       UserError: missing or unreadable file.
     """
-    from PIL import ImageOps
-
     if not path.is_file():
-        raise UserError(f"--image={path}: no such file")
+        raise UserError(f"{name}={path}: no such file")
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                values = np.asarray(image, np.float64)
-                span = max(values.max() - values.min(), 1e-9)
-                image = Image.fromarray(((values - values.min()) * 255 / span).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                ground = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(ground, image)
-            return np.asarray(image.convert("RGB"))
+            return rgb(opened)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, ValueError) as error:
-        raise UserError(f"--image={path}: not a readable image ({error})") from error
+        raise UserError(f"{name}={path}: not a readable image ({error})") from error
+
+
+def rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """An image of any of Pillow's modes as RGB; see `read_image`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, np.float64)
+        span = max(values.max() - values.min(), 1e-9)
+        image = Image.fromarray(((values - values.min()) * 255 / span).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def pixels_of(image: str | os.PathLike | Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB of a file, of a Pillow image, or of an array, which must be that already.
+
+    Raises:
+      UserError: missing or unreadable file, or an array of another type or shape.
+    """
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(Path(image).expanduser(), "image")
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+        raise UserError(
+            f"image: an array {pixels.dtype}{list(pixels.shape)}; legal are uint8 [height, width, 3], "
+            "a Pillow image and the path of a file"
+        )
+    return pixels
 
 
 def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
@@ -92,13 +119,24 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
             )
     if not texts:
         raise UserError("--mode=predict needs --query or --vocabulary")
-    for text in texts:
-        if not text.strip():
-            raise UserError("--query: empty; name what to segment, such as --query='snow and ice'")
-    twice = next((t for t in texts if texts.count(t) > 1), None)
-    if twice is not None:
-        raise UserError(f"--query={twice!r}: asked twice")
+    check_queries(texts)
     return texts
+
+
+def check_queries(queries: Sequence[str], name: str = "--query") -> None:
+    """Raises UserError: an empty query, the same one twice, or two whose files would share a name.
+
+    name: what the error calls them.
+    """
+    files: dict[str, str] = {}
+    for query in queries:
+        if not query.strip():
+            raise UserError(f"{name}: empty; name what to segment, such as 'snow and ice'")
+        other = files.setdefault(slug(query), query)
+        if queries.count(query) > 1:
+            raise UserError(f"{name}={query!r}: asked twice")
+        if other != query:
+            raise UserError(f"{name}={query!r}: its files would overwrite those of {other!r}")
 
 
 def targets(images: Sequence[Path], out: Path) -> list[Path]:
@@ -149,25 +187,22 @@ def write_prediction(
       UserError: a file cannot be written.
     """
     height, width = image.shape[:2]
-    best = np.full((height, width), 0.5, np.float16)
-    label, rows = np.full((height, width), -1, np.int32), []
+    winner, rows = MostProbable(SHOWN), []
     try:
         with zipfile.ZipFile(path.with_suffix(".npz"), "w", zipfile.ZIP_DEFLATED) as archive:
             with archive.open("probability.npy", "w", force_zip64=True) as stored:
                 shape = (len(queries), height, width)
                 header = {"descr": "<f2", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stored, header)
-                for q, (query, mask) in enumerate(zip(queries, masks, strict=True)):
+                for query, mask in zip(queries, masks, strict=True):
                     soft = mask.astype("<f2")  # masks and stored values must agree
                     stored.write(soft.tobytes())
                     rows.append(_write_mask(path, query, soft, alone=len(queries) == 1))
-                    wins = soft > best
-                    label[wins] = q
-                    best[wins] = soft[wins]
+                    winner.see(soft)
             with archive.open("queries.npy", "w") as stored:
                 np.lib.format.write_array(stored, np.asarray(queries))
 
-        pictures.save_photo(path.with_suffix(".overlay.png"), overlay(image, queries, label))
+        pictures.save_photo(path.with_suffix(".overlay.png"), overlay(image, queries, winner.label))
         summary = {**facts, "height": height, "width": width, "queries": rows}
         text = json.dumps(summary, indent=2, ensure_ascii=False)
         path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")

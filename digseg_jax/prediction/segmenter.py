@@ -133,7 +133,7 @@ class Segmenter:
           slots: queries of a call; 0: the fewest calls' worth. A caller whose requests vary sets it, so
             that one program serves all of them.
           evidence: keep each member's evidence in place of probabilities.
-          advance: gets the calls that are done and their number, after every one.
+          advance: gets the steps that are done and their number: a group of queries of a call each.
 
         Raises:
           UserError: no queries, a blank or too long one, or some that the codec cannot answer.
@@ -146,6 +146,7 @@ class Segmenter:
             scale=self.codec.scale or scale or self.scale,
             decoder=decoder or self.settings.decoder,
             evidence=evidence,
+            advance=advance,
         )
         views = [make_views(np.asarray(r.image), self.size, mode, self.short_side) for r in requests]
         places = [(r, k) for r, view in enumerate(views) for k in range(len(view.crops))]
@@ -159,14 +160,13 @@ class Segmenter:
         job.groups = max(1, -(-most_queries // job.slots))
         rows = self._rows_of_call(most_views)
         calls = -(-most_views // rows)
+        job.total = calls * job.groups
 
         found: dict[tuple[int, int], ViewMasks] = {}
         for call in range(calls):
             chosen = places[call * rows : (call + 1) * rows]
             masks = self._ask(requests, views, chosen, rows, job)
             found |= dict(zip(chosen, masks, strict=True))
-            if advance:
-                advance(call + 1, calls)
         return [
             Answer(
                 view,
@@ -218,6 +218,7 @@ class Segmenter:
                 latents.append(sampled)
             else:
                 parts.append(self._read(sampled, bias, job))
+            job.tick()
         if parts:
             return self._all_decoded(asked, parts)
         masks = self._probed(asked, np.concatenate(latents, axis=1))
@@ -322,9 +323,18 @@ class _Job:
     scale: float
     decoder: str
     evidence: bool
+    advance: Callable[[int, int], None] | None = None
     slots: int = 1
     groups: int = 1
     biased: bool = False
+    done: int = 0
+    total: int = 0
+
+    def tick(self) -> None:
+        """Tells that one more step is done."""
+        self.done += 1
+        if self.advance:
+            self.advance(self.done, self.total)
 
 
 def view_size(settings: EvalConfig, data: DataConfig) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.evaluation.journal import Journal
 from digseg_jax.evaluation.suite import scores_of
 from digseg_jax.prediction.description import find_export, read_description
-from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.prediction.pretrained import load_segmenter
 
 DATA = "landcover_igbp"
 
@@ -26,7 +26,7 @@ def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[s
         base.eval, num_images=images, gate_limit=limit, gate_cut=cut, inference="whole"
     )
     config = dataclasses.replace(base, eval=evaluation)
-    segmenter, _ = load_segmenter(config, folder)
+    segmenter = load_segmenter(folder, config)
     data = dataclasses.replace(config.data, name=DATA)
     examples = eval_examples(data, "test", images)
     evaluator = Evaluator(segmenter, examples, evaluation, seed=config.seed)

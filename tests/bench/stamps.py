@@ -24,7 +24,7 @@ from digseg_jax.data.sources import open_part, spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.io.progress import Progress
 from digseg_jax.prediction.description import find_export, read_description
-from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from tests.bench.stamp_data import BACKGROUND
 from tests.bench.stamp_files import unrelated
@@ -50,7 +50,7 @@ def run(
     opened = {part: _open(root, part) for part in PARTS}  # told before the models are built
     folder = find_export(weights)
     config = with_sampling(read_description(folder).training_config(), estep)
-    segmenter, _ = load_segmenter(config, folder)
+    segmenter = load_segmenter(folder, config)
     ask = _asker(segmenter, EStep.parse(estep), config.seed)
     rows: dict[str, list[Row]] = {}
     shown: list[Answered] = []

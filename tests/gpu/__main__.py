@@ -168,10 +168,10 @@ def predict(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
     import numpy as np
 
     from digseg_jax.config.sampling import EStep
-    from digseg_jax.prediction.job import load_segmenter
+    from digseg_jax.prediction.pretrained import load_segmenter
     from digseg_jax.prediction.segmenter import Request
 
-    segmenter, _ = load_segmenter(config, workdir / "export")
+    segmenter = load_segmenter(workdir / "export", config)
     rng = np.random.default_rng(1)
     size = config.data.image_size
     image = rng.integers(0, 256, (size, size + size // 2, 3), np.uint8)

@@ -220,23 +220,22 @@ class TestFindExport:
         tiny.one_line(caught.value)
 
 
-def test_evaluation_refuses_another_configuration_before_anything_is_written(config, made, tmp_path):
-    write_description(tmp_path / "export", made)
+def test_evaluation_refuses_another_configuration_before_anything_is_written(config, tmp_path):
+    tiny.export(config, tmp_path / "export")
+    other = changed(config, "diffusion.prediction_type", "sample")
     for accept in (False, True):
         with pytest.raises(UserError, match="prediction_type='sample', trained with 'v_prediction'"):
-            jobs.run_eval(
-                changed(config, "diffusion.prediction_type", "sample"), tmp_path, accept_changes=accept
-            )
+            jobs.evaluate(tmp_path, config=other, accept_changes=accept)
     (tmp_path / "export" / FILE).unlink()
     with pytest.raises(UserError, match="--mode=export"):
-        jobs.run_eval(config, tmp_path)
+        jobs.evaluate(tmp_path, config=config)
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
 def test_a_suite_refuses_another_configuration(config, tmp_path):
     tiny.export(config, tmp_path / "export")
     with pytest.raises(UserError, match="max_tokens=9, trained with 20"):
-        jobs.run_suite_eval(changed(config, "model.max_tokens", 9), tmp_path, "phenobench")
+        jobs.evaluate(tmp_path, "phenobench", config=changed(config, "model.max_tokens", 9))
 
 
 class TestShipped:

@@ -16,7 +16,7 @@ from digseg_jax.aot import programs
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, MeshConfig
-from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.recipes import stable_diffusion
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
@@ -132,10 +132,10 @@ def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_p
 
     meshes = []
     monkeypatch.setattr(
-        jobs, "evaluate_and_report", lambda config, task, params, mesh, workdir: meshes.append(mesh)
+        jobs, "evaluate_and_report", lambda config, task, params, mesh, *_: meshes.append(mesh)
     )
-    jobs.run_eval(config, tmp_path)
-    segmenter, _ = load_segmenter(config, tmp_path / "export")
+    jobs.evaluate(tmp_path, config=config)
+    segmenter = load_segmenter(tmp_path / "export", config)
     assert [*meshes, segmenter.mesh] == [trained, trained]
 
 

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a segmenter answers about one image, for people: soft masks, label map, overlay, files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digseg_jax.arraytypes import Float, Int, UInt8
+from digseg_jax.errors import UserError, nearest
+from digseg_jax.prediction.answer import Answer, MostProbable
+from digseg_jax.prediction.files import SHOWN, overlay, write_prediction
+
+
+class Masks:
+    """The soft masks of an image, one for each query.
+
+    They are kept as the network gave them, view by view, and brought to the image's size when they are
+    asked for: `plane`, `label`, `overlay` and `save` need the memory of a few planes, `probability`
+    that of all of them.
+
+    Attributes:
+        image: uint8 [H, W, 3], as it was segmented.
+        queries: what was asked, in order.
+        facts: where the masks come from, for the JSON file that `save` writes.
+
+    Example:
+        >>> masks = dj.load_segmenter()(image, ["water", "forest"], ensemble=1, steps=1)
+        >>> masks.probability.shape == (2, *image.shape[:2])
+        True
+        >>> sorted(path.name for path in masks.save("out"))[:2]
+        ['mask.json', 'mask.npz']
+    """
+
+    def __init__(
+        self,
+        image: UInt8[np.ndarray, "h w 3"],
+        queries: tuple[str, ...],
+        answer: Answer,
+        facts: dict[str, Any],
+    ):
+        self.image, self.queries, self.facts = image, queries, facts
+        self._answer = answer
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __iter__(self) -> Iterator[Float[np.ndarray, "h w"]]:
+        """The plane of each query, made one at a time."""
+        return (self._answer.probability(query) for query in range(len(self)))
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"Masks({height} x {width}, queries={list(self.queries)})"
+
+    def plane(self, query: str | int) -> Float[np.ndarray, "h w"]:
+        """How probable each pixel is for a query, float32 in [0, 1].
+
+        query: its text or its place in `queries`.
+
+        Raises:
+          UserError: it was not asked.
+        """
+        if isinstance(query, str) and query not in self.queries:
+            hint = nearest(query, self.queries)
+            raise UserError(f"{query!r} was not asked{hint}; asked: {', '.join(self.queries)}")
+        return self._answer.probability(self.queries.index(query) if isinstance(query, str) else query)
+
+    @functools.cached_property
+    def probability(self) -> Float[np.ndarray, "q h w"]:
+        """How probable each pixel is for every query, float32 in [0, 1]; made at the first use."""
+        return self._answer.stack()
+
+    @functools.cached_property
+    def label(self) -> Int[np.ndarray, "h w"]:
+        """The most probable query of every pixel, int32; the first of equal ones."""
+        return self._answer.label_map()
+
+    def overlay(self) -> UInt8[np.ndarray, "h2 w 3"]:
+        """The image in the colors of the queries, with a legend below; the rest stays as it is."""
+        winner = MostProbable(SHOWN)
+        for plane in self:
+            winner.see(plane.astype(np.float16))  # as the files keep them
+        return overlay(self.image, self.queries, winner.label)
+
+    def save(self, folder: str | os.PathLike, name: str = "mask") -> list[Path]:
+        """Writes FOLDER/NAME.npz, .json, .overlay.png and a mask for each query; returns the paths.
+
+        The files are those of --mode=predict: see `write_prediction`.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
+        summary = self.write(folder / f"{name}.png")
+        written = [folder / f"{name}{end}" for end in (".npz", ".json", ".overlay.png")]
+        for row in summary["queries"]:
+            mask = folder / row["mask"]
+            written += [mask, mask.with_suffix(".probability.png")]
+        return written
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Writes the files of `save` beside `path` (NAME.png); returns what NAME.json says."""
+        return write_prediction(path, self.image, self.queries, self, self.facts)

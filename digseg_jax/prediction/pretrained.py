@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported weights, ready to be asked: the one way from a folder, a bucket or the hub to masks.
+
+segment = load_segmenter("assets:segmenter")
+masks = segment("photo.png", ["water", "snow and ice"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from digseg_jax.arraytypes import UInt8
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.io.storage import AnyPath, as_path, filled_locally
+from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.prediction.description import (
+    Description,
+    check_agreement,
+    find_export,
+    read_description,
+)
+from digseg_jax.prediction.files import check_queries, pixels_of
+from digseg_jax.prediction.masks import Masks
+from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.mesh_choice import chosen
+from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.weights import load_params
+
+SHIPPED = "assets:segmenter"
+
+
+def load_segmenter(
+    model: str | os.PathLike = SHIPPED, config: Config | None = None
+) -> PretrainedSegmenter:
+    """Loads exported weights on all devices; every process must call it.
+
+    Args:
+        model: a run's working directory or its export, on a disk or on gs://, assets:NAME for weights
+            that ship with the package, or a hub id such as org/name.
+        config: None takes every setting from the weights' own description.
+
+    Raises:
+        UserError: there are no such weights, or they were trained with another configuration.
+
+    Example:
+        >>> segment = dj.load_segmenter("assets:segmenter")
+        >>> segment(image, "water", ensemble=1, steps=1).label.dtype
+        dtype('int32')
+    """
+    folder = find_export(os.fspath(model))
+    description = read_description(folder)
+    if config is None:
+        config = description.training_config()
+    check_agreement(description, config, folder)
+    config = description.with_pinned_parts(config)
+
+    # The architecture comes with the weights; nothing of the prior is needed.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
+    config = for_devices(config, jax.devices())
+    task = load_task(config, prompts=("any",))  # the segmenter encodes its own queries
+    task.adopt(folder)
+    return PretrainedSegmenter(task, folder, description)
+
+
+class PretrainedSegmenter(Segmenter):
+    """A segmenter of exported weights; `digseg_jax.Segmenter` is another name of it.
+
+    Attributes:
+        folder: the weights, on this machine.
+        description: what they are, and how they were trained.
+
+    Example:
+        >>> segment = dj.load_segmenter()
+        >>> segment(image, ["water", "forest"], ensemble=2, steps=1, seed=3).queries
+        ('water', 'forest')
+    """
+
+    def __init__(self, task: SegmentationTask, folder: Path, description: Description):
+        calibration = folder / CALIBRATION
+        scale = json.loads(calibration.read_text())["scale"] if calibration.is_file() else 2.0
+        mesh = make_mesh(chosen(task.config, task, jax.devices()))
+        super().__init__(task, load_params(folder, task.abstract), mesh=mesh, scale=float(scale))
+        self.folder, self.description = folder, description
+
+    def __call__(
+        self,
+        image: str | os.PathLike | Image.Image | UInt8[np.ndarray, "h w 3"],
+        queries: str | Sequence[str],
+        ensemble: int = 8,
+        steps: int = 2,
+        seed: int = 0,
+        *,
+        spacing: str = "trailing",
+        index: int = 0,
+        advance: Callable[[int, int], None] | None = None,
+    ) -> Masks:
+        """Segments an image of any size by words.
+
+        Args:
+            image: a file, a Pillow image, or uint8 [H, W, 3].
+            queries: what to look for: a word, or several. A palette answers its classes, in their
+                order.
+            ensemble, steps: members and their sampling steps; 8 and 2 are the paper's.
+            seed: of the members' noise: the same seed gives the same masks.
+            spacing: of the timesteps, "trailing" or "leading".
+            index: names the image in the draws of the noise; the i-th image of an evaluation has i.
+            advance: gets the calls that are done and their number, after every one.
+
+        Raises:
+            UserError: an unreadable image, a blank or too long query, or a number below 1.
+        """
+        texts = (queries,) if isinstance(queries, str) else tuple(queries)
+        check_queries(texts, "queries")
+        timesteps = self.task.config.diffusion.num_train_timesteps
+        if ensemble < 1 or not 1 <= steps <= timesteps or spacing not in ("trailing", "leading"):
+            raise UserError(
+                f"ensemble={ensemble}, steps={steps}, spacing={spacing!r}: legal are members from 1, "
+                f"steps from 1 to {timesteps}, trailing or leading"
+            )
+
+        pixels, sampling = pixels_of(image), EStep(ensemble, steps, spacing)
+        request = Request(pixels, index, texts)
+        (answer,) = self.segment([request], sampling, key=seed, mode=self.mode, advance=advance)
+        facts = {"estep": str(sampling), "seed": seed}
+        if isinstance(image, (str, os.PathLike)):
+            facts = {"image": os.fspath(image)} | facts
+        return Masks(pixels, texts, answer, facts)
+
+    @property
+    def mode(self) -> str:
+        """How an image becomes views: see `digseg_jax.segmentation.views`."""
+        chosen_mode = self.settings.inference
+        return "window" if chosen_mode == "auto" else chosen_mode
+
+    def save_pretrained(self, folder: str | os.PathLike) -> AnyPath:
+        """Copies the export to a folder, on a disk or on gs://, from which `load_segmenter` reads it.
+
+        Raises:
+          UserError: the disk or the bucket refuses.
+        """
+        target = as_path(folder)
+        with filled_locally(target) as local:
+            local.mkdir(parents=True, exist_ok=True)
+            for file in sorted(path for path in self.folder.iterdir() if path.is_file()):
+                if not (local / file.name).exists() or not file.samefile(local / file.name):
+                    shutil.copyfile(file, local / file.name)
+        return target
