@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from unittest import mock
 
+import jax.numpy as jnp
 import pytest
 import tiny
 from PIL import Image
 
-from digseg_jax.errors import INTERRUPTED
+from digseg_jax import main
+from digseg_jax.errors import INTERRUPTED, Preempted, UserError, lacks_memory
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -57,6 +63,7 @@ def test_a_wrong_key_or_value_is_named_and_nothing_is_made(override, expected, w
     ("arguments", "missing"),
     [
         (["--mode=train"], "--config"),
+        (["--mode=eval", "--model=assets:segmenter"], "--workdir"),
         ([QUICKSTART], "--workdir"),
         ([QUICKSTART, "--workdir= "], "--workdir"),
         ([QUICKSTART, "--mode=eval"], "--workdir"),
@@ -117,9 +124,88 @@ def test_a_wrong_flag_is_one_line(arguments, expected, workdir):
 
 
 def test_a_word_that_is_no_flag_is_told(workdir):
-    done = run(QUICKSTART, "extra", workdir)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert "unexpected argument 'extra'" in done.stdout + done.stderr
+    assert "unexpected argument 'extra'" in refused(QUICKSTART, "extra", workdir)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_no_failure(flag):
+    done = run(flag)
+    assert done.returncode == 0 and "--workdir" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, 0),
+        (RuntimeError("a bug"), 1),
+        (UserError("a wrong flag"), 2),
+        (MemoryError(), 3),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 3),
+        (Preempted("step 3 is saved"), 75),
+    ],
+)
+def test_what_a_mode_raises_becomes_its_exit_status(error, status, monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(main, "run", mock.Mock(side_effect=error))
+    monkeypatch.setattr(main, "_leave", left.append)
+    monkeypatch.setattr(main, "setup", lambda: None)
+    main.main(["digseg"])
+    assert (left or [0])[0] == status
+    told = capsys.readouterr().err
+    assert ("Traceback" in told) == (status in (1, 3))
+
+
+def test_a_device_without_memory_says_so_in_words_that_are_understood():
+    """The real error of the library, not a made-up one."""
+    with pytest.raises(Exception) as caught:  # noqa: B017 - the library's own class
+        jnp.zeros(2**60, jnp.float32).block_until_ready()
+    assert lacks_memory(caught.value)
+    assert not lacks_memory(ValueError("shapes differ"))
+
+
+class TestTheCommand:
+    """`digseg`, as pip installs it: the same as python -m digseg_jax.main, from any folder."""
+
+    def run(self, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+        scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+        module, _, function = scripts["digseg"].partition(":")
+        code = f"from {module} import {function}; {function}()"
+        command = [sys.executable, "-c", code, *arguments]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    def test_it_knows_the_experiments_by_name(self, tmp_path):
+        done = self.run(tmp_path, "--config=quickstart", "--config.train.steps=many", "--workdir=x")
+        assert done.returncode == 2 and "--config.train.steps=many" in done.stderr
+        done = self.run(tmp_path, "--config=quikstart", "--workdir=x")
+        assert done.returncode == 2 and "did you mean 'quickstart'" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_its_help_lists_the_flags(self, tmp_path):
+        done = self.run(tmp_path, "--help")
+        assert done.returncode == 0 and "--workdir" in done.stdout
+
+
+def test_an_export_evaluates_without_a_configuration(folders, tmp_path, cover):
+    """Settings are flags on top of what the weights tell; one that contradicts them is refused."""
+    config = tiny.config(folders, eval__num_images=1, eval__gallery=0)
+    tiny.export(config, tmp_path / "weights")
+    out = tmp_path / "out"
+    flags = ["--mode=eval", f"--model={tmp_path / 'weights'}", f"--workdir={out}", "--sampling=1x2"]
+    message = refused(*flags, "--config.data.image_size=64")
+    assert "config.data.image_size=64, trained with 32" in message
+    done = run(*flags, "--config.eval.decoder=vae", "--config.eval.view_size=(64, 128)")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "eval" / "results.json").read_text())
+    assert (results["num_images"], results["ensemble"], results["steps"]) == (1, 1, 2)
+    assert results["decoder"] == "vae" and results["view_size"] == [64, 128]
+
+
+def test_export_takes_no_settings_of_its_own(workdir):
+    message = refused("--mode=export", workdir, "--config.seed=3")
+    assert "--config.KEY: --mode=export takes the run's settings" in message
 
 
 def test_eval_without_trained_weights_says_to_train_first(folders, tmp_path, workdir):
