@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,9 +29,35 @@ class ViewMasks:
     cells: np.ndarray | None = None
 
 
+class Planes:
+    """The soft masks of one image, made one at a time; see `Answer` and `GroupedAnswer`."""
+
+    num_queries: int
+
+    def probability(self, query: int) -> Float[np.ndarray, "h w"]:
+        """How probable each pixel is for a query, its bias included; float32 in [0, 1]."""
+        raise NotImplementedError
+
+    def stack(self) -> Float[np.ndarray, "q h w"]:
+        """All probabilities at once: much memory where image and vocabulary are large."""
+        first = self.probability(0)
+        planes = np.empty((self.num_queries, *first.shape), np.float32)
+        planes[0] = first
+        for query in range(1, self.num_queries):
+            planes[query] = self.probability(query)
+        return planes
+
+    def label_map(self) -> np.ndarray:
+        """The most probable query of every pixel, int32 [h, w]."""
+        winner = MostProbable()
+        for query in range(self.num_queries):
+            winner.see(self.probability(query))
+        return winner.label
+
+
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """The soft masks of one image.
+class Answer(Planes):
+    """The soft masks of one image, kept view by view.
 
     views: how its views become the image. masks: what each of them answers. size: of a view, height and
     width. scale, bias: turn the evidence that the probe reads into logits, query by query.
@@ -71,22 +98,6 @@ class Answer:
             return masks.probability
         return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
 
-    def stack(self) -> Float[np.ndarray, "q h w"]:
-        """All probabilities at once: much memory where image and vocabulary are large."""
-        first = self.probability(0)
-        planes = np.empty((self.num_queries, *first.shape), np.float32)
-        planes[0] = first
-        for query in range(1, self.num_queries):
-            planes[query] = self.probability(query)
-        return planes
-
-    def label_map(self) -> np.ndarray:
-        """The most probable query of every pixel, int32 [h, w]."""
-        winner = MostProbable()
-        for query in range(self.num_queries):
-            winner.see(self.probability(query))
-        return winner.label
-
     def _plane(self, masks: ViewMasks, query: int, *, biased: bool) -> np.ndarray:
         if masks.slot[query] >= 0:
             decoded = masks.probability if biased or masks.alone is None else masks.alone
@@ -98,6 +109,25 @@ class Answer:
         if masks.slot[query] >= 0:
             return masks.evidence[masks.slot[query]]
         return resize_probability(masks.cells[query], *self.size)
+
+
+class GroupedAnswer(Planes):
+    """Soft masks that would be too many to keep: a group of queries is asked for when it is needed.
+
+    ask: computes the answer to the queries from one place on, `size` of them or the rest. Its masks are
+    dropped when another group is asked for, so planes are best taken in order.
+    """
+
+    def __init__(self, ask: Callable[[int], Answer], num_queries: int, size: int):
+        self.ask, self.num_queries, self.size = ask, num_queries, size
+        self._held: tuple[int, Answer] | None = None
+
+    def probability(self, query: int) -> Float[np.ndarray, "h w"]:
+        first = query // self.size * self.size
+        if self._held is None or self._held[0] != first:
+            self._held = None  # two groups are never held
+            self._held = (first, self.ask(first))
+        return self._held[1].probability(query - first)
 
 
 class MostProbable:

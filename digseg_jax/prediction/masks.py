@@ -13,7 +13,7 @@ import numpy as np
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.prediction.answer import Answer, MostProbable
+from digseg_jax.prediction.answer import MostProbable, Planes
 from digseg_jax.prediction.files import SHOWN, overlay, write_prediction
 
 
@@ -22,7 +22,8 @@ class Masks:
 
     They are kept as the network gave them, view by view, and brought to the image's size when they are
     asked for: `plane`, `label`, `overlay` and `save` need the memory of a few planes, `probability`
-    that of all of them.
+    that of all of them. Where even the views' masks would take too much memory, the network is run when
+    they are asked for, a group of queries at a time.
 
     Attributes:
         image: uint8 [H, W, 3], as it was segmented.
@@ -41,7 +42,7 @@ class Masks:
         self,
         image: UInt8[np.ndarray, "h w 3"],
         queries: tuple[str, ...],
-        answer: Answer,
+        answer: Planes,
         facts: dict[str, Any],
     ):
         self.image, self.queries, self.facts = image, queries, facts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
 from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.prediction.answer import Answer, GroupedAnswer, Planes
 from digseg_jax.prediction.description import (
     Description,
     check_agreement,
@@ -34,12 +36,14 @@ from digseg_jax.prediction.files import check_queries, pixels_of
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.segmentation.views import count_views
 from digseg_jax.training.mesh_choice import chosen
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_params
 
 SHIPPED = "assets:segmenter"
+HELD = 2**30  # bytes of decoded masks that are kept at a time
 
 
 def load_segmenter(
@@ -132,12 +136,45 @@ class PretrainedSegmenter(Segmenter):
             )
 
         pixels, sampling = pixels_of(image), EStep(ensemble, steps, spacing)
-        request = Request(pixels, index, texts)
-        (answer,) = self.segment([request], sampling, key=seed, mode=self.mode, advance=advance)
+        answer = self._answer(Request(pixels, index, texts), sampling, seed, advance)
         facts = {"estep": str(sampling), "seed": seed}
         if isinstance(image, (str, os.PathLike)):
             facts = {"image": os.fspath(image)} | facts
         return Masks(pixels, texts, answer, facts)
+
+    def _answer(
+        self,
+        request: Request,
+        sampling: EStep,
+        seed: int,
+        advance: Callable[[int, int], None] | None,
+    ) -> Planes:
+        """The masks of an image: all of them, or a group of queries at a time if they take more than
+        `HELD` bytes. The programs and so the masks are the same either way."""
+        slots, count = query_slots(len(request.queries)), len(request.queries)
+        views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
+        groups = -(-count // slots)
+        options = {"key": seed, "mode": self.mode}
+        if (
+            groups == 1
+            or not self.decodes_all(count)
+            or HELD > 4 * count * views * math.prod(self.size)
+        ):
+            (answer,) = self.segment([request], sampling, advance=advance, **options)
+            return answer
+
+        def ask(first: int) -> Answer:
+            part = dataclasses.replace(request, queries=request.queries[first : first + slots])
+            before = first // slots
+
+            def tell(done: int, total: int) -> None:
+                if advance:
+                    advance(before * total + done, groups * total)
+
+            (answer,) = self.segment([part], sampling, slots=slots, advance=tell, **options)
+            return answer
+
+        return GroupedAnswer(ask, count, slots)
 
     @property
     def mode(self) -> str:

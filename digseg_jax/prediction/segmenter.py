@@ -178,6 +178,13 @@ class Segmenter:
             for r, (request, view) in enumerate(zip(requests, views, strict=True))
         ]
 
+    def decodes_all(self, queries: int, decoder: str) -> bool:
+        """Whether the masks of so many queries are decoded one and all (see `EvalConfig`)."""
+        if not self.codec.one_by_one:
+            return True
+        chooses = decoder == "latent_mean" and 0 < self.settings.decode_limit < queries
+        return decoder != "probe" and not chooses
+
     def _check(self, queries: Sequence[str]) -> None:
         if not queries:
             raise UserError("no queries: name what to segment")
@@ -206,23 +213,23 @@ class Segmenter:
         asked = [requests[r] for r, _ in places]
 
         # Where few queries are decoded of many, which ones is known after the last group only.
-        limit, one_by_one = self.settings.decode_limit, self.codec.one_by_one
-        many = one_by_one and job.decoder == "latent_mean" and 0 < limit < job.groups * job.slots
+        limit = self.settings.decode_limit
+        every = self.decodes_all(job.groups * job.slots, job.decoder)
         parts, latents = [], []
         for group in range(job.groups):
             tokens, mask, bias = self._group(asked, rows, group, job.slots)
             sampled = self.programs.sample(
                 crops, index, tokens, mask, job.root, job.estep, mean=job.decoder == "latent_mean"
             )
-            if many or (one_by_one and job.decoder == "probe"):
-                latents.append(sampled)
-            else:
+            if every:
                 parts.append(self._read(sampled, bias, job))
+            else:
+                latents.append(sampled)
             job.tick()
-        if parts:
+        if every:
             return self._all_decoded(asked, parts)
         masks = self._probed(asked, np.concatenate(latents, axis=1))
-        if many:
+        if job.decoder != "probe":
             self._decode_first(asked, masks, np.concatenate(latents, axis=1), limit, job)
         return masks
 

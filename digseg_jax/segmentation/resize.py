@@ -33,6 +33,10 @@ def resize_image(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> 
 
 def to_short_side(image: UInt8[np.ndarray, "h w 3"], side: int) -> np.ndarray:
     """The picture in its proportions with a short side of `side` pixels; uint8 [h2, w2, 3]."""
-    height, width = image.shape[:2]
-    scale = side / min(height, width)
-    return resize_image(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    return resize_image(image, *scaled_shape(image.shape[:2], side))
+
+
+def scaled_shape(shape: tuple[int, int], side: int) -> tuple[int, int]:
+    """Height and width of an image whose short side is brought to `side` pixels."""
+    scale = side / min(shape)
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))

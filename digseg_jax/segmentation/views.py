@@ -8,12 +8,13 @@ Masks come back to the image's own resolution as probabilities, never as labels.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from digseg_jax.arraytypes import Float, UInt8
-from digseg_jax.segmentation.resize import resize_image, resize_probability, to_short_side
+from digseg_jax.segmentation.resize import resize_image, resize_probability, scaled_shape, to_short_side
 
 MODES = ("window", "whole", "aspect")
 OVERLAP = 0.25  # of a window's side, at least
@@ -91,6 +92,15 @@ def _windows(image: np.ndarray, size: tuple[int, int]) -> Views:
         return (total / weights)[:height, :width].astype(np.float32)
 
     return Views(crops, assemble)
+
+
+def count_views(shape: tuple[int, int], size: tuple[int, int], mode: str, short_side: int = 0) -> int:
+    """The number of views that `make_views` cuts an image of `shape` (height, width) into."""
+    if mode != "window":
+        return 1
+    if short_side:
+        shape = scaled_shape(shape, short_side)
+    return math.prod(len(starts(max(n, s), s)) for n, s in zip(shape, size, strict=True))
 
 
 def starts(length: int, size: int) -> list[int]:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory is bounded by the image, not by the image times the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from digseg_jax.prediction import pretrained
+from digseg_jax.prediction.pretrained import load_segmenter
+
+WORDS = [f"land {i}" for i in range(40)]  # three groups
+SIZE = (200, 300)
+PLANE = 4 * SIZE[0] * SIZE[1]
+
+
+def image():
+    return np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def export(folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    config = tiny.config(
+        folders, eval__view_size=(128,), eval__batch_size=4, eval__decoder="vae", mesh__data=1
+    )
+    tiny.export(config, folder)
+    return folder
+
+
+def peak_of(work) -> int:
+    """Bytes of NumPy's that `work` had at the most."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_masks_are_written_and_labeled_a_few_planes_at_a_time(export, tmp_path):
+    masks = load_segmenter(export)(image(), WORDS, ensemble=1, steps=1)
+    assert peak_of(lambda: masks.write(tmp_path / "a.png")) < 16 * PLANE
+    assert peak_of(lambda: masks.label) < 8 * PLANE
+    assert peak_of(lambda: masks.probability) > len(WORDS) * PLANE  # what the others go without
+
+
+def test_groups_of_queries_give_the_same_bits_as_all_at_once(export, monkeypatch):
+    segment, told = load_segmenter(export), []
+    whole = segment(image(), WORDS, ensemble=1, steps=1)
+    monkeypatch.setattr(pretrained, "HELD", 0)
+    apart = segment(image(), WORDS, ensemble=1, steps=1, advance=lambda *n: told.append(n))
+    assert told == []  # nothing is computed before it is asked for
+    np.testing.assert_array_equal(apart.probability, whole.probability)
+    np.testing.assert_array_equal(apart.label, whole.label)
+    assert told[: len(told) // 2] == [(i + 1, len(told) // 2) for i in range(len(told) // 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["latent_mean", "vae"])
+def test_twelve_megapixels_and_150_queries_take_less_than_four_gigabytes_more_than_the_model(decoder):
+    script = Path(__file__).with_name("memory.py")
+    command = [sys.executable, str(script), "3000", "4000", "150", decoder]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["peak"] - found["model"] <= 4e9
+    assert found["progress"] > 100
