@@ -60,7 +60,7 @@ def predict(
                 source, texts, sampling.ensemble, sampling.steps, config.seed,
                 spacing=sampling.spacing, advance=windows.update,
             )  # fmt: skip
-        summary = masks.write(path)
+            summary = masks.write(path)  # may run the network: see `Masks`
         covered = ", ".join(f"{r['query']} {100 * r['coverage']:.1f} %" for r in summary["queries"])
         log.info("%s: %s -> %s", source, covered, path)
         progress.update(done, done / (time.monotonic() - started))

@@ -151,15 +151,14 @@ class PretrainedSegmenter(Segmenter):
     ) -> Planes:
         """The masks of an image: all of them, or a group of queries at a time if they take more than
         `HELD` bytes. The programs and so the masks are the same either way."""
-        slots, count = query_slots(len(request.queries)), len(request.queries)
-        views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
+        count = len(request.queries)
+        slots, options = query_slots(count), {"key": seed, "mode": self.mode}
         groups = -(-count // slots)
-        options = {"key": seed, "mode": self.mode}
-        if (
-            groups == 1
-            or not self.decodes_all(count)
-            or HELD > 4 * count * views * math.prod(self.size)
-        ):
+
+        views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
+        few = 4 * count * views * math.prod(self.size) < HELD
+        apart = self.task.codec == "binary" and self.decodes_all(groups * slots, self.settings.decoder)
+        if few or not apart:
             (answer,) = self.segment([request], sampling, advance=advance, **options)
             return answer
 

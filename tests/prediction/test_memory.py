@@ -65,7 +65,7 @@ def test_groups_of_queries_give_the_same_bits_as_all_at_once(export, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["latent_mean", "vae"])
-def test_twelve_megapixels_and_150_queries_take_less_than_four_gigabytes_more_than_the_model(decoder):
+def test_twelve_megapixels_and_150_queries_take_less_than_four_gigabytes(decoder):
     script = Path(__file__).with_name("memory.py")
     command = [sys.executable, str(script), "3000", "4000", "150", decoder]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
