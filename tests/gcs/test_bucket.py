@@ -64,6 +64,11 @@ def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path)
     flags += ["--mode=predict", f"--out={tmp_path / 'mask.png'}"]
     pod.Pod(tmp_path / "c", flags, env=store.env()).check()
     assert Image.open(tmp_path / "mask.png").size == (tiny.SIZE, tiny.SIZE)
+    # The weights alone evaluate to the run's numbers, here into a folder on the disk.
+    flags = [f"--model=gs://{BUCKET}/run", f"--workdir={tmp_path / 'alone'}", "--mode=eval"]
+    pod.Pod(tmp_path / "d", flags, env=store.env()).check()
+    alone = json.loads((tmp_path / "alone" / "eval" / "results.json").read_text())
+    assert alone == json.loads(store.read("run/eval/results.json"))
 
 
 def test_a_killed_evaluation_goes_on(store, folders, tmp_path):
