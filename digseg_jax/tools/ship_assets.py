@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -20,8 +19,8 @@ import jax
 import numpy as np
 
 from digseg_jax.assets import FOLDER
-from digseg_jax.config.parse import parse, to_dict
-from digseg_jax.config.schema import Config
+from digseg_jax.config.experiment import load_config
+from digseg_jax.config.parse import to_dict
 from digseg_jax.errors import UserError
 from digseg_jax.io.workdir import CALIBRATION, CONFIG_NAME, EXPORT
 from digseg_jax.models import functional
@@ -29,7 +28,6 @@ from digseg_jax.prediction import description as description_lib
 from digseg_jax.prediction.description import FrozenPart, describe, write_description
 from digseg_jax.weights import load_component, read_metadata, save_component
 
-CONFIGS = Path(__file__).parents[2] / "configs"  # exists in a checkout only, where weights are shipped
 # asset -> the recipe in configs/ that makes it
 RECIPES = {"vae": "landcover_vae", "prior": "landcover_prior", "segmenter": "landcover"}
 
@@ -68,7 +66,7 @@ def describe_shipped(name: str) -> Path:
     """
     folder = FOLDER / name
     metadata = read_metadata(folder)
-    config = _recipe(RECIPES[name])
+    config = load_config(RECIPES[name])
 
     # A recipe edited since would describe weights that it never made.
     stored, values = json.loads(metadata["train"]), to_dict(config)["train"]
@@ -85,14 +83,6 @@ def describe_shipped(name: str) -> Path:
     made = describe(config, parts, params, int(metadata["steps"]), checkpoint="")
     write_description(folder, dataclasses.replace(made, versions={}))
     return folder / description_lib.FILE
-
-
-def _recipe(name: str) -> Config:
-    """The configuration of configs/NAME.py, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return parse(module.get_config())
 
 
 def main() -> None:
