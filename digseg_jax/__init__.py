@@ -4,7 +4,7 @@
     import digseg_jax as dj
 
     segment = dj.load_segmenter("assets:segmenter")  # or a run, its export, gs://..., a hub id
-    masks = segment("photo.png", ["snow and ice", "forest"], ensemble=8, steps=2)
+    masks = segment("photo.jpg", ["snow and ice", "forest"], ensemble=8, steps=2)
     masks.probability, masks.label, masks.save("out")
 
     config = dj.load_config("quickstart", **{"train.steps": 100})

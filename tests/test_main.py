@@ -142,6 +142,7 @@ def test_help_is_no_failure(flag):
         (MemoryError(), 3),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 3),
         (Preempted("step 3 is saved"), 75),
+        (KeyboardInterrupt(), 130),
     ],
 )
 def test_what_a_mode_raises_becomes_its_exit_status(error, status, monkeypatch, capsys):

@@ -64,13 +64,13 @@ def test_most_of_them_have_an_example():
 
 @pytest.fixture
 def surroundings(cover, tmp_path, monkeypatch):
-    """What the examples find: a working directory with photo.png, the same as an array, and the shipped
+    """What the examples find: a working directory with photo.jpg, an image as an array, and the shipped
     weights, which are loaded once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dj, "load_segmenter", functools.cache(dj.load_segmenter))
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (40, 56, 3)).astype(np.uint8)
-    Image.fromarray(image).save(tmp_path / "photo.png")
+    Image.fromarray(image).save(tmp_path / "photo.jpg")
     return {"dj": dj, "image": image}
 
 

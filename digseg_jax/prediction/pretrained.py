@@ -2,7 +2,7 @@
 """Exported weights, ready to be asked: the one way from a folder, a bucket or the hub to masks.
 
 segment = load_segmenter("assets:segmenter")
-masks = segment("photo.png", ["water", "snow and ice"])
+masks = segment("photo.jpg", ["water", "snow and ice"])
 """
 
 from __future__ import annotations
