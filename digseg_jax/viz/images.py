@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError
 from digseg_jax.viz.colors import IGNORE_COLOR, class_colors, from_hex, to_hex
+
+BAND = 256  # rows
 
 __all__ = [
     "IGNORE_COLOR", "class_colors", "from_hex", "legend", "overlay", "paint", "save_label",
@@ -56,9 +58,17 @@ def overlay(
         raise UserError(
             f"overlay: image shape {image.shape} does not fit the label map {np.shape(label)}"
         )
-    share = np.where(np.asarray(label) == -1, 0.0, alpha)[..., None]
-    mixed = (1 - share) * image + share * paint(label, colors)
-    return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+    label, painted = np.asarray(label), paint(label, colors)
+    for rows in _bands(len(image)):
+        share = np.where(label[rows] == -1, 0.0, alpha)[..., None]
+        mixed = (1 - share) * image[rows] + share * painted[rows]
+        painted[rows] = np.clip(np.rint(mixed), 0, 255)
+    return painted
+
+
+def _bands(height: int) -> Iterator[slice]:
+    """Rows that are worked on at a time: float64 of a large image would take a gigabyte."""
+    return (slice(top, top + BAND) for top in range(0, height, BAND))
 
 
 def legend(
@@ -115,5 +125,9 @@ def save_label(path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarr
 
 def save_mask(path: Path, mask: Float[np.ndarray, "h w"]) -> None:
     """Writes probabilities 0..1 as an 8-bit gray PNG; NaN is written as 0."""
-    share = np.clip(np.nan_to_num(np.asarray(mask, np.float64)), 0, 1)
-    Image.fromarray(np.rint(share * 255).astype(np.uint8)).save(path, optimize=True)
+    mask = np.asarray(mask)
+    gray = np.empty(mask.shape, np.uint8)
+    for rows in _bands(len(mask)):
+        share = np.clip(np.nan_to_num(np.asarray(mask[rows], np.float64)), 0, 1)
+        gray[rows] = np.rint(share * 255)
+    Image.fromarray(gray).save(path, optimize=True)
