@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported weights, ready to be asked: the one way from a folder, a bucket or the hub to masks.
-
-segment = load_segmenter("assets:segmenter")
-masks = segment("photo.jpg", ["water", "snow and ice"])
-"""
+"""Exported weights, ready to be asked: the one way from a folder, a bucket or the hub to masks."""
 
 from __future__ import annotations
 

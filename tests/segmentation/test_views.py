@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from digseg_jax.segmentation.views import MODES, make_views, starts, window_weight
+from digseg_jax.segmentation.views import MODES, count_views, make_views, starts, window_weight
 
 SHAPES = [(32, 32), (1, 1), (5, 90), (33, 31), (64, 100), (97, 32), (1, 40)]
 
@@ -21,6 +21,14 @@ def test_windows_cover_every_pixel_and_overlap(size):
         at = starts(length, size)
         assert at[0] == 0 and at[-1] == length - size
         assert all(0 < b - a <= 0.75 * size + 1 for a, b in zip(at, at[1:], strict=False))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_views_are_counted_without_cutting_them(shape):
+    for mode in MODES:
+        for side in (0, 20, 70):
+            views = make_views(noise(*shape), (32, 48), mode, side)
+            assert count_views(shape, (32, 48), mode, side) == len(views.crops)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
