@@ -15,12 +15,10 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from digseg_jax import assets
 from digseg_jax.arraytypes import Float, UInt8
 from digseg_jax.data.datasets import landcover
 from digseg_jax.log import setup
-from digseg_jax.prediction.description import read_description
-from digseg_jax.prediction.job import load_segmenter
+from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime import cpu
 from digseg_jax.viz.images import class_colors, paint
@@ -84,8 +82,7 @@ def main() -> None:
     setup()
     cpu.tune()
 
-    folder = Path(assets.resolve("assets:segmenter"))
-    segmenter, _ = load_segmenter(read_description(folder).training_config(), folder)
+    segmenter = load_segmenter("assets:segmenter")
     image = Image.fromarray(np.concatenate([draw_row(row, segmenter) for row in ROWS]))
 
     # 256 colors keep the file small.
