@@ -148,12 +148,12 @@ class PretrainedSegmenter(Segmenter):
         """The masks of an image: all of them, or a group of queries at a time if they take more than
         `HELD` bytes. The programs and so the masks are the same either way."""
         count = len(request.queries)
-        slots, options = query_slots(count), {"key": seed, "mode": self.mode}
+        slots, options = self.codec.slots(count), {"key": seed, "mode": self.mode}
         groups = -(-count // slots)
 
         views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
         few = 4 * count * views * math.prod(self.size) < HELD
-        apart = self.task.codec == "binary" and self.decodes_all(groups * slots, self.settings.decoder)
+        apart = self.codec.one_by_one and self.decodes_all(groups * slots, self.settings.decoder)
         if few or not apart:
             (answer,) = self.segment([request], sampling, advance=advance, **options)
             return answer
