@@ -70,7 +70,6 @@ DATASETS = {
     "pascal_voc": DataSet(20, "open_vocab"),
     "phenobench": DataSet(3, "phenobench"),
     "refuge2": DataSet(3, "medical"),
-    "stamps": DataSet(2, tree="folder"),
 }
 
 
@@ -87,8 +86,6 @@ class Run:
         if name in DATASETS and not self.root.exists():
             trees.write_tree(self.dataset.tree or name, self.root)
         sizes = SIZES | (CROPS if name in DATASETS and version not in ("palette", "binary") else {})
-        if name == "stamps":
-            sizes = SIZES
         self.config = f"--config=configs/{name}.py" + (f":{version}" if version else "")
         self.changes = [f"--config.{key}={value}" for key, value in sizes.items()] + list(changes)
         if name in DATASETS:
