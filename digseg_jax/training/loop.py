@@ -64,6 +64,7 @@ class Trainer:
         require_wandb(config.train.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache:
+            task.prepare()  # what a codec chose went into the cache
             check_cache(config, task)
 
         # Shapes and shardings of the state; the state itself is made or restored by `start_state`.

@@ -171,13 +171,12 @@ class LatentEncoder:
         return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
-def check_cache(config: Config, task: SegmentationTask) -> None:
+def check_cache(config: Config, task: FrozenParts | SegmentationTask) -> None:
     """What only the task knows of a cache that is to be trained from; the reader checks the rest.
 
     Raises:
       UserError: not finished, or made with another autoencoder, size, codec or precision.
     """
-    task.prepare()
     facts = made_with(config, task)
     for folder in cache_folders(config.data.latent_cache, training_parts(config.data)):
         require(folder, read_manifest(folder), facts)
