@@ -71,6 +71,7 @@ def estimates(
     for values, stored in zip(measured, temporaries, strict=True):
         # The CPU's own temporaries stay in the result, for comparison.
         peak = values["hbm_args_bytes"] + stored + values["hbm_result_bytes"]
+        peak += values["hbm_waiting_bytes"]
         own = {"fits": peak <= budget, "hbm_temp_bytes": stored, "hbm_peak_bytes": peak}
         own |= {"cpu_temp_bytes": values["hbm_temp_bytes"], "estimate": True, "estimated_by": HOW}
         found.append(values | own)

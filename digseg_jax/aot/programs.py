@@ -44,7 +44,8 @@ class Program:
         queries: masks of one call, on all devices.
         calls: how often it is called for each batch of images.
         traced: what was lowered; only kept for an evaluation.
-        waiting: bytes on a device of the next batch, which is copied there during this one.
+        waiting: bytes on a device of what lies there without being an argument: the next step's batch,
+            or, while an evaluation decodes, the U-Net.
     """
 
     name: str
@@ -175,7 +176,8 @@ def evaluation_programs(
         traced = prediction.trace(program, shared, batch, mesh)
         lowered = traced.lower(lowering_platforms=_platforms(mesh, platform))
         masks = views * codec.num_images(slots)
-        return Program(name, lowered, views, masks, -(-queries // slots), traced)
+        idle = 0.0 if any(x is params for x in shared) else _stored_bytes(params)
+        return Program(name, lowered, views, masks, -(-queries // slots), traced, idle)
 
     def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Program:
         """The program that samples mask latents: [views, slots, members or 1, h, w, c]."""
@@ -310,6 +312,12 @@ def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> f
     if config.train.accumulation > 1:
         needed += 4 * count(task.abstract) * share  # float32 sum of the microbatches' gradients
     return needed
+
+
+def _stored_bytes(placed: Any) -> float:
+    """Bytes of a tree from `_placed` on one device."""
+    leaves = jax.tree.leaves(placed)
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
 def _stored_share(tree: Any, mesh: Mesh) -> float:

@@ -48,10 +48,10 @@ def _memory(result: dict[str, Any]) -> list[str]:
 
 
 def _other_memory(result: dict[str, Any]) -> list[str]:
-    """Line on results that are not written over arguments, the program's code, and the next batch."""
+    """Line on results that are not written over arguments, the program's code, and what waits."""
     names = ("hbm_result_bytes", "hbm_code_bytes", "hbm_waiting_bytes")
     others = sum(result.get(name, 0.0) for name in names)
-    return [f"    and results, code, next batch {size(others)}"] if others else []
+    return [f"    and results, code, waiting {size(others)}"] if others else []
 
 
 def _speed(result: dict[str, Any]) -> list[str]:

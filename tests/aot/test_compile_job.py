@@ -110,11 +110,16 @@ def test_nothing_is_needed_but_shapes(folders):
 
 def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     changes = {"compile__program": "eval", "compile__eval_queries": 3, "eval__batch_size": 8}
-    result = compiling.run(config(folders, **changes), "cpu:8", as_path(tmp_path))
+    made = config(folders, **changes)
+    result = compiling.run(made, "cpu:8", as_path(tmp_path))
     # three queries share a call of four places
     assert (result["program"], result["images"], result["queries"]) == ("eval", 8, 32)
     assert result["calls"] == {"sample": 1, "read": 1}
     assert result["flops"] > result["programs"]["sample"]["flops"] > 0
+    # the weights, which the decoding does not take, stay on the devices meanwhile
+    unet, _ = programs.train_task(made, Parts.of(made.model), 1)
+    weights = {name: p["hbm_waiting_bytes"] for name, p in result["programs"].items()}
+    assert weights == {"sample": 0, "read": 4 * programs.count(unet.abstract)}
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
 
 
@@ -136,7 +141,7 @@ def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
     assert stored["device_kind"] == "NVIDIA H100" and stored["chips"] == 2
     assert stored["config"]["model"]["attention"] == "cudnn"  # what runs there, not what stood in
     assert "memory" not in stored["roofline_seconds"]
-    parts = ("hbm_args_bytes", "hbm_temp_bytes", "hbm_result_bytes")
+    parts = ("hbm_args_bytes", "hbm_temp_bytes", "hbm_result_bytes", "hbm_waiting_bytes")
     assert stored["hbm_peak_bytes"] == sum(stored[part] for part in parts)
     assert stored["hbm_limit_bytes"] == 0.9 * CHIPS["h100"].hbm_bytes and stored["fits"]
     assert 0 < stored["mfu_bound"] <= 1

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """configs/ade20k.py once at Stable Diffusion 1.5's full size, with random weights, in float32.
 
-    cd tests && PYTHONPATH=..:parity python -m rehearsal.full_size FOLDER [--miniature]
+    cd tests
+    PYTHONPATH=..:parity python -m rehearsal.full_size FOLDER [--miniature] [--config.KEY=VALUE ...]
 
 A hub and a bucket on loopback, two steps with a kill between them, an evaluation of one image, an
 export, and where torch is installed the same U-Net and the same mask there. Writes
 FOLDER/figures.json: seconds and peak memory of each command. 40 GB of disk. --miniature: the tests'
-small weights instead, to try the script itself.
+small weights instead, to try the script itself. --config...: more changes, such as
+--config.optim.freeze="('^down_blocks','^up_blocks')" where there is little memory.
 """
 
 from __future__ import annotations
@@ -100,10 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rehearsal.full_size", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--miniature", action="store_true")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     folder: Path = options.folder.absolute()
     data, repositories = folder / "data", folder / "repositories"
-    side, view = (64, 64) if options.miniature else (512, 256)
+    side, view = (64, 64) if options.miniature else (512, 128)
     if not repositories.exists():
         values = layouts.SD15 if options.miniature else layout()
         write.write_pipeline(repositories, values, "sd-1.5")
@@ -113,7 +115,8 @@ def main() -> None:
     command = [sys.executable, "-m", "digseg_jax.main", "--config=configs/ade20k.py"]
     command += [f"--workdir={run}", f"--config.data.root={data}"]
     changes = CHANGES | {"data.image_size": side, "eval.view_size": (view,)}
-    command += [f"--config.{key}={value}" for key, value in changes.items()]
+    changes["train.compile_cache"] = folder / "compiled"
+    command += [*(f"--config.{key}={value}" for key, value in changes.items()), *more]
     figures: dict[str, Any] = {}
 
     with contextlib.ExitStack() as stack:
