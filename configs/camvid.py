@@ -28,7 +28,7 @@ SMALL = ("palette", "binary")
 def get_config(version: str = "palette"):
     if version not in SMALL:
         config = recipes.stable_diffusion(version, "camvid", SMALL)
-        config.data.image_size = 352  # ours: the images are 480x360
+        config.data.image_size = 384  # ours: the images are 480x360, sides are multiples of 64
         config.train.steps = 10_000  # ours: 367 images
         return config
     config = default()

@@ -8,11 +8,13 @@ from absl import flags
 from experiments import CONFIGS, get_config
 from ml_collections import config_flags
 
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, DataConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.recipes import VERSIONS, stable_diffusion
+from digseg_jax.training.tasks.parts import Vae, check_sizes
 from digseg_jax.weights.catalog import find, hub_id
 from digseg_jax.weights.hub import _HUB_ID
 
@@ -34,6 +36,14 @@ def test_every_data_set_has_its_file(name):
         model = parse(get_config(name, version)).model
         assert all(_HUB_ID.fullmatch(part) for part in (model.vae, model.unet, model.text))
         assert model.mask_padding == find(model.text).masks_padding == (version == "biomedclip")
+
+
+@pytest.mark.parametrize("name", FROM_FILES)
+def test_crops_and_views_are_of_sizes_that_the_models_halve(name):
+    for version in (*VERSIONS, *SMALL.get(name, ())):
+        config = parse(get_config(name, version))
+        architecture = Architecture.of(config.model)
+        check_sizes(config, Vae(None, architecture.vae), architecture.unet)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ml_collections loads files its own way
