@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
+
 from digseg_jax.aot.hlo import NO_TRAFFIC, Instruction, Module, Shape, walk
 
 
@@ -85,10 +87,37 @@ def _product_flops(instruction: Instruction, own: dict[str, Instruction]) -> flo
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
         contracted = [left[int(a)] for a in axes[1].split(",") if a] if axes else []
         return 2.0 * out * math.prod(contracted)
+    return _convolution_flops(instruction, left, right)
 
-    # A convolution sums over all axes of the kernel except the output features ("o").
-    labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.text)
+
+def _convolution_flops(
+    instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]
+) -> float:
+    """FLOPs as XLA counts them: window places on padding, or between dilated inputs, cost nothing.
+
+    A TPU's compiler writes a batched product as a convolution over the batch, whose window has one such
+    place for each output and as many others as there are examples.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
     if not labels:
         return 0.0
-    kernel = [size for size, label in zip(right, labels[1], strict=True) if label != "o"]
-    return 2.0 * out * math.prod(kernel)
+    given = re.search(r"window=\{(.*?)\}", instruction.text)
+    window = dict(part.split("=") for part in given[1].split()) if given else {}
+    sizes = zip(labels.groups(), (left, right, instruction.shapes[0].dims), strict=True)
+    image, kernel, out = (dict(zip(names, dims, strict=True)) for names, dims in sizes)
+
+    places = 1
+    for axis, label in enumerate(sorted(x for x in out if x.isdigit())):
+        low = int(_of_axis(window, "pad", axis, "0_0").split("_")[0])
+        stride, dilation, spread = (
+            int(_of_axis(window, key, axis, "1")) for key in ("stride", "rhs_dilate", "lhs_dilate")
+        )
+        starts = np.arange(out[label])[:, None] * stride - low
+        at = starts + np.arange(kernel.get(label, 1))[None] * dilation
+        places *= int(((at >= 0) & (at % spread == 0) & (at // spread < image[label])).sum())
+    return 2.0 * out["b"] * out["f"] * kernel["i"] * places
+
+
+def _of_axis(window: dict[str, str], key: str, axis: int, default: str) -> str:
+    """What a window says of a spatial axis, as in `pad=1_1x0_0`."""
+    return window[key].split("x")[axis] if key in window else default

@@ -67,3 +67,32 @@ def test_the_flops_of_a_loop_are_those_of_its_runs():
     if not flops:
         pytest.skip("this XLA unrolls the loop, or calls a library for its product")
     assert flops == 4 * 2 * 64 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "options"),
+    [
+        ((2, 9, 7, 4), (3, 3, 4, 8), {"window_strides": (1, 1), "padding": "SAME"}),
+        ((2, 9, 7, 4), (3, 3, 4, 8), {"window_strides": (2, 1), "padding": ((0, 1), (2, 2))}),
+        ((2, 9, 7, 4), (3, 3, 2, 8), {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1),
+                                      "feature_group_count": 2}),
+        # a product for each of six examples, as the TPU's compiler writes it
+        ((5, 6, 1, 4), (6, 1, 4, 8), {"window_strides": (5, 1), "padding": ((0, 0), (0, 0)),
+                                      "lhs_dilation": (6, 1)}),
+    ],
+)  # fmt: skip
+def test_convolutions_are_counted_as_xla_counts_them(image, kernel, options):
+    def convolve(x, w):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, dimension_numbers=numbers, **options)
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (image, kernel))
+    compiled = jax.jit(convolve).lower(*shapes).compile()
+    module = hlo.parse(compiled.as_text())
+    (found,) = [
+        (own[name], own)
+        for own in module.named.values()
+        for name in own
+        if own[name].opcode == "convolution"
+    ]
+    assert traffic._product_flops(*found) == compiled.cost_analysis()["flops"] > 0
