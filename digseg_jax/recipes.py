@@ -105,7 +105,8 @@ def _model(config: ml_collections.ConfigDict, version: Version) -> None:
     # Text: the tokens that Stable Diffusion was trained with.
     config.model.max_tokens = 77  # CLIP's; most of BiomedCLIP's 256 would be padding, and masked
     # ours: Stable Diffusion attends to all 77 tokens of a CLIP text encoder
-    config.model.mask_padding = find(version.text_spec).masks_padding
+    known = find(version.text_spec)
+    config.model.mask_padding = known is None or known.masks_padding
     config.model.sentence_token = False  # ours: the tokens that Stable Diffusion was trained with
     config.model.text_adapters = True  # paper: text enters at several scales
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -101,10 +102,10 @@ def _remat(config: Config, architecture: Architecture, needs: Needs) -> list[str
 
     def kept(mode: str) -> float:
         """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
-        model = dataclasses.replace(config.model, remat=mode)
-        return (
-            programs.kept_bytes(dataclasses.replace(config, model=model), architecture) * needs.images
-        )
+        changed: dict[str, Any] = {"remat": mode}
+        model = dataclasses.replace(config.model, **changed)
+        kept = programs.kept_bytes(dataclasses.replace(config, model=model), architecture)
+        return kept * needs.images
 
     # Only what is kept changes by the mode; other temporaries are taken to stay.
     now = kept(config.model.remat)

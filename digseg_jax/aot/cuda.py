@@ -48,7 +48,8 @@ def stand_in(config: Config, architecture: Architecture, mesh: Mesh) -> list[Pro
     # cuDNN's attention does not compile for a CPU: take the portable one, which computes the same.
     device, model = mesh.devices.flat[0], config.model
     if unfit(model.attention, device, model.dtype):
-        config = dataclasses.replace(config, model=dataclasses.replace(model, attention=PORTABLE))
+        changed: dict[str, Any] = {"attention": PORTABLE}
+        config = dataclasses.replace(config, model=dataclasses.replace(model, **changed))
     return programs.lower(config, architecture, mesh)
 
 
@@ -86,7 +87,8 @@ def assumed_cudnn() -> Iterator[None]:
     """
     before: Any = fused_attention.cuda_versions
     if before is None:
-        fused_attention.cuda_versions = types.SimpleNamespace(cudnn_get_version=lambda: CUDNN)
+        assumed: Any = types.SimpleNamespace(cudnn_get_version=lambda: CUDNN)
+        fused_attention.cuda_versions = assumed
     try:
         yield
     finally:

@@ -97,7 +97,8 @@ def parse(text: str) -> Module:
       ValueError: the text has no entry computation.
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
-    entry, name, lines = "", "", []
+    entry, name = "", ""
+    lines: list[str] = []
 
     for line in text.splitlines():
         # a computation: header, instructions, closing brace
@@ -230,8 +231,8 @@ def collectives(module: Module, devices: int) -> dict[str, Collective]:
     end and every operation between them, with the same channel and chain: it counts once.
     """
     counts: collections.Counter[str] = collections.Counter()
-    received: collections.Counter[str] = collections.Counter()
-    overlapped: collections.Counter[str] = collections.Counter()
+    received: dict[str, float] = collections.defaultdict(float)
+    overlapped: dict[str, float] = collections.defaultdict(float)
     chains = set()
     asynchronous = _asynchronous(module)
     for instruction, times, where in walk(module, fusions=True):

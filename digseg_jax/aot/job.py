@@ -151,7 +151,8 @@ def combined(measured: list[dict[str, Any]], calls: list[int]) -> dict[str, Any]
     """
     if len(measured) == 1 and calls == [1]:
         return measured[0]
-    result = dict(max(measured, key=lambda m: m["hbm_peak_bytes"]))
+    largest: dict[str, Any] = max(measured, key=lambda m: m["hbm_peak_bytes"])
+    result = dict(largest)
 
     result["compile_seconds"] = round(sum(m["compile_seconds"] for m in measured), 1)
     result["fits"] = all(m["fits"] for m in measured)
@@ -214,8 +215,9 @@ def compile_and_measure(
     seconds = _seconds(start)
 
     # XLA's own accounts, and what they leave out: loops, kernels, collectives.
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    module = hlo.parse(compiled.as_text())
+    memory: Any = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    module = hlo.parse(compiled.as_text() or "")
     collectives = hlo.collectives(module, len(target.devices))
     more_flops, more_bytes = traffic.loop_corrections(module)
     kernels = kernel_flops(module)
@@ -306,7 +308,7 @@ def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
     exposed = sum(c["bytes"] - c["overlapped_bytes"] for c in result["collectives"].values())
     values = {
         "roofline_seconds": seconds,
-        "roofline_bound": max(seconds, key=seconds.get),
+        "roofline_bound": max(seconds, key=lambda part: seconds[part]),
         "roofline_images_per_second_per_chip": result["images"] / result["chips"] / longest,
         "exposed_collective_seconds": exposed / chip.ici_bandwidth,
         "chip_source": chip.source,

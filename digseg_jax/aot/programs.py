@@ -16,7 +16,7 @@ from digseg_jax import trees
 from digseg_jax.aot import shapes
 from digseg_jax.aot.liveness import peak_bytes
 from digseg_jax.aot.shapes import Architecture, UNetTask, abstract_parts
-from digseg_jax.arraytypes import Batch
+from digseg_jax.arraytypes import Batch, Shapes
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
@@ -117,7 +117,7 @@ def train_images(config: Config, mesh: Mesh) -> int:
 
 def train_task(
     config: Config, architecture: Architecture, images: int
-) -> tuple[SegmentationTask | UNetTask, Batch]:
+) -> tuple[SegmentationTask | UNetTask, Shapes]:
     """The task and the shapes of its batch."""
     if config.compile.unet_only:
         whole = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
@@ -129,7 +129,7 @@ def train_task(
 def lower_step(
     config: Config,
     task: SegmentationTask | UNetTask,
-    batch: Batch,
+    batch: Shapes,
     mesh: Mesh,
     platform: str | None = None,
 ) -> jax.stages.Lowered:
@@ -170,7 +170,7 @@ def evaluation_programs(
     mean = settings.decoder == "latent_mean"
 
     def made(
-        name: str, program: Any, shared: tuple[Any, ...], batch: Batch, queries: int, slots: int
+        name: str, program: Any, shared: tuple[Any, ...], batch: Shapes, queries: int, slots: int
     ) -> Program:
         """A program traced and lowered; `slots` queries per call of the `queries` that are asked."""
         traced = prediction.trace(program, shared, batch, mesh)
@@ -290,7 +290,8 @@ def _evaluation_bytes(config: Config, architecture: Architecture, mesh: Mesh) ->
     # Traced for one device with its share of the views.
     alone = make_mesh(config.mesh, [mesh.devices.flat[0]])
     made = evaluation_programs(config, architecture, alone, "cuda")
-    return [peak_bytes(program.traced.jaxpr.jaxpr, output_share=0.0) for program in made]
+    traced = [program.traced.jaxpr.jaxpr for program in made if program.traced is not None]
+    return [peak_bytes(jaxpr, output_share=0.0) for jaxpr in traced]
 
 
 def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> float:

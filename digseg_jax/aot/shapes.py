@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digseg_jax import assets
-from digseg_jax.arraytypes import Array, Batch, Params
+from digseg_jax.arraytypes import Array, Batch, Params, Shapes
 from digseg_jax.config.schema import Config, ModelConfig
 from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import bank_prompts
@@ -146,7 +146,7 @@ def bank_shapes(prompts: int, model: ModelConfig, architecture: Architecture) ->
     }
 
 
-def train_batch(config: Config, images: int, architecture: Architecture) -> Batch:
+def train_batch(config: Config, images: int, architecture: Architecture) -> Shapes:
     """Shapes of a batch as the stream of `config.data` hands it to the train step."""
     data = config.data
     square, queries = (images, data.image_size, data.image_size), (images, data.num_queries)
@@ -176,7 +176,7 @@ def train_batch(config: Config, images: int, architecture: Architecture) -> Batc
     return batch
 
 
-def unet_batch(config: Config, architecture: Architecture, images: int) -> Batch:
+def unet_batch(config: Config, architecture: Architecture, images: int) -> Shapes:
     """Shapes of a batch for `UNetTask`: one latent per image."""
     side, _, channels = _latent_shape(config, architecture)
     tokens = bank_shapes(images, config.model, architecture)["tokens"]
@@ -191,7 +191,7 @@ def unet_batch(config: Config, architecture: Architecture, images: int) -> Batch
 
 def view_batch(
     config: Config, architecture: Architecture, views: int, size: tuple[int, int], texts: int
-) -> Batch:
+) -> Shapes:
     """Shapes of a batch for `prediction.programs.sample_latents`."""
     bank = bank_shapes(texts, config.model, architecture)
     encoded = {n: jax.ShapeDtypeStruct((views, *x.shape), x.dtype) for n, x in bank.items()}
@@ -205,7 +205,7 @@ def latent_batch(
     images: int,
     members: int,
     queries: int,
-) -> Batch:
+) -> Shapes:
     """Shapes of a batch for `prediction.programs.read_masks`.
 
     images: mask images per view, which show its queries.

@@ -144,7 +144,7 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
       UserError: a wrong type or an illegal value.
     """
     # A section, or a list of items of one type.
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{path}={value!r}: expected a section of keys, got a single value")
         return _build(hint, value, path)

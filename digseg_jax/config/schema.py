@@ -389,8 +389,9 @@ def is_free(key: str) -> bool:
     """
     if key in settings():
         return settings()[key].free
-    section = {f.name: f.metadata for f in dataclasses.fields(Config)}.get(key.split(".")[0], {})
-    return section.get("free", False)
+    sections = {f.name: f.metadata for f in dataclasses.fields(Config)}
+    section = sections.get(key.split(".")[0])
+    return section is not None and section.get("free", False)
 
 
 def _settings(cls: type, prefix: str, section: Setting) -> Iterator[tuple[str, Setting]]:

@@ -80,7 +80,7 @@ class QuerySampler:
 
     def _expected(self, present: np.ndarray, absent: np.ndarray) -> np.ndarray | None:
         """Weights of the absent classes that one would expect in this crop; None if there are none."""
-        if not self.hard_rate or not present.any():
+        if self.confusable is None or not self.hard_rate or not present.any():
             return None
         # expected beside any present class: the strongest link counts
         weight = np.where(absent, self.confusable[present].max(axis=0), 0.0)

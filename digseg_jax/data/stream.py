@@ -21,7 +21,7 @@ from digseg_jax.data.crops import Example
 from digseg_jax.log import log
 from digseg_jax.runtime.malloc import keep_freed_memory
 
-MakeExample = Callable[[Example, np.random.Generator], Example]
+MakeExample = Callable[[Any, np.random.Generator], Example]  # of what its source gives
 
 
 class Batches:
@@ -160,4 +160,4 @@ def _start_worker(index: int, count: int) -> None:
 
 def _with_index(i: int, example: Example) -> Example:
     """The example with its global "index" (uint32)."""
-    return example | {"index": np.uint32(i)}
+    return example | {"index": np.asarray(i, np.uint32)}

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from digseg_jax.arraytypes import Array, Float
 
 
-def gaussian(key: Array, shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
+def gaussian(key: Array, shape: tuple[int, ...]) -> Float[Array, "h w c"]:
     """Draws standard normal noise for one example."""
     return jax.random.normal(key, shape)
 
 
 def multires(
-    key: Array, shape: tuple[int, int, int], strength: Float[Array, ""]
+    key: Array, shape: tuple[int, ...], strength: Float[Array, ""] | float
 ) -> Float[Array, "h w c"]:
     """Draws noise with added coarser octaves, each `strength` times weaker, scaled to unit deviation.
 

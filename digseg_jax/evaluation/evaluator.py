@@ -274,10 +274,10 @@ class Evaluator:
           mode: "window" or "whole"; the evaluator's own by default.
           options: further options of `Segmenter.segment`.
         """
-        biases = biases or [None] * len(images)
+        own: Sequence[tuple[float, ...] | None] = biases or [None] * len(images)
         requests = [
             Request(example["image"], i, asked, bias)
-            for i, example, asked, bias in zip(images, found, queries, biases, strict=True)
+            for i, example, asked, bias in zip(images, found, queries, own, strict=True)
         ]
         return self.segmenter.segment(requests, estep, key=self.seed, mode=mode or self.mode, **options)
 
@@ -352,7 +352,7 @@ def _few_pixels(label: np.ndarray, answer: Answer) -> dict[str, np.ndarray]:
 def _encoded(arrays: dict[str, np.ndarray]) -> str:
     """Arrays as base64 text, bit for bit."""
     data = io.BytesIO()
-    np.savez(data, **arrays)
+    np.savez(data, **arrays)  # type: ignore[arg-type]  # no array is named as an option
     return base64.b64encode(data.getvalue()).decode("ascii")
 
 

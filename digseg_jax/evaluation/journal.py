@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from etils import epath
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.io.storage import AnyPath, explained, is_remote, read_text, write_json
@@ -83,9 +84,10 @@ class Journal:
 class _File:
     """NAME.jsonl on a disk: a line with the identity, then one line per piece."""
 
+    _file: TextIO  # open after `begin`
+
     def __init__(self, folder: Path, name: str):
         self.path = folder / f"{name}.jsonl"
-        self._file: TextIO | None = None
 
     def begin(self, identity: str) -> list[dict[str, Any]]:
         """Opens the journal of this identity for appending and returns its complete rows."""
@@ -130,7 +132,7 @@ class _Objects:
     """NAME/00000.json, NAME/00001.json ... in a bucket, which cannot append: one object per piece."""
 
     def __init__(self, folder: AnyPath, name: str):
-        self.folder, self.count, self.identity = folder / name, 0, ""
+        self.folder, self.count, self.identity = epath.Path(folder / name), 0, ""
 
     def begin(self, identity: str) -> list[dict[str, Any]]:
         """Returns the rows of this identity in their order; removes the rows of any other identity."""
@@ -159,16 +161,18 @@ class _Objects:
         """Does nothing: every object is complete once written."""
 
 
-def identity_of(params: Params, *facts: Any) -> str:
+def identity_of(params: Params | None, *facts: Any) -> str:
     """Digest of weights and settings, 24 hex digits.
 
-    params: arrays must be addressable by this process. facts: JSON-ready, or with a stable `str`.
+    params: arrays must be addressable by this process; None if it does not hold them.
+    facts: JSON-ready, or with a stable `str`.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
 
     # crc32 of each array: fast, and enough to distinguish two sets of weights.
     for leaf in jax.tree.leaves(params):
-        checksum = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)))
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        checksum = zlib.crc32(array)  # type: ignore[arg-type]  # a buffer; stubs know from 3.12 on
         digest.update(checksum.to_bytes(4, "big"))
     return digest.hexdigest()[:24]
 

@@ -169,7 +169,7 @@ def scores_of(
     result |= headline.own_metric(searching) | headline.speed()
 
     result |= {
-        "protocols": {name: s.label_map() | s.speed() for name, s in found.items()},
+        "protocols": {name: {**s.label_map(), **s.speed()} for name, s in found.items()},
         "headline_protocol": evaluator.protocol,
         "miou": headline.label_map()["miou"],
         "boundary_iou": headline.boundary_iou(),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from digseg_jax.evaluation import paper
@@ -20,7 +21,7 @@ COLUMNS = (
 )
 
 
-def lines(results: dict[str, Any]) -> list[list[Any]]:
+def lines(results: Mapping[str, Any]) -> list[list[Any]]:
     """Table rows in the order of `COLUMNS` from suite_NAME.json; scores in percent."""
     found = []
     for row in results["rows"]:
@@ -32,7 +33,7 @@ def lines(results: dict[str, Any]) -> list[list[Any]]:
     return found
 
 
-def note(results: dict[str, Any]) -> str:
+def note(results: Mapping[str, Any]) -> str:
     """Introduction to the table: how to read its numbers."""
     return (
         f"Suite {results['suite']}, seed {results['seed']}; percent. Oracle asks only for classes that "
@@ -73,8 +74,8 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
     if "searched" in row:
         found = row["searched"]
         label = f"threshold {found['threshold']}, found on {found['split']}"
-        stated = paper.MONUSEG_SEARCHED if dataset == "monuseg" else {}
-        cells += _foreground_cells(found, label, stated, "–")
+        figures = paper.MONUSEG_SEARCHED if dataset == "monuseg" else {}
+        cells += _foreground_cells(found, label, figures, "–")
     return cells
 
 

@@ -91,7 +91,7 @@ class Checkpointer:
             for step in self.manager.all_steps()
             if (metrics := self.manager.metrics(step)) and self.config.best in metrics
         }
-        return max(values, key=values.get) if values else None
+        return max(values, key=lambda step: values[step]) if values else None
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None
@@ -285,7 +285,7 @@ def _folder(workdir: str) -> epath.Path:
     return (path if storage.is_remote(workdir) else path.absolute()) / CHECKPOINTS
 
 
-def _policy(config: CheckpointConfig) -> policies.PreservationPolicy:
+def _policy(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
     """Which checkpoints are kept: the newest ones, every so many steps, and the best one."""
     # A checkpoint is kept if any of these rules keeps it.
     kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]

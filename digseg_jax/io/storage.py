@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 # Before gcsfs is imported: otherwise it asks another service for the type of each bucket; only plain
 # objects are used here.
@@ -30,7 +30,7 @@ from digseg_jax.errors import UserError  # noqa: E402
 # No cached listings: other processes write to the bucket too.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
-AnyPath = Path | epath.Path  # a Path on a disk, an epath.Path in a bucket
+AnyPath: TypeAlias = Path | epath.Path  # a Path on a disk, an epath.Path in a bucket
 SCHEMES = ("gs://",)
 
 
@@ -151,9 +151,10 @@ def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
         yield Path(scratch)
         with explained(folder, "cannot be written"):
-            if replace and folder.exists():
-                folder.rmtree()
-            upload(Path(scratch), folder)
+            bucket = epath.Path(folder)
+            if replace and bucket.exists():
+                bucket.rmtree()
+            upload(Path(scratch), bucket)
 
 
 def upload(local: Path, folder: epath.Path) -> None:

@@ -15,6 +15,7 @@ from digseg_jax.arraytypes import Bool, Float, Int
 
 NAMES = ("iou", "precision", "recall", "f1")
 EMPTY_RULES = ("one", "zero", "skip")  # for images without foreground in label and prediction
+_Counts = Int[np.ndarray, "..."] | np.int64
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
@@ -140,7 +141,7 @@ def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _vertical_ratio(cup: np.ndarray, disc: np.ndarray) -> float:
     """Height of the cup over height of the disc, as extents in rows."""
-    heights = [_extent(mask.any(axis=1)) for mask in (cup, disc)]
+    heights = [_extent(np.any(mask, axis=1)) for mask in (cup, disc)]
     return heights[0] / heights[1] if heights[1] else 0.0
 
 
@@ -150,7 +151,7 @@ def _extent(rows: np.ndarray) -> int:
     return int(found[-1] - found[0] + 1) if found.size else 0
 
 
-def _quotients(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> list[np.ndarray]:
+def _quotients(tp: _Counts, fp: _Counts, fn: _Counts) -> list[np.ndarray]:
     """IoU, precision, recall, F1; nan where the denominator is 0."""
     pairs = ((tp, tp + fp + fn), (tp, tp + fp), (tp, tp + fn), (2 * tp, 2 * tp + fp + fn))
     return [np.where(whole > 0, part / np.maximum(whole, 1), np.nan) for part, whole in pairs]

@@ -44,11 +44,12 @@ def boundary_counts(
         raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
 
     # Only classes that occur can have a band.
-    width, valid = band_width(*label.shape, ratio), label >= 0
+    height, width = label.shape
+    band, valid = band_width(height, width, ratio), label >= 0
     counts = np.zeros((num_classes, 2), np.int64)
     for c in np.intersect1d(np.union1d(label, prediction), np.arange(num_classes)):
-        true = inner_band(label == c, width) & valid
-        found = inner_band(prediction == c, width) & valid
+        true = inner_band(label == c, band) & valid
+        found = inner_band(prediction == c, band) & valid
         counts[c] = (true & found).sum(), (true | found).sum()
     return counts
 

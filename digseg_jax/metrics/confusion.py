@@ -156,7 +156,7 @@ def query_scores(
     absent = areas == 0
     classes = range(areas.shape[1])
 
-    def pooled(query: int, true: int) -> tuple[int, int]:
+    def pooled(query: int, true: int) -> tuple[np.int64, np.int64]:
         both = present[:, query] & present[:, true]
         hit = overlaps[both, query, true].sum()
         return hit, covered[both, query].sum() + areas[both, true].sum() - hit

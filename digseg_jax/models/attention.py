@@ -11,7 +11,7 @@ from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models import remat
 from digseg_jax.models.feed_forward import FeedForward
 from digseg_jax.models.kernels.attention import IMPLEMENTATIONS, AttentionFn
-from digseg_jax.models.layers import Compute, Conv, GroupNorm, layer_norm, linear
+from digseg_jax.models.layers import Compute, Conv, GroupNorm, Linear, Shared, layer_norm, linear
 
 
 def attention(
@@ -57,10 +57,10 @@ class Attention(nnx.Module):
     ):
         if norm_groups is not None:  # the VAE's attention normalizes its own input
             self.group_norm = GroupNorm(features, norm_groups, eps=norm_eps, compute=compute)
-        options = {"bias": bias, "compute": compute, "rngs": rngs}
-        self.to_q = linear(features, features, **options)
-        self.to_k = linear(context_features, features, **options)
-        self.to_v = linear(context_features, features, **options)
+        options: Shared = {"compute": compute, "rngs": rngs}
+        self.to_q = linear(features, features, bias=bias, **options)
+        self.to_k = linear(context_features, features, bias=bias, **options)
+        self.to_v = linear(context_features, features, bias=bias, **options)
         self.to_out = nnx.List([linear(features, features, compute=compute, rngs=rngs)])
         self.heads, self.compute = heads, compute
 
@@ -92,7 +92,7 @@ class BasicTransformerBlock(nnx.Module):
     def __init__(
         self, features: int, context_features: int, heads: int, *, compute: Compute, rngs: nnx.Rngs
     ):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         self.norm1 = layer_norm(features, **options)
         self.attn1 = Attention(features, features, heads, **options)
         self.norm2 = layer_norm(features, **options)
@@ -126,12 +126,12 @@ class Transformer2DModel(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         # 1e-6 here, 1e-5 in the U-Net's resnets: both are torch's
         self.norm = GroupNorm(features, groups, eps=1e-6, compute=compute)
         if linear_projection:
-            self.proj_in = linear(features, features, **options)
-            self.proj_out = linear(features, features, **options)
+            self.proj_in: Linear | Conv = linear(features, features, **options)
+            self.proj_out: Linear | Conv = linear(features, features, **options)
         else:
             self.proj_in = Conv(features, features, 1, **options)
             self.proj_out = Conv(features, features, 1, **options)

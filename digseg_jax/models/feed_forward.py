@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +12,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models import remat
 from digseg_jax.models.kernels import feed_forward
-from digseg_jax.models.layers import Compute, linear
+from digseg_jax.models.layers import Compute, Shared, linear
 
 
 class GEGLU(nnx.Module):
@@ -40,8 +42,8 @@ class FeedForward(nnx.Module):
     """GEGLU and a linear layer; index 1 of `net` is torch's dropout, which has no parameters."""
 
     def __init__(self, features: int, *, compute: Compute, rngs: nnx.Rngs):
-        options = {"compute": compute, "rngs": rngs}
-        self.net = nnx.List(
+        options: Shared = {"compute": compute, "rngs": rngs}
+        self.net: nnx.List[Any] = nnx.List(
             [
                 GEGLU(features, 4 * features, **options),
                 nnx.Module(),

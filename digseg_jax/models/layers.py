@@ -6,12 +6,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Float
+from digseg_jax.arraytypes import Array, DTypeLike, Float, Real
 from digseg_jax.models.kernels import conv as cpu_conv
 from digseg_jax.models.kernels.attention import AttentionFn
 from digseg_jax.models.kernels.conv import xla_conv
@@ -43,12 +44,19 @@ class Compute:
       where `models.kernels.feed_forward.takes` accepts the map.
     """
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     conv: str = "xla"
     attention: str | AttentionFn = "plain"
     remat: str = "none"
     weights: WeightsFn = as_it_is
     feed_forward: FeedForwardFn | None = None
+
+
+class Shared(TypedDict):
+    """What a model hands down to each of its layers."""
+
+    compute: Compute
+    rngs: nnx.Rngs
 
 
 class Conv(nnx.Module):
@@ -147,7 +155,7 @@ def layer_norm(features: int, *, compute: Compute, rngs: nnx.Rngs, eps: float = 
 
 
 def timestep_embedding(
-    timestep: Float[Array, "b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
+    timestep: Real[Array, "b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "b width"]:
     """Embeds timesteps as sinusoids, float32 (diffusers: `embeddings.py:get_timestep_embedding`)."""
     half = width // 2

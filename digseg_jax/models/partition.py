@@ -106,8 +106,8 @@ class LocalAttention:
         v: Float[Array, "b m heads d"],
         mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b l heads d"]:
-        def local(q: Array, k: Array, v: Array, *mask: Array) -> Array:
-            return attention(q, k, v, *(mask or (None,)), self.implementation)
+        def local(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+            return attention(q, k, v, mask, self.implementation)
 
         arrays = (q, k, v) if mask is None else (q, k, v, mask)
         mesh = jax.sharding.get_abstract_mesh()

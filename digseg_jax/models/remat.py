@@ -23,7 +23,7 @@ their kernels, the largest, would be read (and, if sharded, gathered) a second t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -32,7 +32,7 @@ from digseg_jax.arraytypes import Array, Float
 
 KEPT = "kept"  # name of results that a block keeps; for kernels that name their own
 MODES = ("none", "block", "large", "attention", "dots")
-F = TypeVar("F", bound=Callable[..., Any])
+Function = Callable[..., Any]
 
 
 def kept(x: Array) -> Array:
@@ -40,7 +40,7 @@ def kept(x: Array) -> Array:
     return checkpoint_name(x, KEPT)
 
 
-def block(function: F, mode: str) -> F:
+def block(function: Function, mode: str) -> Function:
     """Wraps a resnet or a transformer; its arguments are a map [b, h, w, c], then arrays or None.
 
     Raises:
@@ -56,7 +56,7 @@ def block(function: F, mode: str) -> F:
     return _unchanged(function, mode)
 
 
-def attention(function: F, mode: str) -> F:
+def attention(function: Function, mode: str) -> Function:
     """Wraps a function of (q, k, v, mask).
 
     Raises:
@@ -65,7 +65,7 @@ def attention(function: F, mode: str) -> F:
     return jax.checkpoint(function) if mode == "attention" else _unchanged(function, mode)
 
 
-def _but_kept(function: F) -> F:
+def _but_kept(function: Function) -> Function:
     return jax.checkpoint(function, policy=_kept_policy())
 
 
@@ -73,7 +73,7 @@ def _kept_policy() -> Callable[..., bool]:
     return jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
-def _if_large(function: F) -> F:
+def _if_large(function: Function) -> Function:
     again = _but_kept(function)
 
     def choose(x: Float[Array, "b h w c"], *others: Any) -> Any:
@@ -96,7 +96,7 @@ def weight_products(primitive: Any, *_: Any, **params: Any) -> bool:
     return False
 
 
-def _unchanged(function: F, mode: str) -> F:
+def _unchanged(function: Function, mode: str) -> Function:
     if mode not in MODES:
         raise ValueError(f"rematerialization {mode!r}; legal: {', '.join(MODES)}")
     return function

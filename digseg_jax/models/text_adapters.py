@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Float
-from digseg_jax.models.layers import Compute, layer_norm, linear
+from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 
 # paths that start at zero, so that an adapter between equal widths starts as the identity
 ZERO_INIT = r"text_adapters\.\d+\.fc2\.kernel$"
@@ -17,7 +17,7 @@ class TextAdapter(nnx.Module):
     """tokens + MLP(LayerNorm(tokens)); unequal widths get a linear map in place of the first term."""
 
     def __init__(self, features: int, out_features: int, *, compute: Compute, rngs: nnx.Rngs):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         self.norm = layer_norm(features, **options)
         self.fc1 = linear(features, out_features, **options)
         self.fc2 = linear(out_features, out_features, **options)

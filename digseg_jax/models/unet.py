@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Bool, Float
+from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Real
 from digseg_jax.errors import UserError
 from digseg_jax.models.hub_config import HubConfig
 from digseg_jax.models.kernels.attention import AttentionFn
@@ -19,6 +19,7 @@ from digseg_jax.models.layers import (
     Compute,
     Conv,
     GroupNorm,
+    Shared,
     WeightsFn,
     as_it_is,
     linear,
@@ -130,7 +131,7 @@ class UNet2DConditionModel(nnx.Module):
         config: UNetConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         conv: str = "xla",
         attention: str | AttentionFn = "plain",
         remat: str = "none",
@@ -139,15 +140,9 @@ class UNet2DConditionModel(nnx.Module):
     ):
         # What all parts share.
         compute = Compute(dtype, conv, attention, remat, weights, feed_forward)
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         widths, levels = config.block_out_channels, len(config.block_out_channels)
         time_features = 4 * widths[0]
-        shared = {
-            "config": config,
-            "layers": config.layers_per_block,
-            "time_features": time_features,
-            **options,
-        }
         self.config, self.compute = config, compute
 
         # Inputs: latent, timestep, text; one text adapter per resolution.
@@ -167,7 +162,10 @@ class UNet2DConditionModel(nnx.Module):
                     widths[i],
                     heads=config.heads[i] if kind == DOWN_TYPES[0] else None,
                     downsample=i < levels - 1,
-                    **shared,
+                    config=config,
+                    layers=config.layers_per_block,
+                    time_features=time_features,
+                    **options,
                 )
                 for i, kind in enumerate(config.down_block_types)
             ]
@@ -190,7 +188,10 @@ class UNet2DConditionModel(nnx.Module):
                     widths[level],
                     heads=config.heads[level] if kind == UP_TYPES[0] else None,
                     upsample=level > 0,
-                    **shared,
+                    config=config,
+                    layers=config.layers_per_block,
+                    time_features=time_features,
+                    **options,
                 )
                 for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True)
             ]
@@ -204,7 +205,7 @@ class UNet2DConditionModel(nnx.Module):
     def __call__(
         self,
         sample: Float[Array, "b h w c"],
-        timestep: Float[Array, "b"],
+        timestep: Real[Array, "b"],
         context: Float[Array, "b l d"],
         context_mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b h w c_out"]:
@@ -219,16 +220,16 @@ class UNet2DConditionModel(nnx.Module):
         # Down, collecting the skip connections.
         x = self.conv_in(sample)
         skips = [x]
-        for block, text in zip(self.down_blocks, contexts, strict=True):
-            x, outputs = block(x, time, text, mask)
+        for down, text in zip(self.down_blocks, contexts, strict=True):
+            x, outputs = down(x, time, text, mask)
             skips += outputs
 
         x = self.mid_block(x, time, contexts[-1], mask)
 
         # Up, taking the last skips first, one for each resnet.
-        for block, text in zip(self.up_blocks, reversed(contexts), strict=True):
-            count = len(block.resnets)
-            x = block(x, skips[-count:], time, text, mask)
+        for up, text in zip(self.up_blocks, reversed(contexts), strict=True):
+            count = len(up.resnets)
+            x = up(x, skips[-count:], time, text, mask)
             skips = skips[:-count]
 
         return self.conv_out(self.conv_norm_out(x, silu=True)).astype(jnp.float32)

@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models.attention import Transformer2DModel
-from digseg_jax.models.layers import Compute
+from digseg_jax.models.layers import Compute, Shared
 from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 
 class _Level(nnx.Module):
     """Base of the three kinds of block: resnets, each optionally followed by a transformer."""
 
-    def _add_resnet(self, cin: int, cout: int, config: Any, time_features: int, **options) -> None:
+    resnets: nnx.List[ResnetBlock2D]
+    attentions: nnx.List[Transformer2DModel]
+
+    def _add_resnet(
+        self, cin: int, cout: int, config: Any, time_features: int, **options: Unpack[Shared]
+    ) -> None:
         self.resnets.append(
             ResnetBlock2D(
                 cin,
@@ -29,7 +34,7 @@ class _Level(nnx.Module):
             )
         )
 
-    def _add_attention(self, features: int, heads: int, config: Any, **options) -> None:
+    def _add_attention(self, features: int, heads: int, config: Any, **options: Unpack[Shared]) -> None:
         self.attentions.append(
             Transformer2DModel(
                 features,
@@ -59,7 +64,7 @@ class DownBlock(_Level):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         self.resnets = nnx.List([])
         if heads is not None:
             self.attentions = nnx.List([])
@@ -106,7 +111,7 @@ class MidBlock(_Level):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         self.resnets, self.attentions = nnx.List([]), nnx.List([])
         for _ in range(2):
             self._add_resnet(features, features, config, time_features, **options)
@@ -141,7 +146,7 @@ class UpBlock(_Level):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         self.resnets = nnx.List([])
         if heads is not None:
             self.attentions = nnx.List([])
@@ -164,7 +169,7 @@ class UpBlock(_Level):
         time: Float[Array, "b t"],
         context: Float[Array, "b l d"],
         mask: Bool[Array, "b l"] | None,
-    ) -> Float[Array, "b h2 w2 d"]:
+    ) -> Float[Array, "b h2 w2 c2"]:
         """Applies the block; `skips` are in the order they were made, the last one is used first."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(jnp.concatenate([x, skips[-1 - i]], axis=-1), time)

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Float
+from digseg_jax.arraytypes import Array, DTypeLike, Float
 from digseg_jax.models.attention import Attention
 from digseg_jax.models.hub_config import HubConfig
 from digseg_jax.models.kernels.attention import AttentionFn
-from digseg_jax.models.layers import Compute, Conv, GroupNorm, WeightsFn, as_it_is
+from digseg_jax.models.layers import Compute, Conv, GroupNorm, Shared, WeightsFn, as_it_is
 from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 
 EPS = 1e-6  # every norm of the VAE; the U-Net's resnets use 1e-5
@@ -64,7 +64,9 @@ class Posterior(NamedTuple):
 class _Block(nnx.Module):
     """Resnets of one resolution, then optionally a resampling."""
 
-    def __init__(self, cin: int, cout: int, layers: int, groups: int, resample: str, **options):
+    def __init__(
+        self, cin: int, cout: int, layers: int, groups: int, resample: str, **options: Unpack[Shared]
+    ):
         self.resnets = nnx.List(
             [
                 ResnetBlock2D(cin if i == 0 else cout, cout, groups=groups, eps=EPS, **options)
@@ -87,7 +89,7 @@ class _Block(nnx.Module):
 class _Mid(nnx.Module):
     """Resnet, optional self-attention over positions, resnet."""
 
-    def __init__(self, c: int, groups: int, attention: bool, **options):
+    def __init__(self, c: int, groups: int, attention: bool, **options: Unpack[Shared]):
         self.resnets = nnx.List(
             [ResnetBlock2D(c, c, groups=groups, eps=EPS, **options) for _ in range(2)]
         )
@@ -109,7 +111,7 @@ class _Mid(nnx.Module):
 class Encoder(nnx.Module):
     """Image to mean and log-variance of the latent."""
 
-    def __init__(self, config: VaeConfig, **options):
+    def __init__(self, config: VaeConfig, **options: Unpack[Shared]):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = Conv(config.in_channels, widths[0], **options)
 
@@ -133,7 +135,7 @@ class Encoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], groups, eps=EPS, compute=options["compute"])
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **options)
 
-    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w 2*c"]:
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w d"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -144,7 +146,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latent to image."""
 
-    def __init__(self, config: VaeConfig, **options):
+    def __init__(self, config: VaeConfig, **options: Unpack[Shared]):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = Conv(config.latent_channels, widths[0], **options)
         self.mid_block = _Mid(widths[0], groups, config.mid_block_add_attention, **options)
@@ -167,7 +169,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[-1], groups, eps=EPS, compute=options["compute"])
         self.conv_out = Conv(widths[-1], config.out_channels, **options)
 
-    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+    def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
@@ -182,13 +184,13 @@ class AutoencoderKL(nnx.Module):
         config: VaeConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         conv: str = "xla",
         attention: str | AttentionFn = "plain",
         remat: str = "none",
         weights: WeightsFn = as_it_is,
     ):
-        options = {"compute": Compute(dtype, conv, attention, remat, weights), "rngs": rngs}
+        options: Shared = {"compute": Compute(dtype, conv, attention, remat, weights), "rngs": rngs}
         channels = config.latent_channels
         self.config = config
         self.encoder = Encoder(config, **options)
@@ -202,7 +204,7 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+    def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
         """Decodes unscaled latents to images, nominally in [-1, 1] and not clipped, float32."""
         return self.decoder(self.post_quant_conv(latent)).astype(jnp.float32)
 

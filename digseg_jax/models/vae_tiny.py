@@ -8,17 +8,18 @@ posterior, and its latents are those that Stable Diffusion's U-Net sees: scaling
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Float
+from digseg_jax.arraytypes import Array, DTypeLike, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.hub_config import HubConfig
 from digseg_jax.models.kernels.attention import AttentionFn
-from digseg_jax.models.layers import Compute, Conv, WeightsFn, as_it_is
+from digseg_jax.models.layers import Compute, Conv, Shared, WeightsFn, as_it_is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Upsample(nnx.Module):
 class TinyBlock(nnx.Module):
     """Residual block: three convolutions with ReLU between them, the input added, ReLU."""
 
-    def __init__(self, c: int, **options):
+    def __init__(self, c: int, **options: Unpack[Shared]):
         convs = [Conv(c, c, **options) for _ in range(3)]
         self.conv = nnx.List([convs[0], ReLU(), convs[1], ReLU(), convs[2]])
 
@@ -107,7 +108,7 @@ class TinyBlock(nnx.Module):
 class TinyEncoder(nnx.Module):
     """Image in [-1, 1] to latent."""
 
-    def __init__(self, config: TinyVaeConfig, **options):
+    def __init__(self, config: TinyVaeConfig, **options: Unpack[Shared]):
         width = config.encoder_block_out_channels[0]
 
         # The first level keeps the resolution, each further one halves it.
@@ -128,7 +129,7 @@ class TinyEncoder(nnx.Module):
 class TinyDecoder(nnx.Module):
     """Latent to image, nominally in [-1, 1]."""
 
-    def __init__(self, config: TinyVaeConfig, **options):
+    def __init__(self, config: TinyVaeConfig, **options: Unpack[Shared]):
         width = config.decoder_block_out_channels[0]
 
         # Each level but the last ends by doubling the resolution.
@@ -153,14 +154,14 @@ class AutoencoderTiny(nnx.Module):
         config: TinyVaeConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         conv: str = "xla",
         attention: str | AttentionFn = "plain",
         remat: str = "none",
         weights: WeightsFn = as_it_is,
     ):
         del attention, remat  # nothing here to choose; taken so that models have the same options
-        options = {"compute": Compute(dtype, conv, weights=weights), "rngs": rngs}
+        options: Shared = {"compute": Compute(dtype, conv, weights=weights), "rngs": rngs}
         self.config = config
         self.encoder = TinyEncoder(config, **options)
         self.decoder = TinyDecoder(config, **options)
@@ -169,7 +170,7 @@ class AutoencoderTiny(nnx.Module):
         """Encodes images to latents; the U-Net takes them times `config.scaling_factor` (TAESD: 1)."""
         return PointLatent(self.encoder(image).astype(jnp.float32))
 
-    def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W c"]:
+    def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:
         """Decodes latents to images, nominally in [-1, 1] and not clipped, float32."""
         return self.decoder(latent).astype(jnp.float32)
 
@@ -178,7 +179,7 @@ class AutoencoderTiny(nnx.Module):
         return self.decode(self.encode(image).mean)
 
 
-def _sequence(layers: nnx.List, x: Array) -> Array:
+def _sequence(layers: Iterable[Any], x: Array) -> Array:
     for layer in layers:
         x = layer(x)
     return x

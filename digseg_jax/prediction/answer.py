@@ -101,13 +101,16 @@ class Answer(Planes):
     def _plane(self, masks: ViewMasks, query: int, *, biased: bool) -> np.ndarray:
         if masks.slot[query] >= 0:
             decoded = masks.probability if biased or masks.alone is None else masks.alone
+            assert decoded is not None  # of a query with a slot
             return decoded[masks.slot[query]]
         logits = self.scale * self._evidence(masks, query) + (self.bias[query] if biased else 0.0)
         return (1.0 / (1.0 + np.exp(-logits))).mean(axis=0)
 
     def _evidence(self, masks: ViewMasks, query: int) -> np.ndarray:
         if masks.slot[query] >= 0:
+            assert masks.evidence is not None  # `segment` was asked to keep it
             return masks.evidence[masks.slot[query]]
+        assert masks.cells is not None  # of every query without a slot
         return resize_probability(masks.cells[query], *self.size)
 
 

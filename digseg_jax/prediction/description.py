@@ -147,7 +147,8 @@ class Description:
         model = config.model
         for name, part in (("vae", self.vae), ("text", self.text)):
             if catalog.expand(getattr(model, name)) == catalog.expand(part.reference):
-                model = dataclasses.replace(model, **{name: part.pinned})
+                pinned: dict[str, Any] = {name: part.pinned}
+                model = dataclasses.replace(model, **pinned)
         return dataclasses.replace(config, model=model)
 
     def provenance(self) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def read_description(folder: AnyPath) -> Description:
     return description
 
 
-def check_agreement(description: Description, config: Config, folder: AnyPath) -> None:
+def check_agreement(description: Description, config: Config, folder: AnyPath | str) -> None:
     """Compares a configuration with the one that the weights were trained with.
 
     Raises:
@@ -348,7 +349,7 @@ def _typed(cls: type, values: dict[str, Any], path: str) -> Any:
     for name, value in values.items():
         hint = hints[name]
         outer = typing.get_origin(hint) or hint
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
             made[name] = _typed(hint, value, f"{path}: {name}")
         elif isinstance(value, outer) and not isinstance(value, bool):
             made[name] = value

@@ -206,10 +206,10 @@ class Segmenter:
         """All queries of one call's views."""
         # Padding repeats the last view; a process without any hands over empty ones.
         blank = np.zeros((*self.size, 3), np.uint8)
-        crops = [views[r].crops[k] for r, k in places]
-        crops = np.stack([*crops, *[crops[-1] if crops else blank] * (rows - len(crops))])
-        index = [requests[r].index * VIEW_STRIDE + k for r, k in places]
-        index = np.array([*index, *[0] * (rows - len(index))], np.int32)
+        shown = [views[r].crops[k] for r, k in places]
+        crops = np.stack([*shown, *[shown[-1] if shown else blank] * (rows - len(shown))])
+        numbers = [requests[r].index * VIEW_STRIDE + k for r, k in places]
+        index = np.array([*numbers, *[0] * (rows - len(numbers))], np.int32)
         asked = [requests[r] for r, _ in places]
 
         # Where few queries are decoded of many, which ones is known after the last group only.
@@ -278,6 +278,7 @@ class Segmenter:
         rows, bias = len(latents), np.zeros((len(latents), limit), np.float32)
         chosen = np.zeros((rows, limit), np.int64)
         for row, (request, mask) in enumerate(zip(asked, masks, strict=True)):
+            assert mask.cells is not None  # read by the probe before
             first = first_queries(mask.cells[:, 0], _bias_of(request) / job.scale, limit)
             chosen[row, : len(first)] = first
             bias[row, : len(first)] = _bias_of(request)[first]

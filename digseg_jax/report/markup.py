@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def esc(text: Any) -> str:
@@ -14,7 +14,7 @@ def esc(text: Any) -> str:
     return html.escape(str(text), quote=True)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """True for a finite int or float (not for bool)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -73,7 +73,7 @@ def headline(results: Mapping[str, Any]) -> str:
     meaning = f"of the {esc(results['split'])} split."
     facts.append(_fact("Images", number(results["num_images"]), meaning))
     # The default decoder averages before the mask exists, so that no rule applies.
-    combined = _COMBINED.get(results.get("ensemble_rule"), "")
+    combined = _COMBINED.get(results.get("ensemble_rule", ""), "")
     if results.get("decoder") == "latent_mean":
         combined = "; the mean of their latents is decoded"
     meaning = (

@@ -44,7 +44,7 @@ def fetch_to_main(tree: Any) -> Any:
     for leaf in leaves:
         value = fetch(leaf)
         fetched.append(value if is_main() else None)
-    return structure.unflatten(fetched) if is_main() else None
+    return jax.tree.unflatten(structure, fetched) if is_main() else None
 
 
 def gather_all(value: Any) -> list[Any]:

@@ -62,12 +62,7 @@ def find_cluster(
     Raises:
       UserError: some of the three flags without the others, or numbers that do not fit.
     """
-    given = {
-        "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
-    }  # fmt: skip
-
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if not missing:
+    if coordinator is not None and num_processes is not None and process_id is not None:
         split_address(coordinator)
         if num_processes < 1 or not 0 <= process_id < num_processes:
             raise UserError(
@@ -76,6 +71,10 @@ def find_cluster(
             )
         return Cluster(coordinator, num_processes, process_id)
 
+    given = {
+        "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
+    }  # fmt: skip
+    missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) < 3:
         raise UserError(f"{', '.join(missing)}: missing; the three flags belong together")
     return _detect(timeout)

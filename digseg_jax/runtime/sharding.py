@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax.config.schema import MeshConfig
@@ -128,7 +128,7 @@ def nearest_batches(size: int, parts: int) -> list[int]:
     return [n for n in (below, below + parts) if n > 0]
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """PartitionSpec by path: the tensor axis by rule, then fsdp on the largest dimension it divides."""
     dims: list[str | None] = [None] * len(shape)
     for pattern, dim in TENSOR_RULES:
@@ -147,7 +147,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*dims)
 
 
-def infer_shardings(tree: Any, mesh: Mesh) -> Any:
+def infer_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every leaf (array or ShapeDtypeStruct) of a tree.
 
     Optimizer moments are sharded like their parameter, because its path is the end of theirs.
@@ -222,7 +222,8 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     # Rows of the batch that each process holds, in units of one shard.
     rows: dict[int, set[int]] = {}
     for device, index in NamedSharding(mesh, BATCH).devices_indices_map((shards,)).items():
-        rows.setdefault(device.process_index, set()).add(index[0].start or 0)
+        process = device.process_index  # type: ignore[attr-defined]  # jax.Device is no type to mypy
+        rows.setdefault(process, set()).add(index[0].start or 0)
 
     # The distinct sets of rows: each shard must belong to exactly one, and all must be equally large.
     parts = sorted({tuple(sorted(r)) for r in rows.values()})

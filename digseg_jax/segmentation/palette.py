@@ -61,8 +61,8 @@ class Palette:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Palette:
-        arrays = [np.asarray(values[k], np.float32) for k in ("colors", "prototypes")]
-        return cls(*arrays, float(values["sigma"]))
+        colors, prototypes = (np.asarray(values[k], np.float32) for k in ("colors", "prototypes"))
+        return cls(colors, prototypes, float(values["sigma"]))
 
 
 class PaletteCodec(Codec):

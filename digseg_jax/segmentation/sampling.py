@@ -20,7 +20,7 @@ PredictLatent = Callable[[Array, Array, Array, Array, Array], Array]
 
 
 def member_noise(
-    seed: int | Array, index: Int[Array, "n"], ensemble: int, shape: tuple[int, int, int]
+    seed: int | Array, index: Int[Array, "n"], ensemble: int, shape: tuple[int, ...]
 ) -> Float[Array, "n e h w c"]:
     """Initial noise, a pure function of (seed, image index, member): the same for all queries.
 

@@ -19,7 +19,7 @@ from digseg_jax.segmentation.resize import resize_image, resize_probability, sca
 MODES = ("window", "whole", "aspect")
 OVERLAP = 0.25  # of a window's side, at least
 
-Planes = Sequence[Float[np.ndarray, "h w"]]  # a mask, view by view
+Planes = Sequence[Float[np.ndarray, "h w"]] | Float[np.ndarray, "k h w"]  # a mask, view by view
 
 
 @dataclasses.dataclass(frozen=True)

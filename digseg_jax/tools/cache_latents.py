@@ -21,7 +21,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -203,7 +203,7 @@ class SplitWriter:
     def _crops(self, rows: range) -> Iterator[Crop | UserError]:
         """Crops in the order of `rows`, read ahead by threads; for a broken example its error."""
         with ThreadPoolExecutor(READERS) as pool:
-            pending = collections.deque()
+            pending = collections.deque[Future[Crop | UserError]]()
             for index in rows:
                 # at most two calls of the encoder ahead: crops wait in memory
                 pending.append(pool.submit(self._crop, index))
@@ -223,7 +223,8 @@ class SplitWriter:
 
         # Where one image shows all classes, no list is needed.
         size, label = self.encoder.size, example["label"]
-        image, label = view(example["image"], label, central_window(*label.shape, size), size)
+        height, width = label.shape
+        image, label = view(example["image"], label, central_window(height, width, size), size)
         classes = shown_classes(label, self.spec) if self.encoder.one_by_one else ()
         return Crop(str(example["name"]), image, label, classes)
 

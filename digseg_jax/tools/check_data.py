@@ -60,7 +60,7 @@ def check_split(
     tiles: list[Tile] = []
 
     # Only the first messages of a kind are kept, as a wrong folder makes one per file; all are counted.
-    for index, example in _examples(source, chosen):
+    for index, example in _examples(source, chosen.tolist()):
         if isinstance(example, UserError):
             kind = kind_of(example)
             counts[kind] += 1

@@ -47,7 +47,8 @@ def ship(run: Path, name: str) -> Path:
         "license": "Apache-2.0",
     }
     folder = FOLDER / name
-    written = save_component((model.config, params), folder, metadata=metadata)
+    model_config = model.config  # type: ignore[attr-defined]  # every model has one
+    written = save_component((model_config, params), folder, metadata=metadata)
 
     # A segmenter comes with its calibration and description; the other assets have neither.
     for beside in (CALIBRATION, description_lib.FILE):

@@ -39,7 +39,7 @@ def save_failure(
 
     # Through a buffer, because NumPy cannot write to a bucket.
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **batch)
+    np.savez_compressed(buffer, **batch)  # type: ignore[arg-type]  # no array is named as an option
     (folder / f"batch_{jax.process_index()}.npz").write_bytes(buffer.getvalue())
 
     if jax.process_index() == 0:

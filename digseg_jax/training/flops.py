@@ -18,12 +18,12 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from digseg_jax.arraytypes import Array, Batch, Params
+from digseg_jax.arraytypes import Array, Batch, Params, Shapes
 from digseg_jax.models import functional
-from digseg_jax.training.tasks.base import Task, example_keys
+from digseg_jax.training.tasks.base import Trainable, example_keys
 
 
-def step_flops(task: Task, batch: Batch) -> float:
+def step_flops(task: Trainable, batch: Batch | Shapes) -> float:
     """FLOPs of the loss and its gradient for one batch, on all devices together.
 
     Only matrix products and convolutions count, two FLOPs per multiplication.
@@ -42,9 +42,9 @@ def step_flops(task: Task, batch: Batch) -> float:
     return traced_flops(jax.make_jaxpr(gradient)(plain.abstract, frozen, batch).jaxpr)
 
 
-def _as_written(task: Task) -> Task:
+def _as_written(task: Trainable) -> Trainable:
     """The task with its models layer by layer: no kernels, no rematerialization, no slices."""
-    plain = copy.copy(task)
+    plain: Any = copy.copy(task)
     if hasattr(task, "graphdef"):
         plain.graphdef = functional.as_written(task.graphdef, task.abstract)
 
@@ -54,6 +54,11 @@ def _as_written(task: Task) -> Task:
         # limit=0: no bound on the memory of the autoencoder, so nothing is computed in slices.
         plain.vae = dataclasses.replace(vae, graphdef=graphdef, limit=0)
     return plain
+
+
+def _dimensions(variable: Any) -> tuple[int, ...]:
+    """Of an array of a traced function."""
+    return variable.aval.shape
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -82,15 +87,15 @@ def traced_flops(jaxpr: core.Jaxpr) -> float:
 
 def _product_flops(equation: core.JaxprEqn) -> float:
     """Two FLOPs for each element of the result and each contracted position."""
-    left = equation.invars[0].aval.shape
+    left = _dimensions(equation.invars[0])
     (contracted, _), _ = equation.params["dimension_numbers"]
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracted)
+    return 2.0 * math.prod(_dimensions(equation.outvars[0])) * math.prod(left[d] for d in contracted)
 
 
 def _convolution_flops(equation: core.JaxprEqn) -> float:
     """Two FLOPs per multiplication by an input element; padding and dilation gaps are not counted."""
-    image, kernel = (v.aval.shape for v in equation.invars)
-    result, params = equation.outvars[0].aval.shape, equation.params
+    image, kernel = (_dimensions(v) for v in equation.invars)
+    result, params = _dimensions(equation.outvars[0]), equation.params
     lhs, rhs, out = params["dimension_numbers"]
 
     # Pairs of (position in the result, position in the kernel) that meet an element of the input; they

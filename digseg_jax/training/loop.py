@@ -38,6 +38,7 @@ from digseg_jax.training.optim import check_freeze, make_optimizer
 from digseg_jax.training.step import TrainState, abstract_state, initial_state, make_train_step
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.latents import check_cache
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.training.train_log import NotFinite, TrainLog
 
 COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled waits for the last
@@ -63,7 +64,7 @@ class Trainer:
         check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
         require_wandb(config.train.wandb)
         check_freeze(task.abstract, config.optim.freeze)
-        if config.data.latent_cache:
+        if config.data.latent_cache and isinstance(task, SegmentationTask):
             task.prepare()  # what a codec chose went into the cache
             check_cache(config, task)
 

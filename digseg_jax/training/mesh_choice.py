@@ -27,7 +27,7 @@ from digseg_jax.models.unet import UNetConfig
 from digseg_jax.runtime.hardware import Chip, chip_of
 from digseg_jax.segmentation.codec import Codec
 from digseg_jax.training.step import abstract_state
-from digseg_jax.training.tasks.base import Task
+from digseg_jax.training.tasks.base import Trainable
 
 GB = 1e9
 SMALL = 1 * GB  # bytes; a smaller state is held whole by every device
@@ -63,7 +63,7 @@ class Needs:
 
 def chosen(
     config: Config,
-    task: Task,
+    task: Trainable,
     devices: list[jax.Device],
     memory: float | None = None,
     chip: Chip | None = None,
@@ -129,7 +129,7 @@ def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
     return next((size for size in sizes if needs.on_a_device(size) <= budget), sizes[-1])
 
 
-def needs_of(config: Config, task: Task, shards: int) -> Needs:
+def needs_of(config: Config, task: Trainable, shards: int) -> Needs:
     """Bytes that the train step needs; its batch is split into `shards` equal parts."""
     # Gradients have the parameters' shapes, so parameters count twice.
     state, params = _bytes(abstract_state(task.abstract, config)), _bytes(task.abstract)
@@ -137,19 +137,20 @@ def needs_of(config: Config, task: Task, shards: int) -> Needs:
     return Needs(state + params, _bytes(task.frozen), images * activation_bytes(config, task))
 
 
-def activation_bytes(config: Config, task: Task) -> float:
+def activation_bytes(config: Config, task: Trainable) -> float:
     """Estimated bytes of activations per image of the train step.
 
     0 for a task without a U-Net, whose activations are small.
     """
     unet: UNetConfig | None = getattr(task, "unet_config", None)
-    if unet is None:
+    vae: Any = getattr(task, "vae", None)
+    if unet is None or vae is None:
         return 0.0
 
     # Latent cells of an image: those of its mask images.
     codec: Codec | None = getattr(task, "codec", None)
     masks = codec.num_images(config.data.num_queries) if codec else 1
-    cells = masks * (config.data.image_size // task.vae.config.factor) ** 2
+    cells = masks * (config.data.image_size // vae.config.factor) ** 2
 
     # Bytes per cell grow with the channels and the size of a number, measured at 320 and bfloat16.
     width = unet.block_out_channels[0] / CELL_CHANNELS * np.dtype(config.model.dtype).itemsize / 2

@@ -23,7 +23,7 @@ from digseg_jax.training.optim import (
     split_frozen,
     update_ema,
 )
-from digseg_jax.training.tasks.base import Task, example_keys
+from digseg_jax.training.tasks.base import Trainable, example_keys
 
 TrainState = dict[str, Any]  # {"step", "params", "opt"} and maybe "ema": a pure pytree
 LossAndGrads = tuple[tuple[Array, dict[str, Array]], Params]
@@ -51,12 +51,12 @@ def abstract_state(params: Params, config: Config) -> TrainState:
 
 def averaged(state: TrainState) -> Params:
     """The parameters to evaluate and export: the moving average, or `params` if none is kept."""
-    return state.get("ema", state["params"])
+    return state["ema"] if "ema" in state else state["params"]
 
 
 def make_train_step(
-    task: Task, config: Config, mesh: Mesh, state_shardings: Any, frozen_shardings: Any
-) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, Array]]]:
+    task: Trainable, config: Config, mesh: Mesh, state_shardings: Any, frozen_shardings: Any
+) -> jax.stages.Wrapped:
     """Builds the train step (state, frozen, batch) -> (state, metrics), jitted for the mesh.
 
     The state is donated. The batch is sharded along its examples; metrics are scalars, the same on

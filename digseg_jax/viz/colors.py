@@ -56,7 +56,7 @@ _TO_XYZ = np.array(
 )  # fmt: skip
 
 
-def to_hex(color: Sequence[int]) -> str:
+def to_hex(color: Sequence[int] | np.ndarray) -> str:
     """Returns `#rrggbb` for three values in 0..255."""
     return "#{:02x}{:02x}{:02x}".format(*(int(c) for c in color))
 

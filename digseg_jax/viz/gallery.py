@@ -87,7 +87,7 @@ def _write_item(
     images.save_label(out / names["label"], item.label, colors)
     images.save_label(out / names["prediction"], item.prediction, colors)
 
-    queries = []
+    queries: list[dict[str, Any]] = []
     for k, (name, mask, iou) in enumerate(zip(item.queries, item.masks, item.ious, strict=True)):
         file = f"{index:04d}_mask_{k}.png"
         images.save_mask(out / file, mask)

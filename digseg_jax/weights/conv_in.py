@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from digseg_jax.arraytypes import Array, Params
+from digseg_jax.arraytypes import Array, DTypeLike, Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.weights.hub import resolve
@@ -66,7 +66,7 @@ def load_unet_params(
     config: Any,
     *,
     subfolder: str = "",
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     optional_prefixes: tuple[str, ...] = (),
     initial: Params | None = None,
     shardings: Shardings | None = None,

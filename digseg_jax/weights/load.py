@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from digseg_jax import trees
-from digseg_jax.arraytypes import Params
+from digseg_jax.arraytypes import DTypeLike, Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.weights import keymap
@@ -48,8 +48,8 @@ def load_config(
 def load_component(
     path_or_hub_id: str | Path,
     *,
-    dtype: jnp.dtype | None = None,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     subfolder: str = "",
     expect: str | tuple[str, ...] | None = None,
     shardings: Shardings | None = None,
@@ -88,7 +88,7 @@ def load_params(
     abstract_params: Params,
     *,
     subfolder: str = "",
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     optional_prefixes: tuple[str, ...] = (),
     initial: Params | None = None,
     shardings: Shardings | None = None,
@@ -138,7 +138,8 @@ def save_component(
         The weight file.
     """
     if isinstance(model, nnx.Module):
-        config, params = model.config, functional.split(model)[1]
+        config = model.config  # type: ignore[attr-defined]  # every model has one
+        params = functional.split(model)[1]
     else:
         config, params = model
 
@@ -174,7 +175,7 @@ def _read(
     infos: Mapping[str, TensorInfo],
     folder: Path,
     abstract_params: Params,
-    param_dtype: jnp.dtype,
+    param_dtype: DTypeLike,
     optional_prefixes: tuple[str, ...] = (),
     initial: Params | None = None,
     shardings: Shardings | None = None,
@@ -207,7 +208,7 @@ def _read(
 
 
 def _put(
-    leaf: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.Sharding | None
+    leaf: np.ndarray, dtype: DTypeLike, sharding: jax.sharding.Sharding | None
 ) -> np.ndarray | jax.Array:
     """One leaf in its type, on the host or on the devices of its sharding."""
     # Convert on the host: on a device, each shape would cost a compilation.

@@ -54,12 +54,12 @@ class Component:
     config_file: str = CONFIG_FILE
 
     @property
-    def model_class(self) -> type:
+    def model_class(self) -> type[Any]:
         """The NNX module class."""
         return getattr(import_module(f"digseg_jax.models.{self.module}"), self.name)
 
     @property
-    def config_class(self) -> type:
+    def config_class(self) -> type[Any]:
         """The frozen dataclass that the model class takes."""
         return getattr(import_module(f"digseg_jax.models.{self.module}"), self.config_name)
 

@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Params
+from digseg_jax.arraytypes import DTypeLike, Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.clip_text import CLIPTextModel, without_last_layers
@@ -44,7 +43,7 @@ class TextTower:
     causal: bool
 
 
-def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: int = 0) -> TextTower:
+def load_text_tower(spec: str, *, dtype: DTypeLike | None = None, skip_layers: int = 0) -> TextTower:
     """Loads a text encoder for inference: CLIP, BERT, or open_clip's BERT (BiomedCLIP).
 
     Args:
@@ -70,7 +69,7 @@ def load_text_tower(spec: str, *, dtype: jnp.dtype | None = None, skip_layers: i
         model = without_last_layers(model, skip_layers)
 
     graphdef, params = functional.split(model)
-    config = model.config
+    config = model.config  # type: ignore[attr-defined]  # every tower has one
     return TextTower(
         graphdef,
         params,

@@ -9,6 +9,7 @@ supervised ones.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from digseg_jax.data.datasets.landcover_prompts import PROMPTS
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec, load_classes
@@ -218,7 +219,7 @@ def _landcover(label_set: str, name: str) -> DatasetSpec:
 
 
 # Functions, so that a class list is only read when its data set is asked for.
-SPECS = {
+SPECS: dict[str, Callable[[], DatasetSpec]] = {
     "ade20k": _ade20k,
     "ade20k_847": _ade20k_847,
     "bdd100k": _bdd100k,

@@ -63,8 +63,10 @@ GROUP_PROMPTS = {
         "arid wasteland",
     ),
 }
-IGBP_PROMPTS = {name: (name,) if name in GROUP_PROMPTS else (name, f"area of {name}") for name in IGBP}
-PROMPTS = {"groups": GROUP_PROMPTS, "igbp": IGBP_PROMPTS}
+IGBP_PROMPTS: dict[str, tuple[str, ...]] = {
+    name: (name,) if name in GROUP_PROMPTS else (name, f"area of {name}") for name in IGBP
+}
+PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {"groups": GROUP_PROMPTS, "igbp": IGBP_PROMPTS}
 
 # never shown in training; each is asked in place of the group's trained name
 HELD_OUT = {

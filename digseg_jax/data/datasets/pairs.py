@@ -50,7 +50,9 @@ class FileSource:
 
     image_is_file = True
 
-    def __init__(self, root: Path, pairs: Sequence[Pair], read_label: ReadLabel, strict: bool = False):
+    def __init__(
+        self, root: Path, pairs: Sequence[Pair], read_label: ReadLabel | None, strict: bool = False
+    ):
         self.root, self.pairs, self.read_label, self.strict = root, list(pairs), read_label, strict
 
     def __len__(self) -> int:
@@ -68,6 +70,8 @@ class FileSource:
 
     def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """int32 [h, w] of an example without decoding its image, which has `size` (height, width)."""
+        if self.read_label is None:
+            raise NotImplementedError(f"{type(self).__name__}.label")
         return self.read_label(self.files(index)["label"], size)
 
     def files(self, index: int) -> dict[str, Path]:
@@ -126,7 +130,7 @@ def list_files(
       UnreadableError: no such folder.
       UserError: two files with one stem.
     """
-    suffixes, found = tuple(suffixes), {}
+    suffixes, found = tuple(suffixes), dict[str, str]()
     try:
         names = sorted(entry.name for entry in _scan(folder))
     except OSError as error:
@@ -191,7 +195,8 @@ def pair_folders(
         }
         for folder, suffixes in ((image_dir, image_suffixes), (label_dir, label_suffixes))
     ]
-    return pair_up(root, *sides, what)
+    images, labels = sides
+    return pair_up(root, images, labels, what)
 
 
 def pick(available: dict[str, str], stems: Iterable[str], folder: Path, what: str) -> dict[str, str]:

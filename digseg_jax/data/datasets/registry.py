@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from digseg_jax.data.datasets.catalog import SPECS
 from digseg_jax.data.datasets.readers import folders, pascal
@@ -24,11 +24,14 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError, nearest
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access over examples in grain's sense.
 
     [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w] with ignore = -1, "name"}.
     """
+
+    image_is_file: bool  # whether the image is what its file holds
 
     def __len__(self) -> int: ...
 

@@ -127,7 +127,8 @@ def cache_folders(cache: str, parts: Sequence[tuple[PartConfig, DatasetSpec, str
     Raises:
       UserError: a path that is neither a folder nor gs://.
     """
-    root, seen = epath.Path(as_path(cache)).expanduser(), Counter()
+    root = epath.Path(as_path(cache)).expanduser()
+    seen = Counter[tuple[str, str]]()
     folders = []
     for part, _, split in parts:
         # "tfds:" is no good name for a folder
@@ -243,7 +244,9 @@ class LatentSource:
         where = partial(self.records.where, record)
         return decode_record(self.records[record], where, self.label_dtype)
 
-    def masks(self, stored: Stored, classes: Sequence[int]) -> Float[np.ndarray, "q h w c"]:
+    def masks(
+        self, stored: Stored, classes: Sequence[int] | np.ndarray
+    ) -> Float[np.ndarray, "q h w c"]:
         """Latents of the queried classes' masks, or of the one that shows all classes."""
         if self.absent is None:
             return stored.masks

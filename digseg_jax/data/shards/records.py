@@ -118,7 +118,7 @@ def encode_label(label: np.ndarray) -> bytes:
     return _png(narrow, level=_LABEL_LEVEL, filters=_NO_FILTER)
 
 
-def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
+def decode_label(data: np.ndarray, dtype: type[np.signedinteger[Any]] = np.int32) -> np.ndarray | None:
     """Label [h, w] from the bytes (uint8 [n]) of `encode_label`; None if they are damaged.
 
     dtype: signed type, wide enough for every id.
@@ -126,7 +126,7 @@ def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
     Raises:
       cv2.error: no bytes.
     """
-    raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    raw: np.ndarray | None = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if raw is None:
         return None
     if np.dtype(dtype).itemsize == raw.itemsize:
@@ -136,7 +136,7 @@ def decode_label(data: np.ndarray, dtype: type = np.int32) -> np.ndarray | None:
     return label
 
 
-def narrow_type(num_classes: int) -> type:
+def narrow_type(num_classes: int) -> type[np.signedinteger[Any]]:
     """Narrowest signed type for labels of `num_classes`.
 
     For training crops, where half of the time besides decoding is memory traffic.
@@ -152,7 +152,9 @@ def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
         return None
 
 
-def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32) -> dict[str, Any]:
+def decode_record(
+    data: bytes, where: Callable[[], str], dtype: type[np.signedinteger[Any]] = np.int32
+) -> dict[str, Any]:
     """Decodes a record: {"image" uint8 [h, w, 3], "label" [h, w], "name"}.
 
     Args:
@@ -232,6 +234,8 @@ class RecordSource:
     Raises:
       UserError: manifest and shards disagree (a missing shard, or one of another size).
     """
+
+    image_is_file = False  # a shard holds many
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec, *, narrow: bool = False):
         self.folder = epath.Path(root).expanduser() / split

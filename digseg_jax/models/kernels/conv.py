@@ -11,8 +11,9 @@ times), the gradient of a wide kernel as one product a tap (up to 3), a 1x1 conv
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +81,11 @@ def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) ->
         return jax.vjp(partial(patches_conv, padding=padding), x, kernel)[1](cotangent)
 
     # The gradient of x is the convolution with the mirrored kernel and the opposite padding.
-    i, j = kernel.shape[:2]
+    i, j, *_ = kernel.shape
     (top, bottom), (left, right) = padding
     opposite = ((i - 1 - top, i - 1 - bottom), (j - 1 - left, j - 1 - right))
     towards_x = _wide_conv(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), opposite)
-    return towards_x, _kernel_gradient(x, cotangent, kernel.shape[:2], padding)
+    return towards_x, _kernel_gradient(x, cotangent, (i, j), padding)
 
 
 _wide_conv.defvjp(_forward, _backward)
@@ -107,9 +108,9 @@ def xla_conv(x: Array, kernel: Array, padding: Padding, stride: int = 1) -> Arra
 
 def patches_conv(x: Array, kernel: Array, padding: Padding) -> Array:
     """Gathers each cell's patch, then multiplies all patches in one matrix product."""
-    size, (c, d) = kernel.shape[:2], kernel.shape[2:]
-    columns = jnp.concatenate(_shifted(x, size, padding), axis=-1)  # b h w i*j*c
-    return columns @ kernel.reshape(size[0] * size[1] * c, d)
+    i, j, c, d = kernel.shape
+    columns = jnp.concatenate(_shifted(x, (i, j), padding), axis=-1)  # b h w i*j*c
+    return columns @ kernel.reshape(i * j * c, d)
 
 
 def winograd_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -> Array:
@@ -138,12 +139,12 @@ def winograd_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -
 
 def _combine(factors: Sequence[float], terms: Sequence[Array]) -> Array:
     """Sums terms times factors, most of which are 0 or 1."""
-    total = None
-    for factor, term in zip(factors, terms, strict=True):
-        if factor:
-            part = term if factor == 1 else np.float32(factor) * term
-            total = part if total is None else total + part
-    return total
+    parts = [
+        term if factor == 1 else np.float32(factor) * term
+        for factor, term in zip(factors, terms, strict=True)
+        if factor
+    ]
+    return reduce(operator.add, parts)
 
 
 def _kernel_gradient(x: Array, cotangent: Array, size: tuple[int, int], padding: Padding) -> Array:

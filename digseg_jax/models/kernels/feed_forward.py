@@ -40,8 +40,8 @@ def takes(length: int, features: int, hidden: int) -> bool:
 
 def fused(
     x: Float[Array, "n c"],
-    up: Float[Array, "c 2h"],
-    up_bias: Float[Array, "2h"],
+    up: Float[Array, "c h2"],
+    up_bias: Float[Array, "h2"],
     down: Float[Array, "h c"],
     down_bias: Float[Array, "c"],
     *,
@@ -68,8 +68,16 @@ def _fused(interpret: bool, *arrays: Array) -> Array:
     x, *weights = arrays
     rows, whole = _specs(x, weights)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    options = {"grid": _grid(x, rows), "memory": MEMORY, "interpret": interpret}
-    run = call(_forward, "feed_forward_forward", [rows, *whole], rows, shape, **options)
+    run = call(
+        _forward,
+        "feed_forward_forward",
+        [rows, *whole],
+        rows,
+        shape,
+        grid=_grid(x, rows),
+        memory=MEMORY,
+        interpret=interpret,
+    )
     return run(x, *weights)
 
 
@@ -84,9 +92,16 @@ def _fused_backward(interpret: bool, arrays: tuple[Array, ...], dy: Array) -> tu
     # Gradients of x block by block, of the weights whole and in float32, because they are sums.
     shapes = [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes]
-    options = {"grid": _grid(x, rows), "memory": MEMORY, "interpret": interpret}
-    specs, results = [rows, rows, *whole[:3]], [rows, *whole]
-    run = call(_backward, "feed_forward_backward", specs, results, shapes, **options)
+    run = call(
+        _backward,
+        "feed_forward_backward",
+        [rows, rows, *whole[:3]],
+        [rows, *whole],
+        shapes,
+        grid=_grid(x, rows),
+        memory=MEMORY,
+        interpret=interpret,
+    )
 
     # The last bias is not read: its gradient needs dy alone.
     found = run(x, dy, *weights[:3])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ def call(
     from jax.experimental import pallas as pl  # here: useless elsewhere, and costs start-up time
     from jax.experimental.pallas import tpu as pltpu
 
-    order = ("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel)
+    order: list[Literal["parallel", "arbitrary"]] = ["parallel"] * parallel
+    order += ["arbitrary"] * (len(grid) - parallel)
     return pl.pallas_call(
         kernel,
         name=name,
@@ -45,7 +46,7 @@ def call(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=memory),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=tuple(order), vmem_limit_bytes=memory),
         interpret=interpret,
     )
 

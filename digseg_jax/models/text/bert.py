@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Int
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention import attention
 from digseg_jax.models.hub_config import HubConfig
@@ -64,7 +64,7 @@ class BertConfig(HubConfig):
 class BertEmbeddings(nnx.Module):
     """Sum of word, position and token type embeddings, normalized."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         def embed(size: int) -> nnx.Embed:
             init = nnx.initializers.normal(config.initializer_range)
             return nnx.Embed(size, config.hidden_size, dtype=dtype, embedding_init=init, rngs=rngs)
@@ -88,7 +88,7 @@ class BertEmbeddings(nnx.Module):
 class BertSelfAttention(nnx.Module):
     """Multi-head attention without the output projection; softmax in float32."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         d = config.hidden_size
         self.heads = config.num_attention_heads
         self.query = _linear(d, d, config, rngs, dtype)
@@ -107,7 +107,7 @@ class BertSelfAttention(nnx.Module):
 class BertResidualOutput(nnx.Module):
     """LayerNorm(dense(x) + residual): closes both the attention and the feed-forward half."""
 
-    def __init__(self, inputs: int, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, inputs: int, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dense = _linear(inputs, config.hidden_size, config, rngs, dtype)
         self.LayerNorm = _layer_norm(config, rngs, dtype)
 
@@ -120,7 +120,7 @@ class BertResidualOutput(nnx.Module):
 class BertAttention(nnx.Module):
     """Self-attention and its residual output."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.self = BertSelfAttention(config, rngs=rngs, dtype=dtype)
         self.output = BertResidualOutput(config.hidden_size, config, rngs=rngs, dtype=dtype)
 
@@ -133,7 +133,7 @@ class BertAttention(nnx.Module):
 class BertDense(nnx.Module):
     """One linear layer under the name `dense`: transformers' intermediate layer and pooler."""
 
-    def __init__(self, outputs: int, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, outputs: int, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dense = _linear(config.hidden_size, outputs, config, rngs, dtype)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
@@ -143,7 +143,7 @@ class BertDense(nnx.Module):
 class BertLayer(nnx.Module):
     """Attention, then feed-forward."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         inner = config.intermediate_size
         self.attention = BertAttention(config, rngs=rngs, dtype=dtype)
         self.intermediate = BertDense(inner, config, rngs=rngs, dtype=dtype)
@@ -159,7 +159,7 @@ class BertLayer(nnx.Module):
 class BertEncoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         layers = range(config.num_hidden_layers)
         self.layer = nnx.List([BertLayer(config, rngs=rngs, dtype=dtype) for _ in layers])
 
@@ -179,7 +179,7 @@ class BertModel(nnx.Module):
     vector of sentence-transformers before normalization.
     """
 
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.embeddings = BertEmbeddings(config, rngs=rngs, dtype=dtype)
         self.encoder = BertEncoder(config, rngs=rngs, dtype=dtype)
@@ -219,14 +219,14 @@ def masked_mean(x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Fl
 
 
 def _linear(
-    inputs: int, outputs: int, config: BertConfig, rngs: nnx.Rngs, dtype: jnp.dtype
+    inputs: int, outputs: int, config: BertConfig, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> nnx.Linear:
     """A linear layer with BERT's initial weights."""
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs)
 
 
-def _layer_norm(config: BertConfig, rngs: nnx.Rngs, dtype: jnp.dtype) -> nnx.LayerNorm:
+def _layer_norm(config: BertConfig, rngs: nnx.Rngs, dtype: DTypeLike) -> nnx.LayerNorm:
     """Layer normalization over the width of a token."""
     # The fast variance, E[x^2] - E[x]^2, loses digits where eps is only 1e-12.
     return nnx.LayerNorm(

@@ -8,7 +8,7 @@ Source: Radford et al., arXiv:2103.00020; transformers `models/clip/modeling_cli
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 from flax import nnx
@@ -16,7 +16,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention import attention
-from digseg_jax.models.layers import Compute, layer_norm, linear
+from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 
 
 def _quick_gelu(x: Array) -> Array:
@@ -46,7 +46,7 @@ def check_tower(name: str, config: Any) -> None:
 class ClipAttention(nnx.Module):
     """Multi-head self-attention; `causal`: a token sees itself and those before it."""
 
-    def __init__(self, width: int, heads: int, causal: bool, **options: Any):
+    def __init__(self, width: int, heads: int, causal: bool, **options: Unpack[Shared]):
         self.heads, self.causal = heads, causal
         self.q_proj = linear(width, width, **options)
         self.k_proj = linear(width, width, **options)
@@ -71,7 +71,7 @@ class ClipAttention(nnx.Module):
 class ClipMLP(nnx.Module):
     """Two linear layers around the activation."""
 
-    def __init__(self, width: int, inner: int, activation: str, **options: Any):
+    def __init__(self, width: int, inner: int, activation: str, **options: Unpack[Shared]):
         self.activation = activation
         self.fc1 = linear(width, inner, **options)
         self.fc2 = linear(inner, width, **options)
@@ -83,7 +83,7 @@ class ClipMLP(nnx.Module):
 class ClipLayer(nnx.Module):
     """Attention and feed-forward, each behind its norm and added to its input."""
 
-    def __init__(self, config: Any, causal: bool, **options: Any):
+    def __init__(self, config: Any, causal: bool, **options: Unpack[Shared]):
         d, eps = config.hidden_size, config.layer_norm_eps
         self.self_attn = ClipAttention(d, config.num_attention_heads, causal, **options)
         self.layer_norm1 = layer_norm(d, eps=eps, **options)

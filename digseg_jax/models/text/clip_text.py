@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Self
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Int
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.hub_config import HubConfig
-from digseg_jax.models.layers import Compute, layer_norm, linear
+from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 from digseg_jax.models.text.clip import ClipEncoder, check_tower
 from digseg_jax.models.text.output import TextOutput
 
@@ -94,8 +94,8 @@ class ClipTextEmbeddings(nnx.Module):
 class CLIPTextModel(nnx.Module):
     """Token ids to token features; `pooled` is the normalized feature of the end-of-text token."""
 
-    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
-        options = {"compute": Compute(dtype), "rngs": rngs}
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        options: Shared = {"compute": Compute(dtype), "rngs": rngs}
         self.config = config
         self.embeddings = ClipTextEmbeddings(config, **options)
         self.encoder = ClipEncoder(config, causal=True, **options)
@@ -129,7 +129,7 @@ class CLIPTextModelWithProjection(nnx.Module):
     """`CLIPTextModel` whose `pooled` is projected to the space of image features, not normalized."""
 
     def __init__(
-        self, config: ClipTextProjectionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+        self, config: ClipTextProjectionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
     ):
         self.config = config
         self.text_model = CLIPTextModel(config, rngs=rngs, dtype=dtype)

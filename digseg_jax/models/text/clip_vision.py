@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Float
+from digseg_jax.arraytypes import Array, DTypeLike, Float
 from digseg_jax.errors import UserError
 from digseg_jax.models.hub_config import HubConfig
-from digseg_jax.models.layers import Compute, layer_norm, linear
+from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 from digseg_jax.models.text.clip import ClipEncoder, check_tower
 from digseg_jax.models.text.clip_text import tower_values
 
@@ -116,7 +116,7 @@ class ClipVisionTransformer(nnx.Module):
     """The encoder without its projection."""
 
     def __init__(self, config: ClipVisionConfig, *, compute: Compute, rngs: nnx.Rngs):
-        options = {"compute": compute, "rngs": rngs}
+        options: Shared = {"compute": compute, "rngs": rngs}
         d, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = ClipVisionEmbeddings(config, **options)
         self.pre_layrnorm = layer_norm(d, eps=eps, **options)  # spelt so in every checkpoint
@@ -132,8 +132,8 @@ class ClipVisionTransformer(nnx.Module):
 class CLIPVisionModelWithProjection(nnx.Module):
     """Encodes images to vectors whose cosine with `CLIPTextModelWithProjection`'s compares them."""
 
-    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
-        options = {"compute": Compute(dtype), "rngs": rngs}
+    def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        options: Shared = {"compute": Compute(dtype), "rngs": rngs}
         self.config = config
         self.vision_model = ClipVisionTransformer(config, **options)
         self.visual_projection = linear(

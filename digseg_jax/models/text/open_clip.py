@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Int
 from digseg_jax.errors import UserError
-from digseg_jax.models.layers import Compute, linear
+from digseg_jax.models.layers import Compute, Linear, Shared, linear
 from digseg_jax.models.text.bert import BertConfig, BertModel, masked_mean
 from digseg_jax.models.text.output import TextOutput
 
@@ -93,17 +93,21 @@ class HFTextEncoder(nnx.Module):
     without bias, with the exact GELU between.
     """
 
-    def __init__(self, config: OpenClipTextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: OpenClipTextConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.transformer = BertModel(config.bert, rngs=rngs, dtype=dtype)
-        options = {"bias": False, "compute": Compute(dtype), "rngs": rngs}
+        options: Shared = {"compute": Compute(dtype), "rngs": rngs}
         width, out = config.hidden_size, config.embed_dim
         if config.projection == "linear":
-            self.proj = linear(width, out, **options)
+            self.proj: Linear | nnx.List[Any] = linear(width, out, bias=False, **options)
         else:
             inner = (width + out) // 2
             self.proj = nnx.List(
-                [linear(width, inner, **options), nnx.Module(), linear(inner, out, **options)]
+                [
+                    linear(width, inner, bias=False, **options),
+                    nnx.Module(),
+                    linear(inner, out, bias=False, **options),
+                ]
             )
 
     def __call__(
@@ -127,7 +131,7 @@ class HFTextEncoder(nnx.Module):
         return out.last_hidden_state[:, 0]
 
     def _project(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
-        if self.config.projection == "linear":
+        if isinstance(self.proj, Linear):
             return self.proj(x)
         return self.proj[2](jax.nn.gelu(self.proj[0](x), approximate=False))
 

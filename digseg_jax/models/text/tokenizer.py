@@ -86,7 +86,8 @@ class Tokenizer:
 
         pairs = [tuple(line.split()) for line in merges]
         try:
-            core = CLIPTokenizer(vocab=dict(vocab), merges=pairs).backend_tokenizer
+            # its annotation lacks the pairs that it takes
+            core = CLIPTokenizer(vocab=dict(vocab), merges=pairs).backend_tokenizer  # type: ignore[arg-type]
         except Exception as error:  # the Rust binding raises exactly this type
             raise UserError(f"not a CLIP vocabulary: {error}") from error
         return cls(core, _pad_id(core, pad_token))

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from digseg_jax.arraytypes import Array, Batch, Int, Params, UInt8
+from digseg_jax.arraytypes import Array, Batch, Integer, Params, UInt8
 
 
-class Task(Protocol):
-    """One kind of training. `frozen` goes into the jitted step as an argument, never as a constant."""
+@runtime_checkable
+class Trainable(Protocol):
+    """What the train step needs of a task.
+
+    `frozen` goes into the jitted step as an argument, never as a constant.
+    """
 
     frozen: Params
     abstract: Params  # shapes of the trainable parameters
@@ -27,9 +31,6 @@ class Task(Protocol):
 
     def restore_constants(self, constants: dict[str, Any]) -> None:
         """Takes over `constants` of a checkpoint; before any program is traced."""
-
-    def initial(self) -> Params:
-        """Parameters at step 0, host arrays."""
 
     def loss(
         self,
@@ -46,11 +47,22 @@ class Task(Protocol):
           examples (a count of valid cells, a deviation) is taken from `whole`.
         """
 
+
+@runtime_checkable
+class Task(Trainable, Protocol):
+    """One kind of training, from its first parameters to the exported component.
+
+    A task with a text bank also has `prompts`, the bank's texts: what query ids stand for.
+    """
+
+    def initial(self) -> Params:
+        """Parameters at step 0, host arrays."""
+
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
         """Writes the trained component in diffusers' layout."""
 
 
-def example_keys(seed: int, index: Int[Array, "b"]) -> Array:
+def example_keys(seed: int, index: Integer[Array, "b"]) -> Array:
     """One random key per example, a pure function of (seed, global example index)."""
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
 

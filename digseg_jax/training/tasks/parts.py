@@ -170,7 +170,8 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     Raises:
       UserError: the devices cannot run `config.model.attention` or `config.model.feed_forward`.
     """
-    platform, name, dtype = devices[0].platform, config.model.attention, config.model.dtype
+    platform, dtype = devices[0].platform, config.model.dtype
+    name: str = config.model.attention
     if reason := unfit(name, devices[0], dtype):
         raise UserError(f"config.model.attention={name!r} {reason}; legal: auto, plain, chunked")
     feed_forward = config.model.feed_forward
@@ -187,7 +188,7 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     if name == "auto":
         fits = (kernel for kernel in PLATFORMS if not unfit(kernel, devices[0], dtype))
         name = next(fits, PORTABLE)
-    chosen = {"conv": conv, "attention": name, "feed_forward": feed_forward}
+    chosen: dict[str, Any] = {"conv": conv, "attention": name, "feed_forward": feed_forward}
     model = dataclasses.replace(config.model, **chosen)
     return dataclasses.replace(config, model=model)
 
@@ -196,7 +197,8 @@ def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
     """Raises UserError if the weights are missing or no autoencoder."""
     model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config))
     graphdef, params = functional.split(model)
-    return Vae(graphdef, model.config, config.vae_limit), params
+    vae_config = model.config  # type: ignore[attr-defined]  # every model has one
+    return Vae(graphdef, vae_config, config.vae_limit), params
 
 
 def load_tower(config: ModelConfig) -> TextTower:
@@ -248,14 +250,14 @@ def schedule_of(config: DiffusionConfig) -> Schedule:
 
 
 def draw_noise_and_timestep(
-    keys: Array, shape: tuple[int, int, int], config: DiffusionConfig, schedule: Schedule
+    keys: Array, shape: tuple[int, ...], config: DiffusionConfig, schedule: Schedule
 ) -> tuple[Float[Array, "b h w c"], Array]:
     """One noise and one timestep per key: [b, *shape] and int32 [b]."""
     return jax.vmap(partial(_draw, shape=shape, config=config, schedule=schedule))(keys)
 
 
 def _draw(
-    key: Array, shape: tuple[int, int, int], config: DiffusionConfig, schedule: Schedule
+    key: Array, shape: tuple[int, ...], config: DiffusionConfig, schedule: Schedule
 ) -> tuple[Array, Array]:
     noise_key, time_key = jax.random.split(key)
     if config.timestep_sampling == "uniform":

@@ -236,13 +236,14 @@ class SegmentationTask(Task):
         decoder: "latent_mean" and "probe" are cheaper than "vae"; the former leaves one member.
         """
         latents = self.sample(params, frozen, image, index, estep, seed=seed)
-        return self.read(frozen, latents, image.shape[1:3], decoder)
+        _, height, width, _ = image.shape
+        return self.read(frozen, latents, (height, width), decoder)
 
     def sample(
         self,
         params: Params,
         frozen: Params,
-        image: UInt8[Array, "n h w 3"],
+        image: UInt8[Array, "n H W 3"],
         index: Int[Array, " n"],
         estep: EStep,
         *,

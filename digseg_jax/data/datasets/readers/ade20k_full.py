@@ -59,7 +59,7 @@ class ShortSideSource(FileSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_path, label_path = self.files(index).values()
         image = read_picture(image_path).pixels
-        label = self.read_label(label_path, image.shape[:2])
+        label = self.label(index, image.shape[:2])
         check_size(label_path, label, image)
 
         # Bilinear and nearest, as in the benchmark; the JPEG comes after resizing.

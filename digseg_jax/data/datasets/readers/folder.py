@@ -69,7 +69,7 @@ def read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], tuple[int, ...]]:
         # A line without a match, and an empty name between commas, are the same error.
         match = _LINE.fullmatch(line)
         names = [n.strip() for n in match["names"].split(",")] if match else [""]
-        if not all(names):
+        if match is None or not all(names):
             raise UserError(f"{path}:{number}: {line!r}; a line is `VALUE: name, synonym, ...`")
 
         # One value, one meaning.
@@ -84,8 +84,10 @@ def read_classes(path: Path) -> tuple[tuple[ClassInfo, ...], tuple[int, ...]]:
             ignored.append(value)
             continue
 
-        # the low three of four bytes: red, green, blue
-        color = tuple(value.to_bytes(4, "big")[1:]) if kind == "colour" else None
+        color = None
+        if kind == "colour":  # the low three of four bytes
+            _, red, green, blue = value.to_bytes(4, "big")
+            color = (red, green, blue)
         classes.append(ClassInfo(names[0], tuple(names[1:]), (value,), color, names[0]))
 
     # 255 is void by convention; colors have no such convention.

@@ -102,11 +102,12 @@ def open_cityscapes(spec: DatasetSpec, root: Path, split: str) -> FileSource:
 
     # Images first, then labels; stems are unique over all cities, as
     # they begin with the city's name.
-    sides = []
+    sides: list[dict[str, str]] = []
     for kind, suffix in (("leftImg8bit", "_leftImg8bit.png"), ("gtFine", "_gtFine_labelIds.png")):
         found: dict[str, str] = {}
         for city in list_folders(root / kind / split):
             files = list_files(root / kind / split / city, (suffix,))
             found |= {stem: f"{kind}/{split}/{city}/{name}" for stem, name in files.items()}
         sides.append(found)
-    return FileSource(root, pair_up(root, *sides, what), IndexLabels(spec))
+    images, labels = sides
+    return FileSource(root, pair_up(root, images, labels, what), IndexLabels(spec))

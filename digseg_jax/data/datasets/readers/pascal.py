@@ -36,14 +36,14 @@ class PaintedSource(FileSource):
     """
 
     def __init__(self, root: Path, pairs: list[Pair], masks: list[Masks], table: LabelTable):
-        super().__init__(root, pairs, table)
-        self.masks = masks
+        super().__init__(root, pairs, read_label=None)
+        self.masks, self.table = masks, table
 
     def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """int32 [h, w] of an example whose image has `size` (height, width)."""
         path = self.files(index)["label"]
         where = f"{path}: image {self.pairs[index].name}"
-        return self.read_label(paint(self.masks[index], size, where), path)
+        return self.table(paint(self.masks[index], size, where), path)
 
 
 def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource:
@@ -78,6 +78,7 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
         return FileSource(voc, pair_up(voc, images, labels, what), ContextLabels(spec))
 
     # ... or one JSON file for all. An image without a mask in it has an empty label.
+    assert merged is not None and detail is not None
     known = pick(dict.fromkeys(detail.phases, str(merged)), stems, merged, what)
     pairs = pair_up(voc, images, known, what)
     masks = [detail.masks.get(p.name, []) for p in pairs]
