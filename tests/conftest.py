@@ -24,6 +24,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import jaxtyping  # noqa: E402
+
+# Every annotated function of the package is checked while the tests run, the shapes of arrays too.
+jaxtyping.install_import_hook("digseg_jax", "checked_types.check")
+
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
@@ -33,6 +39,14 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend starts
 flags.FLAGS.mark_as_parsed()  # grain's worker processes look flags up
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Lets a test pass what annotations forbid, to see how the package itself refuses it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

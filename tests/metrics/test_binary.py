@@ -69,6 +69,7 @@ def test_both_ways_of_averaging_are_told_apart_by_name():
     assert got["iou_pooled"] == pytest.approx(9 / 12) and got["iou_per_image"] == pytest.approx(0.45)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_shapes_and_rules_are_refused():
     truth, prediction = masks()
     with pytest.raises(ValueError, match="differ in shape"):
@@ -97,7 +98,7 @@ class TestThreshold:
 
     def test_the_scored_split_is_refused(self):
         with pytest.raises(ValueError, match="scored"):
-            mb.search_threshold(np.zeros((1, len(mb.THRESHOLDS), 3)), "test", "test")
+            mb.search_threshold(np.zeros((1, len(mb.THRESHOLDS), 3), int), "test", "test")
 
 
 class TestCupAndDisc:

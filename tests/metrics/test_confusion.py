@@ -253,6 +253,7 @@ def test_mean_accuracy_is_scikit_learns_balanced_accuracy():
     assert got == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_shapes_and_wrong_rules_are_refused():
     label, prediction = random_maps(0)
     with pytest.raises(ValueError, match="differ in shape"):

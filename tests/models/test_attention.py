@@ -262,6 +262,7 @@ def described(platform: str, capability: str | None = None) -> types.SimpleNames
     return types.SimpleNamespace(platform=platform, compute_capability=capability)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("device", "dtype", "expected"),
     [
@@ -281,6 +282,7 @@ def test_auto_is_the_best_that_the_devices_run(folders, device, dtype, expected)
     assert compute_options(config.model)["attention"] == "chunked"  # where nobody asked
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_cudnn_on_a_gpu_before_ampere_is_refused_by_name(folders):
     config = tiny.config(folders, model__attention="cudnn", model__dtype="bfloat16")
     with pytest.raises(UserError, match="cudnn' needs a GPU of compute capability 8.0.* have 7.0"):

@@ -299,6 +299,7 @@ def test_a_new_gallery_replaces_the_old_one(tmp_path):
     assert not list(tmp_path.glob("0001_*"))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -352,6 +353,7 @@ def test_two_words_for_one_group_still_differ():
     assert len(np.unique(colors, axis=0)) == 3
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_overlay_mixes_and_leaves_ignored_pixels():
     image = np.full((1, 2, 3), 100, np.uint8)
     mixed = overlay(image, np.array([[0, -1]]), np.array([[200, 0, 100]], np.uint8), alpha=0.25)

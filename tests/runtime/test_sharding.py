@@ -239,6 +239,7 @@ def chips(slices):
     return [Chip(4 * s + i, c, s) for s in range(slices) for i, c in enumerate(corners)]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_slices_lie_along_the_data_axis_and_chips_of_one_along_the_others():
     made = sharding.arranged(chips(2), [2, 4, 1])
     assert made.shape == (2, 4, 1)
@@ -248,11 +249,13 @@ def test_slices_lie_along_the_data_axis_and_chips_of_one_along_the_others():
     assert {d.id for d in made.flat} == set(range(8))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_slice_keeps_neighbours_together():
     made = sharding.arranged(chips(1), [1, 4, 1])
     assert {d.id for d in made.flat} == set(range(4))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_gpus_of_a_node_lie_along_the_inner_axes():
     """JAX numbers processes as they come: here those of two nodes by turns."""
     gpus = [Chip(i, (0, 0, 0), i % 2, platform="cuda") for i in range(8)]
@@ -262,6 +265,7 @@ def test_the_gpus_of_a_node_lie_along_the_inner_axes():
     assert [d.id for d in wide.flat] == [0, 2, 4, 6, 1, 3, 5, 7]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_fsdp_over_several_slices_is_refused():
     with pytest.raises(UserError, match="config.mesh.data=1: must be a multiple of the 2 slices"):
         sharding.arranged(chips(2), [1, 8, 1])

@@ -149,6 +149,7 @@ def test_expected_class(folder):
         weights.load_component(folder, expect="AutoencoderKL")
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [

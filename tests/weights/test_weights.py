@@ -85,6 +85,7 @@ def test_metadata_is_kept_and_always_names_the_format(tmp_path, params):
     assert weights.read_metadata(tmp_path) == {"command": "python x", "format": "pt"}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_metadata_must_be_strings(tmp_path, params):
     with pytest.raises(UserError, match="str to str, got 'steps': 3"):
         weights.save_component((CONFIG, params), tmp_path, {"steps": 3})

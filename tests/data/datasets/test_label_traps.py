@@ -6,6 +6,8 @@ Each test says what the careless reader does; it fails if ours did the same.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import official_trees as trees
 import pytest
@@ -179,11 +181,11 @@ def test_coco_values_are_mapped_once():
     """Careless: in one buffer, 12 -> 11 and then 11 -> ignore."""
     table = LabelTable.of(registry.spec("coco_stuff"))
     raw = np.arange(182, dtype=np.uint8)[None]
-    label = table(raw, "x")[0]
+    label = table(raw, Path("x"))[0]
     assert label[12] == 11 and label[13] == 12 and label[11] == -1
     assert sorted(label[label >= 0]) == list(range(171))
     with pytest.raises(LabelValueError, match="label value 200"):
-        table(np.array([[200]], np.uint8), "x")
+        table(np.array([[200]], np.uint8), Path("x"))
 
 
 def test_files_that_other_projects_generate_do_not_double_the_set(tmp_path):
@@ -204,9 +206,9 @@ def test_cityscapes_table_has_no_entry_at_minus_one(tmp_path):
     assert all(v >= 0 for c in city.classes for v in c.raw)
     for value in (34, 255):
         with pytest.raises(LabelValueError, match=f"label value {value}"):
-            table(np.array([[value]], np.uint8), "x")
+            table(np.array([[value]], np.uint8), Path("x"))
     with pytest.raises(LabelValueError, match="label value -1"):
-        table(np.array([[-1]], np.int32), "x")
+        table(np.array([[-1]], np.int32), Path("x"))
 
 
 def test_bdd_masks_hold_train_ids_already(tmp_path):
