@@ -15,7 +15,7 @@ import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsInt
 
 import jax
 
@@ -102,7 +102,7 @@ class MetricWriter:
         self._events = EventFile(folder / "tensorboard", purge_from=purge)
         self._wandb = _wandb_run(wandb, self.path.parent, folder) if wandb else None
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: SupportsInt, metrics: Mapping[str, Any]) -> None:
         """Writes scalars of one step; a value that is not finite becomes null.
 
         Raises:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
 
 import jax
 
@@ -45,7 +45,7 @@ class Progress:
         label: str = "step",
         unit: str = "images",
         every: float = 10.0,
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
         active: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -90,8 +90,8 @@ def test_without_an_exact_effort_its_level_is_taken(monkeypatch):
         return "No such compile option" if "exec_time_optimization_effort" in options else None
 
     monkeypatch.setattr(tpu, "refusal", refusal)
-    assert compiling.effort_options(-1.0, None) == {"optimization_level": "O1"}
-    assert compiling.effort_options(0.1, None) == {"optimization_level": "O3"}
+    assert compiling.effort_options(-1.0, jax.devices()[0]) == {"optimization_level": "O1"}
+    assert compiling.effort_options(0.1, jax.devices()[0]) == {"optimization_level": "O3"}
 
 
 def test_nothing_is_needed_but_shapes(folders):
