@@ -19,7 +19,7 @@ from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
 from digseg_jax.segmentation.codecs import make_codec
-from digseg_jax.training.tasks.base import Task
+from digseg_jax.training.tasks.base import Trainable
 from digseg_jax.training.tasks.parts import (
     ANCHORS,
     Parts,
@@ -117,7 +117,7 @@ def abstract_parts(
     return Parts(vae, codec, unet, ("",) * prompts, frozen)
 
 
-class UNetTask(Task):
+class UNetTask(Trainable):
     """The U-Net's share of training: latents, tokens and targets come with the batch.
 
     The work that other trainers of Stable Diffusion report, for comparisons.

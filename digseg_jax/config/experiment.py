@@ -98,6 +98,7 @@ def load_config(path_or_name: str | os.PathLike, **settings: Any) -> Config:
     """
     place, _, variant = find_config(path_or_name).partition(":")
     spec = importlib.util.spec_from_file_location("experiment", place)
+    assert spec is not None and spec.loader is not None  # a path that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

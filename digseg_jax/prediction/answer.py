@@ -32,7 +32,10 @@ class ViewMasks:
 class Planes:
     """The soft masks of one image, made one at a time; see `Answer` and `GroupedAnswer`."""
 
-    num_queries: int
+    @property
+    def num_queries(self) -> int:
+        """How many queries were asked."""
+        raise NotImplementedError
 
     def probability(self, query: int) -> Float[np.ndarray, "h w"]:
         """How probable each pixel is for a query, its bias included; float32 in [0, 1]."""
@@ -95,6 +98,7 @@ class Answer(Planes):
         """Probabilities of the latent cells of an image that is one view, as the probe reads them."""
         (masks,) = self.masks
         if masks.cells is None:  # of a codec that reads its queries together
+            assert masks.probability is not None  # what is not read from cells was decoded
             return masks.probability
         return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
 
@@ -122,8 +126,13 @@ class GroupedAnswer(Planes):
     """
 
     def __init__(self, ask: Callable[[int], Answer], num_queries: int, size: int):
-        self.ask, self.num_queries, self.size = ask, num_queries, size
+        self.ask, self.size = ask, size
+        self._num_queries = num_queries
         self._held: tuple[int, Answer] | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self._num_queries
 
     def probability(self, query: int) -> Float[np.ndarray, "h w"]:
         first = query // self.size * self.size
@@ -142,16 +151,22 @@ class MostProbable:
 
     def __init__(self, floor: float | None = None):
         self.floor, self.count = floor, 0
-        self.label: Int[np.ndarray, "h w"] | None = None
+        self._label: Int[np.ndarray, "h w"] | None = None
         self._best: np.ndarray | None = None
+
+    @property
+    def label(self) -> Int[np.ndarray, "h w"]:
+        """The numbers of the winners, int32; after the first mask was seen."""
+        assert self._label is not None
+        return self._label
 
     def see(self, mask: Float[np.ndarray, "h w"]) -> None:
         """Takes the mask of the next query."""
-        if self.label is None:
+        if self._label is None or self._best is None:
             least = -np.inf if self.floor is None else self.floor
             self._best = np.full(mask.shape, least, mask.dtype)
-            self.label = np.full(mask.shape, -1, np.int32)
+            self._label = np.full(mask.shape, -1, np.int32)
         wins = mask > self._best
-        self.label[wins] = self.count
+        self._label[wins] = self.count
         self._best[wins] = mask[wins]
         self.count += 1

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -148,7 +149,8 @@ class PretrainedSegmenter(Segmenter):
         """The masks of an image: all of them, or a group of queries at a time if they take more than
         `HELD` bytes. The programs and so the masks are the same either way."""
         count = len(request.queries)
-        slots, options = self.codec.slots(count), {"key": seed, "mode": self.mode}
+        slots = self.codec.slots(count)
+        options: dict[str, Any] = {"key": seed, "mode": self.mode}
         groups = -(-count // slots)
 
         views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)

@@ -312,10 +312,12 @@ class Segmenter:
 
     def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [n, l, d] and masks [n, l] of texts; every text is encoded once."""
+        tower = self.task.parts.tower
+        assert tower is not None  # only parts that are mere shapes have none
         missing = [t for t in dict.fromkeys(texts) if t not in self._texts]
         for start in range(0, len(missing), TEXT_BATCH):
             part = missing[start : start + TEXT_BATCH]
-            bank = encode_bank(self.task.parts.tower, part, self.task.config.model)
+            bank = encode_bank(tower, part, self.task.config.model)
             tokens, mask = np.asarray(bank.tokens), np.asarray(bank.mask)
             self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(part)}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))

@@ -71,6 +71,7 @@ class BinaryCodec(Codec):
         drawn: Any = None,
     ) -> Float[Array, " n"]:
         """Class-balanced cross-entropy plus Dice of the position between empty and full."""
+        assert anchors is not None  # `anchors` is never None here
         masks = encode_binary(label, query_class)
         share = cell_shares(masks.reshape(-1, *masks.shape[2:]), label.shape[1] // latent.shape[1])
         return balanced_bce_and_dice(latent_evidence(latent, anchors), share, valid)

@@ -15,6 +15,7 @@ import numpy as np
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int
 from digseg_jax.config.schema import DataConfig
+from digseg_jax.segmentation.latent_probe import LatentProbe
 
 QUERY_LIMIT = 16  # queries of a call; with an 8x2 ensemble 128 masks a view
 QUERY_BUCKETS = (1, 2, 4, 6, 8, 12, 16)
@@ -71,6 +72,11 @@ class Codec(Protocol):
           UserError: it cannot carry that.
         """
 
+    @property
+    def probe(self) -> LatentProbe:
+        """The linear reading of a latent cell, which codecs that are `one_by_one` have."""
+        raise TypeError(f"the codec {self.name} reads its queries together")
+
     def num_images(self, queries: int) -> int:
         """Mask images for `queries` queries about an image: k for q."""
 
@@ -92,6 +98,7 @@ class Codec(Protocol):
 
     def check_queries(self, queries: Sequence[str]) -> None:
         """Raises UserError for queries that the codec cannot answer together."""
+        return  # by default it answers any
 
     def draw(self, keys: Array) -> Any:
         """What training draws anew for each of b examples, of one key each; None: nothing.
@@ -157,6 +164,7 @@ class Codec(Protocol):
         Raises:
           UserError: it is of another class list.
         """
+        return  # by default there is none
 
 
 def latent_validity(label: Int[Array, "b h w"], factor: int) -> Bool[Array, "b h2 w2"]:

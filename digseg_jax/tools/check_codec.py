@@ -38,7 +38,8 @@ def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> 
     """Accuracy and mIoU of every way back, over `images` label maps spread evenly over the source."""
     # A palette has room for a limited number of classes; beyond it only the binary codec is checked.
     autoencoder = vae.on_host(params)
-    codecs: list[Codec] = [BinaryCodec()]
+    binary = BinaryCodec()
+    codecs: list[Codec] = [binary]
     if num_classes <= MAX_CLASSES:
         codecs.append(PaletteCodec(num_classes))
     for codec in codecs:
@@ -55,7 +56,7 @@ def check(vae: Vae, params: Any, source: Any, num_classes: int, images: int) -> 
                 counts[name] = counts.get(name, 0) + np.asarray(found, np.int64)
 
     # JSON-ready.
-    result: dict[str, Any] = {"images": len(rows), "probe_r2": codecs[0].probe.r2}
+    result: dict[str, Any] = {"images": len(rows), "probe_r2": binary.probe.r2}
     result |= {codec.name: state for codec in codecs if (state := codec.state())}
     result["codecs"] = {name: confusion.closed_set_scores(c) for name, c in counts.items()}
     return result
@@ -76,7 +77,7 @@ def round_trip(
     for first in range(0, num_classes, step):
         classes = np.arange(first, first + step)[None]
         images = codec.encode(jnp.asarray(label)[None], jnp.asarray(classes))[0]
-        latents = autoencoder.encode(images)
+        latents = autoencoder.encode(np.asarray(images))
         decoded = codec.decode(jnp.asarray(autoencoder.decode(latents)))
         evidence.append(np.asarray(decoded).reshape(-1, *label.shape))
         cells = codec.read_latents(jnp.asarray(latents)[None, :, None])[0, :, 0]

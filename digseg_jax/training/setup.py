@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +18,11 @@ from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.prior import PriorTask
 from digseg_jax.training.tasks.segmentation import load_task
 
-TASKS = {"segmentation": load_task, "prior": PriorTask, "autoencoder": AutoencoderTask}
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "segmentation": load_task,
+    "prior": PriorTask,
+    "autoencoder": AutoencoderTask,
+}
 
 
 @dataclasses.dataclass(frozen=True)

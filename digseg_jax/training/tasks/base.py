@@ -24,6 +24,7 @@ class Trainable(Protocol):
 
     def prepare(self) -> None:
         """Computes the constants of the task's programs, if any; before any of them is traced."""
+        return  # by default there are none
 
     def constants(self) -> dict[str, Any]:
         """Those constants that a checkpoint must hold, JSON-ready; empty: none."""
@@ -31,6 +32,7 @@ class Trainable(Protocol):
 
     def restore_constants(self, constants: dict[str, Any]) -> None:
         """Takes over `constants` of a checkpoint; before any program is traced."""
+        return  # by default there are none
 
     def loss(
         self,

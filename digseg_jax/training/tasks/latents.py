@@ -73,7 +73,7 @@ class FrozenParts:
 
 def made_with(config: Config, parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
     """What cached latents depend on beside the data: keys of `shards.latents.MADE_WITH`, JSON-ready."""
-    facts = {
+    facts: dict[str, Any] = {
         "image_size": config.data.image_size,
         "codec": config.segmentation.codec,
         "dtype": config.model.dtype,

@@ -114,7 +114,7 @@ def load_parts(config: Config, prompts: Sequence[str] | None = None) -> Parts:
     tower = load_tower(model)
 
     prompts = codec.texts(bank_prompts(config.data) if prompts is None else prompts)
-    frozen = {"vae": vae_params, "bank": bank_arrays(encode_bank(tower, prompts, model))}
+    frozen: Params = {"vae": vae_params, "bank": bank_arrays(encode_bank(tower, prompts, model))}
     anchors = kept_anchors(config, codec)
     if anchors is not None:
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
