@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from digseg_jax.training.tasks.base import to_unit
+from digseg_jax.training.tasks.base import Task, to_unit
 
 
-class ToyTask:
+class ToyTask(Task):
     """A task small enough to compile at once, with all that the loop must keep: images and keys."""
 
     frozen = {"shift": np.float32(0.1)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class HostAutoencoder:
         return self.decode(self.encode(image))
 
 
+@runtime_checkable
 class Codec(Protocol):
     """The way between the queries about an image and mask images.
 

@@ -103,6 +103,7 @@ def test_the_maps_that_it_takes(length, features, taken):
     assert kernel.takes(length, features, 4 * features) == taken
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_other_maps_go_through_the_layers():
     def never(*arrays):
         raise AssertionError("called")
@@ -114,6 +115,7 @@ def test_other_maps_go_through_the_layers():
         kernel.fused(jnp.zeros((200, 32)), *[jnp.zeros(1)] * 4)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("platform", "tensor", "expected"), [("tpu", 1, "fused"), ("tpu", 2, "plain"), ("cpu", 1, "plain")]
 )
