@@ -258,7 +258,7 @@ class Segmenter:
 
     def _probed(self, asked: Sequence[Request], latents: np.ndarray) -> list[ViewMasks]:
         """Masks of views as the probe reads them."""
-        probe = self.codec.probe
+        probe = self.codec.cell_probe()
         masks = []
         for row, request in enumerate(asked):
             count = len(request.queries)

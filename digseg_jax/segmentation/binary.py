@@ -34,6 +34,9 @@ class BinaryCodec(Codec):
         """The linear probe of this autoencoder's mask latents."""
         return require_prepared(self._probe, "BinaryCodec.probe")
 
+    def cell_probe(self) -> LatentProbe:
+        return self.probe
+
     def num_images(self, queries: int) -> int:
         return queries
 

@@ -73,8 +73,7 @@ class Codec(Protocol):
           UserError: it cannot carry that.
         """
 
-    @property
-    def probe(self) -> LatentProbe:
+    def cell_probe(self) -> LatentProbe:
         """The linear reading of a latent cell, which codecs that are `one_by_one` have."""
         raise TypeError(f"the codec {self.name} reads its queries together")
 

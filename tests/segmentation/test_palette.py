@@ -50,7 +50,7 @@ def test_probabilities_are_the_softmax_over_two_sigma_squared():
     made = Palette(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), 0.5)
     image = np.random.default_rng(0).uniform(-1, 1, (1, 2, 2, 3))
     evidence = np.asarray(decode_palette(image, made.prototypes))[:, :, None]
-    got = np.asarray(probabilities(evidence, made.scale, np.zeros(3), codec="palette"))
+    got = np.asarray(probabilities(evidence, made.scale, np.zeros(3), exclusive=True))
     weight = np.exp(-np.square(image[:, None] - np.eye(3)[:, None, None]).sum(-1) / (2 * 0.5**2))
     np.testing.assert_allclose(got, weight / weight.sum(1, keepdims=True), atol=1e-5)
 

@@ -165,12 +165,6 @@ def test_a_batch_that_does_not_divide_among_the_devices_is_refused(folders, tmp_
     assert "multiple of 4" in str(caught.value)
 
 
-def test_a_crop_larger_than_the_scenes_is_refused(folders, tmp_path):
-    config = tiny.config(folders, data__image_size=288)
-    with pytest.raises(UserError, match="config.data.image_size=288: at most 256"):
-        trainer(config, tmp_path).run()
-
-
 def test_a_loss_that_is_no_number_ends_the_run_at_its_step(config, tmp_path):
     class Exploding(ToyTask):
         def loss(self, params, frozen, batch, keys):
