@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checker of annotations is at work in the rooms that `conftest` names, and refuses what is wrong."""
+"""The checker of annotations is at work in the rooms of `conftest`, and refuses what is wrong."""
 
 from __future__ import annotations
 
