@@ -30,7 +30,8 @@ from gcs import server as gcs
 from gcs.server import BUCKET
 from hub import layouts, write
 
-from digseg_jax import known, storage
+from digseg_jax.io import storage
+from digseg_jax.weights import catalog
 from rehearsal import trees
 from rehearsal.export_check import check_export, check_mask
 
@@ -122,7 +123,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         bucket = stack.enter_context(gcs.serve(folder / "bucket"))
         server = stack.enter_context(hub.serve(repositories))
-        server.commit(known.hub_id("sd-1.5"))  # hashes the files, for which no client waits
+        server.commit(catalog.hub_id("sd-1.5"))  # hashes the files, for which no client waits
         stack.enter_context(hub.environment(server.endpoint, folder / "cache"))
         stack.enter_context(gcs.environment(bucket.env()))
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(folder)}
@@ -139,7 +140,7 @@ def main() -> None:
         if importlib.util.find_spec("torch"):
             local = storage.local_copy(storage.as_path(f"{run}/export"))
             check_export(local, side // 8)
-            pipeline = repositories / known.hub_id("sd-1.5") / "main"
+            pipeline = repositories / catalog.hub_id("sd-1.5") / "main"
             figures["largest difference from torch's mask"] = check_mask(local, pipeline, side)
 
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
