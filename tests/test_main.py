@@ -259,6 +259,6 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folders, tmp_path):
     while not (tmp_path / "run" / "config.json").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=240)[1].splitlines()
+    said = process.communicate(timeout=900)[1].splitlines()
     assert process.returncode == INTERRUPTED
     assert said[-1] == "error: interrupted" and "Traceback" not in "".join(said)
