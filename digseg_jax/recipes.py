@@ -13,7 +13,6 @@ import ml_collections
 
 from digseg_jax.config.parse import default
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.weights.catalog import find, hub_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,9 @@ class Version:
     @property
     def text_spec(self) -> str:
         """The text encoder as a value of `config.model.text`."""
+        # Imported here: it loads JAX, which the other recipes and a wrong key do not need.
+        from digseg_jax.weights.catalog import hub_id
+
         return hub_id(self.text) if self.text else f"{hub_id(self.pipeline)}:text_encoder"
 
 
@@ -98,6 +100,8 @@ def stable_diffusion(
 
 def _model(config: ml_collections.ConfigDict, version: Version) -> None:
     """Sets the checkpoints to start from, how they are computed, and the diffusion."""
+    from digseg_jax.weights.catalog import find, hub_id  # as in `Version.text_spec`
+
     config.model.vae = f"{hub_id(version.pipeline)}:vae"
     config.model.unet = f"{hub_id(version.pipeline)}:unet"
     config.model.text = version.text_spec  # paper: CLIP text
