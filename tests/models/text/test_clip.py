@@ -92,7 +92,7 @@ def test_the_two_activations():
         1 / (1 + math.exp(-1.702))
     )
     exact = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
-    assert float(ACTIVATIONS["gelu"](jnp.asarray(1.0))) == pytest.approx(exact, abs=1e-6)
+    assert float(ACTIVATIONS["gelu"](one)) == pytest.approx(exact, abs=1e-6)
 
 
 def test_leaving_out_the_last_layer_keeps_the_rest():
