@@ -117,7 +117,7 @@ def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     assert result["calls"] == {"sample": 1, "read": 1}
     assert result["flops"] > result["programs"]["sample"]["flops"] > 0
     # the weights, which the decoding does not take, stay on the devices meanwhile
-    unet, _ = programs.train_task(made, Parts.of(made.model), 1)
+    unet, _ = programs.train_task(made, Architecture.of(made.model), 1)
     weights = {name: p["hbm_waiting_bytes"] for name, p in result["programs"].items()}
     assert weights == {"sample": 0, "read": 4 * programs.count(unet.abstract)}
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
