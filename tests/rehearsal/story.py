@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pod
+from experiments import get_config
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -81,6 +82,7 @@ class Run:
 
     def __init__(self, stage: Stage, folder: Path, name: str, version: str = "", *changes: str):
         self.stage, self.name, self.folder = stage, name, folder
+        self.segments = get_config(name).task == "segmentation"
         self.dataset = DATASETS.get(name, DataSet(8))
         self.root = folder / "data" / name
         if name in DATASETS and not self.root.exists():
@@ -106,7 +108,10 @@ class Run:
         self.spent[f"{name}, {DEVICES[mesh]}"] = time.monotonic() - started
 
     def command(self, mesh: tuple[str, ...], *arguments: str) -> list[str]:
-        return [self.config, f"--workdir={self.workdir}", *self.changes, *mesh, *arguments]
+        changes = [*self.changes, *mesh]
+        if not self.segments:  # no evaluation: its settings are refused
+            changes = [change for change in changes if not change.startswith("--config.eval.")]
+        return [self.config, f"--workdir={self.workdir}", *changes, *arguments]
 
     def results(self, name: str = "results.json") -> dict[str, Any]:
         return json.loads((self.workdir / "eval" / name).read_text())
