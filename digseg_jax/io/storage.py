@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 # Before gcsfs is imported: otherwise it asks another service for the type of each bucket; only plain
 # objects are used here.
@@ -31,6 +31,7 @@ from digseg_jax.errors import UserError  # noqa: E402
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 AnyPath: TypeAlias = Path | epath.Path  # a Path on a disk, an epath.Path in a bucket
+SomePath = TypeVar("SomePath", Path, epath.Path)
 SCHEMES = ("gs://",)
 
 
@@ -90,7 +91,7 @@ def read_text(path: AnyPath) -> str:
         return path.read_bytes().decode("utf-8")
 
 
-def inside(folder: AnyPath, name: str) -> AnyPath:
+def inside(folder: SomePath, name: str) -> SomePath:
     """`folder / name`, for a name that came with the files: an object, a line of a manifest.
 
     Whoever made the files chose their names; one that climbs out could reach any file of the user.

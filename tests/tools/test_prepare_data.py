@@ -260,6 +260,17 @@ class TestReader:
         with pytest.raises(UserError, match=f"{shard.name}.*is missing"):
             RecordSource(out, "train", spec())
 
+    @pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd"])
+    def test_a_shard_outside_of_the_folder_is_refused(self, out, name):
+        """Whoever made the shards wrote the manifest too."""
+        path = out / "train" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["shards"][0]["file"] = name
+        path.write_text(json.dumps(manifest))
+        for read in (lambda: RecordSource(out, "train", spec()), lambda: records.verify(out, "train")):
+            with pytest.raises(UserError, match="does not stay inside that folder"):
+                read()
+
     def test_flipped_bits_are_an_error_of_that_record_and_of_verify(self, out):
         assert records.verify(out, "train") == []
         shard = sorted(out.glob("train/*.array_record"))[0]

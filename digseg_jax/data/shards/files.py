@@ -24,7 +24,7 @@ from etils import epath
 
 from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.errors import UserError
-from digseg_jax.io.storage import explained
+from digseg_jax.io.storage import explained, inside
 
 PLAN = "plan.json"  # settings that all shards of a folder share
 # Records are compressed already, or do not compress. One record per group for random access.
@@ -177,7 +177,7 @@ class Shards:
     def _check_sizes(self) -> None:
         """Compares each shard's size with the manifest; a checksum would mean reading all of it."""
         for row in self.rows:
-            path = self.folder / row["file"]
+            path = inside(self.folder, row["file"])
             size = path.stat().length if path.exists() else None
             if size != row["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"

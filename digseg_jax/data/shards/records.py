@@ -27,6 +27,7 @@ from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards.files import Shards, checksum
 from digseg_jax.errors import UserError
+from digseg_jax.io.storage import inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -271,7 +272,7 @@ def verify(root: str | Path, split: str) -> list[str]:
     folder = epath.Path(root).expanduser() / split
     wrong = []
     for shard in read_manifest(folder)["shards"]:
-        path = folder / shard["file"]
+        path = inside(folder, shard["file"])
         if not path.exists():
             wrong.append(f"{path}: missing")
         elif (found := checksum(path)) != shard["sha256"]:
