@@ -30,7 +30,7 @@ class ViewMasks:
 
 
 class Planes:
-    """The soft masks of one image, made one at a time; see `Answer` and `GroupedAnswer`."""
+    """Base class of one image's soft masks, which are made one at a time when they are asked for."""
 
     @property
     def num_queries(self) -> int:

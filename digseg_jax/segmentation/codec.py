@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a codec is: how queries become mask images for the U-Net to denoise, and how those are read.
+"""The interface of a codec: from queries to the mask images that the U-Net denoises, and back.
 
-The methods that a codec has no use for have bodies here; a new codec is a subclass in a module of its
-own and a row of `codecs.CODECS`.
+Optional methods have default bodies here. A new codec is a subclass in a module of its own and a row of
+`codecs.CODECS`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ ImageMap = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class HostAutoencoder:
-    """The frozen autoencoder on host arrays, for what is computed once.
+    """The frozen autoencoder as functions of host arrays, for constants that are computed once.
 
-    encode: images float [n, h, w, 3] in [-1, 1] to scaled latents [n, h2, w2, c]. decode: back.
-    factor: pixels along a side of a latent cell.
+    encode: images float [n, h, w, 3] in [-1, 1] to scaled latents [n, h2, w2, c].
+    decode: scaled latents to images.
+    factor: side of a latent cell in pixels.
     """
 
     encode: ImageMap
@@ -36,24 +37,25 @@ class HostAutoencoder:
     factor: int
 
     def round_trip(self, image: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h w 3"]:
-        """What the autoencoder makes of images."""
+        """Images after encoding and decoding."""
         return self.decode(self.encode(image))
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """The way between the queries about an image and mask images.
+    """Translation of the queries about an image into mask images, and of mask images into scores.
 
-    In shapes: b images, q queries of each, k mask images that answer them, t texts that the U-Net reads
-    for them, s scores that a mask image is read as; k * s = q in prediction.
+    Letters in shapes: b images; for each image q queries, k mask images that answer them and t texts
+    that the U-Net reads; s scores are read from one mask image. In prediction k * s = q.
 
     Attributes:
         name: value of `config.segmentation.codec`, and the stem of the file of `state`.
-        closed: answers the classes of one data set, all of them and in their order; else any texts.
+        closed: queries are the classes of one data set, all of them and in their order. Otherwise they
+            are any texts.
         one_by_one: every query has a mask image and a text of its own (k = t = q), so that single ones
             can be cached, chosen and decoded.
         exclusive: a pixel belongs to one query (softmax over them) rather than to any number.
-        scale: turns evidence into logits; None: it is fitted to a split.
+        scale: factor from evidence to logits; None if it is fitted to a split instead.
     """
 
     name: ClassVar[str]
@@ -67,10 +69,10 @@ class Codec(Protocol):
 
     @classmethod
     def for_data(cls, data: DataConfig) -> Self:
-        """The codec for what `data` trains on and evaluates.
+        """Makes the codec for the data sets that `data` trains on and evaluates.
 
         Raises:
-          UserError: it cannot carry that.
+          UserError: the codec cannot represent them.
         """
 
     def cell_probe(self) -> LatentProbe:
@@ -78,18 +80,18 @@ class Codec(Protocol):
         raise TypeError(f"the codec {self.name} reads its queries together")
 
     def num_images(self, queries: int) -> int:
-        """Mask images for `queries` queries about an image: k for q."""
+        """Number of mask images that answer `queries` queries about an image: k for q."""
 
     def texts(self, queries: Sequence[str]) -> tuple[str, ...]:
-        """The texts that the text tower reads for the queries about an image."""
+        """Texts that the text encoder reads for the queries about an image."""
 
     def text_rows(self, query: Int[Array, "b q"]) -> Int[Array, "b t"]:
-        """The same for queries that are rows of a bank, whose texts are `texts` of all prompts."""
+        """Rows of the bank of `texts(prompts)` to read for queries that are rows of the prompts."""
 
     def slots(self, count: int) -> int:
-        """Queries of one call of the compiled programs, where `count` are asked about an image.
+        """Number of queries per call of the compiled programs, if `count` are asked about an image.
 
-        By default such that they take the fewest calls and little padding.
+        By default the number with the fewest calls and little padding.
         """
         if count <= QUERY_LIMIT:
             return next(b for b in QUERY_BUCKETS if b >= count)
@@ -101,9 +103,9 @@ class Codec(Protocol):
         return  # by default it answers any
 
     def draw(self, keys: Array) -> Any:
-        """What training draws anew for each of b examples, of one key each; None: nothing.
+        """Random choices for each of b training examples, from one key each; None if there are none.
 
-        The result goes to `encode`, `context` and `mask_loss`. Prediction draws nothing (None there).
+        They are passed to `encode`, `context` and `mask_loss`. Prediction passes None.
         """
         return None
 
@@ -121,17 +123,17 @@ class Codec(Protocol):
     def context(
         self, tokens: Float[Array, "b t l d"], mask: Bool[Array, "b t l"], drawn: Any = None
     ) -> tuple[Float[Array, "b k l2 d"], Bool[Array, "b k l2"]]:
-        """What cross-attention sees for each mask image, of the encoded texts; by default its text."""
+        """Tokens that cross-attention sees for each mask image; by default those of its own text."""
         return tokens, mask
 
     def decode(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n s h w"]:
-        """Mask images to the evidence of each query that they show; positive or largest where seen."""
+        """Reads each query's evidence from mask images: positive, or largest, where it is seen."""
 
     def read_latents(self, latents: Float[Array, "n k e h w c"]) -> Float[Array, "n q e h w"]:
-        """The same evidence for each latent cell, without the decoder."""
+        """Reads the same evidence for each latent cell, without the decoder."""
 
     def anchors(self, size: int) -> Float[Array, "a s s 3"] | None:
-        """Images of `size` pixels a side, by whose latents the mask loss measures; None: by none."""
+        """Images of side `size` whose latents the mask loss compares with; None if it needs none."""
         return None
 
     def mask_loss(
@@ -149,17 +151,17 @@ class Codec(Protocol):
         """
 
     def prepare(self, autoencoder: HostAutoencoder) -> None:
-        """Computes what programs hold as constants, unless it is known; before any is traced."""
+        """Computes the constants of the programs, unless they are known; call it before any tracing."""
 
     def assume(self, latent_channels: int) -> None:
-        """In place of `prepare`: constants of the right shapes, for programs that are never run."""
+        """Sets constants of the right shapes instead of `prepare`, for programs that are never run."""
 
     def state(self) -> dict[str, Any]:
-        """What must be kept beside trained weights, JSON-ready; empty: nothing."""
+        """Constants that must be stored with trained weights, JSON-ready; empty if there are none."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave; `prepare` comes after it.
+        """Restores the constants that `state` returned; call it before `prepare`.
 
         Raises:
           UserError: it is of another class list.
@@ -175,7 +177,7 @@ def latent_validity(label: Int[Array, "b h w"], factor: int) -> Bool[Array, "b h
 
 
 def require_prepared(value: Any, name: str) -> Any:
-    """A constant of a codec, which a traced program must not be the first to need."""
+    """Returns a codec's constant; raises RuntimeError if `prepare` has not computed it yet."""
     if value is None:
         raise RuntimeError(f"{name} is not known yet: call prepare()")
     return value
