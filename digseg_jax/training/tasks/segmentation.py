@@ -38,12 +38,15 @@ from digseg_jax.weights import load_unet_params, save_component
 
 
 def load_task(config: Config, prompts: Sequence[str] | None = None) -> SegmentationTask:
-    """The task of a configuration with its real parts; raises what `load_parts` raises."""
+    """Builds a configuration's task with its weights loaded; raises what `load_parts` raises."""
     return SegmentationTask(load_parts(config, prompts), config)
 
 
 class SegmentationTask(Task):
-    """The U-Net, widened to 8 input channels, among its parts."""
+    """Fine-tuning of a U-Net, widened to 8 input channels, to denoise the latents of masks.
+
+    parts: the frozen autoencoder, the prompt bank and the codec, loaded or as mere shapes.
+    """
 
     def __init__(self, parts: Parts, config: Config):
         self.parts, self.config = parts, config
@@ -64,7 +67,9 @@ class SegmentationTask(Task):
         random = partial(functional.random_init, seed=self.config.seed, zero=ZERO_INIT)
         if model.unet_init == "random":
             return random(self.abstract)
-        # only what a checkpoint may lack: drawing all of a large U-Net takes longer than loading it
+
+        # Random values only for what a checkpoint may lack: drawing a whole U-Net takes longer than
+        # loading it.
         lacking = {k: v for k, v in self.abstract.items() if k == "text_adapters"}
         return load_unet_params(
             assets.resolve(model.unet),
@@ -74,27 +79,27 @@ class SegmentationTask(Task):
         )
 
     def prepare(self) -> None:
-        """Computes what programs hold as constants: the codec's; before any program is traced.
+        """Computes the codec's constants; must run before any program is traced.
 
-        It runs the autoencoder, and a program that is traced for a mesh would take its attention for a
-        part of itself.
+        It runs the autoencoder. Inside a trace for a mesh, the autoencoder's attention would become a
+        part of the traced program.
         """
         self.codec.prepare(self.vae.on_host(self.frozen["vae"]))
 
     def adopt(self, folder: Path) -> None:
-        """Takes over what was stored beside the weights that are used: the codec's state.
+        """Restores the codec's state from the folder of the weights in use.
 
         Raises:
-          UserError: there is none, or it is of other classes.
+          UserError: the state is missing, or belongs to other classes.
         """
         load_state(self.codec, folder)
 
     def constants(self) -> dict[str, Any]:
-        """The codec's state, which goes into a checkpoint."""
+        """The codec's state, to be stored in a checkpoint."""
         return self.codec.state()
 
     def restore_constants(self, constants: dict[str, Any]) -> None:
-        """Takes over `constants` of a checkpoint; before the first step is traced."""
+        """Restores `constants` from a checkpoint; must run before the first step is traced."""
         self.codec.restore(constants)
         self.prepare()
 
@@ -106,20 +111,32 @@ class SegmentationTask(Task):
         keys: Array,
         whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
+        """Mean squared error over the labeled latent cells, plus the mask loss if it is on.
+
+        Args:
+          frozen: {"vae", "bank"}, and the anchors of a codec that needs them.
+          batch: image uint8 [b, H, W, 3] or its cached latent; label int32 [b, H, W], -1 is ignored;
+            query int32 [b, q], rows of the bank; query_class.
+          keys: one random key per image, a function of (seed, step, example index).
+          whole: the full batch if `batch` is a microbatch of it; see `Trainable.loss`.
+        """
         label, rows = batch["label"], self.codec.text_rows(batch["query"])
         drawn = self.codec.draw(keys)
 
-        # k mask images of each image, and its latent beside each of them.
+        # Encode each image once and its k mask images: n = b * k pairs of latents.
         latents, x0 = self._latents(frozen, batch, drawn)
         k = x0.shape[1]
-        image_latent = jnp.repeat(latents, k, axis=0)
-        x0 = x0.reshape(-1, *x0.shape[2:])
+        image_latent = jnp.repeat(latents, k, axis=0)  # [n, h, w, c]
+        x0 = x0.reshape(-1, *x0.shape[2:])  # [n, h, w, c]
+
+        # Noise the mask latents, each with its own noise and timestep.
         noise_keys = self._keys(keys, k)[:, 0]
         noise, t = draw_noise_and_timestep(
             noise_keys, x0.shape[1:], self.config.diffusion, self.schedule
         )
         noisy = self.schedule.add_noise(x0, noise, t)
 
+        # Predict from [image, noisy mask] and the text.
         unet = functional.merge(self.graphdef, params)
         tokens, mask = self.codec.context(*self._text(frozen, rows, keys, whole), drawn)
         prediction = unet(
@@ -129,11 +146,13 @@ class SegmentationTask(Task):
             mask.reshape(-1, *mask.shape[2:]),
         )
 
-        # The paper's loss: mean squared error over the cells that are labelled.
+        # The paper's loss, averaged over the cells that carry a label.
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), k, axis=0)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
         loss = (squared * valid).sum() / self._valid_cells(valid, whole)
         metrics = {"mean_timestep": t.mean()} | negative_shares(batch)
+
+        # The auxiliary loss (not in the paper) compares the mask that the prediction stands for.
         if self.config.diffusion.mask_loss_weight:
             metrics["mse"] = loss
             clean, _ = self.schedule.x0_and_eps(prediction, noisy, t)
@@ -144,13 +163,14 @@ class SegmentationTask(Task):
     def _latents(
         self, frozen: Params, batch: Batch, drawn: Any
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k h w c"]]:
-        """Of the images and of their masks: those of a cache, or encoded here."""
+        """Latents of the images and of their mask images, from the cache or freshly encoded."""
         if "image_latent" in batch:
             return batch["image_latent"], batch["mask_latent"]
+
         image = to_unit(batch["image"])
         masks = self.codec.encode(batch["label"], batch["query_class"], drawn)
 
-        # An image goes beside its masks, so that no device hands one to another.
+        # Concatenated per image, so that each device encodes its own rows and nothing is resharded.
         images = jnp.concatenate([image[:, None], masks], axis=1)
         latents = self.vae.encode(frozen["vae"], images.reshape(-1, *image.shape[1:]))
         latents = latents.reshape(*images.shape[:2], *latents.shape[1:])
@@ -159,13 +179,16 @@ class SegmentationTask(Task):
     def _text(
         self, frozen: Params, rows: Int[Array, "b t"], keys: Array, whole: Batch | None
     ) -> tuple[Float[Array, "b t l d"], Bool[Array, "b t l"]]:
-        """Tokens and masks of the texts, varied as the configuration asks."""
+        """Tokens and token masks of the texts, with the configured noise and word dropout."""
         tokens, mask = asked(frozen["bank"], rows.reshape(-1))
+
+        # The noise is relative to the tokens of the full batch, so that accumulation changes nothing.
         every = None
         if whole is not None:
             whole_rows = self.codec.text_rows(whole["query"])
             every, _ = asked(frozen["bank"], whole_rows.reshape(-1))
 
+        # Of the three keys the first is for the noise of mask images; the others vary the text.
         draws = self._keys(keys, rows.shape[1])
         tokens = self._noisy_text(tokens, draws[:, 1], every)
         mask = self._fewer_words(mask, draws[:, 2])
@@ -174,9 +197,14 @@ class SegmentationTask(Task):
     def _mask_loss(
         self, frozen: Params, batch: Batch, clean: Array, valid: Array, t: Int[Array, " n"], drawn: Any
     ) -> Array:
-        """Mean of the auxiliary loss over all mask images; those at low noise count as zero."""
+        """Mean of the codec's auxiliary loss over all mask images; those at low noise count as zero.
+
+        clean: the predicted clean latents [n, h, w, c].
+        """
         label = batch["label"]
         counts = t >= self.config.diffusion.mask_loss_from * self.schedule.num_timesteps
+
+        # Latents that the loss compares with: kept as a frozen part, or encoded here.
         anchors = frozen.get(ANCHORS)
         if anchors is None and (images := self.codec.anchors(label.shape[1])) is not None:
             anchors = self.vae.encode(frozen["vae"], images)
@@ -184,9 +212,14 @@ class SegmentationTask(Task):
         return jnp.mean(counts * loss)
 
     def _valid_cells(self, valid: Bool[Array, "n h w"], whole: Batch | None) -> Array:
-        """What the sum of the errors is divided by; of an accumulated batch, the parts' mean."""
+        """Divisor of the summed errors: the number of valid cells, at least 1.
+
+        For a microbatch it is the full batch's number times the microbatch's share of it, so that the
+        mean of the microbatches' losses is the loss of the full batch.
+        """
         if whole is None:
             return jnp.maximum(valid.sum(), 1)
+
         images, queries = whole["query"].shape
         masks = self.codec.num_images(queries)
         cells = masks * latent_validity(whole["label"], self.vae.config.factor).sum()
@@ -199,9 +232,10 @@ class SegmentationTask(Task):
     def _noisy_text(
         self, tokens: Float[Array, "n l d"], keys: Array, every: Float[Array, "m l d"] | None = None
     ) -> Float[Array, "n l d"]:
-        """Tokens with a little noise: neighbours of a trained name should mean the same.
+        """Adds a little noise to tokens, so that names close to a trained one mean the same.
 
-        every: those of the whole batch, whose deviation counts; None: `tokens` are.
+        every: tokens of the full batch, whose standard deviation scales the noise; None if `tokens` are
+          the full batch.
         """
         scale = self.config.data.text_noise
         if not scale:
@@ -211,7 +245,7 @@ class SegmentationTask(Task):
         return tokens + scale * deviation * draws
 
     def _fewer_words(self, mask: Bool[Array, "n l"], keys: Array) -> Bool[Array, "n l"]:
-        """Leaves some queries nothing but the sentence token, which is the last one."""
+        """Hides all words of some queries; the sentence token, which is the last one, stays."""
         rate = self.config.data.word_dropout
         if not rate:
             return mask
@@ -229,11 +263,13 @@ class SegmentationTask(Task):
         seed: int | Array | None = None,
         decoder: str = "vae",
     ) -> Float[Array, "n q e h w"]:
-        """What every member says of every query: of `frozen["bank"]`, or of a closed codec's classes.
+        """Evidence of every ensemble member for every query, in [-1, 1] for the binary codec.
 
-        index: names the image in the draws of the initial noise. seed: number or key of those draws,
-        by default the configuration's. frozen["bank"]: texts for all images, or [n, q, ...] for each.
-        decoder: "latent_mean" and "probe" are cheaper than "vae"; the former leaves one member.
+        Args:
+          frozen: frozen["bank"] has the texts, for all images together or [n, q, ...] for each.
+          index: identifies each image in the draws of the initial noise.
+          seed: number or key of those draws; by default the configuration's seed.
+          decoder: "vae"; "latent_mean" and "probe" are cheaper, and the former leaves one member.
         """
         latents = self.sample(params, frozen, image, index, estep, seed=seed)
         _, height, width, _ = image.shape
@@ -249,7 +285,7 @@ class SegmentationTask(Task):
         *,
         seed: int | Array | None = None,
     ) -> Float[Array, "n k e h w c"]:
-        """The mask latents that `evidence` reads; a larger ensemble begins with the smaller one."""
+        """Samples the mask latents; the first members of a larger ensemble are the smaller one's."""
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
         seed = self.config.seed if seed is None else seed
 
@@ -267,8 +303,10 @@ class SegmentationTask(Task):
         )
 
     def _context(self, bank: Params) -> tuple[Array, Array]:
-        """What cross-attention sees for each mask image: [k, l, d] for all images, or [n, k, l, d]."""
+        """Tokens for cross-attention, one row per mask image: [k, l, d], or [n, k, l, d] per image."""
         tokens, mask = bank["tokens"], bank["mask"]
+
+        # The codec takes a leading axis of images.
         if tokens.ndim == 4:
             return self.codec.context(tokens, mask)
         tokens, mask = self.codec.context(tokens[None], mask[None])
@@ -281,7 +319,7 @@ class SegmentationTask(Task):
         size: tuple[int, int],
         decoder: str = "vae",
     ) -> Float[Array, "n q e H W"]:
-        """Mask latents to evidence at `size` pixels."""
+        """Turns mask latents into evidence at `size` = (height, width) pixels."""
         if decoder == "probe":
             return enlarge(self.codec.read_latents(latents), *size)
         if decoder == "latent_mean":
@@ -308,12 +346,13 @@ class SegmentationTask(Task):
         return unet(jnp.concatenate([image_latent, x], axis=-1), t, tokens, mask)
 
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
+        """Writes the U-Net in diffusers' layout, and the codec's state beside it."""
         save_component((self.unet_config, params), folder, metadata=metadata)
         save_state(self.codec, folder)
 
 
 def negative_shares(batch: Batch) -> dict[str, Array]:
-    """The rates of queries for absent classes that sampling really gave, where it tells them."""
+    """Shares of the batch's queries that name absent classes; empty if the stream does not tell."""
     if "query_kind" not in batch:
         return {}
     kind = batch["query_kind"]
