@@ -27,7 +27,7 @@ from digseg_jax.io.storage import AnyPath, write_bytes, write_json
 from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime import tpu
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.mesh_choice import chosen
+from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.tasks.parts import for_devices
 
 # Suffixes of bytes in the compiler's messages, and two forms of its message about too little memory.
@@ -54,7 +54,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     config = for_devices(config, target.meant)
     architecture = Architecture.of(config.model)
     task, _ = programs.train_task(config, architecture, 1)
-    choice = chosen(config, task, target.devices, target.hbm_bytes, target.chip)
+    choice = choose_mesh(config, task, target.devices, target.hbm_bytes, target.chip)
     mesh = make_mesh(choice, target.devices)
 
     # Lower: JAX's own part, which needs no device.

@@ -24,10 +24,10 @@ from digseg_jax.training.tasks.parts import (
     ANCHORS,
     Parts,
     Vae,
+    adapt_unet,
+    anchors_for_cache,
     check_sizes,
     compute_options,
-    kept_anchors,
-    widened,
 )
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import catalog, load_config
@@ -109,10 +109,10 @@ def abstract_parts(
 
     # Frozen arguments of the train step, as a run has them.
     frozen: Params = {"vae": abstract, "bank": bank_shapes(prompts, model, architecture)}
-    anchors = jax.eval_shape(lambda: kept_anchors(config, codec))
+    anchors = jax.eval_shape(lambda: anchors_for_cache(config, codec))
     if anchors is not None:
         frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config, architecture))
-    unet = widened(architecture.unet, vae, model, architecture.text_width)
+    unet = adapt_unet(architecture.unet, vae, model, architecture.text_width)
     check_sizes(config, vae, unet)
     return Parts(vae, codec, unet, ("",) * prompts, frozen)
 

@@ -34,7 +34,7 @@ from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import count_views
-from digseg_jax.training.mesh_choice import chosen
+from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_params
@@ -92,7 +92,7 @@ class PretrainedSegmenter(Segmenter):
     def __init__(self, task: SegmentationTask, folder: Path, description: Description):
         calibration = folder / CALIBRATION
         scale = json.loads(calibration.read_text())["scale"] if calibration.is_file() else 2.0
-        mesh = make_mesh(chosen(task.config, task, jax.devices()))
+        mesh = make_mesh(choose_mesh(task.config, task, jax.devices()))
         super().__init__(task, load_params(folder, task.abstract), mesh=mesh, scale=float(scale))
         self.folder, self.description = folder, description
 

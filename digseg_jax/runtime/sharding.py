@@ -36,7 +36,7 @@ TENSOR_RULES: tuple[tuple[str, int], ...] = (
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of a configuration, over all devices by default.
 
-    config.mesh.fsdp=0 counts as 1 here; runs call `training.mesh_choice.chosen` first.
+    config.mesh.fsdp=0 counts as 1 here; runs call `training.mesh_choice.choose_mesh` first.
 
     Raises:
       UserError: the axis sizes do not multiply to the number of devices.

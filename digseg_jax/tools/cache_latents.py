@@ -51,7 +51,7 @@ from digseg_jax.log import log
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.profiling import use_compile_cache
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.tasks.latents import Crop, FrozenParts, LatentEncoder, made_with
+from digseg_jax.training.tasks.latents import Crop, FrozenParts, LatentEncoder, cache_facts
 from digseg_jax.training.tasks.parts import for_devices
 
 SHARD_EXAMPLES = 256  # 300 MB at 512 pixels and eight classes per image
@@ -81,7 +81,7 @@ def run(config: Config) -> None:
     encoder = LatentEncoder(frozen, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
 
     # The same settings go into every plan, so that training can tell whether a cache fits.
-    facts = made_with(config, frozen)
+    facts = cache_facts(config, frozen)
     parts = training_parts(config.data)
     tables = cover_tables([spec for _, spec, _ in parts])
     folders = cache_folders(config.data.latent_cache, parts)

@@ -61,7 +61,7 @@ class Needs:
         return (self.state + self.frozen) / fsdp + self.temporaries
 
 
-def chosen(
+def choose_mesh(
     config: Config,
     task: Trainable,
     devices: list[jax.Device],
@@ -91,7 +91,7 @@ def chosen(
     chip = chip or chip_of(devices[0].device_kind)
     memory = memory or (chip.hbm_bytes if chip else least_memory(devices))
     needs = needs_of(config, task, max(len(devices) // mesh.tensor, 1))
-    group = joined(devices) // mesh.tensor
+    group = count_joined(devices) // mesh.tensor
     fsdp = fsdp_for(needs, chip, group, memory * USABLE)
 
     # Say what was chosen, from what.
@@ -157,7 +157,7 @@ def activation_bytes(config: Config, task: Trainable) -> float:
     return CELL_BYTES * cells * width * KEPT[config.model.remat]
 
 
-def joined(devices: list[jax.Device]) -> int:
+def count_joined(devices: list[jax.Device]) -> int:
     """Number of devices that fast links join: the smallest TPU slice, or host of other devices.
 
     For groups of unequal sizes it is their greatest common divisor, so that no group of the mesh spans

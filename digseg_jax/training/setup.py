@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from digseg_jax.config.schema import Config
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.mesh_choice import chosen
+from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.parts import for_devices
@@ -50,4 +50,4 @@ def set_up(config: Config) -> Setup:
 
     # The task first: the choice of the mesh needs the shapes of its state.
     task: Task = TASKS[config.task](config)
-    return Setup(config, task, make_mesh(chosen(config, task, devices)))
+    return Setup(config, task, make_mesh(choose_mesh(config, task, devices)))

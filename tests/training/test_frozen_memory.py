@@ -76,7 +76,7 @@ def test_so_do_those_of_a_latent_cache(config):
     task = FrozenParts(config)
     encoder = LatentEncoder(task, tiny.mesh(1, DEVICES), rows=DEVICES)
     images = np.zeros((3, 64, 64, 3), np.uint8)
-    assert encoder.pictures(images).shape == (3, 8, 8, 4)
+    assert encoder.images(images).shape == (3, 8, 8, 4)
     assert_even(before, sum(x.nbytes for x in jax.tree.leaves(task.frozen)) / DEVICES)
 
 

@@ -21,7 +21,7 @@ from digseg_jax.recipes import stable_diffusion
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training import mesh_choice
-from digseg_jax.training.mesh_choice import Needs, chosen, fsdp_for, joined
+from digseg_jax.training.mesh_choice import Needs, choose_mesh, count_joined, fsdp_for
 
 SD = Needs(state=17.3e9, frozen=0.4e9, temporaries=2.8e9)  # two images a device
 
@@ -69,11 +69,13 @@ def test_a_small_state_is_held_whole():
 
 
 def test_links_join_a_slice_or_a_host():
-    assert joined(devices(32, "TPU v5 lite", "tpu", 16, "slice_index")) == 16
-    assert joined(devices(16, "NVIDIA H100", "gpu", 8, "slice_index")) == 8
-    assert joined(devices(4, "cpu", "cpu", 2, "process_index")) == 2
+    assert count_joined(devices(32, "TPU v5 lite", "tpu", 16, "slice_index")) == 16
+    assert count_joined(devices(16, "NVIDIA H100", "gpu", 8, "slice_index")) == 8
+    assert count_joined(devices(4, "cpu", "cpu", 2, "process_index")) == 2
     alike = {"platform": "tpu", "process_index": 3}
-    assert joined([SimpleNamespace(**alike), SimpleNamespace(platform="tpu", process_index=0)]) == 2
+    assert (
+        count_joined([SimpleNamespace(**alike), SimpleNamespace(platform="tpu", process_index=0)]) == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_the_users_own_command(sd15, caplog, monkeypatch, kind, platform, count,
     monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
     caplog.set_level(logging.INFO, "digseg_jax")
     there = devices(count, kind, platform, group, "slice_index")
-    assert chosen(*sd15, there) == MeshConfig(data=-1, fsdp=wanted, tensor=1)
+    assert choose_mesh(*sd15, there) == MeshConfig(data=-1, fsdp=wanted, tensor=1)
     (line,) = [r.getMessage() for r in caplog.records]
     assert f"{wanted} chosen for {count} x {kind[:6]}" in line and "\n" not in line
 
@@ -108,15 +110,15 @@ def test_what_is_set_stays(sd15):
     config, task = sd15
     there = devices(16, "TPU v5 lite", "tpu", 16, "slice_index")
     for mesh in (MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=-1)):
-        assert chosen(dataclasses.replace(config, mesh=mesh), task, there) == mesh
+        assert choose_mesh(dataclasses.replace(config, mesh=mesh), task, there) == mesh
     asked = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=0))
-    assert chosen(asked, task, there) == MeshConfig(data=4, fsdp=-1)
+    assert choose_mesh(asked, task, there) == MeshConfig(data=4, fsdp=-1)
 
 
 def test_simulated_devices_hold_small_models_whole(folders):
     config = tiny.config(folders, mesh__fsdp=0)
     task, _ = programs.train_task(config, Architecture.of(config.model), 1)
-    mesh = make_mesh(chosen(config, task, jax.devices()))
+    mesh = make_mesh(choose_mesh(config, task, jax.devices()))
     assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
@@ -127,7 +129,7 @@ def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_p
     config = tiny.config(folders, mesh__fsdp=0)
     tiny.export(config, tmp_path / "export")
     task, _ = programs.train_task(config, Architecture.of(config.model), 1)
-    trained = make_mesh(chosen(config, task, jax.devices()))
+    trained = make_mesh(choose_mesh(config, task, jax.devices()))
     assert trained.shape["fsdp"] == len(jax.devices()) > 1
 
     meshes = []

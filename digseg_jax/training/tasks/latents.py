@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen parts of the segmentation task on their own: images and masks to latents, for a cache."""
+"""Encodes images and masks to latents, for a cache, with only the frozen parts of the task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 
 class Crop(NamedTuple):
-    """What is encoded of an example; classes: those whose masks show at least one pixel."""
+    """The square of an example that is encoded.
+
+    classes: those whose masks show at least one pixel.
+    """
 
     name: str
     image: UInt8[np.ndarray, "s s 3"]
@@ -41,7 +44,7 @@ class Crop(NamedTuple):
 
 
 class FrozenParts:
-    """A configuration's autoencoder and codec; neither text tower nor U-Net is loaded.
+    """A configuration's autoencoder and codec, without the text tower and the U-Net.
 
     Raises:
       UserError: the autoencoder is missing, or cannot take images of this size.
@@ -58,21 +61,23 @@ class FrozenParts:
             )
         self.codec.prepare(self.vae.on_host(params))
 
-    def picture_latents(
-        self, frozen: Params, image: UInt8[Array, "b s s 3"]
-    ) -> Float[Array, "b h w c"]:
+    def image_latents(self, frozen: Params, image: UInt8[Array, "b s s 3"]) -> Float[Array, "b h w c"]:
+        """Encodes images, uint8."""
         return self.vae.encode(frozen["vae"], to_unit(image))
 
     def mask_latents(
         self, frozen: Params, label: Int[Array, "b s s"], covers: Int[Array, "b m"]
     ) -> Float[Array, "b h w c"]:
-        """One mask image for each label, of the ids that its class covers, or of all classes."""
+        """Encodes one mask of each label: of the ids that `covers` names, or of all classes at once.
+
+        covers: ids of the class that is asked for, padded with -1.
+        """
         masks = self.codec.encode(label, covers[:, None])[:, 0]
         return self.vae.encode(frozen["vae"], masks)
 
 
-def made_with(config: Config, parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
-    """What cached latents depend on beside the data: keys of `shards.latents.MADE_WITH`, JSON-ready."""
+def cache_facts(config: Config, parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
+    """Facts that cached latents depend on beside the data; keys of `shards.latents.MADE_WITH`."""
     facts: dict[str, Any] = {
         "image_size": config.data.image_size,
         "codec": config.segmentation.codec,
@@ -85,7 +90,7 @@ def made_with(config: Config, parts: FrozenParts | SegmentationTask) -> dict[str
 
 
 def fingerprint(vae: Vae, params: Params) -> str:
-    """Identifies an autoencoder by its architecture and every weight, whatever name it goes by."""
+    """Digest of an autoencoder's architecture and of every weight, whatever name it goes by."""
     digest = hashlib.sha256(repr(vae.config).encode())
     for path, leaf in sorted(trees.flatten(params).items()):
         array = np.ascontiguousarray(jax.device_get(leaf))
@@ -95,11 +100,11 @@ def fingerprint(vae: Vae, params: Params) -> str:
 
 
 class LatentEncoder:
-    """Crops to records, in two compiled programs of one number of rows, split over a mesh.
+    """Turns crops into records of latents, by two compiled programs: for images, and for masks.
 
-    The autoencoder is split over it by the rule table, as in the train step.
+    Rows of a call are split over the mesh, and the autoencoder by the rule table, as in the train step.
 
-    rows: pictures or masks of a call, rounded up to the devices.
+    rows: images or masks of a call; rounded up to a multiple of the devices.
     """
 
     def __init__(self, parts: FrozenParts, mesh: Mesh, rows: int):
@@ -108,6 +113,8 @@ class LatentEncoder:
         self.size = parts.config.data.image_size
         side = self.size // parts.vae.config.factor
         self.shape = (side, side, parts.vae.config.latent_channels)
+
+        # Frozen parts are placed once; only rows travel with each call.
         self._batch = NamedSharding(mesh, BATCH)
         shardings = infer_shardings(parts.frozen, mesh)
         self._frozen = place(parts.frozen, shardings)
@@ -120,25 +127,32 @@ class LatentEncoder:
                 compiler_options=compiler_options(mesh.devices.flat[0].platform),
             )
 
-        self._pictures = compiled(parts.picture_latents, 1)
+        self._images = compiled(parts.image_latents, 1)
         self._masks = compiled(parts.mask_latents, 2)
 
     def records(self, crops: Sequence[Crop], covers: Int[np.ndarray, "c m"]) -> Iterator[bytes]:
-        """Two records for each crop: as it is, then mirrored. covers: ids of each class's mask."""
+        """Yields two records for each crop: as it is, then mirrored.
+
+        covers: ids of each class's mask, padded with -1.
+        """
+        # Every view of every crop, and the (view, class) pairs whose masks are encoded.
         images = np.stack([view for c in crops for view in (c.image, c.image[:, ::-1])])
         labels = np.stack([view for c in crops for view in (c.label, c.label[:, ::-1])])
         shown = [c.classes if self.one_by_one else (0,) for c in crops for _ in range(2)]
         asked = np.asarray([(k, c) for k, own in enumerate(shown) for c in own], int).reshape(-1, 2)
-        pictures = self.pictures(images)
-        masks = self.masks(labels, asked[:, 0], covers[asked[:, 1]])
+        image_latents = self.images(images)
+        mask_latents = self.masks(labels, asked[:, 0], covers[asked[:, 1]])
+
+        # The masks come in one row of all views; cut it where a view's own end.
         ends = np.cumsum([len(own) for own in shown])
-        for k, own in enumerate(np.split(masks, ends[:-1])):
+        for k, own in enumerate(np.split(mask_latents, ends[:-1])):
             crop = crops[k // 2]
-            latents = np.concatenate([pictures[k : k + 1], own])
+            latents = np.concatenate([image_latents[k : k + 1], own])
             yield encode_record(crop.name, labels[k], crop.classes, latents)
 
-    def pictures(self, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n h w c"]:
-        return self._run(self._pictures, len(images), lambda rows: (images[rows],))
+    def images(self, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n h w c"]:
+        """Encodes any number of images."""
+        return self._run(self._images, len(images), lambda rows: (images[rows],))
 
     def masks(
         self,
@@ -146,11 +160,11 @@ class LatentEncoder:
         which: Int[np.ndarray, " n"],
         covers: Int[np.ndarray, "n m"],
     ) -> Float[np.ndarray, "n h w c"]:
-        """The masks of labels[which[i]] that show the ids covers[i]."""
+        """Encodes the masks of labels[which[i]] that show the ids covers[i], for every i."""
         return self._run(self._masks, len(which), lambda rows: (labels[which[rows]], covers[rows]))
 
     def absent(self, covers: Int[np.ndarray, "c m"]) -> Float[np.ndarray, "h w c"]:
-        """The latent of a mask that shows nothing."""
+        """Latent of a mask that shows nothing."""
         nothing = np.full((1, self.size, self.size), -1, np.int32)
         return self.masks(nothing, np.zeros(1, int), covers[:1])[0]
 
@@ -160,23 +174,28 @@ class LatentEncoder:
         count: int,
         read: Callable[[np.ndarray], tuple[np.ndarray, ...]],
     ) -> Float[np.ndarray, "n h w c"]:
-        """All calls are begun before the first result is fetched."""
+        """Calls a program on `count` rows, `self.rows` at a time.
+
+        read: the program's arguments for the given rows.
+        """
+        # All calls are dispatched before the first result is fetched, so the device never waits.
         parts = []
         for start in range(0, count, self.rows):
             rows = np.minimum(np.arange(start, start + self.rows), count - 1)  # repeats the last
             placed = [jax.device_put(array, self._batch) for array in read(rows)]
             parts.append(program(self._frozen, *placed))
+
         if not parts:
             return np.zeros((0, *self.shape), np.float32)
         return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
 def check_cache(config: Config, task: FrozenParts | SegmentationTask) -> None:
-    """What only the task knows of a cache that is to be trained from; the reader checks the rest.
+    """Checks that a latent cache was made with this task's parts; its reader checks the data.
 
     Raises:
-      UserError: not finished, or made with another autoencoder, size, codec or precision.
+      UserError: it is not finished, or made with another autoencoder, size, codec or precision.
     """
-    facts = made_with(config, task)
+    facts = cache_facts(config, task)
     for folder in cache_folders(config.data.latent_cache, training_parts(config.data)):
         require(folder, read_manifest(folder), facts)

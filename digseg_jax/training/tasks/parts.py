@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tasks are made of: frozen VAE, prompt bank, codec, schedule, training draws of (t, noise)."""
+"""The parts that tasks are made of: frozen VAE, prompt bank, codec, schedule, draws of (t, noise)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from digseg_jax.segmentation.codecs import make_codec
 from digseg_jax.segmentation.prompt_bank import PromptBank, encode_prompts, with_sentence_token
 from digseg_jax.weights import TextTower, load_component, load_config, load_text_tower
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
-PORTABLE = "chunked"
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")  # legal classes of config.model.vae
+PORTABLE = "chunked"  # attention that every device runs
 ANCHORS = "anchors"  # key of the frozen tree; see `Codec.anchors`
 
 
 def identity(x: Array) -> Array:
+    """Returns its argument."""
     return x
 
 
@@ -44,7 +45,7 @@ def identity(x: Array) -> Array:
 class Vae:
     """The frozen autoencoder as functions of its parameters; latents here are *scaled*.
 
-    limit: pictures that a device takes at a time; 0: all of a batch.
+    limit: images that a device takes at a time; 0: all of a batch.
     """
 
     graphdef: nnx.GraphDef
@@ -63,10 +64,10 @@ class Vae:
     def decode(
         self, params: Params, latent: Float[Array, "b h w c"], read: Callable[[Array], Array] = identity
     ) -> Array:
-        """Pictures float [b, H, W, 3], or what `read` makes of them.
+        """Decodes latents to images, float [b, H, W, 3] in [-1, 1], or to what `read` makes of them.
 
-        A few pictures of `limit` at a time are read before the next are made: many pictures with
-        their three channels would fill a TPU's memory, whose tiles are 128 channels wide.
+        `read` gets at most `limit` images, before the next ones are decoded: all images of a batch at
+        once would fill a TPU's memory, which stores three channels in tiles of 128.
         """
         vae = functional.merge(self.graphdef, params)
 
@@ -87,11 +88,15 @@ class Vae:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a segmentation task is made of, beside its configuration.
+    """Everything that a segmentation task needs beside its configuration.
 
-    unet: with the inputs that it gets here. prompts: the bank's texts. tower: encodes further queries;
-    None where none will be asked. frozen: arrays, or their shapes: "vae", "bank" (tokens and mask of
-    each prompt) and, where training needs them without the autoencoder, `ANCHORS`.
+    vae: the autoencoder's functions; its parameters are in `frozen`.
+    codec: between masks and images.
+    unet: architecture, with the inputs that it gets here.
+    prompts: texts of the bank.
+    frozen: arrays, or their shapes: "vae", "bank" (tokens and mask of each prompt) and, where training
+      needs them without the autoencoder, `ANCHORS`.
+    tower: encodes further queries; None where none will be asked.
     """
 
     vae: Vae
@@ -113,29 +118,32 @@ def load_parts(config: Config, prompts: Sequence[str] | None = None) -> Parts:
     vae, vae_params = load_vae(model)
     tower = load_tower(model)
 
+    # Frozen arrays: the autoencoder, the encoded prompts, and what a cache of latents cannot give.
     prompts = codec.texts(bank_prompts(config.data) if prompts is None else prompts)
     frozen: Params = {"vae": vae_params, "bank": bank_arrays(encode_bank(tower, prompts, model))}
-    anchors = kept_anchors(config, codec)
+    anchors = anchors_for_cache(config, codec)
     if anchors is not None:
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
 
-    unet = widened(load_config(assets.resolve(model.unet)), vae, model, tower.width)
+    # The U-Net's architecture is enough here: its weights are the task's to load.
+    unet = adapt_unet(load_config(assets.resolve(model.unet)), vae, model, tower.width)
     check_fit(config, vae, tower, unet)
     return Parts(vae, codec, unet, prompts, frozen, tower)
 
 
-def kept_anchors(config: Config, codec: Codec) -> Array | None:
-    """The images whose latents are frozen parts; None: none.
+def anchors_for_cache(config: Config, codec: Codec) -> Array | None:
+    """The codec's anchor images, if their latents must be frozen parts; None otherwise.
 
-    The auxiliary loss measures by them, and training from cached latents runs no autoencoder.
+    The auxiliary mask loss compares with these latents, and training from cached latents has no
+    autoencoder in its step to make them.
     """
     if not (config.data.latent_cache and config.diffusion.mask_loss_weight):
         return None
     return codec.anchors(config.data.image_size)
 
 
-def widened(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) -> UNetConfig:
-    """The U-Net of a checkpoint with the image's latent beside the mask's, and the text's width."""
+def adapt_unet(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) -> UNetConfig:
+    """A checkpoint's U-Net configuration with both latents as input and this text tower's width."""
     return dataclasses.replace(
         unet,
         in_channels=2 * vae.config.latent_channels,
@@ -145,7 +153,7 @@ def widened(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) -> 
 
 
 def compute_options(config: ModelConfig) -> dict[str, Any]:
-    """Constructor arguments of a model that say how it computes."""
+    """Constructor arguments of a model: precision and kernels."""
     attention = PORTABLE if config.attention == "auto" else config.attention
     return {
         "dtype": jnp.dtype(config.dtype),
@@ -156,7 +164,7 @@ def compute_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def unet_options(config: ModelConfig) -> dict[str, Any]:
-    """`compute_options`, and those that the U-Net alone has."""
+    """Constructor arguments of the U-Net: `compute_options`, and those that it alone has."""
     fused = config.feed_forward == "fused"
     return compute_options(config) | {
         "remat": config.remat,
@@ -165,12 +173,14 @@ def unet_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
-    """The configuration with "auto" replaced by the way to compute that suits the devices.
+    """The configuration with each "auto" replaced by the kernel that suits the devices.
 
     Raises:
       UserError: the devices cannot run `config.model.attention` or `config.model.feed_forward`.
     """
     platform, dtype = devices[0].platform, config.model.dtype
+
+    # A kernel that was asked for by name must run here.
     name: str = config.model.attention
     if reason := unfit(name, devices[0], dtype):
         raise UserError(f"config.model.attention={name!r} {reason}; legal: auto, plain, chunked")
@@ -180,6 +190,9 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
             "config.model.feed_forward='fused' runs on TPUs only, the devices here are of platform "
             f"{platform!r}; legal: auto, plain"
         )
+
+    # "auto": the fused feed-forward holds its weights whole, so not where `tensor` splits them; of
+    # attention kernels the first that fits.
     if feed_forward == "auto":
         feed_forward = "fused" if platform == "tpu" and config.mesh.tensor == 1 else "plain"
     conv = config.model.conv
@@ -188,13 +201,14 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     if name == "auto":
         fits = (kernel for kernel in PLATFORMS if not unfit(kernel, devices[0], dtype))
         name = next(fits, PORTABLE)
+
     chosen: dict[str, Any] = {"conv": conv, "attention": name, "feed_forward": feed_forward}
     model = dataclasses.replace(config.model, **chosen)
     return dataclasses.replace(config, model=model)
 
 
 def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
-    """Raises UserError if the weights are missing or no autoencoder."""
+    """Loads the frozen autoencoder; raises UserError if it is missing or another kind of model."""
     model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config))
     graphdef, params = functional.split(model)
     vae_config = model.config  # type: ignore[attr-defined]  # every model has one
@@ -202,12 +216,12 @@ def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
 
 
 def load_tower(config: ModelConfig) -> TextTower:
-    """The frozen text tower; raises UserError if it is missing."""
+    """Loads the frozen text tower; raises UserError if it is missing."""
     return load_text_tower(assets.resolve(config.text), skip_layers=config.text_skip_layers)
 
 
 def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -> PromptBank:
-    """The prompts' tokens, with a sentence token behind them if the configuration wants one.
+    """Encodes prompts to tokens, with a sentence token behind them if the configuration has one.
 
     Raises:
       UserError: an empty prompt or one of too many tokens, or too large a length.
@@ -223,7 +237,7 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
         tower.tokenizer,
         prompts,
         max_length=length,
-        # a tower that is no CLIP's was trained with its padding masked, whatever the U-Net saw
+        # Text towers other than CLIP were trained with their padding masked, whatever the U-Net saw.
         mask_padding=config.mask_padding or not tower.causal,
     )
     return with_sentence_token(bank) if config.sentence_token else bank
@@ -234,12 +248,13 @@ def bank_arrays(bank: PromptBank) -> Params:
     return {"tokens": bank.tokens, "mask": bank.mask}
 
 
-def asked(bank: Params, query: Int[Array, "*n"]) -> tuple[Array, Array]:
-    """Tokens [*n, l, d] and mask [*n, l] of a bank's rows, in a traced program or outside."""
+def bank_rows(bank: Params, query: Int[Array, "*n"]) -> tuple[Array, Array]:
+    """Tokens [*n, l, d] and mask [*n, l] of the bank's rows of queries, traced or not."""
     return jnp.asarray(bank["tokens"])[query], jnp.asarray(bank["mask"])[query]
 
 
-def schedule_of(config: DiffusionConfig) -> Schedule:
+def schedule_from(config: DiffusionConfig) -> Schedule:
+    """Makes the noise schedule of a configuration."""
     return make_schedule(
         config.num_train_timesteps,
         config.beta_start,
@@ -252,38 +267,43 @@ def schedule_of(config: DiffusionConfig) -> Schedule:
 def draw_noise_and_timestep(
     keys: Array, shape: tuple[int, ...], config: DiffusionConfig, schedule: Schedule
 ) -> tuple[Float[Array, "b h w c"], Array]:
-    """One noise and one timestep per key: [b, *shape] and int32 [b]."""
+    """Draws one noise and one timestep per key: float [b, *shape] and int32 [b]."""
     return jax.vmap(partial(_draw, shape=shape, config=config, schedule=schedule))(keys)
 
 
 def _draw(
     key: Array, shape: tuple[int, ...], config: DiffusionConfig, schedule: Schedule
 ) -> tuple[Array, Array]:
+    """`draw_noise_and_timestep` of one key."""
     noise_key, time_key = jax.random.split(key)
+
     if config.timestep_sampling == "uniform":
         t = timesteps.uniform(time_key, schedule)
     else:
         t = timesteps.high_noise(
             time_key, schedule, a=config.high_noise_a, terminal_fraction=config.terminal_fraction
         )
+
+    # Marigold's: the noisier the timestep, the coarser the noise may be.
     if config.noise == "multires":
         strength = config.multires_strength * t / schedule.num_timesteps
         return noise.multires(noise_key, shape, strength), t
     return noise.gaussian(noise_key, shape), t
 
 
-def picture_step(vae: Vae, unet: UNetConfig) -> int:
-    """Pixels that the sides of a picture must be multiples of."""
+def size_step(vae: Vae, unet: UNetConfig) -> int:
+    """Pixels that an image's sides must be multiples of, for the VAE and every level of the U-Net."""
     return vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
 
 
 def check_sizes(config: Config, vae: Vae, unet: UNetConfig) -> None:
-    """Checks that training crops and an evaluation's views can be halved as often as the parts do.
+    """Checks that training crops and the views of evaluation can be halved as often as the parts do.
 
     Raises:
       UserError: they cannot.
     """
-    step = picture_step(vae, unet)
+    step = size_step(vae, unet)
+
     sizes = {"data.image_size": (config.data.image_size,), "eval.view_size": config.eval.view_size}
     for key, sides in sizes.items():
         if any(side % step for side in sides):
@@ -294,7 +314,7 @@ def check_sizes(config: Config, vae: Vae, unet: UNetConfig) -> None:
 
 
 def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
-    """Checks what the parts must agree on.
+    """Checks that the parts fit together.
 
     Raises:
       UserError: a size that `check_sizes` refuses, or tokens of the wrong width.
@@ -308,5 +328,5 @@ def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> N
 
 
 def provenance(config: Config, **extra: str) -> dict[str, str]:
-    """What goes into the metadata of exported weights."""
+    """Metadata of exported weights: task, seed, number of steps, and `extra`."""
     return {"task": config.task, "seed": str(config.seed), "steps": str(config.train.steps)} | extra

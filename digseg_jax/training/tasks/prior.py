@@ -16,14 +16,14 @@ from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.training.tasks.parts import (
-    asked,
     bank_arrays,
+    bank_rows,
     check_fit,
     draw_noise_and_timestep,
     encode_bank,
     load_tower,
     load_vae,
-    schedule_of,
+    schedule_from,
     unet_options,
 )
 from digseg_jax.weights import save_component
@@ -35,7 +35,7 @@ class PriorTask(Task):
     def __init__(self, config: Config):
         arch, model = config.model.unet_arch, config.model
         self.config = config
-        self.schedule = schedule_of(config.diffusion)
+        self.schedule = schedule_from(config.diffusion)
         self.vae, vae_params = load_vae(model)
         tower = load_tower(model)
         (part,) = parts_of(config.data)
@@ -85,7 +85,7 @@ class PriorTask(Task):
         prediction = unet(
             self.schedule.add_noise(x0, noise, t),
             t,
-            *asked(frozen["bank"], query),
+            *bank_rows(frozen["bank"], query),
         )
         loss = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean()
         return loss, {"latent_std": x0.std()}

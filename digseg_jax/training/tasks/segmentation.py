@@ -28,10 +28,10 @@ from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.training.tasks.parts import (
     ANCHORS,
     Parts,
-    asked,
+    bank_rows,
     draw_noise_and_timestep,
     load_parts,
-    schedule_of,
+    schedule_from,
     unet_options,
 )
 from digseg_jax.weights import load_unet_params, save_component
@@ -50,7 +50,7 @@ class SegmentationTask(Task):
 
     def __init__(self, parts: Parts, config: Config):
         self.parts, self.config = parts, config
-        self.schedule = schedule_of(config.diffusion)
+        self.schedule = schedule_from(config.diffusion)
         self.vae, self.codec, self.frozen = parts.vae, parts.codec, parts.frozen
         self.prompts, self.unet_config = parts.prompts, parts.unet
         self.graphdef, self.abstract = functional.abstract(
@@ -180,13 +180,13 @@ class SegmentationTask(Task):
         self, frozen: Params, rows: Int[Array, "b t"], keys: Array, whole: Batch | None
     ) -> tuple[Float[Array, "b t l d"], Bool[Array, "b t l"]]:
         """Tokens and token masks of the texts, with the configured noise and word dropout."""
-        tokens, mask = asked(frozen["bank"], rows.reshape(-1))
+        tokens, mask = bank_rows(frozen["bank"], rows.reshape(-1))
 
         # The noise is relative to the tokens of the full batch, so that accumulation changes nothing.
         every = None
         if whole is not None:
             whole_rows = self.codec.text_rows(whole["query"])
-            every, _ = asked(frozen["bank"], whole_rows.reshape(-1))
+            every, _ = bank_rows(frozen["bank"], whole_rows.reshape(-1))
 
         # Of the three keys the first is for the noise of mask images; the others vary the text.
         draws = self._keys(keys, rows.shape[1])

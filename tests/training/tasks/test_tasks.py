@@ -26,7 +26,7 @@ from digseg_jax.training.setup import set_up
 from digseg_jax.training.step import initial_state, make_train_step
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask, binary_iou, color_error, mask_error
 from digseg_jax.training.tasks.base import example_keys, to_unit
-from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_of
+from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_from
 from digseg_jax.training.tasks.prior import PriorTask
 from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import load_component, load_params, save_component
@@ -270,7 +270,7 @@ def test_each_query_of_an_image_draws_its_own_noise_and_no_key_is_used_twice(seg
 
 def test_draws_are_a_pure_function_of_seed_and_index(folders):
     config = tiny.config(folders).diffusion
-    schedule = schedule_of(config)
+    schedule = schedule_from(config)
 
     def draw(index, seed=0):
         keys = example_keys(seed, np.asarray(index))
@@ -288,7 +288,7 @@ def test_every_choice_of_draws_gives_unit_noise_and_legal_timesteps(folders, noi
     changes = {"diffusion__noise": noise, "diffusion__timestep_sampling": sampling}
     config = tiny.config(folders, **changes).diffusion
     keys = example_keys(0, np.arange(256))
-    drawn, t = draw_noise_and_timestep(keys, (8, 8, 4), config, schedule_of(config))
+    drawn, t = draw_noise_and_timestep(keys, (8, 8, 4), config, schedule_from(config))
     # per example: coarse noise has a mean of its own, which a deviation over all would count
     assert float(drawn.std(axis=(1, 2, 3)).mean()) == pytest.approx(1.0, abs=0.01)
     assert int(t.min()) >= 0 and int(t.max()) <= 999
