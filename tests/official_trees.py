@@ -42,7 +42,7 @@ def grid(*values: int, height: int = H, width: int = W) -> np.ndarray:
 
 
 def voc_palette() -> list[int]:
-    """VOC's colour map: the bits of the index, dealt to the three channels from the top."""
+    """VOC's color map: the bits of the index, dealt to the three channels from the top."""
     colors = np.zeros((256, 3), int)
     for index in range(256):
         for bit in range(8):

@@ -130,7 +130,7 @@ def make_run(workdir: Path, images: int = 6) -> Path:
         "title": "Against gradient-boosted trees on the same tiles",
         "columns": ["method", "mIoU", "accuracy", "images"],
         "rows": [["this run", 0.5399, 0.8346, 64], ["trees", 0.5117, 0.8702, 64]],
-        "note": "Trees see colour and means over 9 and 41 pixels.",
+        "note": "Trees see color and means over 9 and 41 pixels.",
     })  # fmt: skip
     dump(workdir / "eval" / "suite_open_vocab.json", suite_results())
     dump(workdir / "config.json", {"seed": 0, "train": {"steps": 4000, "batch_size": 8}})

@@ -183,7 +183,7 @@ def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
     return (
         '<div class="toolbar"><div class="chips" role="group" '
         f'aria-label="Legend; choose a class to see only images with it">{"".join(chips)}'
-        '<span class="key"><span class="dot ignored"></span>not labelled</span></div>'
+        '<span class="key"><span class="dot ignored"></span>not labeled</span></div>'
         f'<div class="controls"><fieldset class="side"><legend>Compare input with</legend>{sides}'
         '</fieldset><label class="sort">Order <select id="sort" autocomplete="off">'
         '<option value="given">as drawn</option>'

@@ -86,7 +86,7 @@
     }
   }
 
-  // What is under the pointer: names by the colours of the two label pictures.
+  // What is under the pointer: names by the colors of the two label images.
   const names = new Map();
   for (const chip of document.querySelectorAll(".chip[data-class]")) {
     const dot = chip.querySelector(".dot");

@@ -68,7 +68,7 @@ def headline(results: Mapping[str, Any]) -> str:
     members, steps = results["ensemble"], results["steps"]
     facts = []
     if is_number(results.get("accuracy")):
-        meaning = "of the labelled pixels got the right class."
+        meaning = "of the labeled pixels got the right class."
         facts.append(_fact("Pixel accuracy", percent(results["accuracy"]), meaning))
     meaning = f"of the {esc(results['split'])} split."
     facts.append(_fact("Images", number(results["num_images"]), meaning))

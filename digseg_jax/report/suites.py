@@ -42,7 +42,7 @@ def _recall(row: Mapping[str, Any]) -> str:
         return ""
     cells = [[esc(k), number(v.get("pixels")), number(v.get("classes"))] for k, v in recall.items()]
     caption = f"{esc(row['dataset'])}: recall of the gate by the number of classes it lets through"
-    return table(["K", "of labelled pixels", "of present classes"], cells, caption)
+    return table(["K", "of labeled pixels", "of present classes"], cells, caption)
 
 
 def _classes(row: Mapping[str, Any]) -> str:

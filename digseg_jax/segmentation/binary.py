@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`binary` codec: one query, one mask; any texts, which do not exclude one another."""
+"""The `binary` codec: one black-and-white mask image for each query, whatever its text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from digseg_jax.segmentation.mask_loss import balanced_bce_and_dice, cell_shares
 
 
 class BinaryCodec(Codec):
-    """White where the query is seen, black elsewhere; read by the mean of the channels."""
+    """Paints a query white on black, and reads it by the mean of the channels."""
 
     name: ClassVar[str] = "binary"
     one_by_one: ClassVar[bool] = True
@@ -61,7 +61,7 @@ class BinaryCodec(Codec):
         return self.probe(latents)
 
     def anchors(self, size: int) -> Float[Array, "2 s s 3"]:
-        """An empty and a full mask."""
+        """An empty mask and a full one."""
         return jnp.broadcast_to(jnp.asarray([-1.0, 1.0])[:, None, None, None], (2, size, size, 3))
 
     def mask_loss(
@@ -73,7 +73,7 @@ class BinaryCodec(Codec):
         anchors: Float[Array, "2 h w c"] | None,
         drawn: Any = None,
     ) -> Float[Array, " n"]:
-        """Class-balanced cross-entropy plus Dice of the position between empty and full."""
+        """Class-balanced cross-entropy plus Dice of each cell's position between empty and full."""
         assert anchors is not None  # `anchors` is never None here
         masks = encode_binary(label, query_class)
         share = cell_shares(masks.reshape(-1, *masks.shape[2:]), label.shape[1] // latent.shape[1])
@@ -90,9 +90,10 @@ class BinaryCodec(Codec):
 def encode_binary(
     label: Int[Array, "b h w"], query_class: Int[Array, "b q"] | Int[Array, "b q m"]
 ) -> Float[Array, "b q h w 3"]:
-    """+1 where the label is the queried class, else -1, in three equal channels.
+    """Paints +1 where the label is the query's class, else -1, in three equal channels.
 
-    With a third axis, +1 where it is one of the m ids that the class covers (nested classes).
+    query_class: with a third axis, the m ids that the class covers (nested classes), padded with ids
+    that no label has.
     """
     if query_class.ndim == 2:
         query_class = query_class[..., None]
@@ -102,5 +103,5 @@ def encode_binary(
 
 
 def decode_binary(image: Float[Array, "*b h w 3"]) -> Float[Array, "*b h w"]:
-    """The evidence for a query: channel mean clipped to [-1, 1], positive where the query is seen."""
+    """Evidence for a query: mean of the channels, clipped to [-1, 1]; positive where it is seen."""
     return jnp.clip(image.mean(axis=-1), -1.0, 1.0)

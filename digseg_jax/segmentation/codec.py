@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of a codec: from queries to the mask images that the U-Net denoises, and back.
+"""The interface of a codec: turns queries into mask images for the U-Net, and mask images into scores.
 
 Optional methods have default bodies here. A new codec is a subclass in a module of its own and a row of
 `codecs.CODECS`.
@@ -37,13 +37,13 @@ class HostAutoencoder:
     factor: int
 
     def round_trip(self, image: Float[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h w 3"]:
-        """Images after encoding and decoding."""
+        """Encodes images and decodes them again."""
         return self.decode(self.encode(image))
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Translation of the queries about an image into mask images, and of mask images into scores.
+    """Interface of a codec: paints the answers to queries as mask images, and reads them back.
 
     Letters in shapes: b images; for each image q queries, k mask images that answer them and t texts
     that the U-Net reads; s scores are read from one mask image. In prediction k * s = q.
@@ -115,7 +115,7 @@ class Codec(Protocol):
         query_class: Int[Array, "b q"] | Int[Array, "b q m"],
         drawn: Any = None,
     ) -> Float[Array, "b k h w 3"]:
-        """The mask images of label maps with ignore = -1, in [-1, 1].
+        """Paints the mask images of label maps with ignore = -1, in [-1, 1].
 
         query_class: the class of each query, or the m ids that it covers (nested classes).
         """
@@ -123,7 +123,7 @@ class Codec(Protocol):
     def context(
         self, tokens: Float[Array, "b t l d"], mask: Bool[Array, "b t l"], drawn: Any = None
     ) -> tuple[Float[Array, "b k l2 d"], Bool[Array, "b k l2"]]:
-        """Tokens that cross-attention sees for each mask image; by default those of its own text."""
+        """Gives the tokens that cross-attention sees for each mask image; by default its own text's."""
         return tokens, mask
 
     def decode(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n s h w"]:
@@ -145,7 +145,7 @@ class Codec(Protocol):
         anchors: Float[Array, "a h w c"] | None,
         drawn: Any = None,
     ) -> Float[Array, " n"]:
-        """The auxiliary loss of each of n = b * k predicted latents, over its valid cells.
+        """Computes the auxiliary loss of each of n = b * k predicted latents, over its valid cells.
 
         anchors: latents of `anchors(H)`.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One probability of several members: combine, or decode their mean."""
+"""Turns the evidence of an ensemble's members into one probability for each query and pixel."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ def member_probabilities(
     *,
     exclusive: bool = False,
 ) -> Float[Array, "n q e h w"]:
-    """What each member alone says: sigmoid per query; softmax over those that exclude one another.
+    """Probabilities of each member on its own.
 
-    bias: one for each query, the same for all images or with a leading axis for each.
+    Args:
+      evidence: of n images, q queries and e members.
+      scale: factor from evidence to logits.
+      bias: added to each query's logits; the same for all images, or with a leading axis one for each.
+      exclusive: a pixel belongs to exactly one query: softmax over the queries instead of sigmoids.
     """
     logits = scale * evidence + bias[..., None, None, None]
     return jax.nn.softmax(logits, axis=1) if exclusive else jax.nn.sigmoid(logits)
@@ -29,11 +33,10 @@ def member_probabilities(
 def combine(
     members: Float[Array, "n q e h w"], rule: str = "mean", *, exclusive: bool = False
 ) -> Float[Array, "n q h w"]:
-    """One answer of the whole ensemble.
+    """Combines the members' probabilities by a rule of `ENSEMBLE_RULES`.
 
-    mean: of the probabilities (never of colours). median: theirs. vote: the share of members that
-    chose the query, which is the most probable one of its pixel if `exclusive` (closed sets), else
-    any with more than 0.5.
+    vote: the share of members that chose the query. A member chooses the pixel's most probable query
+    if they are `exclusive`, and otherwise each query above 0.5.
     """
     if rule == "mean":
         return members.mean(axis=2)
@@ -43,6 +46,7 @@ def combine(
         raise ValueError(f"ensemble rule {rule!r}; legal: {', '.join(ENSEMBLE_RULES)}")
     if not exclusive:
         return (members > 0.5).astype(members.dtype).mean(axis=2)
+
     chosen = jnp.argmax(members, axis=1)[:, None]
     queries = jnp.arange(members.shape[1])[None, :, None, None, None]
     return (chosen == queries).astype(members.dtype).mean(axis=2)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear probe from a mask's latent to the mask: reading without the decoder.
+"""A linear probe that reads masks from latents, without the decoder.
 
 Latents of binary masks are close to linearly separable (GenMask, arXiv 2603.23906), so a least-squares
-fit of four weights and an offset gives the coverage of each latent cell. The fit needs the autoencoder
-alone: made-up masks through its encoder, no data set and so no split.
+fit of one weight per channel and an offset gives the coverage of each latent cell. The fit needs only
+the autoencoder: it encodes synthetic masks, so no data set and no split is involved.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ class LatentProbe:
 
 
 def fit_probe(encode: Encode, count: int = 32, size: int = 64) -> LatentProbe:
-    """Least squares on the latents of made-up binary masks of `size` pixels."""
+    """Fits a probe by least squares on the latents of `count` synthetic masks of `size` pixels."""
+    # Masks in [-1, 1], their latents, and the mean of each mask over each latent cell.
     masks = 2.0 * synthetic_maps(count, 2, size).astype(np.float32) - 1.0
     latent = np.asarray(encode(np.broadcast_to(masks[..., None], (*masks.shape, 3))), np.float64)
     n, h, w, c = latent.shape
     coverage = masks.reshape(n, h, size // h, w, size // w).mean(axis=(2, 4)).reshape(-1)
+
+    # One row per cell: its channels and a 1 for the offset.
     table = np.concatenate([latent.reshape(-1, c), np.ones((n * h * w, 1))], axis=1)
     solution = np.linalg.lstsq(table, coverage, rcond=None)[0]
     residual = coverage - table @ solution
@@ -48,5 +51,5 @@ def fit_probe(encode: Encode, count: int = 32, size: int = 64) -> LatentProbe:
 
 
 def enlarge(evidence: Float[Array, "*b h w"], height: int, width: int) -> Float[Array, "*b H W"]:
-    """Bilinear, half-pixel centres: latent cells to pixels."""
+    """Resizes evidence from latent cells to pixels, bilinearly."""
     return jax.image.resize(evidence, (*evidence.shape[:-2], height, width), "linear")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An auxiliary loss on the mask that a predicted latent stands for, without decoding it.
+"""An auxiliary loss on the mask that a predicted latent stands for, computed without the decoder.
 
-Latents of binary masks lie close to one line, from the latent of an empty mask to that of a full one;
-the position on it tells the foreground share of a cell. Latents of a palette's flat colours are points,
-and the nearest one tells the class. A deviation from the paper's plain MSE that keeps masks of rare
-classes from staying empty in short trainings (it is off by default).
+Latents of binary masks lie close to the line from the latent of an empty mask to that of a full one;
+the position on it tells a cell's share of foreground. Of a palette, each color has its latent, and the
+nearest one tells the class. The loss is not in the paper, whose loss is the plain MSE, and off by
+default; in short trainings it keeps masks of rare classes from staying empty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from digseg_jax.arraytypes import Array, Bool, Float, Int
 
 SHARPNESS = 4.0  # logits per unit of evidence, which runs from -1 (empty) to 1 (full)
 MAX_WEIGHT = 10.0  # of foreground cells against background cells
-MARGIN = 2.0  # logits by which the closest two colours of a palette are told apart
+MARGIN = 2.0  # logits by which the closest two colors of a palette are told apart
 
 
 def latent_evidence(
@@ -41,14 +41,20 @@ def balanced_bce_and_dice(
     """Class-balanced cross-entropy plus soft Dice of each mask, over its valid cells."""
     logits = SHARPNESS * evidence
     weight = valid.astype(jnp.float32)
+
+    # Foreground cells count more where there are fewer of them. An absent class has none to balance:
+    # its background counts once.
     total = jnp.maximum(weight.sum(axis=(1, 2)), 1.0)
     foreground = (weight * share).sum(axis=(1, 2))
-    # an absent class has no foreground to balance: its background counts fully
     ratio = jnp.where(foreground > 0, (total - foreground) / jnp.maximum(foreground, 1e-6), 1.0)
     ratio = jnp.clip(ratio, 1.0, MAX_WEIGHT)[:, None, None]
+
+    # Cross-entropy with soft targets, as a weighted mean over the cells.
     error = ratio * share * jax.nn.softplus(-logits) + (1.0 - share) * jax.nn.softplus(logits)
     scale = (weight * (ratio * share + 1.0 - share)).sum(axis=(1, 2))
     bce = (weight * error).sum(axis=(1, 2)) / jnp.maximum(scale, 1e-6)
+
+    # Dice of the soft mask; the ones keep an empty mask's from being undefined.
     soft = weight * jax.nn.sigmoid(logits)
     both = (soft * share).sum(axis=(1, 2))
     dice = 1.0 - (2.0 * both + 1.0) / (soft.sum(axis=(1, 2)) + foreground + 1.0)
@@ -58,17 +64,24 @@ def balanced_bce_and_dice(
 def palette_logits(
     latent: Float[Array, "n h w c"], colors: Float[Array, "k c"]
 ) -> Float[Array, "n h w k"]:
-    """Minus the squared distance to every colour's latent, in units of the closest two colours'."""
+    """Logits of the classes: minus the squared distance to each color's latent.
+
+    colors: the colors' latents.
+
+    The unit is such that the two closest colors are told apart by MARGIN.
+    """
+    # The latent's own square is left out: it is the same for every class, and a softmax ignores it.
     square = jnp.square(colors).sum(axis=-1)
-    # the latent's own square is the same for every class: a softmax does not see it
     distance = square - 2.0 * latent @ colors.T
+
+    # Squared distance of the closest two; of a single color there is none.
     apart = jnp.square(colors[:, None] - colors[None]).sum(axis=-1)
     closest = jnp.where(jnp.eye(len(colors), dtype=bool), jnp.inf, apart).min()
     return -MARGIN * distance / jnp.where(jnp.isfinite(closest), closest, 1.0)
 
 
 def class_shares(label: Int[Array, "n H W"], factor: int, num_classes: int) -> Float[Array, "n h w k"]:
-    """Share of every class, 0 to 1, in each latent cell; ignored pixels are of none."""
+    """Share of each class, 0 to 1, in each latent cell; ignored pixels belong to no class."""
     n, height, width = label.shape
     cells = label.reshape(n, height // factor, factor, width // factor, factor)
     return jax.nn.one_hot(cells, num_classes).mean(axis=(2, 4))
@@ -79,16 +92,21 @@ def balanced_ce_and_dice(
 ) -> Float[Array, " n"]:
     """Cross-entropy plus soft Dice of each label map, over its valid cells.
 
-    A class weighs by the inverse root of its cells in the picture; Dice is the mean over the classes
-    that the picture shows.
+    A class has the weight 1 / sqrt(its share of the image); Dice is the mean over the classes that the
+    image shows.
     """
+    # Cells of each class, as fractions of cells, and the weights of the classes.
     weight = valid.astype(jnp.float32)[..., None]
     share = share * weight
     cells = share.sum(axis=(1, 2))
     total = jnp.maximum(cells.sum(axis=-1, keepdims=True), 1.0)
     ratio = jnp.sqrt(jnp.clip(total / jnp.maximum(cells, 1e-6), 1.0, MAX_WEIGHT**2))[:, None, None]
+
+    # Cross-entropy as a weighted mean over the cells.
     error = -(ratio * share * jax.nn.log_softmax(logits)).sum(axis=(1, 2, 3))
     ce = error / jnp.maximum((ratio * share).sum(axis=(1, 2, 3)), 1e-6)
+
+    # Dice of each class that is there.
     soft = weight * jax.nn.softmax(logits)
     both, seen = (soft * share).sum(axis=(1, 2)), cells > 0
     dice = 1.0 - (2.0 * both + 1.0) / (soft.sum(axis=(1, 2)) + cells + 1.0)

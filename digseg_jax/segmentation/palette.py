@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`palette` codec: one color a class, all classes of a closed set painted and read in one pass.
+"""The `palette` codec: one mask image shows all classes of a closed set, each in its own color.
 
-Colors are chosen here, by how far apart they are *after* the autoencoder and in its latents: never a
-data set's own (several of those have duplicates). A pixel is read as probabilities, the softmax of the
-negative squared distance to every class's colour over 2 sigma^2, sigma being what the autoencoder
-scatters.
+The colors are chosen for the autoencoder, by how far apart they are after a round trip and as latents.
+A data set's official colors are not used: several sets have duplicates. To read a pixel, its squared
+distances to all colors, over 2 sigma^2, are negated and go through a softmax; sigma is the error of the
+autoencoder's round trip.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from digseg_jax.segmentation.codec import Codec, HostAutoencoder, ImageMap, requ
 from digseg_jax.segmentation.mask_loss import balanced_ce_and_dice, class_shares, palette_logits
 from digseg_jax.segmentation.synthetic import synthetic_maps
 
-PROMPT = "segmentation map of all classes"
-PATCH_CELLS = 8  # latent cells; a side of the flat images of the palette's colors
-LEVELS = 6  # per channel, 0.4 (51 of 255) apart: the cube that candidates are taken from
-SATURATIONS = (1.0, 0.6, 0.35, 0.2)  # every one of them also nearer to its grey
+PROMPT = "segmentation map of all classes"  # the one text that all images of a palette get
+PATCH_CELLS = 8  # latent cells; side of the flat images whose latents stand for the palette's colors
+
+# Choice of the colors.
+LEVELS = 6  # values per channel, 0.4 (51 of 255) apart, of the candidates
+SATURATIONS = (1.0, 0.6, 0.35, 0.2)  # each candidate also comes less saturated
 MAX_CLASSES = LEVELS**3
-REACH = 4.0  # norm of a colour's latent; pictures have about 2 (unit variance, 4 channels)
-PATCH = 32  # pixels; a side of the flat picture that a candidate is tried with
-BATCH = 54  # flat pictures at a time
-FLOOR = 0.02  # scatter that every colour is granted, so that distance decides among clean ones
-EXCHANGE_SWEEPS = 10
-SYNTHETIC_MAPS = 16
+REACH = 4.0  # largest norm of a color's latent; images have about 2 (unit variance, 4 channels)
+PATCH = 32  # pixels; side of the flat image that tries out a candidate
+BATCH = 54  # flat images per call of the autoencoder
+FLOOR = 0.02  # added to every color's scatter, so that distance decides among colors without any
+EXCHANGE_SWEEPS = 10  # most passes over the chosen colors
+SYNTHETIC_MAPS = 16  # label maps that sigma is measured on
 
 
 @dataclasses.dataclass(frozen=True)
 class Palette:
-    """Colours in [-1, 1]: what is painted, and what the autoencoder makes of it.
+    """The colors of a closed set's classes, in [-1, 1].
 
-    colors: [c, 3] painted. prototypes: [c, 3] their means after the round trip, which pixels are
-    compared with. sigma: root mean square of the residual per channel.
+    colors: [c, 3]; what is painted.
+    prototypes: [c, 3]; mean colors after the autoencoder's round trip, which pixels are compared with.
+    sigma: root mean square, per channel, of a pixel's difference from its prototype.
     """
 
     colors: np.ndarray
@@ -51,22 +54,26 @@ class Palette:
 
     @property
     def scale(self) -> float:
-        """Turns `decode_palette`'s evidence into logits."""
+        """Factor from the evidence of `decode_palette` to logits."""
         return 1.0 / self.sigma**2
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` takes it back."""
+        """Values for JSON; `from_dict` reads them."""
         rows = {"colors": self.colors.tolist(), "prototypes": self.prototypes.tolist()}
         return {**rows, "sigma": self.sigma}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Palette:
+        """Reads what `to_dict` returned."""
         colors, prototypes = (np.asarray(values[k], np.float32) for k in ("colors", "prototypes"))
         return cls(colors, prototypes, float(values["sigma"]))
 
 
 class PaletteCodec(Codec):
-    """One image of all classes of a data set, each in its color, whatever is asked."""
+    """Paints and reads all classes of one data set in a single mask image.
+
+    classes: of the data set.
+    """
 
     name: ClassVar[str] = "palette"
     closed: ClassVar[bool] = True
@@ -93,7 +100,7 @@ class PaletteCodec(Codec):
 
     @property
     def color_latents(self) -> Float[np.ndarray, "s c"]:
-        """What the autoencoder makes of flat images of the palette's colors."""
+        """Mean latents of flat images, one for each of the palette's colors."""
         return require_prepared(self._latents, "PaletteCodec.color_latents")
 
     @property
@@ -104,7 +111,7 @@ class PaletteCodec(Codec):
         return 1
 
     def texts(self, queries: Sequence[str]) -> tuple[str, ...]:
-        """One thing is asked of every image."""
+        """The constant prompt: all classes are asked for at once."""
         return (PROMPT,)
 
     def text_rows(self, query: Int[Array, "b q"]) -> Int[Array, "b 1"]:
@@ -132,7 +139,10 @@ class PaletteCodec(Codec):
         return decode_palette(image, jnp.asarray(self.palette.prototypes))
 
     def read_latents(self, latents: Float[Array, "n 1 e h w c"]) -> Float[Array, "n s e h w"]:
-        """By the nearest color's latent, which the auxiliary loss trains, in units of `decode`."""
+        """Reads each cell by its distances to the colors' latents, in the units of `decode`.
+
+        The auxiliary loss trains just these distances.
+        """
         logits = palette_logits(latents[:, 0], jnp.asarray(self.color_latents))
         return jnp.moveaxis(logits, -1, 1) / self.scale
 
@@ -145,12 +155,13 @@ class PaletteCodec(Codec):
         anchors: Float[Array, "a h w c"] | None,
         drawn: Any = None,
     ) -> Float[Array, " n"]:
-        """Balanced cross-entropy plus Dice of the nearest colors."""
+        """Balanced cross-entropy plus Dice over the distances to the colors' latents."""
         shares = class_shares(label, label.shape[1] // latent.shape[1], self.classes)
         logits = palette_logits(latent, jnp.asarray(self.color_latents))
         return balanced_ce_and_dice(logits, shares, valid)
 
     def prepare(self, autoencoder: HostAutoencoder) -> None:
+        # A palette that was restored with trained weights stays as it is.
         if self._palette is None:
             self._palette = build_palette(self.classes, autoencoder.round_trip, autoencoder.encode)
         if self._latents is None:
@@ -159,7 +170,7 @@ class PaletteCodec(Codec):
             self._latents = autoencoder.encode(flat.astype(np.float32)).mean(axis=(1, 2))
 
     def assume(self, latent_channels: int) -> None:
-        """Colors are constants of the program, whatever they are; no two latents are alike."""
+        """Sets made-up colors of the right shapes; their latents differ, as real ones do."""
         table = np.zeros((self.classes, 3), np.float32)
         self._palette = Palette(table, table, 1.0)
         count = self.classes * latent_channels
@@ -178,7 +189,7 @@ class PaletteCodec(Codec):
 
 
 def encode_palette(label: Int[Array, "b h w"], colors: Float[Array, "c 3"]) -> Float[Array, "b h w 3"]:
-    """The colour of every pixel's class; ignored pixels (-1) are mid grey."""
+    """The color of every pixel's class; ignored pixels (-1) are mid gray."""
     table = jnp.concatenate([jnp.asarray(colors), jnp.zeros((1, 3))])
     return table[jnp.where(label < 0, len(colors), label)]
 
@@ -186,8 +197,8 @@ def encode_palette(label: Int[Array, "b h w"], colors: Float[Array, "c 3"]) -> F
 def decode_palette(
     image: Float[Array, "*b h w 3"], prototypes: Float[Array, "c 3"]
 ) -> Float[Array, "*b c h w"]:
-    """Evidence of every class: minus half the squared distance to its colour, at most 0."""
-    # expanded square: the difference of every pixel to every class would need c times the memory
+    """Evidence of every class: minus half the squared distance to its color, at most 0."""
+    # Expanded square: differences between every pixel and every color would need 3 c values a pixel.
     cross = jnp.einsum("...hwk,ck->...chw", image, prototypes)
     squares = jnp.square(image).sum(axis=-1)[..., None, :, :]
     own = jnp.square(prototypes).sum(axis=-1)[:, None, None]
@@ -195,48 +206,61 @@ def decode_palette(
 
 
 def build_palette(num_classes: int, round_trip: ImageMap, encode: ImageMap) -> Palette:
-    """Colours for a closed set in the eyes of one autoencoder; deterministic.
+    """Chooses the colors of a closed set for one autoencoder; deterministic.
 
-    A U-Net errs in latents, and about as far along each axis: colours that an autoencoder tells apart
-    by a small shift of one channel are lost to it, however far apart the eye finds them. And it starts
-    from latents of the size that pictures have, which the noise schedule supposes: an autoencoder that
-    saw few bright colours puts those ten times as far out, so that it would learn a scale for long.
+    Two colors must differ in three ways. Decoded, so that pixels can be read. As latents, because the
+    U-Net's error there is about equal along each axis: it loses colors that the autoencoder codes by a
+    small shift of one channel, however different they look. And their latents must not be larger than
+    those of images, which the noise schedule assumes: an autoencoder that saw few bright colors codes
+    them ten times as large, and the U-Net would spend long on learning that scale.
+
+    Args:
+      num_classes: colors to choose.
+      round_trip: encodes and decodes images [n, h, w, 3].
+      encode: images to latents.
 
     Raises:
-      UserError: more classes than there are candidate colours.
+      UserError: more classes than there are candidate colors.
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise UserError(
             f"config.segmentation.codec='palette': {num_classes} classes; legal 1 to {MAX_CLASSES}, "
             "use 'binary' for more"
         )
+
+    # Every candidate as a flat image: what becomes of it, decoded and as a latent.
     colors = candidates()
     flat = np.broadcast_to(colors[:, None, None], (len(colors), PATCH, PATCH, 3))
     decoded, latents = (
         np.concatenate([f(flat[i : i + BATCH]) for i in range(0, len(flat), BATCH)])
         for f in (round_trip, encode)
     )
+
+    # Only those whose latents have the size of an image's.
     near = _within_reach(latents.mean(axis=(1, 2)))
     colors, decoded, latents = colors[near], decoded[near], latents[near]
+
+    # Of these the set whose closest pair is farthest apart.
     means = decoded.mean(axis=(1, 2))
     scatter = np.sqrt(np.square(decoded - means[:, None, None]).mean(axis=(1, 2, 3)))
     chosen = choose(means, scatter, latents.mean(axis=(1, 2)), num_classes)
-    # rounded, so that another machine's last digits make no other palette
+
+    # Rounded: another machine's last digits must not give another palette.
     drawn = Palette(colors[chosen], means[chosen].round(4).astype(np.float32), 1.0)
     return dataclasses.replace(drawn, sigma=fit_sigma(drawn, round_trip))
 
 
 def candidates() -> Float[np.ndarray, "n 3"]:
-    """All colours of LEVELS evenly spaced values per channel, in [-1, 1], at every saturation."""
+    """All colors of LEVELS evenly spaced values per channel, in [-1, 1], at every saturation."""
     levels = np.linspace(-1, 1, LEVELS)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    grey = cube.mean(axis=-1, keepdims=True)
-    drawn = np.concatenate([grey + s * (cube - grey) for s in SATURATIONS])
+    gray = cube.mean(axis=-1, keepdims=True)
+    drawn = np.concatenate([gray + s * (cube - gray) for s in SATURATIONS])
     return np.unique(drawn.round(3), axis=0).astype(np.float32)
 
 
 def _within_reach(latents: Float[np.ndarray, "n c"]) -> Int[np.ndarray, " m"]:
-    """Those of at most REACH; if they are fewer than MAX_CLASSES, that many of the nearest."""
+    """Indices of latents of norm at most REACH, or of the MAX_CLASSES smallest if those are more."""
     norm = np.linalg.norm(latents, axis=-1).round(4)
     return np.flatnonzero(norm <= max(REACH, np.sort(norm)[MAX_CLASSES - 1]))
 
@@ -247,18 +271,30 @@ def choose(
     latents: Float[np.ndarray, "n c"],
     count: int,
 ) -> list[int]:
-    """`count` candidates, each as far as can be from its nearest neighbour.
+    """Chooses `count` candidates, each as far as possible from its nearest neighbor.
 
-    Distance: the smaller of that between the decoded means, in units of what both scatter, and that
-    between the latents, each in units of its median. Greedy, then single colours are exchanged as long
-    as that takes one further from the others.
+    The distance of two candidates is the smaller one of two: between their decoded means, relative to
+    their scatter, and between their latents. Each is first divided by its median over all pairs.
+
+    Args:
+      means: mean colors after the round trip.
+      scatter: root mean square of the pixels around them.
+      latents: mean latents.
+      count: candidates to choose.
+
+    Returns:
+      Indices of the chosen ones.
     """
     seen = _distances(means) / (scatter[:, None] + scatter[None] + FLOOR)
     coded = _distances(latents)
     distance = np.minimum(seen / np.median(seen), coded / np.median(coded)).round(4)
+
+    # Greedy: start with the most extreme color, then always add the one farthest from those chosen.
     chosen = [int(np.argmax(np.linalg.norm(means - means.mean(axis=0), axis=1).round(4)))]
     while len(chosen) < count:
         chosen.append(_farthest(distance, chosen))
+
+    # Then exchange single colors, as long as that takes one farther from the others.
     for _ in range(EXCHANGE_SWEEPS):
         before = list(chosen)
         for place in range(count if count > 1 else 0):
@@ -268,21 +304,24 @@ def choose(
                 chosen[place] = best
         if chosen == before:
             break
+
     return chosen
 
 
 def _distances(points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n n"]:
+    """Euclidean distances of all pairs of points."""
     return np.linalg.norm(points[:, None] - points[None], axis=-1)
 
 
 def _farthest(distance: np.ndarray, taken: list[int]) -> int:
+    """Index of the candidate that is farthest from its nearest taken one."""
     nearest = distance[:, taken].min(axis=1)
     nearest[taken] = -1.0
     return int(np.argmax(nearest))
 
 
 def fit_sigma(palette: Palette, round_trip: ImageMap) -> float:
-    """Root mean square distance per channel of round-tripped pixels from their class's prototype."""
+    """Root mean square, per channel, of round-tripped pixels' differences from their prototypes."""
     labels = synthetic_maps(SYNTHETIC_MAPS, len(palette.colors))
     residual = round_trip(palette.colors[labels]) - palette.prototypes[labels]
     return max(float(np.sqrt(np.square(residual).mean())), 1e-3)

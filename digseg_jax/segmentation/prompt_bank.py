@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts encoded once by the frozen text tower, for look-up by query id in the train step."""
+"""Encodes all prompts once with the frozen text tower; the train step looks them up by query id."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PromptBank:
 
     Attributes:
         prompts: the texts.
-        tokens: [n, l, d] last hidden states, as the tower gives them (not normalised).
+        tokens: [n, l, d] last hidden states, as the tower gives them (not normalized).
         mask: [n, l] True on real tokens.
     """
 
@@ -45,7 +45,7 @@ def encode_prompts(
 ) -> PromptBank:
     """Encodes prompts in batches of one static shape, so the tower compiles once.
 
-    The tower is on this process's first device for as long as it takes, and nothing stays there.
+    The tower is on this process's first device while it encodes, and nothing stays there.
 
     Args:
         graphdef: of the text tower, from `models.functional.split`.
@@ -64,6 +64,7 @@ def encode_prompts(
     ids, mask = tokenizer(prompts, max_length)
     if not mask_padding:
         mask = np.ones_like(mask)
+
     size = min(batch_size, len(prompts))
     params, parts = jax.device_put(params), []
     for start in range(0, len(prompts), size):
@@ -72,13 +73,14 @@ def encode_prompts(
         rows = slice(begin, begin + size)
         out = _last_hidden_state(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]))
         parts.append(np.asarray(out)[start - begin :])
+
     return PromptBank(tuple(prompts), np.concatenate(parts), np.asarray(mask, bool))
 
 
 def with_sentence_token(bank: PromptBank) -> PromptBank:
-    """The bank with one more token at the end: the mean of a prompt's real tokens.
+    """Appends a token to every prompt: the mean of its real tokens.
 
-    That mean is what sentence encoders are trained to compare; single words' states are not.
+    Sentence encoders are trained to compare such means, not the states of single words.
     """
     weight = bank.mask[..., None].astype(bank.tokens.dtype)
     mean = (bank.tokens * weight).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)

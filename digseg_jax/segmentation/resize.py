@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between picture sizes: probabilities are resized, labels of a prediction never are."""
+"""Resizes images and probabilities; labels of a prediction are never resized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from digseg_jax.arraytypes import Float, UInt8
 def resize_probability(
     probability: Float[np.ndarray, "q h w"], height: int, width: int
 ) -> Float[np.ndarray, "q h2 w2"]:
-    """Bilinear with half-pixel centres, as torch's interpolate with align_corners=False; float32."""
+    """Resizes bilinearly, as torch's `interpolate` with align_corners=False does; float32."""
     if probability.shape[1:] == (height, width):
         return np.asarray(probability, np.float32)
     planes = [
@@ -23,7 +23,7 @@ def resize_probability(
 
 
 def resize_image(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> np.ndarray:
-    """Area average when shrinking, bilinear when enlarging; uint8 [height, width, 3]."""
+    """Shrinks by area averages or enlarges bilinearly; uint8 [height, width, 3]."""
     if image.shape[:2] == (height, width):
         return image
     shrinking = height * width < image.shape[0] * image.shape[1]
@@ -32,7 +32,7 @@ def resize_image(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> 
 
 
 def to_short_side(image: UInt8[np.ndarray, "h w 3"], side: int) -> np.ndarray:
-    """The picture in its proportions with a short side of `side` pixels; uint8 [h2, w2, 3]."""
+    """Resizes so that the short side has `side` pixels, proportions kept; uint8 [h2, w2, 3]."""
     return resize_image(image, *scaled_shape(image.shape[:2], side))
 
 

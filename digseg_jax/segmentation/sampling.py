@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E-Step inference: E members x S denoising steps for every (image, query), one compiled program."""
+"""E-Step inference: every member's mask latent of every (image, query), denoised in a few steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PredictLatent = Callable[[Array, Array, Array, Array, Array], Array]
 def member_noise(
     seed: int | Array, index: Int[Array, "n"], ensemble: int, shape: tuple[int, ...]
 ) -> Float[Array, "n e h w c"]:
-    """Initial noise, a pure function of (seed, image index, member): the same for all queries.
+    """Draws initial noise, a pure function of (seed, image index, member) and the same for all queries.
 
     seed: a number, or a key of `jax.random.key`.
     """
@@ -46,9 +46,15 @@ def sample_mask_latents(
     schedule: Schedule,
     estep: EStep,
 ) -> Float[Array, "n q e h w c"]:
-    """Denoised mask latents of every query, member by member.
+    """Denoises the mask latents of all images, queries and members as one batch.
 
-    tokens, mask: one list of queries for all images, or with a leading axis one list for each.
+    Args:
+      predict_latent: the network's prediction, as the schedule's prediction type defines it.
+      image_latent: scaled latents of the images.
+      tokens, mask: text of q queries, the same for all images, or with a leading axis a list each.
+      noise: of every image and member, see `member_noise`.
+      schedule: noise schedule.
+      estep: number and spacing of the steps.
     """
     n, e, h, w, c = noise.shape
     q = tokens.shape[-3]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of any size as views of one size, and the views' masks as the image's: whole, aspect, window.
+"""Cuts images of any size into views of one size, and joins the views' masks to masks of the image.
 
-Every view has the size that the network is evaluated at, so that no image compiles anything anew.
+All views have the size that the network is evaluated at, so no image needs another compiled program.
 Masks come back to the image's own resolution as probabilities, never as labels.
 """
 
@@ -24,10 +24,10 @@ Planes = Sequence[Float[np.ndarray, "h w"]] | Float[np.ndarray, "k h w"]  # a ma
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """The views of one image, and how a mask that was made view by view becomes the image's.
+    """The views of one image, and the way back.
 
-    crops: uint8 [k, h, w, 3]. assemble: k planes [h, w], one for each view, to a plane of the image's
-    size.
+    crops: the k views.
+    assemble: joins k planes [h, w], one of each view, to a plane of the image's size.
     """
 
     crops: UInt8[np.ndarray, "k h w 3"]
@@ -39,9 +39,13 @@ def make_views(
 ) -> Views:
     """Cuts an image into views of `size` (height, width).
 
-    whole: squeezed into one view. aspect: scaled to fit into one view; the rest is mirrored padding
-    that is cut off again. window: overlapping views of the image at its own resolution, or with its
-    short side brought to `short_side` pixels; blended with a weight that falls towards their borders.
+    Args:
+      image: of any size.
+      size: of every view.
+      mode: one of `MODES`. whole: the image is squeezed into one view. aspect: it is scaled to fit into
+        one view, and the rest is mirrored padding that is cut off again. window: overlapping views of
+        the image, whose planes are blended with weights that fall towards the borders.
+      short_side: window: pixels that the image's short side is scaled to; 0: it keeps its resolution.
 
     Raises:
       ValueError: another mode, or an image without pixels.
@@ -57,11 +61,13 @@ def make_views(
 
 
 def _whole(image: np.ndarray, size: tuple[int, int]) -> Views:
+    """Squeezes the image into one view."""
     crops = resize_image(image, *size)[None]
     return Views(crops, lambda planes: _resized(planes[0], *image.shape[:2]))
 
 
 def _aspect(image: np.ndarray, size: tuple[int, int]) -> Views:
+    """Scales the image to fit into one view, and pads it."""
     height, width = image.shape[:2]
     scale = min(size[0] / height, size[1] / width)
     h = max(1, min(size[0], round(height * scale)))
@@ -71,6 +77,7 @@ def _aspect(image: np.ndarray, size: tuple[int, int]) -> Views:
 
 
 def _windows(image: np.ndarray, size: tuple[int, int]) -> Views:
+    """Cuts the image into overlapping windows; a small image is padded to one."""
     height, width = image.shape[:2]
     padded = _pad(image, size)
     rows, columns = (starts(n, s) for n, s in zip(padded.shape[:2], size, strict=True))
@@ -80,6 +87,7 @@ def _windows(image: np.ndarray, size: tuple[int, int]) -> Views:
     if len(places) == 1:
         return Views(crops, lambda planes: np.asarray(planes[0][:height, :width], np.float32))
 
+    # Sum of the windows' weights at each pixel, by which a blended plane is divided.
     weight = window_weight(size)
     weights = np.zeros(padded.shape[:2], np.float64)
     for place in places:
@@ -110,17 +118,18 @@ def starts(length: int, size: int) -> list[int]:
 
 
 def window_weight(size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
-    """Highest in the middle, small but positive at the border."""
+    """Weights of a window's pixels: highest in the middle, small but positive at the border."""
     ramps = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) / (n / 2) for n in size)
     return np.clip(np.outer(*ramps), 1e-3, None)
 
 
 def _resized(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes one plane of probabilities."""
     return resize_probability(plane[None], height, width)[0]
 
 
 def _pad(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """To at least `size`, below and on the right."""
+    """Pads an image below and on the right to at least `size`, with its mirror image."""
     height, width = image.shape[:2]
     pad = [(0, max(size[0] - height, 0)), (0, max(size[1] - width, 0)), (0, 0)]
     return np.pad(image, pad, mode="symmetric" if min(height, width) > 1 else "edge")

@@ -174,8 +174,8 @@ def test_pointing_at_a_place_tells_its_true_and_its_predicted_class(page):
         text = card.locator(".under").inner_text()
         found = re.fullmatch(r"truth: (.+) · prediction: (.+)", text)
         assert found and found[1] in names and found[2] in names
-    page.mouse.move(box["x"] + 0.92 * box["width"], box["y"] + 6)  # the unlabelled corner
-    assert card.locator(".under").inner_text().startswith("truth: not labelled")
+    page.mouse.move(box["x"] + 0.92 * box["width"], box["y"] + 6)  # the unlabeled corner
+    assert card.locator(".under").inner_text().startswith("truth: not labeled")
     page.mouse.move(0, 0)
     assert card.locator(".under").inner_text() == ""
 
@@ -228,7 +228,7 @@ def test_the_scheme_is_followed(page):
 
 
 def test_text_stands_out_from_its_ground(page):
-    """WCAG contrast of the text colours: 4.5 at least."""
+    """WCAG contrast of the text colors: 4.5 at least."""
     ratio = page.evaluate("""() => {
         const probe = document.body.appendChild(document.createElement('i'));
         const light = (name) => {

@@ -47,7 +47,7 @@ def test_per_image_scores_are_means_of_scikit_learns(empty):
         assert got[name] == pytest.approx(expected, abs=1e-9)
 
 
-def test_pixels_that_are_not_labelled_do_not_count():
+def test_pixels_that_are_not_labeled_do_not_count():
     truth, prediction = masks(2)
     valid = np.random.default_rng(9).random(truth.shape) < 0.5
     got = mb.pooled(mb.binary_counts(truth, prediction, valid))

@@ -45,7 +45,7 @@ def test_recall_by_k_by_counting():
     assert table[9] == {"pixels": 1.0, "classes": 1.0}
 
 
-def test_nothing_labelled_has_no_recall():
+def test_nothing_labeled_has_no_recall():
     got = presence.gate_recall(np.ones((2, 3)), np.zeros((2, 3), int), [1])
     assert np.isnan(got[1]["pixels"]) and np.isnan(got[1]["classes"])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An autoencoder that starts with an exact path for colours."""
+"""An autoencoder that starts with an exact path for colors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pictures():
     return coarse.repeat(8, 1).repeat(8, 2)
 
 
-def test_latents_are_the_cells_mean_colours():
+def test_latents_are_the_cells_mean_colors():
     graphdef, _, params = started()
     image = pictures()
     posterior = functional.merge(graphdef, params).encode(jnp.asarray(image))
@@ -45,7 +45,7 @@ def test_latents_are_the_cells_mean_colours():
     np.testing.assert_allclose(posterior.logvar, -6.0, atol=1e-5)
 
 
-def test_the_round_trip_repeats_the_cells_colours_which_random_weights_do_not():
+def test_the_round_trip_repeats_the_cells_colors_which_random_weights_do_not():
     graphdef, random, params = started()
     image = pictures()
     error = {

@@ -325,7 +325,7 @@ def test_more_classes_than_a_palette_holds(tmp_path):
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 300
 
 
-def test_land_cover_has_natural_colours_that_everyone_can_tell_apart():
+def test_land_cover_has_natural_colors_that_everyone_can_tell_apart():
     colors = class_colors(8, CLASSES)
     assert [to_hex(c) for c in colors] == [NATURAL[name] for name in CLASSES]
     red, green, blue = colors[CLASSES.index("water")].astype(int)
@@ -333,11 +333,11 @@ def test_land_cover_has_natural_colours_that_everyone_can_tell_apart():
     red, green, blue = colors[CLASSES.index("forest")].astype(int)
     assert green > max(red, blue)
     apart = separation(colors, colors) + 1000 * np.eye(8)
-    assert apart.min() > 19  # CIELAB, in the worst of three kinds of colour vision
+    assert apart.min() > 19  # CIELAB, in the worst of three kinds of color vision
 
 
 @pytest.mark.parametrize(("n", "least"), [(1, 0), (8, 15), (19, 15), (60, 7), (150, 4), (847, 0.5)])
-def test_colours_of_any_number_of_classes(n, least):
+def test_colors_of_any_number_of_classes(n, least):
     colors = class_colors(n)
     assert colors.shape == (n, 3)
     assert colors.dtype == np.uint8
@@ -362,7 +362,7 @@ def test_overlay_mixes_and_leaves_ignored_pixels():
         overlay(image, np.zeros((2, 2), int), np.zeros((1, 3), np.uint8))
 
 
-def test_the_legend_shows_each_colour_and_wraps():
+def test_the_legend_shows_each_color_and_wraps():
     colors = class_colors(8, CLASSES)
     wide, narrow = legend(CLASSES, colors, width=900), legend(CLASSES, colors, width=200)
     assert wide.shape[1] == 900

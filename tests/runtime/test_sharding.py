@@ -250,7 +250,7 @@ def test_slices_lie_along_the_data_axis_and_chips_of_one_along_the_others():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_one_slice_keeps_neighbours_together():
+def test_one_slice_keeps_neighbors_together():
     made = sharding.arranged(chips(1), [1, 4, 1])
     assert {d.id for d in made.flat} == set(range(4))
 

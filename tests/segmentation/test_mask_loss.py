@@ -100,7 +100,7 @@ def test_a_palettes_logits_are_distances_and_its_closest_pair_is_told_apart_by_t
     assert (own.argmax(-1) == np.arange(4)).all()
 
 
-def test_one_colour_alone_is_sure_of_itself():
+def test_one_color_alone_is_sure_of_itself():
     logits = palette_logits(jnp.zeros((1, 2, 2, 4)), jnp.asarray(COLORS[1:2]))
     assert np.isfinite(np.asarray(logits)).all()
 

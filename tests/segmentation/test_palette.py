@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The palette codec: colours that stay apart, label maps that come back, probabilities of classes."""
+"""The palette codec: colors that stay apart, label maps that come back, probabilities of classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from digseg_jax.segmentation.palette import Palette, build_palette, decode_palet
 
 
 def blur(noise=0.05):
-    """A stand-in for an autoencoder: colours shift a little and scatter."""
+    """A stand-in for an autoencoder: colors shift a little and scatter."""
 
     def round_trip(image):
         rng = np.random.default_rng(0)
@@ -24,12 +24,12 @@ def blur(noise=0.05):
 
 
 def identity(image):
-    """Latents in which colours are as far apart as in pictures."""
+    """Latents in which colors are as far apart as in pictures."""
     return image
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 17, 150, 216])
-def test_colours_are_distinct_and_label_maps_come_back(n):
+def test_colors_are_distinct_and_label_maps_come_back(n):
     made = build_palette(n, blur(), identity)
     assert len({tuple(c) for c in made.colors.tolist()}) == n
     label = np.random.default_rng(1).integers(0, n, (2, 9, 7))
@@ -56,11 +56,11 @@ def test_probabilities_are_the_softmax_over_two_sigma_squared():
 
 
 def test_sigma_is_the_scatter_of_the_round_trip():
-    # the shift of the colours is in the prototypes, the noise is not
+    # the shift of the colors is in the prototypes, the noise is not
     assert build_palette(8, blur(0.2), identity).sigma == pytest.approx(0.2, rel=0.05)
 
 
-def test_colours_that_the_autoencoder_cannot_hold_are_avoided():
+def test_colors_that_the_autoencoder_cannot_hold_are_avoided():
     def no_blue(image):
         out = np.array(image)
         out[..., 2] = 0.0
@@ -71,7 +71,7 @@ def test_colours_that_the_autoencoder_cannot_hold_are_avoided():
     assert pairs[~np.eye(8, dtype=bool)].min() > 0.5
 
 
-def test_colours_that_latents_hardly_tell_apart_are_avoided():
+def test_colors_that_latents_hardly_tell_apart_are_avoided():
     def faint_blue(image):
         return image * np.array([1.0, 1.0, 0.02], np.float32)
 

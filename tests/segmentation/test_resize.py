@@ -10,7 +10,7 @@ from digseg_jax.segmentation import resize
 
 
 def bilinear(plane, height, width):
-    """Half-pixel centres, edges repeated, written out."""
+    """Half-pixel centers, edges repeated, written out."""
     out = np.zeros((height, width))
     for i, j in np.ndindex(height, width):
         y = (i + 0.5) * plane.shape[0] / height - 0.5

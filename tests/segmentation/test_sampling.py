@@ -110,12 +110,12 @@ def test_the_network_is_called_once_a_step_for_all_of_them():
     assert batches == [[999] * 24, [499] * 24]
 
 
-def test_probabilities_are_averaged_over_members_not_colours():
+def test_probabilities_are_averaged_over_members_not_colors():
     evidence = jnp.array([1.0, -0.2]).reshape(1, 1, 2, 1, 1)
     got = float(ensemble.probabilities(evidence, 6.0, jnp.zeros(1))[0, 0, 0, 0])
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     assert got == pytest.approx((sigmoid(6.0) + sigmoid(-1.2)) / 2, rel=1e-5)
-    assert abs(got - sigmoid(6.0 * 0.4)) > 0.2  # the mean colour would say this
+    assert abs(got - sigmoid(6.0 * 0.4)) > 0.2  # the mean color would say this
 
 
 def test_scale_and_bias_belong_to_their_query():

@@ -88,7 +88,7 @@ class AutoencoderTask(Task):
 
 
 def color_error(error: Float[Array, "b h w 3"], cell: int) -> Array:
-    """Mean absolute error of the mean colour of cells of `cell` pixels, along opponent axes.
+    """Mean absolute error of the mean color of cells of `cell` pixels, along opponent axes.
 
     Pixel errors are dominated by texture that latents of four channels cannot carry; left alone they
     crowd out small differences of hue, which is what tells cropland from grass.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The palette codec in the task: trained like any other, read as classes, stored with its colours."""
+"""The palette codec in the task: trained like any other, read as classes, stored with its colors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_evidence_names_every_class_and_members_differ(task, params):
     np.testing.assert_allclose(np.asarray(probability).sum(axis=1), 1.0, rtol=1e-4)
 
 
-def test_without_a_decoder_the_nearest_colour_is_read(task):
+def test_without_a_decoder_the_nearest_color_is_read(task):
     classes = np.arange(8).reshape(1, 1, 2, 4).repeat(4, 2).repeat(2, 3)  # [n, e, h, w] of cells
     latents = jnp.asarray(task.codec.color_latents[classes])[:, None]
     evidence = task.read(task.frozen, latents, (tiny.SIZE, tiny.SIZE), "probe")

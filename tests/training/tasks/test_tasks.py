@@ -185,7 +185,7 @@ def narrow_text(folders) -> str:
     return str(folder)
 
 
-def test_random_initialisation_shares_nothing_with_the_prior(folders):
+def test_random_initialization_shares_nothing_with_the_prior(folders):
     task = load_task(tiny.config(folders, model__unet_init="random"))
     prior = trees.flatten(functional.split(load_component(folders["unet"]))[1])
     ours = trees.flatten(task.initial())
@@ -331,7 +331,7 @@ def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise
     assert float(metrics["mask_loss"]) > 0 and float(never["mask_loss"]) == 0
 
 
-def test_the_colour_error_sees_cell_means_and_not_texture():
+def test_the_color_error_sees_cell_means_and_not_texture():
     texture = np.tile(np.array([[1.0, -1.0], [-1.0, 1.0]]), (4, 4))[None, :, :, None].repeat(3, -1)
     assert float(color_error(jnp.asarray(texture), 4)) == pytest.approx(0, abs=1e-6)
     redder = np.zeros((1, 8, 8, 3))
