@@ -17,27 +17,27 @@ from digseg_jax.errors import UserError
 from digseg_jax.report.markup import esc, is_number, number, section
 from digseg_jax.viz.colors import IGNORE_COLOR
 
-Picture = tuple[str, int, int]  # data URI, width, height
+DataImage = tuple[str, int, int]  # data URI, width, height
 
 _AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)  # RGB in an error map: pale, vermilion
 
 
-def load_picture(folder: Path, name: Any) -> Picture:
+def load_image(folder: Path, name: Any) -> DataImage:
     """A PNG of the gallery folder as a data URI, with its size.
 
     Raises:
       UserError: the file is missing, not a PNG, or not directly in the folder.
     """
     if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"gallery picture {name!r} must be the plain name of a file in {folder}")
+        raise UserError(f"gallery image {name!r} must be the plain name of a file in {folder}")
 
     # Pillow reads the size only; the file's bytes go into the page unchanged.
     try:
         data = (folder / name).read_bytes()
-        with Image.open(BytesIO(data), formats=["PNG"]) as picture:
-            width, height = picture.size
+        with Image.open(BytesIO(data), formats=["PNG"]) as opened:
+            width, height = opened.size
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"gallery picture {folder / name} is missing or not a PNG") from error
+        raise UserError(f"gallery image {folder / name} is missing or not a PNG") from error
     return _uri(data), width, height
 
 
@@ -46,37 +46,37 @@ def _uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
-def error_map(prediction: Path, truth: Path) -> Picture:
+def error_map(prediction: Path, truth: Path) -> DataImage:
     """Draws where two label images differ (vermilion) and agree (pale); gray where not labeled.
 
     Raises:
       UserError: the images differ in size.
     """
     with Image.open(prediction) as a, Image.open(truth) as b:
-        guess, target = (np.asarray(picture.convert("RGB")) for picture in (a, b))
+        guess, target = (np.asarray(side.convert("RGB")) for side in (a, b))
     if guess.shape != target.shape:
-        raise UserError(f"gallery pictures {prediction} and {truth} differ in size")
+        raise UserError(f"gallery images {prediction} and {truth} differ in size")
 
     # Label images are colored by class, so equal colors mean equal classes.
     ignored = (target == IGNORE_COLOR).all(axis=-1)
     index = np.where(ignored, 2, (guess != target).any(axis=-1)).astype(np.uint8)
 
     # A palette of three colors makes a small file, as it is inlined.
-    picture = Image.fromarray(index)
-    picture.putpalette([*_AGREE, *_DIFFER, *IGNORE_COLOR])
+    shown = Image.fromarray(index)
+    shown.putpalette([*_AGREE, *_DIFFER, *IGNORE_COLOR])
     buffer = BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return _uri(buffer.getvalue()), picture.width, picture.height
+    shown.save(buffer, "PNG", optimize=True)
+    return _uri(buffer.getvalue()), shown.width, shown.height
 
 
-def _img(picture: Picture, alt: str, kind: str) -> str:
+def _img(shown: DataImage, alt: str, kind: str) -> str:
     """An <img> element with its size, so that the page does not jump while loading."""
-    uri, width, height = picture
+    uri, width, height = shown
     return f'<img class="{kind}" src="{uri}" width="{width}" height="{height}" alt="{esc(alt)}">'
 
 
 def _thumb(
-    picture: Picture, kind: str, what: str, where: str, extra: str, pressed: bool, tint: str = ""
+    shown: DataImage, kind: str, what: str, where: str, extra: str, pressed: bool, tint: str = ""
 ) -> str:
     """A button that puts its image on the right side of the slider; masks have a tint.
 
@@ -88,7 +88,7 @@ def _thumb(
       pressed: shown at first.
     """
     style = f' style="--tint:{tint}"' if tint else ""
-    image = _img(picture, f"{what}, {where}", kind)
+    image = _img(shown, f"{what}, {where}", kind)
     return (
         f'<button type="button" class="thumb" data-what="{esc(what)}" aria-pressed='
         f'"{str(pressed).lower()}"><span class="pic"{style}>{image}'
@@ -96,7 +96,7 @@ def _thumb(
     )
 
 
-def _stage(photo: Picture, prediction: Picture, where: str) -> str:
+def _stage(photo: DataImage, prediction: DataImage, where: str) -> str:
     """The slider: input on the left, a label image or mask on the right, a movable line between."""
     return (
         f'<div class="stage" style="aspect-ratio:{photo[1]}/{photo[2]}">'
@@ -119,8 +119,8 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
     """
     where = str(item["id"])
 
-    def load(name: Any) -> Picture:
-        return load_picture(folder, name)
+    def load(name: Any) -> DataImage:
+        return load_image(folder, name)
 
     # The four images that every card has; the error map is made here.
     photo, prediction, truth = (load(item[k]) for k in ("image", "prediction", "label"))
@@ -153,7 +153,7 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
 
 
 def _mask(
-    query: Mapping[str, Any], where: str, load: Callable[[Any], Picture], colors: Mapping[str, str]
+    query: Mapping[str, Any], where: str, load: Callable[[Any], DataImage], colors: Mapping[str, str]
 ) -> str:
     """Thumbnail of a query's mask, tinted in its class's color, with its IoU."""
     name = str(query["name"])
@@ -205,7 +205,7 @@ def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[st
     names = [entry["name"] for entry in gallery.get("classes", [])]
     lead = (
         "Drag the line, or focus it and use the arrow keys. Point at a place to read its true and its "
-        "predicted class; T puts the whole truth on the right. Choose a small picture to put it on "
+        "predicted class; T puts the whole truth on the right. Choose a small image to put it on "
         "the right: the truth, where the two differ, or the soft mask of one query (bright: "
         "certain) with its IoU."
     )

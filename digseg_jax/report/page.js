@@ -22,11 +22,11 @@
   const position = (card) => Number(card.querySelector(".handle").getAttribute("aria-valuenow"));
 
   function choose(card, thumb) {
-    const picture = thumb.querySelector("img");
+    const small = thumb.querySelector("img");
     const shown = card.querySelector(".layer img");
-    shown.src = picture.src;
-    shown.alt = picture.alt;
-    shown.className = picture.className;
+    shown.src = small.src;
+    shown.alt = small.alt;
+    shown.className = small.className;
     const tint = thumb.querySelector(".pic").style.getPropertyValue("--tint");
     shown.parentElement.style.setProperty("--tint", tint);
     card.querySelector(".tag.right").textContent = thumb.dataset.what;
@@ -94,12 +94,12 @@
   }
 
   function pixels(card, what) {
-    const picture = card.querySelector(`.thumb[data-what="${what}"] img`);
+    const labels = card.querySelector(`.thumb[data-what="${what}"] img`);
     const canvas = document.createElement("canvas");
-    canvas.width = picture.naturalWidth;
-    canvas.height = picture.naturalHeight;
+    canvas.width = labels.naturalWidth;
+    canvas.height = labels.naturalHeight;
     const context = canvas.getContext("2d", { willReadFrequently: true });
-    context.drawImage(picture, 0, 0);
+    context.drawImage(labels, 0, 0);
     return context.getImageData(0, 0, canvas.width, canvas.height);
   }
 
@@ -108,7 +108,7 @@
     const row = Math.min(map.height - 1, Math.floor(y * map.height));
     const place = 4 * (row * map.width + column);
     const [r, g, b] = map.data.slice(place, place + 3);
-    return names.get(`rgb(${r},${g},${b})`) ?? "not labelled";
+    return names.get(`rgb(${r},${g},${b})`) ?? "not labeled";
   }
 
   function inspect(card) {
@@ -125,7 +125,7 @@
       if (x < 0 || y < 0 || x >= 1 || y >= 1) return;
       const found = [nameAt(truth, x, y), nameAt(guess, x, y)];
       answer.textContent = `truth: ${found[0]} · prediction: ${found[1]}`;
-      answer.classList.toggle("wrong", found[0] !== found[1] && found[0] !== "not labelled");
+      answer.classList.toggle("wrong", found[0] !== found[1] && found[0] !== "not labeled");
     });
     stage.addEventListener("pointerleave", () => {
       answer.textContent = "";
