@@ -54,13 +54,13 @@ def get_config(version: str = "palette"):
     config.eval.steps = 1
     config.eval.batch_size = 1
     if version == "palette":
-        config.segmentation.codec = "palette"
+        config.model.codec = "palette"
         config.data.num_queries = 1
-        config.diffusion.mask_loss_weight = 0.3
+        config.loss.mask_weight = 0.3
         config.diffusion.terminal_fraction = 0.9
         config.eval.decoder = "probe"
         config.train.steps = 8000
         return config
     config.data.num_queries = 2
-    config.diffusion.mask_loss_weight = 0.2
+    config.loss.mask_weight = 0.2
     return config

@@ -19,12 +19,12 @@ def get_config():
     config.data.word_dropout = 0.5
     config.data.negative_rate = 0.25
     config.diffusion.terminal_fraction = 0.7
-    config.diffusion.mask_loss_weight = 0.2
+    config.loss.mask_weight = 0.2
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.999
     config.train.steps = 12_000
     config.train.batch_size = 8
-    config.train.eval_every = 1_500
+    config.logging.eval_every = 1_500
     config.checkpoint.every = 500
     config.checkpoint.keep_every = 3_000
     config.eval.view_size = (128,)  # a tile

@@ -17,10 +17,10 @@ from digseg_jax.recipes import land_cover
 
 def get_config():
     config = land_cover()
-    config.segmentation.codec = "palette"
+    config.model.codec = "palette"
     config.data.num_queries = 1
     config.diffusion.terminal_fraction = 0.7
-    config.diffusion.mask_loss_weight = 0.3
+    config.loss.mask_weight = 0.3
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.998
     config.train.steps = 2600

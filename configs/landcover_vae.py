@@ -17,10 +17,10 @@ def get_config():
     config.data.num_queries = 1
     config.data.negative_rate = 0.05
     config.data.mixture = (dict(name="landcover"), dict(name="landcover_igbp"))
-    config.model.vae_arch.block_out_channels = (16, 32, 64)
-    config.model.vae_arch.norm_num_groups = 2  # eight channels and more in a group, for carry_colors
-    config.model.vae_arch.carry_colors = True
-    config.model.vae_arch.color_weight = 4.0
+    config.vae_arch.block_out_channels = (16, 32, 64)
+    config.vae_arch.norm_num_groups = 2  # eight channels and more in a group, for carry_colors
+    config.vae_arch.carry_colors = True
+    config.vae_arch.color_weight = 4.0
     config.optim.learning_rate = 2e-4  # five times as much tears the color path up
     config.optim.b2 = 0.999
     config.optim.warmup_steps = 100

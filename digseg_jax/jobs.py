@@ -75,7 +75,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         >>> dj.train(dj.load_config("quickstart"), "runs/mine")  # doctest: +SKIP
     """
     workdir = as_path(workdir)
-    use_compile_cache(config.train.compile_cache)
+    use_compile_cache(config.compute.compile_cache)
     with exclusive_run(workdir):
         claim_workdir(workdir, config, accept_changes)
         setup = set_up(config)
@@ -87,7 +87,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
 
         # Train, now and then with a look at the validation split.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
-        on_eval = _validation(config, task, mesh) if config.train.eval_every else None
+        on_eval = _validation(config, task, mesh) if config.logging.eval_every else None
         state = trainer.run(on_eval)
 
         # Export the last or the best weights.
@@ -105,7 +105,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
 
 
 # settings that may differ from host to host: folders of its disks, and its worker processes
-PER_HOST = ("data.root", "data.mixture", "data.workers", "train.compile_cache")
+PER_HOST = ("data.root", "data.mixture", "loading.workers", "compute.compile_cache")
 
 
 def check_processes(
@@ -259,7 +259,7 @@ def evaluate(
     config = with_settings(config or description.training_config(), settings or {})
     check_agreement(description, config, folder)
 
-    use_compile_cache(config.train.compile_cache)
+    use_compile_cache(config.compute.compile_cache)
     if model is None and suite is None:
         claim_workdir(workdir, config, accept_changes)
 
@@ -409,7 +409,7 @@ def _millions(tree: Params) -> float:
 def _validation(config: Config, task: Task, mesh: Mesh):
     """Builds the in-training evaluation: val split, 1x1, no calibration, so that it costs little."""
     if not isinstance(task, SegmentationTask):
-        raise UserError("config.train.eval_every: only for config.task='segmentation'; set it to 0")
+        raise UserError("config.logging.eval_every: only for config.task='segmentation'; set it to 0")
     examples = eval_examples(config.data, "val", config.eval.num_images)
 
     # Built at the first call and kept, so that its programs are compiled once; only weights change.

@@ -85,7 +85,7 @@ def stable_diffusion(
     config.data.name = dataset
     config.data.image_size = 512  # paper
     config.data.num_queries = 4  # ours
-    config.data.workers = 4  # ours
+    config.loading.workers = 4  # ours
 
     _model(config, VERSIONS[version])
     _training(config)
@@ -116,10 +116,10 @@ def _model(config: ml_collections.ConfigDict, version: Version) -> None:
 
     # Computation: what fits in memory, and is fast there.
     config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32
-    config.model.attention = "auto"
-    config.model.remat = "block"  # ours: a tenth more FLOPs, half the temporaries (aot/RECORD.md)
-    config.model.vae_limit = 4  # ours: at 512 px an image's maps take a quarter of a GB each
-    config.model.unet_limit = 32  # ours: an 8x2 ensemble for 16 queries takes 24 GB at once
+    config.compute.attention = "auto"
+    config.compute.remat = "block"  # ours: a tenth more FLOPs, half the temporaries (aot/RECORD.md)
+    config.compute.vae_batch = 4  # ours: at 512 px an image's maps take a quarter of a GB each
+    config.compute.unet_batch = 32  # ours: an 8x2 ensemble for 16 queries takes 24 GB at once
 
     # Diffusion.
     config.diffusion.prediction_type = "v_prediction"  # Marigold

@@ -11,7 +11,7 @@ import json
 import numpy as np
 from etils import epath
 
-from digseg_jax.config.schema import DataConfig
+from digseg_jax.config.schema import DataConfig, LoadingConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.pipeline import training_stream
@@ -88,5 +88,6 @@ def config(root, **changes):
 
 def batches(config, n, **options):
     options = {"seed": 1, "batch_size": 4, "start": 0, "host": 0, "hosts": 1} | options
+    options = {"loading": LoadingConfig()} | options
     with training_stream(config, "segmentation", **options) as stream:
         return list(itertools.islice(stream, n))

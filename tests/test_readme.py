@@ -135,7 +135,7 @@ def test_every_setting_exists(path):
     unknown = []
     for code in code_of(path.read_text()):
         keys = [f[7:] for f in FLAG.findall(code) if f.startswith("config.")]
-        named = SETTING.match(code)  # a span such as `train.accumulation=4`
+        named = SETTING.match(code)  # a span such as `compute.accumulation=4`
         if named and not code.endswith((".py", ".json")):
             keys.append(named[1])
         for key in keys:

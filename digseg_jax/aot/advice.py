@@ -64,7 +64,7 @@ def _batch(needs: Needs) -> str:
     return (
         f"batch: config.compile.per_device_batch={fit} (train.batch_size={fit} a device) comes to "
         f"about {(needs.arguments + fit * each) / GB:.2f} GB, at {each / GB:.2f} GB an image; larger "
-        f"batches with config.train.accumulation"
+        f"batches with config.compute.accumulation"
     )
 
 
@@ -103,19 +103,19 @@ def _remat(config: Config, architecture: Architecture, needs: Needs) -> list[str
     def kept(mode: str) -> float:
         """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
         changed: dict[str, Any] = {"remat": mode}
-        model = dataclasses.replace(config.model, **changed)
-        kept = programs.kept_bytes(dataclasses.replace(config, model=model), architecture)
+        compute = dataclasses.replace(config.compute, **changed)
+        kept = programs.kept_bytes(dataclasses.replace(config, compute=compute), architecture)
         return kept * needs.images
 
     # Only what is kept changes by the mode; other temporaries are taken to stay.
-    now = kept(config.model.remat)
+    now = kept(config.compute.remat)
     lines = []
     for mode in MODES:
-        then = now if mode == config.model.remat else kept(mode)
+        then = now if mode == config.compute.remat else kept(mode)
         if then < now:
             total = needs.arguments + max(needs.temporaries - now, 0.0) + then
             lines.append(
-                f"rematerialisation: config.model.remat={mode} keeps {then / GB:.2f} instead of "
+                f"rematerialisation: config.compute.remat={mode} keeps {then / GB:.2f} instead of "
                 f"{now / GB:.2f} GB for the backward pass, about {total / GB:.2f} GB in all"
                 f"{_verdict(total, needs)}"
             )

@@ -46,10 +46,10 @@ def stand_in(config: Config, architecture: Architecture, mesh: Mesh) -> list[Pro
         programs.lower(config, architecture, mesh, "cuda")
 
     # cuDNN's attention does not compile for a CPU: take the portable one, which computes the same.
-    device, model = mesh.devices.flat[0], config.model
-    if unfit(model.attention, device, model.dtype):
+    device = mesh.devices.flat[0]
+    if unfit(config.compute.attention, device, config.model.dtype):
         changed: dict[str, Any] = {"attention": PORTABLE}
-        config = dataclasses.replace(config, model=dataclasses.replace(model, **changed))
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changed))
     return programs.lower(config, architecture, mesh)
 
 

@@ -96,12 +96,12 @@ def train_images(config: Config, mesh: Mesh) -> int:
     Raises:
       UserError: `config.compile.per_device_batch` does not divide.
     """
-    parts = shards(mesh) * config.train.accumulation
+    parts = shards(mesh) * config.compute.accumulation
 
     # A batch given per device goes before the recipe's.
     if each := config.compile.per_device_batch:
         key = f"config.compile.per_device_batch={each} makes a batch"
-        check_batch(key, each * shards(mesh), mesh, config.train.accumulation)
+        check_batch(key, each * shards(mesh), mesh, config.compute.accumulation)
         return each * shards(mesh)
 
     images = nearest_batches(config.train.batch_size, parts)[-1]
@@ -110,7 +110,7 @@ def train_images(config: Config, mesh: Mesh) -> int:
     log.warning(
         "config.train.batch_size=%d does not divide %d devices%s: compiled is %d, and a run needs that",
         config.train.batch_size, shards(mesh),
-        f" in {config.train.accumulation} parts" if config.train.accumulation > 1 else "", images,
+        f" in {config.compute.accumulation} parts" if config.compute.accumulation > 1 else "", images,
     )  # fmt: skip
     return images
 
@@ -300,7 +300,7 @@ def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> f
     The optimizer's update is fused and takes nothing.
     """
     local = train_images(config, mesh) // shards(mesh)
-    task, batch = train_task(config, architecture, local // config.train.accumulation)
+    task, batch = train_task(config, architecture, local // config.compute.accumulation)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> Any:
         return task.loss(params, frozen, batch, example_keys(0, batch["index"]))
@@ -310,7 +310,7 @@ def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> f
     traced = jax.make_jaxpr(gradient)(task.abstract, task.frozen, batch)
     share = _stored_share(task.abstract, mesh)
     needed = peak_bytes(traced.jaxpr, output_share=share)
-    if config.train.accumulation > 1:
+    if config.compute.accumulation > 1:
         needed += 4 * count(task.abstract) * share  # float32 sum of the microbatches' gradients
     return needed
 

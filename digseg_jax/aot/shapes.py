@@ -97,9 +97,11 @@ def abstract_parts(
     architecture = architecture or Architecture.of(model)
     autoencoder = component_of_config(architecture.vae).model_class
     graphdef, abstract = functional.abstract(
-        lambda: autoencoder(architecture.vae, rngs=functional.FixedRngs(), **compute_options(model))
+        lambda: autoencoder(
+            architecture.vae, rngs=functional.FixedRngs(), **compute_options(model, config.compute)
+        )
     )
-    vae = Vae(graphdef, architecture.vae, model.vae_limit)
+    vae = Vae(graphdef, architecture.vae, config.compute.vae_batch)
 
     # What a codec chooses are constants of the program, whatever their values.
     codec = make_codec(config)

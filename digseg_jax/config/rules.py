@@ -40,17 +40,18 @@ def _check_used(c: Config) -> None:
 
 def _check_train(c: Config) -> None:
     """Checks what training needs: an evaluation to choose by, a profile window, valid regexes."""
-    if c.checkpoint.best and not c.train.eval_every:
+    if c.checkpoint.best and not c.logging.eval_every:
         raise UserError(
-            f"config.checkpoint.best={c.checkpoint.best!r}: needs config.train.eval_every, which "
+            f"config.checkpoint.best={c.checkpoint.best!r}: needs config.logging.eval_every, which "
             "measures it while training"
         )
 
-    if c.train.profile and not (
-        len(c.train.profile) == 2 and 1 <= c.train.profile[0] <= c.train.profile[1]
+    if c.logging.profile and not (
+        len(c.logging.profile) == 2 and 1 <= c.logging.profile[0] <= c.logging.profile[1]
     ):
         raise UserError(
-            f"config.train.profile={c.train.profile!r}: legal: (first, last) step, 1 <= first <= last"
+            f"config.logging.profile={c.logging.profile!r}: legal: (first, last) step, "
+            "1 <= first <= last"
         )
 
     # That the regex matches a parameter is checked later (`training.optim.check_freeze`).
@@ -73,15 +74,15 @@ def _check_model(c: Config) -> None:
         )
 
     # cuDNN's attention kernels exist for 16-bit types only.
-    if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
+    if c.compute.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise UserError(
-            "config.model.attention='cudnn' takes 16-bit activations only: set "
+            "config.compute.attention='cudnn' takes 16-bit activations only: set "
             "config.model.dtype='bfloat16', or attention to plain or chunked"
         )
 
-    if c.model.feed_forward == "fused" and c.mesh.tensor > 1:
+    if c.compute.feed_forward == "fused" and c.mesh.tensor > 1:
         raise UserError(
-            f"config.model.feed_forward='fused' with config.mesh.tensor={c.mesh.tensor}: its kernel "
+            f"config.compute.feed_forward='fused' with config.mesh.tensor={c.mesh.tensor}: its kernel "
             "needs whole weights; set it to auto or plain"
         )
 

@@ -93,9 +93,7 @@ class DataConfig:
     text_noise: float = setting(0.0, at_least=0.0)
     # Share of training queries whose words are hidden, so that only the sentence token is left.
     word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
-    # Grain worker processes; 0: threads of this process.
-    workers: int = setting(0, at_least=0, free=True)
-    train_split: str = ""  # empty: the data set's own
+    split: str = ""  # that is trained on; empty: the data set's own
     # Trains on these instead; `name` is still the data set that is evaluated.
     mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder"))
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
@@ -115,10 +113,34 @@ class DataConfig:
     quarter_turns: bool = False
     # Strength of color augmentation: 1 is mmseg's PhotoMetricDistortion, 0 none (not in the paper).
     jitter: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # An unreadable example: stop, or log it, count it and use another.
-    on_error: Literal["raise", "skip"] = setting("raise", free=True)
     # Folder of latents that --mode=cache_latents wrote; training reads them instead of the images.
     latent_cache: str = setting("", tasks=("segmentation",))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Weights to start from, the text encoder, and how text and masks become their inputs."""
+
+    # assets:NAME (shipped), a folder, or a hub id[:subfolder].
+    vae: str = setting("assets:vae", tasks=("segmentation", "prior"))
+    unet: str = setting("assets:prior", tasks=("segmentation",))  # the initial U-Net; same forms
+    # random: the architecture of `unet`, from scratch.
+    unet_init: Literal["pretrained", "random"] = setting("pretrained", tasks=("segmentation",))
+    # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog.
+    text: str = setting("minilm", tasks=("segmentation", "prior"))
+    # Last layers of a CLIP text encoder to leave out; 1: the output of the penultimate layer.
+    text_skip_layers: int = setting(0, at_least=0)
+    max_tokens: int = setting(16, at_least=1)  # text length after padding
+    # False: CLIP's padding tokens are attended to like any other, as Stable
+    # Diffusion was trained. The padding of other text encoders is always masked.
+    mask_padding: bool = True
+    # Append the mean token embedding: helps synonyms that were never trained (not in the paper).
+    sentence_token: bool = True
+    text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
+    # binary: one query, one mask (open vocabulary; the paper does not say which
+    # it uses). palette: all classes of a closed set in one pass, as colors.
+    codec: Literal["binary", "palette"] = setting("binary", tasks=("segmentation",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,49 +172,8 @@ class UnetArch:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Weights to start from, the text encoder, and how the networks are computed."""
-
-    # assets:NAME (shipped), a folder, or a hub id[:subfolder].
-    vae: str = setting("assets:vae", tasks=("segmentation", "prior"))
-    unet: str = setting("assets:prior", tasks=("segmentation",))  # the initial U-Net; same forms
-    # random: the architecture of `unet`, from scratch.
-    unet_init: Literal["pretrained", "random"] = setting("pretrained", tasks=("segmentation",))
-    # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog.
-    text: str = setting("minilm", tasks=("segmentation", "prior"))
-    # Last layers of a CLIP text encoder to leave out; 1: the output of the penultimate layer.
-    text_skip_layers: int = setting(0, at_least=0)
-    max_tokens: int = setting(16, at_least=1)  # text length after padding
-    # False: CLIP's padding tokens are attended to like any other, as Stable
-    # Diffusion was trained. The padding of other text encoders is always masked.
-    mask_padding: bool = True
-    # Append the mean token embedding: helps synonyms that were never trained (not in the paper).
-    sentence_token: bool = True
-    text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
-    # cpu: fewer products, see models/kernels/conv.py; xla: XLA's own
-    # convolution; auto: by platform. All give the same result up to rounding.
-    conv: Literal["auto", "xla", "cpu"] = setting("auto", free=True)
-    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn:
-    # NVIDIA GPU; auto: by platform. All give the same result up to rounding.
-    attention: Literal["plain", "auto", "chunked", "headwise", "splash", "cudnn"] = setting(
-        "plain", free=True
-    )
-    # plain: layer by layer; fused: one kernel, TPU; auto: by platform.
-    feed_forward: Literal["auto", "plain", "fused"] = setting("auto", free=True)
-    # What the backward pass computes again instead of keeping it, see models/remat.py.
-    remat: Literal["none", "block", "large", "attention", "dots"] = setting("none", free=True)
-    # Images that a device encodes at a time; 0: the whole batch.
-    vae_limit: int = setting(0, at_least=0, free=True)
-    # Masks that a device denoises at a time in evaluation; 0: all.
-    unet_limit: int = setting(0, at_least=0, free=True)
-    vae_arch: VaeArch = setting(VaeArch(), tasks=("autoencoder",))
-    unet_arch: UnetArch = setting(UnetArch(), tasks=("prior",))
-
-
-@dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """Noise schedule, timesteps and losses of the diffusion."""
+    """Noise schedule of the diffusion, and how training draws timesteps and noise."""
 
     prediction_type: Literal["v_prediction", "sample", "epsilon"] = "v_prediction"
     num_train_timesteps: int = setting(1000, at_least=1)
@@ -203,12 +184,17 @@ class DiffusionConfig:
     # high_noise: share of draws at the last timestep.
     terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
     high_noise_a: float = 0.1  # high_noise: scale of the heavy tail (METHOD: GenMask's a)
-    # Weight of the auxiliary loss on the decoded mask; 0: the paper's noise-prediction MSE alone.
-    mask_loss_weight: float = setting(0.0, at_least=0.0)
-    # Fraction of T from which the mask loss applies (noisy steps only).
-    mask_loss_from: float = setting(0.5, at_least=0.0, at_most=1.0)
     noise: Literal["gaussian", "multires"] = "gaussian"
     multires_strength: float = 0.9  # multires: annealed as strength * t / T (Marigold)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The auxiliary loss on the decoded mask, beside the paper's noise-prediction MSE."""
+
+    mask_weight: float = setting(0.0, at_least=0.0)  # 0: the MSE alone
+    # Fraction of T from which it applies (noisy steps only).
+    mask_from: float = setting(0.5, at_least=0.0, at_most=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,22 +219,54 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length and batches of the training, and what it logs."""
+    """Length of the training and size of its batches."""
 
     steps: int = setting(1000, at_least=0)
     batch_size: int = setting(8, at_least=1)  # images per step, over all hosts
-    log_every: int = setting(20, at_least=1, free=True)
-    eval_every: int = setting(0, at_least=0, free=True, tasks=("segmentation",))  # 0: only at the end
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the networks are computed: kernels, memory, compiled programs. Equal results to rounding."""
+
+    # cpu: fewer products, see models/kernels/conv.py; xla: XLA's own
+    # convolution; auto: by platform. All give the same result up to rounding.
+    conv: Literal["auto", "xla", "cpu"] = "auto"
+    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn:
+    # NVIDIA GPU; auto: by platform. All give the same result up to rounding.
+    attention: Literal["plain", "auto", "chunked", "headwise", "splash", "cudnn"] = "plain"
+    # plain: layer by layer; fused: one kernel, TPU; auto: by platform.
+    feed_forward: Literal["auto", "plain", "fused"] = "auto"
+    # What the backward pass computes again instead of keeping it, see models/remat.py.
+    remat: Literal["none", "block", "large", "attention", "dots"] = "none"
+    # Images that a device encodes at a time; 0: the whole batch.
+    vae_batch: int = setting(0, at_least=0)
+    # Masks that a device denoises at a time in evaluation; 0: all.
+    unet_batch: int = setting(0, at_least=0)
     # Microbatches that a batch is split into: the same step in less memory.
-    accumulation: int = setting(1, at_least=1, free=True)
-    # (first, last) step to trace into WORKDIR/profile.
-    profile: tuple[int, ...] = setting((), free=True)
+    accumulation: int = setting(1, at_least=1)
     # Folder of compiled programs, kept over runs and restarts; "": none.
-    compile_cache: str = setting("", free=True)
-    # Project at Weights & Biases that gets the metrics too; "": none.
-    wandb: str = setting("", free=True)
-    # Write WORKDIR/examples: which examples each step saw.
-    log_examples: bool = setting(False, free=True)
+    compile_cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadingConfig:
+    """How examples are read: by how many processes, and what a damaged one does to the run."""
+
+    # Grain worker processes; 0: threads of this process.
+    workers: int = setting(0, at_least=0)
+    # An unreadable example: stop, or log it, count it and use another.
+    on_error: Literal["raise", "skip"] = "raise"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh's axes; their product is the number of devices."""
+
+    data: int = -1  # -1: all remaining devices
+    # Devices that share one state. 0: chosen from the chip and their number (mesh_choice.py).
+    fsdp: int = 1
+    tensor: int = 1  # devices that share one weight matrix of attention and feed-forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +286,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationConfig:
-    """The representation of masks as images."""
+class LoggingConfig:
+    """What is measured and written down while training."""
 
-    # binary: one query, one mask (open vocabulary; the paper does not say which
-    # it uses). palette: all classes of a closed set in one pass, as colors.
-    codec: Literal["binary", "palette"] = "binary"
+    every: int = setting(20, at_least=1)  # steps
+    eval_every: int = setting(0, at_least=0, tasks=("segmentation",))  # steps; 0: only at the end
+    # (first, last) step to trace into WORKDIR/profile.
+    profile: tuple[int, ...] = ()
+    # Write WORKDIR/examples: which examples each step saw.
+    examples: bool = False
+    # Project at Weights & Biases that gets the metrics too; "": none.
+    wandb: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,16 +343,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh's axes; their product is the number of devices."""
-
-    data: int = -1  # -1: all remaining devices
-    # Devices that share one state. 0: chosen from the chip and their number (mesh_choice.py).
-    fsdp: int = 1
-    tensor: int = 1  # devices that share one weight matrix of attention and feed-forward
-
-
-@dataclasses.dataclass(frozen=True)
 class CompileConfig:
     """What --mode=compile compiles."""
 
@@ -350,20 +363,32 @@ class CompileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole experiment, section by section."""
+    """A whole experiment, section by section.
+
+    Sections that are `free` do not change the trained weights: a run may continue with other values.
+    """
 
     task: Literal["segmentation", "prior", "autoencoder"] = "segmentation"
     seed: int = 0
     init_from: str = ""  # another run's working directory: start from its newest checkpoint's weights
+
+    # What is trained: changing it makes another run.
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    vae_arch: VaeArch = setting(VaeArch(), tasks=("autoencoder",))
+    unet_arch: UnetArch = setting(UnetArch(), tasks=("prior",))
     diffusion: DiffusionConfig = setting(DiffusionConfig(), tasks=("segmentation", "prior"))
-    segmentation: SegmentationConfig = setting(SegmentationConfig(), tasks=("segmentation",))
+    loss: LossConfig = setting(LossConfig(), tasks=("segmentation",))
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
-    checkpoint: CheckpointConfig = setting(CheckpointConfig(), free=True)
-    eval: EvalConfig = setting(EvalConfig(), free=True, tasks=("segmentation",))
+
+    # How it is computed, kept, watched and measured: free to change on resuming.
+    compute: ComputeConfig = setting(ComputeConfig(), free=True)
+    loading: LoadingConfig = setting(LoadingConfig(), free=True)
     mesh: MeshConfig = setting(MeshConfig(), free=True)
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), free=True)
+    logging: LoggingConfig = setting(LoggingConfig(), free=True)
+    eval: EvalConfig = setting(EvalConfig(), free=True, tasks=("segmentation",))
     compile: CompileConfig = setting(CompileConfig(), free=True)
 
 

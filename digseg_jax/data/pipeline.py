@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.config.schema import DataConfig
+from digseg_jax.config.schema import DataConfig, LoadingConfig
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.crops import CropRules, Example, random_view
@@ -169,7 +169,7 @@ def _members(facts: DatasetSpec) -> np.ndarray | None:
     return table if table.sum() > facts.num_classes else None
 
 
-def _parts(config: DataConfig, task: str, seed: int) -> list[Part]:
+def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") -> list[Part]:
     """Raises UserError: a data set, or its cache of latents, that is not there."""
     chosen = training_parts(config)
     words, covers = vocabularies(config), cover_tables([facts for _, facts, _ in chosen])
@@ -186,7 +186,7 @@ def _parts(config: DataConfig, task: str, seed: int) -> list[Part]:
             make = CachedWithNames(latents, config.flip, *asked(latents.statistics()))
         else:
             opened = open_part(part, split, narrow=True)
-            source = Guarded(opened, facts.num_classes, config.on_error, seed)
+            source = Guarded(opened, facts.num_classes, on_error, seed)
             if task == "prior":
                 make = CropWithCaption(_rules(config), Captions(facts))
             else:
@@ -194,7 +194,7 @@ def _parts(config: DataConfig, task: str, seed: int) -> list[Part]:
             if config.repeat_threshold:
                 shares = class_shares(opened, facts.num_classes)
                 counts = repeat_factors(shares, config.repeat_threshold)
-                source = Guarded(Repeated(opened, counts), facts.num_classes, config.on_error, seed)
+                source = Guarded(Repeated(opened, counts), facts.num_classes, on_error, seed)
         made.append(Part(source, make, part.weight))
         log.info("training data: %s %s, %d examples", part.name, split, len(source))
     return made
@@ -241,15 +241,16 @@ def training_stream(
     start: int,
     host: int,
     hosts: int,
+    loading: LoadingConfig,
 ) -> Batches:
     """The batches of a run from step `start`: its whole state is that number.
 
     Raises:
       UserError: a data set that is not there, or one that the task cannot train on.
     """
-    place = {"start": start, "host": host, "hosts": hosts, "workers": config.workers}
+    place = {"start": start, "host": host, "hosts": hosts, "workers": loading.workers}
     places = [config.latent_cache or part.root for part in parts_of(config)]
     remote = any(storage.is_remote(place) for place in places)
     threads = BUCKET_THREADS if remote else None
-    parts = _parts(config, task, seed)
+    parts = _parts(config, task, seed, loading.on_error)
     return mixed_stream(parts, seed=seed, batch_size=batch_size, threads=threads, **place)

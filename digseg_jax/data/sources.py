@@ -18,7 +18,7 @@ TFDS = "tfds:"  # prefix of data sets that TensorFlow Datasets prepared
 
 def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
     """Data sets that training draws from; a single one of weight 1 if there is no mixture."""
-    return config.mixture or (PartConfig(config.name, config.root, split=config.train_split),)
+    return config.mixture or (PartConfig(config.name, config.root, split=config.split),)
 
 
 def spec_of(part: PartConfig) -> DatasetSpec:

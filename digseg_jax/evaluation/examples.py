@@ -48,7 +48,7 @@ class EvalExamples:
 def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalExamples:
     """Opens the examples of a split of `config.name`: all, or `num_images` evenly spread ones.
 
-    A broken example raises an error here, whatever `config.on_error` says: a score over fewer images
+    A broken example raises an error here, whatever `loading.on_error` says: a score over fewer images
     would be another score.
 
     Raises:

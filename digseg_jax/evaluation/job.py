@@ -113,7 +113,7 @@ def results_of(
         f"{COUNTED[scores.absent_rule]}, {scores.protocol} queries",
         "num_images": len(scores.rows),
         "absent_rule": scores.absent_rule,
-        "codec": config.segmentation.codec,
+        "codec": config.model.codec,
         "ensemble_rule": settings.ensemble_rule,
         "decoder": settings.decoder,
         "decode_limit": settings.decode_limit,
@@ -168,7 +168,7 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
         return None
     try:
         with together("the training images of a threshold search"):
-            split = data.train_split or spec_of(PartConfig(data.name, data.root)).train_split
+            split = data.split or spec_of(PartConfig(data.name, data.root)).train_split
             return None if split == examples.split else eval_examples(data, split)
     except UserError as error:
         log.info("%s: no threshold search (%s)", data.name, error)

@@ -121,7 +121,7 @@ def _one(
     """Scores of one data set under one E-Step, or {"missing": why there are none}."""
     # Evaluate the data set under its own name, whatever the weights were trained on.
     root = os.path.join(os.path.expanduser(config.data.root), dataset)
-    data = dataclasses.replace(config.data, name=dataset, root=root, train_split="", mixture=())
+    data = dataclasses.replace(config.data, name=dataset, root=root, split="", mixture=())
 
     # A missing data set is a row of the table, not the end of the suite.
     try:

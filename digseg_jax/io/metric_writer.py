@@ -50,7 +50,7 @@ def require_wandb(project: str) -> None:
     """Raises UserError if a project is named but the optional package is missing."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"config.train.wandb={project!r} needs the package wandb, which is not installed: "
+            f"config.logging.wandb={project!r} needs the package wandb, which is not installed: "
             "pip install wandb"
         )
 

@@ -46,7 +46,7 @@ BINDING = (
     "data.scale_min",
     "data.scale_max",
     "data.templates",
-    "segmentation.codec",
+    "model.codec",
     "diffusion.prediction_type",
     "diffusion.zero_snr",
     "diffusion.num_train_timesteps",
@@ -64,7 +64,7 @@ PARTS = ("model.vae", "model.text")
 # how the run was evaluated: what prediction and evaluation do unless they are told otherwise
 SUGGESTED = (
     "model.dtype",
-    "data.train_split",
+    "data.split",
     *(f"eval.{field.name}" for field in dataclasses.fields(EvalConfig)),
 )
 REQUIRED = (*BINDING, *CLOSED_BINDING, *PARTS)
@@ -249,7 +249,7 @@ def check_agreement(description: Description, config: Config, folder: AnyPath | 
       UserError: it contradicts the training, with each key and both values.
     """
     values = to_dict(config)
-    closed = CODECS[config.segmentation.codec].closed
+    closed = CODECS[config.model.codec].closed
     different = []
     for key in (*BINDING, *(CLOSED_BINDING if closed else ())):
         trained, asked = _at(description.config, key), _at(values, key)

@@ -73,7 +73,7 @@ class Stopwatch:
 
 
 class ProfilerWindow:
-    """A trace of the steps first..last (config.train.profile), for TensorBoard or Perfetto.
+    """A trace of the steps first..last (config.logging.profile), for TensorBoard or Perfetto.
 
     steps: (first, last), counted from 1; () for no trace.
     folder: where the trace is written.
@@ -117,7 +117,7 @@ def use_compile_cache(folder: str) -> None:
         epath.Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"config.train.compile_cache={folder!r}: cannot be written ({error.strerror})"
+            f"config.compute.compile_cache={folder!r}: cannot be written ({error.strerror})"
         ) from error
 
     # JAX settles on a folder at its first compilation, so the cache is reset.

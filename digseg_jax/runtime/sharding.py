@@ -107,14 +107,14 @@ def check_batch(key: str, size: int, mesh: Mesh, accumulation: int = 1) -> None:
         return
 
     near = " or ".join(str(n) for n in nearest_batches(size, parts))
-    times = f", times config.train.accumulation={accumulation}" if accumulation > 1 else ""
+    times = f", times config.compute.accumulation={accumulation}" if accumulation > 1 else ""
 
     # If the batch fits the devices, another number of microbatches would do as well.
     fewer = ""
     if accumulation > 1 and size % shards == 0:
         legal = [n for n in range(1, size // shards + 1) if size // shards % n == 0]
         best = min(legal, key=lambda n: abs(n - accumulation))
-        fewer = f"; or config.train.accumulation={best}"
+        fewer = f"; or config.compute.accumulation={best}"
 
     raise UserError(
         f"{key}={size}: must be a multiple of {parts}: {shards} devices along config.mesh.data and fsdp"

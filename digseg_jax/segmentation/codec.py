@@ -49,7 +49,7 @@ class Codec(Protocol):
     that the U-Net reads; s scores are read from one mask image. In prediction k * s = q.
 
     Attributes:
-        name: value of `config.segmentation.codec`, and the stem of the file of `state`.
+        name: value of `config.model.codec`, and the stem of the file of `state`.
         closed: queries are the classes of one data set, all of them and in their order. Otherwise they
             are any texts.
         one_by_one: every query has a mask image and a text of its own (k = t = q), so that single ones

@@ -21,7 +21,7 @@ def make_codec(config: Config) -> Codec:
     Raises:
       UserError: the codec cannot carry those data.
     """
-    return CODECS[config.segmentation.codec].for_data(config.data)
+    return CODECS[config.model.codec].for_data(config.data)
 
 
 def save_state(codec: Codec, folder: Path) -> None:

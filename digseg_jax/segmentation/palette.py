@@ -89,7 +89,7 @@ class PaletteCodec(Codec):
         if data.mixture:
             raise UserError(
                 "config.data.mixture: a palette has the colors of one class list; with "
-                "config.segmentation.codec='palette' train on one data set"
+                "config.model.codec='palette' train on one data set"
             )
         return cls(num_classes(data))
 
@@ -224,7 +224,7 @@ def build_palette(num_classes: int, round_trip: ImageMap, encode: ImageMap) -> P
     """
     if not 1 <= num_classes <= MAX_CLASSES:
         raise UserError(
-            f"config.segmentation.codec='palette': {num_classes} classes; legal 1 to {MAX_CLASSES}, "
+            f"config.model.codec='palette': {num_classes} classes; legal 1 to {MAX_CLASSES}, "
             "use 'binary' for more"
         )
 

@@ -64,12 +64,12 @@ def run(config: Config) -> None:
 
     Raises:
       UserError: no place is named or it cannot be written, a folder holds shards of another cache, or
-        an example is broken (unless `config.data.on_error` says to skip it).
+        an example is broken (unless `config.loading.on_error` says to skip it).
     """
     if not config.data.latent_cache:
         raise UserError(f"{MODE} needs --config.data.latent_cache=DIR or gs://BUCKET/DIR")
 
-    use_compile_cache(config.train.compile_cache)
+    use_compile_cache(config.compute.compile_cache)
 
     # Each process works alone on its own devices.
     devices = jax.local_devices()
@@ -93,7 +93,7 @@ def run(config: Config) -> None:
             "split": split,
             "source_examples": len(source),
             "shard_examples": SHARD_EXAMPLES,
-            "on_error": config.data.on_error,
+            "on_error": config.loading.on_error,
             "class_hash": class_hash(spec),
             **facts,
         }

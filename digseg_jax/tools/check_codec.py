@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from digseg_jax.config.schema import ModelConfig
+from digseg_jax.config.schema import ComputeConfig, ModelConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.log import setup
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         split = arguments.split or facts.eval_split
         source = registry.open_source(arguments.data, arguments.root, split)
         model = dataclasses.replace(ModelConfig(), vae=arguments.vae)
-        result = check(*load_vae(model), source, facts.num_classes, arguments.images)
+        result = check(*load_vae(model, ComputeConfig()), source, facts.num_classes, arguments.images)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -57,7 +57,7 @@ def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def cells(result: dict[str, Any]) -> list[str]:
     """Cells of a row, in the order of COLUMNS."""
     # A program that the compiler rejected for its memory has no FLOPs; simulated CPUs have no roofline.
-    model, known = result["config"]["model"], "flops" in result
+    compute, known = result["config"]["compute"], "flops" in result
     mesh = " x ".join(f"{name} {n}" for name, n in result["mesh"].items() if n > 1) or "one chip"
     rate, mfu = result.get("roofline_images_per_second_per_chip"), result.get("mfu_bound")
 
@@ -66,7 +66,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         result["program"],
         f"{result['images_per_chip']:g}",
         mesh,
-        f"{model['attention']}, {model['remat']}",
+        f"{compute['attention']}, {compute['remat']}",
         "yes" if result["fits"] else "NO",
         f"{size(result['hbm_peak_bytes'])} of {size(result['hbm_limit_bytes'])}"
         + (" (estimate)" if result.get("estimate") else ""),

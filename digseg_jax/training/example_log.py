@@ -4,7 +4,7 @@
 A line is one step of one process: {"step", "index": the examples' global numbers, "crc": checksums of
 their images, or of the images' latents where a cache supplies those}. It proves, example by example,
 that a run that was killed and resumed on other hosts saw the same data as one that ran undisturbed.
-Written if `config.train.log_examples` is set.
+Written if `config.logging.examples` is set.
 """
 
 from __future__ import annotations

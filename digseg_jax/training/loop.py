@@ -61,8 +61,8 @@ class Trainer:
         train = config.train
 
         # Bad input is answered before anything is placed on a device.
-        check_batch("config.train.batch_size", train.batch_size, mesh, train.accumulation)
-        require_wandb(config.train.wandb)
+        check_batch("config.train.batch_size", train.batch_size, mesh, config.compute.accumulation)
+        require_wandb(config.logging.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):
             task.prepare()  # what a codec chose went into the cache
@@ -166,7 +166,7 @@ class Trainer:
         """Trains until `config.train.steps` and returns the final state.
 
         Args:
-          on_eval: called with the step and the state every `config.train.eval_every` steps; returns
+          on_eval: called with the step and the state every `config.logging.eval_every` steps; returns
             metrics by name, which are logged and saved with the checkpoint.
 
         Raises:
@@ -197,13 +197,13 @@ class Trainer:
         on_eval: Callable[[int, TrainState], dict[str, float]] | None,
     ) -> TrainState:
         """Trains the steps after `start`; `run` says what it raises."""
-        train, steps = self.config.train, self.config.train.steps
+        logging, steps = self.config.logging, self.config.train.steps
 
         # A run that is finished already opens no stream.
         with (
             contextlib.nullcontext(()) if start >= steps else self.batches(start) as stream,
-            contextlib.closing(ProfilerWindow(train.profile, f"{self.workdir}/profile")) as profile,
-            ExampleLog(as_path(self.workdir), start, train.log_examples) as examples,
+            contextlib.closing(ProfilerWindow(logging.profile, f"{self.workdir}/profile")) as profile,
+            ExampleLog(as_path(self.workdir), start, logging.examples) as examples,
             PreemptionWatch() as preemption,
         ):
             batches = place_ahead(stream, self.mesh)
@@ -233,13 +233,13 @@ class Trainer:
 
                 # Evaluate, but never a state that is not finite.
                 extra = {}
-                if on_eval and train.eval_every and step % train.eval_every == 0:
+                if on_eval and logging.eval_every and step % logging.eval_every == 0:
                     log.check()
                     with log.watch("eval"):
                         extra = on_eval(step, state)
 
                 # An evaluation gets its own line, also between two logged steps.
-                if step % train.log_every == 0 or step == steps or extra:
+                if step % logging.every == 0 or step == steps or extra:
                     log.write(step, extra)
 
                 # Save. `reached` is collective: every process leaves after the same step.
@@ -312,4 +312,5 @@ class Trainer:
             start=start,
             host=host,
             hosts=hosts,
+            loading=self.config.loading,
         )

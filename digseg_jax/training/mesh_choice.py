@@ -96,7 +96,7 @@ def choose_mesh(
 
     # Say what was chosen, from what.
     share, held = needs.on_a_device(fsdp), needs.state + needs.frozen
-    over = "" if share <= USABLE * memory else "; it may not fit: raise config.train.accumulation"
+    over = "" if share <= USABLE * memory else "; it may not fit: raise config.compute.accumulation"
     log.info(
         "config.mesh.fsdp=0: %d chosen for %d x %s: of %.2f GB (state, gradients, frozen parts) a "
         "device holds %.2f GB, about %.2f GB with activations, of %.1f GB%s",
@@ -133,7 +133,7 @@ def needs_of(config: Config, task: Trainable, shards: int) -> Needs:
     """Bytes that the train step needs; its batch is split into `shards` equal parts."""
     # Gradients have the parameters' shapes, so parameters count twice.
     state, params = _bytes(abstract_state(task.abstract, config)), _bytes(task.abstract)
-    images = math.ceil(config.train.batch_size / (shards * config.train.accumulation))
+    images = math.ceil(config.train.batch_size / (shards * config.compute.accumulation))
     return Needs(state + params, _bytes(task.frozen), images * activation_bytes(config, task))
 
 
@@ -154,7 +154,7 @@ def activation_bytes(config: Config, task: Trainable) -> float:
 
     # Bytes per cell grow with the channels and the size of a number, measured at 320 and bfloat16.
     width = unet.block_out_channels[0] / CELL_CHANNELS * np.dtype(config.model.dtype).itemsize / 2
-    return CELL_BYTES * cells * width * KEPT[config.model.remat]
+    return CELL_BYTES * cells * width * KEPT[config.compute.remat]
 
 
 def count_joined(devices: list[jax.Device]) -> int:

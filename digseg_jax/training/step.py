@@ -85,11 +85,13 @@ def make_train_step(
             return jax.value_and_grad(loss, has_aux=True)(trainable)
 
         # Loss and gradients; the sum of an accumulation starts from zeros sharded like the parameters.
-        if config.train.accumulation == 1:
+        if config.compute.accumulation == 1:
             (loss, metrics), grads = gradient(batch)
         else:
             zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), like)
-            (loss, metrics), grads = accumulate(gradient, zeros, batch, config.train.accumulation, mesh)
+            (loss, metrics), grads = accumulate(
+                gradient, zeros, batch, config.compute.accumulation, mesh
+            )
 
         # Update what learns.
         updates, opt = optimizer.update(grads, state["opt"], trainable)

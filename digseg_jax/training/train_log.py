@@ -34,7 +34,7 @@ class TrainLog:
 
     def __init__(self, config: Config, workdir: str, start: int, devices: list[jax.Device]):
         self.config, self.devices, self.flops = config, devices, 0.0
-        self.writer = MetricWriter(workdir, truncate_after=start, wandb=config.train.wandb)
+        self.writer = MetricWriter(workdir, truncate_after=start, wandb=config.logging.wandb)
         self.progress = Progress(config.train.steps)
 
         # Metrics that are still on the devices, and those fetched since the last line.

@@ -37,10 +37,10 @@ versions = pytest.mark.parametrize("version", ["sd15", "sd21"])
 def configured(version: str, platform: str, codec: str = "binary") -> Config:
     """A public recipe as that platform computes it."""
     recipe = stable_diffusion(version, "ade20k")
-    recipe.segmentation.codec = codec
+    recipe.model.codec = codec
     recipe.mesh.data, recipe.mesh.fsdp = 2, 4
     config = for_devices(parse(recipe), [DEVICES[platform]])
-    assert config.model.attention == CHOSEN[platform]
+    assert config.compute.attention == CHOSEN[platform]
     return config
 
 
@@ -71,8 +71,8 @@ def test_other_losses(version, platform, codec):
     config = configured(version, platform, "palette" if codec == "palette" else "binary")
     if codec == "cached":
         data = dataclasses.replace(config.data, latent_cache="DIR")
-        diffusion = dataclasses.replace(config.diffusion, mask_loss_weight=0.2)
-        config = dataclasses.replace(config, data=data, diffusion=diffusion)
+        loss = dataclasses.replace(config.loss, mask_weight=0.2)
+        config = dataclasses.replace(config, data=data, loss=loss)
     task, batch = programs.train_task(config, Architecture.of(config.model), 8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     text = lowered(task.loss, platform, task.abstract, task.frozen, batch, keys)

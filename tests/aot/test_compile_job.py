@@ -127,7 +127,7 @@ def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
 def estimated(folders, tmp_path_factory):
     """The same for two GPUs, with what `auto` chooses there."""
     workdir = tmp_path_factory.mktemp("h100")
-    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
+    changes = {"compute__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
     made = config(folders, mesh__data=1, mesh__fsdp=2, **changes)
     return compiling.run(made, "h100:2", as_path(workdir)), workdir
 
@@ -139,7 +139,7 @@ def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
     assert stored["estimate"] is True and "CPU" in stored["estimated_by"]
     assert "estimate" not in compiled[0]
     assert stored["device_kind"] == "NVIDIA H100" and stored["chips"] == 2
-    assert stored["config"]["model"]["attention"] == "cudnn"  # what runs there, not what stood in
+    assert stored["config"]["compute"]["attention"] == "cudnn"  # what runs there, not what stood in
     assert "memory" not in stored["roofline_seconds"]
     parts = ("hbm_args_bytes", "hbm_temp_bytes", "hbm_result_bytes", "hbm_waiting_bytes")
     assert stored["hbm_peak_bytes"] == sum(stored[part] for part in parts)
@@ -150,7 +150,7 @@ def test_of_a_gpu_it_is_an_estimate_with_the_same_keys(compiled, estimated):
 
 
 def test_the_evaluation_of_a_gpu_is_estimated_too(folders, tmp_path):
-    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "mesh__fsdp": 1}
+    changes = {"compute__attention": "auto", "model__dtype": "bfloat16", "mesh__fsdp": 1}
     made = config(folders, mesh__data=1, compile__program="eval", compile__eval_queries=3, **changes)
     result = compiling.run(made, "rtx3090:1", as_path(tmp_path))
     assert result["estimate"] and result["fits"] and result["programs"].keys() == {"sample", "read"}
@@ -159,26 +159,26 @@ def test_the_evaluation_of_a_gpu_is_estimated_too(folders, tmp_path):
 
 def test_what_a_gpu_has_not_is_advised_upon(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "memory_share", lambda: 1e-5)
-    changes = {"model__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
+    changes = {"compute__attention": "auto", "model__dtype": "bfloat16", "train__batch_size": 2}
     made = config(folders, mesh__data=1, mesh__fsdp=1, compile__unet_only=True, **changes)
     result = compiling.run(made, "a100-40gb:1", as_path(tmp_path))
     assert not result["fits"] and result["hbm_limit_bytes"] == pytest.approx(400_000)
-    assert result["advice"] and result["config"]["model"]["attention"] == "cudnn"
+    assert result["advice"] and result["config"]["compute"]["attention"] == "cudnn"
 
 
 def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
     """What JAX refuses for CUDA must not be told to fit."""
     seen = []
     monkeypatch.setattr(programs, "lower", lambda *a: seen.append(a[3:]) or ["program"])
-    made = config(folders, model__attention="cudnn", model__dtype="bfloat16")
+    made = config(folders, compute__attention="cudnn", model__dtype="bfloat16")
     assert cuda.stand_in(made, None, make_mesh(made.mesh)) == ["program"]
     assert seen == [("cuda",), ()]
 
 
 def test_a_gpu_before_ampere_gets_what_it_can_compute(folders):
     meant = topology.open_topology("t4:1").meant
-    made = config(folders, model__attention="auto", model__dtype="bfloat16")
-    assert for_devices(made, meant).model.attention == "chunked"
+    made = config(folders, compute__attention="auto", model__dtype="bfloat16")
+    assert for_devices(made, meant).compute.attention == "chunked"
 
 
 def test_the_share_of_a_gpus_memory_is_the_users_choice(monkeypatch):
@@ -208,14 +208,15 @@ def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path)
 def test_rematerialisation_is_no_part_of_the_models_flops(folders):
     parts = Architecture.of(config(folders).model)
     counted = [
-        programs.model_flops(config(folders, model__remat=mode), parts, 8) for mode in ("none", "block")
+        programs.model_flops(config(folders, compute__remat=mode), parts, 8)
+        for mode in ("none", "block")
     ]
     assert counted[0] == counted[1] > 0
 
 
 def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
     parts = Architecture.of(config(folders).model)
-    kept = {m: programs.kept_bytes(config(folders, model__remat=m), parts) for m in ("none", "block")}
+    kept = {m: programs.kept_bytes(config(folders, compute__remat=m), parts) for m in ("none", "block")}
     assert 0 < kept["block"] < kept["none"]
 
 
@@ -226,7 +227,7 @@ def test_over_the_budget_the_advice_is_computed(folders):
     batch, *others = advise(made, parts, mesh, needs)
     assert "per_device_batch=3 " in batch  # 3 MB of arguments and a MB an image leave room for three
     assert any(line.startswith("fsdp: ") for line in others)
-    assert any("config.model.remat=block keeps" in line for line in others)
+    assert any("config.compute.remat=block keeps" in line for line in others)
     roomy = dataclasses.replace(needs, budget=1e12)
     assert not any(line.startswith("batch") for line in advise(made, parts, mesh, roomy))
 
@@ -283,7 +284,7 @@ def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog
     made = config(folders, train__batch_size=12)
     assert programs.train_images(made, make_mesh(made.mesh)) == 16
     assert "config.train.batch_size=12 does not divide 8 devices: compiled is 16" in caplog.text
-    made = config(folders, train__accumulation=3, compile__per_device_batch=2)
+    made = config(folders, compute__accumulation=3, compile__per_device_batch=2)
     with pytest.raises(UserError, match="makes a batch=16: must be a multiple of 24.*nearest: 24"):
         programs.train_images(made, make_mesh(made.mesh))
 

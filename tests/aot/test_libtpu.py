@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
 )
 TINY = (  # widths that compile in a minute
-    "--config.model.attention=splash",
+    "--config.compute.attention=splash",
     "--config.model.dtype=bfloat16",
     "--config.mesh.fsdp=4",
     "--config.train.batch_size=4",

@@ -69,9 +69,9 @@ def test_against_what_the_tpu_compiler_allots(chips, images, allotted):
     """The U-Net of Stable Diffusion 2.1, images a chip, 16 chips there (aot/RECORD.md): not too little,
     and a quarter too much at most."""
     config = parse(stable_diffusion("sd21", "ade20k"))
-    model = dataclasses.replace(config.model, attention="splash")
+    compute = dataclasses.replace(config.compute, attention="splash")
     options = dataclasses.replace(config.compile, unet_only=True, per_device_batch=images)
-    config = dataclasses.replace(config, model=model, compile=options)
+    config = dataclasses.replace(config, compute=compute, compile=options)
     mesh = make_mesh(MeshConfig(1, chips, 1), jax.devices()[:chips])
     (estimate,) = programs.temporary_bytes(config, Architecture.of(config.model), mesh)
     assert allotted <= estimate <= 1.25 * allotted

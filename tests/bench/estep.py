@@ -71,8 +71,8 @@ class Grid:
     def __init__(self, weights: str, images: int):
         config, folder = bench_config(weights)
         codec = "palette" if state_file("palette", folder).is_file() else "binary"
-        segmentation = dataclasses.replace(config.segmentation, codec=codec)
-        self.config = dataclasses.replace(config, segmentation=segmentation)
+        model = dataclasses.replace(config.model, codec=codec)
+        self.config = dataclasses.replace(config, model=model)
         self.task = load_task(self.config)
         self.task.adopt(folder)
         self.params = load_params(folder, self.task.abstract)

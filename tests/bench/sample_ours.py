@@ -29,10 +29,10 @@ def configuration(spec: dict[str, Any]) -> Config:
         mask_padding=False,
         sentence_token=False,
         text_adapters=False,
-        **spec["options"],
     )
     data = dataclasses.replace(base.data, image_size=spec["pixels"])
-    return dataclasses.replace(base, model=model, data=data)
+    compute = dataclasses.replace(base.compute, **spec["options"])
+    return dataclasses.replace(base, model=model, data=data, compute=compute)
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     config = configuration(spec)
     arrays = inputs(spec["size"], spec["pixels"], spec["queries"])
     tokens = jax.device_put(arrays["tokens"])
-    vae, vae_params = load_vae(config.model)
+    vae, vae_params = load_vae(config.model, config.compute)
     architecture = Architecture(load_config(config.model.unet), vae.config, tokens.shape[-1])
     parts = abstract_parts(config, architecture, prompts=spec["queries"])
     task = SegmentationTask(parts, config)

@@ -37,7 +37,7 @@ def get_config():
     config.model.unet = "assets:segmenter"
     config.model.sentence_token = True  # all that word_dropout leaves of a name
     config.diffusion.terminal_fraction = 0.7
-    config.diffusion.mask_loss_weight = 0.2
+    config.loss.mask_weight = 0.2
     config.optim.learning_rate = 1e-3
     config.optim.ema_decay = 0.998
     config.train.steps = 3000

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from same import assert_same
 
-from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.pipeline import Repeated, _parts, training_stream
@@ -104,7 +104,7 @@ CONFIG = DataConfig(**LAND, mixture=(PartConfig("landcover"), PartConfig("landco
 
 def real(n=2, task="segmentation", config=CONFIG, **options):
     options = {"seed": 0, "batch_size": 4, "start": 0, "host": 0, "hosts": 1} | options
-    return take(training_stream(config, task, **options), n)
+    return take(training_stream(config, task, loading=LoadingConfig(), **options), n)
 
 
 @pytest.mark.usefixtures("cover")

@@ -113,7 +113,7 @@ def test_a_batch_of_two_with_a_padded_end_counts_the_same(config, task, params, 
 
 
 def test_masks_denoised_a_few_at_a_time_count_the_same(config, params, scores):
-    few = dataclasses.replace(config, model=dataclasses.replace(config.model, unet_limit=3))
+    few = dataclasses.replace(config, compute=dataclasses.replace(config.compute, unet_batch=3))
     got = evaluator(few, load_task(few), params).scores(ONE)
     np.testing.assert_array_equal(got.areas, scores.areas)
     assert np.abs(got.confusion - scores.confusion).sum() <= 20

@@ -148,7 +148,7 @@ def test_no_permission_on_the_bucket_is_told_within_a_minute(store, folders, tmp
 
 @pytest.mark.slow
 def test_two_processes_share_a_bucket(store, folders, tmp_path):
-    changes = {"mesh__fsdp": 2, "mesh__data": 1, "model__unet_arch__block_out_channels": (64, 128)}
+    changes = {"mesh__fsdp": 2, "mesh__data": 1, "unet_arch__block_out_channels": (64, 128)}
     start(store, tmp_path, folders, "run", count=2, **changes).check()
     assert store.steps("run") == [6, 8]
     assert [row["step"] for row in rows(store, "run")] == list(range(1, 9))

@@ -41,8 +41,8 @@ class Run:
         self.folder.mkdir()
         config = tiny.config_file(
             self.folder, folders, task="prior", train__steps=steps, checkpoint__every=INTERVAL,
-            train__log_examples=True, mesh__fsdp=2, mesh__data=1,
-            model__unet_arch__block_out_channels=(64, 128),  # large enough for FSDP to split them
+            logging__examples=True, mesh__fsdp=2, mesh__data=1,
+            unet_arch__block_out_channels=(64, 128),  # large enough for FSDP to split them
         )  # fmt: skip
         self.flags = [f"--config={config}", f"--workdir=gs://{BUCKET}/{name}"]
 

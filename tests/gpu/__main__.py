@@ -100,7 +100,7 @@ def run(folder: Path, *, tiny: bool, minutes: float) -> tuple[Check, dict[str, A
         "devices": jax.device_count(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "tiny": tiny,
-        "attention": chosen.model.attention,
+        "attention": chosen.compute.attention,
         "dtype": chosen.model.dtype,
         "model": dataclasses.asdict(chosen.model),
     }

@@ -63,13 +63,13 @@ def write(folder: Path, size: Size) -> Config:
     _write_pictures(folder / "pictures", size.pixels)
     recipe = stable_diffusion("sd15", "folder")
 
-    recipe.data.root, recipe.data.workers = str(folder / "pictures"), 0
+    recipe.data.root, recipe.loading.workers = str(folder / "pictures"), 0
     recipe.data.image_size, recipe.data.num_queries = size.pixels, 2
     recipe.model.vae = str(folder / "models" / "vae")
     recipe.model.unet = str(folder / "models" / "unet")
     recipe.model.text = str(folder / "models" / "text_encoder")
 
-    recipe.train.steps, recipe.train.batch_size, recipe.train.log_every = size.steps, 4, 1
+    recipe.train.steps, recipe.train.batch_size, recipe.logging.every = size.steps, 4, 1
     recipe.checkpoint.every, recipe.checkpoint.keep = size.steps, 1
     recipe.eval.num_images, recipe.eval.batch_size = 2, 1
     return parse(recipe)

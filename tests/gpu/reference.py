@@ -30,13 +30,15 @@ from digseg_jax.training.tasks.segmentation import load_task
 
 def first_step(config: Config) -> dict[str, float]:
     """Loss and gradient norm of the first batch, taken an image at a time to bound the memory."""
-    model = dataclasses.replace(config.model, dtype="float32", attention="auto")
-    config = for_devices(dataclasses.replace(config, model=model), jax.devices("cpu"))
+    model = dataclasses.replace(config.model, dtype="float32")
+    compute = dataclasses.replace(config.compute, attention="auto")
+    config = dataclasses.replace(config, model=model, compute=compute)
+    config = for_devices(config, jax.devices("cpu"))
     task, mesh = load_task(config), make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1])
     params = task.initial()
     stream = training_stream(
         config.data, config.task, seed=config.seed, batch_size=config.train.batch_size,
-        start=0, host=0, hosts=1,
+        start=0, host=0, hosts=1, loading=config.loading,
     )  # fmt: skip
     with stream as batches:
         batch = next(batches)

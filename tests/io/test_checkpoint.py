@@ -87,7 +87,7 @@ def test_the_best_weights_can_be_had_after_the_run(cover, folders, tmp_path):
         seen[step] = jax.device_get(state["ema"])
         return {"val_miou": scores[step]}
 
-    changes = {"checkpoint__best": "val_miou", "checkpoint__keep": 1, "train__eval_every": 1}
+    changes = {"checkpoint__best": "val_miou", "checkpoint__keep": 1, "logging__eval_every": 1}
     trainer, _ = train(folders, tmp_path, on_eval, **changes)
     assert pod.checkpoints(tmp_path) == [2, 6]
     weights, source = trainer.weights_of(str(tmp_path), best=True)
@@ -176,7 +176,7 @@ def test_sigterm_or_ctrl_c_saves_the_step_and_leaves(cover, folders, tmp_path, s
             os.kill(os.getpid(), sent)
         return {}
 
-    changes = {"train__eval_every": 1, "checkpoint__every": 100}
+    changes = {"logging__eval_every": 1, "checkpoint__every": 100}
     with pytest.raises(Preempted, match="step 3 is saved"):
         train(folders, tmp_path, on_eval, **changes)
     assert pod.checkpoints(tmp_path) == [3]
@@ -193,7 +193,7 @@ def test_a_second_ctrl_c_leaves_at_once(cover, folders, tmp_path):
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        train(folders, tmp_path, on_eval, train__eval_every=3, checkpoint__every=100)
+        train(folders, tmp_path, on_eval, logging__eval_every=3, checkpoint__every=100)
     assert pod.checkpoints(tmp_path) == []
 
 
@@ -203,13 +203,13 @@ def test_sigterm_at_the_last_step_is_no_preemption(cover, folders, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
-    train(folders, tmp_path, on_eval, train__eval_every=1)
+    train(folders, tmp_path, on_eval, logging__eval_every=1)
     assert pod.checkpoints(tmp_path)[-1] == STEPS
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_main_ends_with_the_documented_status_after_a_signal(cover, folders, tmp_path, sent):
-    config = tiny.config_file(tmp_path, folders, task="prior", train__steps=100000, data__workers=1)
+    config = tiny.config_file(tmp_path, folders, task="prior", train__steps=100000, loading__workers=1)
     flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     process = pod.Pod(tmp_path / "logs", flags)
     process.when(lambda: pod.last_step(tmp_path / "run") >= 2)
@@ -224,7 +224,7 @@ def test_a_disk_that_refuses_ends_the_run_loudly_and_older_checkpoints_stay(cove
     run = tmp_path / "run"
     config = tiny.config_file(
         tmp_path, folders, task="prior", train__steps=100000, checkpoint__every=10,
-        train__log_every=1000,
+        logging__every=1000,
     )  # fmt: skip
     process = pod.Pod(tmp_path / "logs", [f"--config={config}", f"--workdir={run}"])
     process.when(lambda: len(pod.checkpoints(run)) >= 2)

@@ -63,11 +63,11 @@ def test_a_run_that_made_nothing_leaves_no_claim(tmp_path):
     [
         {"eval": {"ensemble": 8, "sweep": ["4x2"]}},
         {"mesh": {"fsdp": 2}},
-        {"train": {"log_every": 1, "eval_every": 5}},
-        {"model": {"feed_forward": "plain"}},
-        {"data": {"on_error": "skip"}},
+        {"logging": {"every": 1, "eval_every": 5}},
+        {"compute": {"feed_forward": "plain"}},
+        {"loading": {"on_error": "skip"}},
         {"checkpoint": {"every": 7, "keep": 9, "overlap": 0}},
-        {"data": {"workers": 2}},
+        {"loading": {"workers": 2}},
     ],
     ids=lambda v: "-".join(v),
 )

@@ -87,7 +87,7 @@ class TestWandb:
 
     def test_a_missing_package_is_one_clear_error(self, tmp_path, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(UserError, match="config.train.wandb='land'.*pip install wandb"):
+        with pytest.raises(UserError, match="config.logging.wandb='land'.*pip install wandb"):
             MetricWriter(tmp_path, active=True, wandb="land")
 
     def test_it_is_imported_only_if_asked_for(self, tmp_path, calls):

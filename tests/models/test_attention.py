@@ -239,23 +239,23 @@ def test_an_unknown_name_lists_the_legal_ones():
 
 @pytest.mark.parametrize("name", ["splash", "cudnn"])
 def test_a_kernel_of_another_platform_is_refused_by_name(folders, name):
-    config = tiny.config(folders, model__attention=name, model__dtype="bfloat16")
+    config = tiny.config(folders, compute__attention=name, model__dtype="bfloat16")
     with pytest.raises(UserError, match=f"attention='{name}'.*legal: auto, plain, chunked") as caught:
         for_devices(config, jax.devices())
     assert "cpu" in tiny.one_line(caught.value)
     # compiling for a platform that is not there needs the model all the same
-    assert compute_options(config.model)["attention"] == LocalAttention(name)
+    assert compute_options(config.model, config.compute)["attention"] == LocalAttention(name)
 
 
 def test_cudnn_needs_16_bits(folders):
     with pytest.raises(UserError, match="attention='cudnn'.*bfloat16"):
-        tiny.config(folders, model__attention="cudnn")
+        tiny.config(folders, compute__attention="cudnn")
 
 
 @pytest.mark.parametrize("name", ["plain", "chunked", "headwise"])
 def test_these_run_on_the_cpus_here(folders, name):
-    config = tiny.config(folders, model__attention=name)
-    assert for_devices(config, jax.devices()).model.attention == name
+    config = tiny.config(folders, compute__attention=name)
+    assert for_devices(config, jax.devices()).compute.attention == name
 
 
 def described(platform: str, capability: str | None = None) -> types.SimpleNamespace:
@@ -277,14 +277,14 @@ def described(platform: str, capability: str | None = None) -> types.SimpleNames
     ],
 )
 def test_auto_is_the_best_that_the_devices_run(folders, device, dtype, expected):
-    config = tiny.config(folders, model__attention="auto", model__dtype=dtype)
-    assert for_devices(config, [device]).model.attention == expected
-    assert compute_options(config.model)["attention"] == "chunked"  # where nobody asked
+    config = tiny.config(folders, compute__attention="auto", model__dtype=dtype)
+    assert for_devices(config, [device]).compute.attention == expected
+    assert compute_options(config.model, config.compute)["attention"] == "chunked"  # where nobody asked
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_cudnn_on_a_gpu_before_ampere_is_refused_by_name(folders):
-    config = tiny.config(folders, model__attention="cudnn", model__dtype="bfloat16")
+    config = tiny.config(folders, compute__attention="cudnn", model__dtype="bfloat16")
     with pytest.raises(UserError, match="cudnn' needs a GPU of compute capability 8.0.* have 7.0"):
         for_devices(config, [described("gpu", "7.0")])
 

@@ -60,7 +60,7 @@ def test_large_latents_saturate(folder):
 
 def test_a_run_may_name_it_as_its_autoencoder(folder, folders):
     config = tiny.config(folders, model__vae=str(folder))
-    vae, params = load_vae(config.model)
+    vae, params = load_vae(config.model, config.compute)
     image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 3)).astype(np.float32)
     model = load_component(folder)
     latent = vae.encode(params, image)
@@ -72,7 +72,7 @@ def test_a_run_may_name_it_as_its_autoencoder(folder, folders):
 def test_a_run_refuses_what_is_no_autoencoder(folders):
     config = tiny.config(folders, model__vae=folders["unet"])
     with pytest.raises(UserError, match="UNet2D.*expected AutoencoderKL or AutoencoderTiny"):
-        load_vae(config.model)
+        load_vae(config.model, config.compute)
 
 
 def test_config_survives_a_round_trip(folder):

@@ -27,10 +27,10 @@ def flags(folder, folders, workdir, **changes):
         "task": "prior",
         "train__steps": STEPS,
         "checkpoint__every": 100,
-        "train__log_examples": True,
+        "logging__examples": True,
     }
     if changes.get("task", "prior") == "prior":  # large enough for FSDP to split them
-        options["model__unet_arch__block_out_channels"] = (64, 128)
+        options["unet_arch__block_out_channels"] = (64, 128)
     config = tiny.config_file(folder, folders, **(options | changes))
     return [f"--config={config}", f"--workdir={workdir}"]
 

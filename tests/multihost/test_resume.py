@@ -28,8 +28,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         config = tiny.config_file(
             folder, folders, task="prior", train__steps=steps, checkpoint__every=INTERVAL,
-            train__log_examples=True, mesh__data=2, mesh__fsdp=2,
-            model__unet_arch__block_out_channels=(64, 128),
+            logging__examples=True, mesh__data=2, mesh__fsdp=2,
+            unet_arch__block_out_channels=(64, 128),
         )  # fmt: skip
         self.flags = [f"--config={config}", f"--workdir={self.run}"]
 

@@ -37,7 +37,7 @@ OTHER = {  # a legal value of each binding setting that is not the tiny configur
     "data.scale_min": 0.9,
     "data.scale_max": 1.5,
     "data.templates": ("a photo of {}",),
-    "segmentation.codec": "palette",
+    "model.codec": "palette",
     "diffusion.prediction_type": "sample",
     "diffusion.zero_snr": False,
     "diffusion.num_train_timesteps": 500,
@@ -115,7 +115,7 @@ def test_what_does_not_change_the_masks_meaning_is_free(config, made):
 
 
 def test_a_palette_belongs_to_its_class_list(config):
-    palette = changed(config, "segmentation.codec", "palette")
+    palette = changed(config, "model.codec", "palette")
     other = changed(palette, "data.name", "camvid")
     assert "config.data.name='camvid', trained with 'landcover'" in refusal(described(palette), other)
 

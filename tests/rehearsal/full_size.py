@@ -40,11 +40,11 @@ STEPS = 2
 CHANGES = {
     "train.steps": STEPS,
     "train.batch_size": 1,
-    "train.log_every": 1,
+    "logging.every": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "data.num_queries": 1,
-    "data.workers": 0,
+    "loading.workers": 0,
     "model.dtype": "float32",
     "optim.ema_decay": 0.0,  # a fourth of the state
     "optim.mu_dtype": "bfloat16",  # an eighth
@@ -116,7 +116,7 @@ def main() -> None:
     command = [sys.executable, "-m", "digseg_jax.main", "--config=configs/ade20k.py"]
     command += [f"--workdir={run}", f"--config.data.root={data}"]
     changes = CHANGES | {"data.image_size": side, "eval.view_size": (view,)}
-    changes["train.compile_cache"] = folder / "compiled"
+    changes["compute.compile_cache"] = folder / "compiled"
     command += [*(f"--config.{key}={value}" for key, value in changes.items()), *more]
     figures: dict[str, Any] = {}
 

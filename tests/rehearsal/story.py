@@ -38,13 +38,13 @@ IMAGE_SIZE = 150, 100  # of the prediction's image, width and height; larger tha
 SIZES = {
     "train.steps": STEPS,
     "train.batch_size": 4,
-    "train.log_every": 1,
+    "logging.every": 1,
     "checkpoint.every": EVERY,
     "eval.num_images": 2,
     "eval.sweep": "()",
 }
 # of Stable Diffusion's configurations, whose crops have 512 pixels and whose ensembles eight members
-CROPS = {"data.image_size": 64, "data.num_queries": 2, "data.workers": 0, "eval.ensemble": 2}
+CROPS = {"data.image_size": 64, "data.num_queries": 2, "loading.workers": 0, "eval.ensemble": 2}
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def evaluate_tables(run: Run) -> None:
 
 def paint_palette(run: Run) -> None:
     """The palette codec, trained and evaluated on four devices, read from the latents and decoded."""
-    palette = ("--config.segmentation.codec=palette", "--config.data.num_queries=1")
+    palette = ("--config.model.codec=palette", "--config.data.num_queries=1")
     short = ("--config.train.steps=2", "--config.checkpoint.every=2")
     run.do(FOUR, *palette, *short, "--config.eval.decoder=probe", name="palette")
     check_results(run, "probe")

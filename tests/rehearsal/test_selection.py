@@ -84,8 +84,8 @@ def miniature(sd15_folders) -> Config:
 
 def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
     """With an autoencoder that has attention, which is a program of its own on several devices."""
-    codec = dataclasses.replace(miniature.segmentation, codec="palette")
-    config = for_devices(dataclasses.replace(miniature, segmentation=codec), jax.devices()[:4])
+    model = dataclasses.replace(miniature.model, codec="palette")
+    config = for_devices(dataclasses.replace(miniature, model=model), jax.devices()[:4])
     task = load_task(config)
     assert task.vae.config.mid_block_add_attention
     trainer = Trainer(config, task, tiny.mesh(data=2, fsdp=2), str(tmp_path))

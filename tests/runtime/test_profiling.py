@@ -79,4 +79,4 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
         use_compile_cache(str(tmp_path / "file" / "cache"))
-    assert "config.train.compile_cache" in tiny.one_line(caught.value)
+    assert "config.compute.compile_cache" in tiny.one_line(caught.value)

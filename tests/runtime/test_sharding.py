@@ -331,7 +331,7 @@ def test_slices_change_the_order_of_work_and_nothing_else(limit, axes):
     [
         (32, 1, "config.train.batch_size=32: must be a multiple of 6: .*nearest: 30 or 36$"),
         (4, 1, "multiple of 6: 6 devices along config.mesh.data and fsdp; nearest: 6$"),
-        (12, 4, r"times config.train.accumulation=4; nearest: 24; or config.train.accumulation=2$"),
+        (12, 4, r"times config.compute.accumulation=4; nearest: 24; or config.compute.accumulation=2$"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_told_with_the_nearest_that_do(size, accumulation, said):

@@ -81,7 +81,7 @@ class PairCodec(Codec):
 @pytest.fixture
 def task(folders, monkeypatch):
     monkeypatch.setitem(codecs.CODECS, "binary", PairCodec)  # whatever the name
-    return load_task(tiny.config(folders, diffusion__mask_loss_weight=0.5, eval__view_size=()))
+    return load_task(tiny.config(folders, loss__mask_weight=0.5, eval__view_size=()))
 
 
 def test_it_is_trained_with_the_colors_of_each_sample(task):

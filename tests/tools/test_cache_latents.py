@@ -134,12 +134,12 @@ def both_batches(config):
 
 CASES = {
     "binary": {},
-    "auxiliary": {"diffusion__mask_loss_weight": 0.5, "diffusion__mask_loss_from": 0.0},
+    "auxiliary": {"loss__mask_weight": 0.5, "loss__mask_from": 0.0},
     "nested": {},
     "palette": {
-        "segmentation__codec": "palette",
-        "diffusion__mask_loss_weight": 0.5,
-        "diffusion__mask_loss_from": 0.0,
+        "model__codec": "palette",
+        "loss__mask_weight": 0.5,
+        "loss__mask_from": 0.0,
     },
 }
 
@@ -248,8 +248,8 @@ def other_vae(tmp_path_factory):
     [
         ({"model__vae": "other"}, "the autoencoder's weights (config.model.vae): legal is the cache's"),
         ({"data__image_size": 64}, "config.data.image_size: legal is the cache's 32, this run has 64"),
-        ({"segmentation__codec": "palette"},
-         "config.segmentation.codec: legal is the cache's binary, this run has palette"),
+        ({"model__codec": "palette"},
+         "config.model.codec: legal is the cache's binary, this run has palette"),
         ({"model__dtype": "bfloat16"},
          "config.model.dtype: legal is the cache's float32, this run has bfloat16"),
     ],
@@ -322,7 +322,7 @@ def broken(data, tmp_path):
 def test_a_broken_example_stops_the_job_or_is_left_out_and_named(folders, broken, tmp_path):
     with pytest.raises(UserError, match="002.png"):
         cache_latents.run(configured(folders, broken, tmp_path / "a"))
-    config = configured(folders, broken, tmp_path / "b", data__on_error="skip")
+    config = configured(folders, broken, tmp_path / "b", loading__on_error="skip")
     cache_latents.run(config)
     manifest = json.loads((folder_of(config) / "latents.json").read_text())
     assert manifest["examples"] == COUNT - 1
@@ -337,7 +337,7 @@ def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_p
     (root / "images" / "train").mkdir(parents=True)
     (root / "classes.txt").write_text(CLASSES)
     config = configured(
-        folders, root, cached.data.latent_cache, train__steps=2, train__log_examples=True,
+        folders, root, cached.data.latent_cache, train__steps=2, logging__examples=True,
     )  # fmt: skip
     task = load_task(config)
     trainer = Trainer(config, task, tiny.mesh(), str(tmp_path / "run"))

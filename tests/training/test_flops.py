@@ -70,7 +70,7 @@ def segmentation(folders):
 
 def test_a_step_is_counted_as_xla_counts_it(folders, segmentation):
     """Where XLA can: the model as it is written, on a CPU."""
-    config = tiny.config(folders, model__conv="xla")
+    config = tiny.config(folders, compute__conv="xla")
     step = programs.lower_step(config, segmentation, tiny.batch(), tiny.mesh())
     assert step_flops(segmentation, tiny.batch()) == pytest.approx(
         step.cost_analysis()["flops"], rel=0.25
@@ -80,12 +80,12 @@ def test_a_step_is_counted_as_xla_counts_it(folders, segmentation):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model__attention": "splash", "model__feed_forward": "fused"},
-        {"model__attention": "cudnn", "model__dtype": "bfloat16"},
-        {"model__attention": "headwise", "model__conv": "cpu"},
-        {"model__remat": "block"},
-        {"model__vae_limit": 1},
-        {"train__accumulation": 4},
+        {"compute__attention": "splash", "compute__feed_forward": "fused"},
+        {"compute__attention": "cudnn", "model__dtype": "bfloat16"},
+        {"compute__attention": "headwise", "compute__conv": "cpu"},
+        {"compute__remat": "block"},
+        {"compute__vae_batch": 1},
+        {"compute__accumulation": 4},
     ],
 )
 def test_no_kernel_and_no_rematerialization_changes_them(folders, segmentation, changes):
@@ -101,5 +101,5 @@ def test_they_grow_with_the_batch(segmentation):
 @pytest.mark.parametrize("kind", [AutoencoderTask, PriorTask])
 def test_other_tasks_have_them_too(folders, kind):
     config = tiny.config(folders, task={AutoencoderTask: "autoencoder", PriorTask: "prior"}[kind])
-    again = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="block"))
+    again = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="block"))
     assert step_flops(kind(config), tiny.batch()) == step_flops(kind(again), tiny.batch()) > 0

@@ -64,7 +64,7 @@ def stop_at(step, folders, workdir, **changes):
         return {}
 
     every_step = tiny.config(
-        folders, train__steps=STEPS, optim__learning_rate=0.1, train__eval_every=1, **changes
+        folders, train__steps=STEPS, optim__learning_rate=0.1, logging__eval_every=1, **changes
     )
     with pytest.raises(Stopped):
         trainer(every_step, workdir).run(on_eval)
@@ -102,7 +102,7 @@ def test_each_line_of_the_metrics_has_what_readers_rely_on(whole):
 
 
 def test_a_line_is_the_mean_of_the_steps_since_the_last(folders, whole, tmp_path):
-    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=4)
+    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, logging__every=4)
     trainer(config, tmp_path).run()
     each = {r["step"]: r["loss"] for r in read_metrics(whole[0] / "metrics.jsonl")}
     rows = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")}
@@ -113,7 +113,7 @@ def test_a_line_is_the_mean_of_the_steps_since_the_last(folders, whole, tmp_path
 
 
 def test_what_the_evaluation_returns_is_logged_at_its_step(folders, tmp_path):
-    config = tiny.config(folders, train__steps=4, train__eval_every=2, train__log_every=100)
+    config = tiny.config(folders, train__steps=4, logging__eval_every=2, logging__every=100)
     trainer(config, tmp_path).run(lambda step, state: {"val_miou": step / 10})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(r["step"], r["val_miou"]) for r in rows] == [(2, 0.2), (4, 0.4)]
@@ -188,7 +188,7 @@ class Poisoned(ToyTask):
 def stopped(folders, tmp_path_factory):
     """It logs only at the end, so that it is the checkpoint at step 4 that looks first."""
     workdir = tmp_path_factory.mktemp("poisoned")
-    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, train__log_every=100)
+    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, logging__every=100)
     with pytest.raises(NotFinite, match="loss nan, grad_norm nan at step 3"):
         trainer(config, workdir, Poisoned()).run()
     return config, workdir
@@ -263,7 +263,7 @@ class TestNotFinite:
 
 
 def test_a_profile_of_the_named_steps_is_written(folders, tmp_path):
-    config = tiny.config(folders, train__steps=3, train__profile=(2, 2))
+    config = tiny.config(folders, train__steps=3, logging__profile=(2, 2))
     trainer(config, tmp_path).run()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 

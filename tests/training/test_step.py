@@ -100,7 +100,7 @@ class TestAccumulation:
     ):
         """With unequal counts of valid cells and text noise, which both look at the whole batch."""
         monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)
-        config = tiny.config(folders, train__accumulation=4, **OPTIONS)
+        config = tiny.config(folders, compute__accumulation=4, **OPTIONS)
         got = one_step(config, tiny.mesh(fsdp=devices))
         assert_same_step(got, reference, config, atol=1e-5)
 
@@ -118,7 +118,7 @@ class TestAccumulation:
         assert abs(naive - reference[0]["loss"]) > 1e-3
 
     def test_clipping_and_average_happen_once_per_step(self, folders):
-        config = tiny.config(folders, train__accumulation=2, **OPTIONS | {"optim__clip_norm": 0.01})
+        config = tiny.config(folders, compute__accumulation=2, **OPTIONS | {"optim__clip_norm": 0.01})
         task = load_task(config)
         before = trees.flatten(task.initial())
         metrics, state = one_step(config, task=task)
@@ -132,24 +132,24 @@ class TestAccumulation:
             np.testing.assert_allclose(ema[path], expected, atol=1e-6, err_msg=path)
 
     def test_a_batch_that_cannot_be_parted_is_refused(self, folders, tmp_path):
-        config = tiny.config(folders, train__accumulation=4)
+        config = tiny.config(folders, compute__accumulation=4)
         with pytest.raises(UserError) as caught:
             Trainer(config, load_task(config), tiny.mesh(data=4), str(tmp_path))
         message = tiny.one_line(caught.value)
         assert "config.train.batch_size=8" in message and "multiple of 16" in message
-        assert "config.train.accumulation=4" in message
+        assert "config.compute.accumulation=4" in message
 
 
 class TestRematerialisation:
     @pytest.mark.parametrize("mode", [m for m in remat.MODES if m != "none"])
     def test_it_changes_no_gradient(self, mode, folders, reference):
-        config = tiny.config(folders, model__remat=mode, **OPTIONS)
+        config = tiny.config(folders, compute__remat=mode, **OPTIONS)
         assert_same_step(one_step(config), reference, config, atol=1e-6)
 
     @staticmethod
     def kept(folders, mode) -> int:
         """Bytes that the forward pass hands to the backward pass."""
-        task = load_task(tiny.config(folders, model__remat=mode))
+        task = load_task(tiny.config(folders, compute__remat=mode))
         batch = tiny.batch(4)
         keys = example_keys(0, batch["index"])
 
@@ -165,7 +165,7 @@ class TestRematerialisation:
         assert kept["attention"] < kept["none"], kept
 
     def test_the_parameters_keep_their_paths(self, folders):
-        shapes = [load_task(tiny.config(folders, model__remat=mode)).abstract
+        shapes = [load_task(tiny.config(folders, compute__remat=mode)).abstract
                   for mode in ("none", "block")]  # fmt: skip
         assert trees.flatten(shapes[0]) == trees.flatten(shapes[1])
 

@@ -49,7 +49,7 @@ _STORED = np.dtype("<f4")  # of the latents: float32, little endian
 # Everything that a cache depends on: key of its manifest -> name for the user.
 MADE_WITH = {
     "image_size": "config.data.image_size",
-    "codec": "config.segmentation.codec",
+    "codec": "config.model.codec",
     "class_hash": "the class list",
     "vae": "the autoencoder's weights (config.model.vae)",
     "dtype": "config.model.dtype",

@@ -24,7 +24,7 @@ class AutoencoderTask(Task):
     """Absolute and squared error on images, cross-entropy on masks, a little KL."""
 
     def __init__(self, config: Config):
-        arch = config.model.vae_arch
+        arch = config.vae_arch
         self.seed, self.kl_weight = config.seed, arch.kl_weight
         self.color_weight, self.carry_colors = arch.color_weight, arch.carry_colors
         self.config = VaeConfig(
@@ -39,8 +39,8 @@ class AutoencoderTask(Task):
                 self.config,
                 rngs=functional.FixedRngs(),
                 dtype=jnp.dtype(config.model.dtype),
-                conv="cpu" if config.model.conv == "cpu" else "xla",
-                remat=config.model.remat,
+                conv="cpu" if config.compute.conv == "cpu" else "xla",
+                remat=config.compute.remat,
             )
         )
         self.frozen: Params = {}

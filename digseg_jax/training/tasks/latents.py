@@ -52,7 +52,7 @@ class FrozenParts:
 
     def __init__(self, config: Config):
         self.config, self.codec = config, make_codec(config)
-        self.vae, params = load_vae(config.model)
+        self.vae, params = load_vae(config.model, config.compute)
         self.frozen: Params = {"vae": params}
         size, factor = config.data.image_size, self.vae.config.factor
         if size % factor:
@@ -80,7 +80,7 @@ def cache_facts(config: Config, parts: FrozenParts | SegmentationTask) -> dict[s
     """Facts that cached latents depend on beside the data; keys of `shards.latents.MADE_WITH`."""
     facts: dict[str, Any] = {
         "image_size": config.data.image_size,
-        "codec": config.segmentation.codec,
+        "codec": config.model.codec,
         "dtype": config.model.dtype,
         "vae": fingerprint(parts.vae, parts.frozen["vae"]),
     }

@@ -15,7 +15,7 @@ from flax import nnx
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Float, Int, Params
-from digseg_jax.config.schema import Config, DiffusionConfig, ModelConfig
+from digseg_jax.config.schema import ComputeConfig, Config, DiffusionConfig, ModelConfig
 from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import Schedule, make_schedule
@@ -115,7 +115,7 @@ def load_parts(config: Config, prompts: Sequence[str] | None = None) -> Parts:
     """
     model = config.model
     codec = make_codec(config)
-    vae, vae_params = load_vae(model)
+    vae, vae_params = load_vae(model, config.compute)
     tower = load_tower(model)
 
     # Frozen arrays: the autoencoder, the encoded prompts, and what a cache of latents cannot give.
@@ -137,7 +137,7 @@ def anchors_for_cache(config: Config, codec: Codec) -> Array | None:
     The auxiliary mask loss compares with these latents, and training from cached latents has no
     autoencoder in its step to make them.
     """
-    if not (config.data.latent_cache and config.diffusion.mask_loss_weight):
+    if not (config.data.latent_cache and config.loss.mask_weight):
         return None
     return codec.anchors(config.data.image_size)
 
@@ -152,22 +152,22 @@ def adapt_unet(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) 
     )
 
 
-def compute_options(config: ModelConfig) -> dict[str, Any]:
+def compute_options(model: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """Constructor arguments of a model: precision and kernels."""
-    attention = PORTABLE if config.attention == "auto" else config.attention
+    attention = PORTABLE if compute.attention == "auto" else compute.attention
     return {
-        "dtype": jnp.dtype(config.dtype),
-        "conv": "xla" if config.conv == "auto" else config.conv,
+        "dtype": jnp.dtype(model.dtype),
+        "conv": "xla" if compute.conv == "auto" else compute.conv,
         "weights": gathered,
         "attention": LocalAttention(attention) if attention in PLATFORMS else attention,
     }
 
 
-def unet_options(config: ModelConfig) -> dict[str, Any]:
+def unet_options(model: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """Constructor arguments of the U-Net: `compute_options`, and those that it alone has."""
-    fused = config.feed_forward == "fused"
-    return compute_options(config) | {
-        "remat": config.remat,
+    fused = compute.feed_forward == "fused"
+    return compute_options(model, compute) | {
+        "remat": compute.remat,
         "feed_forward": local_feed_forward if fused else None,
     }
 
@@ -176,18 +176,18 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     """The configuration with each "auto" replaced by the kernel that suits the devices.
 
     Raises:
-      UserError: the devices cannot run `config.model.attention` or `config.model.feed_forward`.
+      UserError: the devices cannot run `config.compute.attention` or `config.compute.feed_forward`.
     """
     platform, dtype = devices[0].platform, config.model.dtype
 
     # A kernel that was asked for by name must run here.
-    name: str = config.model.attention
+    name: str = config.compute.attention
     if reason := unfit(name, devices[0], dtype):
-        raise UserError(f"config.model.attention={name!r} {reason}; legal: auto, plain, chunked")
-    feed_forward = config.model.feed_forward
+        raise UserError(f"config.compute.attention={name!r} {reason}; legal: auto, plain, chunked")
+    feed_forward = config.compute.feed_forward
     if feed_forward == "fused" and platform != "tpu":
         raise UserError(
-            "config.model.feed_forward='fused' runs on TPUs only, the devices here are of platform "
+            "config.compute.feed_forward='fused' runs on TPUs only, the devices here are of platform "
             f"{platform!r}; legal: auto, plain"
         )
 
@@ -195,7 +195,7 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     # attention kernels the first that fits.
     if feed_forward == "auto":
         feed_forward = "fused" if platform == "tpu" and config.mesh.tensor == 1 else "plain"
-    conv = config.model.conv
+    conv = config.compute.conv
     if conv == "auto":
         conv = "cpu" if platform == "cpu" else "xla"
     if name == "auto":
@@ -203,16 +203,16 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
         name = next(fits, PORTABLE)
 
     chosen: dict[str, Any] = {"conv": conv, "attention": name, "feed_forward": feed_forward}
-    model = dataclasses.replace(config.model, **chosen)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, **chosen))
 
 
-def load_vae(config: ModelConfig) -> tuple[Vae, Params]:
+def load_vae(config: ModelConfig, compute: ComputeConfig) -> tuple[Vae, Params]:
     """Loads the frozen autoencoder; raises UserError if it is missing or another kind of model."""
-    model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **compute_options(config))
+    options = compute_options(config, compute)
+    model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **options)
     graphdef, params = functional.split(model)
     vae_config = model.config  # type: ignore[attr-defined]  # every model has one
-    return Vae(graphdef, vae_config, config.vae_limit), params
+    return Vae(graphdef, vae_config, compute.vae_batch), params
 
 
 def load_tower(config: ModelConfig) -> TextTower:

@@ -33,10 +33,10 @@ class PriorTask(Task):
     """MSE of the noise (or v, or x0) prediction on image latents, captions by cross-attention."""
 
     def __init__(self, config: Config):
-        arch, model = config.model.unet_arch, config.model
+        arch, model = config.unet_arch, config.model
         self.config = config
         self.schedule = schedule_from(config.diffusion)
-        self.vae, vae_params = load_vae(model)
+        self.vae, vae_params = load_vae(model, config.compute)
         tower = load_tower(model)
         (part,) = parts_of(config.data)
         self.prompts = Captions(spec_of(part)).texts
@@ -63,7 +63,7 @@ class PriorTask(Task):
             lambda: UNet2DConditionModel(
                 self.unet_config,
                 rngs=functional.FixedRngs(),
-                **unet_options(model),
+                **unet_options(model, config.compute),
             )
         )
 

@@ -57,7 +57,7 @@ class SegmentationTask(Task):
             lambda: UNet2DConditionModel(
                 self.unet_config,
                 rngs=functional.FixedRngs(),
-                **unet_options(config.model),
+                **unet_options(config.model, config.compute),
             )
         )
 
@@ -153,11 +153,11 @@ class SegmentationTask(Task):
         metrics = {"mean_timestep": t.mean()} | negative_shares(batch)
 
         # The auxiliary loss (not in the paper) compares the mask that the prediction stands for.
-        if self.config.diffusion.mask_loss_weight:
+        if self.config.loss.mask_weight:
             metrics["mse"] = loss
             clean, _ = self.schedule.x0_and_eps(prediction, noisy, t)
             metrics["mask_loss"] = self._mask_loss(frozen, batch, clean, valid, t, drawn)
-            loss += self.config.diffusion.mask_loss_weight * metrics["mask_loss"]
+            loss += self.config.loss.mask_weight * metrics["mask_loss"]
         return loss, metrics
 
     def _latents(
@@ -202,7 +202,7 @@ class SegmentationTask(Task):
         clean: the predicted clean latents [n, h, w, c].
         """
         label = batch["label"]
-        counts = t >= self.config.diffusion.mask_loss_from * self.schedule.num_timesteps
+        counts = t >= self.config.loss.mask_from * self.schedule.num_timesteps
 
         # Latents that the loss compares with: kept as a frozen part, or encoded here.
         anchors = frozen.get(ANCHORS)
@@ -290,7 +290,7 @@ class SegmentationTask(Task):
         seed = self.config.seed if seed is None else seed
 
         def denoise(*rows: Array) -> Array:
-            limit = self.config.model.unet_limit
+            limit = self.config.compute.unet_batch
             return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
         return sample_mask_latents(

@@ -13,7 +13,7 @@ import tiny
 from PIL import Image
 
 from digseg_jax.config.parse import default, parse, to_dict
-from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.pipeline import training_stream
@@ -45,7 +45,8 @@ def data(camvid):
 
 
 def first(config, task="segmentation"):
-    with training_stream(config, task, seed=0, batch_size=4, start=0, host=0, hosts=1) as stream:
+    place = {"start": 0, "host": 0, "hosts": 1, "loading": LoadingConfig()}
+    with training_stream(config, task, seed=0, batch_size=4, **place) as stream:
         return next(stream)
 
 
@@ -102,7 +103,6 @@ def test_the_other_tasks_train_on_it_too(data):
         ({"templates": ["a photo"]}, "needs one {} for the class"),
         ({"templates": ["{} and {}"]}, "needs one {} for the class"),
         ({"templates": ["{0} {}"]}, "needs one {} for the class"),
-        ({"on_error": "ignore"}, "raise, skip"),
         ({"mixture": [{"name": "camvid", "weight": 0.0}]}, "config.data.mixture.weight=0.0"),
         ({"mixture": [{"nam": "camvid"}]}, "config.data.mixture.nam"),
     ],
@@ -126,7 +126,7 @@ def test_a_run_trains_evaluates_and_reports(folders, camvid, tmp_path):
     from digseg_jax import jobs
 
     config = tiny.config(
-        folders, data__name="camvid", data__root=camvid, data__workers=0, train__steps=2,
+        folders, data__name="camvid", data__root=camvid, loading__workers=0, train__steps=2,
         eval__split="val", eval__num_images=0, eval__batch_size=2, eval__gallery=2,
     )  # fmt: skip
     jobs.train(config, tmp_path)

@@ -27,7 +27,7 @@ from made_latents import (
 )
 from same import assert_same
 
-from digseg_jax.config.schema import PartConfig
+from digseg_jax.config.schema import LoadingConfig, PartConfig
 from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.data.shards import files
 from digseg_jax.data.shards import latents as latent_records
@@ -114,7 +114,7 @@ def test_the_rate_of_mirrored_crops_is_that_of_the_configuration(root, flip):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_same_bits(root, whole, workers):
-    assert_same(batches(config(root, workers=workers), 6), whole[:6])
+    assert_same(batches(config(root), 6, loading=LoadingConfig(workers=workers)), whole[:6])
 
 
 @pytest.mark.parametrize("start", [1, 5])

@@ -122,14 +122,14 @@ def test_other_maps_go_through_the_layers():
 def test_auto_is_for_tpus_with_whole_weights(folders, platform, tensor, expected):
     config = tiny.config(folders, mesh__tensor=tensor)
     found = for_devices(config, [types.SimpleNamespace(platform=platform)])
-    assert found.model.feed_forward == expected
-    asked = unet_options(found.model)["feed_forward"]
+    assert found.compute.feed_forward == expected
+    asked = unet_options(found.model, found.compute)["feed_forward"]
     assert asked is (local_feed_forward if expected == "fused" else None)
 
 
 def test_what_cannot_run_it_is_refused_by_name(folders):
-    config = tiny.config(folders, model__feed_forward="fused")
+    config = tiny.config(folders, compute__feed_forward="fused")
     with pytest.raises(UserError, match="feed_forward='fused' runs on TPUs only.*legal: auto, plain"):
         for_devices(config, jax.devices())
     with pytest.raises(UserError, match="feed_forward='fused' with config.mesh.tensor=2"):
-        tiny.config(folders, model__feed_forward="fused", mesh__tensor=2)
+        tiny.config(folders, compute__feed_forward="fused", mesh__tensor=2)

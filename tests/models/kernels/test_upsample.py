@@ -93,9 +93,9 @@ def test_models_give_the_same_either_way(model_class, config, call):
 
 
 def test_cpus_fold(folders):
-    assert for_devices(tiny.config(folders), jax.devices("cpu")).model.conv == "cpu"
+    assert for_devices(tiny.config(folders), jax.devices("cpu")).compute.conv == "cpu"
 
 
 def test_another_choice_stays(folders):
-    config = tiny.config(folders, model__conv="xla")
-    assert for_devices(config, jax.devices("cpu")).model.conv == "xla"
+    config = tiny.config(folders, compute__conv="xla")
+    assert for_devices(config, jax.devices("cpu")).compute.conv == "xla"

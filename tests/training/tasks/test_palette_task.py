@@ -21,7 +21,7 @@ from digseg_jax.training.tasks.segmentation import load_task
 @pytest.fixture(scope="module")
 def config(folders):
     return tiny.config(
-        folders, segmentation__codec="palette", eval__num_images=1, eval__batch_size=1,
+        folders, model__codec="palette", eval__num_images=1, eval__batch_size=1,
         eval__ensemble=2, eval__calibrate=True, eval__gallery=1,
     )  # fmt: skip
 
@@ -111,5 +111,5 @@ def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_p
 )  # fmt: skip
 def test_what_a_palette_cannot_do_is_told_at_the_start(folders, change, named):
     with pytest.raises(UserError) as caught:
-        load_task(tiny.config(folders, segmentation__codec="palette", **change))
+        load_task(tiny.config(folders, model__codec="palette", **change))
     assert named in tiny.one_line(caught.value)

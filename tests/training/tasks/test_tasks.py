@@ -318,16 +318,16 @@ def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise
     batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
 
     def loss(**changes):
-        task = load_task(tiny.config(folders, segmentation__codec=codec, **changes))
+        task = load_task(tiny.config(folders, model__codec=codec, **changes))
         task.prepare()
         return jax.jit(lambda p: task.loss(p, task.frozen, batch, keys))(task.initial())
 
     plain, metrics = loss()
     assert "mask_loss" not in metrics
-    both, metrics = loss(diffusion__mask_loss_weight=0.5)
+    both, metrics = loss(loss__mask_weight=0.5)
     assert float(metrics["mse"]) == pytest.approx(float(plain), rel=1e-5)
     assert float(both) == pytest.approx(float(plain) + 0.5 * float(metrics["mask_loss"]), rel=1e-5)
-    _, never = loss(diffusion__mask_loss_weight=0.5, diffusion__mask_loss_from=1.0)
+    _, never = loss(loss__mask_weight=0.5, loss__mask_from=1.0)
     assert float(metrics["mask_loss"]) > 0 and float(never["mask_loss"]) == 0
 
 
