@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from digseg_jax.config.renamed import hint
 from digseg_jax.config.rules import check_combinations
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
@@ -94,7 +95,10 @@ def check_key(path: str) -> None:
 
 
 def _no_such_key(path: str, key: str, legal_keys: Iterable[str]) -> UserError:
-    """The error for an unknown key, with the nearest and all legal ones."""
+    """The error for an unknown key: what it is called now, or the nearest and all legal ones."""
+    if renamed := hint(f"{path}.{key}".removeprefix("config.")):
+        return UserError(renamed)
+
     keys = list(legal_keys)
     legal_text = ", ".join(keys) or f"none below {path}"
     return UserError(f"{path}.{key}: no such key{nearest(key, keys)}; legal: {legal_text}")

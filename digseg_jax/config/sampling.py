@@ -8,6 +8,8 @@ import re
 
 from digseg_jax.errors import UserError
 
+NUM_TRAIN_TIMESTEPS = 1000  # T of Stable Diffusion, and so the most denoising steps
+
 
 @dataclasses.dataclass(frozen=True)
 class EStep:
@@ -27,11 +29,15 @@ class EStep:
         """Parses a text such as 8x2 or 8x2:leading.
 
         Raises:
-          UserError: another form, or a number below 1.
+          UserError: another form, a number below 1, or more steps than there are timesteps.
         """
         match = re.fullmatch(r"(\d+)x(\d+)(?::(trailing|leading))?", text)
         if not match or min(int(match[1]), int(match[2])) < 1:
             raise UserError(f"E-Step {text!r}: expected ExS or ExS:leading, such as 8x2")
+        if int(match[2]) > NUM_TRAIN_TIMESTEPS:
+            raise UserError(
+                f"E-Step {text!r}: at most {NUM_TRAIN_TIMESTEPS} steps, the timesteps of the training"
+            )
 
         return cls(int(match[1]), int(match[2]), match[3] or "trailing")
 

@@ -14,6 +14,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
+
 
 def setting(
     default: Any,
@@ -176,16 +178,11 @@ class DiffusionConfig:
     """Noise schedule of the diffusion, and how training draws timesteps and noise."""
 
     prediction_type: Literal["v_prediction", "sample", "epsilon"] = "v_prediction"
-    num_train_timesteps: int = setting(1000, at_least=1)
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
     zero_snr: bool = True
     timestep_sampling: Literal["high_noise", "uniform"] = "high_noise"
     # high_noise: share of draws at the last timestep.
     terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
-    high_noise_a: float = 0.1  # high_noise: scale of the heavy tail (METHOD: GenMask's a)
     noise: Literal["gaussian", "multires"] = "gaussian"
-    multires_strength: float = 0.9  # multires: annealed as strength * t / T (Marigold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +203,6 @@ class OptimConfig:
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     # Learning rate at the end, as a share of the peak.
     final_scale: float = setting(0.01, at_least=0.0, at_most=1.0)
-    b1: float = setting(0.9, at_least=0.0, below=1.0)
     b2: float = setting(0.99, at_least=0.0, below=1.0)
     weight_decay: float = setting(0.0, at_least=0.0)
     clip_norm: float = setting(1.0, above=0.0)
@@ -278,11 +274,6 @@ class CheckpointConfig:
     keep_every: int = setting(0, at_least=0)  # steps; multiples are never removed; 0: none
     # Metric of the in-training evaluation whose best checkpoint is kept and exported; "": the last one.
     best: Literal["", "val_miou"] = ""
-    # Steps that may run while a checkpoint is being written; then the loop waits for it,
-    # so that a kill costs at most `every` + overlap - 1 finished steps. 0: no limit.
-    overlap: int = setting(1, at_least=0)
-    # Seconds that a save may take before the run stops.
-    timeout: float = setting(900.0, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +296,7 @@ class EvalConfig:
 
     split: Literal["test", "val"] = "test"
     ensemble: int = setting(2, at_least=1)
-    steps: int = setting(2, at_least=1)
+    steps: int = setting(2, at_least=1, at_most=NUM_TRAIN_TIMESTEPS)
     spacing: Literal["trailing", "leading"] = "trailing"
     # How the members' probabilities are combined (not in the paper).
     ensemble_rule: Literal["mean", "median", "vote"] = "mean"
@@ -334,7 +325,6 @@ class EvalConfig:
     gate_cut: float = 0.3
     batch_size: int = setting(4, at_least=1)  # views per compiled call, over all devices
     num_images: int = setting(0, at_least=0)  # 0: the whole split
-    gallery: int = setting(24, at_least=0)  # images shown in the report
     calibrate: bool = True  # fit the probability's scale and each query's bias, on calibrate_split
     calibrate_split: Literal["val", "train"] = "val"  # train: for data sets without a third split
     calibrate_images: int = setting(0, at_least=0)  # of that split; 0: num_images

@@ -68,6 +68,10 @@ class Schedule:
         return signal * x - noise * prediction, signal * prediction + noise * x
 
 
+# Stable Diffusion's betas, of the first and of the last timestep.
+BETA_START, BETA_END = 0.00085, 0.012
+
+
 def make_schedule(
     num_timesteps: int, beta_start: float, beta_end: float, *, zero_snr: bool, prediction_type: str
 ) -> Schedule:

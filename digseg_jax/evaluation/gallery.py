@@ -18,6 +18,7 @@ from digseg_jax.runtime.distributed import is_main
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz.gallery import GalleryItem, write_gallery
 
+IMAGES = 24  # shown in a report
 EXTREMES = 3  # number of worst and of best images shown beside those spread over the split
 LONGEST = 1024  # longer side of a shown image, pixels
 

@@ -17,7 +17,7 @@ from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
-from digseg_jax.evaluation.gallery import Shown
+from digseg_jax.evaluation.gallery import IMAGES, Shown
 from digseg_jax.evaluation.journal import Journal, identity_of
 from digseg_jax.evaluation.scores import COUNTED, Scores
 from digseg_jax.evaluation.tables import results_markdown
@@ -69,7 +69,7 @@ def evaluate(
     facts = (values["data"], values["eval"], config.seed, len(examples))
     identity = identity_of(fetch_to_main(params), *facts)
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)
-    shown = Shown(config.eval.gallery, len(examples), folder / UNFINISHED)
+    shown = Shown(IMAGES, len(examples), folder / UNFINISHED)
 
     def scored(estep: EStep, shown: Shown | None = None) -> tuple[Scores, Calibration]:
         """Scores of one E-Step with its own calibration; a shared one would favor the fitted E-Step."""

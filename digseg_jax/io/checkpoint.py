@@ -27,13 +27,18 @@ from digseg_jax.runtime import malloc
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # versions go to `meta`
 
+# Steps that may run while a checkpoint is being written; then the loop waits for it, so that a kill
+# costs at most `every` + OVERLAP - 1 finished steps.
+OVERLAP = 1
+TIMEOUT = 900  # seconds that a save may take before the run stops
+
 
 class Checkpointer:
     """Saves and restores the state of one run; a context manager, so that writes finish.
 
     Args:
       workdir: the run's directory.
-      config: how many checkpoints are kept, and how long a save may take.
+      config: which checkpoints are kept.
       create: whether this run writes here. If not, the folder is neither made nor tidied up.
     """
 
@@ -47,7 +52,7 @@ class Checkpointer:
             cleanup_tmp_directories=create,  # not in another run's folder: it may be writing
             best_fn=(lambda metrics: metrics[best]) if best else None,
             preservation_policy=_policy(config),
-            async_options=ocp.AsyncOptions(timeout_secs=int(config.timeout)),
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
         )
 
         # An entry that is not named here ("metrics") gets orbax's own handler.
@@ -127,7 +132,7 @@ class Checkpointer:
     def check(self, running: int) -> None:
         """Checks, before step `running` counts as done, whether the save failed or is too slow.
 
-        Does not wait for the save, unless `config.overlap` steps have begun since it started.
+        Does not wait for the save, unless `OVERLAP` steps have begun since it started.
 
         Raises:
           UserError: names the checkpoint that is missing, and the older ones that are complete.
@@ -136,13 +141,13 @@ class Checkpointer:
             return
 
         step, since = self._started
-        if self.config.overlap and running >= step + self.config.overlap:
+        if running >= step + OVERLAP:
             self.wait()
             return
 
         if self.manager.is_saving_in_progress():
-            if time.monotonic() - since > self.config.timeout:
-                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
+            if time.monotonic() - since > TIMEOUT:
+                raise self._failed(step, f"not written after {TIMEOUT} s")
             return
 
         # Finished: collects the error of the background thread, if there is one.
@@ -157,8 +162,8 @@ class Checkpointer:
 
         # Poll, so that a save that hangs ends in an error.
         while self.manager.is_saving_in_progress():
-            if time.monotonic() - since > self.config.timeout:
-                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
+            if time.monotonic() - since > TIMEOUT:
+                raise self._failed(step, f"not written after {TIMEOUT} s")
             time.sleep(0.01)
 
         try:

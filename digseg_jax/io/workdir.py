@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from digseg_jax.config.parse import flat, parse, to_dict
+from digseg_jax.config.renamed import CONSTANT, with_current_names
 from digseg_jax.config.schema import Config, is_free
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
@@ -152,7 +153,7 @@ def _ours(stored: dict[str, Any]) -> bool:
 
 
 def _stored(path: AnyPath) -> dict[str, Any]:
-    """The configuration that was written down, as nested dictionaries.
+    """The configuration that was written down, as nested dictionaries, under today's names.
 
     Raises:
       UserError: the file cannot be read, or is not a JSON object.
@@ -166,7 +167,7 @@ def _stored(path: AnyPath) -> dict[str, Any]:
 
     if not isinstance(stored, dict):
         raise UserError(f"{path}: not the configuration of a run; use another --workdir")
-    return stored
+    return with_current_names(stored)
 
 
 def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -174,8 +175,8 @@ def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
 
     A setting that is newer than the run counts as its default: that is what the run did.
     """
-    # Defaults below what was stored, for settings that did not exist then.
-    old, new = flat(to_dict(Config())) | flat(stored), flat(values)
+    # Defaults below what was stored, for settings that did not exist then, or are constants now.
+    old, new = flat(to_dict(Config())) | CONSTANT | flat(stored), CONSTANT | flat(values)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())

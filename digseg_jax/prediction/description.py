@@ -24,7 +24,8 @@ import numpy as np
 import digseg_jax
 from digseg_jax import assets
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.parse import check_key, flat, parse, to_dict
+from digseg_jax.config.renamed import with_current_names
 from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import class_names
@@ -49,9 +50,6 @@ BINDING = (
     "model.codec",
     "diffusion.prediction_type",
     "diffusion.zero_snr",
-    "diffusion.num_train_timesteps",
-    "diffusion.beta_start",
-    "diffusion.beta_end",
     "model.text_skip_layers",
     "model.max_tokens",
     "model.mask_padding",
@@ -234,6 +232,8 @@ def read_description(folder: AnyPath) -> Description:
             f"{path}: schema={values.get('schema')!r}, this program reads {SCHEMA}; write it anew with "
             "--mode=export, or use the version that wrote it"
         )
+    if isinstance(values.get("config"), dict):
+        values["config"] = with_current_names(values["config"])
     description = _typed(Description, values, str(path))
     try:
         _config_of(_recorded(description.config))
@@ -311,7 +311,13 @@ def checksum(folder: Path) -> str:
 
 
 def _recorded(sections: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file by key; a suggestion may be absent. Raises UserError if another one is."""
+    """The settings of a file by key; a suggestion may be absent.
+
+    Raises:
+      UserError: another setting is absent, or an unknown one is there.
+    """
+    for key in flat(sections):
+        check_key(f"config.{key}")
     found = {key: _at(sections, key) for key in REQUIRED}
     for key in SUGGESTED:
         section, name = key.split(".")

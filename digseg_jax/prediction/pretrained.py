@@ -125,7 +125,7 @@ class PretrainedSegmenter(Segmenter):
         """
         texts = (queries,) if isinstance(queries, str) else tuple(queries)
         check_queries(texts, "queries")
-        timesteps = self.task.config.diffusion.num_train_timesteps
+        timesteps = self.task.schedule.num_timesteps
         if ensemble < 1 or not 1 <= steps <= timesteps or spacing not in ("trailing", "leading"):
             raise UserError(
                 f"ensemble={ensemble}, steps={steps}, spacing={spacing!r}: legal are members from 1, "

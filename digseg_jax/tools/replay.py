@@ -23,10 +23,9 @@ from etils import epath
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import parse
 from digseg_jax.errors import UserError
 from digseg_jax.io.checkpoint import Checkpointer
-from digseg_jax.io.workdir import CONFIG_NAME
+from digseg_jax.io.workdir import CONFIG_NAME, stored_config
 from digseg_jax.log import setup
 from digseg_jax.runtime import cpu
 from digseg_jax.runtime.sharding import place_batch
@@ -109,10 +108,9 @@ def main() -> int:
     try:
         from digseg_jax.training.setup import set_up  # loads every task
 
-        path = epath.Path(workdir) / CONFIG_NAME
-        if not path.exists():
-            raise UserError(f"{path}: missing; --workdir must be that of a run")
-        config = parse(json.loads(path.read_text()))
+        config = stored_config(epath.Path(workdir))
+        if config is None:
+            raise UserError(f"{workdir}/{CONFIG_NAME}: missing; --workdir must be that of a run")
         run = set_up(config)
         report = replay(workdir, Trainer(run.config, run.task, run.mesh, workdir))
     except UserError as error:

@@ -15,6 +15,8 @@ from digseg_jax.arraytypes import Array, Params
 from digseg_jax.config.schema import OptimConfig
 from digseg_jax.errors import UserError, nearest
 
+B1 = 0.9  # decay of Adam's first moment
+
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then the configured decay to the end of the run.
@@ -46,7 +48,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
-            b1=config.b1,
+            b1=B1,
             b2=config.b2,
             weight_decay=config.weight_decay,
             mask=kernels,

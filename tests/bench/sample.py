@@ -109,13 +109,15 @@ def _check_pixels(size: str, pixels: int) -> None:
 
 def _schedule() -> dict[str, Any]:
     """Our defaults, by the names of diffusers' scheduler."""
+    from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
     from digseg_jax.config.schema import DiffusionConfig
+    from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 
     config = DiffusionConfig()
     return {
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_start": config.beta_start,
-        "beta_end": config.beta_end,
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
         "prediction_type": config.prediction_type,
         "rescale_betas_zero_snr": config.zero_snr,
     }

@@ -50,7 +50,7 @@ def test_the_default_config_is_locked():
         ({"train": {"steps": 1.5}}, "config.train.steps=1.5", "expected int, got float"),
         ({"train": {"steps": True}}, "config.train.steps=True", "expected int, got bool"),
         ({"diffusion": {"zero_snr": 1}}, "config.diffusion.zero_snr=1", "expected bool, got int"),
-        ({"optim": {"b1": False}}, "config.optim.b1=False", "expected float, got bool"),
+        ({"optim": {"b2": False}}, "config.optim.b2=False", "expected float, got bool"),
         ({"eval": {"sweep": "4x2"}}, "config.eval.sweep='4x2'", "expected a list"),
         ({"eval": {"sweep": (4,)}}, "config.eval.sweep=4", "expected str, got int"),
         ({"model": {"vae": None}}, "config.model.vae=None", "expected str, got NoneType"),

@@ -39,9 +39,9 @@ def test_another_config_is_refused_with_the_differing_keys_and_nothing_is_touche
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = contents(tmp_path)
     with pytest.raises(UserError) as caught:
-        claim(tmp_path, parse({"train": {"steps": 700}, "optim": {"b1": 0.8}}))
+        claim(tmp_path, parse({"train": {"steps": 700}, "optim": {"b2": 0.8}}))
     message = one_line(caught.value)
-    assert "train.steps: 600 -> 700" in message and "optim.b1: 0.9 -> 0.8" in message
+    assert "train.steps: 600 -> 700" in message and "optim.b2: 0.99 -> 0.8" in message
     assert str(tmp_path) in message and "seed" not in message
     assert contents(tmp_path) == before
 
@@ -66,7 +66,7 @@ def test_a_run_that_made_nothing_leaves_no_claim(tmp_path):
         {"logging": {"every": 1, "eval_every": 5}},
         {"compute": {"feed_forward": "plain"}},
         {"loading": {"on_error": "skip"}},
-        {"checkpoint": {"every": 7, "keep": 9, "overlap": 0}},
+        {"checkpoint": {"every": 7, "keep": 9}},
         {"loading": {"workers": 2}},
     ],
     ids=lambda v: "-".join(v),

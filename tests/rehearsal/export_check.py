@@ -13,6 +13,8 @@ from oracle import nhwc, relative_l2, seeded_input, torch_unet_output
 from oracle import run as run_model
 from safetensors.numpy import load_file
 
+from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
+from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 from digseg_jax.prediction.description import read_description
 from digseg_jax.prediction.job import load_segmenter
 from digseg_jax.segmentation.sampling import member_noise
@@ -77,9 +79,9 @@ def _torch_evidence(
 
     diffusion = read_description(folder).training_config().diffusion
     scheduler = diffusers.DDIMScheduler(
-        num_train_timesteps=diffusion.num_train_timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+        beta_start=BETA_START,
+        beta_end=BETA_END,
         beta_schedule="scaled_linear",
         prediction_type=diffusion.prediction_type,
         rescale_betas_zero_snr=diffusion.zero_snr,

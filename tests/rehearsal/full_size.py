@@ -53,7 +53,6 @@ CHANGES = {
     "eval.num_images": 1,
     "eval.batch_size": 1,
     "eval.decode_limit": 4,
-    "eval.gallery": 1,
 }
 
 

@@ -15,10 +15,11 @@ from flax import nnx
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Float, Int, Params
+from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import ComputeConfig, Config, DiffusionConfig, ModelConfig
 from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.diffusion import noise, timesteps
-from digseg_jax.diffusion.schedule import Schedule, make_schedule
+from digseg_jax.diffusion.schedule import BETA_END, BETA_START, Schedule, make_schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.kernels.attention import PLATFORMS, unfit
@@ -33,6 +34,8 @@ from digseg_jax.weights import TextTower, load_component, load_config, load_text
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")  # legal classes of config.model.vae
 PORTABLE = "chunked"  # attention that every device runs
+TAIL_SCALE = 0.1  # GenMask's a: the scale of the heavy tail of `timesteps.high_noise`
+MULTIRES_STRENGTH = 0.9  # Marigold's: the strength at the last timestep, annealed to 0 at the first
 ANCHORS = "anchors"  # key of the frozen tree; see `Codec.anchors`
 
 
@@ -256,9 +259,9 @@ def bank_rows(bank: Params, query: Int[Array, "*n"]) -> tuple[Array, Array]:
 def schedule_from(config: DiffusionConfig) -> Schedule:
     """Makes the noise schedule of a configuration."""
     return make_schedule(
-        config.num_train_timesteps,
-        config.beta_start,
-        config.beta_end,
+        NUM_TRAIN_TIMESTEPS,
+        BETA_START,
+        BETA_END,
         zero_snr=config.zero_snr,
         prediction_type=config.prediction_type,
     )
@@ -281,12 +284,12 @@ def _draw(
         t = timesteps.uniform(time_key, schedule)
     else:
         t = timesteps.high_noise(
-            time_key, schedule, a=config.high_noise_a, terminal_fraction=config.terminal_fraction
+            time_key, schedule, a=TAIL_SCALE, terminal_fraction=config.terminal_fraction
         )
 
     # Marigold's: the noisier the timestep, the coarser the noise may be.
     if config.noise == "multires":
-        strength = config.multires_strength * t / schedule.num_timesteps
+        strength = MULTIRES_STRENGTH * t / schedule.num_timesteps
         return noise.multires(noise_key, shape, strength), t
     return noise.gaussian(noise_key, shape), t
 
