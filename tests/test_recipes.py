@@ -43,7 +43,7 @@ def test_crops_and_views_are_of_sizes_that_the_models_halve(name):
     for version in (*VERSIONS, *SMALL.get(name, ())):
         config = parse(get_config(name, version))
         architecture = Architecture.of(config.model)
-        check_sizes(config, Vae(None, architecture.vae), architecture.unet)
+        check_sizes(config.data, config.eval, Vae(None, architecture.vae), architecture.unet)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ml_collections loads files its own way

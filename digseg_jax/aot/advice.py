@@ -75,7 +75,7 @@ def _fsdp(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs) 
 
     # Shapes only: the state is laid out on this mesh, and on one that splits it over all devices.
     task, _ = programs.train_task(config, architecture, 1)
-    state = abstract_state(task.abstract, config)
+    state = abstract_state(task.abstract, config.optim)
     wide = MeshConfig(data=1, fsdp=mesh.shape["data"] * mesh.shape["fsdp"], tensor=config.mesh.tensor)
     now, then = (state_bytes(state, m) for m in (mesh, make_mesh(wide, list(mesh.devices.flat))))
     total = needs.arguments + needs.temporaries - now + then

@@ -111,7 +111,9 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     else:
         per_chip = programs.model_flops(config, architecture, images) / len(target.devices)
         result["model_flops"] = per_chip
-        result["images_configured"] = _configured(config, images)
+        # Another number than `images` where the devices do not divide the recipe's batch.
+        given = config.compile.per_device_batch
+        result["images_configured"] = images if given else config.train.batch_size
         result["parameter_bytes"] = 4 * programs.count(task.abstract)
 
     result |= roofline(result, target)
@@ -172,11 +174,6 @@ def _summed_collectives(measured: list[dict[str, Any]], calls: list[int]) -> dic
             before = total.get(kind, dict.fromkeys(values, 0))
             total[kind] = {name: before[name] + times * value for name, value in values.items()}
     return total
-
-
-def _configured(config: Config, images: int) -> int:
-    """Images of a train step by the configuration; another number where devices do not divide it."""
-    return images if config.compile.per_device_batch else config.train.batch_size
 
 
 def effort_options(value: float, device: jax.Device) -> dict[str, Any]:

@@ -121,9 +121,9 @@ def train_task(
     """The task and the shapes of its batch."""
     if config.compile.unet_only:
         whole = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
-        return UNetTask(whole), shapes.unet_batch(config, architecture, images)
+        return UNetTask(whole), shapes.unet_batch(config.data, config.model, architecture, images)
     task = SegmentationTask(abstract_parts(config, architecture), config)
-    return task, shapes.train_batch(config, images, architecture)
+    return task, shapes.train_batch(config.data, task.codec, architecture, images)
 
 
 def lower_step(
@@ -134,7 +134,7 @@ def lower_step(
     platform: str | None = None,
 ) -> jax.stages.Lowered:
     """Lowers the very step that `Trainer` runs."""
-    state = abstract_state(task.abstract, config)
+    state = abstract_state(task.abstract, config.optim)
     state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
     step = make_train_step(task, config, mesh, state_shardings, frozen_shardings)
 
@@ -184,7 +184,7 @@ def evaluation_programs(
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
         texts = len(codec.texts(("",) * slots))
-        batch = shapes.view_batch(config, architecture, views, size, texts)
+        batch = shapes.view_batch(config.model, architecture, views, size, texts)
         return made(name, program, (params, vae, root), batch, queries, slots)
 
     def read(name: str, queries: int, slots: int) -> Program:

@@ -11,13 +11,14 @@ import numpy as np
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Batch, Params, Shapes
-from digseg_jax.config.schema import Config, ModelConfig
+from digseg_jax.config.schema import Config, DataConfig, ModelConfig
 from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.models import functional
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
+from digseg_jax.segmentation.codec import Codec
 from digseg_jax.segmentation.codecs import make_codec
 from digseg_jax.training.tasks.base import Trainable
 from digseg_jax.training.tasks.parts import (
@@ -104,18 +105,18 @@ def abstract_parts(
     vae = Vae(graphdef, architecture.vae, config.compute.vae_batch)
 
     # What a codec chooses are constants of the program, whatever their values.
-    codec = make_codec(config)
+    codec = make_codec(model.codec, config.data)
     codec.assume(architecture.vae.latent_channels)
     if prompts is None:
         prompts = len(codec.texts(bank_prompts(config.data)))
 
     # Frozen arguments of the train step, as a run has them.
     frozen: Params = {"vae": abstract, "bank": bank_shapes(prompts, model, architecture)}
-    anchors = jax.eval_shape(lambda: anchors_for_cache(config, codec))
+    anchors = jax.eval_shape(lambda: anchors_for_cache(codec, config.data, config.loss))
     if anchors is not None:
-        frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config, architecture))
+        frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config.data, architecture))
     unet = adapt_unet(architecture.unet, vae, model, architecture.text_width)
-    check_sizes(config, vae, unet)
+    check_sizes(config.data, config.eval, vae, unet)
     return Parts(vae, codec, unet, ("",) * prompts, frozen)
 
 
@@ -148,9 +149,8 @@ def bank_shapes(prompts: int, model: ModelConfig, architecture: Architecture) ->
     }
 
 
-def train_batch(config: Config, images: int, architecture: Architecture) -> Shapes:
-    """Shapes of a batch as the stream of `config.data` hands it to the train step."""
-    data = config.data
+def train_batch(data: DataConfig, codec: Codec, architecture: Architecture, images: int) -> Shapes:
+    """Shapes of a batch as the data's stream hands it to the train step."""
     square, queries = (images, data.image_size, data.image_size), (images, data.num_queries)
     batch = {
         "image": _int(np.uint8, *square, 3),
@@ -170,18 +170,18 @@ def train_batch(config: Config, images: int, architecture: Architecture) -> Shap
     # A cache replaces the image by latents.
     if data.latent_cache:
         del batch["image"]
-        masks = make_codec(config).num_images(data.num_queries)
-        latent = _latent_shape(config, architecture)
+        masks = codec.num_images(data.num_queries)
+        latent = _latent_shape(data, architecture)
         batch["image_latent"] = _float(images, *latent)
         batch["mask_latent"] = _float(images, masks, *latent)
 
     return batch
 
 
-def unet_batch(config: Config, architecture: Architecture, images: int) -> Shapes:
+def unet_batch(data: DataConfig, model: ModelConfig, architecture: Architecture, images: int) -> Shapes:
     """Shapes of a batch for `UNetTask`: one latent per image."""
-    side, _, channels = _latent_shape(config, architecture)
-    tokens = bank_shapes(images, config.model, architecture)["tokens"]
+    side, _, channels = _latent_shape(data, architecture)
+    tokens = bank_shapes(images, model, architecture)["tokens"]
     return {
         "latent": _float(images, side, side, 2 * channels),
         "target": _float(images, side, side, channels),
@@ -192,10 +192,10 @@ def unet_batch(config: Config, architecture: Architecture, images: int) -> Shape
 
 
 def view_batch(
-    config: Config, architecture: Architecture, views: int, size: tuple[int, int], texts: int
+    model: ModelConfig, architecture: Architecture, views: int, size: tuple[int, int], texts: int
 ) -> Shapes:
     """Shapes of a batch for `prediction.programs.sample_latents`."""
-    bank = bank_shapes(texts, config.model, architecture)
+    bank = bank_shapes(texts, model, architecture)
     encoded = {n: jax.ShapeDtypeStruct((views, *x.shape), x.dtype) for n, x in bank.items()}
     return encoded | {"crops": _int(np.uint8, views, *size, 3), "index": _int(np.int32, views)}
 
@@ -223,9 +223,9 @@ def latent_batch(
     }
 
 
-def _latent_shape(config: Config, architecture: Architecture) -> tuple[int, int, int]:
+def _latent_shape(data: DataConfig, architecture: Architecture) -> tuple[int, int, int]:
     """Shape [h, w, c] of an image's latent in training."""
-    side = config.data.image_size // architecture.vae.factor
+    side = data.image_size // architecture.vae.factor
     return side, side, architecture.vae.latent_channels
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import DataConfig
 from digseg_jax.errors import UserError
 from digseg_jax.segmentation.binary import BinaryCodec
 from digseg_jax.segmentation.codec import Codec
@@ -15,13 +15,13 @@ from digseg_jax.segmentation.palette import PaletteCodec
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (BinaryCodec, PaletteCodec)}
 
 
-def make_codec(config: Config) -> Codec:
-    """The codec of a configuration, for its data.
+def make_codec(name: str, data: DataConfig) -> Codec:
+    """The codec of that name (`config.model.codec`) for the data.
 
     Raises:
       UserError: the codec cannot carry those data.
     """
-    return CODECS[config.model.codec].for_data(config.data)
+    return CODECS[name].for_data(data)
 
 
 def save_state(codec: Codec, folder: Path) -> None:

@@ -17,7 +17,7 @@ from digseg_jax.data.pipeline import training_stream
 from digseg_jax.data.stream import Batches
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.io.checkpoint import Checkpointer, abstract_with_shardings
-from digseg_jax.io.metric_writer import require_wandb
+from digseg_jax.io.metric_writer import MetricWriter, require_wandb
 from digseg_jax.io.storage import as_path
 from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime.distributed import barrier
@@ -69,7 +69,7 @@ class Trainer:
             check_cache(config, task)
 
         # Shapes and shardings of the state; the state itself is made or restored by `start_state`.
-        abstract = abstract_state(task.abstract, config)
+        abstract = abstract_state(task.abstract, config.optim)
         self.state_shardings = infer_shardings(abstract, mesh)
         self.abstract_state = abstract_with_shardings(abstract, self.state_shardings)
 
@@ -180,7 +180,8 @@ class Trainer:
             start, state = self.start_state(checkpointer)
 
             # Lines of a killed run beyond the restored step are cut off: those steps are trained again.
-            log = TrainLog(self.config, self.workdir, start, list(self.mesh.devices.flat))
+            writer = MetricWriter(self.workdir, truncate_after=start, wandb=self.config.logging.wandb)
+            log = TrainLog(self.config.train, writer, list(self.mesh.devices.flat))
             stack.push(log.leave)
             try:
                 return self._steps(start, state, checkpointer, log, on_eval)

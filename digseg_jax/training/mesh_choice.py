@@ -132,7 +132,7 @@ def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
 def needs_of(config: Config, task: Trainable, shards: int) -> Needs:
     """Bytes that the train step needs; its batch is split into `shards` equal parts."""
     # Gradients have the parameters' shapes, so parameters count twice.
-    state, params = _bytes(abstract_state(task.abstract, config)), _bytes(task.abstract)
+    state, params = _bytes(abstract_state(task.abstract, config.optim)), _bytes(task.abstract)
     images = math.ceil(config.train.batch_size / (shards * config.compute.accumulation))
     return Needs(state + params, _bytes(task.frozen), images * activation_bytes(config, task))
 

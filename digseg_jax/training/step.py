@@ -43,10 +43,10 @@ def initial_state(
     return state
 
 
-def abstract_state(params: Params, config: Config) -> TrainState:
+def abstract_state(params: Params, optim: OptimConfig) -> TrainState:
     """Shapes of the state of step 0, from shapes of the parameters."""
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    return jax.eval_shape(lambda p: initial_state(p, optimizer, config.optim), params)
+    optimizer = make_optimizer(optim, steps=1)  # the length of the schedule changes no shape
+    return jax.eval_shape(lambda p: initial_state(p, optimizer, optim), params)
 
 
 def averaged(state: TrainState) -> Params:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from digseg_jax.arraytypes import Array
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import TrainConfig
 from digseg_jax.io.metric_writer import MetricWriter
 from digseg_jax.io.progress import Progress
 from digseg_jax.runtime.profiling import Stopwatch, speed
@@ -32,10 +32,10 @@ class TrainLog:
     Set `flops` to the model's FLOPs of one step to have FLOP/s and MFU logged as well.
     """
 
-    def __init__(self, config: Config, workdir: str, start: int, devices: list[jax.Device]):
+    def __init__(self, config: TrainConfig, writer: MetricWriter, devices: list[jax.Device]):
         self.config, self.devices, self.flops = config, devices, 0.0
-        self.writer = MetricWriter(workdir, truncate_after=start, wandb=config.logging.wandb)
-        self.progress = Progress(config.train.steps)
+        self.writer = writer
+        self.progress = Progress(config.steps)
 
         # Metrics that are still on the devices, and those fetched since the last line.
         self.pending: list[tuple[int, dict[str, Array]]] = []
@@ -77,7 +77,7 @@ class TrainLog:
         # Speed over the wall time, evaluation and saving included; their shares stand beside it.
         seconds, shares = self.watch.read()
         steps = len(self.fetched)
-        mean["images_per_second"] = steps * self.config.train.batch_size / seconds
+        mean["images_per_second"] = steps * self.config.batch_size / seconds
         if self.flops:
             mean |= speed(steps * self.flops, seconds, self.devices)
 

@@ -103,7 +103,7 @@ def test_nothing_is_needed_but_shapes(folders):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), (task.frozen, real.abstract)) == jax.tree.map(
         lambda x: (x.shape, x.dtype), described
     )
-    batch = shapes.train_batch(made, 8, Architecture.of(made.model))
+    batch = shapes.train_batch(made.data, task.codec, Architecture.of(made.model), 8)
     for name, value in tiny.batch().items():
         assert (batch[name].shape, batch[name].dtype) == (value.shape, value.dtype), name
 

@@ -101,7 +101,7 @@ def run(
     def initial(params: Params) -> dict[str, Any]:
         return initial_state(params, optimizer, config.optim)
 
-    abstract = abstract_state(task.abstract, config)
+    abstract = abstract_state(task.abstract, config.optim)
     shardings, frozen_shardings = infer_shardings((abstract, task.frozen), mesh)
     step = make_train_step(task, config, mesh, shardings, frozen_shardings)
     batch = place_batch(made_up_batch(size), mesh)

@@ -348,7 +348,7 @@ def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_p
     parts = Architecture.of(config.model)
     with trainer.batches(0) as stream:
         batch = next(stream)
-    described = shapes.train_batch(config, 4, parts)
+    described = shapes.train_batch(config.data, task.codec, parts, 4)
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in described.items()
     }

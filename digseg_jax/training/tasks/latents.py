@@ -51,7 +51,8 @@ class FrozenParts:
     """
 
     def __init__(self, config: Config):
-        self.config, self.codec = config, make_codec(config)
+        self.config = config
+        self.codec = make_codec(config.model.codec, config.data)
         self.vae, params = load_vae(config.model, config.compute)
         self.frozen: Params = {"vae": params}
         size, factor = config.data.image_size, self.vae.config.factor

@@ -16,7 +16,15 @@ from flax import nnx
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Float, Int, Params
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
-from digseg_jax.config.schema import ComputeConfig, Config, DiffusionConfig, ModelConfig
+from digseg_jax.config.schema import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+)
 from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.diffusion import noise, timesteps
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START, Schedule, make_schedule
@@ -117,32 +125,33 @@ def load_parts(config: Config, prompts: Sequence[str] | None = None) -> Parts:
       UserError: weights are missing, or parts do not fit together or to the configuration.
     """
     model = config.model
-    codec = make_codec(config)
+    codec = make_codec(model.codec, config.data)
     vae, vae_params = load_vae(model, config.compute)
     tower = load_tower(model)
 
     # Frozen arrays: the autoencoder, the encoded prompts, and what a cache of latents cannot give.
     prompts = codec.texts(bank_prompts(config.data) if prompts is None else prompts)
     frozen: Params = {"vae": vae_params, "bank": bank_arrays(encode_bank(tower, prompts, model))}
-    anchors = anchors_for_cache(config, codec)
+    anchors = anchors_for_cache(codec, config.data, config.loss)
     if anchors is not None:
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
 
     # The U-Net's architecture is enough here: its weights are the task's to load.
     unet = adapt_unet(load_config(assets.resolve(model.unet)), vae, model, tower.width)
-    check_fit(config, vae, tower, unet)
+    check_sizes(config.data, config.eval, vae, unet)
+    check_tokens(tower, unet)
     return Parts(vae, codec, unet, prompts, frozen, tower)
 
 
-def anchors_for_cache(config: Config, codec: Codec) -> Array | None:
+def anchors_for_cache(codec: Codec, data: DataConfig, loss: LossConfig) -> Array | None:
     """The codec's anchor images, if their latents must be frozen parts; None otherwise.
 
     The auxiliary mask loss compares with these latents, and training from cached latents has no
     autoencoder in its step to make them.
     """
-    if not (config.data.latent_cache and config.loss.mask_weight):
+    if not (data.latent_cache and loss.mask_weight):
         return None
-    return codec.anchors(config.data.image_size)
+    return codec.anchors(data.image_size)
 
 
 def adapt_unet(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) -> UNetConfig:
@@ -299,15 +308,14 @@ def size_step(vae: Vae, unet: UNetConfig) -> int:
     return vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
 
 
-def check_sizes(config: Config, vae: Vae, unet: UNetConfig) -> None:
+def check_sizes(data: DataConfig, settings: EvalConfig, vae: Vae, unet: UNetConfig) -> None:
     """Checks that training crops and the views of evaluation can be halved as often as the parts do.
 
     Raises:
       UserError: they cannot.
     """
     step = size_step(vae, unet)
-
-    sizes = {"data.image_size": (config.data.image_size,), "eval.view_size": config.eval.view_size}
+    sizes = {"data.image_size": (data.image_size,), "eval.view_size": settings.view_size}
     for key, sides in sizes.items():
         if any(side % step for side in sides):
             value = sides if key == "eval.view_size" else sides[0]
@@ -316,13 +324,8 @@ def check_sizes(config: Config, vae: Vae, unet: UNetConfig) -> None:
             )
 
 
-def check_fit(config: Config, vae: Vae, tower: TextTower, unet: UNetConfig) -> None:
-    """Checks that the parts fit together.
-
-    Raises:
-      UserError: a size that `check_sizes` refuses, or tokens of the wrong width.
-    """
-    check_sizes(config, vae, unet)
+def check_tokens(tower: TextTower, unet: UNetConfig) -> None:
+    """Raises UserError for text tokens of a width that the U-Net's cross-attention does not take."""
     if not unet.text_adapters and tower.width != unet.cross_attention_dim:
         raise UserError(
             f"config.model.text_adapters=False: text tokens are {tower.width} wide, the U-Net's "

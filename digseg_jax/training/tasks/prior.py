@@ -18,7 +18,8 @@ from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.training.tasks.parts import (
     bank_arrays,
     bank_rows,
-    check_fit,
+    check_sizes,
+    check_tokens,
     draw_noise_and_timestep,
     encode_bank,
     load_tower,
@@ -58,7 +59,8 @@ class PriorTask(Task):
             text_adapters=model.text_adapters,
             text_dim=tower.width,
         )
-        check_fit(config, self.vae, tower, self.unet_config)
+        check_sizes(config.data, config.eval, self.vae, self.unet_config)
+        check_tokens(tower, self.unet_config)
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
                 self.unet_config,
