@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import flat, to_dict, with_settings
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import Config, ModelConfig
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder
 from digseg_jax.evaluation import job as evaluation
@@ -83,7 +83,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
 
         log_summary(config, task, mesh)
         # Revisions and checksums now, while the hub is in reach.
-        parts = find_parts(config)
+        parts = find_parts(config.task, config.model)
 
         # Train, now and then with a look at the validation split.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
@@ -157,19 +157,19 @@ def export(
     trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
 
     params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
-    export_run(config, task, params, workdir, source, find_parts(config))
+    export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
     log.info("exported %s to %s", source, workdir / EXPORT)
     return workdir / EXPORT
 
 
-def find_parts(config: Config) -> tuple[FrozenPart, ...]:
+def find_parts(task: str, model: ModelConfig) -> tuple[FrozenPart, ...]:
     """The autoencoder and text encoder of a segmenter, as its export names them; () for other tasks.
 
     Call it before the training: after it, the hub may be out of reach.
     """
-    if config.task != "segmentation":
+    if task != "segmentation":
         return ()
-    return FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
+    return FrozenPart.find(model.vae), FrozenPart.find(model.text)
 
 
 def export_run(

@@ -81,7 +81,7 @@ def run(config: Config) -> None:
     encoder = LatentEncoder(frozen, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
 
     # The same settings go into every plan, so that training can tell whether a cache fits.
-    facts = cache_facts(config, frozen)
+    facts = cache_facts(frozen)
     parts = training_parts(config.data)
     tables = cover_tables([spec for _, spec, _ in parts])
     folders = cache_folders(config.data.latent_cache, parts)

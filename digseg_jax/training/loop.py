@@ -66,7 +66,7 @@ class Trainer:
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):
             task.prepare()  # what a codec chose went into the cache
-            check_cache(config, task)
+            check_cache(task)
 
         # Shapes and shardings of the state; the state itself is made or restored by `start_state`.
         abstract = abstract_state(task.abstract, config.optim)

@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_same_crops_through_the_autoencoder(
     cache_latents.run(config)
     task = load_task(config)
     task.prepare()
-    check_cache(config, task)
+    check_cache(task)
     described = shapes.abstract_parts(config).frozen  # for --mode=compile
     assert jax.tree.map(np.shape, described) == jax.tree.map(np.shape, task.frozen)
     ours, theirs = both_batches(config)
@@ -216,14 +216,14 @@ def test_a_kill_at_any_point_is_made_up_for(cached, folders, data, tmp_path, mon
             cache_latents.run(config)
     task = latents.FrozenParts(config)
     with pytest.raises(UserError, match="not finished"):
-        check_cache(config, task)
+        check_cache(task)
     whole = files_of(cached)
     for path, content in files_of(config).items():  # what has its name is whole
         if path.endswith(".array_record"):
             assert content == whole[path]
     cache_latents.run(config)
     assert files_of(config) == whole
-    check_cache(config, task)
+    check_cache(task)
 
 
 def test_a_finished_cache_is_left_alone(cached):
@@ -260,7 +260,7 @@ def test_a_cache_of_something_else_is_neither_read_nor_written(
     changes = {k: other_vae if v == "other" else v for k, v in changes.items()}
     config = changed(cached, folders, **changes)
     with pytest.raises(UserError) as caught:
-        check_cache(config, latents.FrozenParts(config))
+        check_cache(latents.FrozenParts(config))
     assert expected in tiny.one_line(caught.value)
     before = files_of(cached)
     with pytest.raises(UserError, match="holds shards made with .*another config.data.latent_cache"):
@@ -272,7 +272,7 @@ def test_the_name_of_an_autoencoder_does_not_matter_its_weights_do(cached, folde
     again = tmp_path / "elsewhere"
     save_component((tiny.VAE, tiny.random_params(AutoencoderKL, tiny.VAE, 1)), again)
     config = changed(cached, folders, model__vae=str(again))
-    check_cache(config, latents.FrozenParts(config))
+    check_cache(latents.FrozenParts(config))
 
 
 def test_another_class_list_is_refused_at_the_start(cached, folders, data, tmp_path):

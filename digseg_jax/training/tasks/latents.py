@@ -77,8 +77,9 @@ class FrozenParts:
         return self.vae.encode(frozen["vae"], masks)
 
 
-def cache_facts(config: Config, parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
+def cache_facts(parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
     """Facts that cached latents depend on beside the data; keys of `shards.latents.MADE_WITH`."""
+    config = parts.config
     facts: dict[str, Any] = {
         "image_size": config.data.image_size,
         "codec": config.model.codec,
@@ -191,12 +192,12 @@ class LatentEncoder:
         return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
-def check_cache(config: Config, task: FrozenParts | SegmentationTask) -> None:
+def check_cache(task: FrozenParts | SegmentationTask) -> None:
     """Checks that a latent cache was made with this task's parts; its reader checks the data.
 
     Raises:
       UserError: it is not finished, or made with another autoencoder, size, codec or precision.
     """
-    facts = cache_facts(config, task)
-    for folder in cache_folders(config.data.latent_cache, training_parts(config.data)):
+    facts, data = cache_facts(task), task.config.data
+    for folder in cache_folders(data.latent_cache, training_parts(data)):
         require(folder, read_manifest(folder), facts)
