@@ -191,7 +191,7 @@ class TestTheCommand:
 
 def test_an_export_evaluates_without_a_configuration(folders, tmp_path, cover):
     """Settings are flags on top of what the weights tell; one that contradicts them is refused."""
-    config = tiny.config(folders, eval__num_images=1, eval__gallery=0)
+    config = tiny.config(folders, eval__num_images=1)
     tiny.export(config, tmp_path / "weights")
     out = tmp_path / "out"
     flags = ["--mode=eval", f"--model={tmp_path / 'weights'}", f"--workdir={out}", "--sampling=1x2"]

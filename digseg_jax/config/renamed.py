@@ -45,7 +45,6 @@ CONSTANT = {
     "diffusion.multires_strength": 0.9,
     "optim.b1": 0.9,
     "checkpoint.overlap": 1,
-    "checkpoint.timeout": 900.0,
     "eval.gallery": 24,
 }
 

@@ -274,6 +274,8 @@ class CheckpointConfig:
     keep_every: int = setting(0, at_least=0)  # steps; multiples are never removed; 0: none
     # Metric of the in-training evaluation whose best checkpoint is kept and exported; "": the last one.
     best: Literal["", "val_miou"] = ""
+    # Seconds that a save may take before the run stops.
+    timeout: float = setting(900.0, above=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

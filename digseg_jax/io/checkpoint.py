@@ -30,7 +30,6 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # ve
 # Steps that may run while a checkpoint is being written; then the loop waits for it, so that a kill
 # costs at most `every` + OVERLAP - 1 finished steps.
 OVERLAP = 1
-TIMEOUT = 900  # seconds that a save may take before the run stops
 
 
 class Checkpointer:
@@ -38,7 +37,7 @@ class Checkpointer:
 
     Args:
       workdir: the run's directory.
-      config: which checkpoints are kept.
+      config: which checkpoints are kept, and how long a save may take.
       create: whether this run writes here. If not, the folder is neither made nor tidied up.
     """
 
@@ -52,7 +51,7 @@ class Checkpointer:
             cleanup_tmp_directories=create,  # not in another run's folder: it may be writing
             best_fn=(lambda metrics: metrics[best]) if best else None,
             preservation_policy=_policy(config),
-            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
+            async_options=ocp.AsyncOptions(timeout_secs=int(config.timeout)),
         )
 
         # An entry that is not named here ("metrics") gets orbax's own handler.
@@ -146,8 +145,8 @@ class Checkpointer:
             return
 
         if self.manager.is_saving_in_progress():
-            if time.monotonic() - since > TIMEOUT:
-                raise self._failed(step, f"not written after {TIMEOUT} s")
+            if time.monotonic() - since > self.config.timeout:
+                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
             return
 
         # Finished: collects the error of the background thread, if there is one.
@@ -162,8 +161,8 @@ class Checkpointer:
 
         # Poll, so that a save that hangs ends in an error.
         while self.manager.is_saving_in_progress():
-            if time.monotonic() - since > TIMEOUT:
-                raise self._failed(step, f"not written after {TIMEOUT} s")
+            if time.monotonic() - since > self.config.timeout:
+                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
             time.sleep(0.01)
 
         try:

@@ -174,7 +174,7 @@ def test_a_class_without_a_score_is_null_not_nan(config, one_device, scores):
 def run(folders, task, params, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny.config(
-        folders, eval__num_images=3, eval__gallery=2, eval__ensemble=2,
+        folders, eval__num_images=3, eval__ensemble=2,
         eval__sweep=("1x1", "2x1:leading"), eval__calibrate=True, eval__decoder="vae", seed=0,
     )  # fmt: skip
     return workdir, evaluate(config, task, params, tiny.mesh(), workdir)
@@ -225,7 +225,7 @@ class TestFiles:
 
     def test_the_gallery_shows_images_with_their_present_classes(self, run):
         gallery = json.loads((run[0] / "eval" / "gallery" / "gallery.json").read_text())
-        assert len(gallery["items"]) == 2
+        assert len(gallery["items"]) == 3
         for item in gallery["items"]:
             assert (run[0] / "eval" / "gallery" / item["image"]).is_file()
             assert item["queries"] and {q["name"] for q in item["queries"]} <= set(GROUPS)
@@ -254,7 +254,7 @@ def files(workdir):
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
     folders, task, params, tmp_path, monkeypatch, survived
 ):
-    config = tiny.config(folders, eval__num_images=3, eval__gallery=2, eval__batch_size=1)
+    config = tiny.config(folders, eval__num_images=3, eval__batch_size=1)
     whole = evaluate(config, task, params, tiny.mesh(), tmp_path / "whole")
     add, finished = Journal.add, []
 

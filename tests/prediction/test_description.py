@@ -157,6 +157,30 @@ def test_a_part_that_is_not_here_is_named(config, made, tmp_path):
     assert "--config.model.vae=FOLDER" in tiny.one_line(caught.value)
 
 
+def earlier(made):
+    """The file as an earlier version wrote it: other names, and keys that are constants now."""
+    values = json.loads(json.dumps(dataclasses.asdict(made)))
+    sections = values["config"]
+    sections["segmentation"] = {"codec": sections["model"].pop("codec")}
+    sections["data"]["train_split"] = sections["data"].pop("split")
+    sections["diffusion"] |= {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    sections["eval"]["gallery"] = 3
+    return values
+
+
+def test_an_earlier_versions_file_is_read(made, tmp_path):
+    (tmp_path / FILE).write_text(json.dumps(earlier(made)))
+    assert read_description(tmp_path) == made
+
+
+def test_an_earlier_versions_file_of_another_schedule_is_refused(made, tmp_path):
+    values = earlier(made)
+    values["config"]["diffusion"]["beta_end"] = 0.02
+    (tmp_path / FILE).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="diffusion.beta_end is no setting any more: it is 0.012"):
+        read_description(tmp_path)
+
+
 def test_a_suggestion_may_be_absent(made, tmp_path):
     values = json.loads(json.dumps(dataclasses.asdict(made)))
     del values["config"]["eval"]

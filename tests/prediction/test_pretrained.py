@@ -175,7 +175,7 @@ class TestACopiedExport:
         """Without a configuration: from the run, and from its export alone, under another name."""
         config = tiny.config(
             folders, eval__num_images=2, eval__calibrate_images=1, eval__calibrate=True,
-            eval__batch_size=1, eval__gallery=1, seed=4,
+            eval__batch_size=1, seed=4,
         )  # fmt: skip
         run, copy = tmp_path / "run", tmp_path / "copy"
         tiny.export(config, run / "export")
@@ -201,7 +201,7 @@ def test_evaluation_suite_and_python_give_the_same_integers(folders, tmp_path, m
     """The same weights and images by the three ways, on eight devices: every count is equal."""
     from digseg_jax.evaluation import suite
 
-    config = tiny.config(folders, eval__num_images=3, eval__batch_size=1, eval__gallery=0)
+    config = tiny.config(folders, eval__num_images=3, eval__batch_size=1)
     tiny.export(config, tmp_path / "export")
     monkeypatch.setitem(suite.SUITES, "deepglobe", ("landcover",))  # a suite of the data at hand
     results = jobs.evaluate(tmp_path, config=config)

@@ -127,7 +127,7 @@ def test_a_run_trains_evaluates_and_reports(folders, camvid, tmp_path):
 
     config = tiny.config(
         folders, data__name="camvid", data__root=camvid, loading__workers=0, train__steps=2,
-        eval__split="val", eval__num_images=0, eval__batch_size=2, eval__gallery=2,
+        eval__split="val", eval__num_images=0, eval__batch_size=2,
     )  # fmt: skip
     jobs.train(config, tmp_path)
     results = json.loads((tmp_path / "eval" / "results.json").read_text())

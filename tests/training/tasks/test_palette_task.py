@@ -22,7 +22,7 @@ from digseg_jax.training.tasks.segmentation import load_task
 def config(folders):
     return tiny.config(
         folders, model__codec="palette", eval__num_images=1, eval__batch_size=1,
-        eval__ensemble=2, eval__calibrate=True, eval__gallery=1,
+        eval__ensemble=2, eval__calibrate=True,
     )  # fmt: skip
 
 
