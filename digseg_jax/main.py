@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from digseg_jax.config.experiment import NO_FILE, with_config_file
 from digseg_jax.config.parse import parse, sampling_settings, with_sampling
+from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import (
     CRASH,
@@ -216,7 +217,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except (ImportError, SyntaxError) as error:  # of a config file, which names an old module, say
         _fail(f"--config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
-        _fail(f"--config: {' '.join(str(error).split())}")
+        _fail(f"--config: {explained(error)}")
 
 
 def _fail(message: str) -> NoReturn:

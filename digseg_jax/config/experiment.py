@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.config.parse import check_key, default, parse, with_settings
+from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError, nearest
 
@@ -106,6 +107,6 @@ def load_config(path_or_name: str | os.PathLike, **settings: Any) -> Config:
     except UserError:
         raise
     except Exception as error:  # an experiment file is a program: it may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {explained(error)}"
         raise UserError(f"--config={path_or_name}: cannot be loaded ({reason})") from error
     return with_settings(parse(values), settings)

@@ -8,6 +8,7 @@ What an earlier version wrote down, a run's config.json or an export's segmenter
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from digseg_jax.config.schema import is_free
@@ -83,6 +84,22 @@ def hint(key: str) -> str:
     if key in CONSTANT:
         return f"config.{key} is no setting any more: it is {CONSTANT[key]} in every run"
     return ""
+
+
+def explained(error: Exception) -> str:
+    """What an experiment file raised, in one line; what became of a key of an earlier version.
+
+    error: of ml_collections, which tells the key, but not its section.
+    """
+    said = " ".join(str(error).split())
+
+    # Setting says 'Key "log_every" does not exist ...', reading "'vae_arch'".
+    named = re.match(r"""['"]*(?:Key ")?(\w+)['"]*(?: does not exist|$)""", said)
+    if named and isinstance(error, (AttributeError, KeyError)):
+        for key in (*MOVED, *CONSTANT):
+            if named[1] in key.split("."):
+                return hint(key)
+    return said
 
 
 def _taken(values: dict[str, Any], key: str) -> Any:

@@ -8,6 +8,7 @@ import json
 import pytest
 from tiny import one_line
 
+from digseg_jax.config.experiment import load_config
 from digseg_jax.config.parse import check_key, parse, to_dict, with_settings
 from digseg_jax.config.renamed import CONSTANT, MOVED, hint, with_current_names
 from digseg_jax.config.schema import settings
@@ -91,6 +92,30 @@ def test_an_old_key_on_the_command_line_is_answered_with_the_new_one(key, expect
     with pytest.raises(UserError) as caught:
         check_key(f"config.{key}")
     assert one_line(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("config.train.log_every = 1", "config.train.log_every is now config.logging.every"),
+        ("config.model.vae_arch.kl_weight = 1.0", "config.model.vae_arch is now config.vae_arch"),
+        (
+            "config.segmentation.codec = 'palette'",
+            "config.segmentation.codec is now config.model.codec",
+        ),
+        ("config.diffusion.update(high_noise_a=1.0)", "config.diffusion.high_noise_a is no setting"),
+        ("config.train.stepz = 1", 'Key "stepz" does not exist'),
+    ],
+)
+def test_an_old_key_in_an_experiment_file_is_answered_with_the_new_one(line, expected, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from digseg_jax.config import default\n\n\ndef get_config():\n"
+        f"    config = default()\n    {line}\n    return config\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_config(file)
+    assert expected in one_line(caught.value)
 
 
 def test_what_never_was_a_key_gets_no_hint():
