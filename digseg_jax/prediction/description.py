@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -202,8 +203,21 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_description(folder: AnyPath, description: Description) -> None:
-    """Writes FOLDER/segmenter.json."""
-    storage.write_json(folder / FILE, dataclasses.asdict(description))
+    """Writes FOLDER/segmenter.json; parts that lie in the folder are named from there, as ./NAME."""
+    parts = {name: _inside(folder, getattr(description, name)) for name in ("vae", "text")}
+    values = dataclasses.asdict(dataclasses.replace(description, **parts))
+
+    # The settings name them too; they must not differ.
+    values["config"]["model"] |= {name: part.reference for name, part in parts.items()}
+    storage.write_json(folder / FILE, values)
+
+
+def _inside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
+    """The part, with a reference that moves with the folder if it lies there."""
+    base = os.path.abspath(folder)
+    if not part.reference.startswith(base + os.sep):
+        return part
+    return dataclasses.replace(part, reference=f"./{os.path.relpath(part.reference, base)}")
 
 
 def read_description(folder: AnyPath) -> Description:
@@ -235,11 +249,23 @@ def read_description(folder: AnyPath) -> Description:
     if isinstance(values.get("config"), dict):
         values["config"] = with_current_names(values["config"])
     description = _typed(Description, values, str(path))
+    description = dataclasses.replace(
+        description, vae=_outside(folder, description.vae), text=_outside(folder, description.text)
+    )
     try:
         _config_of(_recorded(description.config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return description
+
+
+def _outside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
+    """The part with a reference that is good anywhere; the opposite of `_inside`."""
+    if not part.reference.startswith("./"):
+        return part
+    place = folder / part.reference[2:]
+    reference = str(place) if storage.is_remote(str(place)) else os.path.abspath(place)
+    return dataclasses.replace(part, reference=reference)
 
 
 def check_agreement(description: Description, config: Config, folder: AnyPath | str) -> None:

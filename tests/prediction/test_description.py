@@ -84,6 +84,22 @@ def test_it_reads_what_it_wrote(made, tmp_path):
     assert made.classes[0] == "water" and made.versions.keys() >= {"digseg_jax", "jax", "numpy"}
 
 
+def test_a_part_inside_the_folder_moves_with_it(config, tmp_path):
+    """The file then holds no path of the machine that wrote it; another part keeps its own."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(config.model.vae, first / "vae")
+    inside = changed(config, "model.vae", str(first / "vae"))
+    write_description(first, described(inside))
+    text = (first / FILE).read_text()
+    assert str(first) not in text and '"./vae"' in text
+
+    first.rename(second)
+    read = read_description(second)
+    assert read.vae.reference == str(second / "vae") and read.text.reference == config.model.text
+    assert read.training_config().model.vae == str(second / "vae")
+    check_agreement(read, read.training_config(), second)
+
+
 def test_every_binding_setting_has_another_value_here():
     assert tuple(OTHER) == BINDING
 
