@@ -193,12 +193,9 @@ class Evaluator:
         tables = [_decoded(merged[str(i)]) for i in every]
         evidence = np.concatenate([evidence for evidence, _ in tables])
         label = np.concatenate([label for _, label in tables])
-        return calibration_lib.fit(evidence, label, examples.split, self.fixed_scale)
-
-    @property
-    def fixed_scale(self) -> float | None:
-        """Scale of the mask scores where the codec knows it; None where it is fitted."""
-        return self.codec.scale
+        return calibration_lib.fit(
+            evidence, label, examples.split, self.codec.scale, exclusive=self.codec.exclusive
+        )
 
     def _ask(
         self,

@@ -37,26 +37,33 @@ def identity(num_classes: int, scale: float = 2.0) -> Calibration:
     return Calibration(scale, (0.0,) * num_classes, "none")
 
 
-def fit(evidence: np.ndarray, label: np.ndarray, split: str, scale: float | None = None) -> Calibration:
-    """Scale by cross-entropy of the single masks; biases by mIoU of the argmax, class by class.
+def fit(
+    evidence: np.ndarray,
+    label: np.ndarray,
+    split: str,
+    scale: float | None = None,
+    *,
+    exclusive: bool = False,
+) -> Calibration:
+    """Scale by cross-entropy of the members' masks; biases by mIoU of the argmax, class by class.
 
     Args:
       evidence: float [pixels, classes] or, of an ensemble, [pixels, classes, members], in [-1, 1].
         Members are combined as an evaluation combines them by default: the mean of their
         probabilities.
       label: int [pixels], -1 is ignored.
-      scale: known already (a palette's follows from its autoencoder, and its members' probabilities
-        are those of a softmax); only biases are fitted.
+      scale: known already (a palette's follows from its autoencoder); only biases are fitted.
+      exclusive: a member's probabilities are those of a softmax over the classes, not each class's own
+        (`Codec.exclusive`).
     """
     evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
     members = np.ascontiguousarray(np.moveaxis(evidence.reshape(*evidence.shape[:2], -1), 1, 0))
-    known = scale is not None
     if scale is None:
         true = np.eye(len(members), dtype=np.float32)[label].T[..., None]
-        scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true))
+        scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true, softmax=exclusive))
     logits = scale * members  # [classes, pixels, members]
     bias = np.zeros(len(members), np.float32)
-    values = _values(logits, bias, softmax=known)
+    values = _values(logits, bias, softmax=exclusive)
     best = _argmax_miou(values, label)
     for _ in range(SWEEPS):
         before = best
@@ -64,7 +71,7 @@ def fit(evidence: np.ndarray, label: np.ndarray, split: str, scale: float | None
             for delta in BIAS_STEPS:
                 trial = bias.copy()
                 trial[c] = np.clip(trial[c] + delta, -MAX_BIAS, MAX_BIAS)
-                tried = _rebiased(values, logits, trial, c, softmax=known)
+                tried = _rebiased(values, logits, trial, c, softmax=exclusive)
                 found = _argmax_miou(tried, label)
                 if found > best + 1e-5:
                     best, bias, values = found, trial, tried
@@ -102,7 +109,9 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=0)
 
 
-def _cross_entropy(logits: np.ndarray, true: np.ndarray) -> float:
+def _cross_entropy(logits: np.ndarray, true: np.ndarray, *, softmax: bool) -> float:
+    if softmax:
+        return float(-np.log(np.maximum((true * _softmax(logits)).sum(axis=0), 1e-12)).mean())
     return float((np.logaddexp(0.0, logits) - true * logits).mean())
 
 

@@ -81,11 +81,38 @@ def test_a_class_that_does_not_occur_does_not_break_the_fit():
     assert np.isfinite(fit(evidence, label, "val").bias).all()
 
 
-@pytest.mark.parametrize("scale", [None, 2.0])  # binary; a palette's
-def test_equal_members_are_fitted_like_one(scale):
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_equal_members_are_fitted_like_one(scale, exclusive):
     evidence, label = pixels(offset=(0.4, 0.0, 0.0, -0.3))
     members = np.repeat(evidence[..., None], 3, axis=2)
-    assert fit(members, label, "val", scale) == fit(evidence, label, "val", scale)
+    fits = [fit(each, label, "val", scale, exclusive=exclusive) for each in (members, evidence)]
+    assert fits[0] == fits[1]
+
+
+def test_a_known_scale_says_nothing_about_how_classes_share_a_pixel():
+    """With members that disagree, the mean of softmaxes has other best biases than that of sigmoids."""
+    parts = [pixels(noise=0.9, offset=(0.6 * sign, 0, 0, 0)) for sign in (-1, 1)]
+    members, label = np.stack([evidence for evidence, _ in parts], axis=2), parts[0][1]
+    apart, shared = (fit(members, label, "val", 4.0, exclusive=x) for x in (False, True))
+    assert apart.scale == shared.scale == 4.0 and apart.bias != shared.bias
+
+    logits = 4.0 * members + np.asarray(shared.bias)[:, None]
+    weights = np.exp(logits)
+    means = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=2)
+    best = calibration._argmax_miou(means.T, label)
+    assert best >= calibration._argmax_miou((np.exp(4.0 * members)).mean(axis=2).T, label)
+
+
+def test_the_scale_of_exclusive_classes_is_that_of_their_softmax():
+    evidence, label = pixels(noise=0.3)
+    fitted = fit(evidence, label, "val", exclusive=True)
+
+    def cross_entropy(scale):
+        logits = scale * evidence
+        return (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(label)), label]).mean()
+
+    assert fitted.scale == min(calibration.SCALES, key=cross_entropy)
 
 
 def test_biases_are_fitted_to_the_mean_of_the_members_probabilities():
