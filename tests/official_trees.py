@@ -8,6 +8,7 @@ unless the encoding needs another size.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -252,6 +253,31 @@ TREES = {
     "phenobench": phenobench,
     "refuge2": refuge2,
 }
+
+
+# the image of the evaluated split, where it is the only one of its name
+EVALUATED = {
+    "ade20k": "ADE_val_00000001",
+    "ade20k_847": "ADE_val_00000042",
+    "cityscapes": "frankfurt_000000_000019",
+    "pascal_context_459": "2008_000003",
+    "pascal_context_59": "2008_000003",
+    "pascal_voc": "2007_000033",
+}
+
+
+def repeated(root: Path, name: str, count: int) -> None:
+    """A data set's tree with `count` evaluated images: copies whose numbers are counted up."""
+    TREES[name](root)
+    stem = EVALUATED[name]
+    head, digits = stem.rstrip("0123456789"), stem[len(stem.rstrip("0123456789")) :]
+    stems = [f"{head}{int(digits) + i:0{len(digits)}}" for i in range(count)]
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        if path.name.startswith(stem):
+            for other in stems[1:]:
+                shutil.copyfile(path, path.with_name(path.name.replace(stem, other)))
+        elif path.suffix == ".txt" and stem in path.read_text().split():
+            lines(path, *path.read_text().split(), *stems[1:])
 
 
 def detail_json(path: Path, images: Sequence[tuple[str, str]], masks: Sequence[tuple]) -> Path:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ def free_port() -> int:
 
 
 class Pod:
-    """`count` processes of `main` with `devices` CPU devices each; their output in `folder`/I.log."""
+    """`count` processes of `main` with `devices` CPU devices each; their output in `folder`/I.log.
+
+    cores: the one core of each process; by default all have all.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class Pod:
         *,
         port: int | None = None,
         only: list[int] | None = None,
+        cores: Sequence[int] = (),
         env: dict[str, str] | None = None,
         start_timeout: float = 300.0,
     ):
@@ -52,6 +56,8 @@ class Pod:
             if count > 1:
                 command += [f"--coordinator={address}", f"--num_processes={count}"]
                 command += [f"--process_id={i}", f"--start_timeout={start_timeout}"]
+            if cores:
+                command = ["taskset", "--cpu-list", str(cores[i]), *command]
             self.logs.append(folder / f"{i}.log")
             # through a pipe, so that a limit on the process's files does not cut its log
             process = subprocess.Popen(

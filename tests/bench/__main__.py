@@ -75,10 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--torch-batch", type=int, default=1, help="members of a call of torch's")
     sample.add_argument("--conv", choices=("cpu", "xla"), default="cpu")
     sample.add_argument("--attention", choices=("plain", "chunked", "headwise"), default="headwise")
+    shared = jobs.add_parser("suite_on_two", help="a suite on two processes against one, a core each")
+    shared.add_argument("--weights", default="assets:segmenter", help="assets:NAME or DIR/export")
+    shared.add_argument("--suite", default="open_vocab", help="as --mode=eval --suite takes it")
+    shared.add_argument("--images", type=int, default=8, help="of every data set")
+    shared.add_argument("--sampling", default="2x2", help="members x steps")
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
-    for job in (cover, grid, vocabulary, stamps, prior, step, checkpoint, models, train, sample, data):
+    for job in jobs.choices.values():
         job.add_argument("--json", action="store_true", help="print JSON alone on stdout")
         job.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
@@ -197,6 +202,13 @@ def _sample(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _suite_on_two(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import suite_on_two
+
+    _check_counts(arguments, "images")
+    return suite_on_two.run(arguments.weights, arguments.suite, arguments.images, arguments.sampling)
+
+
 def _data(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import data
 
@@ -214,6 +226,7 @@ JOBS = {
     "models": _models,
     "train": _train,
     "sample": _sample,
+    "suite_on_two": _suite_on_two,
     "data": _data,
 }
 

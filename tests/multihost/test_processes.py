@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
+import subprocess
 import time
 
 import numpy as np
@@ -18,6 +20,7 @@ from digseg_jax.errors import PREEMPTED, USER_ERROR
 
 pytestmark = pytest.mark.usefixtures("cover")
 STEPS = 20
+GRACE = 20.0  # seconds that a process has to notice that the other one is gone
 
 
 def flags(folder, folders, workdir, **changes):
@@ -86,31 +89,85 @@ def test_sigterm_to_one_of_two_processes_saves_the_same_step_and_leaves(folders,
         assert f"preempted: step {step} is saved" in log.read_text()
 
 
-def test_a_suite_is_shared_by_the_processes(folders, tmp_path):
-    """The same counts under every protocol as one process finds, in one set of files.
+class Suite:
+    """The evaluation of an open vocabulary on Pascal VOC: 12 images, three protocols."""
 
-    A view for each device: every device then runs the same program, and not even rounding differs.
-    """
-    official_trees.phenobench(tmp_path / "data" / "phenobench")
-    changes = {
-        "task": "segmentation", "data__root": str(tmp_path / "data"), "eval__view_size": (32,),
-        "eval__batch_size": 1,
-    }  # fmt: skip
-    found = []
-    for count in (1, 2):
-        folder = tmp_path / str(count)
-        run = folder / "run"
-        command = flags(folder, folders, run, **changes)
-        tiny.export(tiny.config(folders, **changes), run / "export")
-        processes = pod.Pod(folder, [*command, "--mode=eval", "--suite=phenobench"], count)
-        processes.check()
-        assert count == 1 or all("of 2; process 0" in log.read_text() for log in processes.logs)
-        (row,) = json.loads((run / "eval" / "suite_phenobench.json").read_text())["rows"]
-        assert row["num_images"] > 0 and {"exhaustive", "gated", "oracle"} <= row["protocols"].keys()
-        journal = (run / "eval" / "journal" / "phenobench_1x1.jsonl").read_text().splitlines()
-        rows = {r["key"]: r["value"] for r in map(json.loads, journal[1:])}
-        found.append({key: {**value, "seconds": 0.0} for key, value in rows.items()})
-    assert found[0] == found[1] and len(found[0]) >= 3
+    ROWS = 3 * 12
+
+    def __init__(self, folder, folders):
+        self.folder, self.folders = folder, folders
+        official_trees.repeated(folder / "data" / "pascal_voc", "pascal_voc", 12)
+
+    def run(self, name):
+        """The folder and the command of a run with weights of its own, all of them alike."""
+        changes = {
+            "task": "segmentation", "data__root": str(self.folder / "data"), "eval__batch_size": 1,
+            "eval__view_size": (32,), "eval__gate_limit": 4, "eval__num_images": 0,
+        }  # fmt: skip
+        run = self.folder / name / "run"
+        command = flags(self.folder / name, self.folders, run, **changes)
+        tiny.export(tiny.config(self.folders, **changes), run / "export")
+        return run, [*command, "--mode=eval", "--suite=open_vocab"]
+
+    @staticmethod
+    def lines(run):
+        """Complete lines of the journal; the first one names the run."""
+        path = run / "eval" / "journal" / "pascal_voc_1x1.jsonl"
+        return path.read_text().splitlines(keepends=True) if path.exists() else []
+
+    def rows(self, run):
+        """What was counted, without the times; fails if something was counted twice."""
+        (journal,) = (run / "eval" / "journal").iterdir()
+        rows = [json.loads(line) for line in self.lines(run)[1:]]
+        assert len(rows) == len({row["key"] for row in rows}) == self.ROWS, journal
+        return {row["key"]: {**row["value"], "seconds": 0.0} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def suite(folders, tmp_path_factory):
+    return Suite(tmp_path_factory.mktemp("suite"), folders)
+
+
+@pytest.fixture(scope="module")
+def counted(suite):
+    """The rows of one process with one device."""
+    run, command = suite.run("one")
+    pod.Pod(suite.folder / "one", command).check()
+    return suite.rows(run)
+
+
+@pytest.mark.parametrize(
+    ("count", "devices"), [(2, 1), pytest.param(2, 4, marks=pytest.mark.slow)], ids=str
+)
+def test_a_suite_is_shared_by_the_processes(count, devices, suite, counted):
+    """The same counts under every protocol as one process finds, in one set of files."""
+    run, command = suite.run(f"two{devices}")
+    processes = pod.Pod(suite.folder / f"two{devices}", command, count, devices)
+    processes.check()
+    assert all("of 2; process 0" in log.read_text() for log in processes.logs)
+    found = json.loads((run / "eval" / "suite_open_vocab.json").read_text())["rows"]
+    (row,) = [row for row in found if "missing" not in row]
+    assert row["num_images"] == 12 and {"exhaustive", "gated", "oracle"} == row["protocols"].keys()
+    assert suite.rows(run) == counted
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_suite_goes_on_after_one_of_two_processes_was_killed(victim, suite, counted):
+    run, command = suite.run(f"killed{victim}")
+    processes = pod.Pod(suite.folder / f"killed{victim}", command, 2)
+    processes.when(lambda: len(suite.lines(run)) > 3)
+    processes.processes[victim].kill()
+
+    # The other one cannot go on alone; what it waits for, a cluster ends in its place.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        processes.wait(GRACE)
+    processes.kill()
+    done = suite.lines(run)
+    assert 3 < len(done) <= suite.ROWS, "it was over before it was killed"
+
+    pod.Pod(suite.folder / f"again{victim}", command, 2).check()
+    assert suite.lines(run)[: len(done) - 1] == done[:-1]  # the last line may be cut short
+    assert suite.rows(run) == counted
 
 
 @pytest.mark.parametrize("timeout", [2.0, pytest.param(50.0, marks=pytest.mark.slow)])
