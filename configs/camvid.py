@@ -52,7 +52,6 @@ def get_config(version: str = "palette"):
     config.eval.calibrate_images = 48
     config.eval.ensemble = 1
     config.eval.steps = 1
-    config.eval.batch_size = 1
     if version == "palette":
         config.model.codec = "palette"
         config.data.num_queries = 1

@@ -107,7 +107,7 @@ def values(folders: dict[str, str], **changes: Any) -> dict[str, Any]:
         "eval__ensemble": 1,
         "eval__steps": 1,
         "eval__num_images": 2,
-        "eval__batch_size": 2,
+        "eval__batch_size": 1,
         "eval__calibrate": False,
         "eval__view_size": (128,),  # a tile of the land cover
     }

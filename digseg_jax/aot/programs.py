@@ -22,7 +22,7 @@ from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.log import log
 from digseg_jax.prediction import programs as prediction
-from digseg_jax.prediction.segmenter import view_size
+from digseg_jax.prediction.segmenter import chooses_masks, view_size
 from digseg_jax.runtime.sharding import check_batch, infer_shardings, make_mesh, nearest_batches
 from digseg_jax.training.flops import step_flops
 from digseg_jax.training.step import abstract_state, make_train_step
@@ -156,7 +156,7 @@ def evaluation_programs(
     """
     # Sizes as the segmenter chooses them.
     settings = config.eval
-    each = config.compile.per_device_batch or max(1, settings.batch_size // shards(mesh))
+    each = config.compile.per_device_batch or settings.batch_size
     views = each * shards(mesh)
     classes = config.compile.eval_queries or num_classes(config.data)
 
@@ -223,7 +223,8 @@ def evaluation_programs(
     # those masks of a view are decoded that it puts first.
     if settings.decoder == "probe":
         return found
-    if mean and 0 < settings.decode_limit < asked:
+    filled = -(-asked // slots) * slots
+    if chooses_masks(settings, settings.decoder, filled):
         return [*found, read("read", settings.decode_limit, settings.decode_limit)]
     return [*found, read("read", asked, slots)]
 
@@ -283,7 +284,7 @@ def temporary_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> l
 
 def _evaluation_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> list[float]:
     """Temporaries of the evaluation's programs on one device's own images, without their results."""
-    local = config.compile.per_device_batch or max(1, config.eval.batch_size // shards(mesh))
+    local = config.compile.per_device_batch or config.eval.batch_size
     compiled = dataclasses.replace(config.compile, per_device_batch=local)
     config = dataclasses.replace(config, compile=compiled, mesh=MeshConfig(1, 1, 1))
 

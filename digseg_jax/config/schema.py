@@ -325,7 +325,8 @@ class EvalConfig:
     exhaustive_limit: int = setting(200, at_least=0)
     gate_limit: int = setting(16, at_least=1)
     gate_cut: float = 0.3
-    batch_size: int = setting(4, at_least=1)  # views per compiled call, over all devices
+    # Views of a compiled call on each device. With 1, counts are the same integers on any devices.
+    batch_size: int = setting(1, at_least=1)
     num_images: int = setting(0, at_least=0)  # 0: the whole split
     calibrate: bool = True  # fit the probability's scale and each query's bias, on calibrate_split
     calibrate_split: Literal["val", "train"] = "val"  # train: for data sets without a third split
@@ -340,7 +341,7 @@ class CompileConfig:
 
     program: Literal["train", "eval"] = "train"  # the train step, or one batch of the evaluation
     unet_only: bool = False  # train: the U-Net's step on given latents and tokens, nothing else
-    # Images per device; 0: as train.batch_size or eval.batch_size gives.
+    # Images per device; 0: as train.batch_size gives over all devices, or eval.batch_size on each.
     per_device_batch: int = setting(0, at_least=0)
     # eval: classes of the vocabulary; 0: those of config.data.
     eval_queries: int = setting(0, at_least=0)

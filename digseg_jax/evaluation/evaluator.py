@@ -236,8 +236,9 @@ class Evaluator:
 
         # A bias belongs to a class, so each image gets the biases of the classes it is asked for.
         queries = [tuple(self.prompts[c] for c in classes) for classes in asked]
+        # Without any bias the masks on their own are the same, and are not computed a second time.
         biases = None
-        if calibration is not None:
+        if calibration is not None and any(calibration.bias):
             biases = [tuple(calibration.bias[c] for c in classes) for classes in asked]
         scale = None if calibration is None else calibration.scale
         answers = self._segment(images, found, queries, estep, biases=biases, scale=scale, slots=slots)
@@ -316,15 +317,16 @@ class Evaluator:
           Indices of the group, indices of this process's share, and the examples of that share.
         """
         part, parts = self.segmenter.programs.part, self.segmenter.programs.parts
-        size = self.segmenter.view_buckets[-1]
+        size = self.segmenter.views_of_call
         progress = Progress(len(pending), label=label, unit="images")
 
-        # Neighbors in the split go to different processes; `together` turns one process's read error
-        # into an error on all of them.
+        # Each process takes its devices' images, in the order of the devices: an image has its place in
+        # a device's call whatever the mesh. `together` turns one process's read error into all others'.
+        share = size // parts
         started = time.monotonic()
         for start in range(0, len(pending), size):
             group = pending[start : start + size]
-            mine = group[part::parts]
+            mine = group[part * share : (part + 1) * share]
             with together(f"the images of {label}"):
                 found = [examples[i] for i in mine]
             yield group, mine, found

@@ -19,7 +19,8 @@ class ViewMasks:
 
     slot: int [q], the place of each query in the decoded arrays; -1: read from `cells`. probability,
     alone: float32 [d, h, w]; evidence: float32 [d, e, h, w], where it was asked for. cells: evidence of
-    the latent cells, float32 [q, e, h2, w2], as the probe reads them.
+    the latent cells, float32 [q, e, h2, w2], as the probe reads them. latents: float32
+    [g, k, e, h2, w2, c] of g groups of queries, of a view that is read later.
     """
 
     slot: np.ndarray
@@ -27,6 +28,7 @@ class ViewMasks:
     alone: np.ndarray | None = None
     evidence: np.ndarray | None = None
     cells: np.ndarray | None = None
+    latents: np.ndarray | None = None
 
 
 class Planes:

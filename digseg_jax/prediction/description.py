@@ -204,11 +204,11 @@ def installed_versions() -> dict[str, str]:
 
 def write_description(folder: AnyPath, description: Description) -> None:
     """Writes FOLDER/segmenter.json; parts that lie in the folder are named from there, as ./NAME."""
-    parts = {name: _inside(folder, getattr(description, name)) for name in ("vae", "text")}
-    values = dataclasses.asdict(dataclasses.replace(description, **parts))
+    vae, text = _inside(folder, description.vae), _inside(folder, description.text)
+    values = dataclasses.asdict(dataclasses.replace(description, vae=vae, text=text))
 
     # The settings name them too; they must not differ.
-    values["config"]["model"] |= {name: part.reference for name, part in parts.items()}
+    values["config"]["model"] |= {"vae": vae.reference, "text": text.reference}
     storage.write_json(folder / FILE, values)
 
 

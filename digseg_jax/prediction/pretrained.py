@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from digseg_jax.arraytypes import UInt8
+from digseg_jax.arraytypes import Float, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
 from digseg_jax.io.workdir import CALIBRATION
-from digseg_jax.prediction.answer import Answer, GroupedAnswer, Planes
+from digseg_jax.prediction.answer import Answer, GroupedAnswer, Planes, ViewMasks
 from digseg_jax.prediction.description import (
     Description,
     check_agreement,
@@ -40,7 +40,7 @@ from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_params
 
 SHIPPED = "assets:segmenter"
-HELD = 2**30  # bytes of decoded masks that are kept at a time
+HELD = 2**31  # bytes of decoded masks that are kept at a time
 
 
 def load_segmenter(
@@ -147,31 +147,100 @@ class PretrainedSegmenter(Segmenter):
         advance: Callable[[int, int], None] | None,
     ) -> Planes:
         """The masks of an image: all of them, or a group of queries at a time if they take more than
-        `HELD` bytes. The programs and so the masks are the same either way."""
+        `HELD` bytes. The programs and so the masks are the same either way.
+
+        Queries with masks of their own are sampled when they are asked for. What shows several queries
+        is sampled once, and read again for every group.
+        """
         count = len(request.queries)
         slots = self.codec.slots(count)
         options: dict[str, Any] = {"key": seed, "mode": self.mode}
-        groups = -(-count // slots)
 
         views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
-        few = 4 * count * views * math.prod(self.size) < HELD
-        apart = self.codec.one_by_one and self.decodes_all(groups * slots, self.settings.decoder)
-        if few or not apart:
+        each = 4 * views * math.prod(self.size)  # bytes of a query
+        apart = self.decodes_all(count, slots, self.settings.decoder)
+        if each * count < HELD or not apart:
             (answer,) = self.segment([request], sampling, advance=advance, **options)
             return answer
 
-        def ask(first: int) -> Answer:
-            part = dataclasses.replace(request, queries=request.queries[first : first + slots])
-            before = first // slots
+        def told(part: int, parts: int) -> Callable[[int, int], None]:
+            """Tells of a part's steps as steps of the whole."""
 
             def tell(done: int, total: int) -> None:
                 if advance:
-                    advance(before * total + done, groups * total)
+                    advance(part * total + done, parts * total)
 
+            return tell
+
+        if not self.codec.one_by_one:
+            size = max(1, HELD // each)
+            parts = 1 + -(-count // size)
+            (drawn,) = self.segment([request], sampling, later=True, advance=told(0, parts), **options)
+
+            def read(first: int) -> Answer:
+                return self._read_later(drawn, first, size, told(1 + first // size, parts))
+
+            return GroupedAnswer(read, count, size)
+
+        def ask(first: int) -> Answer:
+            part = dataclasses.replace(request, queries=request.queries[first : first + slots])
+            tell = told(first // slots, -(-count // slots))
             (answer,) = self.segment([part], sampling, slots=slots, advance=tell, **options)
             return answer
 
         return GroupedAnswer(ask, count, slots)
+
+    def _read_later(
+        self,
+        answer: Answer,
+        first: int,
+        count: int,
+        advance: Callable[[int, int], None] | None = None,
+    ) -> Answer:
+        """The masks of `count` queries, from place `first` on, of an answer that was sampled only.
+
+        Every process must call it. The queries of a call are read together, as `segment` reads them;
+        the wanted ones are kept. advance: gets as many steps as that of `segment`.
+        """
+        rows = self.views_of_call // self.programs.parts
+        calls = self.programs.agree_on_largest(-(-len(answer.masks) // rows))[0]
+        bias = answer.bias[first : first + count]
+        latents = [masks.latents for masks in answer.masks if masks.latents is not None]  # all have
+
+        kept: list[ViewMasks] = []
+        for call in range(calls):
+            # Padding repeats a view, as in `segment`.
+            part = latents[call * rows : (call + 1) * rows]
+            filled = np.stack([*part, *[latents[-1]] * (rows - len(part))])
+            found = self._read_groups(filled, answer, first, len(bias))
+
+            # Copies: a slice would keep the masks of all queries alive.
+            for row in range(len(part)):
+                arrays = {name: array[row].copy() for name, array in found.items()}
+                kept.append(ViewMasks(np.arange(len(bias)), **arrays))
+            if advance:
+                groups = len(latents[0])
+                advance((call + 1) * groups, calls * groups)
+        return dataclasses.replace(answer, masks=tuple(kept), bias=bias)
+
+    def _read_groups(
+        self, latents: Float[np.ndarray, "n g k e h w c"], answer: Answer, first: int, count: int
+    ) -> dict[str, np.ndarray]:
+        """Masks [rows, count, ...] of one call's views, from the groups that have the queries."""
+        slots = self.codec.slots(answer.num_queries)
+        groups = range(first // slots, -(-(first + count) // slots))
+        parts = []
+        for group in groups:
+            bias = np.zeros((len(latents), slots), np.float32)
+            own = answer.bias[group * slots : (group + 1) * slots]
+            bias[:, : len(own)] = own
+            parts.append(self.read(latents[:, group], bias, answer.scale, biased=answer.biased))
+
+        start = first - groups[0] * slots
+        return {
+            name: np.concatenate([part[name] for part in parts], axis=1)[:, start : start + count]
+            for name in parts[0]
+        }
 
     @property
     def mode(self) -> str:
@@ -188,7 +257,10 @@ class PretrainedSegmenter(Segmenter):
         target = as_path(folder)
         with filled_locally(target) as local:
             local.mkdir(parents=True, exist_ok=True)
-            for file in sorted(path for path in self.folder.iterdir() if path.is_file()):
-                if not (local / file.name).exists() or not file.samefile(local / file.name):
-                    shutil.copyfile(file, local / file.name)
+            # The folder may hold frozen parts too, in folders of their own.
+            for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                copy = local / file.relative_to(self.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if not copy.exists() or not file.samefile(copy):
+                    shutil.copyfile(file, copy)
         return target

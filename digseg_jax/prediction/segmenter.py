@@ -32,7 +32,6 @@ from digseg_jax.training.tasks.parts import encode_bank
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
-TEXT_BATCH = 32  # texts that are encoded at a time
 NOTHING = ("any",)  # the queries of a view that only fills up a call
 
 
@@ -55,7 +54,7 @@ class Segmenter:
 
     Args:
       params: host arrays, or arrays that are on the mesh already.
-      settings: view size, decoder, ensemble rule, views of a call.
+      settings: view size, decoder, ensemble rule, views of a call on each device.
       scale: turns evidence into logits, unless the codec has a scale of its own.
     """
 
@@ -78,10 +77,9 @@ class Segmenter:
         self.short_side = self.settings.short_side or trained_short_side(config.data)
         self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-        # Views of a call: as many on every device, since what a device computes must not depend on
-        # how many of them there are. The second number is for a single image.
-        each = max(1, self.settings.batch_size // self.programs.shards)
-        self.view_buckets = tuple(sorted({self.programs.shards, each * self.programs.shards}))
+        # Every call is filled up to this many views, over all processes: a device then always runs the
+        # same program, however many views and devices there are.
+        self.views_of_call = self.settings.batch_size * self.programs.shards
 
     @property
     def seconds(self) -> float:
@@ -122,6 +120,7 @@ class Segmenter:
         decoder: str | None = None,
         slots: int = 0,
         evidence: bool = False,
+        later: bool = False,
         advance: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
         """The answers to this process's requests; every process must call it, with any number of them.
@@ -133,6 +132,7 @@ class Segmenter:
           slots: queries of a call; 0: the fewest calls' worth. A caller whose requests vary sets it, so
             that one program serves all of them.
           evidence: keep each member's evidence in place of probabilities.
+          later: sample only; the answers keep latents in place of masks (`ViewMasks.latents`).
           advance: gets the steps that are done and their number: a group of queries of a call each.
 
         Raises:
@@ -146,6 +146,7 @@ class Segmenter:
             scale=self.codec.scale or scale or self.scale,
             decoder=decoder or self.settings.decoder,
             evidence=evidence,
+            later=later,
             advance=advance,
         )
         views = [make_views(np.asarray(r.image), self.size, mode, self.short_side) for r in requests]
@@ -153,14 +154,20 @@ class Segmenter:
 
         # All processes make the same calls: as many as the one with the most views and queries needs.
         most = max((len(r.queries) for r in requests), default=0)
-        biased = any(_bias_of(r).any() for r in requests)
+        biased = any(r.bias is not None for r in requests)
         agreed = self.programs.agree_on_largest(len(places), most, int(biased))
         most_views, most_queries, job.biased = agreed[0], agreed[1], bool(agreed[2])
         job.slots = slots or self.codec.slots(most_queries)
         job.groups = max(1, -(-most_queries // job.slots))
-        rows = self._rows_of_call(most_views)
+        rows = self.views_of_call // self.programs.parts
         calls = -(-most_views // rows)
         job.total = calls * job.groups
+
+        # How a request's masks are read depends on its own number of queries, never on its company.
+        decoded = [len(r.queries) for r in requests if self._is_decoded(r, job)]
+        others = len(decoded) < len(requests)
+        agreed = self.programs.agree_on_largest(max(decoded, default=0), int(others))
+        job.decoded, job.chooses = agreed[0], bool(agreed[1])
 
         found: dict[tuple[int, int], ViewMasks] = {}
         for call in range(calls):
@@ -178,22 +185,20 @@ class Segmenter:
             for r, (request, view) in enumerate(zip(requests, views, strict=True))
         ]
 
-    def decodes_all(self, queries: int, decoder: str) -> bool:
-        """Whether the masks of so many queries are decoded one and all (see `EvalConfig`)."""
+    def decodes_all(self, queries: int, slots: int, decoder: str) -> bool:
+        """Whether the masks of so many queries, `slots` a call, are decoded one and all."""
         if not self.codec.one_by_one:
             return True
-        chooses = decoder == "latent_mean" and 0 < self.settings.decode_limit < queries
-        return decoder != "probe" and not chooses
+        filled = -(-queries // slots) * slots  # the last call's empty places are decoded as well
+        return decoder != "probe" and not chooses_masks(self.settings, decoder, filled)
+
+    def _is_decoded(self, request: Request, job: _Job) -> bool:
+        return self.decodes_all(len(request.queries), job.slots, job.decoder)
 
     def _check(self, queries: Sequence[str]) -> None:
         if not queries:
             raise UserError("no queries: name what to segment")
         self.codec.check_queries(queries)
-
-    def _rows_of_call(self, views: int) -> int:
-        """Views that this process hands over in a call."""
-        shares = [bucket // self.programs.parts for bucket in self.view_buckets]
-        return next((rows for rows in shares if rows >= views), shares[-1])
 
     def _ask(
         self,
@@ -213,81 +218,84 @@ class Segmenter:
         asked = [requests[r] for r, _ in places]
 
         # Where few queries are decoded of many, which ones is known after the last group only.
-        limit = self.settings.decode_limit
-        every = self.decodes_all(job.groups * job.slots, job.decoder)
         parts, latents = [], []
         for group in range(job.groups):
             tokens, mask, bias = self._group(asked, rows, group, job.slots)
             sampled = self.programs.sample(
                 crops, index, tokens, mask, job.root, job.estep, mean=job.decoder == "latent_mean"
             )
-            if every:
-                parts.append(self._read(sampled, bias, job))
-            else:
+            if job.later:
+                parts.append({"latents": sampled[:, None]})
+            elif group * job.slots < job.decoded:
+                read = self.read(
+                    sampled, bias, job.scale, job.decoder, biased=job.biased, evidence=job.evidence
+                )
+                parts.append(read)
+            if job.chooses:
                 latents.append(sampled)
             job.tick()
-        if every:
-            return self._all_decoded(asked, parts)
-        masks = self._probed(asked, np.concatenate(latents, axis=1))
-        if job.decoder != "probe":
-            self._decode_first(asked, masks, np.concatenate(latents, axis=1), limit, job)
+
+        # A view's masks were decoded group by group, or are chosen among all groups now.
+        every = np.concatenate(latents, axis=1) if latents else np.empty((rows, 0))
+        masks = [
+            _decoded(request, [{name: part[name][row] for name in part} for part in parts])
+            if self._is_decoded(request, job)
+            else self._probed(request, every[row])
+            for row, request in enumerate(asked)
+        ]
+        if job.chooses and job.decoder != "probe":
+            self._decode_first(asked, masks, every, job)
         return masks
 
-    def _read(self, latents: np.ndarray, bias: np.ndarray, job: _Job) -> dict[str, np.ndarray]:
+    def read(
+        self, latents: np.ndarray, bias: np.ndarray, scale: float, decoder: str = "", **options: bool
+    ) -> dict[str, np.ndarray]:
+        """Masks of a call's views, read by the segmenter's settings; see `Programs.read`.
+
+        decoder: by default the settings' own.
+        """
+        decoder = decoder or self.settings.decoder
         return self.programs.read(
             latents,
             bias,
-            job.scale,
+            scale,
             size=self.size,
-            decoder="probe" if job.decoder == "probe" else "vae",  # a mean is one latent to decode
+            decoder="probe" if decoder == "probe" else "vae",  # a mean is one latent to decode
             rule=self.settings.ensemble_rule,
-            biased=job.biased,
-            evidence=job.evidence,
+            **options,
         )
 
-    def _all_decoded(
-        self, asked: Sequence[Request], parts: Sequence[dict[str, np.ndarray]]
-    ) -> list[ViewMasks]:
-        """Masks of views whose queries were all decoded, group by group."""
-        masks = []
-        for row, request in enumerate(asked):
-            count = len(request.queries)
-            arrays = {n: np.concatenate([p[n][row] for p in parts])[:count] for n in parts[0]}
-            masks.append(ViewMasks(np.arange(count), **arrays))
-        return masks
-
-    def _probed(self, asked: Sequence[Request], latents: np.ndarray) -> list[ViewMasks]:
-        """Masks of views as the probe reads them."""
-        probe = self.codec.cell_probe()
-        masks = []
-        for row, request in enumerate(asked):
-            count = len(request.queries)
-            cells = latents[row, :count] @ probe.weight + probe.offset
-            masks.append(ViewMasks(np.full(count, -1), cells=np.clip(cells, -1.0, 1.0)))
-        return masks
+    def _probed(self, request: Request, latents: Float[np.ndarray, "q e h w c"]) -> ViewMasks:
+        """Masks of a view as the probe reads them."""
+        probe, count = self.codec.cell_probe(), len(request.queries)
+        # not `@`: the last digits of BLAS depend on the number of threads
+        cells = np.einsum("...c,c->...", latents[:count], probe.weight) + probe.offset
+        return ViewMasks(np.full(count, -1), cells=np.clip(cells, -1.0, 1.0))
 
     def _decode_first(
         self,
         asked: Sequence[Request],
         masks: Sequence[ViewMasks],
         latents: Float[np.ndarray, "n q 1 h w c"],
-        limit: int,
         job: _Job,
     ) -> None:
-        """Decodes the `limit` queries of each view that the probe puts first."""
-        rows, bias = len(latents), np.zeros((len(latents), limit), np.float32)
-        chosen = np.zeros((rows, limit), np.int64)
+        """Decodes the queries that the probe puts first, `decode_limit` in each view that it read."""
+        rows, limit = len(latents), self.settings.decode_limit
+        bias, chosen = np.zeros((rows, limit), np.float32), np.zeros((rows, limit), np.int64)
         for row, (request, mask) in enumerate(zip(asked, masks, strict=True)):
-            assert mask.cells is not None  # read by the probe before
+            if mask.cells is None:
+                continue
             first = first_queries(mask.cells[:, 0], _bias_of(request) / job.scale, limit)
             chosen[row, : len(first)] = first
             bias[row, : len(first)] = _bias_of(request)[first]
             mask.slot[first] = np.arange(len(first))
 
         few = np.take_along_axis(latents, chosen[:, :, None, None, None, None], axis=1)
-        for name, array in self._read(few, bias, job).items():
+        read = self.read(few, bias, job.scale, job.decoder, biased=job.biased, evidence=job.evidence)
+        for name, array in read.items():
             for row, mask in enumerate(masks):
-                setattr(mask, name, array[row])
+                if mask.cells is not None:
+                    setattr(mask, name, array[row])
 
     def _group(
         self, asked: Sequence[Request], rows: int, group: int, slots: int
@@ -311,31 +319,40 @@ class Segmenter:
         return np.stack(tokens), np.stack(masks), bias
 
     def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n, l, d] and masks [n, l] of texts; every text is encoded once."""
+        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded once.
+
+        It is encoded alone: in a batch its last digits would depend on its company.
+        """
         tower = self.task.parts.tower
         assert tower is not None  # only parts that are mere shapes have none
         missing = [t for t in dict.fromkeys(texts) if t not in self._texts]
-        for start in range(0, len(missing), TEXT_BATCH):
-            part = missing[start : start + TEXT_BATCH]
-            bank = encode_bank(tower, part, self.task.config.model)
+        if missing:
+            bank = encode_bank(tower, missing, self.task.config.model, batch_size=1)
             tokens, mask = np.asarray(bank.tokens), np.asarray(bank.mask)
-            self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(part)}
+            self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(missing)}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))
         return tokens, mask
 
 
 @dataclasses.dataclass
 class _Job:
-    """What the calls of one `segment` have in common."""
+    """What the calls of one `segment` have in common.
+
+    slots: queries of a call; groups: of them. decoded: the most queries of a request whose masks are
+    decoded one and all, 0 if there is none; chooses: whether there are other requests.
+    """
 
     estep: EStep
     root: Array
     scale: float
     decoder: str
     evidence: bool
+    later: bool
     advance: Callable[[int, int], None] | None = None
     slots: int = 1
     groups: int = 1
+    decoded: int = 0
+    chooses: bool = False
     biased: bool = False
     done: int = 0
     total: int = 0
@@ -345,6 +362,18 @@ class _Job:
         self.done += 1
         if self.advance:
             self.advance(self.done, self.total)
+
+
+def _decoded(request: Request, parts: Sequence[dict[str, np.ndarray]]) -> ViewMasks:
+    """Masks of a view whose queries were all decoded; `parts` are its groups, padding included."""
+    count = len(request.queries)
+    arrays = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+    return ViewMasks(np.arange(count), **arrays)
+
+
+def chooses_masks(settings: EvalConfig, decoder: str, queries: int) -> bool:
+    """Whether only the masks of the first of so many queries are decoded (`eval.decode_limit`)."""
+    return decoder == "latent_mean" and 0 < settings.decode_limit < queries
 
 
 def view_size(settings: EvalConfig, data: DataConfig) -> tuple[int, int]:

@@ -109,7 +109,7 @@ def test_nothing_is_needed_but_shapes(folders):
 
 
 def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
-    changes = {"compile__program": "eval", "compile__eval_queries": 3, "eval__batch_size": 8}
+    changes = {"compile__program": "eval", "compile__eval_queries": 3, "eval__batch_size": 1}
     made = config(folders, **changes)
     result = compiling.run(made, "cpu:8", as_path(tmp_path))
     # three queries share a call of four places

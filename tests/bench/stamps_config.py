@@ -47,6 +47,5 @@ def get_config():
     config.eval.calibrate = False
     config.eval.ensemble = 1
     config.eval.steps = 1
-    config.eval.batch_size = 1
     config.eval.num_images = 8
     return config

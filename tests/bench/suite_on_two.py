@@ -37,7 +37,7 @@ def run(weights: str, suite: str, images: int, sampling: str) -> dict[str, Any]:
             f"--suite={suite}",
             f"--sampling={sampling}",
             f"--config.data.root={folder / 'data'}",
-            f"--config.train.compile_cache={folder / 'compiled'}",
+            f"--config.compute.compile_cache={folder / 'compiled'}",
         ]
 
         seconds, rows = {}, {}

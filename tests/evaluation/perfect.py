@@ -32,7 +32,7 @@ class Reader:
         self.read, self.presence = read, presence
         self.task = SimpleNamespace(codec=codec or BinaryCodec())
         self.programs = SimpleNamespace(part=0, parts=1)
-        self.view_buckets, self.size, self.short_side = (1,), (8, 8), 0
+        self.views_of_call, self.size, self.short_side = 1, (8, 8), 0
         self.scale, self.seconds = 2.0, 0.0
         self.asked = 0  # images
 

@@ -51,7 +51,6 @@ CHANGES = {
     "eval.ensemble": 1,
     "eval.steps": 1,
     "eval.num_images": 1,
-    "eval.batch_size": 1,
     "eval.decode_limit": 4,
 }
 

@@ -30,8 +30,8 @@ from rehearsal.export_check import check_export
 from rehearsal.stage import Stage
 
 STEPS, EVERY = 8, 3
-FOUR = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.eval.batch_size=4")
-ONE = ("--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.eval.batch_size=1")
+FOUR = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+ONE = ("--config.mesh.data=1", "--config.mesh.fsdp=1")
 DEVICES = {FOUR: 4, ONE: 1}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE_SIZE = 150, 100  # of the prediction's image, width and height; larger than a crop

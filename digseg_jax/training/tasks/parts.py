@@ -232,8 +232,12 @@ def load_tower(config: ModelConfig) -> TextTower:
     return load_text_tower(assets.resolve(config.text), skip_layers=config.text_skip_layers)
 
 
-def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -> PromptBank:
+def encode_bank(
+    tower: TextTower, prompts: Sequence[str], config: ModelConfig, batch_size: int = 64
+) -> PromptBank:
     """Encodes prompts to tokens, with a sentence token behind them if the configuration has one.
+
+    batch_size: prompts per call of the tower; with 1, a prompt's tokens do not depend on the others'.
 
     Raises:
       UserError: an empty prompt or one of too many tokens, or too large a length.
@@ -249,6 +253,7 @@ def encode_bank(tower: TextTower, prompts: Sequence[str], config: ModelConfig) -
         tower.tokenizer,
         prompts,
         max_length=length,
+        batch_size=batch_size,
         # Text towers other than CLIP were trained with their padding masked, whatever the U-Net saw.
         mask_padding=config.mask_padding or not tower.causal,
     )
