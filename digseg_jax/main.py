@@ -41,7 +41,9 @@ _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate an
 _MODEL = flags.DEFINE_string(
     "model", None, "predict, eval: a run, its export, assets:NAME, gs://FOLDER or a hub id."
 )
-_IMAGE = flags.DEFINE_string("image", None, "predict: image, folder or glob; any size and mode.")
+_IMAGE = flags.DEFINE_multi_string(
+    "image", None, "predict: image, folder or glob; any size and mode; may be repeated."
+)
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
@@ -93,7 +95,8 @@ def check_flags(mode: str) -> None:
     # --workdir unless the table says otherwise.
     needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
     for name in needed.get(mode, ("workdir",)):
-        if not (flags.FLAGS[name].value or "").strip():
+        value = flags.FLAGS[name].value or ""
+        if not "".join(value).strip():  # a flag that may be repeated has a list
             raise UserError(f"--mode={mode} needs --{name}")
 
     if mode == "predict":
@@ -204,6 +207,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         print(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
     try:
+        _check_repeats(argv)
         # Keys and the file's name are checked before absl does, for errors that list the legal ones.
         rest = flags.FLAGS(with_config_file(argv))
         if _CONFIG.value is not None:
@@ -218,6 +222,19 @@ def parse_flags(argv: list[str]) -> list[str]:
         _fail(f"--config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
         _fail(f"--config: {explained(error)}")
+
+
+def _check_repeats(argv: list[str]) -> None:
+    """Raises UserError for a flag that is given twice: absl would drop the first value."""
+    seen: dict[str, str] = {}
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or not name:
+            continue
+        several = name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
+        if name in seen and not several:
+            raise UserError(f"--{name}: given twice, {seen[name]} and {argument}; name one")
+        seen[name] = argument
 
 
 def _fail(message: str) -> NoReturn:

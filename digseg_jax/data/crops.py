@@ -75,7 +75,7 @@ def random_view(
         turns = int(rng.integers(4))
         image, label = (np.ascontiguousarray(np.rot90(x, turns)) for x in (image, label))
     if rules.jitter:
-        image = cv2.transform(image, colour_matrix(rules.jitter, rng), dst=image)
+        image = cv2.transform(image, color_matrix(rules.jitter, rng), dst=image)
     return image, label
 
 
@@ -151,7 +151,7 @@ def _placed(value: np.ndarray, window: Window, size: int, fill: int) -> np.ndarr
     return out
 
 
-def colour_matrix(strength: float, rng: np.random.Generator) -> np.ndarray:
+def color_matrix(strength: float, rng: np.random.Generator) -> np.ndarray:
     """Draws brightness, contrast, saturation and hue as one affine map of RGB: float64 [3, 4].
 
     At strength 1, each with probability 1/2: brightness +-32 of 255, contrast and saturation 0.5..1.5,

@@ -36,7 +36,7 @@ SCHEMES = ("gs://",)
 
 
 def as_path(place: str | os.PathLike) -> AnyPath:
-    """The path for a folder on a disk (`Path`) or in a bucket (`epath.Path`).
+    """The path for a folder on a disk (`Path`, absolute, ~ expanded) or in a bucket (`epath.Path`).
 
     Raises:
       UserError: another URL scheme than gs://, no bucket, or gcsfs is not installed.
@@ -45,7 +45,7 @@ def as_path(place: str | os.PathLike) -> AnyPath:
     if not is_remote(text):
         if "://" in text:
             raise UserError(f"{text}: legal are a folder on a disk and gs://BUCKET/FOLDER")
-        return Path(text)
+        return Path(text).expanduser().absolute()
 
     if not text.split("://", 1)[1].strip("/"):
         raise UserError(f"{text}: names no bucket; legal is gs://BUCKET/FOLDER")

@@ -307,7 +307,7 @@ def find_export(model: str) -> Path:
     """
     spec = assets.resolve(model)
     if storage.is_remote(spec) or Path(spec).expanduser().exists():
-        place = storage.as_path(spec if storage.is_remote(spec) else Path(spec).expanduser())
+        place = storage.as_path(spec)
         with storage.explained(place, "cannot be read"):
             inside = place / EXPORT
             place = inside if inside.is_dir() else place

@@ -11,24 +11,26 @@ from typing import Any
 
 from digseg_jax.config.parse import with_sampling, with_settings
 from digseg_jax.config.schema import Config
+from digseg_jax.io.files import shown
 from digseg_jax.io.progress import Progress
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
-from digseg_jax.prediction.files import find_images, find_queries, read_image, targets
+from digseg_jax.prediction.files import find_images, find_queries, read_rgb
 from digseg_jax.prediction.pretrained import SHIPPED, load_segmenter
+from digseg_jax.prediction.targets import PredictionFiles, targets
 
 
 def predict(
     config: Config | None,
     model: str | None,
-    image: str,
+    image: str | Sequence[str],
     queries: Sequence[str],
     out: Path,
     vocabulary: str | None = None,
     estep: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Segments every image that `image` (file, folder or glob) names; see `write_prediction`.
+    """Segments every image that `image` (files, folders or globs) names; see `write_prediction`.
 
     config: None takes everything from the weights' own description. model: the weights, as
     `find_export` takes them; None: the shipped ones. estep: members x steps, such as "8x2". settings:
@@ -40,9 +42,9 @@ def predict(
     """
     texts = find_queries(queries, vocabulary)
     images = find_images(image)
-    paths = targets(images, out)
+    planned = targets(images, out, texts)
     if len(images) == 1:
-        read_image(images[0])  # an unreadable one is told before the models are built
+        read_rgb(images[0])  # an unreadable one is told before the models are built
 
     folder = find_export(model or SHIPPED)
     if config is None:
@@ -54,17 +56,28 @@ def predict(
     sampling, started = config.eval, time.monotonic()
     label = f"predict {sampling.ensemble}x{sampling.steps}"
     progress = Progress(len(images), label=label, unit="images")
-    for done, (source, path) in enumerate(zip(images, paths, strict=True), start=1):
+    for done, (source, files) in enumerate(zip(images, planned, strict=True), start=1):
         with contextlib.closing(_Windows(source)) as windows:
             masks = segmenter(
                 source, texts, sampling.ensemble, sampling.steps, config.seed,
                 spacing=sampling.spacing, advance=windows.update,
             )  # fmt: skip
-            summary = masks.write(path)  # may run the network: see `Masks`
-        covered = ", ".join(f"{r['query']} {100 * r['coverage']:.1f} %" for r in summary["queries"])
-        log.info("%s: %s -> %s", source, covered, path)
+            summary = masks.write(files)  # may run the network: see `Masks`
+        log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
         progress.update(done, done / (time.monotonic() - started))
     progress.close()
+
+
+def _told(summary: Mapping[str, Any]) -> str:
+    """Which file holds the mask of each query, and what share of the image it covers."""
+    rows = summary["queries"]
+    return ", ".join(f"{r['mask']} ({r['query']}, {100 * r['coverage']:.1f} %)" for r in rows)
+
+
+def _beside(files: PredictionFiles) -> str:
+    """The other files of a prediction, in short."""
+    ends = ("*.probability.png", ".overlay.png", ".npz", ".json")
+    return f"{shown(files.base)}{{{','.join(ends)}}}"
 
 
 class _Windows:
@@ -79,7 +92,7 @@ class _Windows:
         if steps == 1:
             return
         if self.progress is None:
-            self.progress = Progress(steps, label=f"  {self.image.name}", unit="steps")
+            self.progress = Progress(steps, label=f"  {shown(self.image.name)}", unit="steps")
         self.progress.update(done, done / (time.monotonic() - self.started))
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError, nearest
 from digseg_jax.prediction.answer import MostProbable, Planes
 from digseg_jax.prediction.files import SHOWN, overlay, write_prediction
+from digseg_jax.prediction.targets import PredictionFiles
 
 
 class Masks:
@@ -102,13 +103,11 @@ class Masks:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
-        summary = self.write(folder / f"{name}.png")
-        written = [folder / f"{name}{end}" for end in (".npz", ".json", ".overlay.png")]
-        for row in summary["queries"]:
-            mask = folder / row["mask"]
-            written += [mask, mask.with_suffix(".probability.png")]
-        return written
+        files = PredictionFiles.of(folder / name, self.queries)
+        self.write(files)
+        masks = [(files.mask(q), files.probability(q)) for q in range(len(self))]
+        return [files.archive, files.summary, files.overlay, *(path for pair in masks for path in pair)]
 
-    def write(self, path: Path) -> dict[str, Any]:
-        """Writes the files of `save` beside `path` (NAME.png); returns what NAME.json says."""
-        return write_prediction(path, self.image, self.queries, self, self.facts)
+    def write(self, files: PredictionFiles) -> dict[str, Any]:
+        """Writes the files of `save` under their names; returns what NAME.json says."""
+        return write_prediction(files, self.image, self.queries, self, self.facts)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.storage import as_path
 from digseg_jax.log import log
 from digseg_jax.runtime.hardware import chip_of
 
@@ -113,13 +113,14 @@ def use_compile_cache(folder: str) -> None:
     if not folder:
         return
 
+    place = as_path(folder)
     try:
-        epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"config.compute.compile_cache={folder!r}: cannot be written ({error.strerror})"
         ) from error
 
     # JAX settles on a folder at its first compilation, so the cache is reset.
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", str(place))
     compilation_cache.reset_cache()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction on any picture: sizes, colour modes, windows, and what is told when it cannot work."""
+"""Prediction on any picture: sizes, color modes, windows, and what is told when it cannot work."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from PIL import Image
 from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.prediction import job as predict_lib
-from digseg_jax.prediction.files import find_images, find_queries, overlay, read_image, targets
+from digseg_jax.prediction.files import find_images, find_queries, overlay, read_rgb
 from digseg_jax.prediction.job import predict
+from digseg_jax.prediction.targets import targets
 
 
 def noise(height, width, channels=3, seed=0):
@@ -28,13 +29,13 @@ class TestReadImage:
 
     def read(self, tmp_path, image: Image.Image, name="a.png", **options):
         image.save(tmp_path / name, **options)
-        return read_image(tmp_path / name)
+        return read_rgb(tmp_path / name)
 
     def test_rgb_is_taken_as_it_is(self, tmp_path):
         pixels = noise(7, 13)
         np.testing.assert_array_equal(self.read(tmp_path, Image.fromarray(pixels)), pixels)
 
-    def test_grey_becomes_three_equal_channels(self, tmp_path):
+    def test_gray_becomes_three_equal_channels(self, tmp_path):
         pixels = noise(5, 6, 0)
         got = self.read(tmp_path, Image.fromarray(pixels))
         np.testing.assert_array_equal(got, np.repeat(pixels[..., None], 3, axis=-1))
@@ -47,12 +48,12 @@ class TestReadImage:
         np.testing.assert_array_equal(got[0, 0], 255)
         np.testing.assert_array_equal(got[1:], pixels[1:, :, :3])
 
-    def test_grey_with_alpha(self, tmp_path):
+    def test_gray_with_alpha(self, tmp_path):
         pixels = np.array([[[40, 255], [40, 0]]], np.uint8)
         got = self.read(tmp_path, Image.fromarray(pixels, "LA"))
         np.testing.assert_array_equal(got, [[[40] * 3, [255] * 3]])
 
-    def test_a_transparent_palette_colour(self, tmp_path):
+    def test_a_transparent_palette_color(self, tmp_path):
         image = Image.new("P", (2, 1))
         image.putpalette([200, 0, 0, 0, 0, 200])
         image.putpixel((1, 0), 1)
@@ -91,7 +92,7 @@ class TestReadImage:
         (tmp_path / "empty.png").write_bytes(b"")
         for name in ("none.png", "", "text.png", "empty.png"):
             with pytest.raises(UserError) as caught:
-                read_image(tmp_path / name)
+                read_rgb(tmp_path / name)
             assert f"--image={tmp_path / name}" in tiny.one_line(caught.value)
 
     @pytest.mark.filterwarnings("ignore")
@@ -107,7 +108,7 @@ class TestReadImage:
             path = tmp_path / f"broken.{ending}"
             path.write_bytes(bytes(broken))
             try:
-                assert read_image(path).ndim == 3
+                assert read_rgb(path).ndim == 3
             except UserError as error:
                 tiny.one_line(error)
 
@@ -199,10 +200,10 @@ class TestFinding:
 
     def test_two_files_of_one_name_keep_apart_and_two_images_need_a_folder(self, tmp_path):
         pair = [tmp_path / "a.png", tmp_path / "a.jpg"]
-        found = targets(pair, tmp_path / "out")
-        assert [p.name for p in found] == ["a_png.png", "a_jpg.png"]
+        found = targets(pair, tmp_path / "out", ["ice"])
+        assert [files.mask(0).name for files in found] == ["a_png.png", "a_jpg.png"]
         with pytest.raises(UserError, match="name a folder"):
-            targets(pair, tmp_path / "one.png")
+            targets(pair, tmp_path / "one.png", ["ice"])
 
 
 def test_the_overlay_shows_each_query_in_its_color_and_leaves_the_rest():

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from digseg_jax.config.schema import PartConfig
-from digseg_jax.data.datasets.decode import UnreadableError, read_picture
 from digseg_jax.data.datasets.pairs import orient
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
@@ -23,6 +22,8 @@ from digseg_jax.data.shards import records
 from digseg_jax.data.shards.records import RecordSource
 from digseg_jax.data.sources import open_part, spec_of
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
+from digseg_jax.io.image_file import read_image
 from digseg_jax.tools import prepare_data
 from digseg_jax.tools.prepare_data import prepare_split
 
@@ -55,7 +56,7 @@ class Folder:
             raise OSError("gone")
         path = self.files(i)["image"]
         label = label_of(i)
-        image = orient(read_picture(path), label.shape, path, False)
+        image = orient(read_image(path), label.shape, path, False)
         return {"image": image, "label": label, "name": f"näme {i}"}
 
 

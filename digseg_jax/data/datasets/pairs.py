@@ -10,14 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from digseg_jax.data.datasets.decode import (
-    Picture,
-    SizeError,
-    UnreadableError,
-    check_size,
-    read_picture,
-)
+from digseg_jax.data.datasets.decode import SizeError, check_size
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.image_file import StoredImage, read_image
 
 # (label file, (height, width) of the stored image) -> int32 [h, w], ignore = -1
 ReadLabel = Callable[[Path, tuple[int, int]], np.ndarray]
@@ -60,13 +56,13 @@ class FileSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_path, label_path = self.files(index).values()
-        picture = read_picture(image_path)
-        label = self.label(index, picture.pixels.shape[:2])
+        stored = read_image(image_path)
+        label = self.label(index, stored.pixels.shape[:2])
 
         # The label decides whether the image is to be turned; only then do the sizes have to agree.
-        image = orient(picture, label.shape, image_path, self.strict)
+        image = orient(stored, label.shape, image_path, self.strict)
         check_size(label_path, label, image)
-        return {"image": image, "label": label, "name": self.pairs[index].name}
+        return {"image": image, "label": label, "name": shown(self.pairs[index].name)}
 
     def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """int32 [h, w] of an example without decoding its image, which has `size` (height, width)."""
@@ -80,7 +76,7 @@ class FileSource:
         return {"image": self.root / pair.image, "label": self.root / pair.label}
 
 
-def orient(picture: Picture, size: tuple[int, int], path: Path, strict: bool) -> np.ndarray:
+def orient(image: StoredImage, size: tuple[int, int], path: Path, strict: bool) -> np.ndarray:
     """Brings an image onto its label's pixels: as stored, or turned as EXIF says if only that fits.
 
     Masks of the public data sets lie on the stored pixels. An orientation that keeps the size (half a
@@ -94,22 +90,22 @@ def orient(picture: Picture, size: tuple[int, int], path: Path, strict: bool) ->
     Raises:
       SizeError: with `strict` only.
     """
-    stored = picture.pixels.shape[:2]
-    if picture.orientation == 1 or picture.orientation not in range(2, 9):
-        return picture.pixels
+    size_as_stored = image.pixels.shape[:2]
+    if image.orientation == 1 or image.orientation not in range(2, 9):
+        return image.pixels
 
     # Turning it changes the size, and only the turned size fits the label: no doubt.
-    upright = picture.upright()
-    if upright.shape[:2] == size != stored:
+    upright = image.upright()
+    if upright.shape[:2] == size != size_as_stored:
         return upright
 
     # A user's own data: either answer may be right, and the wrong one would train on nonsense.
-    if strict and upright.shape[:2] == stored:
+    if strict and upright.shape[:2] == size_as_stored:
         raise SizeError(
-            f"{path}: EXIF orientation {picture.orientation}, and the sizes do not tell whether the "
+            f"{path}: EXIF orientation {image.orientation}, and the sizes do not tell whether the "
             "mask was drawn on the turned image: save the image upright"
         )
-    return picture.pixels
+    return image.pixels
 
 
 def is_junk(name: str) -> bool:

@@ -22,6 +22,7 @@ from digseg_jax.data.datasets.readers.monuseg import open_monuseg
 from digseg_jax.data.datasets.readers.refuge import open_refuge2
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError, nearest
+from digseg_jax.io.storage import as_path
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ def spec(name: str, root: str | Path = "") -> DatasetSpec:
     """
     if name not in _OPEN:
         raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
-    return folder_spec(Path(root).expanduser()) if name == "folder" else _listed(name)
+    return folder_spec(Path(as_path(root))) if name == "folder" else _listed(name)
 
 
 def open_source(name: str, root: str | Path, split: str) -> Source:
@@ -100,4 +101,4 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
     if split not in facts.splits:
         raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")
-    return _OPEN[name](facts, Path(root).expanduser(), split)
+    return _OPEN[name](facts, Path(as_path(root)), split)

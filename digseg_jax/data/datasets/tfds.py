@@ -15,13 +15,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
+from digseg_jax.data.datasets.catalog import SPECS
+from digseg_jax.data.datasets.class_list import read_class_list
+from digseg_jax.data.datasets.decode import LabelTable
+from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
 from digseg_jax.errors import UserError
+from digseg_jax.io.storage import as_path
 
 # Names of features, in the order of preference.
 IMAGES = ("image", "image_left")
 LABELS = ("label", "segmentation_label", "segmentation_mask", "annotations", "mask")
-CLASSES = "classes.txt"  # in `root`, one name per line, for data sets whose features name no classes
+CLASSES = "classes.txt"  # in `root`, see `class_list`, for data sets whose features name no classes
+OFFICIAL = ("cityscapes",)  # data sets of `catalog` whose labels come with their official values
 VOID = 255  # ignored value of 8-bit labels, unless it is a class
 
 
@@ -32,7 +37,7 @@ def _builder(name: str, root: str) -> Any:
     Raises:
       UserError: nothing prepared there.
     """
-    folder = epath.Path(root) / name
+    folder = epath.Path(as_path(root)) / name
 
     # NAME/VERSION, or NAME/CONFIG/VERSION where `name` does not say which configuration.
     patterns = ("*/dataset_info.json", "*/*/dataset_info.json")
@@ -63,22 +68,30 @@ def _key(features: Any, names: tuple[str, ...], what: str) -> str:
     return found[0]
 
 
-def _names(name: str, root: str) -> list[str]:
-    """Class names from the label's feature, or from the file beside the data.
+def _classes(name: str, root: str) -> tuple[tuple[ClassInfo, ...], tuple[int, ...]]:
+    """Classes with their values in the labels, and the ignored values: from the label's feature, from
+    the file beside the data, or the official list of a data set whose labels hold official values.
 
     Raises:
-      UserError: neither has them.
+      UserError: none of them is there, or a line that cannot be read.
     """
     features = _builder(name, root).info.features
     feature = features[_key(features, LABELS, f"tfds:{name}")]
     if isinstance(feature, tfds.features.LabeledImage) and feature.names:
-        return list(feature.names)
+        classes, ignored = tuple(ClassInfo(n, raw=(i,)) for i, n in enumerate(feature.names)), ()
+        return classes, ignored if len(classes) > VOID else (VOID,)
 
-    # Most segmentation features have no names; the user's file goes by line.
-    path = epath.Path(root) / CLASSES
-    if not path.exists():
-        raise UserError(f"tfds:{name}: its label has no class names; write them to {path}")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    # Most segmentation features have no names; the user's file goes first.
+    path = Path(as_path(root)) / CLASSES
+    if path.exists():
+        listed = read_class_list(path)
+        if listed.kind == "color":
+            raise UserError(f"{path}: colors; labels of tfds hold numbers, as in `0: soil`")
+        return listed.classes, listed.ignored + (() if VOID in listed.values else (VOID,))
+    if name in OFFICIAL:
+        facts = SPECS[name]()
+        return facts.classes, facts.ignored_raw
+    raise UserError(f"tfds:{name}: its label has no class names; write them to {path}")
 
 
 def spec(name: str, root: str) -> DatasetSpec:
@@ -88,6 +101,7 @@ def spec(name: str, root: str) -> DatasetSpec:
       UserError: nothing prepared there, or no class names.
     """
     info = _builder(name, root).info
+    classes, ignored = _classes(name, root)
     splits = {key: split.num_examples for key, split in info.splits.items()}
 
     # The first split there is in this order is evaluated by default.
@@ -95,9 +109,10 @@ def spec(name: str, root: str) -> DatasetSpec:
     return DatasetSpec(
         name=f"tfds:{name}",
         title=info.full_name,
-        classes=tuple(ClassInfo(n) for n in _names(name, root)),
+        classes=classes,
+        ignored_raw=ignored,
         splits=splits,
-        ignore=f"{VOID}, unless it is a class",
+        ignore=", ".join(map(str, ignored)) or "none",
         licence="see the data set's page",
         eval_split=known[0] if known else next(iter(splits)),
     )
@@ -122,7 +137,7 @@ class TfdsSource:
         # Features are recognized by name: there is no convention for segmentation.
         features = builder.info.features
         self.image, self.label = (_key(features, keys, f"tfds:{name}") for keys in (IMAGES, LABELS))
-        self.num_classes = len(_names(name, root))
+        self.table = LabelTable.of(spec(name, root))
 
         # TFRecord files would need TensorFlow; tfds says so with NotImplementedError.
         try:
@@ -142,10 +157,7 @@ class TfdsSource:
             image = np.repeat(image, 3, axis=-1)
         label = label.reshape(label.shape[:2])
 
-        # 255 is void, unless the data set has a class of that id.
-        ids = label.astype(np.int32)
-        if self.num_classes <= VOID:
-            ids[label == VOID] = IGNORE
+        ids = self.table(label.astype(np.int32), self.files(index)["label"] / f"{self.split}/{index}")
         return {"image": image, "label": ids, "name": f"{self.split}/{index}"}
 
     def files(self, index: int) -> dict[str, Path]:

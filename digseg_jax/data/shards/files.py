@@ -22,8 +22,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
 from digseg_jax.io.storage import explained, inside
 
 PLAN = "plan.json"  # settings that all shards of a folder share

@@ -30,13 +30,13 @@ from etils import epath
 
 from digseg_jax.arraytypes import Float, Int
 from digseg_jax.config.schema import PartConfig
-from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards import files
 from digseg_jax.data.shards.files import Shards
 from digseg_jax.data.shards.records import decode_label, encode_label, narrow_type
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
 from digseg_jax.io.storage import as_path, explained
 
 FORMAT = 1

@@ -22,11 +22,12 @@ import cv2
 import numpy as np
 from etils import epath
 
-from digseg_jax.data.datasets.decode import Picture, UnreadableError
 from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards.files import Shards, checksum
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
+from digseg_jax.io.image_file import StoredImage, check_dimensions
 from digseg_jax.io.storage import inside
 
 FORMAT = 1
@@ -73,32 +74,32 @@ def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes |
     jpeg: content of the image's file. It is stored if decoding it, as stored or in one of EXIF's turns,
     gives exactly `image`; otherwise the image is stored as PNG.
     """
-    turn, picture = _kept(image, jpeg) if jpeg else (1, None)
-    if picture is None:
+    turn, stored = _kept(image, jpeg) if jpeg else (1, None)
+    if stored is None:
         # OpenCV wants BGR; a middle level, as images are large and lossless here
-        picture = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
+        stored = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
 
     # The header holds the sizes that separate image and label, and the label's shape as a check.
     label_png = encode_label(label)
     header = {
         "name": name,
-        "image": len(picture),
+        "image": len(stored),
         "shape": list(label.shape),
         "orientation": turn,
     }
     text = json.dumps(header, ensure_ascii=False).encode()
-    return len(text).to_bytes(_LENGTH, "little") + text + picture + label_png
+    return len(text).to_bytes(_LENGTH, "little") + text + stored + label_png
 
 
 def _kept(image: np.ndarray, jpeg: bytes) -> tuple[int, bytes | None]:
     """(EXIF orientation, `jpeg`) if it decodes to exactly `image`; (1, None) otherwise."""
-    decoded = _decode_picture(jpeg)
+    decoded = _decode_image(jpeg)
     if decoded is None:
         return 1, None
 
     # The reader may have turned the image or left it: try all turns instead of trusting EXIF.
     for turn in range(1, 9):
-        if np.array_equal(Picture(decoded, turn).upright(), image):
+        if np.array_equal(StoredImage(decoded, turn).upright(), image):
             return turn, jpeg
     return 1, None
 
@@ -125,8 +126,10 @@ def decode_label(data: np.ndarray, dtype: type[np.signedinteger[Any]] = np.int32
     dtype: signed type, wide enough for every id.
 
     Raises:
-      cv2.error: no bytes.
+      ValueError: no bytes, no image, or one of more pixels than are read.
+      cv2.error: OpenCV refuses them.
     """
+    check_dimensions(data)
     raw: np.ndarray | None = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if raw is None:
         return None
@@ -145,11 +148,12 @@ def narrow_type(num_classes: int) -> type[np.signedinteger[Any]]:
     return np.int8 if num_classes <= np.iinfo(np.int8).max else np.int16
 
 
-def _decode_picture(data: bytes | memoryview) -> np.ndarray | None:
+def _decode_image(data: bytes | memoryview) -> np.ndarray | None:
     """uint8 [h, w, 3], RGB, not turned; None if OpenCV cannot read it."""
     try:
+        check_dimensions(data)
         return cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
-    except cv2.error:
+    except (cv2.error, ValueError):
         return None
 
 
@@ -170,7 +174,7 @@ def decode_record(
         end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
         header = json.loads(data[_LENGTH:end])
         middle = end + header["image"]
-        image = _decode_picture(memoryview(data)[end:middle])
+        image = _decode_image(memoryview(data)[end:middle])
         label = decode_label(np.frombuffer(data, np.uint8, offset=middle), dtype)
         shape = tuple(header["shape"])
     except (ValueError, KeyError, TypeError, cv2.error) as error:
@@ -182,7 +186,7 @@ def decode_record(
 
     # Images are stored unturned, to keep the JPEG's bytes; labels always lie on the upright image.
     if header["orientation"] != 1:
-        image = Picture(image, header["orientation"]).upright()
+        image = StoredImage(image, header["orientation"]).upright()
     return {"image": image, "label": label, "name": header["name"]}
 
 

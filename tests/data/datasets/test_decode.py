@@ -17,10 +17,11 @@ from official_trees import H, W, grid
 from PIL import Image
 
 from digseg_jax.data.datasets import decode, registry
-from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.data.datasets.readers import monuseg
 from digseg_jax.data.datasets.readers.matfile import read_mat
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import MAX_BYTES, UnreadableError
+from digseg_jax.io.image_file import read_image
 
 LABEL = grid(0, 1, 2, 3, 10, 11, 5)
 
@@ -107,7 +108,7 @@ class TestDamage:
         for length in range(0, len(data) // 2, 23):
             path.write_bytes(data[:length])
             with pytest.raises(UnreadableError, match="a.jpg"):
-                decode.read_picture(path)
+                read_image(path)
 
     def test_sixteen_bits_arrive_whole(self, tmp_path):
         label = grid(0, 255, 256, 65535, 300)
@@ -134,7 +135,7 @@ class TestBombs:
         (tmp_path / "a.png").write_bytes(png_of_size(*size))
         assert read(tmp_path / "a.png") is None
         with pytest.raises(UnreadableError):
-            decode.read_picture(tmp_path / "a.png")
+            read_image(tmp_path / "a.png")
 
     def test_a_size_beyond_the_data(self, tmp_path):
         (tmp_path / "a.png").write_bytes(png_of_size(4000, 4000))
@@ -142,7 +143,7 @@ class TestBombs:
 
     def test_a_file_beyond_the_limit(self, tmp_path):
         with (tmp_path / "a.png").open("wb") as file:
-            file.truncate(decode.MAX_BYTES + 1)  # sparse: takes no room
+            file.truncate(MAX_BYTES + 1)  # sparse: takes no room
         assert read(tmp_path / "a.png") is None
 
     @pytest.mark.parametrize("sizes", [(80 * 2**20,), (64 * 2**20, 1000)], ids=["one", "two"])

@@ -15,10 +15,11 @@ from official_trees import H, W, grid
 from PIL import Image
 
 from digseg_jax.data.datasets import registry
-from digseg_jax.data.datasets.decode import LabelTable, LabelValueError, SizeError, UnreadableError
+from digseg_jax.data.datasets.decode import LabelTable, LabelValueError, SizeError
 from digseg_jax.data.datasets.readers import deepglobe, monuseg, polygons
 from digseg_jax.data.datasets.readers.ade20k_full import short_side_size
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
 
 
 def names(name: str) -> tuple[str, ...]:

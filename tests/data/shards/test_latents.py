@@ -28,7 +28,6 @@ from made_latents import (
 from same import assert_same
 
 from digseg_jax.config.schema import LoadingConfig, PartConfig
-from digseg_jax.data.datasets.decode import UnreadableError
 from digseg_jax.data.shards import files
 from digseg_jax.data.shards import latents as latent_records
 from digseg_jax.data.shards.latents import (
@@ -40,6 +39,7 @@ from digseg_jax.data.shards.latents import (
 )
 from digseg_jax.data.sources import training_parts
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
 
 
 @pytest.fixture(scope="module")

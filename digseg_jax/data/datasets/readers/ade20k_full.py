@@ -16,10 +16,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from digseg_jax.data.datasets.decode import LabelValueError, check_size, read_color_label, read_picture
+from digseg_jax.data.datasets.decode import LabelValueError, check_size, read_color_label
 from digseg_jax.data.datasets.pairs import FileSource, find_root, list_files, list_folders, pair_up
 from digseg_jax.data.datasets.spec import IGNORE, DatasetSpec
 from digseg_jax.errors import UserError
+from digseg_jax.io.image_file import read_image
 
 SHORT_SIDE = 512  # pixels
 
@@ -58,7 +59,7 @@ class ShortSideSource(FileSource):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_path, label_path = self.files(index).values()
-        image = read_picture(image_path).pixels
+        image = read_image(image_path).pixels
         label = self.label(index, image.shape[:2])
         check_size(label_path, label, image)
 

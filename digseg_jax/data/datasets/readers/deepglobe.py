@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from digseg_jax.data.datasets.decode import LabelValueError, read_grey_label
+from digseg_jax.data.datasets.decode import LabelValueError, read_gray_label
 from digseg_jax.data.datasets.pairs import FileSource, find_root, list_files, pair_up, pick
 from digseg_jax.data.datasets.spec import DatasetSpec, shipped_list
 
@@ -23,13 +23,13 @@ class RoadLabels:
         Raises:
           LabelValueError: a mask that holds ids instead of gray values.
         """
-        grey = read_grey_label(path)
+        gray = read_gray_label(path)
         # A mask of 0 and 1 (a converted copy) would have no road at all.
-        if grey.max() == 1:
+        if gray.max() == 1:
             raise LabelValueError(
-                f"{path}: values 0 and 1 only; the official masks are grey with road from 128 on"
+                f"{path}: values 0 and 1 only; the official masks are gray with road from 128 on"
             )
-        return (grey >= ROAD_FROM).astype(np.int32)
+        return (gray >= ROAD_FROM).astype(np.int32)
 
 
 def open_deepglobe(spec: DatasetSpec, root: Path, split: str) -> FileSource:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.data.datasets.decode import SizeError, UnreadableError, read_bytes
+from digseg_jax.data.datasets.decode import SizeError
 from digseg_jax.data.datasets.readers import rle
+from digseg_jax.io.files import UnreadableError, read_bytes
 
 _MAX_FILE = 4 * 2**30  # bytes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from digseg_jax.data.datasets.decode import UnreadableError, read_bytes
+from digseg_jax.io.files import UnreadableError, read_bytes
 
 _MAX_UNPACKED = 64 * 2**20  # bytes; a label map here has about one megabyte
 _COMPRESSED = 15  # data type of a compressed element (miCOMPRESSED)

@@ -12,11 +12,11 @@ from xml.parsers import expat
 
 import numpy as np
 
-from digseg_jax.data.datasets.decode import UnreadableError, read_bytes
 from digseg_jax.data.datasets.pairs import FileSource, pair_up, pick, walk_files
 from digseg_jax.data.datasets.readers import polygons
 from digseg_jax.data.datasets.spec import DatasetSpec, shipped_list
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError, read_bytes
 
 MAX_VERTICES = 5_000_000  # a file here has some ten thousand
 MAX_COORDINATE = 1e6  # pixels

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from digseg_jax.data.datasets.decode import LabelTable, UnreadableError, read_bytes
+from digseg_jax.data.datasets.decode import LabelTable
 from digseg_jax.data.datasets.pairs import FileSource, Pair, find_root, list_files, pair_up, pick
 from digseg_jax.data.datasets.readers.detail_json import DetailJson, Masks, paint
 from digseg_jax.data.datasets.readers.index import IndexLabels
 from digseg_jax.data.datasets.readers.matfile import label_map, read_mat
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError, read_bytes
 
 _JSON = "trainval_merged.json"  # the labels as PASCAL in Detail distributes them
 

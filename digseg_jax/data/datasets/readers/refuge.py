@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from digseg_jax.data.datasets.decode import LabelValueError, read_grey_label
+from digseg_jax.data.datasets.decode import LabelValueError, read_gray_label
 from digseg_jax.data.datasets.pairs import FileSource, pair_up, walk_files
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
@@ -35,16 +35,16 @@ class DiscCupLabels:
         Raises:
           LabelValueError: a gray value far from all three, or no background anywhere.
         """
-        grey = read_grey_label(path)
+        gray = read_gray_label(path)
 
         # Nearest of the three values, within the tolerance, as a table over all 256 gray levels.
         distance = np.abs(np.arange(256)[:, None] - self.values[None])
         table = np.where(distance.min(axis=1) <= TOLERANCE, distance.argmin(axis=1), -1)
-        label = table.astype(np.int32)[grey]
+        label = table.astype(np.int32)[gray]
         if (label < 0).any():
             y, x = np.argwhere(label < 0)[0]
             raise LabelValueError(
-                f"{path}: grey value {grey[y, x]} at row {y}, column {x}; legal: 0 (cup), 128 (rim of "
+                f"{path}: gray value {gray[y, x]} at row {y}, column {x}; legal: 0 (cup), 128 (rim of "
                 f"the disc), 255 (background), each within {TOLERANCE}"
             )
 

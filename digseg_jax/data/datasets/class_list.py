@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of classes that people write: classes.txt of their own data, and vocabularies of a prediction.
+
+One class per line: a name and perhaps synonyms, separated by commas. All lines, or none, start with the
+value that the class has in the masks, a number or a color; without values it is the line's place, from
+0. Blank lines and lines that begin with `#` (and are no color) say nothing. A class named `ignore` has
+no name: its pixels are left out.
+
+    0: background            #000000: background      background
+    7: road, street          #ff0000: road, street    road, street
+    9: ignore                #808080: ignore          ignore
+
+What this grammar does not have is refused with its line: a table or a JSON list that was taken for
+names would shift every class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+
+from digseg_jax.data.datasets.spec import ClassInfo
+from digseg_jax.errors import UserError
+from digseg_jax.io.files import read_lines, shown
+
+COLOR = 1 << 24  # added to a color's number, to distinguish it from a plain value
+FORM = "a line is `name, synonym` or `VALUE: name, synonym`, VALUE a number or #rrggbb"
+# Optional value (decimal or #rrggbb) and colon, then the names.
+_LINE = re.compile(r"(?:(?P<value>\d{1,5}|#[0-9a-fA-F]{6})\s*:)?(?P<names>[^:]+)")
+_COMMENT = re.compile(r"#(?![0-9a-fA-F]{6}\b)")
+_HEADINGS = frozenset((
+    "id", "index", "value", "number", "name", "names", "class", "classes", "class_name", "label",
+    "color", "colors", "rgb", "r", "g", "b", "red", "green", "blue", "category", "supercategory",
+))  # fmt: skip
+_ALONE = frozenset(("class", "classes", "name", "names", "class_name"))  # a heading of one column
+# what a name does not hold, and what such a line probably is
+_FOREIGN = (
+    (re.compile(r"\d+\s*[,;=\t .)]|\d+$"), "a value is followed by a colon, as in `0: soil`"),
+    (re.compile(r".*,\s*\d+\s*(,|$)"), "a number among names; the value comes first, as in `0: soil`"),
+    (re.compile(r".*[\"`]|'.*'$"), "names have no quotes around them"),
+    (re.compile(r".*[\[\]{}<>|;=\t#]"), "a name has none of []{}<>|;=# and no tab"),
+    (re.compile(r"[-*+]\s"), "a list of names has no bullets"),
+    (re.compile(r".*[\x00-\x1f\x7f]"), "a name has no control characters"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassList:
+    """classes: in the order of their ids, `raw` the value in the masks. ignored: values without class.
+
+    kind: "no value", "number" or "color".
+    """
+
+    classes: tuple[ClassInfo, ...]
+    ignored: tuple[int, ...]
+    kind: str
+
+    @property
+    def values(self) -> set[int]:
+        """Every value that a line gives a meaning."""
+        return {v for c in self.classes for v in c.raw} | set(self.ignored)
+
+
+def read_class_list(path: Path) -> ClassList:
+    """Reads a list of classes; see the top of this module.
+
+    Raises:
+      UserError: names the file and the line.
+    """
+    rows = [(number, line) for number, line in read_lines(path) if not _COMMENT.match(line)]
+    classes: list[ClassInfo] = []
+    lines: dict[int, int] = {}  # value -> line
+    ignored: list[int] = []
+    kinds = set()
+    for place, (number, line) in enumerate(rows):
+        where = f"{shown(path)}:{number}"
+        text, names = _parts(line, where, first=place == 0)
+
+        # One value, one meaning.
+        value, kind = _value(text, place)
+        kinds.add(kind)
+        if value in lines:
+            raise UserError(f"{where}: {written(value)} is line {lines[value]}'s already")
+        lines[value] = number
+
+        # An ignored value gets no id.
+        if names[0].lower() == "ignore":
+            ignored.append(value)
+        else:
+            classes.append(ClassInfo(names[0], tuple(names[1:]), (value,), _rgb(value), names[0]))
+
+    _check(path, classes, kinds)
+    return ClassList(tuple(classes), tuple(ignored), kinds.pop())
+
+
+def written(value: int) -> str:
+    """A value as the list writes it."""
+    return f"#{value - COLOR:06x}" if value >= COLOR else str(value)
+
+
+def _parts(line: str, where: str, *, first: bool) -> tuple[str | None, list[str]]:
+    """The value, as it is written or None, and the names of a line.
+
+    first: it is the first line, where tables have their headings.
+
+    Raises:
+      UserError: anything that the grammar does not have.
+    """
+    match = _LINE.fullmatch(line)
+    names = [n.strip() for n in match["names"].split(",")] if match else [""]
+    if match is None or not all(names):
+        raise UserError(f"{where}: {line[:200]!r}; {FORM}")
+
+    # After a colon a name may begin with a digit: `3: 2 story house`.
+    text = match["names"].strip()
+    for pattern, why in _FOREIGN[match["value"] is not None :]:
+        if pattern.match(text):
+            raise UserError(f"{where}: {line[:200]!r}: {why}; {FORM}")
+    words = {n.lower() for n in names}
+    if first and words <= (_HEADINGS if len(words) > 1 else _ALONE):
+        raise UserError(f"{where}: {line[:200]!r} is the heading of a table; {FORM}")
+    return match["value"], names
+
+
+def _value(text: str | None, place: int) -> tuple[int, str]:
+    """Value of a line and its kind; without a value it is the line's place."""
+    if text is None:
+        return place, "no value"
+    if text.startswith("#"):
+        return COLOR + int(text[1:], 16), "color"
+    return int(text), "number"
+
+
+def _rgb(value: int) -> tuple[int, int, int] | None:
+    """The color that a value stands for."""
+    if value < COLOR:
+        return None
+    _, red, green, blue = value.to_bytes(4, "big")
+    return red, green, blue
+
+
+def _check(path: Path, classes: list[ClassInfo], kinds: set[str]) -> None:
+    """Checks that there are classes, all lines have one form, and no name occurs twice.
+
+    Raises:
+      UserError: names the file.
+    """
+    if not classes:
+        raise UserError(f"{shown(path)}: names no class")
+    if len(kinds) > 1:
+        raise UserError(
+            f"{shown(path)}: lines with {' and with '.join(sorted(kinds))}; one form for all"
+        )
+
+    # A word with two meanings cannot be a query.
+    words = Counter(w.lower() for c in classes for w in (c.name, *c.synonyms))
+    twice = sorted(word for word, count in words.items() if count > 1)
+    if twice:
+        raise UserError(f"{shown(path)}: {twice[0]!r} is named twice")

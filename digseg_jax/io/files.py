@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that somebody else made: regular files of a bounded size, as bytes or as lines of text."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import stat
+from pathlib import Path
+
+from digseg_jax.errors import UserError
+
+MAX_BYTES = 512 * 2**20
+MAX_TEXT = 16 * 2**20  # of a list that people write: names, queries, splits
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+class UnreadableError(UserError):
+    """A file that is missing, damaged, too large or of the wrong kind."""
+
+
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Reads a regular file of at most `limit` bytes.
+
+    Raises:
+      UnreadableError: missing, empty, too large, or a folder, pipe or device.
+    """
+    try:
+        # Kind and size first: a pipe would wait for ever, and /dev/zero has no end.
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableError(f"{shown(path)}: not a regular file")
+        if found.st_size > limit:
+            raise UnreadableError(
+                f"{shown(path)}: {found.st_size} bytes, more than the {limit} that are read"
+            )
+        data = path.read_bytes()
+    except UnreadableError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a name that no file can have
+        raise UnreadableError(f"{shown(path)}: cannot be read: {error}") from error
+    if not data:
+        raise UnreadableError(f"{shown(path)}: the file is empty")
+    return data
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Reads the lines of a UTF-8 text, with or without a byte-order mark, that are not blank.
+
+    Returns: (number from 1, text without the white space around it) of each.
+
+    Raises:
+      UnreadableError: as `read_bytes` does, or another encoding.
+    """
+    data = read_bytes(path, MAX_TEXT)
+    for mark, name in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise UnreadableError(f"{shown(path)}: {name} text; save it as UTF-8")
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise UnreadableError(
+            f"{shown(path)}:{number}: byte 0x{data[error.start]:02x} is not UTF-8 text; save the file "
+            "as UTF-8"
+        ) from error
+    if "\0" in lines[0]:
+        raise UnreadableError(f"{shown(path)}: not a text; save it as UTF-8")
+    return [(number, text) for number, line in enumerate(lines, start=1) if (text := line.strip())]
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as text that can be printed and stored: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(os.fspath(path)).decode("utf-8", errors="replace")

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files as RGB of 8 bits, by one rule for training, evaluation and prediction.
+
+Transparency is laid over white. More than 8 bits, whole numbers or floats: the smallest value of the
+file becomes 0, the largest 255 (a single value everywhere: its upper 8 of 16 bits). Of several frames
+or pages the first one is taken.
+
+Files are not trusted: size and dimensions are checked before anything is decoded, and no format is
+opened that runs a program (EPS) or reads other files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from digseg_jax.arraytypes import UInt8
+from digseg_jax.io.files import UnreadableError, read_bytes, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAX_PIXELS = 178_956_970  # beyond it Pillow refuses too
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+# MAX_PIXELS decides; from half of it on, Pillow warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+# EXIF orientation -> the transposition that shows the image upright; 1 needs none.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TIFF_BITS = 258  # the tag of the bits of each channel
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImage:
+    """A decoded image as stored, and the EXIF orientation in which it is meant to be seen."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    orientation: int = 1
+
+    def upright(self) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels turned as EXIF says; unknown orientations count as upright."""
+        if self.orientation not in _TURNS:
+            return self.pixels
+        return np.asarray(Image.fromarray(self.pixels).transpose(_TURNS[self.orientation]))
+
+
+def read_image(path: Path) -> StoredImage:
+    """Reads an image file of any color mode and depth as RGB; see the top of this module.
+
+    Raises:
+      UnreadableError: not an image, damaged, too many pixels, or without any number in it.
+    """
+    data = read_bytes(path)
+    image = decode(path, data, IMAGE_FORMATS)
+    orientation = orientation_of(image)
+    try:
+        return StoredImage(_deep_rgb(image, data, orientation), orientation)
+    except (ValueError, OSError, cv2.error) as error:  # what the decoder let pass
+        raise UnreadableError(f"{shown(path)}: cannot be decoded: {_reason(error)}") from error
+
+
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """An open image of any of Pillow's modes as RGB, not turned; see the top of this module.
+
+    Raises:
+      ValueError: floats none of which is a number, or a mode that Pillow cannot convert.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        gray = _eight_bits(np.asarray(image))
+        return np.repeat(gray[..., None], 3, axis=-1)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """Decodes a file of one of the formats after a look at its dimensions.
+
+    Raises:
+      UnreadableError: another format, damaged, or more than MAX_PIXELS.
+    """
+    # Both limits on pixels, Pillow's and this module's, apply before decoding.
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+        # `open` reads the header only, so the size is known before any pixel is decoded.
+        width, height = image.size
+        if width * height <= MAX_PIXELS:
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"{shown(path)}: {error}") from error
+    except Exception as error:  # a damaged file can raise anything from inside its decoder
+        kinds = ", ".join(formats)
+        raise UnreadableError(
+            f"{shown(path)}: cannot be decoded ({kinds}): {_reason(error)}"
+        ) from error
+
+    if width * height > MAX_PIXELS:
+        raise UnreadableError(f"{shown(path)}: {width}x{height} pixels, more than {MAX_PIXELS} in all")
+    return image
+
+
+def check_dimensions(data: Buffer) -> None:
+    """Looks at the header of a JPEG or PNG before another decoder than `decode` takes it.
+
+    Raises:
+      ValueError: neither, damaged, or more than MAX_PIXELS.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).size
+    except Exception as error:  # a damaged file can raise anything from inside its decoder
+        raise ValueError(f"no header of an image: {_reason(error)}") from error
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS} in all")
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 if there is none."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata of a sound image count as none
+        return 1
+
+
+def upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB of an open image, turned as EXIF says; raises ValueError as `to_rgb` does."""
+    return StoredImage(to_rgb(image), orientation_of(image)).upright()
+
+
+def bits_of(image: Image.Image, data: bytes) -> int:
+    """Bits of a channel as the file stores it: Pillow shows 2 and 4 bits of gray as 8, scaled."""
+    if data.startswith(b"\x89PNG"):
+        return data[24]  # of the header chunk, which comes first
+    if image.format == "TIFF":
+        return int(getattr(image, "tag_v2", {}).get(_TIFF_BITS, (1,))[0])
+    return 8
+
+
+def check_png(path: Path, data: bytes) -> None:
+    """Checks that every chunk of a PNG is complete and matches its checksum.
+
+    A flipped bit would be another class, and Pillow skips the checksums of the pixel data.
+
+    Raises:
+      UnreadableError: the file ends early, or a checksum differs.
+    """
+    # 8 bytes of signature, then chunks: length (4 bytes), kind (4), data, CRC-32 of kind and data (4).
+    view, position, kind = memoryview(data), 8, b""
+    while kind != b"IEND":
+        length = int.from_bytes(view[position : position + 4], "big")
+        kind = bytes(view[position + 4 : position + 8])
+        end = position + 12 + length
+        if end > len(data):
+            raise UnreadableError(f"{shown(path)}: the PNG file ends early")
+        stored = int.from_bytes(view[end - 4 : end], "big")
+        if zlib.crc32(view[position + 4 : end - 4]) != stored:
+            raise UnreadableError(f"{shown(path)}: the PNG file is damaged (checksum of {kind!r})")
+        position = end
+
+
+def _deep_rgb(image: Image.Image, data: bytes, orientation: int) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB of a decoded file; Pillow would keep only the upper 8 bits of colors with 16."""
+    colors = len(image.getbands()) > 1 and bits_of(image, data) == 16
+    if not colors or (image.format == "TIFF" and orientation != 1):  # OpenCV would turn it
+        return to_rgb(image)
+    deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if deep is None or deep.dtype != np.uint16 or deep.ndim != 3 or deep.shape[1::-1] != image.size:
+        return to_rgb(image)
+
+    # OpenCV gives blue, green, red and perhaps alpha.
+    rgb = _eight_bits(deep[..., 2::-1])
+    if deep.shape[2] == 4:
+        alpha = deep[..., 3:].astype(np.float32) / 65535
+        rgb = np.rint(rgb * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return rgb
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers of any type as uint8: the smallest becomes 0, the largest 255; nan and inf become 0.
+
+    A single value everywhere is taken as one of 16 bits.
+
+    Raises:
+      ValueError: none of them is a finite number.
+    """
+    wide = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+    finite = np.isfinite(wide)
+    if not finite.any():
+        raise ValueError("none of its values is a finite number")
+    low, high = wide.min(where=finite, initial=np.inf), wide.max(where=finite, initial=-np.inf)
+    if low == high:
+        return np.full(values.shape, np.clip(low / 256, 0, 255), np.uint8)
+    return (np.where(finite, wide - low, 0) * (255 / float(high - low))).astype(np.uint8)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
