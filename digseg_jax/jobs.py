@@ -20,6 +20,7 @@ from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import flat, to_dict, with_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, ModelConfig
+from digseg_jax.data.sources import check_splits
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder
 from digseg_jax.evaluation import job as evaluation
@@ -37,6 +38,7 @@ from digseg_jax.io.workdir import (
     stored_config,
 )
 from digseg_jax.log import log
+from digseg_jax.prediction.description import FILE as DESCRIPTION
 from digseg_jax.prediction.description import (
     Description,
     FrozenPart,
@@ -76,6 +78,9 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
     """
     workdir = as_path(workdir)
     use_compile_cache(config.compute.compile_cache)
+    # A wrong folder or a missing split is told before any weights are loaded.
+    with together("the data"):
+        check_splits(config)
     with exclusive_run(workdir):
         claim_workdir(workdir, config, accept_changes)
         setup = set_up(config)
@@ -141,7 +146,8 @@ def export(
     config: by default the one that the run was started with. Returns the folder of the weights.
 
     Raises:
-      UserError: there is no checkpoint, or it is not of this configuration.
+      UserError: there is no checkpoint, it is not of this configuration, a run trains there, or newer
+        weights of it were exported already.
 
     Example:
         >>> dj.export("runs/mine")  # doctest: +SKIP
@@ -151,15 +157,33 @@ def export(
     if stored is None or not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
 
-    claim_workdir(workdir, stored, accept_changes)
-    setup = set_up(stored)
-    config, task, mesh = setup.config, setup.task, setup.mesh
-    trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
+    # A run that is training there would export newer weights, which must not be replaced by these.
+    with exclusive_run(workdir):
+        claim_workdir(workdir, stored, accept_changes)
+        setup = set_up(stored)
+        config, task, mesh = setup.config, setup.task, setup.mesh
+        trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
 
-    params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
-    export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
+        params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
+        check_not_older(config, workdir, source)
+        export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
     log.info("exported %s to %s", source, workdir / EXPORT)
     return workdir / EXPORT
+
+
+def check_not_older(config: Config, workdir: AnyPath, source: str) -> None:
+    """Raises UserError if the export that is there comes from later steps than a checkpoint.
+
+    With `checkpoint.best` the best weights count, which may be older ones.
+    """
+    if config.checkpoint.best or not (workdir / EXPORT / DESCRIPTION).exists():
+        return
+    there = read_description(workdir / EXPORT).steps
+    if there > (step := int(source.rsplit("/", 1)[-1])):
+        raise UserError(
+            f"{workdir / EXPORT}: holds the weights of step {there}, newer than {source}, the newest "
+            f"checkpoint (step {step}); remove that folder to export older ones"
+        )
 
 
 def find_parts(task: str, model: ModelConfig) -> tuple[FrozenPart, ...]:
@@ -319,12 +343,12 @@ def write_export(
     whole = fetch_to_main(params)
     with together("the exported weights"):
         if is_main():
-            # A calibration there was fitted for other weights.
-            (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)
                 if description:
                     write_description(folder, description)
+                # A calibration there was fitted for the weights that are now replaced.
+                (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)
 
 
 def evaluate_and_report(

@@ -24,7 +24,13 @@ from digseg_jax.data.datasets.statistics import (
 from digseg_jax.data.queries import QuerySampler
 from digseg_jax.data.shards.latents import LatentSource, cache_folders
 from digseg_jax.data.shards.records import class_hash
-from digseg_jax.data.sources import open_part, parts_of, statistics_of, training_parts
+from digseg_jax.data.sources import (
+    check_labels,
+    open_part,
+    parts_of,
+    statistics_of,
+    training_parts,
+)
 from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream
 from digseg_jax.data.vocabulary import vocabularies
 from digseg_jax.io import storage
@@ -190,7 +196,9 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
             if task == "prior":
                 make = CropWithCaption(_rules(config), Captions(facts))
             else:
-                make = CropWithNames(_rules(config), *asked(statistics_of(opened, source)))
+                statistics = statistics_of(opened, source)
+                check_labels(facts, split, statistics, len(opened))
+                make = CropWithNames(_rules(config), *asked(statistics))
             if config.repeat_threshold:
                 shares = class_shares(opened, facts.num_classes)
                 counts = repeat_factors(shares, config.repeat_threshold)

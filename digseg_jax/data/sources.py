@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from digseg_jax.config.schema import DataConfig, PartConfig
+import numpy as np
+
+from digseg_jax.config.schema import Config, DataConfig, PartConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.judgment import judge
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
 from digseg_jax.errors import UserError
@@ -84,12 +88,14 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
         return tfds.TfdsSource(part.name.removeprefix(TFDS), part.root, split)
 
     # Shards go first: they are faster than the download's files, which may lie beside them.
+    prepared = records.prepared_splits(part.root)
+    split = split_called(split, prepared)
     if records.is_prepared(part.root, split):
         return records.RecordSource(part.root, split, spec_of(part), narrow=narrow)
 
     # Shards of other splits only, or a bucket, where downloads are
     # not read: say how to make shards.
-    if prepared := records.prepared_splits(part.root):
+    if prepared:
         raise UserError(
             f"{part.root}: shards of {', '.join(prepared)} only; digseg_jax.tools.prepare_data "
             f"--split={split} makes those of {split!r}"
@@ -108,3 +114,49 @@ def statistics_of(source: Source, guarded: Guarded) -> ClassStatistics:
         return source.statistics()
     log.info("class frequencies: from a sample; digseg_jax.tools.prepare_data counts them once for all")
     return sampled(guarded, guarded.num_classes)
+
+
+def check_labels(spec: DatasetSpec, split: str, statistics: ClassStatistics, count: int) -> None:
+    """Tells what the labels of a training split show; see `judge`.
+
+    count: of the split's examples, of which the statistics may be a sample.
+
+    Raises:
+      UserError: a run on them would be pointless.
+    """
+    whole = statistics.examples == count
+    for finding in judge(spec, statistics.pixels, statistics.ignored, statistics.examples):
+        text = f"{spec.name} {split}: {finding.text}"
+        if finding.wrong and whole:
+            raise UserError(text)
+        log.warning("%s%s", text, "" if whole else f" (of {count})")
+
+
+def check_splits(config: Config) -> None:
+    """Opens every split that a run reads, before anything expensive is loaded.
+
+    Raises:
+      UserError: no such data set, split or folder, or one class alone.
+    """
+    for part, facts, split in training_parts(config.data):
+        _check_classes(facts)
+        if not config.data.latent_cache:  # which replaces them
+            open_part(part, split)
+    if config.task != "segmentation":
+        return
+
+    # What is evaluated after the training, and during it.
+    part = PartConfig(config.data.name, config.data.root)
+    _check_classes(spec_of(part))
+    splits = [config.eval.split]
+    splits += [config.eval.calibrate_split] if config.eval.calibrate else []
+    splits += ["val"] if config.train.eval_every else []
+    for split in dict.fromkeys(splits):
+        open_part(part, split)
+
+
+def _check_classes(facts: DatasetSpec) -> None:
+    """Raises UserError if there is one class alone: a query of it has nothing to tell apart."""
+    if facts.num_classes == 1:
+        (finding,) = judge(facts, np.ones(1, int), 0, 1)
+        raise UserError(f"{facts.name}: {finding.text}")

@@ -133,20 +133,20 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 @contextlib.contextmanager
 def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a local folder to fill: `folder` itself, or one that is uploaded to it after the block.
+    """Yields an empty local folder to fill; its files get to `folder` after the block.
 
-    Nothing is uploaded if the block raises.
+    What is in `folder` stays as it is if the block raises.
 
     Args:
       folder: where the files belong.
-      replace: delete existing contents first. Buckets only: on a disk the caller sees and handles them.
+      replace: delete its contents, other files than the new ones too.
 
     Raises:
       UserError: the disk or the bucket refuses.
     """
     if not is_remote(folder):
-        with explained(folder, "cannot be written"):
-            yield Path(folder)
+        with explained(folder, "cannot be written"), _filled_beside(Path(folder), replace) as scratch:
+            yield scratch
         return
 
     with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
@@ -156,6 +156,24 @@ def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
             if replace and bucket.exists():
                 bucket.rmtree()
             upload(Path(scratch), bucket)
+
+
+@contextlib.contextmanager
+def _filled_beside(folder: Path, replace: bool) -> Iterator[Path]:
+    """`filled_locally` on a disk: the scratch folder lies beside, so that each file is renamed."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
+            target = folder / file.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def upload(local: Path, folder: epath.Path) -> None:

@@ -24,7 +24,9 @@ from absl import flags
 
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.decode import LabelValueError, SizeError
+from digseg_jax.data.datasets.judgment import judge
 from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError
 from digseg_jax.tools.contact_sheet import Tile, contact_sheet
 
@@ -74,6 +76,11 @@ def check_split(
         if index in shown:
             tiles.append(Tile(example["image"], example["label"], f"{split} {example['name']}"))
 
+    # What the counts say; of a part of the split only the notes are sure.
+    findings = judge(spec, pixels[:-1], int(pixels[-1]), len(chosen) - sum(counts.values()))
+    used = split in (spec.train_split, spec.eval_split) and len(chosen) == count
+    wrong = [f.text for f in findings if f.wrong and used]
+
     # JSON-ready.
     total = max(int(pixels.sum()), 1)
     return {
@@ -85,6 +92,8 @@ def check_split(
         "pixel_share": dict(zip(spec.names, (pixels[:-1] / total).tolist(), strict=True)),
         "ignored_share": float(pixels[-1] / total),
         "images_with_class": dict(zip(spec.names, images.tolist(), strict=True)),
+        "pointless": wrong if not sum(counts.values()) else [],
+        "notes": [f.text for f in findings if f.text not in wrong],
     }, tiles
 
 
@@ -126,7 +135,7 @@ def violations(name: str, findings: dict[str, Any]) -> list[str]:
         if findings[f"{kind}_files"]:
             first = findings["errors"][kind][0]
             lines.append(f"{name}: {findings[f'{kind}_files']} files, {text}; the first: {first}")
-    return lines
+    return lines + [f"{name}: {text}" for text in findings["pointless"]]
 
 
 def run(
@@ -142,16 +151,15 @@ def run(
     tiles: list[Tile] = []
 
     # A missing split is a finding too; the others are checked all the same.
+    splits = [split_called(s, spec.splits) for s in splits]
     for split in splits or [s for s in spec.splits if s not in spec.extra_splits]:
         try:
             source = registry.open_source(name, root, split)
         except UserError as error:
             results[split] = {"error": str(error)}
             continue
-        results[split], pictures = check_split(
-            spec, source, split, limit=limit, sheet=8 if sheet else 0
-        )
-        tiles += pictures
+        results[split], shown = check_split(spec, source, split, limit=limit, sheet=8 if sheet else 0)
+        tiles += shown
     if sheet and tiles:
         contact_sheet(spec, tiles).save(sheet)
     return {
@@ -180,9 +188,7 @@ def text(result: dict[str, Any]) -> str:
         shares = {**found["pixel_share"], "ignored": found["ignored_share"]}
         ranked = sorted(shares.items(), key=lambda item: -item[1])
         lines += [f"  {100 * share:7.3f} %  {name}" for name, share in ranked if share > 0]
-        absent = [n for n, images in found["images_with_class"].items() if not images]
-        if absent:
-            lines.append(f"  in no image: {', '.join(absent)}")
+        lines += [f"  {note}" for note in found["notes"]]
 
     # The verdict comes last, where a terminal shows it.
     if result["contact_sheet"]:

@@ -113,11 +113,11 @@ def test_flips_happen_at_their_rate_and_take_the_label_along():
 
 def test_greys_keep_their_hue_and_strength_zero_changes_nothing():
     for seed in range(20):
-        matrix = crops.colour_matrix(1.0, rng(seed))
+        matrix = crops.color_matrix(1.0, rng(seed))
         grey = matrix @ np.array([90, 90, 90, 1.0])
         np.testing.assert_allclose(grey, grey[0], atol=1e-9)
     identity = np.concatenate([np.eye(3), np.zeros((3, 1))], axis=1)
-    np.testing.assert_allclose(crops.colour_matrix(0.0, rng()), identity, atol=1e-12)
+    np.testing.assert_allclose(crops.color_matrix(0.0, rng()), identity, atol=1e-12)
 
 
 def test_saturation_and_hue_are_those_of_independent_formulas():
@@ -134,13 +134,13 @@ def test_saturation_and_hue_are_those_of_independent_formulas():
             return np.asarray(self.draws)
 
     colour = np.array([200.0, 40.0, 90.0])
-    dull = crops.colour_matrix(1.0, Fixed([0, 0, -1, 0]))[:, :3] @ colour
+    dull = crops.color_matrix(1.0, Fixed([0, 0, -1, 0]))[:, :3] @ colour
     luma = 0.299 * 200 + 0.587 * 40 + 0.114 * 90
     np.testing.assert_allclose(dull, luma + 0.5 * (colour - luma))
-    turned = crops.colour_matrix(1.0, Fixed([0, 0, 0, 1]))[:, :3] @ colour
+    turned = crops.color_matrix(1.0, Fixed([0, 0, 0, 1]))[:, :3] @ colour
     assert turned.sum() == pytest.approx(colour.sum())  # a rotation about the grey axis
     assert np.linalg.norm(turned) == pytest.approx(np.linalg.norm(colour))
-    bright = crops.colour_matrix(1.0, Fixed([1, 1, 0, 0])) @ np.append(colour, 1)
+    bright = crops.color_matrix(1.0, Fixed([1, 1, 0, 0])) @ np.append(colour, 1)
     np.testing.assert_allclose(bright, 1.5 * (colour - 127.5) + 127.5 + 32)
 
 

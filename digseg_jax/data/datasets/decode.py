@@ -67,15 +67,15 @@ def read_gray_label(path: Path) -> np.ndarray:
 
 
 def read_color_label(path: Path) -> np.ndarray:
-    """Reads a label whose colors are codes: uint8 [h, w, 3].
+    """Reads a label whose colors are codes: uint8 [h, w, 3]; of a palette, or gray ones too.
 
     Raises:
-      UnreadableError: also for a file that is not RGB.
+      UnreadableError: also for more than 8 bits.
     """
     image = _decode_label(path)
-    if image.mode not in ("RGB", "RGBA"):
+    if image.mode not in ("RGB", "RGBA", "P", "PA", "L", "LA", "1"):
         raise UnreadableError(f"{path}: mode {image.mode}; this label is coded in RGB")
-    return np.asarray(image)[..., :3]
+    return np.asarray(image.convert("RGBA"))[..., :3]  # RGBA keeps the colors of clear pixels
 
 
 class LabelTable:

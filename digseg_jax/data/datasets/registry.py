@@ -21,6 +21,7 @@ from digseg_jax.data.datasets.readers.landcover import open_landcover
 from digseg_jax.data.datasets.readers.monuseg import open_monuseg
 from digseg_jax.data.datasets.readers.refuge import open_refuge2
 from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError, nearest
 from digseg_jax.io.storage import as_path
 
@@ -99,6 +100,7 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     facts = spec(name, root)
     if str(root) == "" and not facts.from_package:
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+    split = split_called(split, facts.splits)
     if split not in facts.splits:
         raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")
     return _OPEN[name](facts, Path(as_path(root)), split)

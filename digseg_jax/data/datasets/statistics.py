@@ -19,6 +19,7 @@ class ClassStatistics:
     pixels: np.ndarray  # int64 [c]
     together: np.ndarray  # int64 [c, c]: examples showing both classes; diagonal: showing the class
     examples: int = 0
+    ignored: int = 0  # pixels of no class; 0 in shards that were prepared before it was counted
 
     @classmethod
     def empty(cls, num_classes: int) -> ClassStatistics:
@@ -32,8 +33,10 @@ class ClassStatistics:
 
     def add(self, label: np.ndarray) -> None:
         """Counts one label map, int [h, w] with ignore = -1."""
-        # shifted by one, so that ignored pixels fall into a bin of their own, which is dropped
-        counts = np.bincount(label.ravel() + 1, minlength=self.num_classes + 1)[1:]
+        # shifted by one, so that ignored pixels fall into a bin of their own, the first
+        counts = np.bincount(label.ravel() + 1, minlength=self.num_classes + 1)
+        self.ignored += int(counts[0])
+        counts = counts[1:]
         shown = np.flatnonzero(counts)
         self.pixels += counts
         self.together[np.ix_(shown, shown)] += 1
@@ -44,6 +47,7 @@ class ClassStatistics:
         self.pixels += other.pixels
         self.together += other.together
         self.examples += other.examples
+        self.ignored += other.ignored
 
     def rarity(self) -> np.ndarray:
         """1 / sqrt(pixel frequency), scaled to a mean of 1: float [c]."""
@@ -58,6 +62,7 @@ class ClassStatistics:
         counts = self.together[rows, columns]
         return {
             "examples": self.examples,
+            "ignored": self.ignored,
             "pixels": self.pixels.tolist(),
             "together": [rows.tolist(), columns.tolist(), counts.tolist()],
         }
@@ -71,7 +76,7 @@ class ClassStatistics:
 
         together[rows, columns] = counts
         together[columns, rows] = counts
-        return cls(pixels, together, int(values["examples"]))
+        return cls(pixels, together, int(values["examples"]), int(values.get("ignored", 0)))
 
 
 def class_shares(source: Any, num_classes: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from digseg_jax.data.datasets.catalog import SPECS
 from digseg_jax.data.datasets.class_list import read_class_list
 from digseg_jax.data.datasets.decode import LabelTable
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
+from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import as_path
 
@@ -128,8 +129,9 @@ class TfdsSource:
     image_is_file = False  # image and label are in one record
 
     def __init__(self, name: str, root: str, split: str):
-        self.name, self.root, self.split = name, root, split
         builder = _builder(name, root)
+        split = split_called(split, builder.info.splits)
+        self.name, self.root, self.split = name, root, split
         if split not in builder.info.splits:
             legal = ", ".join(builder.info.splits)
             raise UserError(f"tfds:{name} has no split {split!r}; legal: {legal}")

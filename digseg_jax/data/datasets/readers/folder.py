@@ -1,47 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's own data, without code: images/SPLIT/NAME.jpg, masks/SPLIT/NAME.png and classes.txt.
 
-For the lines of classes.txt see `class_list`. 255 is ignored unless a line gives it a meaning.
+SPLIT/images and SPLIT/masks are read too, masks may be in annotations or labels, in folders of the
+same names as their images, and be called NAME_mask.png. For the lines of classes.txt see `class_list`.
+255 is ignored unless a line gives it a meaning.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from digseg_jax.data.datasets.class_list import COLOR, read_class_list, written
 from digseg_jax.data.datasets.decode import LabelValueError, read_color_label
-from digseg_jax.data.datasets.pairs import FileSource, first_folder, list_folders, pair_folders
+from digseg_jax.data.datasets.pairs import FileSource, list_folders, pair_up, walk_files
 from digseg_jax.data.datasets.readers.index import IndexLabels
 from digseg_jax.data.datasets.spec import IGNORE, DatasetSpec
+from digseg_jax.data.datasets.splits import split_called
+from digseg_jax.errors import UserError
+from digseg_jax.io.files import shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS
 
 CLASSES = "classes.txt"
+IMAGES = "images"
+MASKS = ("masks", "annotations", "labels")  # the first that is there
 VOID = 255  # ignored value of number masks, unless a line of classes.txt gives it a meaning
-_MASKS = (".png", ".tif", ".tiff", ".bmp")
+_MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
+_LOSSY = (".jpg", ".jpeg", ".webp")
+_MARK = re.compile(r"[_-](masks?|labels?|seg|gt|annotations?)$", re.IGNORECASE)  # of a mask's stem
+_COCO = "an export in COCO's form: export semantic masks (PNG) instead"
+_VOC = "a VOC-style export: move JPEGImages to images/train, SegmentationClass to masks/train"
+# files of other layouts -> whose they are, and what to do
+_OTHERS = {
+    "**/*annotations.coco.json": _COCO,
+    "annotations/instances_*.json": _COCO,
+    "labelmap.txt": "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
+    "SegmentationClass": _VOC,
+    "JPEGImages": _VOC,
+    "**/data.yaml": "an export for YOLO, without masks: export semantic masks (PNG) instead",
+}
 
 
 def folder_spec(root: Path) -> DatasetSpec:
-    """Spec of a folder, from its classes.txt and the folders in images/.
+    """Spec of a folder, from its classes.txt and the folders of its splits.
 
     Raises:
       UserError: no such files, or a line that cannot be read.
     """
+    if not (root / CLASSES).exists():
+        raise UserError(f"{shown(root / CLASSES)}: no such file{_recognized(root)}")
     listed = read_class_list(root / CLASSES)
+
     # 255 is void by convention; colors have no such convention.
     ignored = listed.ignored
     if listed.kind != "color" and VOID not in listed.values:
         ignored += (VOID,)
+    splits = _splits(root)
     return DatasetSpec(
         name="folder",
-        title=f"the user's own data in {root.name}",
+        title=f"the user's own data in {shown(root.name)}",
         classes=listed.classes,
         ignored_raw=ignored,
-        splits=dict.fromkeys(list_folders(root / "images"), 0),
+        splits=dict.fromkeys(splits, 0),
+        train_split=split_called("train", splits),
+        eval_split=split_called("val", splits),
         ignore=", ".join(written(v) for v in ignored) or "none",
         licence="the user's own",
     )
+
+
+def _splits(root: Path) -> list[str]:
+    """Names of the splits: folders in images/, or folders that hold images/.
+
+    Raises:
+      UserError: there are none.
+    """
+    if (root / IMAGES).is_dir():
+        found = list_folders(root / IMAGES)
+        where = f"{shown(root / IMAGES)}: no folders of splits in it"
+    else:
+        found = [name for name in list_folders(root) if (root / name / IMAGES).is_dir()]
+        where = f"{shown(root)}: neither images/SPLIT nor SPLIT/images{_recognized(root)}"
+    if not found:
+        raise UserError(
+            f"{where}; images belong to images/train and images/val, their masks to masks/train and "
+            "masks/val"
+        )
+    return found
+
+
+def _recognized(root: Path) -> str:
+    """What the folder is instead, and what to do, to follow a message; "" if it is unknown."""
+    for pattern, told in _OTHERS.items():
+        if next(root.glob(pattern), None) is not None:
+            return f" (this is {told})"
+    return ""
 
 
 class ColorLabels:
@@ -72,17 +128,61 @@ class ColorLabels:
 
 
 def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """Opens images/SPLIT with masks/SPLIT or annotations/SPLIT, files of one stem.
+    """Opens the images and masks of a split, files of one stem at any depth.
 
     Raises:
       UserError: no such folders, or files without their partner.
     """
     what = f"folder {split}"
-    places = (f"masks/{split}", f"annotations/{split}")
-    folders = (f"images/{split}", first_folder(root, places, what))
-    pairs = pair_folders(root, *folders, IMAGE_ENDINGS, _MASKS, what)
+    images, masks = _places(root, split, what)
+    sides = _side(root, images, IMAGE_ENDINGS), _side(root, masks, _MASK_ENDINGS)
+    if sides[0] and not sides[1] and _side(root, masks, _LOSSY):
+        raise UserError(
+            f"{what}: the masks in {shown(root / masks)} are JPEG or WebP, which changes values at "
+            "edges; save them as PNG"
+        )
+
+    # Masks that some tools mark: NAME_mask.png is NAME's unless an image has that very name.
+    labels = {_unmarked(stem, sides[0]): path for stem, path in sides[1].items()}
+    pairs = pair_up(root, sides[0], labels, what)
 
     # All values have one form, so the first tells it. Strict about
     # EXIF: the data are the user's own.
     colored = spec.classes[0].raw[0] >= COLOR
     return FileSource(root, pairs, ColorLabels(spec) if colored else IndexLabels(spec), strict=True)
+
+
+def _places(root: Path, split: str, what: str) -> tuple[str, str]:
+    """Folders of the images and masks of a split, relative to root.
+
+    Raises:
+      UserError: no folder of masks.
+    """
+    by_split = (root / IMAGES).is_dir()
+    images, *places = (f"{n}/{split}" if by_split else f"{split}/{n}" for n in (IMAGES, *MASKS))
+    masks = next((place for place in places if (root / place).is_dir()), None)
+    if masks is None:
+        raise UserError(f"{what}: {shown(root)} has none of the folders {', '.join(places)}")
+    return images, masks
+
+
+def _side(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
+    """Files of a folder at any depth: {path there without ending: path relative to root}.
+
+    Raises:
+      UserError: two files of one stem.
+    """
+    found: dict[str, str] = {}
+    for path in walk_files(root / folder, endings):
+        # macOS writes names in another of Unicode's forms than people type.
+        stem = unicodedata.normalize("NFC", path.with_suffix("").as_posix())
+        if stem in found:
+            raise UserError(f"{found[stem]} and {folder}/{path} in {root} are files of one example")
+        found[stem] = f"{folder}/{path.as_posix()}"
+    return found
+
+
+def _unmarked(stem: str, images: dict[str, str]) -> str:
+    """The stem of the image that a mask belongs to."""
+    plain = _MARK.sub("", stem)
+    return plain if stem not in images and plain in images else stem

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What labels say of a run: told by the check of data, and at the start of a training."""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+
+import numpy as np
+import official_trees as trees
+import pytest
+import tiny
+from PIL import Image
+
+from digseg_jax.config.parse import default, parse, with_settings
+from digseg_jax.config.schema import PartConfig
+from digseg_jax.data.checked import Guarded
+from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.splits import split_called
+from digseg_jax.data.datasets.statistics import ClassStatistics
+from digseg_jax.data.sources import check_labels, check_splits, open_part, spec_of, statistics_of
+from digseg_jax.errors import UserError
+from digseg_jax.tools import check_data
+
+H, W = 4, 5
+
+
+def folder(root, masks, classes="soil\nroad\n", splits=("train", "val"), layout="{part}/{split}"):
+    """A user's own data: `masks` in every split."""
+    root.mkdir(exist_ok=True)
+    (root / "classes.txt").write_text(classes)
+    for split in splits:
+        for i, mask in enumerate(masks):
+            trees.image(root / layout.format(part="images", split=split) / f"{i}.jpg", H, W)
+            place = root / layout.format(part="masks", split=split) / f"{i}.png"
+            trees.save(place, np.broadcast_to(mask, (H, W)))
+    return root
+
+
+def mask(*values: int) -> np.ndarray:
+    return np.resize(values, (H, W))
+
+
+def checked(root, capsys) -> tuple[int, str]:
+    status = check_data.main(["--dataset=folder", f"--root={root}", "--sheet=-"])
+    return status, capsys.readouterr().out
+
+
+def start(root) -> None:
+    part = PartConfig("folder", str(root))
+    source = open_part(part, "train")
+    facts = spec_of(part)
+    check_labels(facts, "train", statistics_of(source, Guarded(source, facts.num_classes)), len(source))
+
+
+CURE = "255 is ignored: if it is 'road' in the masks, write `255: road` into classes.txt"
+
+
+@pytest.mark.parametrize(
+    ("masks", "classes", "told"),
+    [
+        ([mask(0, 255)], "soil\nroad\n", ["that counts is 'soil'", CURE]),
+        ([mask(255)], "soil\nroad\n", ["every pixel of 1 examples is ignored", CURE]),
+        ([mask(1)] * 3, "soil\nroad\n", ["every pixel of 3 examples that counts is 'road'"]),
+        ([mask(0)], "soil\n", ["'soil' is the only class", "`0: background`"]),
+        ([mask(0), mask(9)], "0: soil\n9: ignore\n", ["'soil' is the only class"]),
+    ],
+    ids=["0 and 255", "all ignored", "constant", "one class", "one class and ignore"],
+)  # fmt: skip
+def test_labels_that_make_a_run_pointless(tmp_path, capsys, masks, classes, told):
+    root = folder(tmp_path, masks, classes)
+    status, out = checked(root, capsys)
+    assert status == 1 and all(words in out for words in told), out
+    with pytest.raises(UserError) as caught:
+        start(root)
+    assert all(words in tiny.one_line(caught.value) for words in told)
+
+
+def test_what_is_odd_and_may_be_right_is_a_note(tmp_path, capsys, caplog):
+    root = folder(tmp_path, [mask(0, 1, 255, 255, 255)], "soil\nroad\nsky\n")
+    status, out = checked(root, capsys)
+    assert status == 0 and "no pixel in 1 examples: sky; 255 is ignored: if it is 'sky'" in out
+    assert "60 % of the pixels are ignored (255)" in out
+    logging.getLogger("digseg_jax").propagate = True
+    with caplog.at_level(logging.WARNING, "digseg_jax"):
+        start(root)
+    assert "folder train: no pixel in 1 examples: sky" in caplog.text
+
+
+def test_the_line_that_was_told_cures_it(tmp_path, capsys):
+    root = folder(tmp_path, [mask(0, 255)], "0: soil\n255: road\n")
+    status, out = checked(root, capsys)
+    assert status == 0 and "nothing is wrong" in out
+
+
+def test_a_sample_is_no_proof():
+    spec = registry.spec("camvid")
+    statistics = ClassStatistics.empty(spec.num_classes)
+    statistics.add(np.full((2, 2), 3, np.int32))
+    check_labels(spec, "train", statistics, 300)
+    with pytest.raises(UserError, match="every pixel of 1 examples that counts is 'road'"):
+        check_labels(spec, "train", statistics, 1)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_a_validation_split_of_another_name_is_evaluated(tmp_path, name, capsys):
+    root = folder(tmp_path, [mask(0, 1)], splits=("train", name))
+    assert len(open_part(PartConfig("folder", str(root)), "val")) == 1
+    assert spec_of(PartConfig("folder", str(root))).eval_split == name
+    assert checked(root, capsys)[0] == 0
+    assert split_called("val", ["train", "validation"]) == "validation"
+    assert split_called("val", ["train", "test"]) == "val"
+
+
+def test_flat_folders_are_told(tmp_path):
+    trees.image(tmp_path / "images" / "a.jpg", H, W)
+    (tmp_path / "classes.txt").write_text("soil\nroad\n")
+    with pytest.raises(UserError) as caught:
+        registry.spec("folder", tmp_path)
+    assert f"{tmp_path / 'images'}: no folders of splits in it; images belong to images/train" in str(
+        caught.value
+    )
+
+
+def test_layouts_that_people_have(tmp_path):
+    """Split first; masks of another stem; folders below a split; names in both of Unicode's forms."""
+    root = folder(tmp_path / "a", [mask(0, 1)], layout="{split}/{part}")
+    assert len(registry.open_source("folder", root, "train")) == 1
+
+    root = folder(tmp_path / "b", [mask(0, 1)])
+    (root / "masks/train/0.png").rename(root / "masks/train/0_mask.png")
+    for part, ending in (("images", "jpg"), ("masks", "png")):
+        (root / part / "train" / "more").mkdir()
+        (root / part / f"train/more/0.{ending}").write_bytes(
+            (root / part / f"val/0.{ending}").read_bytes()
+        )
+    names = [example["name"] for example in registry.open_source("folder", root, "train")]
+    assert names == ["0", "more/0"]
+
+    root = folder(tmp_path / "c", [mask(0, 1)])
+    for part, ending, form in (("images", "jpg", "NFD"), ("masks", "png", "NFC")):
+        name = unicodedata.normalize(form, f"grün.{ending}")
+        (root / part / "train" / f"0.{ending}").rename(root / part / "train" / name)
+    assert len(registry.open_source("folder", root, "train")) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("train/_annotations.coco.json", "COCO"),
+        ("labelmap.txt", "labelmap.txt"),
+        ("SegmentationClass/a.png", "VOC-style"),
+        ("data.yaml", "YOLO"),
+    ],
+)
+def test_other_layouts_are_recognized(tmp_path, file, told):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError) as caught:
+        registry.spec("folder", tmp_path)
+    assert "classes.txt: no such file (this is" in tiny.one_line(caught.value)
+    assert told in str(caught.value)
+
+
+def test_jpeg_masks_are_told(tmp_path):
+    root = folder(tmp_path, [mask(0, 1)])
+    (root / "masks/train/0.png").unlink()
+    trees.image(root / "masks/train/0.jpg", H, W)
+    with pytest.raises(UserError, match="are JPEG or WebP, which changes values at edges"):
+        registry.open_source("folder", root, "train")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "RGBA"])
+def test_colors_of_a_list_are_found_in_masks_of_any_mode(tmp_path, mode):
+    root = folder(tmp_path, [mask(0)], "#000000: soil\n#ffffff: road\n", splits=("train",))
+    Image.fromarray(mask(0, 255).astype(np.uint8)).convert(mode).save(root / "masks/train/0.png")
+    label = registry.open_source("folder", root, "train")[0]["label"]
+    np.testing.assert_array_equal(label, mask(0, 1))
+
+
+def test_every_split_of_a_job_is_opened_first(tmp_path):
+    root = folder(tmp_path, [mask(0, 1)], splits=("train", "val"))
+    config = parse(default())
+    settings = {"data.name": "folder", "data.root": str(root), "eval.split": "val"}
+    config = with_settings(config, settings | {"eval.calibrate_split": "train"})
+    check_splits(config)
+    with pytest.raises(UserError, match="folder has no split 'test'; legal: train, val"):
+        check_splits(with_settings(config, {"eval.split": "test"}))
+    with pytest.raises(UserError, match="no such file"):
+        check_splits(with_settings(config, {"data.root": str(tmp_path / "none")}))
+    (root / "classes.txt").write_text("0: soil\n1: ignore\n")
+    with pytest.raises(UserError, match="'soil' is the only class"):
+        check_splits(config)
+
+
+def test_a_relative_root_is_one_folder(tmp_path, monkeypatch):
+    """PASCAL-Context joined it twice."""
+    trees.pascal_context(tmp_path / "voc")
+    monkeypatch.chdir(tmp_path)
+    assert registry.open_source("pascal_context_59", "voc", "val")[0]["label"].ndim == 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(registry.open_source("pascal_context_59", "~/voc", "val"))

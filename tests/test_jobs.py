@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The export of a run beside a training of it, and after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+from digseg_jax import jobs
+from digseg_jax.config.parse import parse
+from digseg_jax.errors import UserError
+from digseg_jax.io.workdir import claim
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from digseg_jax.io.workdir import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_export_waits_for_no_run_that_trains_there(tmp_path):
+    """Its weights of an earlier step took the place of the final ones."""
+    claim(tmp_path, parse({}))
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError) as caught:
+            jobs.export(tmp_path)
+        assert f"{tmp_path}: process {other.pid} on " in tiny.one_line(caught.value)
+        assert "trains there" in str(caught.value) and not (tmp_path / "export").exists()
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+def test_older_weights_never_replace_newer_ones(tmp_path, monkeypatch):
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / jobs.DESCRIPTION).write_text("{}")
+    monkeypatch.setattr(jobs, "read_description", lambda folder: SimpleNamespace(steps=400))
+    config = parse({})
+    jobs.check_not_older(config, tmp_path, "checkpoints/400")
+    with pytest.raises(UserError, match="weights of step 400, newer than checkpoints/280"):
+        jobs.check_not_older(config, tmp_path, "checkpoints/280")
+    best = dataclasses.replace(config.checkpoint, best="val_miou")
+    jobs.check_not_older(dataclasses.replace(config, checkpoint=best), tmp_path, "best/280")
