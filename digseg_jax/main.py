@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,17 +17,9 @@ from digseg_jax.config.experiment import NO_FILE, with_config_file
 from digseg_jax.config.parse import parse, sampling_settings, with_sampling
 from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
-from digseg_jax.errors import (
-    CRASH,
-    INTERRUPTED,
-    OVER_BUDGET,
-    PREEMPTED,
-    USER_ERROR,
-    Preempted,
-    UserError,
-    lacks_memory,
-)
-from digseg_jax.log import log, setup
+from digseg_jax.errors import OVER_BUDGET, USER_ERROR, UserError
+from digseg_jax.log import setup
+from digseg_jax.runtime.door import tell
 
 MODES = ("train", "eval", "export", "predict", "compile", "cache_latents")
 
@@ -260,20 +251,8 @@ def main(argv: list[str]) -> None:
     setup()
     try:
         run()
-    except UserError as error:
-        _fail(str(error))
-    except Preempted as error:
-        log.info("%s; the same command goes on from there", error)
-        _leave(PREEMPTED)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        _leave(INTERRUPTED)
-    except Exception as error:
-        traceback.print_exc()
-        if lacks_memory(error):
-            print("error: out of memory: take smaller batches or a larger device", file=sys.stderr)
-            _leave(OVER_BUDGET)
-        _leave(CRASH)
+    except (Exception, KeyboardInterrupt) as error:
+        _leave(tell(error))
 
 
 def command() -> None:

@@ -148,7 +148,7 @@ def check_splits(config: Config) -> None:
     # What is evaluated after the training, and during it.
     part = PartConfig(config.data.name, config.data.root)
     _check_classes(spec_of(part))
-    splits = [config.eval.split]
+    splits: list[str] = [config.eval.split]
     splits += [config.eval.calibrate_split] if config.eval.calibrate else []
     splits += ["val"] if config.train.eval_every else []
     for split in dict.fromkeys(splits):

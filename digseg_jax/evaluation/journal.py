@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from digseg_jax.arraytypes import Params
-from digseg_jax.io.storage import AnyPath, explained, is_remote, read_text, write_json
+from digseg_jax.io.storage import AnyPath, explained, is_remote, read_text, write_bytes
 from digseg_jax.runtime.collectives import tell_all
 from digseg_jax.runtime.distributed import is_main, together
 
@@ -154,7 +154,9 @@ class _Objects:
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row as the next object."""
-        write_json(self.folder / f"{self.count:05d}.json", {"identity": self.identity} | row)
+        # Python's JSON, which keeps nan, as on a disk.
+        text = json.dumps({"identity": self.identity} | row)
+        write_bytes(self.folder / f"{self.count:05d}.json", text.encode())
         self.count += 1
 
     def close(self) -> None:

@@ -16,7 +16,6 @@ import io
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -24,9 +23,6 @@ from PIL import Image
 
 from digseg_jax.arraytypes import UInt8
 from digseg_jax.io.files import UnreadableError, read_bytes, shown
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 MAX_PIXELS = 178_956_970  # beyond it Pillow refuses too
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
@@ -118,7 +114,7 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
     return image
 
 
-def check_dimensions(data: Buffer) -> None:
+def check_dimensions(data: bytes | memoryview) -> None:
     """Looks at the header of a JPEG or PNG before another decoder than `decode` takes it.
 
     Raises:

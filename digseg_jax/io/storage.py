@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -127,8 +128,17 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
 
 
 def write_json(path: AnyPath, value: Any) -> None:
-    """Writes indented JSON with a final newline, as `write_bytes` does."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Writes indented JSON with a final newline, as `write_bytes` does; nan and inf become null."""
+    write_bytes(path, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for floats that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

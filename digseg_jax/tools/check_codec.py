@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from absl import flags
 
 from digseg_jax.config.schema import ComputeConfig, ModelConfig
 from digseg_jax.data.datasets import registry
-from digseg_jax.errors import UserError
 from digseg_jax.log import setup
 from digseg_jax.metrics import confusion
 from digseg_jax.runtime import cpu
+from digseg_jax.runtime.door import run_tool
 from digseg_jax.segmentation.binary import BinaryCodec
 from digseg_jax.segmentation.codec import Codec, HostAutoencoder
 from digseg_jax.segmentation.latent_probe import enlarge
@@ -107,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 2 after a UserError."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.check_codec", description=__doc__)
     parser.add_argument("--vae", default=ModelConfig().vae, help="as config.model.vae")
     parser.add_argument("--data", default="landcover", help="a data set of the registry")
@@ -124,15 +125,16 @@ def main(argv: list[str] | None = None) -> int:
 
     setup(quiet=arguments.json)
     cpu.tune()
-    try:
-        facts = registry.spec(arguments.data, arguments.root)
-        split = arguments.split or facts.eval_split
-        source = registry.open_source(arguments.data, arguments.root, split)
-        model = dataclasses.replace(ModelConfig(), vae=arguments.vae)
-        result = check(*load_vae(model, ComputeConfig()), source, facts.num_classes, arguments.images)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(partial(_run, arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Checks and prints what the options name; returns the exit status."""
+    facts = registry.spec(arguments.data, arguments.root)
+    split = arguments.split or facts.eval_split
+    source = registry.open_source(arguments.data, arguments.root, split)
+    model = dataclasses.replace(ModelConfig(), vae=arguments.vae)
+    result = check(*load_vae(model, ComputeConfig()), source, facts.num_classes, arguments.images)
 
     result = {"data": arguments.data, "split": split, "vae": arguments.vae, **result}
     print(json.dumps(result) if arguments.json else table(result))

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from digseg_jax.data.datasets.judgment import judge
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError
+from digseg_jax.io.storage import as_path, explained
+from digseg_jax.runtime.door import run_tool
 from digseg_jax.tools.contact_sheet import Tile, contact_sheet
 
 _KINDS = ("unreadable", "size_mismatch", "unknown_value")  # of broken examples
@@ -161,7 +164,8 @@ def run(
         results[split], shown = check_split(spec, source, split, limit=limit, sheet=8 if sheet else 0)
         tiles += shown
     if sheet and tiles:
-        contact_sheet(spec, tiles).save(sheet)
+        with explained(sheet, "cannot write it"):
+            contact_sheet(spec, tiles).save(sheet)
     return {
         "dataset": name,
         "title": spec.title,
@@ -215,19 +219,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; exit status 0: nothing wrong, 1: something wrong, 2: not checked."""
     arguments = _parser().parse_args(argv)
     flags.FLAGS.mark_as_parsed()
-    sheet = arguments.sheet or Path(f"{arguments.dataset}_check.png")
-    sheet = None if str(sheet) == "-" else sheet
+    return run_tool(partial(_run, arguments))
 
-    try:
-        result = run(
-            arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: cannot write {sheet}: {error}", file=sys.stderr)
-        return 2
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Checks and prints what the options name; returns the exit status."""
+    sheet = Path(as_path(arguments.sheet or f"{arguments.dataset}_check.png"))
+    if str(arguments.sheet) == "-":
+        sheet = None
+    result = run(arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet)
     print(json.dumps(result) if arguments.json else text(result))
     return 1 if result["violations"] else 0
 

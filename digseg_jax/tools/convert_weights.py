@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
+from digseg_jax.runtime.door import run_tool
 from digseg_jax.weights.hub import COMPANIONS, converted_folder, resolve_pickles
 from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, OPEN_CLIP_STEM, TRANSFORMERS_STEM
 
@@ -112,20 +113,16 @@ def _tensors(torch: Any, file: Path) -> dict[str, Any]:
     return {key.removeprefix("module."): value for key, value in values.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; exits with status 2 after a UserError."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.convert_weights")
     parser.add_argument("source", help="folder, hub id[:subfolder] or known name with a pickle")
     parser.add_argument(
         "out", nargs="?", help="folder to write; by default one where the source's name finds it"
     )
     args = parser.parse_args(argv)
-    try:
-        print(f"wrote {convert(args.source, args.out)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    return run_tool(lambda: print(f"wrote {convert(args.source, args.out)}"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from typing import Any
 from digseg_jax.aot.programs import FILES
 from digseg_jax.aot.table import size
 from digseg_jax.errors import UserError
+from digseg_jax.runtime.door import run_tool
 
 COLUMNS = (
     "topology", "program", "images a chip", "mesh", "attention, remat", "fits", "memory", "arguments",
@@ -105,20 +106,19 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 2 after an error."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m digseg_jax.tools.performance_page", description=__doc__
     )
     parser.add_argument("folders", nargs="+", type=Path, help="workdirs of --mode=compile")
     parser.add_argument("--out", type=Path, default=Path("performance.html"))
     arguments = parser.parse_args(argv)
-    try:
+
+    def write() -> None:
         arguments.out.write_text(page(read(arguments.folders)), encoding="utf-8")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(arguments.out)
-    return 0
+        print(arguments.out)
+
+    return run_tool(write)
 
 
 if __name__ == "__main__":

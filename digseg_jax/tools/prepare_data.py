@@ -28,6 +28,7 @@ from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards import files, records
 from digseg_jax.errors import UserError
 from digseg_jax.log import log, setup
+from digseg_jax.runtime.door import run_tool
 
 SHARD_EXAMPLES = 1000  # COCO: 119 shards of about 170 MB
 OpenSplit = Callable[[], Source]  # opens the split in the process that reads it
@@ -213,14 +214,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Runs the command line; returns the exit status, 2 after a UserError."""
+    """Runs the command line; returns the exit status."""
     arguments = _parser().parse_args()
     setup()
-    try:
-        return run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_tool(partial(run, arguments))
 
 
 if __name__ == "__main__":

@@ -13,21 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from etils import epath
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import Params
 from digseg_jax.errors import UserError
 from digseg_jax.io.checkpoint import Checkpointer
+from digseg_jax.io.storage import as_path
 from digseg_jax.io.workdir import CONFIG_NAME, stored_config
 from digseg_jax.log import setup
 from digseg_jax.runtime import cpu
+from digseg_jax.runtime.door import run_tool
 from digseg_jax.runtime.sharding import place_batch
 from digseg_jax.training.failure import load_failure
 from digseg_jax.training.loop import Trainer
@@ -97,27 +99,27 @@ def not_finite(tree: Params) -> list[str]:
 
 
 def main() -> int:
-    """Runs the command line; returns the exit status, 2 after a UserError."""
+    """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.replay", description=__doc__)
     parser.add_argument("--workdir", required=True)
     workdir = parser.parse_args().workdir
     flags.FLAGS.mark_as_parsed()  # grain reads absl's flags outside absl.app
     setup()
     cpu.tune()
+    return run_tool(partial(_replay_run, workdir))
 
-    try:
-        from digseg_jax.training.setup import set_up  # loads every task
 
-        config = stored_config(epath.Path(workdir))
-        if config is None:
-            raise UserError(f"{workdir}/{CONFIG_NAME}: missing; --workdir must be that of a run")
-        run = set_up(config)
-        report = replay(workdir, Trainer(run.config, run.task, run.mesh, workdir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _replay_run(workdir: str) -> None:
+    """Replays a run and prints the report as JSON."""
+    from digseg_jax.training.setup import set_up  # loads every task
+
+    place = as_path(workdir)
+    config = stored_config(place)
+    if config is None:
+        raise UserError(f"{place / CONFIG_NAME}: missing; --workdir must be that of a run")
+    run = set_up(config)
+    report = replay(str(place), Trainer(run.config, run.task, run.mesh, str(place)))
     print(json.dumps(report, indent=2))
-    return 0
 
 
 if __name__ == "__main__":

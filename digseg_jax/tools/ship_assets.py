@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ from digseg_jax.io.workdir import CALIBRATION, CONFIG_NAME, EXPORT
 from digseg_jax.models import functional
 from digseg_jax.prediction import description as description_lib
 from digseg_jax.prediction.description import FrozenPart, describe, write_description
+from digseg_jax.runtime.door import run_tool
 from digseg_jax.weights import load_component, read_metadata, save_component
 
 # asset -> the recipe in configs/ that makes it
@@ -94,9 +96,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.run is not None:
-        print(ship(arguments.run, arguments.name))
+        sys.exit(run_tool(lambda: print(ship(arguments.run, arguments.name))))
     elif arguments.name == "segmenter":
-        print(describe_shipped(arguments.name))
+        sys.exit(run_tool(lambda: print(describe_shipped(arguments.name))))
     else:
         parser.error(f"{arguments.name} needs RUN: only a segmenter has a description of its own")
 

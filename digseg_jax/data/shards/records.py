@@ -129,7 +129,7 @@ def decode_label(data: np.ndarray, dtype: type[np.signedinteger[Any]] = np.int32
       ValueError: no bytes, no image, or one of more pixels than are read.
       cv2.error: OpenCV refuses them.
     """
-    check_dimensions(data)
+    check_dimensions(data.tobytes())
     raw: np.ndarray | None = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if raw is None:
         return None

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command raises: one line and a status for what a user can put right."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+from digseg_jax.errors import (
+    CRASH,
+    INTERRUPTED,
+    OVER_BUDGET,
+    PREEMPTED,
+    USER_ERROR,
+    Preempted,
+    UserError,
+)
+from digseg_jax.io.storage import write_json
+from digseg_jax.runtime.door import run_tool, tell
+from digseg_jax.tools import convert_weights, performance_page, prepare_data
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"),
+    [
+        (UserError("two\nlines"), USER_ERROR, ["error: two lines"]),
+        (OSError(errno.ENOSPC, "No space"), USER_ERROR, ["error: a file cannot be written: No space"]),
+        (NotADirectoryError(errno.ENOTDIR, "Not one", "a/b"), USER_ERROR, ["error: a/b: Not one"]),
+        (KeyboardInterrupt(), INTERRUPTED, ["error: interrupted"]),
+        (Preempted("saved"), PREEMPTED, []),
+    ],
+)  # fmt: skip
+def test_one_line(capsys, error, status, lines):
+    assert tell(error) == status
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(lines) and all(
+        s.startswith(line) for s, line in zip(said, lines, strict=True)
+    )
+
+
+def test_a_defect_keeps_its_traceback(capsys):
+    def job():
+        raise KeyError("x")
+
+    assert run_tool(job) == CRASH
+    assert "Traceback" in capsys.readouterr().err
+    assert tell(MemoryError("no room")) == OVER_BUDGET
+
+
+@pytest.mark.parametrize("place", ["/proc/out", "FILE/out"])
+def test_tools_that_cannot_write_say_so_in_one_line(tmp_path, capsys, monkeypatch, place):
+    (tmp_path / "FILE").write_text("")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["prepare", "--dataset=landcover", "--root=", f"--out={place}", "--split=val"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert prepare_data.main() == USER_ERROR
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and "out" in said
+
+
+def test_every_tool_has_the_door(tmp_path, capsys):
+    assert convert_weights.main([str(tmp_path)]) == USER_ERROR
+    assert performance_page.main([str(tmp_path)]) == USER_ERROR
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2 and all(line.startswith("error: ") for line in said)
+
+
+def test_json_files_are_json(tmp_path):
+    write_json(tmp_path / "a.json", {"iou": [float("nan"), 0.5], "scale": float("inf"), "n": 3})
+    text = (tmp_path / "a.json").read_text()
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict == {"iou": [None, 0.5], "scale": None, "n": 3}
