@@ -35,6 +35,7 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.pipeline import cover_tables
 from digseg_jax.data.shards import files
+from digseg_jax.data.shards.fingerprint import KEY, fingerprint
 from digseg_jax.data.shards.latents import (
     ABSENT,
     FORMAT,
@@ -86,12 +87,14 @@ def run(config: Config) -> None:
     tables = cover_tables([spec for _, spec, _ in parts])
     folders = cache_folders(config.data.latent_cache, parts)
     for (part, spec, split), table, folder in zip(parts, tables, folders, strict=True):
-        source = Guarded(open_part(part, split), spec.num_classes)
+        opened = open_part(part, split)
+        source = Guarded(opened, spec.num_classes)
         plan = {
             "format": FORMAT,
             "dataset": spec.name,
             "split": split,
             "source_examples": len(source),
+            KEY: fingerprint(opened),
             "shard_examples": SHARD_EXAMPLES,
             "on_error": config.loading.on_error,
             "class_hash": class_hash(spec),

@@ -26,6 +26,7 @@ from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards import files, records
+from digseg_jax.data.shards.fingerprint import KEY, fingerprint
 from digseg_jax.errors import UserError
 from digseg_jax.log import log, setup
 from digseg_jax.runtime.door import run_tool
@@ -67,6 +68,7 @@ def prepare_split(
         "class_hash": records.class_hash(spec),
         "spec": records.facts_of(spec),
         "source_examples": len(source),
+        KEY: fingerprint(source),
         "shard_examples": shard_examples,
         "on_error": on_error,
     }

@@ -64,9 +64,10 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
         write(path, json.dumps(plan).encode())
         return
 
-    # A continued run has the same plan; name the first setting that differs.
+    # A continued run has the same plan; name the first setting that differs. A plan of before there was
+    # a setting says nothing about it.
     found = json.loads(path.read_text())
-    differs = [key for key in plan if found.get(key) != plan[key]]
+    differs = [key for key in plan if key in found and found[key] != plan[key]]
     if differs:
         key = differs[0]
         raise UserError(

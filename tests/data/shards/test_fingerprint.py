@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards of files that were changed since, or of other files, are not taken for theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+
+import official_trees as trees
+import pytest
+import tiny
+from official_trees import grid
+
+from digseg_jax.data.datasets import registry
+from digseg_jax.data.shards.fingerprint import fingerprint
+from digseg_jax.data.shards.records import RecordSource
+from digseg_jax.errors import UserError
+from digseg_jax.tools.prepare_data import prepare_split
+
+
+def prepare(root, out):
+    spec = registry.spec("folder", root)
+    return prepare_split(partial(registry.open_source, "folder", root, "train"), spec, "train", out)
+
+
+def test_a_corrected_mask_is_not_complete_already(tmp_path):
+    root, out = tmp_path / "data", tmp_path / "out"
+    root.mkdir()
+    trees.folder(root)
+    prepare(root, out)
+    prepare(root, out)  # the same files: complete
+
+    mask = root / "masks" / "train" / "a.png"
+    before = mask.stat()
+    trees.save(mask, grid(1, 0, 255, 1))  # as large as before
+    os.utime(mask, (before.st_atime, before.st_mtime + 5))
+    with pytest.raises(UserError) as caught:
+        prepare(root, out)
+    assert "holds shards made with files (names, sizes, times)=" in tiny.one_line(caught.value)
+
+
+def test_a_copy_with_its_times_is_the_same_data_and_another_set_is_not(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    trees.folder(root)
+    shutil.copytree(root, tmp_path / "copy")  # keeps times
+    shutil.copytree(root, tmp_path / "other")
+    trees.image(tmp_path / "other" / "images" / "train" / "a.jpg", quality=30)
+    made = [
+        fingerprint(registry.open_source("folder", tmp_path / name, "train"))
+        for name in ("data", "copy", "other")
+    ]
+    assert made[0] == made[1] != made[2]
+
+
+def test_shards_are_known_by_their_checksums(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    trees.folder(root)
+    prepare(root, tmp_path / "a")
+    prepare(root, tmp_path / "b")
+    spec = registry.spec("folder", root)
+    a, b = (fingerprint(RecordSource(tmp_path / name, "train", spec)) for name in "ab")
+    assert a == b and len(a) == 24
