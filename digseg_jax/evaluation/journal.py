@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 
 from digseg_jax.arraytypes import Params
-from digseg_jax.io.storage import AnyPath, explained, is_remote, read_text, write_bytes
+from digseg_jax.io.json_file import parse_object, read_json
+from digseg_jax.io.storage import AnyPath, explained, is_remote, write_bytes
 from digseg_jax.runtime.collectives import tell_all
 from digseg_jax.runtime.distributed import is_main, together
 
@@ -112,10 +113,11 @@ class _File:
         rows = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_object(line))
             except ValueError:
                 break
-        return rows[1:] if rows and rows[0] == {"identity": identity} else []
+        rows = rows if rows and rows[0] == {"identity": identity} else []
+        return [row for row in rows[1:] if row.keys() == {"key", "value"}]
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row and flushes it to the operating system."""
@@ -143,7 +145,7 @@ class _Objects:
         with explained(self.folder, "cannot be read"):
             names = sorted(p.name for p in self.folder.iterdir()) if self.folder.exists() else []
         for name in names:
-            row = json.loads(read_text(self.folder / name))
+            row = read_json(self.folder / name)
             if row.pop("identity", None) != identity:
                 with explained(self.folder, "cannot be cleared"):
                     self.folder.rmtree()

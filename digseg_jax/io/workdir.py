@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from digseg_jax.config.renamed import CONSTANT, with_current_names
 from digseg_jax.config.schema import Config, is_free
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.metric_writer import METRICS_NAME
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.log import log
@@ -158,16 +158,7 @@ def _stored(path: AnyPath) -> dict[str, Any]:
     Raises:
       UserError: the file cannot be read, or is not a JSON object.
     """
-    try:
-        stored = json.loads(storage.read_text(path))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not readable as JSON ({error}); use another --workdir") from error
-
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: not the configuration of a run; use another --workdir")
-    return with_current_names(stored)
+    return with_current_names(read_json(path, remedy="use another --workdir"))
 
 
 def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:

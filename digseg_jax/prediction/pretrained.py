@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from digseg_jax.arraytypes import Float, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.prediction.answer import Answer, GroupedAnswer, Planes, ViewMasks
@@ -91,7 +91,7 @@ class PretrainedSegmenter(Segmenter):
 
     def __init__(self, task: SegmentationTask, folder: Path, description: Description):
         calibration = folder / CALIBRATION
-        scale = json.loads(calibration.read_text())["scale"] if calibration.is_file() else 2.0
+        scale = read_json(calibration, {"scale": float})["scale"] if calibration.is_file() else 2.0
         mesh = make_mesh(choose_mesh(task.config, task, jax.devices()))
         super().__init__(task, load_params(folder, task.abstract), mesh=mesh, scale=float(scale))
         self.folder, self.description = folder, description

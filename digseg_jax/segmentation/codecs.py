@@ -8,6 +8,7 @@ from pathlib import Path
 
 from digseg_jax.config.schema import DataConfig
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.segmentation.binary import BinaryCodec
 from digseg_jax.segmentation.codec import Codec
 from digseg_jax.segmentation.palette import PaletteCodec
@@ -38,7 +39,7 @@ def load_state(codec: Codec, folder: Path) -> None:
       UserError: there is no state for this codec, or it is of other classes.
     """
     path = state_file(codec.name, folder)
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
     try:
         codec.restore(stored)
     except UserError as error:

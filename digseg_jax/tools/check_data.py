@@ -224,9 +224,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Checks and prints what the options name; returns the exit status."""
-    sheet = Path(as_path(arguments.sheet or f"{arguments.dataset}_check.png"))
-    if str(arguments.sheet) == "-":
-        sheet = None
+    place = arguments.sheet or f"{arguments.dataset}_check.png"
+    sheet = None if str(place) == "-" else Path(as_path(place))
     result = run(arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet)
     print(json.dumps(result) if arguments.json else text(result))
     return 1 if result["violations"] else 0

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.training.train_log import NotFinite
 
 FOLDER = "failure"
@@ -68,7 +69,7 @@ def load_failure(workdir: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UserError(f"{root}: no failed step was saved here")
 
     folder = root / str(max(steps))
-    values = json.loads((folder / "failure.json").read_text())
+    values = read_json(folder / "failure.json", {"processes": int, "step": int})
 
     # Gather the rows of all processes.
     parts = []

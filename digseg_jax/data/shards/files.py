@@ -24,6 +24,7 @@ from etils import epath
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import explained, inside
 
 PLAN = "plan.json"  # settings that all shards of a folder share
@@ -66,7 +67,7 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
 
     # A continued run has the same plan; name the first setting that differs. A plan of before there was
     # a setting says nothing about it.
-    found = json.loads(path.read_text())
+    found = read_json(path, remedy=f"choose another {remedy} or remove that folder")
     differs = [key for key in plan if key in found and found[key] != plan[key]]
     if differs:
         key = differs[0]
@@ -123,7 +124,9 @@ def new_shard(
 
 def sidecars(folder: epath.Path, shards: int) -> list[dict[str, Any]]:
     """Content of all sidecars, in the order of the shards."""
-    return [json.loads((folder / sidecar(i, shards)).read_text()) for i in range(shards)]
+    keys = {"file": str, "bytes": int, "sha256": str}
+    remedy = "remove it: its shard is written again"
+    return [read_json(folder / sidecar(i, shards), keys, remedy) for i in range(shards)]
 
 
 def remove_sidecars(folder: epath.Path, shards: int) -> None:

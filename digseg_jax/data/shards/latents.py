@@ -37,6 +37,7 @@ from digseg_jax.data.shards.files import Shards
 from digseg_jax.data.shards.records import decode_label, encode_label, narrow_type
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError
+from digseg_jax.io.json_file import check_keys, parse_object, read_json
 from digseg_jax.io.storage import as_path, explained
 
 FORMAT = 1
@@ -105,7 +106,7 @@ def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32)
     try:
         # length | header | PNG | float32 values; a damaged record may fail at any of these
         end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
-        header = json.loads(data[_LENGTH:end])
+        header = parse_object(data[_LENGTH:end])
         middle = end + header["label"]
         label = decode_label(np.frombuffer(data, np.uint8, header["label"], end), dtype)
         latents = np.frombuffer(data, _STORED, offset=middle).reshape(header["latents"])
@@ -149,17 +150,17 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     with explained(path, "cannot be read"):
         if not path.exists():
             raise UserError(_unfinished(folder))
-        text = path.read_text()
-
-    # JSON of another kind raises KeyError or TypeError here.
+    remedy = f"not the manifest of cached latents; make it with {MODE}"
+    manifest = read_json(path, {"format": int}, remedy)
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
     try:
-        manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the manifest of cached latents; make it with {MODE}") from error
+        check_keys(manifest, {"examples": int, "shards": list, "statistics": dict})
+        for row in manifest["shards"]:
+            check_keys(row, {"file": str, "bytes": int, "examples": int})
+        ClassStatistics.from_dict(manifest["statistics"])
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{path}: {remedy} ({error})") from error
     return manifest
 
 
@@ -168,7 +169,7 @@ def _unfinished(folder: epath.Path) -> str:
     plan = folder / files.PLAN
     if not plan.exists():
         return f"{folder}: no cached latents here; {MODE} makes them"
-    facts = json.loads(plan.read_text())
+    facts = read_json(plan, {"source_examples": int, "shard_examples": int})
 
     # The number of shards follows from the plan; the last shard may be smaller.
     shards = -(-facts["source_examples"] // facts["shard_examples"])

@@ -28,10 +28,15 @@ from digseg_jax.data.shards.files import Shards, checksum
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError
 from digseg_jax.io.image_file import StoredImage, check_dimensions
+from digseg_jax.io.json_file import check_keys, parse_object, read_json
 from digseg_jax.io.storage import inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REMEDY = "run digseg_jax.tools.prepare_data"
+_ENTRIES = {
+    "split": str, "class_hash": str, "examples": int, "shards": list, "spec": dict, "statistics": dict,
+}  # fmt: skip
 _LENGTH = 4  # bytes of the header's length
 # Labels are written once and decoded in every epoch. The highest level decodes in 75 % of the time of
 # the default one; without PNG filters ids compress as well and decode in 60 % of the time (older
@@ -172,7 +177,7 @@ def decode_record(
     try:
         # length | header | image | label; a damaged record may fail at any of these
         end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
-        header = json.loads(data[_LENGTH:end])
+        header = parse_object(data[_LENGTH:end])
         middle = end + header["image"]
         image = _decode_image(memoryview(data)[end:middle])
         label = decode_label(np.frombuffer(data, np.uint8, offset=middle), dtype)
@@ -197,12 +202,12 @@ def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any
       UserError: missing, of another format, or made with another class list than `spec`'s.
     """
     path = epath.Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable manifest; run digseg_jax.tools.prepare_data") from error
+    if not path.exists():
+        raise UserError(f"{path}: no readable manifest; {REMEDY}")
+    manifest = read_json(path, {"format": int}, f"no readable manifest; {REMEDY}")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
+    check_manifest(path, manifest)
 
     # Ids are numbers only: shards of an older class list would be read with shifted names.
     if spec is not None and manifest["class_hash"] != class_hash(spec):
@@ -211,6 +216,23 @@ def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any
             f"({manifest['class_hash']}, now {class_hash(spec)}): prepare it again"
         )
     return manifest
+
+
+def check_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError for a manifest whose entries are of other types than `prepare_split` writes."""
+    try:
+        check_keys(manifest, _ENTRIES)
+        check_keys(
+            manifest["spec"], dict.fromkeys(("name", "title", "ignore"), str) | {"classes": list}
+        )
+        for name, synonyms, covers in manifest["spec"]["classes"]:
+            if not (isinstance(name, str) and isinstance(synonyms, list) and isinstance(covers, list)):
+                raise ValueError(f"{name!r} is no class with its synonyms")
+        for row in manifest["shards"]:
+            check_keys(row, {"file": str, "bytes": int, "sha256": str, "examples": int})
+        ClassStatistics.from_dict(manifest["statistics"])
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{path}: not a manifest of shards ({error}); {REMEDY}") from error
 
 
 def prepared_splits(root: str | Path) -> list[str]:

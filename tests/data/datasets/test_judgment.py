@@ -200,3 +200,26 @@ def test_a_relative_root_is_one_folder(tmp_path, monkeypatch):
     assert registry.open_source("pascal_context_59", "voc", "val")[0]["label"].ndim == 2
     monkeypatch.setenv("HOME", str(tmp_path))
     assert len(registry.open_source("pascal_context_59", "~/voc", "val"))
+
+
+def test_camvid_as_segnet_gives_it(tmp_path):
+    for split in ("train", "val", "test"):
+        trees.image(tmp_path / "CamVid" / split / "a.png", H, W)
+        trees.save(tmp_path / "CamVid" / f"{split}annot" / "a.png", mask(0, 11))
+        label = registry.open_source("camvid", tmp_path, split)[0]["label"]
+        np.testing.assert_array_equal(label, mask(0, -1))
+
+
+def test_refuge_as_kaggle_packs_it(tmp_path):
+    for split, stem in (("train", "g0001"), ("val", "V0001"), ("test", "T0001")):
+        trees.image(tmp_path / split / "images" / f"{stem}.jpg", H, W)
+        trees.save(tmp_path / split / "mask" / f"{stem}.bmp", mask(255, 128, 0))
+        label = registry.open_source("refuge2", tmp_path, split)[0]["label"]
+        np.testing.assert_array_equal(label, mask(0, 1, 2))
+
+
+def test_a_synonym_means_what_the_mask_holds():
+    """The rim is the disc without the cup; a blind window is no window blind."""
+    assert "neuroretinal rim" not in registry.spec("refuge2").classes[1].synonyms
+    coco = {c.name: c.synonyms for c in registry.spec("coco_stuff").classes}
+    assert coco["window-blind"] == ("window blind",)

@@ -85,9 +85,14 @@ def open_phenobench(spec: DatasetSpec, root: Path, split: str) -> FileSource:
 
 
 def open_camvid(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """Opens {images,annotations}/SPLIT/NAME.{jpg,png}; values 0..10 and 11 (void)."""
-    root = find_root(root, f"annotations/{split}", ("camvid", "CamVid"), spec.name)
-    folders = (f"images/{split}", f"annotations/{split}")
+    """Opens {images,annotations}/SPLIT/NAME.{jpg,png}; values 0..10 and 11 (void).
+
+    SegNet's release, which has all 701 pairs: SPLIT/NAME.png and SPLITannot/NAME.png.
+    """
+    markers = (f"annotations/{split}", f"{split}annot")
+    root = find_root(root, markers, ("camvid", "CamVid"), spec.name)
+    labels = first_folder(root, markers, spec.name)
+    folders = (split if labels == markers[1] else f"images/{split}", labels)
     pairs = pair_folders(root, *folders, (".jpg", ".png"), _PNG, f"{spec.name} {split}")
     return FileSource(root, pairs, IndexLabels(spec))
 

@@ -20,7 +20,7 @@ from digseg_jax.errors import UserError
 # File names by split; in the training set g means glaucoma and n no glaucoma.
 STEMS = {"train": r"[gn]\d{4}", "val": r"V\d{4}", "test": r"T\d{4}"}
 TOLERANCE = 30  # gray levels, for files that went through lossy tools
-MASK_FOLDER = "Disc_Cup_Masks"
+MASK_FOLDERS = frozenset(("disc_cup_masks", "mask", "masks"))  # the release's, and Kaggle's
 
 
 class DiscCupLabels:
@@ -57,7 +57,8 @@ class DiscCupLabels:
 def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     """Opens a split: names g0001.. and n0001.. are train, V0001.. val, T0001.. test.
 
-    Illustrations and __MACOSX are left alone.
+    Illustrations and __MACOSX are left alone. As Kaggle packs it: SPLIT/images/NAME.jpg and
+    SPLIT/mask/NAME.bmp or .png, with the names of the release.
 
     Raises:
       UserError: a name that occurs twice, or files without their partner.
@@ -65,13 +66,13 @@ def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     what, stem = f"{spec.name} {split}", re.compile(STEMS[split])
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
-    for file in walk_files(root, (".jpg", ".bmp")):
+    for file in walk_files(root, (".jpg", ".bmp", ".png")):
         parts = [p.lower() for p in file.parts]
         if not stem.fullmatch(file.stem) or any("illustration" in p for p in parts):
             continue
 
         # Other releases hold BMPs of other kinds; only the folder of disc and cup masks counts.
-        is_mask = file.suffix.lower() == ".bmp" and MASK_FOLDER.lower() in parts
+        is_mask = file.suffix.lower() != ".jpg" and not MASK_FOLDERS.isdisjoint(parts[:-1])
         side = labels if is_mask else images if file.suffix.lower() == ".jpg" else None
         if side is None:
             continue
