@@ -110,6 +110,12 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
 
     local = Path(spec).expanduser()
     if local.exists():
+        if local.is_file():
+            raise UserError(
+                f"{local}: a single file; weights are read from folders with a config.json. Diffusers "
+                "makes them: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); "
+                "then name FOLDER/unet, FOLDER/vae and FOLDER/text_encoder"
+            )
         if not (local / subfolder).is_dir():
             raise UserError(f"no such folder: {local / subfolder}")
         return local / subfolder
@@ -147,9 +153,12 @@ def _download(repository: _Repository) -> Path:
             f"cannot get {str(repository)!r} from the hub: no such folder in that repository, or "
             "neither config nor weights in it"
         )
+    part = (
+        "" if repository.subfolder else f"of a whole pipeline name a part, as {repository}:unet; else "
+    )
     raise UserError(
         f"the hub's {str(repository)!r} has no safetensors ({', '.join(STEMS)}), and pickles are never "
-        f"opened here; convert it once, where torch is installed: {catalog.CONVERT} "
+        f"opened here; {part}convert it once, where torch is installed: {catalog.CONVERT} "
         f"{catalog.short(str(repository))}; it is found from then on"
     )
 

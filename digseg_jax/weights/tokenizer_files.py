@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError, read_bytes
 from digseg_jax.models.text.tokenizer import Tokenizer
 
+MAX_TEXT = 64 * 2**20  # bytes; the largest of the towers' files has 17 MB
 CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # of OpenAI's CLIP and of open_clip, mostly with ".gz"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # may name the padding token
 
@@ -65,7 +67,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    return read_bytes(path, MAX_TEXT).decode("utf-8")
 
 
 def _lines(text: str) -> list[str]:
@@ -99,8 +101,13 @@ def _bpe(folder: Path, pad_token: str | None) -> Tokenizer:
 
 def _bpe_gz(folder: Path, pad_token: str | None) -> Tokenizer:
     """Reads the same, compressed."""
-    with gzip.open(folder / f"{CLIP_BPE}.gz", "rt", encoding="utf-8") as file:
-        return Tokenizer.from_clip_bpe(_lines(file.read()), pad_token)
+    path = folder / f"{CLIP_BPE}.gz"
+    # A small file can unpack to gigabytes: stop one byte past the limit.
+    with gzip.open(path) as file:
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise UnreadableError(f"{path}: unpacks to more than the {MAX_TEXT} bytes that are read")
+    return Tokenizer.from_clip_bpe(_lines(data.decode("utf-8")), pad_token)
 
 
 # Reader by file name; a folder is searched in this order.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_CELLS = 2_000_000  # rows times edges that are worked on at a time
+
 
 def fill(mask: np.ndarray, points: np.ndarray) -> None:
     """Sets the pixels of one polygon in `mask` (bool [h, w]); parts outside are cut off.
@@ -23,19 +25,22 @@ def fill(mask: np.ndarray, points: np.ndarray) -> None:
         return
 
     # Where each edge crosses the line through the centers of each row. Half open (<=, not <), so that a
-    # vertex on the line counts for one of its two edges only.
-    rows = np.arange(first, last + 1)
+    # vertex on the line counts for one of its two edges only. Some rows at a time: a table of all rows
+    # and edges of a large polygon would take gigabytes.
     x2, y2 = np.roll(x, -1), np.roll(y, -1)
-    crosses = (y[None] <= rows[:, None]) != (y2[None] <= rows[:, None])  # [rows, edges]
     slope = np.divide(x2 - x, y2 - y, out=np.zeros_like(x), where=y2 != y)
-    at = np.where(crosses, x[None] + (rows[:, None] - y[None]) * slope[None], np.inf)
+    step = max(1, _CELLS // len(points))
+    for top in range(first, last + 1, step):
+        rows = np.arange(top, min(top + step, last + 1))
+        crosses = (y[None] <= rows[:, None]) != (y2[None] <= rows[:, None])  # [rows, edges]
+        at = np.where(crosses, x[None] + (rows[:, None] - y[None]) * slope[None], np.inf)
 
-    # Even-odd: the inside lies between the 1st and 2nd crossing, the 3rd and 4th, and so on.
-    at.sort(axis=1)
-    for row, crossing in zip(rows, at, strict=True):
-        crossing = crossing[np.isfinite(crossing)]
-        for left, right in zip(crossing[::2], crossing[1::2], strict=True):
-            _run(mask[row], left, right)
+        # Even-odd: the inside lies between the 1st and 2nd crossing, the 3rd and 4th, and so on.
+        at.sort(axis=1)
+        for row, crossing in zip(rows, at, strict=True):
+            crossing = crossing[np.isfinite(crossing)]
+            for left, right in zip(crossing[::2], crossing[1::2], strict=True):
+                _run(mask[row], left, right)
 
     # The border belongs to the polygon: add horizontal edges through centers, which cross no row ...
     level = (y == y2) & (y == np.round(y)) & (y >= 0) & (y <= height - 1)

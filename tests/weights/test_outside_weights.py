@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights and tokenizers as people have them on disk: what is there and what to type; nothing unpacks
+without end."""
+
+from __future__ import annotations
+
+import gzip
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from digseg_jax.data.datasets.readers import polygons
+from digseg_jax.errors import UserError
+from digseg_jax.weights import tokenizer_files
+from digseg_jax.weights.hub import resolve
+
+
+def test_a_single_file_is_told_with_the_tool_that_splits_it(tmp_path):
+    file = tmp_path / "v1-5-pruned-emaonly.safetensors"
+    file.write_bytes(b"weights")
+    with pytest.raises(UserError) as caught:
+        resolve(str(file))
+    assert f"{file}: a single file" in tiny.one_line(caught.value)
+    assert "from_single_file(FILE).save_pretrained(FOLDER)" in str(caught.value)
+
+
+def test_a_vocabulary_that_unpacks_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_files, "MAX_TEXT", 1000)
+    (tmp_path / f"{tokenizer_files.CLIP_BPE}.gz").write_bytes(gzip.compress(bytes(10_000_000)))
+    with pytest.raises(UserError, match="unpacks to more than the 1000 bytes"):
+        tokenizer_files.load_tokenizer(tmp_path)
+
+
+def test_a_polygon_of_many_edges_needs_little_memory(monkeypatch):
+    """All rows and edges at once took gigabytes; the pixels are the same in bands of any height."""
+    angle = np.linspace(0, 2 * np.pi, 400, endpoint=False)
+    points = np.stack([50 + 40 * np.cos(3 * angle), 40 + 35 * np.sin(angle)], axis=-1)
+    whole, banded = np.zeros((90, 100), bool), np.zeros((90, 100), bool)
+    polygons.fill(whole, points)
+    monkeypatch.setattr(polygons, "_CELLS", 1000)
+    polygons.fill(banded, points)
+    np.testing.assert_array_equal(whole, banded)
+    assert 500 < whole.sum() < 6000
+
+    start = time.process_time()
+    many = np.random.default_rng(0).uniform(0, 100, (20_000, 2))
+    monkeypatch.undo()
+    polygons.fill(np.zeros((100, 100), bool), many)
+    assert time.process_time() - start < 30
