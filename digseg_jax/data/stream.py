@@ -8,16 +8,15 @@ hosts share it, and the whole state of a stream is one integer, the next step.
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import cv2
 import grain
 import numpy as np
 from absl import flags
 
 from digseg_jax.data.crops import Example
+from digseg_jax.data.workers import start_worker, tell_shared_memory
 from digseg_jax.log import log
 from digseg_jax.runtime.malloc import keep_freed_memory
 
@@ -135,8 +134,9 @@ def _batches(
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl's flags, also outside app.run
             flags.FLAGS.mark_as_parsed()
+        tell_shared_memory(workers)
         multiprocessing = grain.MultiprocessingOptions(num_workers=workers)
-        batches = batches.mp_prefetch(multiprocessing, worker_init_fn=_start_worker)
+        batches = batches.mp_prefetch(multiprocessing, worker_init_fn=start_worker)
     else:
         keep_freed_memory()
     return Batches(batches)
@@ -146,16 +146,6 @@ def _stacked(examples: Sequence[Example]) -> Example:
     """Batch of examples, one array per key; labels, which may be narrow until here, become int32."""
     types = {"label": np.int32}
     return {k: np.stack([e[k] for e in examples], dtype=types.get(k)) for k in examples[0]}
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Prepares a worker process: one thread for OpenCV, freed memory kept, deaf to Ctrl-C.
-
-    A terminal sends Ctrl-C to the workers too, while the loop still needs their batch to end its step.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)
-    keep_freed_memory()
 
 
 def _with_index(i: int, example: Example) -> Example:

@@ -140,15 +140,13 @@ def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _vertical_ratio(cup: np.ndarray, disc: np.ndarray) -> float:
-    """Height of the cup over height of the disc, as extents in rows."""
-    heights = [_extent(np.any(mask, axis=1)) for mask in (cup, disc)]
-    return heights[0] / heights[1] if heights[1] else 0.0
+    """Vertical diameter of the cup over that of the disc; 0 without a disc.
 
-
-def _extent(rows: np.ndarray) -> int:
-    """Number of rows from the first True one to the last; 0 without any."""
-    found = np.flatnonzero(rows)
-    return int(found[-1] - found[0] + 1) if found.size else 0
+    A diameter is the most pixels of the region in any one column (refuge-evaluation): stray pixels far
+    away do not count, and of a tilted ellipse it is less than its extent.
+    """
+    cup_diameter, disc_diameter = (int(mask.sum(axis=0).max(initial=0)) for mask in (cup, disc))
+    return cup_diameter / disc_diameter if disc_diameter else 0.0
 
 
 def _quotients(tp: _Counts, fp: _Counts, fn: _Counts) -> list[np.ndarray]:

@@ -135,6 +135,17 @@ class TestCupAndDisc:
             "cup_dice": 1.0, "disc_dice": 1.0, "cdr_error": 0.0,
         }  # fmt: skip
 
+    def test_a_diameter_is_the_fattest_column_as_the_official_script_has_it(self):
+        """Extents would be 1 + 8 rows for the stray pixel, and more for the tilted disc."""
+        label = np.full((10, 6), self.BACK)
+        label[0:4, 1], label[2:8, 2], label[4:9, 3] = self.RIM, self.RIM, self.RIM
+        label[3:6, 2] = self.CUP  # 3 of 6 rows of the fattest column
+        prediction = label.copy()
+        prediction[9, 5] = self.CUP  # far away
+        assert self.score(label, prediction)["cdr_error"] == 0.0
+        prediction[2, 2] = self.CUP  # 4 of 6
+        assert self.score(label, prediction)["cdr_error"] == pytest.approx(1 / 6)
+
     def test_means_over_images(self):
         rows = [{"cup_dice": 0.5}, {"cup_dice": 1.0}]
         assert mb.mean_scores(rows) == {"cup_dice": 0.75} and mb.mean_scores([]) == {}

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data workers: processes that read examples, and what they need of the machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import cv2
+
+from digseg_jax.log import log
+from digseg_jax.runtime.malloc import keep_freed_memory
+
+SHARED_MEMORY = "/dev/shm"  # through which workers hand over their batches
+ENOUGH = 256 * 2**20  # bytes; Docker's default is 64 MiB
+WATCH_EVERY = 5.0  # seconds
+
+
+def start_worker(index: int, count: int) -> None:
+    """Prepares a worker process: one thread for OpenCV, freed memory kept, deaf to Ctrl-C.
+
+    It ends when the process that started it has ended. A terminal sends Ctrl-C to the workers too,
+    while the loop still needs their batch to end its step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+    keep_freed_memory()
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="watch", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, a kill -9 included: nothing else would."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_EVERY)
+    os._exit(0)
+
+
+def tell_shared_memory(workers: int, place: str = SHARED_MEMORY) -> None:
+    """Warns where shared memory is so small that workers may die of SIGBUS, which names no cause."""
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return
+    size = found.f_frsize * found.f_blocks
+    if workers and size < ENOUGH:
+        log.warning(
+            "%s has %d MiB: data workers that die of signal 7 (SIGBUS) have filled it; give the "
+            "container more (docker run --shm-size=2g) or set config.data.workers=0",
+            place, size // 2**20,
+        )  # fmt: skip
