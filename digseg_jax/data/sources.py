@@ -150,7 +150,7 @@ def check_splits(config: Config) -> None:
     _check_classes(spec_of(part))
     splits: list[str] = [config.eval.split]
     splits += [config.eval.calibrate_split] if config.eval.calibrate else []
-    splits += ["val"] if config.train.eval_every else []
+    splits += ["val"] if config.logging.eval_every else []
     for split in dict.fromkeys(splits):
         open_part(part, split)
 

@@ -47,6 +47,6 @@ def tell_shared_memory(workers: int, place: str = SHARED_MEMORY) -> None:
     if workers and size < ENOUGH:
         log.warning(
             "%s has %d MiB: data workers that die of signal 7 (SIGBUS) have filled it; give the "
-            "container more (docker run --shm-size=2g) or set config.data.workers=0",
+            "container more (docker run --shm-size=2g) or set config.loading.workers=0",
             place, size // 2**20,
         )  # fmt: skip
