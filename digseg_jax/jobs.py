@@ -27,7 +27,7 @@ from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import eval_examples
-from digseg_jax.io.storage import AnyPath, as_path, filled_locally, write_json
+from digseg_jax.io.storage import AnyPath, as_path, filled_locally, local_copy, write_json
 from digseg_jax.io.workdir import (
     CALIBRATION,
     CHECKPOINTS,
@@ -46,8 +46,8 @@ from digseg_jax.prediction.description import (
     describe,
     find_export,
     read_description,
-    write_description,
 )
+from digseg_jax.prediction.export import OLD_WEIGHTS, add_results, complete_export, push_export
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
@@ -61,6 +61,7 @@ from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.parts import provenance
 from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.weights.upload import check_target
 
 
 def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = False) -> None:
@@ -139,11 +140,16 @@ def _checksum_of_the_code() -> int:
 
 
 def export(
-    workdir: str | AnyPath, config: Config | None = None, *, accept_changes: bool = False
+    workdir: str | AnyPath,
+    config: Config | None = None,
+    *,
+    accept_changes: bool = False,
+    hub: str = "",
 ) -> AnyPath:
     """Exports the newest checkpoint (with `checkpoint.best`, the best one) of a run at any stage.
 
-    config: by default the one that the run was started with. Returns the folder of the weights.
+    config: by default the one that the run was started with. hub: repository that gets the export too,
+    org/name or org/name@branch. Returns the folder of the weights.
 
     Raises:
       UserError: there is no checkpoint, it is not of this configuration, a run trains there, or newer
@@ -152,8 +158,12 @@ def export(
     Example:
         >>> dj.export("runs/mine")  # doctest: +SKIP
     """
+    if hub:
+        check_target(hub)
     workdir = as_path(workdir)
     stored = stored_config(workdir) if config is None else config
+    if hub and stored is not None and stored.task != "segmentation":
+        raise UserError(f"--hub: for segmenters only, this run's config.task is {stored.task!r}")
     if stored is None or not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
 
@@ -168,6 +178,11 @@ def export(
         check_not_older(config, workdir, source)
         export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
     log.info("exported %s to %s", source, workdir / EXPORT)
+    if hub:
+        with together("the upload to the hub"):
+            if is_main():
+                pushed = push_export(local_copy(workdir / EXPORT), hub)
+                log.info("pushed to the hub: %s", pushed)
     return workdir / EXPORT
 
 
@@ -280,7 +295,7 @@ def evaluate(
     # What the weights were trained with is held against the configuration before anything is written.
     folder = find_export(model or str(workdir / EXPORT))
     description = read_description(folder)
-    config = with_settings(config or description.training_config(), settings or {})
+    config = with_settings(config or description.training_config(folder), settings or {})
     check_agreement(description, config, folder)
 
     use_compile_cache(config.compute.compile_cache)
@@ -346,9 +361,12 @@ def write_export(
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)
                 if description:
-                    write_description(folder, description)
-                # A calibration there was fitted for the weights that are now replaced.
-                (workdir / EXPORT / CALIBRATION).unlink(missing_ok=True)
+                    complete_export(folder, description)
+
+                # A calibration there was fitted for the weights that are now replaced; an older
+                # export had its weights beside it.
+                for name in (CALIBRATION, *(OLD_WEIGHTS if description else ())):
+                    (workdir / EXPORT / name).unlink(missing_ok=True)
 
 
 def evaluate_and_report(
@@ -372,7 +390,7 @@ def evaluate_and_report(
         if is_main():
             # Prediction reads it beside the weights.
             if own:
-                write_json(workdir / EXPORT / CALIBRATION, results["calibration"])
+                add_results(workdir / EXPORT, results)
             page = build_report(workdir)
 
     log.info(

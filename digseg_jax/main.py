@@ -40,6 +40,7 @@ _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
 )
 _OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
+_HUB = flags.DEFINE_string("hub", None, "export: repository to push to, org/name[@branch].")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8."
 )
@@ -64,6 +65,7 @@ _FOR_MODES = {
     "query": ("predict",),
     "vocabulary": ("predict",),
     "out": ("predict",),
+    "hub": ("export",),
     "topology": ("compile",),
     "suite": ("eval",),
     "sampling": ("eval", "predict"),
@@ -171,7 +173,7 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
     )
     distributed.start(cluster, timeout)
     told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
-    told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value}
+    told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value, "--hub": _HUB.value}
     jobs.check_processes(config, _settings(), told)
 
     if mode == "cache_latents":
@@ -187,7 +189,7 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
     if mode == "train":
         jobs.train(workdir=workdir, **options)
     elif mode == "export":
-        jobs.export(workdir, **options)
+        jobs.export(workdir, hub=_HUB.value or "", **options)
     else:
         jobs.evaluate(workdir, suite, model=_MODEL.value, settings=settings, **options)
 

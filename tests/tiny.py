@@ -21,7 +21,8 @@ from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
-from digseg_jax.prediction.description import FrozenPart, describe, write_description
+from digseg_jax.prediction.description import FrozenPart, describe
+from digseg_jax.prediction.export import complete_export
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import save_component
@@ -151,7 +152,7 @@ def export(config: Config, folder: Path, prompts: tuple[str, ...] = ("water",)) 
     task = load_task(config, prompts)
     task.export(jax.device_get(task.initial()), folder, {"task": "test"})
     parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
-    write_description(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))
+    complete_export(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))
 
 
 def batch(n: int = 8, q: int = 2, seed: int = 0) -> dict[str, np.ndarray]:

@@ -189,7 +189,9 @@ def _filled_beside(folder: Path, replace: bool) -> Iterator[Path]:
 def upload(local: Path, folder: epath.Path) -> None:
     """Uploads every file below `local` under its relative path below `folder`."""
     for file in sorted(p for p in local.rglob("*") if p.is_file()):
-        (folder / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
+        # As a stream: weights may be larger than the memory that is left.
+        target = folder / file.relative_to(local).as_posix()
+        fsspec.filesystem("gs").put_file(str(file), os.fspath(target))
 
 
 def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
@@ -205,7 +207,7 @@ def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
                 download(source, target, tuple(p.name for p in source.iterdir()))
             elif source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.read_bytes())
+                fsspec.filesystem("gs").get_file(os.fspath(source), str(target))
 
 
 def local_copy(folder: AnyPath) -> Path:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,11 @@ from digseg_jax.models.text_adapters import TextAdapter
 from digseg_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 
 DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
+OWN_CLASS = "DigsegUNet2DConditionModel"  # of what diffusers' class alone would misuse
+NOTE = (
+    "a U-Net of digseg_jax, not usable alone; open its pipeline: "
+    "DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)"
+)
 UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 
@@ -104,6 +109,19 @@ class UNetConfig(HubConfig):
             raise UserError(
                 f"UNet2DConditionModel config: attention_head_dim={heads!r}; legal: {levels} numbers"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json, which tells what diffusers' own class would do wrong.
+
+        That class would drop the adapters, so a key that it checks makes it refuse, in our words.
+        Without adapters it computes the same from its two latents, and warns about a key it lacks.
+        """
+        values = super().to_dict()
+        if self.text_adapters:
+            return values | {"_class_name": OWN_CLASS, "encoder_hid_dim_type": NOTE}
+        if self.in_channels != self.out_channels:
+            return values | {"_class_name": OWN_CLASS, "digseg": NOTE}
+        return values
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import EXPORT
 from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.weights import catalog, minilm_folder, resolve
+from digseg_jax.weights.hub import resolve_pipeline
 from digseg_jax.weights.safetensors_io import weight_files
 
 FILE = "segmenter.json"
@@ -60,6 +61,9 @@ BINDING = (
 CLOSED_BINDING = ("data.name",)  # of a codec that answers one class list
 # frozen parts may have another name elsewhere: their files are compared
 PARTS = ("model.vae", "model.text")
+# where an export has its own copies of them, and its trained weights
+OWN = {"model.vae": "vae", "model.text": "text_encoder"}
+UNET = "unet"
 # how the run was evaluated: what prediction and evaluation do unless they are told otherwise
 SUGGESTED = (
     "model.dtype",
@@ -125,28 +129,40 @@ class Description:
     seed: int
     versions: dict[str, str]
 
-    def training_config(self) -> Config:
+    def recorded_config(self) -> Config:
+        """The default configuration with the recorded settings, wherever the frozen parts are."""
+        return dataclasses.replace(_config_of(_recorded(self.config)), seed=self.seed)
+
+    def training_config(self, folder: Path | None = None) -> Config:
         """The default configuration with what the weights need, and the settings of their evaluation.
+
+        folder: of the weights; its copies of the frozen parts are taken where it has some.
 
         Raises:
           UserError: a recorded folder is not on this machine.
         """
         parts = dict(zip(PARTS, (self.vae, self.text), strict=True))
+        own = own_parts(folder)
         for key, part in parts.items():
+            if key in own:
+                continue
             if part.reference.startswith(("/", ".", "~")) and not Path(part.reference).exists():
                 raise UserError(
                     f"{FILE}: config.{key}={part.reference!r} is not on this machine; name a copy with "
                     f"--config=FILE --config.{key}=FOLDER"
                 )
-        values = _recorded(self.config) | {key: part.pinned for key, part in parts.items()}
+        values = _recorded(self.config) | {key: part.pinned for key, part in parts.items()} | own
         return dataclasses.replace(_config_of(values), seed=self.seed)
 
-    def with_pinned_parts(self, config: Config) -> Config:
-        """The configuration with the hub's frozen parts at the commits that the training had."""
-        model = config.model
+    def with_pinned_parts(self, config: Config, folder: Path | None = None) -> Config:
+        """The configuration with the frozen parts of the training.
+
+        They are the copies in the folder of the weights, or the hub's at the commits that it had.
+        """
+        model, own = config.model, own_parts(folder)
         for name, part in (("vae", self.vae), ("text", self.text)):
             if catalog.expand(getattr(model, name)) == catalog.expand(part.reference):
-                pinned: dict[str, Any] = {name: part.pinned}
+                pinned: dict[str, Any] = {name: own.get(f"model.{name}", part.pinned)}
                 model = dataclasses.replace(model, **pinned)
         return dataclasses.replace(config, model=model)
 
@@ -268,6 +284,20 @@ def _outside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
     return dataclasses.replace(part, reference=reference)
 
 
+def own_parts(folder: AnyPath | str | None) -> dict[str, str]:
+    """The frozen parts that an export holds itself, {"model.vae": FOLDER/vae, ...}; older ones hold
+    none."""
+    if folder is None:
+        return {}
+    found = {key: Path(folder) / name for key, name in OWN.items()}
+    return {key: str(path) for key, path in found.items() if path.is_dir()}
+
+
+def unet_folder(folder: Path) -> Path:
+    """Where exported weights are: FOLDER/unet, or the folder itself in older exports."""
+    return folder / UNET if (folder / UNET).is_dir() else folder
+
+
 def check_agreement(description: Description, config: Config, folder: AnyPath | str) -> None:
     """Compares a configuration with the one that the weights were trained with.
 
@@ -285,7 +315,8 @@ def check_agreement(description: Description, config: Config, folder: AnyPath | 
     # a folder may have moved, and a name stand for the same repository
     for key, part in zip(PARTS, (description.vae, description.text), strict=True):
         asked = _at(values, key)
-        if catalog.expand(asked) in (catalog.expand(part.reference), part.pinned):
+        known = catalog.expand(part.reference), part.pinned, own_parts(folder).get(key)
+        if catalog.expand(asked) in known:
             continue
         if checksum(part_folder(asked)) != part.sha256:
             different.append(f"config.{key}={asked!r} has other weights than {part.reference!r}")
@@ -312,8 +343,8 @@ def find_export(model: str) -> Path:
             inside = place / EXPORT
             place = inside if inside.is_dir() else place
         spec = str(place)
-    folder = resolve(spec)
-    if not any(folder.glob("*.safetensors")):
+    folder = resolve_pipeline(spec)
+    if not any(unet_folder(folder).glob("*.safetensors")):
         raise UserError(
             f"{model}: no trained weights here; run --mode=train first, or --mode=export for the "
             "newest checkpoint of a run that is not finished"

@@ -48,7 +48,7 @@ def predict(
 
     folder = find_export(model or SHIPPED)
     if config is None:
-        config = with_settings(read_description(folder).training_config(), settings or {})
+        config = with_settings(read_description(folder).training_config(folder), settings or {})
     if estep:
         config = with_sampling(config, estep)
     segmenter = load_segmenter(folder, config)

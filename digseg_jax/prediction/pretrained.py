@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from digseg_jax.prediction.description import (
     check_agreement,
     find_export,
     read_description,
+    unet_folder,
 )
+from digseg_jax.prediction.export import INDEX, copy_export, push_export
 from digseg_jax.prediction.files import check_queries, pixels_of
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.segmenter import Request, Segmenter
@@ -38,6 +40,7 @@ from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_params
+from digseg_jax.weights.upload import check_target
 
 SHIPPED = "assets:segmenter"
 HELD = 2**31  # bytes of decoded masks that are kept at a time
@@ -64,12 +67,13 @@ def load_segmenter(
     folder = find_export(os.fspath(model))
     description = read_description(folder)
     if config is None:
-        config = description.training_config()
+        config = description.training_config(folder)
     check_agreement(description, config, folder)
-    config = description.with_pinned_parts(config)
+    config = description.with_pinned_parts(config, folder)
 
     # The architecture comes with the weights; nothing of the prior is needed.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=str(folder)))
+    model = dataclasses.replace(config.model, unet=str(unet_folder(folder)))
+    config = dataclasses.replace(config, model=model)
     config = for_devices(config, jax.devices())
     task = load_task(config, prompts=("any",))  # the segmenter encodes its own queries
     task.adopt(folder)
@@ -93,7 +97,8 @@ class PretrainedSegmenter(Segmenter):
         calibration = folder / CALIBRATION
         scale = read_json(calibration, {"scale": float})["scale"] if calibration.is_file() else 2.0
         mesh = make_mesh(choose_mesh(task.config, task, jax.devices()))
-        super().__init__(task, load_params(folder, task.abstract), mesh=mesh, scale=float(scale))
+        params = load_params(unet_folder(folder), task.abstract)
+        super().__init__(task, params, mesh=mesh, scale=float(scale))
         self.folder, self.description = folder, description
 
     def __call__(
@@ -249,18 +254,33 @@ class PretrainedSegmenter(Segmenter):
         return "window" if chosen_mode == "auto" else chosen_mode
 
     def save_pretrained(self, folder: str | os.PathLike) -> AnyPath:
-        """Copies the export to a folder, on a disk or on gs://, from which `load_segmenter` reads it.
+        """Writes a whole pipeline to a folder, on a disk or on gs://: `load_segmenter` reads it, and
+        torch's `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
 
         Raises:
           UserError: the disk or the bucket refuses.
         """
         target = as_path(folder)
         with filled_locally(target) as local:
-            local.mkdir(parents=True, exist_ok=True)
-            # The folder may hold frozen parts too, in folders of their own.
-            for file in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-                copy = local / file.relative_to(self.folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                if not copy.exists() or not file.samefile(copy):
-                    shutil.copyfile(file, copy)
+            copy_export(self.folder, local)
         return target
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None) -> str:
+        """Uploads the whole pipeline to the hub, as one commit; returns `org/name@commit`.
+
+        The token is that of HF_TOKEN or of `hf auth login`. A second call goes on where one ended.
+
+        Args:
+            repository: org/name, or org/name@branch; made if missing.
+            private: of a repository that is made; None: the owner's default.
+
+        Raises:
+            UserError: the hub refuses, or the connection was lost.
+        """
+        check_target(repository)
+        with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
+            whole = self.folder
+            if not (whole / INDEX).is_file():
+                whole = Path(scratch)
+                copy_export(self.folder, whole)
+            return push_export(whole, repository, private=private)

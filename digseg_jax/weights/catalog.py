@@ -30,6 +30,7 @@ class Known:
         text_width: channels of its text tokens; 0 if it has no text encoder.
         masks_padding: its text encoder was trained with the padding masked, as BERTs are and CLIPs are
           not.
+        license: the hub's identifier of its license, which binds what is made from it; "": not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Known:
     unet: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text_width: int = 0
     masks_padding: bool = False
+    license: str = ""
 
 
 _PIPELINE = ("unet", "vae", "text_encoder")
@@ -56,6 +58,7 @@ KNOWN = (
         _PIPELINE,
         "512 px, epsilon; CLIP ViT-L/14 text, 768 wide, padded with 49407",
         text_width=768,
+        license="creativeml-openrail-m",
     ),
     Known(
         "sd-2.1",
@@ -65,6 +68,7 @@ KNOWN = (
         "mirror of stabilityai/stable-diffusion-2-1, withdrawn in November 2025",
         unet=_SD2_UNET,
         text_width=1024,
+        license="openrail++",
     ),
     Known(
         "sd-2.1-base",
@@ -73,6 +77,7 @@ KNOWN = (
         "512 px, epsilon; else as sd-2.1; mirror of stabilityai/stable-diffusion-2-1-base",
         unet=_SD2_UNET,
         text_width=1024,
+        license="openrail++",
     ),
     Known(
         "sd-2.1-base-mirror",
@@ -81,6 +86,7 @@ KNOWN = (
         "a second mirror of the same",
         unet=_SD2_UNET,
         text_width=1024,
+        license="openrail++",
     ),
     Known(
         "marigold",

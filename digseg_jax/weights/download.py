@@ -68,16 +68,23 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
 def _client_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
     """One attempt with the hub's client, its requests limited in time."""
     # Imported here: most runs never need the hub, and the import costs start-up time.
-    from huggingface_hub import get_session, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    limit_requests()
+
+    # The client's warning would list all patterns; the error raised here names the repository.
+    logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+
+def limit_requests() -> None:
+    """Lets no request of the client's session wait forever; it may be called again."""
+    from huggingface_hub import get_session
 
     # The session is the process's own: add the hook once, next to those of others.
     hooks = get_session().event_hooks
     if _limit_waiting not in hooks["request"]:
         get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit_waiting]}
-
-    # The client's warning would list all patterns; the error raised here names the repository.
-    logging.getLogger(snapshot_download.__module__).setLevel(logging.ERROR)
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
 
 def _limit_waiting(request: Any) -> None:
@@ -142,23 +149,23 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
     # If the client finds no cached copy either, the hub's answer is the cause.
     unfound = isinstance(error, errors.LocalEntryNotFoundError)
     answer = error.__cause__ or error if unfound else error
-    if refusal := _refusal(answer, repository, revision):
-        return refusal, False
+    if refused := refusal(answer, repository, revision):
+        return refused, False
     if unfound:
-        why = f"{constants.ENDPOINT} does not answer ({_first_line(answer)})"
+        why = f"{constants.ENDPOINT} does not answer ({first_line(answer)})"
         return f"{why}, and {lacking}; try again with a connection", False
 
     # Exceptions for lost connections carry neither an errno nor an HTTP status,
     # so whatever has neither is tried again; so are answers of 500 and above.
-    final = isinstance(error, ValueError) or getattr(error, "errno", None) or 0 < _status(error) < 500
-    return _first_line(error), not final
+    final = isinstance(error, ValueError) or getattr(error, "errno", None) or 0 < status_of(error) < 500
+    return first_line(error), not final
 
 
-def _refusal(answer: BaseException, repository: str, revision: str | None) -> str:
+def refusal(answer: BaseException, repository: str, revision: str | None) -> str:
     """Explains the answer of a hub that refuses a repository; "" if it is not a refusal."""
     from huggingface_hub import constants, errors
 
-    status = _status(answer)
+    status = status_of(answer)
 
     # Gated first: such an answer is a 401 or 403 too, and another token would not help.
     if isinstance(answer, errors.GatedRepoError):
@@ -172,11 +179,11 @@ def _refusal(answer: BaseException, repository: str, revision: str | None) -> st
     return ""
 
 
-def _status(error: BaseException) -> int:
+def status_of(error: BaseException) -> int:
     """HTTP status of an answer; 0 if there was none."""
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """First line of the exception's text, or its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -22,7 +22,16 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_EXPORT_FILES = ("segmenter.json", "palette.json", "calibration.json")  # of a segmenter exported here
+_PIPELINE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_processor")
+_EXPORT_FILES = (  # of a segmenter exported here
+    "segmenter.json",
+    "palette.json",
+    "calibration.json",
+    "model_index.json",
+    "scheduler_config.json",
+    "preprocessor_config.json",
+    "README.md",
+)
 # Small files to download beside the weights.
 COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FILES)
 
@@ -61,6 +70,25 @@ def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
     """
     found = _locate(path_or_hub_id, subfolder)
     return found if isinstance(found, Path) else _download(found)
+
+
+def resolve_pipeline(path_or_hub_id: str | Path) -> Path:
+    """Returns the local folder of a whole exported segmenter, with all its components.
+
+    Args:
+      path_or_hub_id: as for `resolve`.
+
+    Raises:
+      UserError: as for `resolve`.
+    """
+    found = _locate(path_or_hub_id, "")
+    if isinstance(found, Path):
+        return found
+
+    # An export of today has its weights in unet/, an older one beside segmenter.json.
+    folders = [found.prefix, *(f"{found.prefix}{part}/" for part in _PIPELINE_PARTS)]
+    patterns = [pattern for prefix in folders for pattern in _patterns(prefix, "")]
+    return _snapshot(found, [*patterns, f"{found.prefix}*.py", f"{found.prefix}*/*.py"])
 
 
 def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.weights import keymap
 from digseg_jax.weights.hub import resolve
-from digseg_jax.weights.registry import Component, component_of, component_of_config
+from digseg_jax.weights.registry import Component, component_of, component_of_config, is_exactly
 from digseg_jax.weights.safetensors_io import (
     TensorInfo,
+    component_files,
     iter_tensors,
     read_config,
     tensor_infos,
@@ -152,6 +155,48 @@ def save_component(
     return write_component(
         Path(path), config.to_dict(), tensors, component.stem, metadata, component.config_file
     )
+
+
+def copy_component(path_or_hub_id: str | Path, target: Path, *, expect: str | tuple[str, ...]) -> str:
+    """Copies a component into a folder of its own, under the names that every loader looks for.
+
+    Files are copied as they are, a block at a time, unless the checkpoint holds more than the component
+    or a class that diffusers and transformers lack; those are read and written anew.
+
+    Returns:
+        The name of the component's class in diffusers or transformers.
+
+    Raises:
+        UserError: not found, unreadable, or of another class.
+    """
+    folder = resolve(path_or_hub_id)
+    values = read_config(folder)
+    component = component_of(values, str(folder), _names(expect))
+    if is_exactly(component, values, str(folder)):
+        copy_files(component_files(folder), target)
+        return component.name
+
+    # open_clip wraps a BERT that transformers knows.
+    model: Any = load_component(folder, expect=component.name)
+    if component.name == "HFTextEncoder":
+        model = model.transformer
+    save_component(model, target)
+    return type(model).__name__
+
+
+def copy_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copies files to a folder under the given names, each by an atomic rename."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name, source in files.items():
+        copy = target / name
+        if copy.exists() and copy.samefile(source):
+            continue
+        scratch = copy.with_name(f".{copy.name}.{os.getpid()}")
+        try:
+            shutil.copyfile(source, scratch)
+            scratch.replace(copy)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def _names(expect: str | tuple[str, ...] | None) -> tuple[str, ...]:

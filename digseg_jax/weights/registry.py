@@ -125,6 +125,8 @@ _BY_MODEL_TYPE = {"bert": "BertModel", "clip": "CLIPModel"}
 _HOLDS = {
     "CLIPModel": ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"),
     "CLIPTextModelWithProjection": ("CLIPTextModelWithProjection", "CLIPTextModel"),
+    # what torch needs the file beside it for, and we do not
+    "DigsegUNet2DConditionModel": ("UNet2DConditionModel",),
 }
 
 
@@ -150,9 +152,14 @@ def component_of(config: Mapping[str, Any], source: str, expect: tuple[str, ...]
             raise UserError(f"{source} holds a {found}; expected {' or '.join(expect)}")
         return COMPONENTS[chosen]
 
-    if found not in COMPONENTS:
+    if len(held) > 1 and found not in COMPONENTS:
         raise UserError(f"{source} holds a {found}; say which part with expect={' or '.join(held)}")
-    return COMPONENTS[found]
+    return COMPONENTS[found if found in COMPONENTS else held[0]]
+
+
+def is_exactly(component: Component, config: Mapping[str, Any], source: str) -> bool:
+    """True if a folder's config.json declares this very class: its files can be copied as they are."""
+    return component.config_file == CONFIG_FILE and _class_of(config, source) == component.name
 
 
 def _class_of(config: Mapping[str, Any], source: str) -> str:

@@ -62,19 +62,23 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, only pickles, or a shard that the index names is missing.
     """
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
+    _, entry = _entry(folder)
+    return _shards(entry) if entry.suffix == ".json" else [entry]
 
-    # The file before the index, full precision before half: the first that is there is taken.
-    for stem in STEMS:
-        for variant in _VARIANTS:
-            single = folder / f"{stem}{variant}.safetensors"
-            if single.is_file():
-                return [single]
-            for index in _index_names(stem, variant):
-                if (folder / index).is_file():
-                    return _shards(folder / index)
-    raise UserError(_nothing_found(folder))
+
+def component_files(folder: Path) -> dict[str, Path]:
+    """The files of a component by the names that a copy gives them: a variant gets the plain names.
+
+    Raises:
+        UserError: as for `weight_files`, or no config.json.
+    """
+    read_config(folder)
+    stem, entry = _entry(folder)
+    files = {CONFIG_FILE: folder / CONFIG_FILE}
+    if entry.suffix == ".json":
+        files[f"{stem}.safetensors.index.json"] = entry
+        return files | {shard.name: shard for shard in _shards(entry)}
+    return files | {f"{stem}.safetensors": entry}
 
 
 def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
@@ -190,6 +194,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"expected a JSON object in {path}, got {type(value).__name__}")
     return value
+
+
+def _entry(folder: Path) -> tuple[str, Path]:
+    """The stem of a component's weights, and their file or the index of their shards.
+
+    Raises:
+      UserError: there are none, or only pickles.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
+
+    # The file before the index, full precision before half: the first that is there is taken.
+    for stem in STEMS:
+        for variant in _VARIANTS:
+            for name in (f"{stem}{variant}.safetensors", *_index_names(stem, variant)):
+                if (folder / name).is_file():
+                    return stem, folder / name
+    raise UserError(_nothing_found(folder))
 
 
 def _index_names(stem: str, variant: str) -> tuple[str, str]:

@@ -73,14 +73,14 @@ def load_text_tower(spec: str, *, dtype: DTypeLike | None = None, skip_layers: i
     return TextTower(
         graphdef,
         params,
-        load_tokenizer(_tokenizer_folder(folder)),
+        load_tokenizer(tokenizer_folder(folder)),
         width=config.hidden_size,
         max_length=config.max_position_embeddings,
         causal=isinstance(model, CLIPTextModel),
     )
 
 
-def _tokenizer_folder(folder: Path) -> Path:
+def tokenizer_folder(folder: Path) -> Path:
     """The component's own folder, or a pipeline's `tokenizer` beside its `text_encoder`."""
     # Stable Diffusion's pipelines have unet/, vae/, text_encoder/ and tokenizer/ side by side.
     beside = folder.parent / "tokenizer"

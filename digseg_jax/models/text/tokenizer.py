@@ -129,6 +129,15 @@ class Tokenizer:
         counts = np.array([len(e.ids) for e in encodings], np.int32)
         return Tokens(ids, np.arange(max_length)[None, :] < counts[:, None])
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json, which transformers reads; without `pad_token`."""
+        return self._core.to_str()
+
+    @property
+    def pad_token(self) -> str:
+        """The token of `pad_id`."""
+        return self._core.id_to_token(self.pad_id)
+
 
 def _pad_id(core: tokenizers.Tokenizer, pad_token: str | None) -> int:
     """Id of `pad_token`, else of BERT's, else of CLIP's own (Stable Diffusion 1.x), else 0.

@@ -346,8 +346,8 @@ class SegmentationTask(Task):
         return unet(jnp.concatenate([image_latent, x], axis=-1), t, tokens, mask)
 
     def export(self, params: Params, folder: Path, metadata: dict[str, str]) -> None:
-        """Writes the U-Net in diffusers' layout, and the codec's state beside it."""
-        save_component((self.unet_config, params), folder, metadata=metadata)
+        """Writes the U-Net to FOLDER/unet, in diffusers' layout, and the codec's state beside it."""
+        save_component((self.unet_config, params), folder / "unet", metadata=metadata)
         save_state(self.codec, folder)
 
 

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained segmenter as a whole pipeline folder, which torch's diffusers opens too; without torch.
+
+model_index.json, pipeline.py       the components, and torch's code that asks them
+unet/ vae/ text_encoder/            weights: the trained ones, and copies of the frozen parts
+tokenizer/ scheduler/               as transformers and diffusers read them
+image_processor/                    how an image of any size becomes views
+segmenter.json, palette.json,       what this program needs to know
+calibration.json, README.md
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.config.schema import Config
+from digseg_jax.io import storage
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.models.unet import OWN_CLASS
+from digseg_jax.prediction.description import (
+    OWN,
+    PARTS,
+    UNET,
+    Description,
+    part_folder,
+    read_description,
+    unet_folder,
+    write_description,
+)
+from digseg_jax.prediction.model_card import model_card
+from digseg_jax.prediction.segmenter import trained_short_side, view_size
+from digseg_jax.segmentation.codecs import CODECS, state_file
+from digseg_jax.training.tasks.parts import AUTOENCODERS
+from digseg_jax.weights import load_config
+from digseg_jax.weights.load import copy_component, copy_files
+from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, component_files
+from digseg_jax.weights.text_tower import TEXT_CLASSES, tokenizer_folder
+from digseg_jax.weights.tokenizer_files import load_tokenizer
+from digseg_jax.weights.upload import check_target, push_folder
+
+INDEX = "model_index.json"
+CARD = "README.md"
+OLD_WEIGHTS = ("config.json", f"{DIFFUSERS_STEM}.safetensors")  # of exports without unet/
+SCALE = 2.0  # of the evidence, where no evaluation has fitted one
+_CODE = Path(__file__).parent / "torch_pipeline"
+# torch's code by the folder where diffusers looks for it
+_FILES = {
+    "pipeline": "",
+    "digseg_unet": UNET,
+    "digseg_scheduler": "scheduler",
+    "digseg_views": "image_processor",
+}
+
+
+def complete_export(folder: Path, description: Description) -> None:
+    """Writes everything beside the trained U-Net and the codec's state, which are in the folder.
+
+    Raises:
+      UserError: a frozen part is missing.
+    """
+    config = description.recorded_config()
+    classes = {}
+    legal = dict(zip(PARTS, (AUTOENCODERS, TEXT_CLASSES), strict=True))
+    sources = {
+        key: part_folder(part.pinned)
+        for key, part in zip(PARTS, (description.vae, description.text), strict=True)
+    }
+    for key, source in sources.items():
+        classes[key] = copy_component(source, folder / OWN[key], expect=legal[key])
+    _write_tokenizer(tokenizer_folder(sources["model.text"]), folder / "tokenizer", config)
+    write_description(folder, description)
+
+    # What torch reads, the list of components last: a folder with one is whole.
+    storage.write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(config))
+    storage.write_json(folder / "image_processor" / "preprocessor_config.json", _views(config))
+    for name, place in _FILES.items():
+        copy_files({f"{name}.py": _CODE / f"{name}.py"}, folder / place)
+    storage.write_bytes(folder / CARD, model_card(description).encode())
+    storage.write_json(folder / INDEX, _index(config, description, classes, folder))
+
+
+def copy_export(source: Path, target: Path) -> None:
+    """Copies an export to another folder; one of an older layout becomes a whole pipeline there.
+
+    Raises:
+      UserError: a frozen part of the older export is missing.
+    """
+    if (source / INDEX).is_file():
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            copy_files({file.name: file}, target / file.relative_to(source).parent)
+        return
+
+    # The weights as they are; their config.json with what diffusers' own class must not ignore.
+    description = read_description(source)
+    copy_files(component_files(unet_folder(source)), target / UNET)
+    storage.write_json(target / UNET / "config.json", load_config(unet_folder(source)).to_dict())
+    beside = (CALIBRATION, state_file(description.config["segmentation"]["codec"], source).name)
+    kept = {name: source / name for name in beside if (source / name).is_file()}
+    copy_files(kept, target)
+    complete_export(target, description)
+
+
+def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
+    """Adds what an evaluation found to an export: the calibration, and the scores in its card."""
+    storage.write_json(folder / CALIBRATION, results["calibration"])
+    if not (folder / INDEX).is_file():  # of an older version, which had neither card nor components
+        return
+    storage.write_bytes(folder / CARD, model_card(read_description(folder), results).encode())
+    index = json.loads(storage.read_text(folder / INDEX))
+    if not index["settings"]["prototypes"]:  # a palette has a scale of its own
+        index["settings"]["scale"] = results["calibration"]["scale"]
+        storage.write_json(folder / INDEX, index)
+
+
+def push_export(folder: Path, target: str, *, private: bool | None = None) -> str:
+    """Uploads an export to the hub as one commit; returns `org/name@commit`.
+
+    Raises:
+      UserError: the hub refuses, or the connection was lost.
+    """
+    description = read_description(folder)
+    message = f"Segmenter of digseg_jax after {description.steps} steps"
+    ours = ("*.json", "*.py", "*.safetensors", "*.txt")
+    commit = push_folder(folder, target, message, private=private, replaced=ours)
+    return f"{check_target(target)[0]}@{commit}"
+
+
+def _write_tokenizer(source: Path, folder: Path, config: Config) -> None:
+    """Writes the tokenizer in the one format that both sides read alike."""
+    tokenizer = load_tokenizer(source)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": tokenizer.pad_token,
+        "model_max_length": config.model.max_tokens,
+    }
+    storage.write_bytes(folder / "tokenizer.json", tokenizer.to_json().encode())
+    storage.write_json(folder / "tokenizer_config.json", settings)
+
+
+def _scheduler(config: Config) -> dict[str, Any]:
+    """The content of scheduler_config.json."""
+    diffusion = config.diffusion
+    return {
+        "_class_name": "DigsegScheduler",
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+        "num_train_timesteps": diffusion.num_train_timesteps,
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": diffusion.prediction_type,
+        "rescale_betas_zero_snr": diffusion.zero_snr,
+        "timestep_spacing": config.eval.spacing,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "clip_sample": False,
+    }
+
+
+def _views(config: Config) -> dict[str, Any]:
+    """The content of preprocessor_config.json."""
+    inference = config.eval.inference
+    return {
+        "_class_name": "DigsegViews",
+        "size": list(view_size(config.eval, config.data)),
+        "inference": "window" if inference == "auto" else inference,
+        "short_side": config.eval.short_side or trained_short_side(config.data),
+    }
+
+
+def _index(
+    config: Config, description: Description, classes: dict[str, str], folder: Path
+) -> dict[str, Any]:
+    """The content of model_index.json: the components' classes, and how they are asked."""
+    return {
+        "_class_name": ["pipeline", "DigsegPipeline"],
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+        "unet": ["digseg_unet", OWN_CLASS],
+        "vae": ["diffusers", classes["model.vae"]],
+        "text_encoder": ["transformers", classes["model.text"]],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "scheduler": ["digseg_scheduler", "DigsegScheduler"],
+        "image_processor": ["digseg_views", "DigsegViews"],
+        "settings": _settings(config, description, classes["model.text"], folder),
+    }
+
+
+def _settings(config: Config, description: Description, tower: str, folder: Path) -> dict[str, Any]:
+    """What pipeline.py needs to know beside its components."""
+    codec = CODECS[config.segmentation.codec].for_data(config.data)
+    path = state_file(codec.name, folder)
+    state = json.loads(storage.read_text(path)) if path.is_file() else {}
+    scale, calibration = SCALE, folder / CALIBRATION
+    if state:
+        codec.restore(state)
+        scale = codec.scale or SCALE
+    elif calibration.is_file():
+        scale = json.loads(storage.read_text(calibration))["scale"]
+
+    # Beyond the limit this program reads masks by its probe: others than torch's.
+    limited = codec.one_by_one and config.eval.decoder == "latent_mean"
+    return {
+        "max_tokens": config.model.max_tokens,
+        "mask_padding": config.model.mask_padding or tower != "CLIPTextModel",
+        "sentence_token": config.model.sentence_token,
+        "text_skip_layers": config.model.text_skip_layers,
+        "decoder": config.eval.decoder,
+        "ensemble_rule": config.eval.ensemble_rule,
+        "scale": scale,
+        "prompt": codec.texts(description.classes)[0] if codec.closed else None,
+        "classes": description.classes if codec.closed else None,
+        "prototypes": state.get("prototypes"),
+        "limit": config.eval.decode_limit if limited else 0,
+    }

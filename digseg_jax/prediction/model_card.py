@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of an export: how to use it, what it learned from, how well it does, what binds its use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from digseg_jax.prediction.description import Description
+from digseg_jax.segmentation.codecs import CODECS
+from digseg_jax.weights import catalog
+
+OWN_LICENSE = "apache-2.0"  # of the weights that ship with the package
+RANDOM = "random weights"  # as `describe` names a start without a checkpoint
+_HEAD = """\
+# {title}
+
+A segmenter by words: the U-Net denoises the latent of a mask, beside the image's latent and led by the
+text. Trained with digseg_jax, a JAX implementation of DiGSeg.
+
+## Use
+
+In torch (`pip install torch diffusers transformers`), at any image size:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
+masks = pipe(image, {words!r}, steps=2, ensemble=4, seed=0)
+masks.probability, masks.label  # float32 [q, H, W], int32 [H, W]
+```
+
+In JAX, with the same masks for the same seed:
+
+```python
+import digseg_jax as dj
+
+masks = dj.load_segmenter("THIS_REPOSITORY")(image, {words!r}, steps=2, ensemble=4, seed=0)
+```
+
+The U-Net is not diffusers' alone: `UNet2DConditionModel.from_pretrained` would leave out parts of it,
+and says so. The code that `trust_remote_code=True` runs is in `pipeline.py`, `unet/`, `scheduler/` and
+`image_processor/`, and is short.
+"""
+
+
+def model_card(description: Description, results: dict[str, Any] | None = None) -> str:
+    """The card of an export, with front matter as the hub wants it.
+
+    results: the content of results.json, of an evaluation of these weights.
+    """
+    codec = CODECS[description.config["segmentation"]["codec"]]
+    title = f"Segmentation by words, trained on {', '.join(description.datasets)}"
+    words = description.classes if codec.closed else description.classes[:2]
+    parts = (
+        f"---\n{_front_matter(description, title, results).to_yaml()}\n---",
+        _HEAD.format(title=title, words=words),
+        _training(description),
+        _scores(results),
+        _limits(description, closed=codec.closed),
+        f"## License\n\n{_license(description)[1]}\n",
+    )
+    return "\n".join(parts)
+
+
+def _front_matter(
+    description: Description, title: str, results: dict[str, Any] | None
+) -> ModelCardData:
+    """What the hub reads of a card; scores as its `model-index`."""
+    license_name = _license(description)[0]
+    more: dict[str, Any] = {}
+    if license_name == "other":
+        more["license_name"] = "as-the-weights-it-was-derived-from"
+    known = catalog.find(description.started_from)
+    if known:
+        more["base_model"] = known.hub_id
+    if results:
+        more |= {"model_name": title, "eval_results": _eval_results(results)}
+    return ModelCardData(
+        license=license_name,
+        library_name="diffusers",
+        pipeline_tag="image-segmentation",
+        tags=["digseg", "open-vocabulary", "diffusers", "jax"],
+        **more,
+    )
+
+
+def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """Mean IoU and pixel accuracy; a score that is not a number is left out."""
+    values = {"mean_iou": results["miou"], "accuracy": results["accuracy"]}
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            dataset_type=results["dataset"],
+            dataset_name=results["dataset"],
+            dataset_split=results["split"],
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in values.items()
+        if value is not None and value == value
+    ]
+
+
+def _training(description: Description) -> str:
+    """Data, length and start of the training."""
+    classes = ", ".join(description.classes)
+    return (
+        "## Training\n\n"
+        f"- data: {', '.join(description.datasets)}; classes of the evaluated set: {classes}\n"
+        f"- {description.parameters:,} trained parameters, {description.steps:,} steps, "
+        f"seed {description.seed}\n"
+        f"- started from: {_public(description.started_from)}\n"
+        f"- frozen: autoencoder {_public(description.vae.reference)}, "
+        f"text encoder {_public(description.text.reference)}\n"
+    )
+
+
+def _scores(results: dict[str, Any] | None) -> str:
+    """The evaluation with its protocol, or that there was none."""
+    if not results:
+        return "## Scores\n\nThese weights have not been evaluated yet.\n"
+    sampling = f"{results['ensemble']}x{results['steps']} ({results['spacing']} timesteps)"
+    views = " x ".join(map(str, results["view_size"]))
+    return (
+        "## Scores\n\n"
+        "| data set | split | images | members x steps | mIoU | pixel accuracy |\n"
+        "|---|---|---|---|---|---|\n"
+        f"| {results['dataset']} | {results['split']} | {results['num_images']} | {sampling} | "
+        f"{results['miou']:.3f} | {results['accuracy']:.3f} |\n\n"
+        f"Protocol: {results['protocol']}. Images were seen as {results['inference']} of {views} "
+        "pixels.\n"
+    )
+
+
+def _limits(description: Description, *, closed: bool) -> str:
+    """What not to expect of the weights."""
+    size = description.config["data"]["image_size"]
+    asked = (
+        "It answers its own classes only, all of them at once."
+        if closed
+        else "Words far from those of the training get masks too, which then mean little: the "
+        "probabilities are not calibrated for them."
+    )
+    return (
+        "## Limits\n\n"
+        f"Trained on crops of {size} pixels of the data above; images of another kind or scale have "
+        f"not been tried. {asked} Masks are drawn from noise: another seed gives slightly different "
+        "ones, and more members steadier ones.\n"
+    )
+
+
+def _license(description: Description) -> tuple[str, str]:
+    """The hub's identifier, and what the card says."""
+    start = description.started_from
+    known = catalog.find(start)
+    if known and known.license:
+        said = f"Derived from {known.hub_id}, whose license ({known.license}) binds these weights too."
+        return known.license, said
+    if start.startswith("assets:"):
+        return OWN_LICENSE, "Apache License 2.0, as the weights that it started from."
+    if start == RANDOM:
+        return "other", "Trained from random weights; the licenses of the data above bind their use."
+    return "other", f"Derived from {_public(start)}, whose license binds these weights too."
+
+
+def _public(reference: str) -> str:
+    """A reference as others understand it: of a local folder the name alone."""
+    return Path(reference).name if reference.startswith(("/", ".", "~")) else catalog.expand(reference)

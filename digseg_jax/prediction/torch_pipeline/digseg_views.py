@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image of any size as views of one size, and the views' masks as the image's, as in digseg_jax."""
+
+import importlib
+
+import numpy as np
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+OVERLAP = 0.25  # of a window's side, at least
+
+
+class DigsegViews(ConfigMixin):
+    """size: of a view, height and width. inference: "window", "whole" or "aspect". short_side:
+    pixels that an image's short side is scaled to before it is cut into windows; 0: it is not."""
+
+    config_name = "preprocessor_config.json"
+
+    @register_to_config
+    def __init__(self, size=(512, 512), inference="window", short_side=0):
+        pass
+
+    @classmethod
+    def from_pretrained(cls, folder, **_):
+        return cls.from_config(cls.load_config(folder))
+
+    def views(self, image):
+        """Crops uint8 [h, w, 3], and the function from their planes [h, w] to the image's [H, W]."""
+        size, (height, width) = self.config.size, image.shape[:2]
+        if self.config.inference == "whole":
+            image = _resized(image, *size)
+        elif self.config.inference == "aspect":
+            scale = min(n / m for n, m in zip(size, (height, width), strict=True))
+            fits = (min(n, round(m * scale)) for n, m in zip(size, (height, width), strict=True))
+            image = _resized(image, *(max(1, side) for side in fits))
+        elif self.config.short_side:
+            scale = self.config.short_side / min(height, width)
+            image = _resized(image, *(max(1, round(n * scale)) for n in (height, width)))
+
+        # Too small an image is mirrored below and on the right.
+        inner = image.shape[:2]
+        pad = [(0, max(n - m, 0)) for n, m in zip(size, inner, strict=True)]
+        image = np.pad(image, [*pad, (0, 0)], mode="symmetric" if min(inner) > 1 else "edge")
+        tops, lefts = (_starts(n, s) for n, s in zip(image.shape[:2], size, strict=True))
+        places = [(slice(t, t + size[0]), slice(c, c + size[1])) for t in tops for c in lefts]
+
+        # A window's weight falls towards its border.
+        ramps = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) / (n / 2) for n in size)
+        weight = np.clip(np.outer(*ramps), 1e-3, None)
+
+        def assemble(planes):
+            total, weights = np.zeros(image.shape[:2]), np.zeros(image.shape[:2])
+            for place, plane in zip(places, planes, strict=True):
+                total[place] += plane * weight
+                weights[place] += weight
+            plane = (total / weights)[: inner[0], : inner[1]].astype(np.float32)
+            return _resized(plane, height, width)
+
+        return [image[place] for place in places], assemble
+
+
+def _starts(length, size):
+    count = 1 + int(np.ceil((length - size) / ((1 - OVERLAP) * size)))
+    return [int(start) for start in np.linspace(0, length - size, count).round()]
+
+
+def _resized(image, height, width):
+    if image.shape[:2] == (height, width):
+        return image
+    cv2 = importlib.import_module("cv2")  # pip install opencv-python-headless
+    shrinks = image.ndim == 3 and height * width < image.shape[0] * image.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=how)

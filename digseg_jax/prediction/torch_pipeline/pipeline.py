@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segments an image by words, in torch: the pipeline of a model that digseg_jax has trained.
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+    masks = pipe(image, ["road", "tree"], steps=2, ensemble=4)
+    masks.probability, masks.label  # float32 [q, H, W], and int32 [H, W]: the most probable word
+
+The masks are digseg_jax's: the same views, the same noise for a seed, the same sampler.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image, ImageOps
+
+BATCH = 8  # masks that the U-Net denoises, or the autoencoder decodes, at a time
+
+
+@dataclass
+class Masks(BaseOutput):
+    """probability: float32 [q, H, W]; label: int32 [H, W], the most probable word of each pixel."""
+
+    probability: np.ndarray
+    label: np.ndarray
+
+
+class DigsegPipeline(DiffusionPipeline):
+    """settings: how the model was trained and is asked, as digseg_jax wrote them."""
+
+    model_cpu_offload_seq = "text_encoder->vae->unet->vae"
+
+    def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, image_processor, settings=None):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, text_encoder=text_encoder)
+        self.register_modules(tokenizer=tokenizer, scheduler=scheduler, image_processor=image_processor)
+        self.register_to_config(settings=settings)
+
+    @torch.no_grad()
+    def __call__(self, image, words, steps=2, ensemble=1, seed=0, latents=None):
+        """Returns the masks of an image (Pillow's, a file, or uint8 [H, W, 3]) at its own size.
+
+        latents: initial noise [views, ensemble, c, h, w]; None: what digseg_jax draws for the seed.
+        """
+        words = [words] if isinstance(words, str) else list(words)
+        self._check(words)
+        prompt = self.config.settings["prompt"]
+        tokens, mask = self._encode([prompt] if prompt else words)
+        crops, assemble = self.image_processor.views(_pixels(image))
+
+        planes = []
+        for view, crop in enumerate(crops):
+            encoded = self._encode_image(crop)
+            if latents is None:
+                noise = self.scheduler.initial_noise(seed, view, ensemble, encoded.shape[1:])
+            else:
+                noise = torch.as_tensor(latents[view])
+            members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
+            planes.append(self._read(torch.stack(members)))
+
+        # One word at a time becomes as large as the image.
+        masks = np.stack([assemble([p[q] for p in planes]) for q in range(len(words))])
+        return Masks(masks, masks.argmax(axis=0).astype(np.int32))
+
+    def _check(self, words):
+        s = self.config.settings
+        classes, limit = s["classes"], s["limit"]
+        if s["decoder"] not in ("latent_mean", "vae"):
+            raise ValueError(f"decoder={s['decoder']!r}: not here; legal: latent_mean, vae")
+        if not words or not all(word.strip() for word in words):
+            raise ValueError(f"words={words}: name what to segment, without blank words")
+        if classes and len(words) != len(classes):
+            raise ValueError(f"{len(words)} words: this model answers its classes, all of {classes}")
+        if limit and len(words) > limit:
+            raise ValueError(f"{len(words)} words: at most {limit} in a call; ask in several calls")
+
+    def _encode(self, texts):
+        """Tokens [q, l, d] and their mask [q, l]."""
+        s, device = self.config.settings, self._execution_device
+        found = self.tokenizer(texts, padding="max_length", max_length=s["max_tokens"])
+        if max(map(len, found.input_ids)) > s["max_tokens"]:
+            raise ValueError(f"{texts}: a text has more than {s['max_tokens']} tokens")
+        ids, mask = (torch.tensor(x, device=device) for x in (found.input_ids, found.attention_mask))
+        mask = mask if s["mask_padding"] else torch.ones_like(mask)
+        out = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
+        tokens = out.last_hidden_state
+        if s["text_skip_layers"]:
+            tower = getattr(self.text_encoder, "text_model", self.text_encoder)
+            tokens = tower.final_layer_norm(out.hidden_states[-1 - s["text_skip_layers"]])
+        if s["sentence_token"]:  # the mean of the real tokens, behind them
+            weight = mask[..., None].to(tokens)
+            mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            tokens, mask = torch.cat([tokens, mean], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
+        return tokens.to(self.unet.dtype), mask
+
+    def _encode_image(self, crop):
+        """The scaled latent [1, c, h, w] of a view."""
+        pixels = torch.tensor(crop).permute(2, 0, 1)[None].to(self._execution_device, self.vae.dtype)
+        found = self.vae.encode(pixels / 127.5 - 1)
+        mean = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+        return mean * self.vae.config.scaling_factor
+
+    def _denoise(self, image, noise, tokens, mask, steps):
+        """Clean mask latents [k, c, h, w] of one member."""
+        x = noise.expand(len(tokens), *noise.shape)
+        self.scheduler.set_timesteps(steps)
+        for t in self.scheduler.timesteps:
+            whole = torch.cat([image.expand_as(x), x], 1), tokens, mask
+            rows = zip(*(part.split(BATCH) for part in whole), strict=True)
+            out = [self.unet(y, t, c, encoder_attention_mask=m).sample for y, c, m in rows]
+            x = self.scheduler.step(torch.cat(out), t, x).prev_sample
+        return x
+
+    def _read(self, latents):
+        """Probabilities [q, h, w] of the members' latents [e, k, c, h, w]."""
+        s = self.config.settings
+        if s["decoder"] == "latent_mean":
+            latents = latents.mean(0, keepdim=True)
+        rows = latents.flatten(0, 1) / self.vae.config.scaling_factor
+        images = torch.cat([self.vae.decode(part).sample for part in rows.split(BATCH)]).float()
+        if s["prototypes"]:  # minus half the squared distance to each class's color
+            colors = torch.tensor(s["prototypes"], device=images.device)[None, ..., None, None]
+            evidence = -0.5 * (images[:, None] - colors).square().sum(2)
+            members = (s["scale"] * evidence).softmax(1)
+        else:
+            evidence = images.mean(1).clip(-1, 1).unflatten(0, latents.shape[:2])
+            members = (s["scale"] * evidence).sigmoid()
+        if s["ensemble_rule"] == "median":
+            return members.quantile(0.5, dim=0).cpu().numpy()
+        if s["ensemble_rule"] == "vote":
+            best = members == members.amax(1, keepdim=True)
+            members = (best if s["prototypes"] else members > 0.5).float()
+        return members.mean(0).cpu().numpy()
+
+
+def _pixels(image):
+    if isinstance(image, np.ndarray):
+        return image
+    image = image if isinstance(image, Image.Image) else Image.open(image)
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
