@@ -98,6 +98,8 @@ def _explain(error: BaseException, repository: str, branch: str) -> tuple[str, b
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; push without that variable", False
+    if isinstance(error, ValueError):  # of a card, say, whose faults follow on further lines
+        return " ".join(str(error).split()), False
 
     # An error of a single file wraps the one of its connection.
     chain = [error]
@@ -112,4 +114,4 @@ def _explain(error: BaseException, repository: str, branch: str) -> tuple[str, b
             return refused, False
         if 0 < status < 500:
             return download.first_line(link), False
-    return download.first_line(chain[-1]), not isinstance(error, ValueError)
+    return download.first_line(chain[-1]), True

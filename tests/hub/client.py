@@ -21,6 +21,7 @@ def variables(endpoint: str, cache: Path, *, token: str = "", offline: bool = Fa
         "HF_TOKEN_PATH": str(cache / "token"),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",  # what is pushed goes by LFS, the server's way
     }
     return values | ({TOKEN: token} if token else {}) | ({OFFLINE: "1"} if offline else {})
 
@@ -41,6 +42,7 @@ def environment(
         "HF_HUB_CACHE": values["HF_HUB_CACHE"],
         "HF_TOKEN_PATH": values["HF_TOKEN_PATH"],
         "HF_HUB_OFFLINE": offline,
+        "HF_HUB_DISABLE_XET": True,
     }
     kept = {k: v for k, v in os.environ.items() if k not in (OFFLINE, TOKEN)}
     origins = frozenset({_http._url_origin(endpoint)})

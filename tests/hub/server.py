@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hub's HTTP API on loopback, as far as `huggingface_hub` needs it to download models.
+"""The hub's HTTP API on loopback, as far as `huggingface_hub` needs it to download and push models.
 
 Model info, tree and files as huggingface.co answers them. Small files come from the hub, with the id of
 their git object as ETag. Weights are kept elsewhere: the hub redirects to a second port (the content
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .uploads import Receives, Uploads
 
 LARGE = (".safetensors", ".bin")  # what .gitattributes gives to LFS
 _PAGE = 50  # entries of a tree's listing in one answer
@@ -52,6 +54,9 @@ class Server:
         faults: end of a file's path in its repository -> what becomes of the next answers, see `fail`.
         requests: (method, path) of every request, the content network's too.
         sent: file -> bytes of it that were sent.
+        received: sizes of the large files that arrived.
+        commits: (repository, branch) of every commit.
+        private: repositories that were made so.
     """
 
     folder: Path
@@ -63,6 +68,9 @@ class Server:
     faults: dict[str, tuple[str, int]] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
+    received: list[int] = field(default_factory=list)
+    commits: list[tuple[str, str]] = field(default_factory=list)
+    private: set[str] = field(default_factory=set)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _commits: dict[Path, _Snapshot] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,7 +82,8 @@ class Server:
 
         how: "cut": the connection ends after half of what is left; "reset": the same, with a reset;
             "wrong": one byte is another; "short": the file ends early; "stall": nothing comes any more;
-            a number: that HTTP status.
+            a number: that HTTP status. Of what is sent to the hub: "cut", or a number; the ending
+            "PUT" stands for every large file.
         """
         self.faults[ending] = (how, times)
 
@@ -105,6 +114,11 @@ class Server:
         assert snapshot is not None, f"{repository} has no revision {revision}"
         return snapshot.commit
 
+    def forget(self, root: Path) -> None:
+        """Lets a branch be read again, as another commit."""
+        with self._lock:
+            self._commits.pop(root, None)
+
     def fetched(self) -> set[str]:
         """Paths in their repositories of all files of which bytes were sent."""
         return set(self.sent)
@@ -112,6 +126,8 @@ class Server:
     def snapshot(self, repository: str, revision: str) -> _Snapshot | None:
         """The files of a branch, a tag or a commit."""
         root = self.folder / repository
+        if not root.is_dir():
+            return None
         named = root / urllib.parse.quote(revision, safe="")
         if named.is_dir():
             return self._read(named)
@@ -184,6 +200,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
         self.give(status, body, **headers)
 
+    def hang_up(self) -> None:
+        """Ends the connection without an answer."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
     def stall(self) -> None:
         """Holds the connection open and says nothing, for a minute or until the server stops."""
         self.state._stopped.wait(_STALL)
@@ -245,7 +267,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.connection.close()
 
 
-class _Hub(_Handler):
+class _Hub(Uploads, _Handler):
     """huggingface.co itself."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
@@ -318,7 +340,7 @@ class _Hub(_Handler):
         return self.give(302, b"", Location=location, **linked, **commit)
 
 
-class _Storage(_Handler):
+class _Storage(Receives, _Handler):
     """The content network: files by the address that the hub signed, no token."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
