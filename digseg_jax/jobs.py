@@ -47,7 +47,13 @@ from digseg_jax.prediction.description import (
     find_export,
     read_description,
 )
-from digseg_jax.prediction.export import OLD_WEIGHTS, add_results, complete_export, push_export
+from digseg_jax.prediction.export import (
+    OLD_WEIGHTS,
+    add_results,
+    complete_export,
+    keep_results,
+    push_export,
+)
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
@@ -177,6 +183,10 @@ def export(
         params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
         check_not_older(config, workdir, source)
         export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
+        if isinstance(task, SegmentationTask):
+            with together("the scores of the exported weights"):
+                if is_main():
+                    keep_results(workdir / EXPORT, workdir / "eval" / "results.json")
     log.info("exported %s to %s", source, workdir / EXPORT)
     if hub:
         with together("the upload to the hub"):

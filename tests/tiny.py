@@ -150,6 +150,8 @@ def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:
 def export(config: Config, folder: Path, prompts: tuple[str, ...] = ("water",)) -> None:
     """What a segmentation run of the configuration exports, of weights that were never trained."""
     task = load_task(config, prompts)
+    if task.codec.closed:  # its colors are chosen before the training
+        task.prepare()
     task.export(jax.device_get(task.initial()), folder, {"task": "test"})
     parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
     complete_export(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))

@@ -16,7 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import Config
+from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 from digseg_jax.io import storage
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import CALIBRATION
@@ -33,7 +35,7 @@ from digseg_jax.prediction.description import (
 )
 from digseg_jax.prediction.model_card import model_card
 from digseg_jax.prediction.segmenter import trained_short_side, view_size
-from digseg_jax.segmentation.codecs import CODECS, state_file
+from digseg_jax.segmentation.codecs import make_codec, state_file
 from digseg_jax.training.tasks.parts import AUTOENCODERS
 from digseg_jax.weights import load_config
 from digseg_jax.weights.load import copy_component, copy_files
@@ -98,7 +100,7 @@ def copy_export(source: Path, target: Path) -> None:
     description = read_description(source)
     copy_files(component_files(unet_folder(source)), target / UNET)
     storage.write_json(target / UNET / "config.json", load_config(unet_folder(source)).to_dict())
-    beside = (CALIBRATION, state_file(description.config["segmentation"]["codec"], source).name)
+    beside = (CALIBRATION, state_file(description.recorded_config().model.codec, source).name)
     kept = {name: source / name for name in beside if (source / name).is_file()}
     copy_files(kept, target)
     complete_export(target, description)
@@ -114,6 +116,14 @@ def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
     if not index["settings"]["prototypes"]:  # a palette has a scale of its own
         index["settings"]["scale"] = results["calibration"]["scale"]
         storage.write_json(folder / INDEX, index)
+
+
+def keep_results(folder: AnyPath, path: AnyPath) -> None:
+    """Adds an earlier evaluation, results.json, to an export if it was one of the same checkpoint."""
+    if path.is_file():
+        results = json.loads(storage.read_text(path))
+        if results.get("weights") == read_description(folder).provenance():
+            add_results(folder, results)
 
 
 def push_export(folder: Path, target: str, *, private: bool | None = None) -> str:
@@ -147,9 +157,9 @@ def _scheduler(config: Config) -> dict[str, Any]:
     return {
         "_class_name": "DigsegScheduler",
         "_diffusers_version": importlib.metadata.version("diffusers"),
-        "num_train_timesteps": diffusion.num_train_timesteps,
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
         "beta_schedule": "scaled_linear",
         "prediction_type": diffusion.prediction_type,
         "rescale_betas_zero_snr": diffusion.zero_snr,
@@ -190,7 +200,7 @@ def _index(
 
 def _settings(config: Config, description: Description, tower: str, folder: Path) -> dict[str, Any]:
     """What pipeline.py needs to know beside its components."""
-    codec = CODECS[config.segmentation.codec].for_data(config.data)
+    codec = make_codec(config.model.codec, config.data)
     path = state_file(codec.name, folder)
     state = json.loads(storage.read_text(path)) if path.is_file() else {}
     scale, calibration = SCALE, folder / CALIBRATION

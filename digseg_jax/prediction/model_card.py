@@ -51,7 +51,7 @@ def model_card(description: Description, results: dict[str, Any] | None = None) 
 
     results: the content of results.json, of an evaluation of these weights.
     """
-    codec = CODECS[description.config["segmentation"]["codec"]]
+    codec = CODECS[description.recorded_config().model.codec]
     title = f"Segmentation by words, trained on {', '.join(description.datasets)}"
     words = description.classes if codec.closed else description.classes[:2]
     parts = (
@@ -137,7 +137,7 @@ def _scores(results: dict[str, Any] | None) -> str:
 
 def _limits(description: Description, *, closed: bool) -> str:
     """What not to expect of the weights."""
-    size = description.config["data"]["image_size"]
+    size = description.recorded_config().data.image_size
     asked = (
         "It answers its own classes only, all of them at once."
         if closed

@@ -26,7 +26,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.workdir import CALIBRATION, CONFIG_NAME, EXPORT
 from digseg_jax.models import functional
 from digseg_jax.prediction import description as description_lib
-from digseg_jax.prediction.description import FrozenPart, describe, write_description
+from digseg_jax.prediction.description import FrozenPart, describe, unet_folder, write_description
 from digseg_jax.runtime.door import run_tool
 from digseg_jax.weights import load_component, read_metadata, save_component
 
@@ -37,12 +37,13 @@ RECIPES = {"vae": "landcover_vae", "prior": "landcover_prior", "segmenter": "lan
 def ship(run: Path, name: str) -> Path:
     """Writes assets/NAME from RUN/export; returns the weight file."""
     export = run / EXPORT
-    model = load_component(export)
+    trained = unet_folder(export)
+    model = load_component(trained)
     params = jax.tree.map(lambda x: np.asarray(x, np.float16), functional.split(model)[1])
 
     # Everything that is needed to make the weights again goes into the file itself.
     config = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
-    metadata = read_metadata(export) | {
+    metadata = read_metadata(trained) | {
         "command": f"python -m digseg_jax.main --config=configs/{RECIPES[name]}.py --workdir=DIR",
         "data": "NASA Blue Marble and MODIS MCD12C1 2019, training blocks only",
         "train": json.dumps(config["train"]),

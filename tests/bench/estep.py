@@ -21,6 +21,7 @@ from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.log import log
 from digseg_jax.metrics import confusion
+from digseg_jax.prediction.description import unet_folder
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.codecs import state_file
@@ -75,7 +76,7 @@ class Grid:
         self.config = dataclasses.replace(config, model=model)
         self.task = load_task(self.config)
         self.task.adopt(folder)
-        self.params = load_params(folder, self.task.abstract)
+        self.params = load_params(unet_folder(folder), self.task.abstract)
         self.mesh = make_mesh(self.config.mesh)
         self.examples: EvalExamples = eval_examples(self.config.data, "test", images)
         self.fitted_on: EvalExamples = eval_examples(self.config.data, CALIBRATED_ON, images)

@@ -22,6 +22,7 @@ from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.log import log
 from digseg_jax.metrics import confusion
+from digseg_jax.prediction.description import unet_folder
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.recipes import land_cover
 from digseg_jax.segmentation.calibration import Calibration
@@ -37,7 +38,7 @@ def bench_config(weights: str) -> tuple[Config, Path]:
     """A config that evaluates a folder of exported weights."""
     folder = Path(assets.resolve(weights))
     base = parse(land_cover())
-    model = dataclasses.replace(base.model, unet=str(folder))
+    model = dataclasses.replace(base.model, unet=str(unet_folder(folder)))
     evaluation = dataclasses.replace(base.eval, view_size=(landcover.TILE,))
     config = dataclasses.replace(base, model=model, eval=evaluation)
     return for_devices(config, jax.devices()), folder
@@ -47,7 +48,7 @@ def run(weights: str) -> dict[str, Any]:
     """Everything measured in this run, on the test split."""
     config, folder = bench_config(weights)
     task = load_task(config)
-    params = load_params(folder, task.abstract)
+    params = load_params(unet_folder(folder), task.abstract)
     segmenter = Segmenter(task, params)
     tiles = eval_examples(config.data, "test")
     evaluator = Evaluator(segmenter, tiles, config.eval, seed=config.seed)

@@ -21,7 +21,7 @@ DATA = "landcover_igbp"
 def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[str, Any]:
     """Scores without calibration: a class nobody fitted a bias for is what open vocabulary means."""
     folder = find_export(weights)
-    base = with_sampling(read_description(folder).training_config(), estep)
+    base = with_sampling(read_description(folder).training_config(folder), estep)
     evaluation = dataclasses.replace(
         base.eval, num_images=images, gate_limit=limit, gate_cut=cut, inference="whole"
     )

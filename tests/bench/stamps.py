@@ -49,7 +49,7 @@ def run(
         raise UserError(f"--images={images}: must be at least 1, or 0 for all")
     opened = {part: _open(root, part) for part in PARTS}  # told before the models are built
     folder = find_export(weights)
-    config = with_sampling(read_description(folder).training_config(), estep)
+    config = with_sampling(read_description(folder).training_config(folder), estep)
     segmenter = load_segmenter(folder, config)
     ask = _asker(segmenter, EStep.parse(estep), config.seed)
     rows: dict[str, list[Row]] = {}

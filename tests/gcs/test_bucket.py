@@ -53,7 +53,7 @@ def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path)
     assert [row["step"] for row in rows(store, "run")] == list(range(1, 13))
     names = store.names("run/")
     assert any(name.startswith("run/tensorboard/events") for name in names)
-    assert "run/export/diffusion_pytorch_model.safetensors" in names
+    assert "run/export/unet/diffusion_pytorch_model.safetensors" in names
     assert "run/report/index.html" in names and "run/eval/gallery/gallery.json" in names
     assert json.loads(store.read("run/eval/results.json"))["num_images"] == 2
     assert b"Training" in store.read("run/report/index.html")

@@ -234,7 +234,7 @@ def test_training_evaluation_export_and_report_on_two_processes(folders, tmp_pat
     run = tmp_path / "two" / "run"
     assert (run / "report" / "index.html").is_file()
     assert len(list((run / "eval" / "gallery").glob("*_image.png"))) == 3
-    assert (run / "export" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (run / "export" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     # a longer one, left alone, and the same killed and started again
     changes |= {"eval__num_images": 12, "eval__batch_size": 2, "eval__ensemble": 4}
     command = flags(tmp_path / "two", folders, run, **changes, mesh__fsdp=2, mesh__data=1)

@@ -49,9 +49,9 @@ def miniature(repositories: Path, version: str, codec: str = "binary", **model) 
     values = stable_diffusion(version, "camvid")
     for name, folder in hub.pipeline_folders(repositories, REPOSITORIES[version]).items():
         values.model[name] = folder
-    values.model.update(dtype="float32", attention="plain", **model)
+    values.model.update(dtype="float32", codec=codec, **model)
+    values.compute.attention = "plain"
     values.data.image_size = VIEW
-    values.segmentation.codec = codec
     return parse(values)
 
 

@@ -138,8 +138,7 @@ def main() -> None:
         if importlib.util.find_spec("torch"):
             local = storage.local_copy(storage.as_path(f"{run}/export"))
             check_export(local, side // 8)
-            pipeline = repositories / catalog.hub_id("sd-1.5") / "main"
-            figures["largest difference from torch's mask"] = check_mask(local, pipeline, side)
+            figures["largest difference from torch's mask"] = check_mask(local, side)
 
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))

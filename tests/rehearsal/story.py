@@ -33,7 +33,7 @@ STEPS, EVERY = 8, 3
 FOUR = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 ONE = ("--config.mesh.data=1", "--config.mesh.fsdp=1")
 DEVICES = {FOUR: 4, ONE: 1}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 IMAGE_SIZE = 150, 100  # of the prediction's image, width and height; larger than a crop
 SIZES = {
     "train.steps": STEPS,

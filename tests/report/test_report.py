@@ -142,7 +142,7 @@ def product(cover, folders, tmp_path_factory):
 
 
 def test_the_page_says_what_is_true_of_the_weights_that_were_scored(product):
-    tensors = load_file(product / "export" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(product / "export" / "unet" / "diffusion_pytorch_model.safetensors")
     count = sum(tensor.size for tensor in tensors.values())
     said = words(product)
     assert "Measured by this run on the test split of landcover (seed 0)." in said

@@ -355,7 +355,7 @@ class TestKill:
             self.kill(config_file, killed, after)
         self.finish(config_file, killed)
         name = "diffusion_pytorch_model.safetensors"
-        a, b = (load_file(d / "export" / name) for d in (whole, killed))
+        a, b = (load_file(d / "export" / "unet" / name) for d in (whole, killed))
         assert a.keys() == b.keys()
         for key in a:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)

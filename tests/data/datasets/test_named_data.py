@@ -162,8 +162,16 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
     jobs.export(tmp_path, config)
     jobs.evaluate(tmp_path, config=config)
     assert (tmp_path / "eval" / "results.json").is_file()
-    assert (tmp_path / "export" / "calibration.json").is_file()
+    calibration, card = tmp_path / "export" / "calibration.json", tmp_path / "export" / "README.md"
+    assert calibration.is_file() and "| camvid | val | 1 |" in card.read_text()
+
+    # The same checkpoint keeps its scores; those of another one say nothing about it.
     jobs.export(tmp_path, config)
-    assert not (tmp_path / "export" / "calibration.json").exists()  # it was another checkpoint's
-    exported = load_params(tmp_path / "export", task.abstract)
+    assert calibration.is_file() and "| camvid | val | 1 |" in card.read_text()
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    results["weights"]["steps"] = 1
+    (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
+    jobs.export(tmp_path, config)
+    assert not calibration.exists() and "not been evaluated" in card.read_text()
+    exported = load_params(tmp_path / "export" / "unet", task.abstract)
     jax.tree.map(np.testing.assert_array_equal, exported, dict(state["ema"]))

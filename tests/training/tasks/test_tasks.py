@@ -208,7 +208,7 @@ def test_what_was_exported_loads_again(named_task, tmp_path):
     _, task = named_task
     params = task.initial()
     task.export(params, tmp_path / "export", {"note": "test"})
-    again = trees.flatten(load_params(tmp_path / "export", task.abstract))
+    again = trees.flatten(load_params(tmp_path / "export" / "unet", task.abstract))
     for path, value in trees.flatten(params).items():
         np.testing.assert_array_equal(again[path], value, err_msg=path)
 
