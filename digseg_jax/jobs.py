@@ -47,13 +47,6 @@ from digseg_jax.prediction.description import (
     find_export,
     read_description,
 )
-from digseg_jax.prediction.export import (
-    OLD_WEIGHTS,
-    add_results,
-    complete_export,
-    keep_results,
-    push_export,
-)
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
@@ -186,12 +179,12 @@ def export(
         if isinstance(task, SegmentationTask):
             with together("the scores of the exported weights"):
                 if is_main():
-                    keep_results(workdir / EXPORT, workdir / "eval" / "results.json")
+                    exports.keep_results(workdir / EXPORT, workdir / "eval" / "results.json")
     log.info("exported %s to %s", source, workdir / EXPORT)
     if hub:
         with together("the upload to the hub"):
             if is_main():
-                pushed = push_export(local_copy(workdir / EXPORT), hub)
+                pushed = exports.push_export(local_copy(workdir / EXPORT), hub)
                 log.info("pushed to the hub: %s", pushed)
     return workdir / EXPORT
 
@@ -371,7 +364,7 @@ def write_export(
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)
                 if description:
-                    complete_export(folder, description)
+                    exports.complete_export(folder, description)
 
                 # A calibration there was fitted for the weights that are now replaced; an older
                 # export had its weights beside it.
@@ -400,7 +393,7 @@ def evaluate_and_report(
         if is_main():
             # Prediction reads it beside the weights.
             if own:
-                add_results(workdir / EXPORT, results)
+                exports.add_results(workdir / EXPORT, results)
             page = build_report(workdir)
 
     log.info(
