@@ -38,6 +38,7 @@ from digseg_jax.io.workdir import (
     stored_config,
 )
 from digseg_jax.log import log
+from digseg_jax.prediction import export as exports
 from digseg_jax.prediction.description import FILE as DESCRIPTION
 from digseg_jax.prediction.description import (
     Description,
@@ -368,7 +369,7 @@ def write_export(
 
                 # A calibration there was fitted for the weights that are now replaced; an older
                 # export had its weights beside it.
-                for name in (CALIBRATION, *(OLD_WEIGHTS if description else ())):
+                for name in (CALIBRATION, *(exports.OLD_WEIGHTS if description else ())):
                     (workdir / EXPORT / name).unlink(missing_ok=True)
 
 
