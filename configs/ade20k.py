@@ -3,8 +3,8 @@
 
     python -m digseg_jax.main --config=configs/ade20k.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
-another name, as in configs/ade20k.py:sd21.
+The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
+another name, as in configs/ade20k.py:sd15_epsilon.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """
@@ -12,6 +12,6 @@ here and in digseg_jax/recipes.py.
 from digseg_jax.recipes import stable_diffusion
 
 
-def get_config(version: str = "sd15"):
+def get_config(version: str = "sd21"):
     config = stable_diffusion(version, "ade20k")
     return config

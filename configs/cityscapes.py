@@ -4,8 +4,8 @@ supervised only images.
 
     python -m digseg_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
-another name, as in configs/cityscapes.py:sd21.
+The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
+another name, as in configs/cityscapes.py:sd15_epsilon.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """
@@ -13,7 +13,7 @@ here and in digseg_jax/recipes.py.
 from digseg_jax.recipes import stable_diffusion
 
 
-def get_config(version: str = "sd15"):
+def get_config(version: str = "sd21"):
     config = stable_diffusion(version, "cityscapes")
     config.data.num_queries = 6  # ours: most classes are in every image
     return config

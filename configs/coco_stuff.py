@@ -3,7 +3,7 @@
 
     python -m digseg_jax.main --config=configs/coco_stuff.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
+The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
 another name, as in configs/coco_stuff.py:vitb16.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
@@ -12,7 +12,7 @@ here and in digseg_jax/recipes.py.
 from digseg_jax.recipes import stable_diffusion
 
 
-def get_config(version: str = "sd15"):
+def get_config(version: str = "sd21"):
     config = stable_diffusion(version, "coco_stuff")
     config.train.steps = 80_000  # ours: CAT-Seg's schedule on the same images
     return config

@@ -25,6 +25,7 @@ def get_config():
     config.train.steps = 12_000
     config.train.batch_size = 8
     config.logging.eval_every = 1_500
+    config.logging.eval_images = 0  # all of val
     config.checkpoint.every = 500
     config.checkpoint.keep_every = 3_000
     config.eval.view_size = (128,)  # a tile

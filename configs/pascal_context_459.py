@@ -5,8 +5,8 @@ trained as configs/coco_stuff.py. Paper: mIoU 29.2.
     python -m digseg_jax.main --config=configs/pascal_context_459.py --workdir=RUN \
       --config.data.root=DIR
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
-another name, as in configs/pascal_context_459.py:sd21.
+The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
+another name, as in configs/pascal_context_459.py:sd15_epsilon.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """
@@ -14,7 +14,7 @@ here and in digseg_jax/recipes.py.
 from digseg_jax.recipes import stable_diffusion
 
 
-def get_config(version: str = "sd15"):
+def get_config(version: str = "sd21"):
     config = stable_diffusion(version, "pascal_context_459")
     config.data.num_queries = 8  # ours: many classes, most of them rare
     config.train.steps = 20_000  # ours: 4,998 images

@@ -4,8 +4,8 @@ trained as configs/coco_stuff.py. Paper: mIoU 68.4.
 
     python -m digseg_jax.main --config=configs/pascal_context_59.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
-another name, as in configs/pascal_context_59.py:sd21.
+The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
+another name, as in configs/pascal_context_59.py:sd15_epsilon.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
 """
@@ -13,7 +13,7 @@ here and in digseg_jax/recipes.py.
 from digseg_jax.recipes import stable_diffusion
 
 
-def get_config(version: str = "sd15"):
+def get_config(version: str = "sd21"):
     config = stable_diffusion(version, "pascal_context_59")
     config.train.steps = 20_000  # ours: 4,998 images
     return config

@@ -3,7 +3,7 @@
 
     python -m digseg_jax.main --config=configs/refuge2.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 1.5, or what digseg_jax/recipes.py has under
+The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
 another name, as in configs/refuge2.py:biomedclip.
 Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
 here and in digseg_jax/recipes.py.
@@ -12,7 +12,7 @@ here and in digseg_jax/recipes.py.
 from digseg_jax.recipes import stable_diffusion
 
 
-def get_config(version: str = "sd15"):
+def get_config(version: str = "sd21"):
     config = stable_diffusion(version, "refuge2")
     config.data.num_queries = 2  # ours: three classes
     config.train.steps = 10_000  # ours: 400 images

@@ -18,15 +18,13 @@ from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import flat, to_dict, with_settings
-from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, ModelConfig
 from digseg_jax.data.sources import check_splits
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder
 from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
-from digseg_jax.evaluation.evaluator import Evaluator
-from digseg_jax.evaluation.examples import eval_examples
+from digseg_jax.evaluation.validation import make_validation
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally, local_copy, write_json
 from digseg_jax.io.workdir import (
     CALIBRATION,
@@ -49,7 +47,6 @@ from digseg_jax.prediction.description import (
     read_description,
 )
 from digseg_jax.prediction.pretrained import load_segmenter
-from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
 from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.distributed import is_main, together
@@ -93,7 +90,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
 
         # Train, now and then with a look at the validation split.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
-        on_eval = _validation(config, task, mesh) if config.logging.eval_every else None
+        on_eval = make_validation(config, task, mesh) if config.logging.eval_every else None
         state = trainer.run(on_eval)
 
         # Export the last or the best weights.
@@ -450,26 +447,3 @@ def _overview(params: Params) -> str:
 def _millions(tree: Params) -> float:
     """Elements of a tree, in millions, to two digits."""
     return round(sum(np.size(x) for x in jax.tree.leaves(tree)) / 1e6, 2)
-
-
-def _validation(config: Config, task: Task, mesh: Mesh):
-    """Builds the in-training evaluation: val split, 1x1, no calibration, so that it costs little."""
-    if not isinstance(task, SegmentationTask):
-        raise UserError("config.logging.eval_every: only for config.task='segmentation'; set it to 0")
-    examples = eval_examples(config.data, "val", config.eval.num_images)
-
-    # Built at the first call and kept, so that its programs are compiled once; only weights change.
-    segmenter: Segmenter | None = None
-
-    def on_eval(step: int, state: dict[str, Any]) -> dict[str, float]:
-        """{"val_miou"} of the averaged weights, as a share of 1."""
-        nonlocal segmenter
-        params = averaged(state)
-        if segmenter is None:
-            segmenter = Segmenter(task, params, config.eval, mesh=mesh)
-        # Same shapes, so the compiled programs fit; the old weights are freed.
-        segmenter.programs.params = params
-        evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
-        return {"val_miou": evaluator.scores(EStep(1, 1)).miou}
-
-    return on_eval

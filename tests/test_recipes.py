@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from absl import flags
 from experiments import CONFIGS, get_config
@@ -13,7 +15,7 @@ from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, DataConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
-from digseg_jax.recipes import VERSIONS, stable_diffusion
+from digseg_jax.recipes import RECIPES, VERSIONS, stable_diffusion
 from digseg_jax.training.tasks.parts import Vae, check_sizes
 from digseg_jax.weights.catalog import find, hub_id
 from digseg_jax.weights.hub import _HUB_ID
@@ -24,18 +26,39 @@ SMALL = {"camvid": ("palette", "binary")}  # these start from shipped weights by
 
 @pytest.mark.parametrize("name", FROM_FILES)
 def test_every_data_set_has_its_file(name):
-    config = parse(get_config(name, "sd15"))
+    config = parse(get_config(name, "sd21"))
     assert config.data.name == name
     assert name in SMALL or config == parse(get_config(name))
     if name != "folder":
         assert config.eval.split == registry.spec(name).eval_split
         assert config.eval.split in registry.spec(name).splits
-    other = parse(get_config(name, "sd21"))
+    other = parse(get_config(name, "sd15"))
     assert other.model != config.model and other.data == config.data
     for version in VERSIONS:
         model = parse(get_config(name, version)).model
         assert all(_HUB_ID.fullmatch(part) for part in (model.vae, model.unet, model.text))
         assert model.mask_padding == find(model.text).masks_padding == (version == "biomedclip")
+
+
+@pytest.mark.parametrize("name", ["ade20k", "monuseg"])
+def test_a_recipe_differs_from_its_checkpoints_version_in_the_diffusion_alone(name):
+    for recipe, same in (("sd15_epsilon", "sd15"), ("marigold_recipe", "sd21")):
+        ours, other = parse(get_config(name, recipe)), parse(get_config(name, same))
+        assert ours.diffusion != other.diffusion
+        assert ours.loss.x0_weight == (recipe == "sd15_epsilon")
+        assert dataclasses.replace(ours, diffusion=other.diffusion, loss=other.loss) == other
+    uniform = [parse(get_config(name, recipe)).diffusion for recipe in RECIPES][1:]
+    assert [d.zero_snr for d in uniform] == [True, False]
+    assert {(d.timestep_sampling, d.noise, d.multires_strength) for d in uniform} == {
+        ("uniform", "multires", 0.9)
+    }
+
+
+@pytest.mark.parametrize("name", FROM_FILES)
+def test_every_recipe_looks_at_few_images_while_it_trains(name):
+    config = parse(get_config(name, "sd15"))
+    assert 0 < config.logging.eval_every < config.train.steps / 5
+    assert 0 < config.logging.eval_images <= 16
 
 
 @pytest.mark.parametrize("name", FROM_FILES)
@@ -63,9 +86,11 @@ def test_a_small_recipe_needs_no_hub(name):
 
 
 def test_another_version_is_refused_with_the_legal_ones():
-    with pytest.raises(UserError, match="'sd14'.*sd15, sd21, marigold, vitb16, biomedclip$"):
+    with pytest.raises(
+        UserError, match="'sd14'.*sd15, sd21, marigold, vitb16, biomedclip, sd15_epsilon"
+    ):
         stable_diffusion("sd14", "ade20k")
-    with pytest.raises(UserError, match="'sd14'.*sd15, sd21, .*biomedclip, palette, binary$"):
+    with pytest.raises(UserError, match="'sd14'.*sd15, sd21, .*marigold_recipe_v1, palette, binary$"):
         get_config("camvid", "sd14")
 
 

@@ -182,14 +182,20 @@ class DiffusionConfig:
     timestep_sampling: Literal["high_noise", "uniform"] = "high_noise"
     # high_noise: share of draws at the last timestep.
     terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
+    # Share of draws at the timesteps that a trailing sampler of sampler_steps visits, each as often
+    # (not in the paper): of 2 steps 999 and 499. The other draws are those of timestep_sampling.
+    sampler_share: float = setting(0.0, at_least=0.0, at_most=1.0)
+    sampler_steps: int = setting(2, at_least=1, at_most=NUM_TRAIN_TIMESTEPS)
     noise: Literal["gaussian", "multires"] = "gaussian"
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The auxiliary loss on the decoded mask, beside the paper's noise-prediction MSE."""
+    """The auxiliary losses beside the paper's MSE of the prediction: on the clean latent, on the mask."""
 
-    mask_weight: float = setting(0.0, at_least=0.0)  # 0: the MSE alone
+    # Weight of the mean absolute error of the clean latent that a prediction stands for (SDSeg: 1).
+    x0_weight: float = setting(0.0, at_least=0.0)
+    mask_weight: float = setting(0.0, at_least=0.0)  # of the loss on the decoded mask
     # Fraction of T from which it applies (noisy steps only).
     mask_from: float = setting(0.5, at_least=0.0, at_most=1.0)
 
@@ -284,6 +290,8 @@ class LoggingConfig:
 
     every: int = setting(20, at_least=1)  # steps
     eval_every: int = setting(0, at_least=0, tasks=("segmentation",))  # steps; 0: only at the end
+    # Images of that look at val, evenly spread, at most eval.num_images; 0: as many as that.
+    eval_images: int = setting(16, at_least=0, tasks=("segmentation",))
     # (first, last) step to trace into WORKDIR/profile.
     profile: tuple[int, ...] = ()
     # Write WORKDIR/examples: which examples each step saw.

@@ -22,8 +22,9 @@ Denoise = Callable[[Float[Array, "b h w c"], Int[Array, "b"]], Float[Array, "b h
 def timesteps(num_train: int, steps: int, spacing: str) -> np.ndarray:
     """Returns the `steps` timesteps in falling order, int32; trailing starts at T-1, leading does not.
 
-    Trailing: round(T - i T / S) - 1, so S=1 [999], S=2 [999, 499]. Leading: multiples of T // S,
-    so S=1 [0], S=2 [500, 0] (diffusers with steps_offset 0).
+    Trailing: round(T - i T / S) - 1, so S=1 [999], S=2 [999, 499]. Leading: one above the multiples of
+    T // S, so S=1 [1], S=2 [501, 1], as Stable Diffusion's scheduler files have it (steps_offset 1).
+    For S=T they are all T timesteps; diffusers would begin at T, which does not exist.
 
     Raises:
       ValueError: unknown spacing, or more steps than training timesteps.
@@ -33,7 +34,7 @@ def timesteps(num_train: int, steps: int, spacing: str) -> np.ndarray:
     if spacing == "trailing":
         points = np.round(np.arange(num_train, 0, -num_train / steps))[:steps] - 1
     elif spacing == "leading":
-        points = np.arange(steps)[::-1] * (num_train // steps)
+        points = np.arange(steps)[::-1] * (num_train // steps) + (steps < num_train)
     else:
         raise ValueError(f"timestep spacing {spacing!r}; legal: trailing, leading")
     return points.astype(np.int32)

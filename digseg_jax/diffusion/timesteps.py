@@ -16,6 +16,17 @@ def uniform(key: Array, schedule: Schedule) -> Int[Array, ""]:
     return jax.random.randint(key, (), 0, schedule.num_timesteps)
 
 
+def sampled(key: Array, other: Int[Array, ""], points: np.ndarray, share: float) -> Int[Array, ""]:
+    """Draws one timestep: with probability `share` one of `points`, each as often, else `other`.
+
+    points: timesteps that a sampler visits, int32 [s], as `ddim.timesteps` lists them; every one gets
+      share / s of the draws, and what `other` gives it besides.
+    """
+    which, place = jax.random.split(key)
+    point = jnp.asarray(points)[jax.random.randint(place, (), 0, len(points))]
+    return jnp.where(jax.random.uniform(which) < share, point, other)
+
+
 def high_noise(key: Array, schedule: Schedule, *, a: float, terminal_fraction: float) -> Int[Array, ""]:
     """Draws one timestep: T-1 with probability `terminal_fraction`, else from a tail of high noise.
 

@@ -17,6 +17,7 @@ from digseg_jax.evaluation.journal import unpack
 from digseg_jax.metrics import binary, boundary
 from digseg_jax.metrics import confusion as metrics
 from digseg_jax.metrics import presence as open_vocab
+from digseg_jax.metrics.health import mask_health
 
 # absent-class rule -> the classes that mIoU averages over, in words for results.json
 COUNTED = {
@@ -93,6 +94,10 @@ class Scores:
         covers = covers_matrix(self.examples)
         scores = metrics.query_scores(self.overlaps, self.areas, covers)
         return {name: plain(value) for name, value in scores.items()}
+
+    def health(self) -> dict[str, float]:
+        """Signs of collapse, see `metrics.health`."""
+        return mask_health(self.overlaps, self.areas, covers_matrix(self.examples))
 
     def gate_recall(self) -> dict[int, dict[str, float]] | None:
         """Share of the present classes that a gate of each size keeps; None if nothing was gated."""

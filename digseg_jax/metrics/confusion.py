@@ -7,6 +7,7 @@ import numpy as np
 
 from digseg_jax.arraytypes import Bool, Float, Int
 
+LEAST_SHARE = 0.01  # of an image's pixels; a class of fewer is neither present nor absent
 ABSENT_RULES = ("mmseg", "detectron2", "official")
 
 
@@ -149,10 +150,10 @@ def query_scores(
       absent_rate: share of pixels that queries of absent classes cover.
     """
     covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
-    overlaps, areas = _regions(overlaps, areas, covers)
+    overlaps, areas = by_region(overlaps, areas, covers)
 
     # A few pixels at a border do not make a class present; neither do they leave it absent.
-    present = areas > 0.01 * pixels
+    present = areas > LEAST_SHARE * pixels
     absent = areas == 0
     classes = range(areas.shape[1])
 
@@ -179,16 +180,16 @@ def query_iou(
 ) -> Float[np.ndarray, " q"]:
     """Pooled IoU of each query's mask with its class over all images; nan where undefined."""
     covered = overlaps.sum(axis=(0, 2))
-    overlaps, areas = _regions(overlaps, areas, covers)
+    overlaps, areas = by_region(overlaps, areas, covers)
     hit = np.einsum("nqq->q", overlaps)
     union = covered + areas.sum(axis=0) - hit
     return np.where(union > 0, hit / np.maximum(union, 1), np.nan)
 
 
-def _regions(
+def by_region(
     overlaps: np.ndarray, areas: np.ndarray, covers: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts by class as counts by the region that a class's mask covers."""
+    """Counts by class as counts by the region that a class's mask covers (`query_scores`)."""
     if covers is None:
         return overlaps, areas
     return overlaps @ covers.T.astype(np.int64), areas @ covers.T.astype(np.int64)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from digseg_jax import assets
 from digseg_jax.arraytypes import Batch, Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.schema import Config
@@ -40,6 +41,8 @@ from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.latents import check_cache
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.training.train_log import NotFinite, TrainLog
+from digseg_jax.weights import resolve
+from digseg_jax.weights.scheduler import schedule_differences
 
 COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled waits for the last
 
@@ -135,6 +138,12 @@ class Trainer:
         model = self.config.model
         pretrained = self.config.task == "segmentation" and model.unet_init == "pretrained"
         source = f"the pretrained {model.unet}" if pretrained else "random weights"
+
+        # Another target or schedule than the checkpoint's is legal, but has to be learned first.
+        if pretrained:
+            folder = resolve(assets.resolve(model.unet))
+            if told := schedule_differences(folder, self.config.diffusion):
+                log.warning("%s: %s", model.unet, "; ".join(told))
         return place(self.task.initial(), self.state_shardings["params"]), source
 
     def _check_vocabulary(self, stored: list[str]) -> None:

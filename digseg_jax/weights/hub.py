@@ -32,6 +32,7 @@ _EXPORT_FILES = (  # of a segmenter exported here
     "preprocessor_config.json",
     "README.md",
 )
+SCHEDULER_FILE = "scheduler/scheduler_config.json"  # beside the folder of a U-Net
 # Small files to download beside the weights.
 COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FILES)
 
@@ -215,4 +216,8 @@ def _patterns(prefix: str, variant: str) -> list[str]:
     # A pipeline keeps the tokenizer beside its text encoder.
     beside = prefix.removesuffix("text_encoder/")
     tokenizer = [f"{beside}tokenizer/{f}" for f in _TOKENIZER_FILES] if beside != prefix else []
-    return [f"{prefix}{file}" for file in COMPANIONS] + tokenizer + weights
+
+    # Its scheduler says how the U-Net beside it was trained.
+    above = prefix.removesuffix("unet/")
+    scheduler = [f"{above}{SCHEDULER_FILE}"] if above != prefix else []
+    return [f"{prefix}{file}" for file in COMPANIONS] + tokenizer + scheduler + weights

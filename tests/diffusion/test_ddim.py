@@ -55,20 +55,20 @@ def test_trailing_starts_at_the_last_timestep(steps, expected):
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        (1, [0]),
-        (2, [500, 0]),
-        (3, [666, 333, 0]),
-        (4, [750, 500, 250, 0]),
-        (7, [852, 710, 568, 426, 284, 142, 0]),
+        (1, [1]),
+        (2, [501, 1]),
+        (3, [667, 334, 1]),
+        (4, [751, 501, 251, 1]),
+        (7, [853, 711, 569, 427, 285, 143, 1]),
     ],
 )
-def test_leading_ends_at_the_first_and_never_sees_pure_noise(steps, expected):
+def test_leading_ends_one_above_the_first_and_never_sees_pure_noise(steps, expected):
     np.testing.assert_array_equal(timesteps(T, steps, "leading"), expected)
 
 
 def test_fifty_steps():
     np.testing.assert_array_equal(timesteps(T, 50, "trailing"), np.arange(999, 0, -20))
-    np.testing.assert_array_equal(timesteps(T, 50, "leading"), np.arange(980, -1, -20))
+    np.testing.assert_array_equal(timesteps(T, 50, "leading"), np.arange(981, 0, -20))
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])

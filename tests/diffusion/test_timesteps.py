@@ -9,8 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from digseg_jax.config.schema import DiffusionConfig
+from digseg_jax.diffusion.ddim import timesteps
 from digseg_jax.diffusion.schedule import make_schedule
-from digseg_jax.diffusion.timesteps import high_noise, uniform
+from digseg_jax.diffusion.timesteps import high_noise, sampled, uniform
+from digseg_jax.training.tasks.parts import draw_noise_and_timestep
 
 N = 20_000
 
@@ -77,3 +80,52 @@ def test_draws_are_a_function_of_the_key():
     function = partial(high_noise, schedule=schedule(), a=0.1, terminal_fraction=0.5)
     np.testing.assert_array_equal(draw(function), draw(function))
     assert (draw(function) != draw(function, seed=1)).any()
+
+
+class TestTheSamplersShare:
+    """Draws at the timesteps that a sampler visits, over those of another distribution."""
+
+    POINTS = timesteps(1000, 2, "trailing")  # 999, 499
+
+    def mixed(self, share, base=uniform) -> np.ndarray:
+        def one(key):
+            return sampled(jax.random.fold_in(key, 1), base(key, schedule()), self.POINTS, share)
+
+        return draw(one)
+
+    @pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
+    def test_every_point_gets_its_part_of_the_share(self, share):
+        t = self.mixed(share)
+        for point in self.POINTS:
+            assert (t == point).mean() == pytest.approx(share / 2 + (1 - share) / 1000, abs=0.015)
+
+    def test_the_rest_keeps_its_distribution(self):
+        t = self.mixed(0.4)
+        rest = t[~np.isin(t, self.POINTS)]
+        assert len(rest) / N == pytest.approx(0.6, abs=0.015)
+        assert np.histogram(rest, 10, (0, 1000))[0] / len(rest) == pytest.approx(0.1, abs=0.015)
+
+    def test_the_second_step_is_rare_without_it(self):
+        """What the documentation says of the default distribution."""
+        base = partial(high_noise, a=0.1, terminal_fraction=0.5)
+        assert (draw(partial(base, schedule=schedule())) <= 499).mean() == pytest.approx(
+            0.036, abs=0.005
+        )
+        t = self.mixed(0.4, base)
+        assert (t == 499).mean() == pytest.approx(0.2, abs=0.015)
+        assert (t == 999).mean() == pytest.approx(0.2 + 0.6 * 0.5, abs=0.02)
+
+    def test_training_draws_as_configured_and_a_share_of_zero_changes_no_draw(self):
+        keys = jax.random.split(jax.random.key(0), 4000)
+
+        def drawn(**changes):
+            config = DiffusionConfig(**changes)
+            return draw_noise_and_timestep(keys, (2, 2, 1), config, schedule())
+
+        noise, t = drawn()
+        for steps, points in ((2, (999, 499)), (4, (999, 749, 499, 249))):
+            other, mixed = drawn(sampler_share=0.5, sampler_steps=steps)
+            np.testing.assert_array_equal(other, noise)
+            assert ((mixed == t) | np.isin(mixed, points)).all()
+            lowest = (mixed == points[-1]).mean()
+            assert lowest == pytest.approx(0.5 / steps, abs=0.03)

@@ -60,7 +60,9 @@ def same_bytes(folder: Path, repositories: Path, revision: str = "main") -> bool
 
 def test_an_id_with_subfolder_brings_what_the_component_needs_and_no_more(online, repositories):
     folder = resolve("sd-1.5:unet")
-    assert online.fetched() == {"unet/config.json", WEIGHTS}
+    scheduler = "scheduler/scheduler_config.json"  # which says how the U-Net was trained
+    assert online.fetched() == {"unet/config.json", WEIGHTS, scheduler}
+    assert (folder.parent / scheduler).is_file()
     assert same_bytes(folder, repositories)
     assert resolve(SD15, "unet") == folder == resolve(f"{SD15}:unet")
     resolve("sd-1.5:text_encoder")

@@ -52,7 +52,7 @@ def torch_scheduler(case: Case) -> Any:
         timestep_spacing=case.spacing,
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,  # as in the scheduler files of Stable Diffusion
     )
 
 

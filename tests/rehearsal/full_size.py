@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""configs/ade20k.py once at Stable Diffusion 1.5's full size, with random weights, in float32.
+"""configs/ade20k.py:sd15 once at Stable Diffusion 1.5's full size, with random weights, in float32.
 
     cd tests
     PYTHONPATH=..:parity python -m rehearsal.full_size FOLDER [--miniature] [--config.KEY=VALUE ...]
@@ -111,7 +111,7 @@ def main() -> None:
     trees.write_tree("ade20k", data)
 
     run = f"gs://{BUCKET}/run"
-    command = [sys.executable, "-m", "digseg_jax.main", "--config=configs/ade20k.py"]
+    command = [sys.executable, "-m", "digseg_jax.main", "--config=configs/ade20k.py:sd15"]
     command += [f"--workdir={run}", f"--config.data.root={data}"]
     changes = CHANGES | {"data.image_size": side, "eval.view_size": (view,)}
     changes["compute.compile_cache"] = folder / "compiled"

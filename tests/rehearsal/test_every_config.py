@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from digseg_jax.recipes import VERSIONS
+from digseg_jax.recipes import RECIPES, VERSIONS
 from digseg_jax.segmentation.palette import MAX_CLASSES
 from rehearsal import story
 
@@ -33,9 +33,11 @@ def played(run: story.Run) -> None:
     print(f"\n{run.config[9:]}: {sum(run.spent.values()):.0f} s ({parts})")
 
 
-# each configuration once, before the other versions
+# each configuration once, before the other versions; of those with another diffusion one data set each
 @pytest.mark.parametrize(
-    ("version", "name"), [(version, name) for version in VERSIONS for name in PUBLIC]
+    ("version", "name"),
+    [(version, name) for version in VERSIONS for name in PUBLIC]
+    + [(recipe, FIRST_NAME) for recipe in RECIPES],
 )
 def test_a_public_data_set(stage, tmp_path, version, name):
     run = story.Run(stage, tmp_path, name, version)

@@ -26,7 +26,7 @@ from digseg_jax.config.schema import (
     ModelConfig,
 )
 from digseg_jax.data.vocabulary import bank_prompts
-from digseg_jax.diffusion import noise, timesteps
+from digseg_jax.diffusion import ddim, noise, timesteps
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START, Schedule, make_schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -300,6 +300,12 @@ def _draw(
         t = timesteps.high_noise(
             time_key, schedule, a=TAIL_SCALE, terminal_fraction=config.terminal_fraction
         )
+
+    # The sampler's own timesteps, with a key of their own: a share of 0 changes no draw.
+    if config.sampler_share:
+        points = ddim.timesteps(schedule.num_timesteps, config.sampler_steps, "trailing")
+        mixed_key = jax.random.fold_in(time_key, 1)
+        t = timesteps.sampled(mixed_key, t, points, config.sampler_share)
 
     # Marigold's: the noisier the timestep, the coarser the noise may be.
     if config.noise == "multires":

@@ -111,7 +111,7 @@ class SegmentationTask(Task):
         keys: Array,
         whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Mean squared error over the labeled latent cells, plus the mask loss if it is on.
+        """Mean squared error over the labeled latent cells, plus the auxiliary losses that are on.
 
         Args:
           frozen: {"vae", "bank"}, and the anchors of a codec that needs them.
@@ -148,16 +148,23 @@ class SegmentationTask(Task):
 
         # The paper's loss, averaged over the cells that carry a label.
         valid = jnp.repeat(latent_validity(label, self.vae.config.factor), k, axis=0)
+        cells = self._valid_cells(valid, whole)
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
-        loss = (squared * valid).sum() / self._valid_cells(valid, whole)
+        loss = (squared * valid).sum() / cells
         metrics = {"mean_timestep": t.mean()} | negative_shares(batch)
 
-        # The auxiliary loss (not in the paper) compares the mask that the prediction stands for.
-        if self.config.loss.mask_weight:
+        # The auxiliary losses (not in the paper) judge the clean latent that the prediction stands for:
+        # by its distance from the true one (SDSeg), and by the mask that is read from it.
+        weights = self.config.loss
+        if weights.x0_weight or weights.mask_weight:
             metrics["mse"] = loss
             clean, _ = self.schedule.x0_and_eps(prediction, noisy, t)
+        if weights.x0_weight:
+            metrics["x0_loss"] = (jnp.abs(clean - x0).mean(axis=-1) * valid).sum() / cells
+            loss += weights.x0_weight * metrics["x0_loss"]
+        if weights.mask_weight:
             metrics["mask_loss"] = self._mask_loss(frozen, batch, clean, valid, t, drawn)
-            loss += self.config.loss.mask_weight * metrics["mask_loss"]
+            loss += weights.mask_weight * metrics["mask_loss"]
         return loss, metrics
 
     def _latents(

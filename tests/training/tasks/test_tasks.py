@@ -15,12 +15,14 @@ import tiny
 
 from digseg_jax import packages, trees
 from digseg_jax.aot.shapes import abstract_parts
+from digseg_jax.diffusion.schedule import Schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
+from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.setup import set_up
 from digseg_jax.training.step import initial_state, make_train_step
@@ -329,6 +331,55 @@ def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise
     assert float(both) == pytest.approx(float(plain) + 0.5 * float(metrics["mask_loss"]), rel=1e-5)
     _, never = loss(loss__mask_weight=0.5, loss__mask_from=1.0)
     assert float(metrics["mask_loss"]) > 0 and float(never["mask_loss"]) == 0
+
+
+@pytest.mark.parametrize(("prediction_type", "zero_snr"), [("v_prediction", True), ("epsilon", False)])
+def test_the_error_of_the_clean_latent_is_added_with_its_weight(
+    prediction_type, zero_snr, folders, monkeypatch
+):
+    batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
+    batch["label"][:, :8, :8] = -1  # not judged
+
+    seen = []
+    solve = Schedule.x0_and_eps
+
+    def spy(self, prediction, x, t):
+        seen[:] = prediction, x, t
+        return solve(self, prediction, x, t)
+
+    monkeypatch.setattr(Schedule, "x0_and_eps", spy)
+
+    def loss(weight):
+        kind = {"diffusion__prediction_type": prediction_type, "diffusion__zero_snr": zero_snr}
+        task = load_task(tiny.config(folders, loss__x0_weight=weight, **kind))
+        task.prepare()
+
+        def traced(params):
+            seen.clear()
+            return *task.loss(params, task.frozen, batch, keys), list(seen)
+
+        size = len(str(jax.make_jaxpr(traced)(task.initial())).splitlines())
+        return task, size, *jax.jit(traced)(task.initial())
+
+    _, size, plain, metrics, solved = loss(0.0)
+    assert "x0_loss" not in metrics and not solved
+    task, larger, both, metrics, solved = loss(2.0)
+    assert size < larger, "a weight of zero costs nothing"
+    assert float(both) == pytest.approx(float(plain) + 2.0 * float(metrics["x0_loss"]), rel=1e-5)
+    assert float(metrics["mse"]) == pytest.approx(float(plain), rel=1e-5)
+
+    # by hand: x0 of the stated pair, over the cells that carry a label
+    prediction, noisy, t = (np.asarray(x, np.float64) for x in solved)
+    abar = np.asarray(task.schedule.alphas_cumprod)[t.astype(int)][:, None, None, None]
+    if prediction_type == "epsilon":
+        clean = (noisy - np.sqrt(1 - abar) * prediction) / np.sqrt(abar)
+    else:
+        clean = np.sqrt(abar) * noisy - np.sqrt(1 - abar) * prediction
+    _, x0 = task._latents(task.frozen, batch, None)
+    x0 = np.asarray(x0).reshape(clean.shape)
+    valid = np.asarray(latent_validity(batch["label"], task.vae.config.factor)).repeat(2, axis=0)
+    expected = np.abs(clean - x0).mean(axis=-1)[valid].mean()
+    assert float(metrics["x0_loss"]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_color_error_sees_cell_means_and_not_texture():

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler of a pipeline on the hub: the noise and the target that its U-Net was trained with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
+from digseg_jax.config.schema import DiffusionConfig
+from digseg_jax.diffusion.schedule import BETA_END, BETA_START
+from digseg_jax.weights.hub import SCHEDULER_FILE
+
+# diffusers' name -> the key of ours, and diffusers' default, which a file may leave out
+_KEYS: dict[str, tuple[str, Any]] = {
+    "prediction_type": ("prediction_type", "epsilon"),
+    "rescale_betas_zero_snr": ("zero_snr", False),
+}
+# diffusers' name -> what every run has here, and diffusers' default
+_CONSTANTS: dict[str, tuple[Any, Any]] = {
+    "num_train_timesteps": (NUM_TRAIN_TIMESTEPS, 1000),
+    "beta_schedule": ("scaled_linear", "linear"),
+    "beta_start": (BETA_START, 0.0001),
+    "beta_end": (BETA_END, 0.02),
+}
+
+
+def schedule_differences(unet: Path, config: DiffusionConfig) -> list[str]:
+    """Names what a configuration does otherwise than the scheduler beside a U-Net, in words.
+
+    unet: folder of the U-Net. Empty if they agree, or if there is no scheduler or none that can be
+      read: then nothing is known.
+    """
+    try:
+        stored = json.loads((unet.absolute().parent / SCHEDULER_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(stored, dict):
+        return []
+
+    told = []
+    for theirs, (ours, default) in _KEYS.items():
+        trained, wanted = stored.get(theirs, default), getattr(config, ours)
+        if trained != wanted:
+            told.append(f"config.diffusion.{ours}={wanted!r}, trained with {trained!r}")
+    for theirs, (here, default) in _CONSTANTS.items():
+        if (trained := stored.get(theirs, default)) != here:
+            told.append(f"{theirs} is {here!r} here, trained with {trained!r}")
+    return told

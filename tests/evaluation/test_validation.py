@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The look at val while training: few images, the columns of a collapse, and its one-line alarm."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import pytest
+import tiny
+from PIL import Image
+
+from digseg_jax.config.schema import Config
+from digseg_jax.errors import UserError
+from digseg_jax.evaluation import validation
+from digseg_jax.evaluation.validation import make_validation, validation_examples
+from digseg_jax.training.tasks.segmentation import load_task
+
+COLUMNS = {"val_miou", "val_empty_rate", "val_present_dice", "val_absent_area"}
+
+
+def with_limits(config: Config, eval_images: int, num_images: int) -> Config:
+    logs = dataclasses.replace(config.logging, eval_images=eval_images)
+    return dataclasses.replace(
+        config, logging=logs, eval=dataclasses.replace(config.eval, num_images=num_images)
+    )
+
+
+@pytest.mark.parametrize(
+    ("eval_images", "num_images", "count"), [(16, 0, 16), (16, 2, 2), (0, 3, 3), (4, 9, 4), (0, 0, 55)]
+)
+def test_it_looks_at_a_few_images_of_val(eval_images, num_images, count, cover):
+    examples = validation_examples(with_limits(Config(), eval_images, num_images))
+    assert len(examples) == count and examples.split == "val"
+    assert examples.rows == validation_examples(with_limits(Config(), eval_images, num_images)).rows
+
+
+def test_without_val_it_looks_at_the_scored_split_but_chooses_nothing_by_it(tmp_path):
+    for kind, mode, ending in (("images", "RGB", "jpg"), ("annotations", "L", "png")):
+        (tmp_path / kind / "test").mkdir(parents=True)
+        Image.new(mode, (24, 16)).save(tmp_path / kind / "test" / f"0.{ending}")
+    config = Config(data=dataclasses.replace(Config().data, name="camvid", root=str(tmp_path)))
+    assert validation_examples(config).split == "test"
+    best = dataclasses.replace(Config().checkpoint, best="val_miou")
+    with pytest.raises(UserError, match="on the scored split") as caught:
+        validation_examples(dataclasses.replace(config, checkpoint=best))
+    assert "config.checkpoint.best='val_miou'" in tiny.one_line(caught.value)
+
+
+def test_its_columns_and_its_alarm(folders, cover, caplog, monkeypatch):
+    config = tiny.config(folders, eval__view_size=(32,), eval__num_images=1)
+    task = load_task(config)
+    look = make_validation(config, task, tiny.mesh())
+    state = {"params": jax.tree.map(jax.numpy.asarray, task.initial())}
+    with caplog.at_level(logging.WARNING):
+        found = look(7, state)
+    assert found.keys() == COLUMNS
+    assert all(0.0 <= value <= 1.0 for value in found.values())
+    told = [r.getMessage() for r in caplog.records if "empty masks" in r.getMessage()]
+    assert bool(told) == (found["val_empty_rate"] > validation.EMPTY_ALARM)
+    monkeypatch.setattr(validation, "EMPTY_ALARM", -1.0)
+    with caplog.at_level(logging.WARNING):
+        assert look(9, state) == found
+    assert "step 9: " in caplog.text
+
+
+def test_another_task_is_told():
+    with pytest.raises(UserError, match="config.logging.eval_every"):
+        make_validation(Config(), object(), tiny.mesh())
