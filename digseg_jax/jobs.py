@@ -383,8 +383,9 @@ def evaluate_and_report(
 
     description: of the weights, by default of the run's export. own: they are that export.
     """
-    about = (description or read_description(workdir / EXPORT)).provenance()
-    results = evaluation.evaluate(config, task, params, mesh, workdir, about)
+    description = description or read_description(workdir / EXPORT)
+    about, templates = description.provenance(), description.templates
+    results = evaluation.evaluate(config, task, params, mesh, workdir, about, templates)
 
     page = workdir
     with together("the report"):

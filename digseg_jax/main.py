@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digseg_jax.config.experiment import NO_FILE, with_config_file
-from digseg_jax.config.parse import parse, sampling_settings, with_sampling
+from digseg_jax.config.parse import parse, sampling_settings, with_settings
 from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import OVER_BUDGET, USER_ERROR, UserError
@@ -38,6 +38,9 @@ _IMAGE = flags.DEFINE_multi_string(
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
 _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
+)
+_TEMPLATE = flags.DEFINE_multi_string(
+    "template", None, 'eval, predict: what to ask in, such as "a photo of a {}"; may be repeated.'
 )
 _OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
 _HUB = flags.DEFINE_string("hub", None, "export: repository to push to, org/name[@branch].")
@@ -64,6 +67,7 @@ _FOR_MODES = {
     "image": ("predict",),
     "query": ("predict",),
     "vocabulary": ("predict",),
+    "template": ("predict", "eval"),
     "out": ("predict",),
     "hub": ("export",),
     "topology": ("compile",),
@@ -114,14 +118,20 @@ def _settings() -> dict[str, Any]:
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
+def _chosen() -> dict[str, Any]:
+    """The settings that --sampling and --template stand for."""
+    sampling = sampling_settings(_SAMPLING.value) if _SAMPLING.value else {}
+    return sampling | ({"eval.templates": tuple(_TEMPLATE.value)} if _TEMPLATE.value else {})
+
+
 def run() -> None:
     """Runs the mode; imports late, so that a wrong flag is reported before JAX loads."""
     # What the user typed is checked before anything slow.
     mode = _MODE.value
     check_flags(mode)
     config = None if _config_file() is None else parse(_CONFIG.value)
-    if config is not None and _SAMPLING.value:
-        config = with_sampling(config, _SAMPLING.value)
+    if config is not None:
+        config = with_settings(config, _chosen())
 
     # Before JAX is imported: the devices to compile for,
     # and start-up settings for those of this machine.
@@ -156,8 +166,8 @@ def _predict(config: Config | None) -> None:
     from digseg_jax.prediction.job import predict
 
     weights, queries, out = _MODEL.value or _WORKDIR.value, _QUERY.value or [], Path(_OUT.value)
-    words, sampling = _VOCABULARY.value, _SAMPLING.value
-    predict(config, weights, _IMAGE.value, queries, out, words, sampling, _settings())
+    settings = _settings() | _chosen()
+    predict(config, weights, _IMAGE.value, queries, out, _VOCABULARY.value, settings=settings)
 
 
 def _run_on_all_processes(mode: str, config: Config | None) -> None:
@@ -174,6 +184,7 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
     distributed.start(cluster, timeout)
     told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
     told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value, "--hub": _HUB.value}
+    told |= {"--template": _TEMPLATE.value}
     jobs.check_processes(config, _settings(), told)
 
     if mode == "cache_latents":
@@ -182,9 +193,8 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
         cache_latents.run(config)
         return
 
-    workdir, suite, settings = as_path(_WORKDIR.value), _SUITE.value, _settings()
-    if config is None and _SAMPLING.value:
-        settings |= sampling_settings(_SAMPLING.value)
+    workdir, suite = as_path(_WORKDIR.value), _SUITE.value
+    settings = _settings() | (_chosen() if config is None else {})
     options = {"config": config, "accept_changes": _ACCEPT_CHANGES.value}
     if mode == "train":
         jobs.train(workdir=workdir, **options)

@@ -105,6 +105,8 @@ def suite_results() -> dict[str, Any]:
         "protocols": protocols, "headline_protocol": "exhaustive", "miou": 0.31,
         "boundary_iou": 0.2, "per_class": {f"class {i}": i / 60 for i in range(50)} | {"none": None},
         "gate_recall": {"1": {"pixels": 0.4, "classes": 0.2}, "16": {"pixels": 0.98, "classes": 0.9}},
+        "templates": ["a photo of a {}"], "inference": "whole", "view_size": [512, 512],
+        "short_side": 0,
     }  # fmt: skip
     missing = {"suite": "open_vocab", "dataset": "cityscapes", "estep": "8x2", "missing": "no folder"}
     return {"suite": "open_vocab", "seed": 0, "rows": [row, missing]}

@@ -81,6 +81,7 @@ def test_a_missing_flag_is_named(arguments, missing):
     [
         (["--image=a.png"], "--image: for --mode=predict only, not --mode=train"),
         (["--mode=export", "--sampling=8x2"], "--sampling: for --mode=eval or predict only"),
+        (["--template={}"], "--template: for --mode=predict or eval only"),
         (["--suite=semantic"], "--suite: for --mode=eval only"),
         (["--mode=eval", "--topology=cpu:2"], "--topology: for --mode=compile only"),
     ],
@@ -197,12 +198,14 @@ def test_an_export_evaluates_without_a_configuration(folders, tmp_path, cover):
     flags = ["--mode=eval", f"--model={tmp_path / 'weights'}", f"--workdir={out}", "--sampling=1x2"]
     message = refused(*flags, "--config.data.image_size=64")
     assert "config.data.image_size=64, trained with 32" in message
-    settings = ["--config.eval.decoder=vae", "--config.eval.view_size=(64, 128)"]
+    assert "'{0.__class__}' needs one {}" in refused(*flags, "--template={0.__class__}")
+    settings = ["--config.eval.decoder=vae", "--config.eval.view_size=(64, 128)", "--template=land {}"]
     done = run(*flags, *settings, timeout=900)  # it computes: a busy machine takes its time
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "eval" / "results.json").read_text())
     assert (results["num_images"], results["ensemble"], results["steps"]) == (1, 1, 2)
     assert results["decoder"] == "vae" and results["view_size"] == [64, 128]
+    assert results["templates"] == ["land {}"] and results["prompts"][0] == "land water"
 
 
 def test_export_takes_no_settings_of_its_own(workdir):

@@ -11,6 +11,7 @@ import re
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, DataConfig, settings
+from digseg_jax.config.templates import check_template
 from digseg_jax.errors import UserError
 
 
@@ -22,6 +23,7 @@ def check_combinations(c: Config) -> None:
     _check_eval(c)
     _check_data(c)
     _check_crops(c.data)
+    _check_templates(c)
     _check_latent_cache(c)
 
 
@@ -129,17 +131,24 @@ def _check_data(c: Config) -> None:
 
 
 def _check_crops(data: DataConfig) -> None:
-    """Checks the range of scales and the prompt templates."""
+    """Checks the range of scales."""
     if data.scale_min > data.scale_max:
         raise UserError(
             f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: the minimum must be "
             "at most the maximum"
         )
 
-    # Exactly one {}, and no other brace, which str.format would read.
-    for template in data.templates:
-        if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
-            raise UserError(f"config.data.templates: {template!r} needs one {{}} for the class")
+
+def _check_templates(c: Config) -> None:
+    """Checks the templates of training and of evaluation."""
+    for key, templates in (("data", c.data.templates), ("eval", c.eval.templates)):
+        for template in templates:
+            check_template(template, f"config.{key}.templates")
+    if c.eval.templates and c.model.codec == "palette":
+        raise UserError(
+            f"config.eval.templates={list(c.eval.templates)}: config.model.codec='palette' asks "
+            "with one text whatever the class; leave it at ()"
+        )
 
 
 def _check_latent_cache(c: Config) -> None:

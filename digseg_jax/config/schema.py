@@ -327,6 +327,9 @@ class EvalConfig:
     short_side: int = setting(0, at_least=0)
     # How a class that no label shows enters the mean; auto: as the data set defines it.
     absent_rule: Literal["auto", "mmseg", "detectron2", "official"] = "auto"
+    # Prompts, {} for the class; empty: as the weights were trained. The probabilities of several are
+    # averaged, which takes as many times longer.
+    templates: tuple[str, ...] = ()
     # Up to this many classes, all of them are asked for. Beyond, a coarse pass
     # finds which are present (not in the paper): at most `gate_limit` of them
     # pass (16 to 32 of hundreds), with a presence score of at least `gate_cut`.

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from digseg_jax.config.templates import fill
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 
@@ -34,7 +35,7 @@ class Captions:
         subsets = [itertools.combinations(range(self.num_classes), n) for n in sizes]
         self._ids = {subset: i for i, subset in enumerate(itertools.chain.from_iterable(subsets))}
         self.texts = tuple(
-            spec.caption.format(", ".join(spec.names[c] for c in subset)) for subset in self._ids
+            fill(spec.caption, ", ".join(spec.names[c] for c in subset)) for subset in self._ids
         )
 
     def id_of(self, label: np.ndarray) -> int:

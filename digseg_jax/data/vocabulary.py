@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.config.templates import fill
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.sources import parts_of, spec_of
 
@@ -14,8 +15,8 @@ from digseg_jax.data.sources import parts_of, spec_of
 class Vocabulary:
     """Prompts of one data set: rows[class] are their places in the bank of the run.
 
-    The prompts of a class are its name and its synonyms in each template; the first one is the
-    class's own (evaluation asks with it), all of them are drawn evenly in training.
+    The prompts of a class are its name and its synonyms in each template, the class's own name in the
+    first template before all others; they are drawn evenly in training.
     """
 
     prompts: tuple[str, ...]
@@ -28,7 +29,7 @@ class Vocabulary:
         rows = []
         for info in spec.classes:
             texts = [
-                template.format(name)
+                fill(template, name)
                 for template in templates or (spec.template,)
                 for name in (info.name, *info.synonyms)
             ]
@@ -45,6 +46,12 @@ def vocabularies(config: DataConfig) -> list[Vocabulary]:
         first = sum(len(v.prompts) for v in made)
         made.append(Vocabulary.of(spec_of(part), config.templates, first))
     return made
+
+
+def training_templates(config: DataConfig) -> tuple[str, ...]:
+    """The templates that training asks in: the configuration's, or the data sets' own, each once."""
+    own = (spec_of(part).template for part in parts_of(config))
+    return config.templates or tuple(dict.fromkeys(own))
 
 
 def bank_prompts(config: DataConfig) -> list[str]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import EvalConfig
+from digseg_jax.config.templates import PLACE, fill
 from digseg_jax.evaluation.counts import Counted, count_foreground, count_image
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.evaluation.gallery import Shown
@@ -44,7 +45,8 @@ class Evaluator:
     """Evaluator of a segmenter on the examples of one split.
 
     Args:
-      prompts: prompt i asks for class i; the data set's own prompts by default.
+      prompts: prompt i asks for class i, as it is; by default the classes' names are asked, in the
+        templates of the weights or of `settings`.
       seed: seed of the ensemble members' noise.
 
     Raises:
@@ -61,9 +63,11 @@ class Evaluator:
         prompts: Sequence[str] = (),
     ):
         self.segmenter, self.examples, self.settings = segmenter, examples, settings
-        self.seed, self.prompts = seed, tuple(prompts or examples.prompts)
-        if len(self.prompts) != len(examples.classes):
-            raise ValueError(f"{len(self.prompts)} queries for {len(examples.classes)} classes")
+        self.seed, self.queries = seed, tuple(prompts or examples.classes)
+        if len(self.queries) != len(examples.classes):
+            raise ValueError(f"{len(self.queries)} queries for {len(examples.classes)} classes")
+        wanted = settings.templates
+        self.templates = () if prompts else segmenter.asks_in(examples.template, wanted)
 
         # "auto" takes the data set's own convention from its `DatasetSpec`.
         self.mode = examples.inference if settings.inference == "auto" else settings.inference
@@ -71,12 +75,28 @@ class Evaluator:
         self.codec = segmenter.task.codec
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts that the text encoder reads for the whole vocabulary, class by class."""
+        templates = self.templates or (PLACE,)
+        return self.codec.texts([fill(t, query) for query in self.queries for t in templates])
+
+    def asked(self) -> dict[str, Any]:
+        """How the network is asked: templates of the prompts, and what it sees of an image."""
+        windows = self.mode == "window"
+        return {
+            "templates": list(self.templates),
+            "inference": self.mode,
+            "view_size": list(self.segmenter.size),
+            "short_side": self.segmenter.short_side if windows else 0,
+        }
+
+    @property
     def protocol(self) -> str:
         """Name of the headline's protocol.
 
         "exhaustive" asks for every class, "gated" only for the classes that a coarse pass finds.
         """
-        all_of_them = self.codec.closed or len(self.prompts) <= self.settings.exhaustive_limit
+        all_of_them = self.codec.closed or len(self.queries) <= self.settings.exhaustive_limit
         return "exhaustive" if all_of_them else "gated"
 
     @property
@@ -124,6 +144,10 @@ class Evaluator:
                 counted.append(dataclasses.replace(one, row=one.row | facts))
             return counted
 
+        # A journal that is read by itself says what was asked.
+        if "prompts" not in journal:
+            journal.add("prompts", list(self.prompts))
+
         # Images counted before a kill are offered first, with their score only: the choice of the
         # worst and best must not depend on where a run was interrupted.
         name = f"{estep} {protocol}"
@@ -154,7 +178,7 @@ class Evaluator:
         def count(images: Sequence[int], found: Sequence[dict]) -> list[Counted]:
             """Counts pixels above each threshold, for the last class only."""
             # A closed codec always answers all of its classes.
-            asked = self.prompts if self.codec.closed else self.prompts[-1:]
+            asked = self.queries if self.codec.closed else self.queries[-1:]
             answers = self._segment(images, found, [asked] * len(images), estep)
 
             # Only the metric's own counts are needed: no prediction and no masks are kept.
@@ -183,8 +207,8 @@ class Evaluator:
         every = range(len(examples))
         pixels: dict[str, str] = {}  # image index -> encoded arrays, as JSON has only text keys
         for _, images, found in self._groups(examples, every, f"calibration {estep}"):
-            prompts = [self.prompts] * len(images)
-            answers = self._segment(images, found, prompts, estep, evidence=True)
+            queries = [self.queries] * len(images)
+            answers = self._segment(images, found, queries, estep, evidence=True)
             for i, example, answer in zip(images, found, answers, strict=True):
                 pixels[str(i)] = _encoded(_few_pixels(example["label"], answer))
 
@@ -213,7 +237,7 @@ class Evaluator:
         Raises:
           ValueError: unknown protocol.
         """
-        every = list(range(len(self.prompts)))
+        every = list(range(len(self.queries)))
         facts: list[dict[str, Any]] = [{} for _ in images]
         if protocol == "exhaustive":
             # slots=0: the segmenter fits them to the number of queries, which is always the same
@@ -235,7 +259,7 @@ class Evaluator:
             raise ValueError(f"protocol {protocol!r}; legal: {', '.join(open_vocab.PROTOCOLS)}")
 
         # A bias belongs to a class, so each image gets the biases of the classes it is asked for.
-        queries = [tuple(self.prompts[c] for c in classes) for classes in asked]
+        queries = [tuple(self.queries[c] for c in classes) for classes in asked]
         # Without any bias the masks on their own are the same, and are not computed a second time.
         biases = None
         if calibration is not None and any(calibration.bias):
@@ -249,8 +273,8 @@ class Evaluator:
 
         The whole image is squeezed into one view, and masks are read with the linear latent decoder.
         """
-        prompts = [self.prompts] * len(images)
-        answers = self._segment(images, found, prompts, COARSE, mode="whole", decoder="probe")
+        queries = [self.queries] * len(images)
+        answers = self._segment(images, found, queries, COARSE, mode="whole", decoder="probe")
         return [open_vocab.presence(answer.cell_probabilities()) for answer in answers]
 
     def _segment(
@@ -274,7 +298,7 @@ class Evaluator:
         """
         own: Sequence[tuple[float, ...] | None] = biases or [None] * len(images)
         requests = [
-            Request(example["image"], i, asked, bias)
+            Request(example["image"], i, asked, bias, self.templates)
             for i, example, asked, bias in zip(images, found, queries, own, strict=True)
         ]
         return self.segmenter.segment(requests, estep, key=self.seed, mode=mode or self.mode, **options)

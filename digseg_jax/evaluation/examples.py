@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.config.templates import PLACE
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.sources import open_part, spec_of
 
@@ -19,20 +20,19 @@ class EvalExamples:
 
     Attributes:
       rows: indices of the source's examples that are evaluated.
-      prompts: prompt i asks for class i.
       covers: for each class the ids whose pixels belong to its mask; several where classes are nested.
-      metric, absent, inference: see `DatasetSpec`.
+      metric, absent, inference, template: see `DatasetSpec`.
     """
 
     source: Any
     split: str
     rows: tuple[int, ...]
     classes: tuple[str, ...]
-    prompts: tuple[str, ...]
     covers: tuple[tuple[int, ...], ...]
     metric: str = "miou"
     absent: str = "mmseg"
     inference: str = "window"
+    template: str = PLACE
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,11 +63,11 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
         split,
         _spread(len(source), num_images),
         facts.names,
-        tuple(facts.prompt(name) for name in facts.names),
         tuple(facts.covers(c) for c in range(facts.num_classes)),
         facts.metric,
         facts.absent,
         facts.inference,
+        facts.template,
     )
 
 

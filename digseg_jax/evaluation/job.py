@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -40,6 +41,7 @@ def evaluate(
     mesh: Mesh,
     workdir: AnyPath,
     about: dict[str, Any] | None = None,
+    templates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
 
@@ -48,6 +50,7 @@ def evaluate(
 
     Args:
       about: origin of the weights; goes into results.json.
+      templates: that the weights were trained with; by default those of the configuration's data sets.
 
     Returns:
       The content of results.json.
@@ -56,7 +59,7 @@ def evaluate(
       UserError: no such data set, split or folder, or a file that cannot be written.
     """
     # Open every split before the first image is segmented, so that a missing one is reported early.
-    segmenter = Segmenter(task, params, config.eval, mesh=mesh)
+    segmenter = Segmenter(task, params, config.eval, mesh=mesh, templates=templates)
     examples = eval_examples(config.data, config.eval.split, config.eval.num_images)
     evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
     training = searched_on(config.data, examples)
@@ -66,7 +69,7 @@ def evaluate(
     # Counts are only continued for the same weights, data, settings and seed.
     folder = workdir / "eval"
     values = to_dict(config)
-    facts = (values["data"], values["eval"], config.seed, len(examples))
+    facts = (values["data"], values["eval"], config.seed, len(examples), evaluator.prompts)
     identity = identity_of(fetch_to_main(params), *facts)
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)
     shown = Shown(IMAGES, len(examples), folder / UNFINISHED)
@@ -104,7 +107,7 @@ def results_of(
     searching: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Content of results.json; scores are unrounded shares (0..1), nan is written as null."""
-    settings, segmenter = config.eval, evaluator.segmenter
+    settings = config.eval
     return {
         # what was evaluated, and by which rules
         "dataset": config.data.name,
@@ -117,9 +120,7 @@ def results_of(
         "ensemble_rule": settings.ensemble_rule,
         "decoder": settings.decoder,
         "decode_limit": settings.decode_limit,
-        "inference": evaluator.mode,
-        "view_size": list(segmenter.size),
-        "short_side": segmenter.short_side if evaluator.mode == "window" else 0,
+        **evaluator.asked(),
         # scores of the label map
         **scores.label_map(),
         "per_class": scores.per_class(),
@@ -130,7 +131,9 @@ def results_of(
         "spacing": estep.spacing,
         "seed": config.seed,
         "calibration": calibration.to_dict(),
-        "queries": list(evaluator.examples.prompts),
+        # what was asked: the classes, and the texts that were read
+        "queries": list(evaluator.queries),
+        "prompts": list(evaluator.prompts),
         # the data set's own metric, the counts, and scores of single queries
         "metric": evaluator.examples.metric,
         "own_metric": scores.own_metric(searching or ()),

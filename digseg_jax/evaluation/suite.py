@@ -136,6 +136,7 @@ def _one(
     # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
     # change the counts as well.
     settings = [to_dict(config), dataset, str(estep), len(examples), segmenter.scale]
+    settings.append(evaluator.prompts)
     identity = identity_of(weights, settings)
     name = f"{dataset}_{estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)
@@ -156,6 +157,7 @@ def scores_of(
     examples = evaluator.examples
     fitted = calibration_lib.identity(len(examples.classes), evaluator.segmenter.scale)
     result: dict[str, Any] = {"metric": examples.metric, "absent_rule": evaluator.absent}
+    result |= evaluator.asked()
 
     # Only a label map's mIoU can depend on knowing the classes present.
     protocols = evaluator.protocols if examples.metric == "miou" else (evaluator.protocol,)

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from digseg_jax.evaluation import paper
-from digseg_jax.evaluation.tables import markdown, percent
+from digseg_jax.evaluation.tables import input_size, markdown, percent, prompt_forms, trained_on
 
 COLUMNS = (
     "suite",
     "data set",
     "E-Step",
+    "prompts",
+    "input",
+    "protocol",
     "score",
     "measured",
     "the paper's figure",
@@ -27,18 +30,20 @@ def lines(results: Mapping[str, Any]) -> list[list[Any]]:
     for row in results["rows"]:
         where = [row["suite"], row["dataset"], row["estep"]]
         if "missing" in row:
-            found.append([*where, "not measured: no data", *"––––"])
+            found.append([*where, *"–––", "not measured: no data", *"––––"])
             continue
-        found += [[*where, *cells] for cells in _cells(row)]
+        asked = [prompt_forms(row), input_size(row)]
+        found += [[*where, *asked, *cells] for cells in _cells(row)]
     return found
 
 
 def note(results: Mapping[str, Any]) -> str:
     """Introduction to the table: how to read its numbers."""
+    about = trained_on(results.get("weights"))
     return (
-        f"Suite {results['suite']}, seed {results['seed']}; percent. Oracle asks only for classes that "
-        "the truth contains and does not compare with the other protocols. The paper's figures are "
-        "quoted from its project page, for its own weights and hardware."
+        f"Suite {results['suite']}, seed {results['seed']}; percent. {about} Oracle asks only for "
+        "classes that the truth contains and does not compare with the other protocols. The paper's "
+        "figures are quoted from its project page, for its own weights and hardware."
     )
 
 
@@ -48,55 +53,67 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[list[Any]]:
-    """Cells of one data set from "score" on, a list per score."""
+    """Cells of one data set from "protocol" on, a list per score."""
     suite, dataset, speed = row["suite"], row["dataset"], row.get("images_per_second")
+    headline = row["headline_protocol"]
 
     # A label map: one line per protocol. The paper's figure stands beside the headline's only.
     if row["metric"] == "miou":
         cells = []
         for protocol, scores in row["protocols"].items():
-            stated = _stated(row) if protocol == row["headline_protocol"] else "–"
+            stated = _stated(row) if protocol == headline else "–"
             rates = [f"{scores[k]:.3g}" for k in ("images_per_second", "queries_per_second")]
-            cells.append([f"mIoU, {protocol}", percent(scores["miou"]), stated, *rates])
-        return [*cells, ["boundary IoU", percent(row["boundary_iou"]), *"–––"]]
+            cells.append([protocol, "mIoU", percent(scores["miou"]), stated, *rates])
+        return [*cells, [headline, "boundary IoU", percent(row["boundary_iou"]), *"–––"]]
 
     # A data set with a metric of its own: Dice of nested regions ...
     rate = f"{speed:.3g}" if speed else "–"
     if row["metric"] == "region_dice":
         names = ("disc_dice", "cup_dice", "cdr_error")
         return [
-            [n, percent(row[n]), paper.figure(suite, dataset, n), rate, "–"] for n in names if n in row
+            [headline, n, percent(row[n]), paper.figure(suite, dataset, n), rate, "–"]
+            for n in names
+            if n in row
         ]
 
     # ... or scores of a foreground class, at the default threshold and
     # at the one found on other images.
-    cells = _foreground_cells(row, f"threshold {row['threshold']}", paper.FIGURES[suite][dataset], rate)
+    cells = _foreground_cells(row, row, f"threshold {row['threshold']}", rate)
     if "searched" in row:
         found = row["searched"]
         label = f"threshold {found['threshold']}, found on {found['split']}"
-        figures = paper.MONUSEG_SEARCHED if dataset == "monuseg" else {}
-        cells += _foreground_cells(found, label, figures, "–")
-    return cells
+        cells += _foreground_cells(row, found, label, "–", searched=True)
+    return [[headline, *line] for line in cells]
 
 
 def _foreground_cells(
-    scores: dict[str, Any], label: str, stated: dict[str, str], rate: str
+    row: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    label: str,
+    rate: str,
+    *,
+    searched: bool = False,
 ) -> list[list[Any]]:
     """Lines of a foreground class, pooled over the split, then as means over images.
 
     The paper's figures are compared with the pooled scores.
+
+    Args:
+      row: of the data set.
+      scores: its scores at the default threshold, or at the one that was searched for.
+      label: the threshold in words.
+      rate: images per second, as text.
+      searched: whether `scores` are those of a search.
     """
-    return [
-        [
-            f"{name} {way}, {label}",
-            percent(scores[f"{name}_{way}"]),
-            stated.get(name, "–") if way == "pooled" else "–",
-            rate,
-            "–",
-        ]
-        for way in ("pooled", "per_image")
-        for name in ("iou", "precision", "recall", "f1")
-    ]
+    lines = []
+    for way in ("pooled", "per_image"):
+        for name in ("iou", "precision", "recall", "f1"):
+            stated = "–"
+            if way == "pooled":
+                stated = paper.figure(row["suite"], row["dataset"], name, searched=searched)
+            score = percent(scores[f"{name}_{way}"])
+            lines.append([f"{name} {way}, {label}", score, stated, rate, "–"])
+    return lines
 
 
 def _stated(row: dict[str, Any]) -> str:

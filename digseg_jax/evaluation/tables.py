@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -15,6 +15,29 @@ def percent(value: Any) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{100 * value:.2f}"
+
+
+def input_size(asked: Mapping[str, Any]) -> str:
+    """What the network sees of an image, from the entries of `Evaluator.asked`."""
+    height, width = asked["view_size"]
+    view = f"{height}x{width}"
+    if asked["inference"] != "window":
+        return f"{asked['inference']} image in {view}"
+    side = f"short side {asked['short_side']}" if asked["short_side"] else "the image's own size"
+    return f"windows of {view}, {side}"
+
+
+def prompt_forms(asked: Mapping[str, Any]) -> str:
+    """The templates of the prompts; a dash where the text does not depend on the class."""
+    return ", ".join(f'"{template}"' for template in asked["templates"]) or "–"
+
+
+def trained_on(about: Mapping[str, Any] | None) -> str:
+    """What the weights were trained on, from `Description.provenance`."""
+    if not about:
+        return "Nothing is known of the weights' training."
+    datasets = ", ".join(about["datasets"])
+    return f"Weights trained on {datasets}, {about['steps']} steps from {about['started_from']}."
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -49,6 +72,8 @@ def results_markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {results['dataset']}, {results['split']} split: measured by this run\n",
         f"{results['num_images']} images, {estep}, seed {results['seed']}. {results['protocol']}.\n",
+        f"{trained_on(results.get('weights'))} Prompts: {prompt_forms(results)}. Input: "
+        f"{input_size(results)}.\n",
         markdown(["score", "percent"], scores),
         markdown(["class", "IoU, percent"], classes),
     ]

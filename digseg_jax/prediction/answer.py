@@ -65,18 +65,20 @@ class Answer(Planes):
     """The soft masks of one image, kept view by view.
 
     views: how its views become the image. masks: what each of them answers. size: of a view, height and
-    width. scale, bias: turn the evidence that the probe reads into logits, query by query.
+    width. scale, bias: turn the evidence that the probe reads into logits, text by text. ways: texts
+    that ask for one query, one after the other; their probabilities are averaged.
     """
 
     views: Views
     masks: tuple[ViewMasks, ...]
     size: tuple[int, int]
     scale: float
-    bias: Float[np.ndarray, " q"]
+    bias: Float[np.ndarray, " t"]
+    ways: int = 1
 
     @property
     def num_queries(self) -> int:
-        return len(self.bias)
+        return len(self.bias) // self.ways
 
     @property
     def biased(self) -> bool:
@@ -85,15 +87,20 @@ class Answer(Planes):
 
     def probability(self, query: int) -> Float[np.ndarray, "h w"]:
         """How probable each pixel is for a query, its bias included; float32 in [0, 1]."""
-        return self.views.assemble([self._plane(m, query, biased=True) for m in self.masks])
+        return self.views.assemble([self._mean(m, query, biased=True) for m in self.masks])
 
     def alone(self, query: int) -> Float[np.ndarray, "h w"]:
         """The same without the bias, which matters between queries only."""
-        return self.views.assemble([self._plane(m, query, biased=False) for m in self.masks])
+        return self.views.assemble([self._mean(m, query, biased=False) for m in self.masks])
 
     def evidence(self, query: int) -> Float[np.ndarray, "e h w"]:
-        """What each member saw, in [-1, 1]; only where `segment` was asked to keep it."""
-        members = [self._evidence(m, query) for m in self.masks]
+        """What each member saw, in [-1, 1]; only where `segment` was asked to keep it.
+
+        A query of several texts has the members of each.
+        """
+        members = [
+            np.concatenate([self._evidence(m, text) for text in self._texts(query)]) for m in self.masks
+        ]
         return np.stack([self.views.assemble(list(planes)) for planes in zip(*members, strict=True)])
 
     def cell_probabilities(self) -> Float[np.ndarray, "q h2 w2"]:
@@ -102,22 +109,32 @@ class Answer(Planes):
         if masks.cells is None:  # of a codec that reads its queries together
             assert masks.probability is not None  # what is not read from cells was decoded
             return masks.probability
-        return (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
+        texts = (1.0 / (1.0 + np.exp(-self.scale * masks.cells))).mean(axis=1)
+        return texts.reshape(-1, self.ways, *texts.shape[1:]).mean(axis=1)
 
-    def _plane(self, masks: ViewMasks, query: int, *, biased: bool) -> np.ndarray:
-        if masks.slot[query] >= 0:
+    def _texts(self, query: int) -> range:
+        """The places of the texts that ask for a query."""
+        return range(query * self.ways, (query + 1) * self.ways)
+
+    def _mean(self, masks: ViewMasks, query: int, *, biased: bool) -> np.ndarray:
+        """The plane of a query: the mean of its texts'."""
+        planes = [self._plane(masks, text, biased=biased) for text in self._texts(query)]
+        return planes[0] if self.ways == 1 else np.stack(planes).mean(axis=0)
+
+    def _plane(self, masks: ViewMasks, text: int, *, biased: bool) -> np.ndarray:
+        if masks.slot[text] >= 0:
             decoded = masks.probability if biased or masks.alone is None else masks.alone
-            assert decoded is not None  # of a query with a slot
-            return decoded[masks.slot[query]]
-        logits = self.scale * self._evidence(masks, query) + (self.bias[query] if biased else 0.0)
+            assert decoded is not None  # of a text with a slot
+            return decoded[masks.slot[text]]
+        logits = self.scale * self._evidence(masks, text) + (self.bias[text] if biased else 0.0)
         return (1.0 / (1.0 + np.exp(-logits))).mean(axis=0)
 
-    def _evidence(self, masks: ViewMasks, query: int) -> np.ndarray:
-        if masks.slot[query] >= 0:
+    def _evidence(self, masks: ViewMasks, text: int) -> np.ndarray:
+        if masks.slot[text] >= 0:
             assert masks.evidence is not None  # `segment` was asked to keep it
-            return masks.evidence[masks.slot[query]]
-        assert masks.cells is not None  # of every query without a slot
-        return resize_probability(masks.cells[query], *self.size)
+            return masks.evidence[masks.slot[text]]
+        assert masks.cells is not None  # of every text without a slot
+        return resize_probability(masks.cells[text], *self.size)
 
 
 class GroupedAnswer(Planes):

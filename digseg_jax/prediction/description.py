@@ -28,8 +28,9 @@ from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import check_key, flat, parse, to_dict
 from digseg_jax.config.renamed import with_current_names
 from digseg_jax.config.schema import Config, EvalConfig
-from digseg_jax.data.sources import parts_of, spec_of
-from digseg_jax.data.vocabulary import class_names
+from digseg_jax.config.templates import check_template
+from digseg_jax.data.sources import parts_of
+from digseg_jax.data.vocabulary import class_names, training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.checkpoint import LIBRARIES
@@ -109,7 +110,7 @@ class Description:
 
     config: the settings `REQUIRED` and `SUGGESTED`, as sections of a configuration.
     vae, text: the frozen parts. classes: names of the data set that the run evaluates.
-    templates: prompts of training, {} for a class: the configuration's, or one for each data set.
+    templates: prompts of training, {} for a class: the configuration's, or the data sets' own.
     parameters: number of trained parameters. datasets: what the weights were trained on.
     steps, checkpoint: finished training steps, and their checkpoint below the working directory.
     started_from: the weights at step 0. versions: of the libraries; empty if they were not recorded.
@@ -190,9 +191,6 @@ def describe(
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = values[section][name]
 
-    templates = list(config.data.templates)
-    if not templates:
-        templates = list(dict.fromkeys(spec_of(part).template for part in parts_of(config.data)))
     vae, text = parts
     start = config.model.unet if config.model.unet_init == "pretrained" else "random weights"
     return Description(
@@ -201,7 +199,7 @@ def describe(
         vae=vae,
         text=text,
         classes=list(class_names(config.data)),
-        templates=templates,
+        templates=list(training_templates(config.data)),
         parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract)),
         datasets=[part.name for part in parts_of(config.data)],
         steps=steps,
@@ -268,6 +266,8 @@ def read_description(folder: AnyPath) -> Description:
     description = dataclasses.replace(
         description, vae=_outside(folder, description.vae), text=_outside(folder, description.text)
     )
+    for template in description.templates or [None]:
+        check_template(template, f"{path}: templates")
     try:
         _config_of(_recorded(description.config))
     except UserError as error:

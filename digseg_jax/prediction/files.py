@@ -119,8 +119,7 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
         if path.is_file():
             texts += [info.name for info in read_class_list(path).classes]
         elif vocabulary in registry.names():
-            facts = registry.spec(vocabulary)
-            texts += [facts.prompt(name) for name in facts.names]
+            texts += registry.spec(vocabulary).names
         else:
             raise UserError(
                 f"--vocabulary={vocabulary}: neither a file of one name a line nor a data set; "

@@ -18,6 +18,7 @@ from PIL import Image
 from digseg_jax.arraytypes import Float, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
+from digseg_jax.config.templates import check_template
 from digseg_jax.errors import UserError
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
@@ -97,8 +98,8 @@ class PretrainedSegmenter(Segmenter):
         calibration = folder / CALIBRATION
         scale = read_json(calibration, {"scale": float})["scale"] if calibration.is_file() else 2.0
         mesh = make_mesh(choose_mesh(task.config, task, jax.devices()))
-        params = load_params(unet_folder(folder), task.abstract)
-        super().__init__(task, params, mesh=mesh, scale=float(scale))
+        params, words = load_params(unet_folder(folder), task.abstract), description.templates
+        super().__init__(task, params, mesh=mesh, scale=float(scale), templates=words)
         self.folder, self.description = folder, description
 
     def __call__(
@@ -111,6 +112,7 @@ class PretrainedSegmenter(Segmenter):
         *,
         spacing: str = "trailing",
         index: int = 0,
+        templates: str | Sequence[str] = (),
         advance: Callable[[int, int], None] | None = None,
     ) -> Masks:
         """Segments an image of any size by words.
@@ -123,10 +125,13 @@ class PretrainedSegmenter(Segmenter):
             seed: of the members' noise: the same seed gives the same masks.
             spacing: of the timesteps, "trailing" or "leading".
             index: names the image in the draws of the noise; the i-th image of an evaluation has i.
+            templates: what the queries are asked in, {} for the query; by default as the weights were
+                trained, "{}" as they are. The probabilities of several are averaged.
             advance: gets the calls that are done and their number, after every one.
 
         Raises:
-            UserError: an unreadable image, a blank or too long query, or a number below 1.
+            UserError: an unreadable image, a blank or too long query, an illegal template, or a number
+                below 1.
         """
         texts = (queries,) if isinstance(queries, str) else tuple(queries)
         check_queries(texts, "queries")
@@ -137,9 +142,13 @@ class PretrainedSegmenter(Segmenter):
                 f"steps from 1 to {timesteps}, trailing or leading"
             )
 
+        words = (templates,) if isinstance(templates, str) else tuple(templates)
+        words = self.asks_in(wanted=[check_template(word, "templates") for word in words])
+
         pixels, sampling = pixels_of(image), EStep(ensemble, steps, spacing)
-        answer = self._answer(Request(pixels, index, texts), sampling, seed, advance)
-        facts = {"estep": str(sampling), "seed": seed}
+        request = Request(pixels, index, texts, templates=words)
+        answer = self._answer(request, sampling, seed, advance)
+        facts = {"estep": str(sampling), "seed": seed, "templates": list(words)}
         if isinstance(image, (str, os.PathLike)):
             facts = {"image": os.fspath(image)} | facts
         return Masks(pixels, texts, answer, facts)
@@ -157,13 +166,13 @@ class PretrainedSegmenter(Segmenter):
         Queries with masks of their own are sampled when they are asked for. What shows several queries
         is sampled once, and read again for every group.
         """
-        count = len(request.queries)
-        slots = self.codec.slots(count)
+        count, ways = len(request.queries), max(1, len(request.templates))
+        slots = self.codec.slots(count * ways)
         options: dict[str, Any] = {"key": seed, "mode": self.mode}
 
         views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
-        each = 4 * views * math.prod(self.size)  # bytes of a query
-        apart = self.decodes_all(count, slots, self.settings.decoder)
+        each = 4 * views * math.prod(self.size) * ways  # bytes of a query
+        apart = self.decodes_all(count * ways, slots, self.settings.decoder)
         if each * count < HELD or not apart:
             (answer,) = self.segment([request], sampling, advance=advance, **options)
             return answer
@@ -187,13 +196,15 @@ class PretrainedSegmenter(Segmenter):
 
             return GroupedAnswer(read, count, size)
 
+        group = max(1, slots // ways)  # queries of a call, each in all of its texts
+
         def ask(first: int) -> Answer:
-            part = dataclasses.replace(request, queries=request.queries[first : first + slots])
-            tell = told(first // slots, -(-count // slots))
+            part = dataclasses.replace(request, queries=request.queries[first : first + group])
+            tell = told(first // group, -(-count // group))
             (answer,) = self.segment([part], sampling, slots=slots, advance=tell, **options)
             return answer
 
-        return GroupedAnswer(ask, count, slots)
+        return GroupedAnswer(ask, count, group)
 
     def _read_later(
         self,

@@ -23,6 +23,8 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Array, Float, Params, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import DataConfig, EvalConfig
+from digseg_jax.config.templates import PLACE, asked_templates, fill
+from digseg_jax.data.vocabulary import training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.prediction.answer import Answer, ViewMasks
 from digseg_jax.prediction.programs import Programs
@@ -41,12 +43,22 @@ class Request:
 
     index: names the image in the draws of the noise. queries: texts, or the class names of a closed
     codec in their order. bias: added to each query's logits (see `segmentation.calibration`).
+    templates: what each query is asked in, their probabilities averaged; empty: as it is.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     index: int
     queries: tuple[str, ...]
     bias: tuple[float, ...] | None = None
+    templates: tuple[str, ...] = ()
+
+    def in_texts(self) -> Request:
+        """The same request with a text for each query and template, one query after the other."""
+        if not self.templates:
+            return self
+        texts = tuple(fill(t, query) for query in self.queries for t in self.templates)
+        bias = None if self.bias is None else np.repeat(self.bias, len(self.templates)).tolist()
+        return Request(self.image, self.index, texts, None if bias is None else tuple(bias))
 
 
 class Segmenter:
@@ -54,8 +66,9 @@ class Segmenter:
 
     Args:
       params: host arrays, or arrays that are on the mesh already.
-      settings: view size, decoder, ensemble rule, views of a call on each device.
+      settings: view size, decoder, ensemble rule, views of a call on each device, templates.
       scale: turns evidence into logits, unless the codec has a scale of its own.
+      templates: that the weights were trained with; by default those of the task's data sets.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class Segmenter:
         *,
         mesh: Mesh | None = None,
         scale: float = 2.0,
+        templates: Sequence[str] = (),
     ):
         task.prepare()
         config = task.config
@@ -75,6 +89,7 @@ class Segmenter:
         self.scale = self.codec.scale or scale
         self.size = view_size(self.settings, config.data)
         self.short_side = self.settings.short_side or trained_short_side(config.data)
+        self.templates = tuple(templates) or training_templates(config.data)
         self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
         # Every call is filled up to this many views, over all processes: a device then always runs the
@@ -101,11 +116,16 @@ class Segmenter:
     ) -> list[Float[np.ndarray, "q h w"]]:
         """Probabilities of every query on every image, at the image's own resolution.
 
+        Queries are asked in the templates of `asks_in`.
+
         first: index of the first image in the draws of the noise, for a list handed over in parts. The
         rest as in `Request` and `segment`.
         """
-        shift = None if bias is None else tuple(bias)
-        requests = [Request(im, first + i, tuple(queries), shift) for i, im in enumerate(images)]
+        shift, templates = None if bias is None else tuple(bias), self.asks_in()
+        requests = [
+            Request(image, first + i, tuple(queries), shift, templates)
+            for i, image in enumerate(images)
+        ]
         estep = EStep(ensemble, steps, spacing)
         return [answer.stack() for answer in self.segment(requests, estep, key=key, mode=mode)]
 
@@ -140,6 +160,8 @@ class Segmenter:
         """
         for request in requests:
             self._check(request.queries)
+        ways = [max(1, len(request.templates)) for request in requests]
+        requests = [request.in_texts() for request in requests]
         job = _Job(
             estep=estep,
             root=jax.random.key(key) if isinstance(key, int) else key,
@@ -181,9 +203,26 @@ class Segmenter:
                 self.size,
                 job.scale,
                 _bias_of(request),
+                ways[r],
             )
             for r, (request, view) in enumerate(zip(requests, views, strict=True))
         ]
+
+    def asks_in(self, own: str = PLACE, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+        """The templates to ask in; none of a closed codec, whose text is always the same.
+
+        own: see `asked_templates`. wanted: by default `eval.templates`.
+
+        Raises:
+          UserError: templates are wanted of a closed codec.
+        """
+        if self.codec.closed:
+            if wanted:
+                raise UserError(
+                    f"templates={list(wanted)}: these weights ask with one text for all classes"
+                )
+            return ()
+        return asked_templates(wanted or self.settings.templates, self.templates, own)
 
     def decodes_all(self, queries: int, slots: int, decoder: str) -> bool:
         """Whether the masks of so many queries, `slots` a call, are decoded one and all."""

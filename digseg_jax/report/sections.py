@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from digseg_jax.evaluation.tables import input_size, prompt_forms
 from digseg_jax.report.markup import (
     esc,
     is_number,
@@ -87,6 +88,14 @@ def headline(results: Mapping[str, Any]) -> str:
     meaning = f"{known}." if known else "how classes are asked for and counted."
     protocol = f'<span class="word">{esc(results["protocol"])}</span>'
     facts.append(_fact("Protocol", protocol, meaning))
+
+    # How the network is asked; older results do not say.
+    if "templates" in results:
+        words = f'<span class="word">{esc(prompt_forms(results))}</span>'
+        facts.append(_fact("Prompts", words, "with the name of a class for {}."))
+    if "view_size" in results:
+        seen = f'<span class="word">{esc(input_size(results))}</span>'
+        facts.append(_fact("Input", seen, "of the image reaches the network at a time."))
     return (
         '<section id="scores" aria-label="Scores"><div class="scores">'
         f'<div class="hero"><p class="kicker">mean IoU</p><p class="big">{number(results["miou"])}'

@@ -36,6 +36,10 @@ class Reader:
         self.scale, self.seconds = 2.0, 0.0
         self.asked = 0  # images
 
+    def asks_in(self, own: str = "{}", wanted: Any = ()) -> tuple[str, ...]:
+        """The templates that are wanted, else none: `read` knows the names."""
+        return tuple(wanted)
+
     def segment(self, requests: list[Request], estep: Any, **options: Any) -> list[Answer]:
         self.seconds += len(requests)
         self.asked += len(requests)

@@ -27,7 +27,6 @@ NAMED = [name for name in registry.names() if name not in ("folder",)]
 def examples_of(facts, source, split="val"):
     return EvalExamples(
         source, split, tuple(range(len(source))), facts.names,
-        tuple(facts.prompt(n) for n in facts.names),
         tuple(facts.covers(c) for c in range(facts.num_classes)),
         facts.metric, facts.absent, facts.inference,
     )  # fmt: skip
@@ -47,11 +46,10 @@ def made_up(facts, count=3, side=48):
 
 def perfect_reader(facts):
     """Answers every query with the region that its class covers."""
-    prompts = [facts.prompt(n) for n in facts.names]
 
     def read(image, query):
         label = image[..., 0] + 256 * image[..., 1].astype(np.int32)
-        return np.isin(label, facts.covers(prompts.index(query))).astype(np.float32)
+        return np.isin(label, facts.covers(facts.names.index(query))).astype(np.float32)
 
     return Reader(read, presence=np.ones((facts.num_classes, 2, 2), np.float32))
 

@@ -154,7 +154,7 @@ def test_calibration_never_sees_the_split_that_is_scored(config, one_device):
 def test_another_class_list_has_its_own_queries(config, one_device):
     data = dataclasses.replace(config.data, name="landcover_igbp")
     examples = eval_examples(data, "val", 1)
-    assert examples.prompts == landcover.IGBP
+    assert examples.classes == landcover.IGBP
     got = Evaluator(one_device.segmenter, examples, config.eval, seed=0).scores(ONE)
     assert got.confusion.shape == (17, 18) and got.confusion.sum() == TILE * TILE
 

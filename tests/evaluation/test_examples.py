@@ -24,11 +24,11 @@ def camvid(tmp_path):
     return DataConfig(name="camvid", root=str(tmp_path))
 
 
-def test_a_registry_data_set_has_its_own_classes_and_prompts(camvid):
+def test_a_registry_data_set_has_its_own_classes_and_template(camvid):
     examples = eval_examples(camvid, "val")
     facts = registry.spec("camvid")
     assert len(examples) == 7 and examples.classes == facts.names
-    assert examples.prompts == tuple(facts.prompt(n) for n in facts.names)
+    assert examples.template == facts.template
     assert examples[3]["name"] == "val3" and (examples[3]["label"] == 3).all()
 
 

@@ -30,7 +30,7 @@ def examples(labels):
         for i, label in enumerate(labels)
     ]
     own = tuple((c,) for c in range(4))
-    return EvalExamples(source, "val", tuple(range(len(source))), PROMPTS, PROMPTS, own)
+    return EvalExamples(source, "val", tuple(range(len(source))), PROMPTS, own)
 
 
 def evaluator(reader, labels, **changes):

@@ -71,7 +71,7 @@ def test_label_maps_are_scored_under_three_protocols(tmp_path):
     assert row["protocols"]["gated"]["miou"] == pytest.approx(expected, abs=1e-9)
     assert row["gate_recall"][2]["classes"] == pytest.approx(2 / 3)
     text = (out / "suite_phenobench.md").read_text()
-    assert "mIoU, oracle" in text and "does not compare" in text
+    assert "| oracle | mIoU |" in text and "does not compare" in text
     assert json.loads((out / "suite_phenobench.json").read_text())["suite"] == "phenobench"
 
 
@@ -173,12 +173,33 @@ def test_a_suite_without_any_data_is_told(tmp_path):
 
 def test_missing_data_sets_are_named_in_the_table():
     row = {"suite": "driving", "dataset": "bdd100k", "estep": "8x2", "missing": "no folder"}
-    assert "bdd100k | 8x2 | not measured" in suite_tables.table(
+    assert "bdd100k | 8x2 | – | – | – | not measured" in suite_tables.table(
         {"suite": "driving", "seed": 0, "rows": [row]}
     )
 
 
+def test_the_papers_rows_stand_beside_what_they_can_be_compared_with():
+    assert paper.figure("medical", "monuseg", "f1") == "78.27 (CLIP), 84.56 (BiomedCLIP)"
+    assert paper.figure("medical", "monuseg", "f1", searched=True) == "79.84 (CLIP)"
+    assert paper.figure("deepglobe", "deepglobe", "iou") == "65.78"
+    assert paper.figure("deepglobe", "deepglobe", "iou", searched=True) == "–"
+    assert paper.figure("open_vocab", "cityscapes", "miou") == "38.5 (L/14), 36.5 (B/16)"
+    assert paper.figure("medical", "refuge2", "disc_dice") == "–"
+
+
+def test_a_table_says_prompts_input_protocol_and_what_the_weights_were_trained_on(tmp_path):
+    phenobench(tmp_path)
+    about = {"datasets": ["coco_stuff", "ade20k"], "steps": 80, "started_from": "sd-2.1:unet"}
+    settings = config(tmp_path, templates=["{}"])
+    results = suite.run_suite(settings, colors(), PARAMS, tmp_path / "out", "phenobench", about)
+    text = (tmp_path / "out" / "suite_phenobench.md").read_text()
+    assert "Weights trained on coco_stuff, ade20k, 80 steps from sd-2.1:unet." in text
+    row = next(line for line in text.splitlines() if "| oracle |" in line)
+    assert '| "{}" | whole image in 8x8 | oracle | mIoU |' in row
+    assert results["rows"][0]["templates"] == ["{}"]
+
+
 def test_every_figure_of_the_paper_belongs_to_a_data_set_of_its_suite():
-    for name, datasets in paper.FIGURES.items():
-        assert set(datasets) <= set(suite.SUITES[name])
+    for name, dataset in paper.ROWS:
+        assert dataset in suite.SUITES[name]
     assert set(suite.SUITES["open_vocab"]) <= set(sources.registry.names())

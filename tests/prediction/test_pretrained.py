@@ -213,7 +213,7 @@ def test_evaluation_suite_and_python_give_the_same_integers(folders, tmp_path, m
     segment = load_segmenter(tmp_path)
     examples, own = eval_examples(config.data, "test", 3), 0
     for i in range(3):
-        masks = segment(examples[i]["image"], examples.prompts, 1, 1, seed=config.seed, index=i)
+        masks = segment(examples[i]["image"], examples.classes, 1, 1, seed=config.seed, index=i)
         own = own + confusion.confusion(examples[i]["label"], masks.label, len(examples.classes))
     np.testing.assert_array_equal(own, counts)
     (row,) = table["rows"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from digseg_jax.config.schema import PartConfig
@@ -317,6 +318,24 @@ def test_a_folder_of_ones_own_needs_only_its_shards(folder, tmp_path):
     ]
     assert (got.template, dict(got.splits)) == ("a {} seen", {"train": COUNT})
     assert_equal_sources(Folder(folder), open_part(part, "train"))
+
+
+@pytest.mark.parametrize("template", ["{0.__class__}", "{:>1000000000}", ["{}"]])
+def test_a_manifests_template_is_never_formatted_and_its_other_facts_are_left(
+    folder, tmp_path, template
+):
+    facts = dataclasses.replace(spec(), name="folder")
+    prepare_split(partial(Folder, folder), facts, "train", tmp_path)
+    path = tmp_path / "train" / records.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["spec"]["caption"] = "{0.__class__}"
+    path.write_text(json.dumps(manifest))
+    assert spec_of(PartConfig("folder", str(tmp_path))).caption == spec().caption
+    manifest["spec"]["template"] = template
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="needs one {}") as caught:
+        spec_of(PartConfig("folder", str(tmp_path)))
+    assert tiny.one_line(caught.value).startswith(str(tmp_path))
 
 
 def test_a_foreign_record_is_an_error():

@@ -49,7 +49,7 @@ class DatasetSpec:
       ignored_raw: values of the label file that become -1; any value not listed anywhere is an error,
         except where `ignore` says otherwise.
       ignore: the ignore rule in words.
-      template: prompt of a class, with {} for its name.
+      template: prompt of a class in training, with {} for its name.
       caption: description of an image, with {} for its classes.
       licence: what the user has to know before using the data; the data themselves are not shipped.
       from_package: the data come with Python packages, so no folder is to be named.
@@ -87,10 +87,6 @@ class DatasetSpec:
     def names(self) -> tuple[str, ...]:
         """Class names in the order of their ids."""
         return tuple(c.name for c in self.classes)
-
-    def prompt(self, name: str) -> str:
-        """Text query of a class name or synonym."""
-        return self.template.format(name)
 
     def covers(self, class_id: int) -> tuple[int, ...]:
         """Ids whose pixels belong to the mask of a class: its own, and those of nested classes."""

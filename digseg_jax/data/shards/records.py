@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 from etils import epath
 
+from digseg_jax.config.templates import check_template
 from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards.files import Shards, checksum
@@ -37,6 +38,7 @@ REMEDY = "run digseg_jax.tools.prepare_data"
 _ENTRIES = {
     "split": str, "class_hash": str, "examples": int, "shards": list, "spec": dict, "statistics": dict,
 }  # fmt: skip
+_FACTS = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
 _LENGTH = 4  # bytes of the header's length
 # Labels are written once and decoded in every epoch. The highest level decodes in 75 % of the time of
 # the default one; without PNG filters ids compress as well and decode in 60 % of the time (older
@@ -56,19 +58,24 @@ def class_hash(spec: DatasetSpec) -> str:
 def facts_of(spec: DatasetSpec) -> dict[str, Any]:
     """Entries of the data set's spec for its manifest, JSON-ready."""
     classes = [[c.name, list(c.synonyms), list(c.covers)] for c in spec.classes]
-    kept = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
-    return {key: getattr(spec, key) for key in kept} | {"classes": classes}
+    return {key: getattr(spec, key) for key in _FACTS} | {"classes": classes}
 
 
 def stored_spec(root: str | Path) -> DatasetSpec | None:
-    """Spec of a user's own folder, from its shards; None if there are no shards in `root`."""
+    """Spec of a user's own folder, from its shards; None if there are no shards in `root`.
+
+    Raises:
+      UserError: a manifest that cannot be read, or an illegal template in it.
+    """
     manifests = [read_manifest(path.parent) for path in _manifests(root)]
     if not manifests:
         return None
 
     # All splits were made from one class list; the first manifest speaks for them.
-    facts = dict(manifests[0]["spec"])
-    classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in facts.pop("classes"))
+    stored = manifests[0]["spec"]
+    facts = {key: stored[key] for key in _FACTS}
+    check_template(facts["template"], f"{root}: the template of {MANIFEST}")
+    classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in stored["classes"])
     splits = {m["split"]: m["examples"] for m in manifests}
     return DatasetSpec(classes=classes, splits=splits, **facts)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from digseg_jax.config.parse import default, parse, to_dict
 from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
+from digseg_jax.config.templates import fill
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.pipeline import training_stream
@@ -55,7 +56,7 @@ def test_every_query_is_a_prompt_of_its_class(data):
     batch = first(data)
     for query, c in zip(batch["query"].ravel(), batch["query_class"].ravel(), strict=True):
         info = facts.classes[c]
-        assert prompts[query] in {facts.prompt(n) for n in (info.name, *info.synonyms)}
+        assert prompts[query] in {fill(facts.template, n) for n in (info.name, *info.synonyms)}
 
 
 def test_templates_and_synonyms_multiply_and_the_first_is_the_name(data):

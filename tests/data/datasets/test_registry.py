@@ -10,6 +10,7 @@ import numpy as np
 import official_trees as trees
 import pytest
 
+from digseg_jax.config.templates import fill
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.spec import load_classes, shipped_list, unambiguous
 from digseg_jax.tools import check_data
@@ -54,7 +55,7 @@ def test_every_value_means_one_thing_and_every_class_one_name(name):
     assert len(set(facts.names)) == facts.num_classes
     for class_id, info in enumerate(facts.classes):
         assert class_id in facts.covers(class_id)
-        assert facts.prompt(info.name).count(info.name) == 1 and "{" not in facts.prompt(info.name)
+        assert fill(facts.template, info.name).count(info.name) == 1
 
 
 def test_rules_of_scores_are_known_ones():
