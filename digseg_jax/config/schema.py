@@ -191,7 +191,7 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The auxiliary losses beside the paper's MSE of the prediction: on the clean latent, on the mask."""
+    """The auxiliary losses beside the paper's MSE: on the clean latent and on the decoded mask."""
 
     # Weight of the mean absolute error of the clean latent that a prediction stands for (SDSeg: 1).
     x0_weight: float = setting(0.0, at_least=0.0)
