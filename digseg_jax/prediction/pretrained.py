@@ -73,8 +73,8 @@ def load_segmenter(
     config = description.with_pinned_parts(config, folder)
 
     # The architecture comes with the weights; nothing of the prior is needed.
-    model = dataclasses.replace(config.model, unet=str(unet_folder(folder)))
-    config = dataclasses.replace(config, model=model)
+    unet = str(unet_folder(folder))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
     config = for_devices(config, jax.devices())
     task = load_task(config, prompts=("any",))  # the segmenter encodes its own queries
     task.adopt(folder)

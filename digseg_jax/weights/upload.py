@@ -11,6 +11,7 @@ import re
 import time
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
@@ -84,7 +85,7 @@ def _push(
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     there = api.list_repo_files(repository, revision=branch)
     stale = [name for name in there if name not in files and any(fnmatch(name, p) for p in replaced)]
-    operations = [
+    operations: list[Any] = [
         *(CommitOperationAdd(name, path) for name, path in files.items()),
         *(CommitOperationDelete(name) for name in stale),
     ]
