@@ -21,7 +21,8 @@ def run(weights: str, suite: str, images: int, sampling: str) -> dict[str, Any]:
     Times are those of whole commands. Both find their programs compiled, by a run before.
     """
     check_suite(suite)
-    if lacking := sorted(set(SUITES.get(suite, SUITES)) - official_trees.EVALUATED.keys()):
+    names = SUITES[suite] if suite in SUITES else [name for each in SUITES.values() for name in each]
+    if lacking := sorted(set(names) - official_trees.EVALUATED.keys()):
         raise UserError(f"bench suite_on_two: no trees of {', '.join(lacking)}; take open_vocab")
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
@@ -29,7 +30,7 @@ def run(weights: str, suite: str, images: int, sampling: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in SUITES[suite]:
+        for name in names:
             official_trees.repeated(folder / "data" / name, name, images)
         flags = [
             "--mode=eval",
