@@ -18,6 +18,7 @@ from typing import Any
 
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import Config
+from digseg_jax.config.templates import asked_templates
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 from digseg_jax.io import storage
 from digseg_jax.io.storage import AnyPath
@@ -220,6 +221,7 @@ def _settings(config: Config, description: Description, tower: str, folder: Path
         "decoder": config.eval.decoder,
         "ensemble_rule": config.eval.ensemble_rule,
         "scale": scale,
+        "templates": list(asked_templates(config.eval.templates, description.templates)),
         "prompt": codec.texts(description.classes)[0] if codec.closed else None,
         "classes": description.classes if codec.closed else None,
         "prototypes": state.get("prototypes"),

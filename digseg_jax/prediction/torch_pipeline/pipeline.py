@@ -46,8 +46,9 @@ class DigsegPipeline(DiffusionPipeline):
         """
         words = [words] if isinstance(words, str) else list(words)
         self._check(words)
-        prompt = self.config.settings["prompt"]
-        tokens, mask = self._encode([prompt] if prompt else words)
+        s = self.config.settings
+        texts = [way.replace("{}", word) for word in words for way in s["templates"]]
+        tokens, mask = self._encode([s["prompt"]] if s["prompt"] else texts)
         crops, assemble = self.image_processor.views(_pixels(image))
 
         planes = []
@@ -58,7 +59,8 @@ class DigsegPipeline(DiffusionPipeline):
             else:
                 noise = torch.as_tensor(latents[view])
             members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
-            planes.append(self._read(torch.stack(members)))
+            read = self._read(torch.stack(members))  # each text's; a word's is the mean of its own
+            planes.append(read.reshape(len(words), -1, *read.shape[1:]).mean(axis=1))
 
         # One word at a time becomes as large as the image.
         masks = np.stack([assemble([p[q] for p in planes]) for q in range(len(words))])
@@ -66,7 +68,7 @@ class DigsegPipeline(DiffusionPipeline):
 
     def _check(self, words):
         s = self.config.settings
-        classes, limit = s["classes"], s["limit"]
+        classes, limit = s["classes"], s["limit"] // len(s["templates"])
         if s["decoder"] not in ("latent_mean", "vae"):
             raise ValueError(f"decoder={s['decoder']!r}: not here; legal: latent_mean, vae")
         if not words or not all(word.strip() for word in words):
