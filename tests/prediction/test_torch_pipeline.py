@@ -52,6 +52,7 @@ def miniature(repositories: Path, version: str, codec: str = "binary", **model) 
     values.model.update(dtype="float32", codec=codec, **model)
     values.compute.attention = "plain"
     values.data.image_size = VIEW
+    values.data.templates = ("a photo of a {} in the scene",)
     return parse(values)
 
 
