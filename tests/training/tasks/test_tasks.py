@@ -20,6 +20,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.unet import UNet2DConditionModel
+from digseg_jax.prediction.description import unet_folder
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.segmentation.codec import latent_validity
@@ -210,7 +211,7 @@ def test_what_was_exported_loads_again(named_task, tmp_path):
     _, task = named_task
     params = task.initial()
     task.export(params, tmp_path / "export", {"note": "test"})
-    again = trees.flatten(load_params(tmp_path / "export" / "unet", task.abstract))
+    again = trees.flatten(load_params(unet_folder(tmp_path / "export"), task.abstract))
     for path, value in trees.flatten(params).items():
         np.testing.assert_array_equal(again[path], value, err_msg=path)
 
