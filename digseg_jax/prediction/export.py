@@ -166,7 +166,7 @@ def _scheduler(config: Config) -> dict[str, Any]:
         "rescale_betas_zero_snr": diffusion.zero_snr,
         "timestep_spacing": config.eval.spacing,
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": 1,  # of leading timesteps only, as diffusion.ddim has it
         "clip_sample": False,
     }
 

@@ -14,6 +14,7 @@ import tiny
 
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config
+from digseg_jax.diffusion.ddim import timesteps
 from digseg_jax.models.unet import NOTE
 from digseg_jax.prediction.export import INDEX
 from digseg_jax.prediction.pretrained import PretrainedSegmenter, load_segmenter
@@ -84,6 +85,17 @@ def compare(
     second, first = np.sort(ours.probability, axis=0)[-2:]
     assert (ours.label == theirs.label)[first - second > 2 * LIMIT].all()
     assert (ours.label == theirs.label).mean() > 0.999
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_the_sampler_visits_our_timesteps(shipped, spacing):
+    """Also those of a model that was evaluated with the other spacing."""
+    _, folder = shipped
+    scheduler = opened(folder).scheduler
+    scheduler.register_to_config(timestep_spacing=spacing)
+    for steps in (1, 2, 3, 50):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == timesteps(1000, steps, spacing).tolist()
 
 
 @pytest.mark.parametrize(("shape", "members", "steps"), [((128, 128), 4, 2), ((100, 150), 1, 3)])

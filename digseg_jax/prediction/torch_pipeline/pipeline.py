@@ -57,7 +57,7 @@ class DigsegPipeline(DiffusionPipeline):
             if latents is None:
                 noise = self.scheduler.initial_noise(seed, view, ensemble, encoded.shape[1:])
             else:
-                noise = torch.as_tensor(latents[view])
+                noise = torch.tensor(np.asarray(latents[view]))
             members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
             read = self._read(torch.stack(members))  # each text's; a word's is the mean of its own
             planes.append(read.reshape(len(words), -1, *read.shape[1:]).mean(axis=1))
