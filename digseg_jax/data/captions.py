@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions of images from their labels: the classes that take most of a crop."""
+"""Captions of images made from their labels: the names of the classes that fill most of a crop."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from digseg_jax.config.templates import fill
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 
-MOST_CLASSES = 3  # a caption names at most so many
-LEAST_SHARE = 0.08  # of a crop, of a class that its caption names
-MOST_CAPTIONS = 2000  # each of them is encoded before training
+MOST_CLASSES = 3  # most classes that a caption names
+LEAST_SHARE = 0.08  # share of a crop that a class must take to be named in its caption
+MOST_CAPTIONS = 2000  # most captions of a data set: each of them is encoded before training
 
 
 class Captions:
@@ -32,6 +32,8 @@ class Captions:
                 f"config.data.name={spec.name!r}: its {self.num_classes} classes make more than "
                 f"{MOST_CAPTIONS} captions; config.task='prior' needs a data set of fewer classes"
             )
+
+        # A caption's id is the place of its subset of classes in this order; classes are sorted.
         subsets = [itertools.combinations(range(self.num_classes), n) for n in sizes]
         self._ids = {subset: i for i, subset in enumerate(itertools.chain.from_iterable(subsets))}
         self.texts = tuple(
@@ -39,9 +41,12 @@ class Captions:
         )
 
     def id_of(self, label: np.ndarray) -> int:
-        """The caption of a label crop with ignore = -1: its largest classes above 8 %."""
+        """Id of the caption of a label crop, int [h, w], ignore = -1: its largest classes above 8 %."""
+        # Shifted by one: ignored pixels are the first bin, which is dropped.
         counts = np.bincount(label.ravel() + 1, minlength=self.num_classes + 1)[1:]
         share = counts / label.size
+
+        # The largest class is always named: a caption is never empty.
         largest = np.argsort(-share, kind="stable")[:MOST_CLASSES]
         chosen = (int(c) for c in largest if share[c] > LEAST_SHARE or c == largest[0])
         return self._ids[tuple(sorted(chosen))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checking of examples as they are read: a broken one is a clear error, or a counted skip."""
+"""Checks examples as they are read: a broken one is a clear error, or is skipped and counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
 LABEL_DTYPES = (np.int32, np.int16, np.int8)  # narrow labels come from shards, for training
-TRIES = 10  # examples tried for one place; a data set with more broken in a row is broken as a whole
+# Examples tried for one place: ten broken ones in a row mean that the whole data set is broken.
+TRIES = 10
 
 
 class Guarded:
@@ -39,7 +40,7 @@ class Guarded:
         return self.source.files(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Example `index` or its replacement, with "skipped" (int32): broken ones before it."""
+        """Example `index` or its replacement; "skipped" (int32) counts the broken ones before it."""
         at, index = index, int(index)
         for skipped in range(TRIES):
             try:
@@ -51,6 +52,7 @@ class Guarded:
 
             # Drawn from numbers that every process knows, so that all read the same replacement.
             at = int(np.random.default_rng([self.seed, index, skipped]).integers(len(self)))
+
         raise UserError(
             f"example {index} and {TRIES - 1} drawn in its place are all broken: see the lines above"
         )
@@ -59,7 +61,7 @@ class Guarded:
         """Reads and checks one example.
 
         Raises:
-          UserError: whatever went wrong; names the example's files.
+          UserError: for every fault; names the example's files.
         """
         try:
             example = self.source[index]
@@ -84,6 +86,7 @@ class Guarded:
         Raises:
           ValueError: the first thing that is wrong.
         """
+        # Types and shapes cost nothing to compare.
         image, label = example["image"], example["label"]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"the image is {image.dtype} {image.shape}, not uint8 [h, w, 3]")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training crops of images of any size: large-scale jitter, crop, flip, colors, padding.
+"""Training crops from images of any size: large-scale jitter, crop, flip, colors, padding.
 
 A crop is cut out of the image first and then resized, so that the work does not grow with the jitter.
 Image and label cover the same window to the pixel: output pixel u shows the source at
@@ -25,7 +25,7 @@ LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in brightness (BT.601)
 
 @dataclasses.dataclass(frozen=True)
 class CropRules:
-    """How crops are drawn; the ranges are those of `config.DataConfig`.
+    """How crops are drawn; `config.DataConfig` gives the ranges.
 
     Attributes:
       size: side of a crop, pixels.
@@ -104,7 +104,7 @@ def _extent(length: int, side: int, size: int, rng: np.random.Generator) -> tupl
 
 
 def balanced_window(label: np.ndarray, rules: CropRules, rng: np.random.Generator) -> Window:
-    """The first window (of CAP_TRIES) in which no class exceeds its cap of the labeled pixels."""
+    """Draws up to CAP_TRIES windows until no class exceeds the cap of the labeled pixels."""
     height, width = label.shape
     for _ in range(CAP_TRIES):
         window = draw_window(height, width, rules, rng)
@@ -117,7 +117,8 @@ def _largest_share(label: np.ndarray, window: Window) -> float:
     """Estimated share of the commonest class among a window's labeled pixels; 1 if there are none."""
     rows = slice(window.top, window.top + window.height, max(1, window.height // CAP_GRID))
     columns = slice(window.left, window.left + window.width, max(1, window.width // CAP_GRID))
-    # shifted by one: ignored pixels are the first bin, which is dropped
+
+    # Shifted by one: ignored pixels are the first bin, which is dropped.
     counts = np.bincount(label[rows, columns].ravel() - IGNORE)[1:]
     return counts.max() / counts.sum() if counts.any() else 1.0
 
@@ -125,7 +126,14 @@ def _largest_share(label: np.ndarray, window: Window) -> float:
 def view(
     image: np.ndarray, label: np.ndarray, window: Window, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Brings a window to a [size, size] crop; the area outside the image is ignored in the label."""
+    """Cuts a window out and resizes it to a [size, size] crop; outside the image the label is -1.
+
+    Args:
+      image: uint8 [h, w, 3].
+      label: signed integers [h, w], ignore = -1.
+      window: which pixels, and where they lie in the crop.
+      size: side of the crop, pixels.
+    """
     rows = slice(window.top, window.top + window.height)
     columns = slice(window.left, window.left + window.width)
     shape = (window.out_width, window.out_height)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained on: from the configuration to a stream of crops with queries."""
+"""From the configuration to the stream of training crops, each with its queries."""
 
 from __future__ import annotations
 
@@ -36,11 +36,16 @@ from digseg_jax.data.vocabulary import vocabularies
 from digseg_jax.io import storage
 from digseg_jax.log import log
 
-BUCKET_THREADS = 16  # of a worker: a record of a bucket takes tens of milliseconds to come (grain's)
+# Reading threads of a worker (grain's default): a bucket takes tens of milliseconds to send a record.
+BUCKET_THREADS = 16
 
 
 class CropWithCaption:
-    """Example of any size -> {"image" uint8 [s, s, 3], "query" int32 [1]: the caption's id}."""
+    """Makes a training crop with its caption, for a U-Net that generates images (task=prior).
+
+    Example of any size -> {"image" uint8 [s, s, 3], "query" int32 [1]: the caption's id}, and what
+    `Guarded` counts.
+    """
 
     def __init__(self, rules: CropRules, captions: Captions):
         self.rules, self.captions = rules, captions
@@ -52,9 +57,9 @@ class CropWithCaption:
 
 
 class Repeated:
-    """A source with some examples several times: those of rare classes.
+    """Source that repeats the examples of rare classes.
 
-    counts: int [examples], how often each.
+    counts: int [examples], how often each example occurs.
     """
 
     def __init__(self, source: Source, counts: np.ndarray):
@@ -71,10 +76,13 @@ class Repeated:
 
 
 class NamedQueries:
-    """Queries by name for a label crop of one data set.
+    """Draws queries by name for a label crop of one data set.
 
-    rows[class]: the bank's rows of its prompts. covers: int32 [classes, m], the ids of each class's
-    mask, repeated to one m for all data sets of the run.
+    Args:
+      num_queries: q, queries per crop.
+      sampler: draws the classes that are asked for.
+      rows: for each class the prompt bank's rows of its prompts.
+      covers: int32 [classes, m], the ids of each class's mask, as `cover_tables` makes them.
     """
 
     def __init__(
@@ -88,10 +96,14 @@ class NamedQueries:
         self.rows, self.covers = rows, covers
 
     def draw(self, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Example]:
-        """Class ids int32 [q], and {"query", "query_class", "query_kind"} as `CropWithNames` has it."""
+        """Draws class ids int32 [q], and {"query", "query_class", "query_kind"} (`CropWithNames`)."""
         classes, kinds = self.sampler.draw(label, self.num_queries, rng)
+
+        # Any prompt of the class, evenly: synonyms and templates are trained alike.
         words = [self.rows[c] for c in classes]
         query = [row[int(rng.integers(len(row)))] for row in words]
+
+        # [q, 1] where no classes are nested: the usual batch then has plain ids, [q].
         covers = self.covers[classes]
         return classes, {
             "query": np.asarray(query, np.int32),
@@ -101,13 +113,13 @@ class NamedQueries:
 
 
 class CropWithNames:
-    """Example of any size -> a training crop with queries by name.
+    """Makes a training crop with queries by name from an example of any size.
 
-    {"image" uint8 [s, s, 3], "label" [s, s] (int32 in a batch), "query", "query_class" and "query_kind"
-    int32 [q]}
-    and what `Guarded` counts. "query" is a row of the run's prompt bank; "query_kind" tells whether
-    the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one of the run's data sets has
-    nested classes, "query_class" is [q, m]: the ids that a mask covers, repeated to m of them.
+    The result is {"image" uint8 [s, s, 3], "label" [s, s] (int32 in a batch), "query", "query_class"
+    and "query_kind" int32 [q]}, and what `Guarded` counts. "query" is a row of the run's prompt bank;
+    "query_kind" tells whether the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one
+    of the run's data sets has nested classes, "query_class" is [q, m]: the ids that a mask covers,
+    repeated to m of them.
     """
 
     def __init__(
@@ -128,11 +140,11 @@ class CropWithNames:
 
 
 class CachedWithNames:
-    """Number of a cached example -> latents of its crop, mirrored or not, with queries by name.
+    """Reads the latents of a cached crop, mirrored or not, and draws queries by name for it.
 
-    {"image_latent" float32 [h, w, c], "mask_latent" float32 [q, h, w, c]} in the place of "image" of
-    `CropWithNames`; with a palette there is one mask, whatever q is. It takes numbers, because only
-    the draw decides which of an example's two records is read.
+    The result has {"image_latent" float32 [h, w, c], "mask_latent" float32 [q, h, w, c]} in place of
+    the "image" of `CropWithNames`; with a palette there is one mask, whatever q is. The argument is
+    the example's number, because only the draw decides which of its two records is read.
     """
 
     def __init__(
@@ -148,8 +160,10 @@ class CachedWithNames:
         self.queries = NamedQueries(num_queries, sampler, rows, covers)
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        # Mirrored crops were encoded too, so mirroring means reading the other record.
         stored = self.source.read(index, bool(rng.random() < self.flip))
         classes, asked = self.queries.draw(stored.label, rng)
+
         latents = {
             "image_latent": stored.picture,
             "mask_latent": self.source.masks(stored, classes),
@@ -158,8 +172,10 @@ class CachedWithNames:
 
 
 def cover_tables(specs: Sequence[DatasetSpec]) -> list[np.ndarray]:
-    """int32 [classes, m] for each data set, with one m for all: the ids of each class's mask."""
+    """Ids of each class's mask, int32 [classes, m] for each data set, with one m for all of them."""
     m = max(len(s.covers(c)) for s in specs for c in range(s.num_classes))
+
+    # Shorter rows repeat their last id, which changes nothing about the set of ids.
     tables = []
     for s in specs:
         rows = [s.covers(c) for c in range(s.num_classes)]
@@ -168,28 +184,41 @@ def cover_tables(specs: Sequence[DatasetSpec]) -> list[np.ndarray]:
 
 
 def _members(facts: DatasetSpec) -> np.ndarray | None:
-    """bool [c, c] for nested classes, else None: every mask is its own id's."""
+    """Table of nested classes, bool [c, c]: the ids (columns) of each mask (row); None if none nest."""
     table = np.zeros((facts.num_classes, facts.num_classes), bool)
     for c in range(facts.num_classes):
         table[c, list(facts.covers(c))] = True
+
+    # As many entries as classes: every mask covers its own id alone.
     return table if table.sum() > facts.num_classes else None
 
 
 def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") -> list[Part]:
-    """Raises UserError: a data set, or its cache of latents, that is not there."""
+    """Opens the data sets of the mixture, each with the function that makes its training examples.
+
+    Raises:
+      UserError: a data set, or its cache of latents, is missing or does not fit the run.
+    """
+    # Prompt rows and mask ids are numbered over all data sets of the run.
     chosen = training_parts(config)
     words, covers = vocabularies(config), cover_tables([facts for _, facts, _ in chosen])
     folders = cache_folders(config.latent_cache, chosen) if config.latent_cache else []
+
     made = []
     for k, (part, facts, split) in enumerate(chosen):
         asked = partial(_asked, config, facts, words[k].rows, covers[k])
         source: Any
         make: MakeExample
+
+        # Cached latents replace the images. Only what the data decide is checked here; the task
+        # compares the rest of the cache's settings with its networks.
         if folders:
             known = {"image_size": config.image_size, "class_hash": class_hash(facts)}
             latents = LatentSource(folders[k], known)
             source = range(len(latents))
             make = CachedWithNames(latents, config.flip, *asked(latents.statistics()))
+
+        # Files or shards: narrow labels, because nothing before the batch needs 32 bits.
         else:
             opened = open_part(part, split, narrow=True)
             source = Guarded(opened, facts.num_classes, on_error, seed)
@@ -199,16 +228,21 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
                 statistics = statistics_of(opened, source)
                 check_labels(facts, split, statistics, len(opened))
                 make = CropWithNames(_rules(config), *asked(statistics))
+
+            # Repeat examples of rare classes (LVIS); the guard goes around the repeated source, so
+            # that replacements are drawn from it.
             if config.repeat_threshold:
                 shares = class_shares(opened, facts.num_classes)
                 counts = repeat_factors(shares, config.repeat_threshold)
                 source = Guarded(Repeated(opened, counts), facts.num_classes, on_error, seed)
+
         made.append(Part(source, make, part.weight))
         log.info("training data: %s %s, %d examples", part.name, split, len(source))
     return made
 
 
 def _rules(config: DataConfig) -> CropRules:
+    """Rules of the training crops, from the configuration's keys."""
     return CropRules(
         size=config.image_size,
         scale_min=config.scale_min,
@@ -228,7 +262,8 @@ def _asked(
     covers: np.ndarray,
     statistics: ClassStatistics,
 ) -> tuple[int, QuerySampler, tuple[tuple[int, ...], ...], np.ndarray]:
-    """The arguments of `NamedQueries`."""
+    """The arguments of `NamedQueries` for one data set and the class statistics of its labels."""
+    # Hard negatives: classes that often occur together, or share words of their names.
     names = [(c.name, *c.synonyms) for c in facts.classes]
     sampler = QuerySampler(
         statistics.rarity(),
@@ -251,14 +286,26 @@ def training_stream(
     hosts: int,
     loading: LoadingConfig,
 ) -> Batches:
-    """The batches of a run from step `start`: its whole state is that number.
+    """Stream of a run's batches from step `start`; that number is the stream's whole state.
+
+    Args:
+      config: data sets, crops and queries.
+      task: config.task; `prior` gets captions instead of queries.
+      seed: of shuffling, crops and queries.
+      batch_size: examples of a global batch, over all hosts.
+      start: number of the first batch.
+      host, hosts: number of this process and how many there are.
+      loading: worker processes, and what a broken example does.
 
     Raises:
       UserError: a data set that is not there, or one that the task cannot train on.
     """
     place = {"start": start, "host": host, "hosts": hosts, "workers": loading.workers}
+
+    # A bucket answers slowly but many at once: it needs more threads than a disk.
     places = [config.latent_cache or part.root for part in parts_of(config)]
     remote = any(storage.is_remote(place) for place in places)
     threads = BUCKET_THREADS if remote else None
+
     parts = _parts(config, task, seed, loading.on_error)
     return mixed_stream(parts, seed=seed, batch_size=batch_size, threads=threads, **place)

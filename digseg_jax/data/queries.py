@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choice of the classes that are queried for a label crop in training."""
+"""Chooses the classes that are queried for a label crop in training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class QuerySampler:
         chosen: list[int] = []
         kinds: list[int] = []
         for _ in range(n):
-            # absent evenly, absent but expected, or present by weight
+            # Three pools: absent classes evenly, absent but expected ones, present ones by weight.
             negative = rng.random() < self.negative_rate and absent.any()
             pool = absent.astype(float) if negative else weight
             hard = negative and expected is not None and rng.random() < self.hard_rate
@@ -95,7 +95,7 @@ def _draw(weights: np.ndarray, rng: np.random.Generator) -> int:
 
 def class_counts(label: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels per class of a label map with ignore = -1: int64 [c]."""
-    # Three ways of the same result, the fastest first; this runs for every crop.
+    # Three ways to the same result, the fastest first; this runs for every crop.
     if label.itemsize == 1 and (counts := _counts_of_few(label, num_classes)) is not None:
         return counts
     if num_classes < 256 and label.size < 2**24:  # float32 counts are exact up to there

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening of the configured data sets: downloads, prepared shards, TFDS data sets, and mixtures."""
+"""Opens the configured data sets: downloads, prepared shards, TFDS data sets, and mixtures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def open_dataset(name: str, root: str = "", split: str = "") -> Source:
 def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """Opens the examples of a split; a root that holds prepared shards of the split is read as such.
 
-    narrow: labels of shards in the narrowest type, see `RecordSource`.
+    narrow: shards give labels of the narrowest type, see `RecordSource`.
 
     Raises:
       UserError: no such data set, split or folder.
@@ -117,13 +117,14 @@ def statistics_of(source: Source, guarded: Guarded) -> ClassStatistics:
 
 
 def check_labels(spec: DatasetSpec, split: str, statistics: ClassStatistics, count: int) -> None:
-    """Tells what the labels of a training split show; see `judge`.
+    """Logs what is odd about the labels of a training split; see `judge`.
 
-    count: of the split's examples, of which the statistics may be a sample.
+    count: number of the split's examples; the statistics may come from a sample of them.
 
     Raises:
       UserError: a run on them would be pointless.
     """
+    # A sample may lack what the rest shows, so its findings are warnings only.
     whole = statistics.examples == count
     for finding in judge(spec, statistics.pixels, statistics.ignored, statistics.examples):
         text = f"{spec.name} {split}: {finding.text}"
@@ -140,12 +141,12 @@ def check_splits(config: Config) -> None:
     """
     for part, facts, split in training_parts(config.data):
         _check_classes(facts)
-        if not config.data.latent_cache:  # which replaces them
+        if not config.data.latent_cache:  # a cache replaces the images and labels
             open_part(part, split)
     if config.task != "segmentation":
         return
 
-    # What is evaluated after the training, and during it.
+    # The splits that are evaluated after training, and during it.
     part = PartConfig(config.data.name, config.data.root)
     _check_classes(spec_of(part))
     splits: list[str] = [config.eval.split]
@@ -156,7 +157,7 @@ def check_splits(config: Config) -> None:
 
 
 def _check_classes(facts: DatasetSpec) -> None:
-    """Raises UserError if there is one class alone: a query of it has nothing to tell apart."""
+    """Raises UserError for a single class: a query has nothing to tell it apart from."""
     if facts.num_classes == 1:
         (finding,) = judge(facts, np.ones(1, int), 0, 1)
         raise UserError(f"{facts.name}: {finding.text}")

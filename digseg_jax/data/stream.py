@@ -20,7 +20,7 @@ from digseg_jax.data.workers import start_worker, tell_shared_memory
 from digseg_jax.log import log
 from digseg_jax.runtime.malloc import keep_freed_memory
 
-MakeExample = Callable[[Any, np.random.Generator], Example]  # of what its source gives
+MakeExample = Callable[[Any, np.random.Generator], Example]  # (item of the source, random numbers)
 
 
 class Batches:
@@ -44,6 +44,7 @@ class Batches:
             self.close()
             raise
 
+        # `Guarded` counts in each example; here the counts of the batch are taken out and added up.
         if (skipped := int(batch.pop("skipped", np.zeros(1)).sum())) > 0:
             self.skipped += skipped
             log.warning("%d broken examples replaced so far", self.skipped)
@@ -62,7 +63,7 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A data set of a mixture: its source, what makes its training examples, its weight."""
+    """A data set of a mixture: its source, the function that makes its examples, its weight."""
 
     source: Any
     make_example: MakeExample
@@ -113,7 +114,11 @@ def _batches(
     workers: int,
     threads: int | None = None,
 ) -> Batches:
-    """Batches of an endless data set, from step `start`, this host's share of each."""
+    """Batches of an endless data set from step `start`, cut to this host's share of each.
+
+    Raises:
+      ValueError: the batch does not divide among the hosts.
+    """
     if batch_size % hosts:
         raise ValueError(f"batch size {batch_size} does not divide among {hosts} hosts")
 
@@ -130,7 +135,7 @@ def _batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     batches = dataset.to_iter_dataset(options)
 
-    # Worker processes share the cores among them, so OpenCV starts no threads inside of them.
+    # Worker processes share the cores between them, so OpenCV starts no threads inside them.
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads absl's flags, also outside app.run
             flags.FLAGS.mark_as_parsed()
@@ -143,7 +148,7 @@ def _batches(
 
 
 def _stacked(examples: Sequence[Example]) -> Example:
-    """Batch of examples, one array per key; labels, which may be narrow until here, become int32."""
+    """Stacks examples to a batch, one array per key; narrow labels become int32 here."""
     types = {"label": np.int32}
     return {k: np.stack([e[k] for e in examples], dtype=types.get(k)) for k in examples[0]}
 

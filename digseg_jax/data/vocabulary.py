@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of a run: every prompt that training may ask with, and the rows of each class."""
+"""The texts of a run: every prompt that training may ask with, and each class's rows in the bank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from digseg_jax.data.sources import parts_of, spec_of
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Prompts of one data set: rows[class] are their places in the bank of the run.
+    """Prompts of one data set; rows[class] are their places in the run's prompt bank.
 
     The prompts of a class are its name and its synonyms in each template, the class's own name in the
     first template before all others; they are drawn evenly in training.
@@ -24,15 +24,24 @@ class Vocabulary:
 
     @classmethod
     def of(cls, spec: DatasetSpec, templates: tuple[str, ...] = (), first: int = 0) -> Vocabulary:
-        """templates: instead of the spec's own; first: the bank's row of the first prompt."""
+        """Builds the prompts of a data set.
+
+        Args:
+          spec: the data set's classes and its own template.
+          templates: used instead of the spec's own, if there are any.
+          first: the bank's row of the first prompt.
+        """
         prompts: list[str] = []
         rows = []
         for info in spec.classes:
+            # The name before its synonyms, the first template before the others.
             texts = [
                 fill(template, name)
                 for template in templates or (spec.template,)
                 for name in (info.name, *info.synonyms)
             ]
+
+            # Rows count on over the data sets of a run.
             start = first + len(prompts)
             rows.append(tuple(range(start, start + len(texts))))
             prompts.extend(texts)
@@ -40,22 +49,22 @@ class Vocabulary:
 
 
 def vocabularies(config: DataConfig) -> list[Vocabulary]:
-    """One per data set of the mixture, numbered through."""
+    """Vocabularies of the mixture's data sets, their rows numbered consecutively."""
     made: list[Vocabulary] = []
     for part in parts_of(config):
-        first = sum(len(v.prompts) for v in made)
+        first = sum(len(v.prompts) for v in made)  # after the rows of all earlier data sets
         made.append(Vocabulary.of(spec_of(part), config.templates, first))
     return made
 
 
 def training_templates(config: DataConfig) -> tuple[str, ...]:
-    """The templates that training asks in: the configuration's, or the data sets' own, each once."""
+    """Templates that training asks in: the configuration's, or each data set's own, without repeats."""
     own = (spec_of(part).template for part in parts_of(config))
     return config.templates or tuple(dict.fromkeys(own))
 
 
 def bank_prompts(config: DataConfig) -> list[str]:
-    """Every text that training asks with, by row of the bank."""
+    """Every text that training asks with, in the order of the prompt bank's rows."""
     return [prompt for v in vocabularies(config) for prompt in v.prompts]
 
 

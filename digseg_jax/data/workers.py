@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data workers: processes that read examples, and what they need of the machine."""
+"""Data workers: how the processes that read examples start and end, and the memory they need."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WATCH_EVERY = 5.0  # seconds
 def start_worker(index: int, count: int) -> None:
     """Prepares a worker process: one thread for OpenCV, freed memory kept, deaf to Ctrl-C.
 
-    It ends when the process that started it has ended. A terminal sends Ctrl-C to the workers too,
-    while the loop still needs their batch to end its step.
+    The worker ends when the process that started it has ended.
     """
+    # A terminal sends Ctrl-C to the workers too, but the loop still needs their batch to end its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     keep_freed_memory()
@@ -31,7 +31,7 @@ def start_worker(index: int, count: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended, a kill -9 included: nothing else would."""
+    """Ends this process when its parent has ended: after a kill -9 nothing else would."""
     while os.getppid() == parent:
         time.sleep(WATCH_EVERY)
     os._exit(0)
@@ -41,8 +41,9 @@ def tell_shared_memory(workers: int, place: str = SHARED_MEMORY) -> None:
     """Warns where shared memory is so small that workers may die of SIGBUS, which names no cause."""
     try:
         found = os.statvfs(place)
-    except OSError:
+    except OSError:  # no such place, as outside Linux: nothing is known
         return
+
     size = found.f_frsize * found.f_blocks
     if workers and size < ENOUGH:
         log.warning(

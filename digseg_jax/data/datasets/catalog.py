@@ -202,7 +202,7 @@ def _camvid() -> DatasetSpec:
 
 
 def _landcover(label_set: str, name: str) -> DatasetSpec:
-    """The bundled satellite mosaic with classes of one label set."""
+    """The bundled satellite mosaic with the classes of one label set, "groups" or "igbp"."""
     prompts = PROMPTS[label_set]
     return DatasetSpec(
         name=name,

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of classes that people write: classes.txt of their own data, and vocabularies of a prediction.
+"""Reads lists of classes that people write: classes.txt of their data, vocabularies of a prediction.
 
 One class per line: a name and perhaps synonyms, separated by commas. All lines, or none, start with the
-value that the class has in the masks, a number or a color; without values it is the line's place, from
-0. Blank lines and lines that begin with `#` (and are no color) say nothing. A class named `ignore` has
-no name: its pixels are left out.
+value that the class has in the masks, a number or a color; without values it is the line's place among
+the classes, from 0. Blank lines are left out, and so are comments: lines that begin with `#` but not
+with a color. Pixels of a class named `ignore` are left out of training and scores.
 
     0: background            #000000: background      background
     7: road, street          #ff0000: road, street    road, street
     9: ignore                #808080: ignore          ignore
 
-What this grammar does not have is refused with its line: a table or a JSON list that was taken for
-names would shift every class.
+Any other line is an error: a table or a JSON list that was taken for names would shift every class.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _HEADINGS = frozenset((
     "color", "colors", "rgb", "r", "g", "b", "red", "green", "blue", "category", "supercategory",
 ))  # fmt: skip
 _ALONE = frozenset(("class", "classes", "name", "names", "class_name"))  # a heading of one column
-# what a name does not hold, and what such a line probably is
+# What no name contains, and the advice for such a line.
 _FOREIGN = (
     (re.compile(r"\d+\s*[,;=\t .)]|\d+$"), "a value is followed by a colon, as in `0: soil`"),
     (re.compile(r".*,\s*\d+\s*(,|$)"), "a number among names; the value comes first, as in `0: soil`"),
@@ -48,9 +47,12 @@ _FOREIGN = (
 
 @dataclasses.dataclass(frozen=True)
 class ClassList:
-    """classes: in the order of their ids, `raw` the value in the masks. ignored: values without class.
+    """The classes of a list, with their values in the masks.
 
-    kind: "no value", "number" or "color".
+    Attributes:
+      classes: in the order of their ids; `raw` holds the value in the masks.
+      ignored: values whose pixels belong to no class.
+      kind: what the lines start with: "no value", "number" or "color".
     """
 
     classes: tuple[ClassInfo, ...]
@@ -78,14 +80,14 @@ def read_class_list(path: Path) -> ClassList:
         where = f"{shown(path)}:{number}"
         text, names = _parts(line, where, first=place == 0)
 
-        # One value, one meaning.
+        # Two lines must not give one value two meanings.
         value, kind = _value(text, place)
         kinds.add(kind)
         if value in lines:
             raise UserError(f"{where}: {written(value)} is line {lines[value]}'s already")
         lines[value] = number
 
-        # An ignored value gets no id.
+        # An ignored value gets no id: the ids of the classes stay consecutive.
         if names[0].lower() == "ignore":
             ignored.append(value)
         else:
@@ -101,12 +103,15 @@ def written(value: int) -> str:
 
 
 def _parts(line: str, where: str, *, first: bool) -> tuple[str | None, list[str]]:
-    """The value, as it is written or None, and the names of a line.
+    """Splits a line into its value (as written; None without one) and its names.
 
-    first: it is the first line, where tables have their headings.
+    Args:
+      line: without the white space around it.
+      where: file and line number, for the message.
+      first: True for the first line, where tables have their headings.
 
     Raises:
-      UserError: anything that the grammar does not have.
+      UserError: the line does not follow the grammar.
     """
     match = _LINE.fullmatch(line)
     names = [n.strip() for n in match["names"].split(",")] if match else [""]
@@ -118,6 +123,8 @@ def _parts(line: str, where: str, *, first: bool) -> tuple[str | None, list[str]
     for pattern, why in _FOREIGN[match["value"] is not None :]:
         if pattern.match(text):
             raise UserError(f"{where}: {line[:200]!r}: {why}; {FORM}")
+
+    # A class may be called "red": a single word is a heading only if it can mean nothing else.
     words = {n.lower() for n in names}
     if first and words <= (_HEADINGS if len(words) > 1 else _ALONE):
         raise UserError(f"{where}: {line[:200]!r} is the heading of a table; {FORM}")
@@ -125,7 +132,7 @@ def _parts(line: str, where: str, *, first: bool) -> tuple[str | None, list[str]
 
 
 def _value(text: str | None, place: int) -> tuple[int, str]:
-    """Value of a line and its kind; without a value it is the line's place."""
+    """Value of a line and its kind; a line without a value has its place as value."""
     if text is None:
         return place, "no value"
     if text.startswith("#"):
@@ -134,7 +141,7 @@ def _value(text: str | None, place: int) -> tuple[int, str]:
 
 
 def _rgb(value: int) -> tuple[int, int, int] | None:
-    """The color that a value stands for."""
+    """The color (R, G, B) that a value stands for; None for a plain number."""
     if value < COLOR:
         return None
     _, red, green, blue = value.to_bytes(4, "big")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding of label files: they become arrays of ids here, or an error that names the file.
+"""Decodes label files to arrays of ids, or raises an error that names the file.
 
-Only lossless formats are opened, as a class id must survive, and a PNG must match its checksums.
+Only lossless formats are opened, because a class id must survive, and a PNG must match its checksums.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def read_gray_label(path: Path) -> np.ndarray:
 
 
 def read_color_label(path: Path) -> np.ndarray:
-    """Reads a label whose colors are codes: uint8 [h, w, 3]; of a palette, or gray ones too.
+    """Reads a label whose colors are codes, uint8 [h, w, 3]; palettes and gray files become RGB.
 
     Raises:
       UnreadableError: also for more than 8 bits.
@@ -82,7 +82,7 @@ class LabelTable:
     """Lookup table from label values to ids 0..n-1, or -1 for ignored ones; unknown values raise.
 
     Args:
-      classes: for each id the values that mean it.
+      classes: for each id, the label values that mean it.
       ignored: values that become -1.
       what: name of the data set, for messages.
     """
@@ -110,11 +110,11 @@ class LabelTable:
         Raises:
           LabelValueError: names the file, the value and where it first occurs.
         """
+        # Values beyond the table must not index it; they are unknown like those in its gaps.
         outside = (raw < 0) | (raw >= len(self.lookup))
         label = self.lookup[np.where(outside, 0, raw)] if outside.any() else self.lookup[raw]
 
-        # Name the first unknown pixel: a wrong file, a lossy copy or
-        # another release of the data set.
+        # Name the first unknown pixel: it tells a wrong file, a lossy copy or another release.
         unknown = outside | (label == self.UNKNOWN)
         if unknown.any():
             y, x = np.argwhere(unknown)[0]
@@ -150,7 +150,7 @@ def _decode_label(path: Path) -> Image.Image:
 
 
 def _decode_label_and_bits(path: Path) -> tuple[Image.Image, int]:
-    """A label file and the bits of its channels, see `bits_of`."""
+    """Opens a label file, and returns with it the bits of its channels (`bits_of`)."""
     data = read_bytes(path)
     if data.startswith(b"\x89PNG"):
         check_png(path, data)

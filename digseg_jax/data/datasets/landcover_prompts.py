@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What land-cover classes are called: training prompts, names held out of training."""
+"""Names of land-cover classes: training prompts, and names held out of training."""
 
 from __future__ import annotations
 
 from digseg_jax.data.datasets.landcover import IGBP
 
-# the first prompt of a class is its trained name; all of them are drawn evenly in training
+# The first prompt of a class is its name; training draws all of them evenly.
 GROUP_PROMPTS = {
     "water": ("water", "sea", "lake", "open water", "sea water", "body of water"),
     "forest": (
@@ -68,7 +68,7 @@ IGBP_PROMPTS: dict[str, tuple[str, ...]] = {
 }
 PROMPTS: dict[str, dict[str, tuple[str, ...]]] = {"groups": GROUP_PROMPTS, "igbp": IGBP_PROMPTS}
 
-# never shown in training; each is asked in place of the group's trained name
+# Names that training never shows; each is asked in place of the group's own name.
 HELD_OUT = {
     "ocean": "water",
     "woodland": "forest",

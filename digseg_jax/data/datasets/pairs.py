@@ -18,7 +18,7 @@ from digseg_jax.io.image_file import StoredImage, read_image
 # (label file, (height, width) of the stored image) -> int32 [h, w], ignore = -1
 ReadLabel = Callable[[Path, tuple[int, int]], np.ndarray]
 
-# Left behind by archives and desktops.
+# Names of what archives and desktops leave behind.
 _JUNK = ("__MACOSX", "Thumbs.db", ".ipynb_checkpoints")
 
 
@@ -38,6 +38,9 @@ class FileSource:
     it means encoding it again.
 
     Args:
+      root: folder that the pairs' paths are relative to.
+      pairs: the examples, in their order.
+      read_label: decodes a label file; None in a subclass that overrides `label`.
       strict: raise on an EXIF orientation that the sizes cannot settle.
 
     Raises:
@@ -56,6 +59,8 @@ class FileSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_path, label_path = self.files(index).values()
+
+        # Some labels are painted, not read: they need the size of the stored image.
         stored = read_image(image_path)
         label = self.label(index, stored.pixels.shape[:2])
 
@@ -65,7 +70,7 @@ class FileSource:
         return {"image": image, "label": label, "name": shown(self.pairs[index].name)}
 
     def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """int32 [h, w] of an example without decoding its image, which has `size` (height, width)."""
+        """Label of an example, int32 [h, w], without decoding its image of `size` (height, width)."""
         if self.read_label is None:
             raise NotImplementedError(f"{type(self).__name__}.label")
         return self.read_label(self.files(index)["label"], size)
@@ -90,6 +95,7 @@ def orient(image: StoredImage, size: tuple[int, int], path: Path, strict: bool) 
     Raises:
       SizeError: with `strict` only.
     """
+    # No EXIF orientation, or one that does not exist: nothing to turn.
     size_as_stored = image.pixels.shape[:2]
     if image.orientation == 1 or image.orientation not in range(2, 9):
         return image.pixels
@@ -109,7 +115,7 @@ def orient(image: StoredImage, size: tuple[int, int], path: Path, strict: bool) 
 
 
 def is_junk(name: str) -> bool:
-    """True for files that archives and desktops leave behind, which are never part of a data set."""
+    """True for files that archives and desktops leave behind: they are never part of a data set."""
     return name.startswith(".") or name in _JUNK
 
 
@@ -126,6 +132,7 @@ def list_files(
       UnreadableError: no such folder.
       UserError: two files with one stem.
     """
+    # Sorted, so that an error names the same file on every machine.
     suffixes, found = tuple(suffixes), dict[str, str]()
     try:
         names = sorted(entry.name for entry in _scan(folder))
@@ -137,6 +144,7 @@ def list_files(
         suffix = next((s for s in suffixes if name.lower().endswith(s.lower())), None)
         if suffix is None or is_junk(name) or name.lower().endswith(generated):
             continue
+
         stem = name[: -len(suffix)]
         if stem in found:
             raise UserError(f"{folder}: {found[stem]} and {name} are files of one example")
@@ -145,7 +153,7 @@ def list_files(
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder that are no folders."""
+    """Entries of a folder without the folders among them."""
     with os.scandir(folder) as entries:
         return [e for e in entries if not e.is_dir()]
 
@@ -196,7 +204,13 @@ def pair_folders(
 
 
 def pick(available: dict[str, str], stems: Iterable[str], folder: Path, what: str) -> dict[str, str]:
-    """Entries of an explicit list of stems, in its order.
+    """Picks the files of an explicit list of stems, in its order.
+
+    Args:
+      available: {stem: path}.
+      stems: the list.
+      folder: where the files are, for the message.
+      what: data set and split, for the message.
 
     Raises:
       UserError: a listed stem has no file.
@@ -226,6 +240,7 @@ def find_root(root: Path, markers: str | Sequence[str], inside: Sequence[str], w
     for place in places:
         if any((place / m).exists() for m in markers):
             return place
+
     looked = ", ".join(str(p / m) for p in places for m in markers)
     raise UserError(f"{what}: not found under {str(root)!r}; looked for {looked}")
 

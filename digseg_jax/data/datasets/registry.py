@@ -33,7 +33,7 @@ class Source(Protocol):
     [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w] with ignore = -1, "name"}.
     """
 
-    image_is_file: bool  # whether the image is what its file holds
+    image_is_file: bool  # whether an image equals the content of its file
 
     def __len__(self) -> int: ...
 
@@ -44,7 +44,7 @@ class Source(Protocol):
         ...
 
 
-# name -> opener of a split: (spec, root, split) -> source
+# Name of the data set -> function that opens a split: (spec, root, split) -> source.
 _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
     "ade20k": folders.open_ade20k,
     "ade20k_847": open_ade20k_847,
@@ -97,9 +97,12 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     if name == "folder" and str(root) == "":
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
 
+    # Other data sets need a folder too, unless they come with Python packages.
     facts = spec(name, root)
     if str(root) == "" and not facts.from_package:
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+
+    # "val" may be asked for where the data set says "validation".
     split = split_called(split, facts.splits)
     if split not in facts.splits:
         raise UserError(f"{name} has no split {split!r}; legal: {', '.join(facts.splits)}")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Description of a data set: classes, splits, ignore rule, prompts and the rules of its scores.
 
-A spec holds no code for reading, which is in `readers/`. Class lists are JSON files in `classes/`, one
-class per line: name, synonyms, the values that mean it in the official label files, the official color.
+A spec holds no code that reads files; that is in `readers/`. Class lists are JSON files in `classes/`,
+one class per line: name, synonyms, the values that mean it in the official label files, and the
+official color.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ class ClassInfo:
     """A class; its id is its place in `DatasetSpec.classes`.
 
     Attributes:
+      name: the word that it is asked for by.
       synonyms: other words for it; none is a name or synonym of another class of the data set.
       raw: values of the official label file that mean it; empty where the label is no index image.
       color: RGB, official or None; official colors are not always distinct.
       full_name: the official list of synonyms where `name` had to be shortened or disambiguated.
-      covers: ids whose pixels belong to its mask; several where classes are nested. Empty: its own.
+      covers: ids whose pixels belong to its mask, several where classes are nested; empty: its own id.
     """
 
     name: str
@@ -39,9 +41,12 @@ class ClassInfo:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """Facts of a data set.
+    """Description of a data set, without its examples.
 
     Attributes:
+      name: what config.data.name calls it.
+      title: full name, for reports.
+      classes: in the order of their ids.
       splits: official number of labeled images by split; 0 where only the user knows it.
       extra_splits: splits that overlap others, or that a usual download lacks; `check_data` reads them
         only when they are asked for.
@@ -52,13 +57,13 @@ class DatasetSpec:
       template: prompt of a class in training, with {} for its name.
       caption: description of an image, with {} for its classes.
       licence: what the user has to know before using the data; the data themselves are not shipped.
-      from_package: the data come with Python packages, so no folder is to be named.
+      from_package: the data come with Python packages, so the user names no folder.
       metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
         "region_dice" (Dice of each class's region, per image, then the mean over images).
-      absent: what a class without ground truth counts: "mmseg" (0 if predicted, else left out),
+      absent: how a class without ground truth enters the mean: "mmseg" (0 if predicted, else left out),
         "detectron2" (left out) or "official" (always counted).
-      inference: how an image is shown to the network: "window", overlapping views of its trained scale,
-        or "whole", squeezed into one view, as segmenters of 512 x 512 pixels are tested.
+      inference: how an image is shown to the network: "window", in overlapping views of the trained
+        scale, or "whole", squeezed into one view, as segmenters of 512 x 512 pixels are tested.
     """
 
     name: str
@@ -94,7 +99,7 @@ class DatasetSpec:
 
 
 def load_classes(name: str) -> dict[str, Any]:
-    """`classes` and `ignored_raw` of a shipped class list, as keyword arguments of DatasetSpec."""
+    """Reads `classes` and `ignored_raw` of a shipped list, as keyword arguments of DatasetSpec."""
     file = resources.files(__package__) / "classes" / f"{name}.json"
     listed = json.loads(file.read_text(encoding="utf-8"))
     classes = [_class_info(row) for row in listed["classes"]]
@@ -105,12 +110,12 @@ def load_classes(name: str) -> dict[str, Any]:
 
 
 def shipped_list(name: str) -> list[str]:
-    """Names of a split's examples, where only other projects' lists define the split."""
+    """Names of a split's examples, where the split is defined only by the lists of other projects."""
     return (resources.files(__package__) / "classes" / f"{name}.txt").read_text("ascii").split()
 
 
 def unambiguous(classes: list[ClassInfo]) -> tuple[ClassInfo, ...]:
-    """Classes without the synonyms that also mean another class: with one, two masks would be right."""
+    """Drops synonyms that also mean another class: for such a query, two masks would be right."""
     names = Counter(c.name.lower() for c in classes)
     synonyms = Counter(s.lower() for c in classes for s in {*c.synonyms})
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of splits: a data set may call its validation split as its makers did."""
+"""Names of splits: "val" also finds a split that its data set calls "valid" or "validation"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+# Names that mean the same split, each group in the order of preference.
 _SAME = (
     ("train", "training"),
     ("val", "valid", "validation", "dev"),
@@ -13,9 +14,11 @@ _SAME = (
 
 
 def split_called(name: str, splits: Iterable[str]) -> str:
-    """What a data set calls a split: "val" may be `valid` there; a name of no split stays as it is."""
+    """The name that a data set has for a split; a name that matches none is returned as it is."""
     known = list(splits)
     if name in known:
         return name
+
+    # An unknown name is for the caller to reject: it knows the legal ones.
     same = next((group for group in _SAME if name in group), ())
     return next((other for other in same if other in known), name)

@@ -14,7 +14,7 @@ SAMPLE = 200  # number of examples counted for a split whose statistics were not
 
 @dataclasses.dataclass
 class ClassStatistics:
-    """Counts over examples; counts of two sets of examples add up."""
+    """Counts of pixels and examples by class; counts of two sets of examples can be added."""
 
     pixels: np.ndarray  # int64 [c]
     together: np.ndarray  # int64 [c, c]: examples showing both classes; diagonal: showing the class
@@ -29,14 +29,16 @@ class ClassStatistics:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, c."""
         return len(self.pixels)
 
     def add(self, label: np.ndarray) -> None:
         """Counts one label map, int [h, w] with ignore = -1."""
-        # shifted by one, so that ignored pixels fall into a bin of their own, the first
+        # Shifted by one, so that ignored pixels fall into a bin of their own, the first.
         counts = np.bincount(label.ravel() + 1, minlength=self.num_classes + 1)
         self.ignored += int(counts[0])
         counts = counts[1:]
+
         shown = np.flatnonzero(counts)
         self.pixels += counts
         self.together[np.ix_(shown, shown)] += 1
@@ -57,7 +59,7 @@ class ClassStatistics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, sparse: 847 classes have 717,409 pairs, few of which occur."""
-        # symmetric: the upper triangle is enough
+        # The table is symmetric: its upper triangle is enough.
         rows, columns = np.nonzero(np.triu(self.together))
         counts = self.together[rows, columns]
         return {
@@ -82,10 +84,11 @@ class ClassStatistics:
 def class_shares(source: Any, num_classes: int) -> np.ndarray:
     """Share of each class in the labels of each example: float [examples, classes].
 
-    Every label is read, unless the source has counted them itself.
+    Every label is read, unless the source has a method of that name that knows the shares.
     """
     if hasattr(source, "class_shares"):
         return source.class_shares()
+
     rows = []
     for i in range(len(source)):
         label = source[i]["label"]
@@ -105,6 +108,8 @@ def repeat_factors(shares: np.ndarray, threshold: float) -> np.ndarray:
     shows = shares > 0.005
     frequency = shows.mean(axis=0)
     factor = np.sqrt(threshold / np.maximum(frequency, 1e-6))
+
+    # The rarest class of an example decides.
     per_example = np.where(shows, factor[None], 1.0).max(axis=1)
     return np.clip(np.rint(per_example), 1, 4).astype(int)
 
@@ -112,6 +117,8 @@ def repeat_factors(shares: np.ndarray, threshold: float) -> np.ndarray:
 def sampled(source: Any, num_classes: int, sample: int = SAMPLE) -> ClassStatistics:
     """Statistics of at most `sample` evenly spread examples: the same choice in every process."""
     statistics = ClassStatistics.empty(num_classes)
+
+    # Evenly spread: files often lie in the order of scenes or cities.
     n = len(source)
     for i in sorted({k * n // sample for k in range(sample)} if n > sample else range(n)):
         statistics.add(source[i]["label"])
@@ -132,7 +139,7 @@ def name_similarity(names: Sequence[Sequence[str]]) -> np.ndarray:
     for row, own in enumerate(words):
         shows[row, [column[w] for w in own]] = 1
 
-    # |A and B| / |A or B|
+    # Jaccard: |A and B| / |A or B|.
     both = shows @ shows.T
     sizes = shows.sum(axis=1)
     similarity = both / np.maximum(sizes[:, None] + sizes[None] - both, 1)
@@ -151,7 +158,7 @@ def confusable(statistics: ClassStatistics, names: Sequence[Sequence[str]]) -> n
 
     The share of p's images that show a, plus the similarity of their names; 0 on the diagonal.
     """
-    shows = np.diag(statistics.together)
+    shows = np.diag(statistics.together)  # examples that show each class
     given = statistics.together / np.maximum(shows[:, None], 1)
     np.fill_diagonal(given, 0)
     return given + name_similarity(names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tfds:NAME, a data set that TensorFlow Datasets prepared as array_record, read without TensorFlow.
+"""Reads tfds:NAME, a data set that TensorFlow Datasets prepared as array_record, without TensorFlow.
 
 Prepare it once where TensorFlow is installed, `tfds build NAME --file_format=array_record`; reading
 needs only the files. Image and label are recognized by the names of their features.
@@ -33,7 +33,7 @@ VOID = 255  # ignored value of 8-bit labels, unless it is a class
 
 @functools.cache
 def _builder(name: str, root: str) -> Any:
-    """Builder of a prepared version: the highest, of the configuration that is last by name.
+    """Builder of the newest prepared version; of several configurations the last one by name.
 
     Raises:
       UserError: nothing prepared there.
@@ -58,7 +58,7 @@ def _version(info: epath.Path) -> tuple[str, list[int]]:
 
 
 def _key(features: Any, names: tuple[str, ...], what: str) -> str:
-    """The first of `names` that is a feature.
+    """The first of `names` that the features have.
 
     Raises:
       UserError: none of them is; lists the features.
@@ -70,8 +70,10 @@ def _key(features: Any, names: tuple[str, ...], what: str) -> str:
 
 
 def _classes(name: str, root: str) -> tuple[tuple[ClassInfo, ...], tuple[int, ...]]:
-    """Classes with their values in the labels, and the ignored values: from the label's feature, from
-    the file beside the data, or the official list of a data set whose labels hold official values.
+    """Classes with their values in the labels, and the ignored values.
+
+    They come from the label's feature, else from the file beside the data, else from the official list
+    of a data set whose labels hold official values.
 
     Raises:
       UserError: none of them is there, or a line that cannot be read.
@@ -82,13 +84,14 @@ def _classes(name: str, root: str) -> tuple[tuple[ClassInfo, ...], tuple[int, ..
         classes, ignored = tuple(ClassInfo(n, raw=(i,)) for i, n in enumerate(feature.names)), ()
         return classes, ignored if len(classes) > VOID else (VOID,)
 
-    # Most segmentation features have no names; the user's file goes first.
+    # Most segmentation features have no names. The user's file takes precedence over official lists.
     path = Path(as_path(root)) / CLASSES
     if path.exists():
         listed = read_class_list(path)
         if listed.kind == "color":
             raise UserError(f"{path}: colors; labels of tfds hold numbers, as in `0: soil`")
         return listed.classes, listed.ignored + (() if VOID in listed.values else (VOID,))
+
     if name in OFFICIAL:
         facts = SPECS[name]()
         return facts.classes, facts.ignored_raw
@@ -105,7 +108,7 @@ def spec(name: str, root: str) -> DatasetSpec:
     classes, ignored = _classes(name, root)
     splits = {key: split.num_examples for key, split in info.splits.items()}
 
-    # The first split there is in this order is evaluated by default.
+    # By default the first of these that exists is evaluated.
     known = [s for s in ("validation", "val", "test", "train") if s in splits]
     return DatasetSpec(
         name=f"tfds:{name}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ArrayRecord shards of a split, on a disk or in a bucket: claiming, atomic writing, counting, reading.
+"""ArrayRecord shards of a split, on a disk or in a bucket: claims, writes atomically, checks, reads.
 
 While shards are being written, each finished one has a sidecar beside it (its name and `.json`); the
 manifest at the end replaces all sidecars. A killed run therefore continues with the missing shards,
@@ -53,9 +53,14 @@ def checksum(path: Any) -> str:
 
 
 def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
-    """Writes the plan to the folder, or compares it: shards of two plans must not mix in one data set.
+    """Writes the plan to the folder, or compares it with the one that is there.
 
-    remedy: how to name another folder, for the message.
+    Shards of two plans must not mix in one data set.
+
+    Args:
+      folder: where the shards go.
+      plan: settings that all of them share, JSON-ready.
+      remedy: how to name another folder, for the message.
 
     Raises:
       UserError: the folder holds shards of another plan.
@@ -65,8 +70,8 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
         write(path, json.dumps(plan).encode())
         return
 
-    # A continued run has the same plan; name the first setting that differs. A plan of before there was
-    # a setting says nothing about it.
+    # A continued run has the same plan; name the first setting that differs. An older plan may lack a
+    # setting, and then says nothing about it.
     found = read_json(path, remedy=f"choose another {remedy} or remove that folder")
     differs = [key for key in plan if key in found and found[key] != plan[key]]
     if differs:
@@ -92,10 +97,10 @@ def missing(folder: epath.Path, shards: int) -> list[int]:
 def new_shard(
     folder: epath.Path, shard: int, shards: int
 ) -> Iterator[tuple[ArrayRecordWriter, dict[str, Any]]]:
-    """Context of a new shard: yields a record writer, and a dict for its facts (counts, statistics).
+    """Opens a new shard: yields a record writer, and a dict for its facts (counts, statistics).
 
-    When the block ends without an error, the shard is moved to its place, then its sidecar is written:
-    the facts with "file", "bytes" and "sha256".
+    When the block ends without an error, the shard is moved to its place; then its sidecar is written,
+    which holds the facts and "file", "bytes" and "sha256".
 
     Raises:
       UserError: the disk or the bucket cannot be written.
@@ -112,18 +117,19 @@ def new_shard(
         finally:
             writer.close()
 
-        # Not reached after an error in the block: then the scratch folder goes with half a shard.
+        # Not reached after an error in the block: half a shard disappears with the scratch folder.
         row = {"file": name, "bytes": path.stat().st_size, "sha256": checksum(path)}
         with explained(folder / name, "cannot be written"):
             move(path, folder / name)
 
-    # Last of all, as the sidecar says that the shard is in place.
+    # The sidecar comes last: it says that the shard is in place.
     with explained(folder / sidecar(shard, shards), "cannot be written"):
         write(folder / sidecar(shard, shards), json.dumps(row | facts).encode())
 
 
 def sidecars(folder: epath.Path, shards: int) -> list[dict[str, Any]]:
     """Content of all sidecars, in the order of the shards."""
+    # Without its sidecar a shard counts as missing, so a damaged sidecar can simply be removed.
     keys = {"file": str, "bytes": int, "sha256": str}
     remedy = "remove it: its shard is written again"
     return [read_json(folder / sidecar(i, shards), keys, remedy) for i in range(shards)]
@@ -141,6 +147,7 @@ def write(path: epath.Path, data: bytes) -> None:
         path.write_bytes(data)
         return
 
+    # A rename is atomic; the process's number keeps two writers apart.
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     scratch.write_bytes(data)
     scratch.replace(path)
@@ -162,6 +169,7 @@ class Shards:
     """Random access to the bytes of records; a shard is opened when one of its records is first read.
 
     Args:
+      folder: where the shards are.
       rows: the manifest's rows, each with "file" and "bytes".
       counts: number of records of each shard.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cached latents: ArrayRecord shards of the frozen autoencoder's output on a training split.
 
-    CACHE/NAME/SPLIT/latents.json   counts, sizes, checksums, class statistics, what it was made with
+    CACHE/NAME/SPLIT/latents.json   counts, sizes, checksums, class statistics, settings (MADE_WITH)
     CACHE/NAME/SPLIT/absent.npy     the latent of an empty mask (one mask per class)
     CACHE/NAME/SPLIT/shard-...      two records per example: as it is, then mirrored
 
@@ -46,7 +46,7 @@ ABSENT = "absent.npy"
 ORIENTATIONS = 2  # records per example: as it is, mirrored
 MODE = "--mode=cache_latents"
 _LENGTH = 4  # bytes of the header's length
-_STORED = np.dtype("<f4")  # of the latents: float32, little endian
+_STORED = np.dtype("<f4")  # type of stored latents: float32, little endian
 # Everything that a cache depends on: key of its manifest -> name for the user.
 MADE_WITH = {
     "image_size": "config.data.image_size",
@@ -61,8 +61,11 @@ MADE_WITH = {
 class Stored(NamedTuple):
     """One decoded record.
 
-    label: [s, s], ignore = -1. picture: the image's latent [h, w, c]. classes: the class that masks[k],
-    [h, w, c], shows; empty where a single mask shows all classes.
+    Attributes:
+      label: class ids [s, s], ignore = -1.
+      picture: the image's latent [h, w, c].
+      classes: classes[k] is the class that masks[k] shows; empty where one mask shows all classes.
+      masks: latents of the masks [k, h, w, c].
     """
 
     label: Int[np.ndarray, "s s"]
@@ -76,8 +79,13 @@ def encode_record(
 ) -> bytes:
     """Encodes one orientation of an example as bytes.
 
-    latents: float32 [1 + masks, h, w, c], the image's first, then the masks' in the order of `classes`.
+    Args:
+      name: the example's name.
+      label: int32 [s, s], ignore = -1.
+      classes: the class of each mask; empty if one mask shows all classes.
+      latents: float32 [1 + masks, h, w, c], the image's first, then the masks' in this order.
     """
+    # The header holds what separates label and latents again.
     png = encode_label(label)
     header = {
         "name": name,
@@ -121,7 +129,7 @@ def decode_record(data: bytes, where: Callable[[], str], dtype: type = np.int32)
 
 
 def cache_folders(cache: str, parts: Sequence[tuple[PartConfig, DatasetSpec, str]]) -> list[epath.Path]:
-    """CACHE/NAME/SPLIT for each data set; a second one of the same name and split is NAME-2.
+    """Folder CACHE/NAME/SPLIT of each data set; a second one of the same name and split is NAME-2.
 
     parts: as returned by `sources.training_parts`.
 
@@ -132,7 +140,7 @@ def cache_folders(cache: str, parts: Sequence[tuple[PartConfig, DatasetSpec, str
     seen = Counter[tuple[str, str]]()
     folders = []
     for part, _, split in parts:
-        # "tfds:" is no good name for a folder
+        # A colon, as in "tfds:", is not legal in every file system.
         name = part.name.replace(":", "_")
         seen[name, split] += 1
         number = seen[name, split]
@@ -146,14 +154,18 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: no manifest, an unfinished cache, or another format.
     """
+    # The manifest is written last: without it the cache is not finished.
     path = folder / MANIFEST
     with explained(path, "cannot be read"):
         if not path.exists():
             raise UserError(_unfinished(folder))
+
     remedy = f"not the manifest of cached latents; make it with {MODE}"
     manifest = read_json(path, {"format": int}, remedy)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path}: format {manifest['format']!r}; this version reads {FORMAT}")
+
+    # Every entry that is read later, so that a damaged manifest fails here and in one line.
     try:
         check_keys(manifest, {"examples": int, "shards": list, "statistics": dict})
         for row in manifest["shards"]:
@@ -169,18 +181,21 @@ def _unfinished(folder: epath.Path) -> str:
     plan = folder / files.PLAN
     if not plan.exists():
         return f"{folder}: no cached latents here; {MODE} makes them"
-    facts = read_json(plan, {"source_examples": int, "shard_examples": int})
 
     # The number of shards follows from the plan; the last shard may be smaller.
+    facts = read_json(plan, {"source_examples": int, "shard_examples": int})
     shards = -(-facts["source_examples"] // facts["shard_examples"])
     left = len(files.missing(folder, shards))
     return f"{folder}: not finished, {left} of {shards} shards are missing; {MODE} goes on with it"
 
 
 def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compares the settings of a cache with the settings of a run.
+    """Checks that a cache was made with the settings of a run.
 
-    expected: keys of MADE_WITH and the run's values.
+    Args:
+      folder: the cache, for the message.
+      manifest: the cache's settings.
+      expected: keys of MADE_WITH and the run's values.
 
     Raises:
       UserError: the first difference, with the legal value.
@@ -190,8 +205,7 @@ def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[s
         if found == value:
             continue
 
-        # Only short values are printed: palettes and digests of weights
-        # would say nothing to the user.
+        # Only short values are printed: palettes and digests of weights would say nothing to the user.
         found, value = (f" {v}" if isinstance(v, str | int) else "" for v in (found, value))
         raise UserError(
             f"config.data.latent_cache: {folder} was made with another value of {MADE_WITH[key]}: "
@@ -251,6 +265,8 @@ class LatentSource:
         """Latents of the queried classes' masks, or of the one that shows all classes."""
         if self.absent is None:
             return stored.masks
+
+        # A class that the crop does not show has the latent of an empty mask.
         place = {c: k for k, c in enumerate(stored.classes)}
         return np.stack(
             [stored.masks[place[c]] if c in place else self.absent for c in map(int, classes)]

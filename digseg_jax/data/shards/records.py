@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared data sets: ArrayRecord shards, and a manifest that says what is in them.
+"""Prepared data sets: ArrayRecord shards, and a manifest that describes them.
 
     OUT/SPLIT/manifest.json                      counts, checksums, class list, class statistics
     OUT/SPLIT/shard-00000-of-00012.array_record  one record per example
@@ -83,12 +83,16 @@ def stored_spec(root: str | Path) -> DatasetSpec | None:
 def encode_record(image: np.ndarray, label: np.ndarray, name: str, jpeg: bytes | None) -> bytes:
     """Encodes one example as bytes.
 
-    jpeg: content of the image's file. It is stored if decoding it, as stored or in one of EXIF's turns,
-    gives exactly `image`; otherwise the image is stored as PNG.
+    Args:
+      image: uint8 [h, w, 3], RGB, as the reader gives it.
+      label: int32 [h, w], ignore = -1.
+      name: the example's name.
+      jpeg: content of the image's file, if it is one. It is stored if decoding it, as stored or in one
+        of EXIF's turns, gives exactly `image`; otherwise the image is stored as PNG.
     """
     turn, stored = _kept(image, jpeg) if jpeg else (1, None)
     if stored is None:
-        # OpenCV wants BGR; a middle level, as images are large and lossless here
+        # OpenCV expects BGR. A middle level: lossless images are large, and the highest takes long.
         stored = _png(np.ascontiguousarray(image[..., ::-1]), level=3)
 
     # The header holds the sizes that separate image and label, and the label's shape as a check.
@@ -123,9 +127,9 @@ def _png(value: np.ndarray, level: int, filters: Sequence[int] = ()) -> bytes:
 
 
 def encode_label(label: np.ndarray) -> bytes:
-    """PNG of a label, int32 [h, w] with ignore = -1.
+    """Encodes a label, int32 [h, w] with ignore = -1, as PNG.
 
-    uint8 if that leaves 255 free for ignored pixels, otherwise uint16 with 65535 for them.
+    The PNG has 8 bits if that leaves 255 free for ignored pixels, otherwise 16 with 65535 for them.
     """
     dtype = np.uint8 if label.max(initial=IGNORE) < 255 else np.uint16
     narrow = np.where(label == IGNORE, np.iinfo(dtype).max, label).astype(dtype)
@@ -133,7 +137,7 @@ def encode_label(label: np.ndarray) -> bytes:
 
 
 def decode_label(data: np.ndarray, dtype: type[np.signedinteger[Any]] = np.int32) -> np.ndarray | None:
-    """Label [h, w] from the bytes (uint8 [n]) of `encode_label`; None if they are damaged.
+    """Decodes the bytes (uint8 [n]) of `encode_label` to a label [h, w]; None if they are damaged.
 
     dtype: signed type, wide enough for every id.
 
@@ -145,23 +149,26 @@ def decode_label(data: np.ndarray, dtype: type[np.signedinteger[Any]] = np.int32
     raw: np.ndarray | None = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if raw is None:
         return None
+
+    # The largest unsigned value means ignored. Read as a signed number of the same width it is -1
+    # already, without a copy.
     if np.dtype(dtype).itemsize == raw.itemsize:
-        return raw.view(dtype)  # same width: the largest unsigned value reads as -1, IGNORE
+        return raw.view(dtype)
     label = raw.astype(dtype)
     label[raw == np.iinfo(raw.dtype).max] = IGNORE
     return label
 
 
 def narrow_type(num_classes: int) -> type[np.signedinteger[Any]]:
-    """Narrowest signed type for labels of `num_classes`.
+    """Narrowest signed type for labels of `num_classes` classes and -1.
 
-    For training crops, where half of the time besides decoding is memory traffic.
+    Training crops use it: half of their time besides decoding is memory traffic.
     """
     return np.int8 if num_classes <= np.iinfo(np.int8).max else np.int16
 
 
 def _decode_image(data: bytes | memoryview) -> np.ndarray | None:
-    """uint8 [h, w, 3], RGB, not turned; None if OpenCV cannot read it."""
+    """Decodes an image to uint8 [h, w, 3], RGB, not turned; None if OpenCV cannot read it."""
     try:
         check_dimensions(data)
         return cv2.imdecode(np.frombuffer(data, np.uint8), _AS_STORED)
@@ -226,7 +233,7 @@ def read_manifest(folder: Any, spec: DatasetSpec | None = None) -> dict[str, Any
 
 
 def check_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError for a manifest whose entries are of other types than `prepare_split` writes."""
+    """Raises UserError for a manifest with other types of entries than `prepare_split` writes."""
     try:
         check_keys(manifest, _ENTRIES)
         check_keys(
@@ -237,6 +244,8 @@ def check_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
                 raise ValueError(f"{name!r} is no class with its synonyms")
         for row in manifest["shards"]:
             check_keys(row, {"file": str, "bytes": int, "sha256": str, "examples": int})
+
+        # Fails where the counts are not those of one class list.
         ClassStatistics.from_dict(manifest["statistics"])
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: not a manifest of shards ({error}); {REMEDY}") from error
@@ -263,7 +272,7 @@ def is_prepared(root: str | Path, split: str) -> bool:
 class RecordSource:
     """Random access to the examples of a split's shards; opening it reads only the manifest.
 
-    narrow: labels are of `narrow_type` rather than int32.
+    narrow: labels have `narrow_type` instead of int32.
 
     Raises:
       UserError: manifest and shards disagree (a missing shard, or one of another size).

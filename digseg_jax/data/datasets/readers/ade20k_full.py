@@ -2,8 +2,8 @@
 """ADE20K-847: the full ADE20K of 2021_17_01, converted on access as its benchmark does it.
 
 The benchmark (MaskFormer's conversion) is not at the original resolution: image and label are resized
-so that the short side is at most 512, and the image is saved as JPEG again. Both are done here, so that
-scores compare. The index pickle is not needed, and a pickle from a download is not opened.
+so that the short side is at most 512, and the image is saved as JPEG again. Both are done here too, so
+that scores can be compared. The index pickle is not needed, and pickles from downloads are never opened.
 """
 
 from __future__ import annotations
@@ -113,15 +113,17 @@ def open_ade20k_847(spec: DatasetSpec, root: Path, split: str) -> ShortSideSourc
 
 
 def _files_of(root: Path, prefix: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Images and labels whose names begin with `prefix`: {stem: path relative to root} each."""
+    """Finds images and labels whose names begin with `prefix`: {stem: path relative to root} each."""
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
+
+    # The split follows from the file names, as in the benchmark; folders only say where to look.
     for half in list_folders(root / "images/ADE"):
         for group in list_folders(root / "images/ADE" / half):
             for scene in list_folders(root / "images/ADE" / half / group):
                 folder = f"images/ADE/{half}/{group}/{scene}"
                 for stem, name in list_files(root / folder, (".jpg",)).items():
-                    if stem.startswith(prefix):  # the split follows from the name, as in the benchmark
+                    if stem.startswith(prefix):
                         images[stem] = f"{folder}/{name}"
                 for stem, name in list_files(root / folder, ("_seg.png",)).items():
                     if stem.startswith(prefix):

@@ -24,6 +24,7 @@ class RoadLabels:
           LabelValueError: a mask that holds ids instead of gray values.
         """
         gray = read_gray_label(path)
+
         # A mask of 0 and 1 (a converted copy) would have no road at all.
         if gray.max() == 1:
             raise LabelValueError(
@@ -44,12 +45,12 @@ def open_deepglobe(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     what = f"{spec.name} {split}"
     root = find_root(root, "train", ("deepglobe", "DeepGlobe", "road"), what)
 
-    # The whole folder has to be in order, whatever the split.
+    # Pairs of the whole folder are checked, whatever the split: a partial download shows here.
     images = _in_train(root, "_sat.jpg")
     labels = _in_train(root, "_mask.png")
     pair_up(root, images, labels, what)
 
-    # The release has no split of its own.
+    # The release defines no split: the list of earlier papers does.
     stems = list(images)
     if split == "test":
         stems = shipped_list("deepglobe_test")

@@ -49,7 +49,7 @@ class DetailJson:
                 mask = (int(row["category_id"]), row["segmentation"])
                 self.masks.setdefault(stems[row["image_id"]], []).append(mask)
         except (KeyError, TypeError, ValueError) as error:
-            # the more precise message of `_elements` stays
+            # `_elements` has raised its own, more precise error.
             if isinstance(error, UnreadableError):
                 raise
             raise UnreadableError(f"{path}: an entry is not as it should be: {error!r}") from error
@@ -72,9 +72,10 @@ def paint(masks: Masks, size: tuple[int, int], where: str) -> np.ndarray:
                     f"{where}: a mask of {width}x{height} (width x height) for an image of "
                     f"{size[1]}x{size[0]}"
                 )
+
             raw[rle.decode(segmentation["counts"], height, width)] = category
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            if isinstance(error, SizeError):
+            if isinstance(error, SizeError):  # a ValueError too, and complete as it is
                 raise
             raise UnreadableError(f"{where}: broken mask of category {category}: {error}") from error
     return raw
@@ -97,7 +98,7 @@ def _elements(path: Path, text: str, key: str) -> Iterator[dict[str, Any]]:
     decoder, white = json.JSONDecoder(), " \t\r\n"
 
     def skip(position: int) -> int:
-        """The position of the next character that is no white space."""
+        """Position of the next character that is not white space."""
         while text[position : position + 1] and text[position] in white:
             position += 1
         return position

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own data, without code: images/SPLIT/NAME.jpg, masks/SPLIT/NAME.png and classes.txt.
+"""Reads a user's own data: images/SPLIT/NAME.jpg, masks/SPLIT/NAME.png and classes.txt.
 
-SPLIT/images and SPLIT/masks are read too, masks may be in annotations or labels, in folders of the
-same names as their images, and be called NAME_mask.png. For the lines of classes.txt see `class_list`.
-255 is ignored unless a line gives it a meaning.
+SPLIT/images and SPLIT/masks are read too. Masks may also be in a folder annotations or labels, in
+subfolders named as those of the images, and be called NAME_mask.png. `class_list` describes the lines
+of classes.txt. 255 is ignored unless a line gives it a meaning.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from digseg_jax.io.image_file import IMAGE_ENDINGS
 
 CLASSES = "classes.txt"
 IMAGES = "images"
-MASKS = ("masks", "annotations", "labels")  # the first that is there
+MASKS = ("masks", "annotations", "labels")  # the first one that exists is taken
 VOID = 255  # ignored value of number masks, unless a line of classes.txt gives it a meaning
 _MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 _LOSSY = (".jpg", ".jpeg", ".webp")
-_MARK = re.compile(r"[_-](masks?|labels?|seg|gt|annotations?)$", re.IGNORECASE)  # of a mask's stem
+# What labeling tools add to the stem of a mask.
+_MARK = re.compile(r"[_-](masks?|labels?|seg|gt|annotations?)$", re.IGNORECASE)
 _COCO = "an export in COCO's form: export semantic masks (PNG) instead"
 _VOC = "a VOC-style export: move JPEGImages to images/train, SegmentationClass to masks/train"
-# files of other layouts -> whose they are, and what to do
+# Files of other layouts -> whose layout it is, and what to do.
 _OTHERS = {
     "**/*annotations.coco.json": _COCO,
     "annotations/instances_*.json": _COCO,
@@ -58,6 +59,8 @@ def folder_spec(root: Path) -> DatasetSpec:
     ignored = listed.ignored
     if listed.kind != "color" and VOID not in listed.values:
         ignored += (VOID,)
+
+    # Only the user knows how many examples there are: 0 here.
     splits = _splits(root)
     return DatasetSpec(
         name="folder",
@@ -93,7 +96,7 @@ def _splits(root: Path) -> list[str]:
 
 
 def _recognized(root: Path) -> str:
-    """What the folder is instead, and what to do, to follow a message; "" if it is unknown."""
+    """Text that ends a message: which other layout the folder has, and what to do; "" if unknown."""
     for pattern, told in _OTHERS.items():
         if next(root.glob(pattern), None) is not None:
             return f" (this is {told})"
@@ -114,9 +117,10 @@ class ColorLabels:
         Raises:
           LabelValueError: names the file, the color and where it first occurs.
         """
-        # 24-bit codes; looked up by bisection, as a table would have 16 million entries
+        # Colors as 24-bit codes, looked up by bisection: a table would have 16 million entries.
         code = read_color_label(path).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
         place = np.searchsorted(self.codes, code).clip(max=len(self.codes) - 1)
+
         unknown = self.codes[place] != code
         if unknown.any():
             y, x = np.argwhere(unknown)[0]
@@ -128,7 +132,7 @@ class ColorLabels:
 
 
 def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """Opens the images and masks of a split, files of one stem at any depth.
+    """Opens the images and masks of a split, paired by their stems at any depth.
 
     Raises:
       UserError: no such folders, or files without their partner.
@@ -136,18 +140,20 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     what = f"folder {split}"
     images, masks = _places(root, split, what)
     sides = _side(root, images, IMAGE_ENDINGS), _side(root, masks, _MASK_ENDINGS)
+
+    # Lossy masks deserve an error of their own, before every image lacks its mask.
     if sides[0] and not sides[1] and _side(root, masks, _LOSSY):
         raise UserError(
             f"{what}: the masks in {shown(root / masks)} are JPEG or WebP, which changes values at "
             "edges; save them as PNG"
         )
 
-    # Masks that some tools mark: NAME_mask.png is NAME's unless an image has that very name.
+    # Some tools mark masks: NAME_mask.png belongs to NAME unless an image has that very name.
     labels = {_unmarked(stem, sides[0]): path for stem, path in sides[1].items()}
     pairs = pair_up(root, sides[0], labels, what)
 
-    # All values have one form, so the first tells it. Strict about
-    # EXIF: the data are the user's own.
+    # All values of a list have one form, so the first tells which. Strict about EXIF, because no
+    # convention says how masks of a user's own data were drawn.
     colored = spec.classes[0].raw[0] >= COLOR
     return FileSource(root, pairs, ColorLabels(spec) if colored else IndexLabels(spec), strict=True)
 
@@ -174,7 +180,7 @@ def _side(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for path in walk_files(root / folder, endings):
-        # macOS writes names in another of Unicode's forms than people type.
+        # macOS stores names in another Unicode form (NFD) than people type (NFC).
         stem = unicodedata.normalize("NFC", path.with_suffix("").as_posix())
         if stem in found:
             raise UserError(f"{found[stem]} and {folder}/{path} in {root} are files of one example")
@@ -183,6 +189,6 @@ def _side(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
 
 
 def _unmarked(stem: str, images: dict[str, str]) -> str:
-    """The stem of the image that a mask belongs to."""
+    """Stem of the image that a mask belongs to: the mask's own, or without its mark."""
     plain = _MARK.sub("", stem)
     return plain if stem not in images and plain in images else stem

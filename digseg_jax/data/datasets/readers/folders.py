@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of two parallel folders with index labels: ADE20K-150, COCO-Stuff, BDD100K, PhenoBench,
-CamVid; and Cityscapes, which has a folder per city.
+"""Opens data sets of two parallel folders with index labels.
 
-Each opener shows the layout of the download and raises UserError if folders or files are missing.
+They are ADE20K-150, COCO-Stuff, BDD100K, PhenoBench, CamVid, and Cityscapes with a folder per city.
+The docstring of each function shows the layout of the download; each raises UserError if folders or
+files are missing.
 """
 
 from __future__ import annotations
@@ -105,14 +106,15 @@ def open_cityscapes(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     what = f"{spec.name} {split}"
     root = find_root(root, f"gtFine/{split}", ("cityscapes", "Cityscapes"), what)
 
-    # Images first, then labels; stems are unique over all cities, as
-    # they begin with the city's name.
+    # Images first, then labels. Stems are unique over all cities: they begin with the city's name.
     sides: list[dict[str, str]] = []
     for kind, suffix in (("leftImg8bit", "_leftImg8bit.png"), ("gtFine", "_gtFine_labelIds.png")):
         found: dict[str, str] = {}
+
         for city in list_folders(root / kind / split):
             files = list_files(root / kind / split / city, (suffix,))
             found |= {stem: f"{kind}/{split}/{city}/{name}" for stem, name in files.items()}
+
         sides.append(found)
     images, labels = sides
     return FileSource(root, pair_up(root, images, labels, what), IndexLabels(spec))

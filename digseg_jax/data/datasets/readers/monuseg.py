@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoNuSeg: TIFF images with Aperio ImageScope XML; the label is the union of all regions.
+"""Reads MoNuSeg: TIFF images with Aperio ImageScope XML; the label is the union of all regions.
 
 Coordinates are taken as they are, with the pixel-center rule of `polygons`. (The challenge's MATLAB
 converter counts pixels from 1, which puts its masks one pixel up and left of these.)
@@ -41,8 +41,8 @@ def regions(path: Path) -> list[np.ndarray]:
     """Vertices of every Region, each float [n, 2] as (x, y) in pixels.
 
     Raises:
-      UnreadableError: not such XML, without any region, or with a document type: the format needs no
-        entities, so files that declare some are rejected.
+      UnreadableError: other XML, no region, or a document type. The format needs no entities, so files
+        that could declare some are rejected.
     """
     found: list[list[tuple[float, float]]] = []
     total = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PASCAL VOC-20, and PASCAL-Context with 59 or 459 labels, from .mat files or from JSON."""
+"""Reads PASCAL VOC-20, and PASCAL-Context with 59 or 459 labels, from .mat files or from JSON."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
     what = f"{spec.name} {split}"
     voc = find_root(root, "JPEGImages", ("VOCdevkit/VOC2010", "VOC2010"), what)
 
-    # Labels come in two forms; the JSON file is large, so it is only
-    # parsed where something needs it.
+    # Labels come in two forms. The JSON file is large, so it is parsed only if something needs it.
     mats = next((p for p in (voc / "trainval", root / "trainval") if p.is_dir()), None)
     merged = next((p for p in (voc / _JSON, root / _JSON) if p.is_file()), None)
     if mats is None and merged is None:
@@ -123,7 +122,7 @@ def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         for s, name in list_files(voc / "SegmentationClass", (".png",)).items()
     }
 
-    # SBD has other labels for VOC's images as well, and overlaps with its val list.
+    # SBD also labels images that VOC labels, and some of them are in VOC's val list.
     if split != "trainaug":
         stems = read_list(lists / f"{split}.txt")
         labels = pick(own, stems, voc / "SegmentationClass", what)

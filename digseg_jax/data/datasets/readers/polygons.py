@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filling of polygons: even-odd rule at pixel centers.
+"""Fills polygons by the even-odd rule at pixel centers.
 
 Pixel (row, column) has its center at (y, x) = (row, column), and a center on the border belongs to the
 polygon: the rule of skimage.draw.polygon. Other tools fill other pixels (OpenCV's fillPoly about 10 %

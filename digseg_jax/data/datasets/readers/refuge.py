@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""REFUGE2: fundus images and BMP masks, found by name wherever the archives put them.
+"""Reads REFUGE2: fundus images and BMP masks, found by name wherever the archives put them.
 
 Gray 0 is the cup, 128 the rim of the disc, 255 the background: inverted with respect to the other data
 sets, and nothing is ignored. The disc's mask contains the cup (`covers` in the class list).
@@ -63,6 +63,7 @@ def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     Raises:
       UserError: a name that occurs twice, or files without their partner.
     """
+    # The name alone tells the split, whatever the folders are called.
     what, stem = f"{spec.name} {split}", re.compile(STEMS[split])
     images: dict[str, str] = {}
     labels: dict[str, str] = {}
@@ -76,6 +77,8 @@ def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         side = labels if is_mask else images if file.suffix.lower() == ".jpg" else None
         if side is None:
             continue
+
+        # Two files of one name: only the user can say which one belongs to the release.
         if file.stem in side:
             raise UserError(f"{what}: {side[file.stem]} and {file} under {root}: which one is it?")
         side[file.stem] = str(file)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO run-length masks: alternating runs of 0 and 1 down the columns, as a list or packed as text."""
+"""Decodes COCO run-length masks: runs of 0 and 1 down the columns, as a list or packed as text."""
 
 from __future__ import annotations
 
