@@ -48,7 +48,7 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             create=create,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=create,  # not in another run's folder: it may be writing
+            cleanup_tmp_directories=create,  # never in another run's folder: it may be writing there
             best_fn=(lambda metrics: metrics[best]) if best else None,
             preservation_policy=_policy(config),
             async_options=ocp.AsyncOptions(timeout_secs=int(config.timeout)),
@@ -87,6 +87,7 @@ class Checkpointer:
         """Step with the highest `config.best`; None if that is not set or no checkpoint has it."""
         if not self.config.best:
             return None
+
         # The save under way may be the best one.
         self.wait()
 
@@ -106,7 +107,7 @@ class Checkpointer:
           step: number of finished steps.
           state: the sharded train state; it may be donated as soon as this returns.
           meta: JSON values to store with it.
-          metrics: of the evaluation at this step, if there was one; `config.best` is looked up in them.
+          metrics: scores of the evaluation at this step, if there was one, `config.best` among them.
 
         Raises:
           UserError: this save cannot be started, or the one before it failed.
@@ -174,6 +175,7 @@ class Checkpointer:
 
     def _failed(self, step: int, why: Exception | str) -> UserError:
         """The error for a save that failed: why, and which older checkpoints are complete."""
+        # The save is over: waiting for it again would raise this error once more.
         self._started = None
         reason = " ".join(str(why).split())[:300] or type(why).__name__
 
@@ -194,9 +196,9 @@ class Checkpointer:
         """Reads the checkpoint of `step` (default: the latest).
 
         Args:
-          abstract_state: shapes, types and shardings of the state; they must be those stored, but for
-            the shardings.
-          step: which checkpoint.
+          abstract_state: shapes, types and shardings of the state; shapes and types must be the stored
+            ones.
+          step: number of the checkpoint.
 
         Returns:
           The next step, the state placed as the abstract leaves say, and `meta`.
@@ -229,10 +231,10 @@ class Checkpointer:
         """Reads the state, or entries of it, and splits its joined arrays.
 
         Args:
-          abstract: the entries to read.
-          step: which checkpoint.
+          abstract: shapes, types and shardings of the entries to read.
+          step: number of the checkpoint.
           small: the stored layout (`packing.layout`); None for a checkpoint older than packing.
-          **options: of orbax's restore.
+          **options: options of orbax's restore.
 
         Raises:
           UserError: another layout, or arrays that are missing, damaged or of another shape.
@@ -290,7 +292,7 @@ def _folder(workdir: str) -> epath.Path:
 
 
 def _policy(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
-    """Which checkpoints are kept: the newest ones, every so many steps, and the best one."""
+    """Policy of which checkpoints are kept: the newest, every `keep_every` steps, and the best."""
     # A checkpoint is kept if any of these rules keeps it.
     kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
     if config.keep_every:
@@ -309,7 +311,7 @@ def _policy(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
 
 
 def abstract_with_shardings(tree: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that tell orbax where each leaf goes."""
+    """Makes the ShapeDtypeStructs that tell orbax where each leaf goes."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )

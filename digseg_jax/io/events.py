@@ -26,7 +26,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_from: int | None = None) -> None:
-        # Imported here: slow to import, and only the writing process needs it.
+        # Imported here: the import is slow, and only the writing process needs it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -34,6 +34,8 @@ class EventFile:
         with self._one_warning():
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(folder / "events"))
+
+            # A session start is how TensorBoard knows that later steps of older files are obsolete.
             if purge_from is not None:
                 start = SessionLog(status=SessionLog.START)
                 self._writer.write_event(
@@ -44,6 +46,7 @@ class EventFile:
         """Appends finite scalars of one step; they are on disk `FLUSH_EVERY` seconds later at most."""
         if self._writer is None:
             return
+
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
@@ -51,6 +54,8 @@ class EventFile:
             for name, value in values.items():
                 event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
                 self._writer.write_event(event)
+
+            # Each flush is a write to the disk: not at every step.
             if time.monotonic() - self._flushed > FLUSH_EVERY:
                 self.flush()
 
@@ -63,6 +68,7 @@ class EventFile:
 
     def close(self) -> None:
         """Flushes and closes the file; safe to call twice."""
+        # Cleared first, so that a failure in closing leaves nothing to write to.
         writer, self._writer = self._writer, None
         if writer is not None:
             with self._one_warning():

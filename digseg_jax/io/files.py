@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that somebody else made: regular files of a bounded size, as bytes or as lines of text."""
+"""Reads files that somebody else made: regular files of a bounded size, as bytes or lines of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from digseg_jax.errors import UserError
 
 MAX_BYTES = 512 * 2**20
-MAX_TEXT = 16 * 2**20  # of a list that people write: names, queries, splits
+MAX_TEXT = 16 * 2**20  # bytes; for lists that people write: names, queries, splits
+# Byte-order marks of text that is not UTF-8. The longer ones go first: UTF-32's begins like UTF-16's.
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -31,7 +32,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
       UnreadableError: missing, empty, too large, or a folder, pipe or device.
     """
     try:
-        # Kind and size first: a pipe would wait for ever, and /dev/zero has no end.
+        # Kind and size first: reading a pipe would wait forever, and /dev/zero has no end.
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableError(f"{shown(path)}: not a regular file")
@@ -39,30 +40,35 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
             raise UnreadableError(
                 f"{shown(path)}: {found.st_size} bytes, more than the {limit} that are read"
             )
+
         data = path.read_bytes()
     except UnreadableError:
         raise
     except OSError as error:
         raise UnreadableError(f"{shown(path)}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # a name that no file can have, such as one with a NUL
         raise UnreadableError(f"{shown(path)}: cannot be read: {error}") from error
+
     if not data:
         raise UnreadableError(f"{shown(path)}: the file is empty")
     return data
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Reads the lines of a UTF-8 text, with or without a byte-order mark, that are not blank.
+    """Reads the lines of a UTF-8 text that are not blank, with or without a byte-order mark.
 
-    Returns: (number from 1, text without the white space around it) of each.
+    Returns:
+      (number from 1, text without the white space around it) of each line.
 
     Raises:
-      UnreadableError: as `read_bytes` does, or another encoding.
+      UnreadableError: for the reasons of `read_bytes`, or another encoding.
     """
+    # Editors on Windows offer UTF-16 as "Unicode": name the encoding instead of a strange byte.
     data = read_bytes(path, MAX_TEXT)
     for mark, name in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise UnreadableError(f"{shown(path)}: {name} text; save it as UTF-8")
+
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -71,6 +77,8 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
             f"{shown(path)}:{number}: byte 0x{data[error.start]:02x} is not UTF-8 text; save the file "
             "as UTF-8"
         ) from error
+
+    # UTF-16 without a mark, or a binary file: NUL bytes are valid UTF-8.
     if "\0" in lines[0]:
         raise UnreadableError(f"{shown(path)}: not a text; save it as UTF-8")
     return [(number, text) for number, line in enumerate(lines, start=1) if (text := line.strip())]

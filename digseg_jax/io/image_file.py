@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files as RGB of 8 bits, by one rule for training, evaluation and prediction.
+"""Reads image files as RGB of 8 bits, by one rule for training, evaluation and prediction.
 
-Transparency is laid over white. More than 8 bits, whole numbers or floats: the smallest value of the
-file becomes 0, the largest 255 (a single value everywhere: its upper 8 of 16 bits). Of several frames
-or pages the first one is taken.
+Transparent pixels are laid over white. In files of more than 8 bits, whole numbers or floats, the
+smallest value becomes 0 and the largest 255; if all values are equal, the upper 8 of 16 bits are taken.
+Of several frames or pages the first one is read.
 
 Files are not trusted: size and dimensions are checked before anything is decoded, and no format is
 opened that runs a program (EPS) or reads other files.
@@ -24,10 +24,10 @@ from PIL import Image
 from digseg_jax.arraytypes import UInt8
 from digseg_jax.io.files import UnreadableError, read_bytes, shown
 
-MAX_PIXELS = 178_956_970  # beyond it Pillow refuses too
+MAX_PIXELS = 178_956_970  # Pillow rejects more, too
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
-# MAX_PIXELS decides; from half of it on, Pillow warns.
+# Pillow warns from half of MAX_PIXELS on, which is legal here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -41,7 +41,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TIFF_BITS = 258  # the tag of the bits of each channel
+_TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,29 +67,34 @@ def read_image(path: Path) -> StoredImage:
     data = read_bytes(path)
     image = decode(path, data, IMAGE_FORMATS)
     orientation = orientation_of(image)
+
     try:
         return StoredImage(_deep_rgb(image, data, orientation), orientation)
-    except (ValueError, OSError, cv2.error) as error:  # what the decoder let pass
+    except (ValueError, OSError, cv2.error) as error:  # faults that the decoder did not see
         raise UnreadableError(f"{shown(path)}: cannot be decoded: {_reason(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """An open image of any of Pillow's modes as RGB, not turned; see the top of this module.
+    """Converts an open image of any Pillow mode to RGB, not turned; see the top of this module.
 
     Raises:
-      ValueError: floats none of which is a number, or a mode that Pillow cannot convert.
+      ValueError: floats none of which is finite, or a mode that Pillow cannot convert.
     """
+    # Modes of more than 8 bits have one channel.
     if image.mode == "F" or image.mode.startswith("I"):
         gray = _eight_bits(np.asarray(image))
         return np.repeat(gray[..., None], 3, axis=-1)
+
+    # Alpha is a channel, or an entry of a palette ("transparency").
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """Decodes a file of one of the formats after a look at its dimensions.
+    """Decodes a file of one of the formats, after checking its dimensions.
 
     Raises:
       UnreadableError: another format, damaged, or more than MAX_PIXELS.
@@ -115,10 +120,10 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 
 def check_dimensions(data: bytes | memoryview) -> None:
-    """Looks at the header of a JPEG or PNG before another decoder than `decode` takes it.
+    """Checks the header of a JPEG or PNG that another decoder than `decode` is going to read.
 
     Raises:
-      ValueError: neither, damaged, or more than MAX_PIXELS.
+      ValueError: another format, damaged, or more than MAX_PIXELS.
     """
     try:
         width, height = Image.open(io.BytesIO(data), formats=("JPEG", "PNG")).size
@@ -137,7 +142,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of an open image, turned as EXIF says; raises ValueError as `to_rgb` does."""
+    """Converts an open image to RGB, turned as EXIF says; raises ValueError as `to_rgb` does."""
     return StoredImage(to_rgb(image), orientation_of(image)).upright()
 
 
@@ -163,6 +168,7 @@ def check_png(path: Path, data: bytes) -> None:
     while kind != b"IEND":
         length = int.from_bytes(view[position : position + 4], "big")
         kind = bytes(view[position + 4 : position + 8])
+
         end = position + 12 + length
         if end > len(data):
             raise UnreadableError(f"{shown(path)}: the PNG file ends early")
@@ -173,10 +179,18 @@ def check_png(path: Path, data: bytes) -> None:
 
 
 def _deep_rgb(image: Image.Image, data: bytes, orientation: int) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of a decoded file; Pillow would keep only the upper 8 bits of colors with 16."""
+    """RGB of a decoded file; Pillow would keep only the upper 8 bits of colors with 16.
+
+    Args:
+      image: as Pillow decodes it.
+      data: the file's bytes, for OpenCV.
+      orientation: of EXIF; OpenCV applies it to TIFF files by itself.
+    """
     colors = len(image.getbands()) > 1 and bits_of(image, data) == 16
-    if not colors or (image.format == "TIFF" and orientation != 1):  # OpenCV would turn it
+    if not colors or (image.format == "TIFF" and orientation != 1):
         return to_rgb(image)
+
+    # OpenCV keeps 16 bits. If it cannot read the file as Pillow does, 8 bits have to do.
     deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if deep is None or deep.dtype != np.uint16 or deep.ndim != 3 or deep.shape[1::-1] != image.size:
         return to_rgb(image)
@@ -190,17 +204,19 @@ def _deep_rgb(image: Image.Image, data: bytes, orientation: int) -> UInt8[np.nda
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers of any type as uint8: the smallest becomes 0, the largest 255; nan and inf become 0.
+    """Scales numbers of any type to uint8: the smallest becomes 0, the largest 255, nan and inf 0.
 
-    A single value everywhere is taken as one of 16 bits.
+    If all values are equal, they count as numbers of 16 bits, of which the upper 8 are taken.
 
     Raises:
       ValueError: none of them is a finite number.
     """
+    # float32 holds 16 bits exactly.
     wide = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
     finite = np.isfinite(wide)
     if not finite.any():
         raise ValueError("none of its values is a finite number")
+
     low, high = wide.min(where=finite, initial=np.inf), wide.max(where=finite, initial=-np.inf)
     if low == high:
         return np.full(values.shape, np.clip(low / 256, 0, 255), np.uint8)
@@ -208,5 +224,5 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Text of an error in one line; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

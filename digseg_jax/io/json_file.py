@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program's own JSON files, read as if anybody could have changed them."""
+"""Reads the program's own JSON files, as carefully as if anybody could have changed them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.storage import AnyPath, explained
 
 MAX_SIZE = 256 * 2**20  # bytes; a manifest with the statistics of 847 classes has some megabytes
-MAX_DEPTH = 40  # a configuration has 4, results 6
-Kind = type | tuple[type, ...]
+MAX_DEPTH = 40  # levels; a configuration has 4, results 6
+Kind = type | tuple[type, ...]  # legal types of a key's value
 
 
 def read_json(
@@ -24,19 +24,22 @@ def read_json(
     """Reads a JSON object.
 
     Args:
-      keys: that it must have, and their types; `float` takes whole numbers too, but no nan.
-      remedy: what to do about a bad one, for the message.
+      path: of the file, on a disk or in a bucket.
+      keys: keys that it must have, and their types; `float` takes whole numbers too, but no nan.
+      remedy: what to do about a bad file, for the message.
 
     Raises:
       UserError: missing, too large, no JSON, nested too deep, no object, or a key that is missing or of
         another type; in one line with the path.
     """
+    # The size first: a file of gigabytes must not fill the memory.
     after = f"; {remedy}" if remedy else ""
     with explained(path, "cannot be read"):
         size = epath.Path(path).stat().length
         if size > MAX_SIZE:
             raise UserError(f"{path}: {size} bytes, more than the {MAX_SIZE} that are read{after}")
         data = path.read_bytes()
+
     try:
         value = parse_object(data)
         check_keys(value, keys or {})
@@ -46,17 +49,19 @@ def read_json(
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:
-    """The object that a text of JSON holds.
+    """Parses a text of JSON that holds an object.
 
     Raises:
       ValueError: no JSON, nested too deep, or something else than an object.
     """
+    # Python's parser gives up at its own recursion limit, far above MAX_DEPTH.
     try:
         value = json.loads(data)
     except RecursionError as error:
         raise ValueError("nested too deep to be a file of this program") from error
     except ValueError as error:
         raise ValueError(f"not readable as JSON ({error})") from error
+
     if not isinstance(value, dict):
         raise ValueError(f"holds {type(value).__name__}, expected an object with keys")
     if _deeper(value, MAX_DEPTH):
@@ -65,7 +70,8 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
 
 
 def _deeper(value: Any, limit: int) -> bool:
-    """Whether anything lies more than `limit` levels down."""
+    """True if anything lies more than `limit` levels down."""
+    # Level by level: a recursive function would meet the limit that it checks for.
     level = [value]
     for _ in range(limit):
         inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
@@ -80,10 +86,12 @@ def check_keys(value: Mapping[str, Any], keys: Mapping[str, Kind]) -> None:
     for key, kind in keys.items():
         if key not in value:
             raise ValueError(f"has no key {key!r}")
+
         found, legal = value[key], kind if isinstance(kind, tuple) else (kind,)
         if float in legal:
             legal += (int,)
-        # Python's bool is an int.
+
+        # Python's bool is an int, but true is no number in JSON.
         wrong = not isinstance(found, legal) or (isinstance(found, bool) and bool not in legal)
         if wrong or (isinstance(found, float) and not math.isfinite(found)):
             names = " or ".join(k.__name__ for k in legal)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of JSON lines that grows with a run, on a disk or in a bucket, and is cut on resume.
+"""Files of JSON lines that grow with a run, on a disk or in a bucket, and are cut on resume.
 
 On a disk each line is flushed at once. A bucket cannot append: there the file is kept locally and
 uploaded as a whole, in the background at most every `UPLOAD_EVERY` seconds, and by `sync`. The training
@@ -56,6 +56,7 @@ def cut(path: AnyPath, last: float | None) -> None:
     if not path.exists():
         return
 
+    # Also without a limit: a line that a killed run left half-written has to go.
     last = math.inf if last is None else last
     kept = "".join(_dump(row) for row in read_rows(path) if row["step"] <= last).encode()
     # Unchanged files are not written: in a bucket, each write uploads the whole object.
@@ -180,5 +181,5 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _dump(row: Mapping[str, Any]) -> str:
-    """One line of strict JSON: NaN and infinity are errors, as other readers do not know them."""
+    """Formats one line of strict JSON; NaN and infinity are errors: other readers do not know them."""
     return json.dumps(row, allow_nan=False) + "\n"

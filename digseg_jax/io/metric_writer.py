@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's metrics: metrics.jsonl, TensorBoard events and, if asked, Weights & Biases.
+"""Writes a run's metrics: metrics.jsonl, TensorBoard events and, if asked, Weights & Biases.
 
 Only process 0 writes. `metrics.jsonl` is the record (one JSON object per line); the TensorBoard events
 repeat it for people who like that viewer. In a bucket both are uploaded as whole files (`jsonl.py`);
@@ -95,6 +95,8 @@ class MetricWriter:
             return
 
         self._record = Record(self.path, truncate_after)
+
+        # In a bucket the event files are made in the record's local folder, and uploaded with it.
         mirror = self._record.mirror
         folder = mirror.local if mirror else self.path.parent
 
@@ -113,8 +115,8 @@ class MetricWriter:
         if not self.active:
             return
 
-        values = {name: _plain(value) for name, value in metrics.items()}
         # The record keeps the name of a value that is not finite, with null.
+        values = {name: _plain(value) for name, value in metrics.items()}
         self._record.write({"step": int(step), **values})
 
         # The viewers get finite values only: they have no null.
@@ -146,6 +148,7 @@ class MetricWriter:
             # Cleared first, so that a second close does nothing.
             self.active = False
             self._events.close()
+
             if self._wandb is not None:
                 self._wandb.finish()
             # Last: its final upload takes the event files along.

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of files that are made from other texts, so that no two of them are one file."""
+"""Makes file names from other texts, so that no two of them name the same file."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
 
-LONGEST = 100  # bytes of a part of a file name; a whole one has at most 255
+LONGEST = 100  # bytes of a part of a file name; most file systems allow 255 for the whole name
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name: letters and digits in lower case, `_` for all else."""
+    """Makes a part of a file name from a text: letters and digits in lower case, `_` for all else."""
     made = "".join(c if c.isalnum() else "_" for c in text.strip().lower())
+
+    # Cut by bytes, as file systems count; a character that is cut in two is dropped.
     return made.encode("utf-8", errors="replace")[:LONGEST].decode("utf-8", errors="ignore")
 
 
 def key(name: str) -> str:
-    """What two names share that are one file where case and Unicode's forms do not count."""
+    """Key of a name: equal for two names that some file systems take for one file.
+
+    macOS and Windows ignore the case; macOS also ignores Unicode's normalization forms.
+    """
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """The names in their order; one whose key was there before gets _2, _3, ... at its end."""
+    """Makes names distinct, in their order: a repeated one gets _2, _3, ... at its end."""
     made, taken = [], set[str]()
     for name in names:
+        # A numbered name may be taken as well: count on until one is free.
         candidate, number = name, 2
         while key(candidate) in taken:
             candidate, number = f"{name}_{number}", number + 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A train state with its small arrays joined, as checkpoints store it.
+"""Joins the small arrays of a train state for storing, and splits them again.
 
 Every stored array costs a millisecond or two of processor time and, in a bucket, requests of its own,
 and most arrays of these networks are biases and scales. Small arrays, which no device shards, are
@@ -37,12 +37,12 @@ def layout(state: dict[str, Any]) -> dict[str, dict[str, list]]:
 
 
 def pack(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as it is stored; large arrays are the same objects."""
+    """Joins the small arrays of each entry of the state; large arrays stay the same objects."""
     return {entry: _packed(_leaves(tree), _joined) for entry, tree in state.items()}
 
 
 def abstract_packed(abstract: dict[str, Any]) -> dict[str, Any]:
-    """`pack` for ShapeDtypeStructs with shardings."""
+    """Does for ShapeDtypeStructs with shardings what `pack` does for arrays."""
 
     def joined(xs: list[Any]) -> jax.ShapeDtypeStruct:
         total = sum(math.prod(x.shape) for x in xs)
@@ -108,7 +108,7 @@ def _joined(xs: list[Array]) -> Array:
 
 
 def _replicated(xs: Iterable[Any]) -> Sharding | None:
-    """Sharding of a joined array: whole on every device of the arrays' mesh, or as the first array."""
+    """Sharding of a joined array: replicated over the arrays' mesh; without a mesh, the first one's."""
     # Host arrays have no sharding, and a single device's has no mesh.
     places = [getattr(x, "sharding", None) for x in xs]
     mesh = next((p.mesh for p in places if isinstance(p, NamedSharding)), None)
@@ -122,12 +122,13 @@ def _joiner(sharding: Sharding | None) -> Any:
 
 
 def _cut(joined: Array, wanted: Leaves) -> Leaves:
-    """The arrays that were joined, placed like `wanted`; cut on the host.
+    """Cuts a joined array into its arrays, on the host, and places them like `wanted`.
 
     A compiled program with as many results takes longer than reading the whole checkpoint: Stable
     Diffusion has a thousand of them.
     """
     values = np.asarray(joined.addressable_data(0))  # every device holds it whole
+
     ends = np.cumsum([math.prod(x.shape) for x in wanted.values()])
     parts = np.split(values, ends[:-1])
     shaped = {path: p.reshape(x.shape) for p, (path, x) in zip(parts, wanted.items(), strict=True)}
@@ -135,4 +136,5 @@ def _cut(joined: Array, wanted: Leaves) -> Leaves:
 
 
 def _placed(part: np.ndarray, sharding: Sharding | None) -> Array:
+    """Places a host array on the devices of its sharding; on the default device if there is none."""
     return jnp.asarray(part) if sharding is None else place(part, sharding)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress line for people: how far a long job is, its rate and its estimated time of arrival."""
+"""Progress line of a long job: how far it is, its rate, and the estimated time until it ends."""
 
 from __future__ import annotations
 

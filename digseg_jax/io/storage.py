@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run on a disk or in a bucket (gs://): whole files, each complete or absent.
+"""Reads and writes a run's files on a disk or in a bucket (gs://), each complete or absent.
 
 A bucket can neither append nor rename, so what is written in pieces (weights, galleries, event files)
 is made in a local folder first and uploaded when it is complete. The client, gcsfs, tries each request
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-# Before gcsfs is imported: otherwise it asks another service for the type of each bucket; only plain
-# objects are used here.
+# Set before gcsfs is imported: otherwise it asks another service for the type of each bucket. Only
+# plain objects are used here.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 import fsspec  # noqa: E402
@@ -93,9 +93,9 @@ def read_text(path: AnyPath) -> str:
 
 
 def inside(folder: SomePath, name: str) -> SomePath:
-    """`folder / name`, for a name that came with the files: an object, a line of a manifest.
+    """Joins a folder and a name that came with the files, such as one in a bucket or a manifest.
 
-    Whoever made the files chose their names; one that climbs out could reach any file of the user.
+    Somebody else chose such names: one that climbs out of the folder could reach any file of the user.
 
     Raises:
       UserError: the name is empty, absolute, or has a part "..".
@@ -133,7 +133,7 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for floats that JSON does not have."""
+    """The value with None in place of nan and infinite floats, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -143,13 +143,13 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
-    """Yields an empty local folder to fill; its files get to `folder` after the block.
+    """Yields an empty local folder to fill; after the block its files are moved to `folder`.
 
-    What is in `folder` stays as it is if the block raises.
+    If the block raises, `folder` keeps its contents.
 
     Args:
       folder: where the files belong.
-      replace: delete its contents, other files than the new ones too.
+      replace: delete all earlier contents of `folder`, not only files of the same names.
 
     Raises:
       UserError: the disk or the bucket refuses.
@@ -170,12 +170,15 @@ def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _filled_beside(folder: Path, replace: bool) -> Iterator[Path]:
-    """`filled_locally` on a disk: the scratch folder lies beside, so that each file is renamed."""
+    """Does the work of `filled_locally` on a disk."""
+    # Beside the target, on the same disk: there a file is moved by an atomic rename.
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir(parents=True)
     try:
         yield scratch
+
+        # Only now that all files are complete is the old folder deleted.
         if replace and folder.exists():
             shutil.rmtree(folder)
         for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
@@ -195,7 +198,7 @@ def upload(local: Path, folder: epath.Path) -> None:
 
 
 def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
-    """Copies the named files and folders of `folder` below `local`; names that are absent are skipped.
+    """Downloads the named files and folders of a bucket's folder to `local`; skips absent ones.
 
     Raises:
       UserError: the bucket refuses, or holds a name that climbs out of its folder.
@@ -211,7 +214,7 @@ def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
 
 
 def local_copy(folder: AnyPath) -> Path:
-    """`folder` itself, or a copy of the bucket's folder that lasts as long as this process.
+    """Returns `folder` itself, or a local copy of a bucket's folder that lasts as long as this process.
 
     Raises:
       UserError: no such folder in the bucket, or it cannot be read.

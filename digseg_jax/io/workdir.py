@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The working directory: it belongs to one configuration, written down there and compared on return."""
+"""The working directory of a run: it belongs to one configuration, stored there and compared."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ CALIBRATION = "calibration.json"  # in EXPORT; what an evaluation fitted for the
 
 
 def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
-    """Writes DIR/config.json, or checks that the one there trains the same thing.
+    """Writes DIR/config.json, or checks that the stored one trains the same weights.
 
-    A run that ended before it had made anything, say on a wrong path, leaves no claim.
+    A run that ended before it made anything, say because of a wrong path, does not bind the directory.
 
     Args:
       workdir: the run's directory; made if missing.
-      config: of the run that begins.
-      accept_changes: continue a run despite a changed configuration, and write down the new one.
+      config: configuration of the run that begins.
+      accept_changes: continue a run despite a changed configuration, and store the new one.
 
     Raises:
       UserError: the directory holds a run of another configuration (the message has the differing
@@ -52,17 +52,20 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
     if known:
         stored = _stored(path)
         changes = differences(stored, values)
-        # A mistake of the first start, say in a flag, need not be confirmed.
+
+        # Correcting a mistake of the first start, say in a flag, needs no confirmation.
         if changes and _unused(workdir) and _ours(stored):
             log.info("%s: nothing was trained there yet, taken with another configuration", workdir)
             changes = []
+
         if changes and not accept_changes:
             raise UserError(
                 f"{workdir} holds a run of another configuration ({'; '.join(changes)}); "
                 "nothing was touched: use another --workdir, the configuration it was made with, or "
                 "--accept_changes to go on with the new one"
             )
-        # Goes on with the new configuration; the old one stays in the log.
+
+        # The run continues with the new configuration; the log keeps the old values.
         if changes:
             log.warning("configuration changed: %s", "; ".join(changes))
 
@@ -73,10 +76,10 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
 
 
 def stored_config(workdir: AnyPath) -> Config | None:
-    """The configuration of the run in `workdir`; None where there is no run.
+    """Reads the configuration of the run in `workdir`; None if there is no run.
 
     Raises:
-      UserError: it cannot be read, or this program does not know its keys.
+      UserError: it cannot be read, or has keys that this program does not know.
     """
     path = workdir / CONFIG_NAME
     with storage.explained(path, "cannot be read"):
@@ -92,8 +95,8 @@ def stored_config(workdir: AnyPath) -> Config | None:
 def hold(workdir: AnyPath) -> Iterator[None]:
     """Keeps other processes from training in `workdir`: two would write each file twice.
 
-    The lock is the operating system's, so it ends with the process, however that ends; a file left
-    behind means nothing. Buckets, and disks without locks, are not guarded.
+    The lock is the operating system's, so it ends with the process, however that ends; a lock file left
+    behind has no meaning. Buckets, and disks without locks, are not guarded.
 
     Raises:
       UserError: another process trains there; the message has its number and host.
@@ -121,6 +124,7 @@ def _lock(file: TextIO, workdir: AnyPath) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
 
+        # The holder has written its name into the file.
         file.seek(0)
         raise UserError(
             f"--workdir={workdir}: {file.read().strip() or 'another process'} trains there; wait for "
@@ -133,7 +137,7 @@ def _lock(file: TextIO, workdir: AnyPath) -> None:
 
 
 def _unused(workdir: AnyPath) -> bool:
-    """True if nothing was trained there: no weights, no checkpoint, no line of metrics."""
+    """True if nothing was trained in the directory: no weights, no checkpoint, no line of metrics."""
     with storage.explained(workdir, "cannot be read"):
         checkpoints, metrics = workdir / CHECKPOINTS, workdir / METRICS_NAME
         return not (
@@ -144,7 +148,7 @@ def _unused(workdir: AnyPath) -> bool:
 
 
 def _ours(stored: dict[str, Any]) -> bool:
-    """True for a configuration of this program: other programs have a config.json too."""
+    """True for a configuration of this program: other programs also have files named config.json."""
     try:
         parse(stored)
     except UserError:
@@ -153,7 +157,7 @@ def _ours(stored: dict[str, Any]) -> bool:
 
 
 def _stored(path: AnyPath) -> dict[str, Any]:
-    """The configuration that was written down, as nested dictionaries, under today's names.
+    """The stored configuration as nested dictionaries, with every key under its current name.
 
     Raises:
       UserError: the file cannot be read, or is not a JSON object.
@@ -162,11 +166,12 @@ def _stored(path: AnyPath) -> dict[str, Any]:
 
 
 def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Readable changes such as `train.steps: 600 -> 700`, without free settings.
+    """Lists changes such as `train.steps: 600 -> 700`, without free settings.
 
-    A setting that is newer than the run counts as its default: that is what the run did.
+    A setting that is newer than the run counts as its default, because the run behaved like that.
     """
-    # Defaults below what was stored, for settings that did not exist then, or are constants now.
+    # Stored values override the defaults, which stand for settings that did not exist then; constants
+    # stand for settings that do not exist any more.
     old, new = flat(to_dict(Config())) | CONSTANT | flat(stored), CONSTANT | flat(values)
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"

@@ -3,7 +3,7 @@
 
 The benchmark (MaskFormer's conversion) is not at the original resolution: image and label are resized
 so that the short side is at most 512, and the image is saved as JPEG again. Both are done here too, so
-that scores can be compared. The index pickle is not needed, and pickles from downloads are never opened.
+that scores can be compared. The index pickle is not needed: pickles from downloads are never opened.
 """
 
 from __future__ import annotations
