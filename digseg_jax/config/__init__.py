@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration: its fields, how it is parsed, and the rules between its values.
 
-An experiment file needs one name of it: `from digseg_jax.config import default`.
+An experiment file needs only one import: `from digseg_jax.config import default`.
 """
 
 from digseg_jax.config.parse import default

@@ -19,7 +19,7 @@ from digseg_jax.errors import UserError, nearest
 
 
 def default() -> ml_collections.ConfigDict:
-    """A locked ConfigDict with every key at its default: the start of every config file."""
+    """A locked ConfigDict with every key at its default, from which every experiment file starts."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
 
 
@@ -37,12 +37,12 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain values that JSON can store; `parse` takes them back."""
+    """Converts a configuration to values that JSON can store; `parse` reads them back."""
     return _lists(dataclasses.asdict(config))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested dictionaries by their dotted keys."""
+    """Flattens nested dictionaries to one, with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -62,12 +62,12 @@ def with_sampling(config: Config, text: str) -> Config:
 
 
 def sampling_settings(text: str) -> dict[str, Any]:
-    """The settings that an E-Step such as "8x2" stands for; raises UserError for another form."""
+    """The settings that an E-Step such as "8x2" stands for; raises UserError if it has another form."""
     return {f"eval.{name}": value for name, value in dataclasses.asdict(EStep.parse(text)).items()}
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with other values of some keys, such as {"train.steps": 100}.
+    """A copy of the configuration with other values of some keys, such as {"train.steps": 100}.
 
     Raises:
       UserError: unknown key, wrong type, illegal value or impossible combination.
@@ -75,6 +75,8 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     values = to_dict(config)
     for key, value in settings.items():
         check_key(f"config.{key}")
+
+        # Walk down to the key's section.
         *sections, name = key.split(".")
         node = values
         for section in sections:
@@ -105,7 +107,7 @@ def _no_such_key(path: str, key: str, legal_keys: Iterable[str]) -> UserError:
 
 
 def _lists(value: Any) -> Any:
-    """The same values with lists for tuples, which JSON does not have."""
+    """The same values with tuples replaced by lists, because JSON has no tuples."""
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -116,8 +118,8 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
 
     Args:
       cls: the dataclass; fields that `values` lacks keep their default.
-      values: by field name.
-      path: of the section, such as "config.train", for the errors.
+      values: values by field name.
+      path: the section's, such as "config.train", for the errors.
 
     Raises:
       UserError: an unknown key, a wrong type or an illegal value.
@@ -140,9 +142,9 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
 
     Args:
       hint: type of the field.
-      value: from a file or the command line.
+      value: what a file or the command line gives.
       about: the field's metadata, see `setting`.
-      path: of the key, for the errors.
+      path: the key's, for the errors.
 
     Raises:
       UserError: a wrong type or an illegal value.
@@ -179,6 +181,7 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+# Name of a bound -> comparison that a value must pass.
 _HOLDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of earlier versions: what they are called now, or which constant took their place.
+"""Translates keys of earlier versions to their current names, or to the constants that replaced them.
 
-What an earlier version wrote down, a run's config.json or an export's segmenter.json, is read through
-`with_current_names`; `hint` is for keys that somebody types from memory.
+Files that an earlier version wrote, a run's config.json or an export's segmenter.json, are read through
+`with_current_names`; `hint` answers keys that somebody types from memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from digseg_jax.config.schema import is_free
 
+# Old key -> current key. A value may also be a whole section.
 MOVED = {
     "data.workers": "loading.workers",
     "data.on_error": "loading.on_error",
@@ -37,7 +38,7 @@ MOVED = {
     "train.compile_cache": "compute.compile_cache",
 }
 
-# Settings that are constants now, with the value that every run has.
+# Settings that are constants now, with the value that every run has today.
 CONSTANT = {
     "diffusion.num_train_timesteps": 1000,
     "diffusion.beta_start": 0.00085,
@@ -49,15 +50,16 @@ CONSTANT = {
     "eval.gallery": 24,
 }
 
-_ABSENT = object()
+_ABSENT = object()  # no value: None would be a legal one
 
 
 def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a stored configuration, with every key under its current name.
+    """Renames the keys of a stored configuration, given as nested sections, to their current names.
 
-    A key that became a constant is left out, unless it changed the training and has another value:
+    A key that became a constant is left out, unless it changes the training and has another value:
     `parse` then rejects it by its name.
     """
+    # A copy, because the caller may still compare or store the original.
     found = copy.deepcopy(values)
     for old, new in MOVED.items():
         value = _taken(found, old)
@@ -72,28 +74,30 @@ def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def hint(key: str) -> str:
-    """What became of a key that is unknown now, as the sentence of an error; "" if it never was one.
+    """Says what became of an earlier version's key, as the text of an error; "" if it never existed.
 
     key: dotted, such as "train.log_every", or a section such as "segmentation".
     """
+    # The key itself, one inside a section that moved, or a section whose keys moved.
     for old, new in MOVED.items():
         if key == old or key.startswith(f"{old}."):
             return f"config.{key} is now config.{new}{key.removeprefix(old)}"
         if old.startswith(f"{key}."):
             return f"config.{old} is now config.{new}"
+
     if key in CONSTANT:
         return f"config.{key} is no setting any more: it is {CONSTANT[key]} in every run"
     return ""
 
 
 def explained(error: Exception) -> str:
-    """What an experiment file raised, in one line; what became of a key of an earlier version.
+    """Text of what an experiment file raised, in one line; for an earlier version's key, its `hint`.
 
-    error: of ml_collections, which tells the key, but not its section.
+    error: any exception; ml_collections' own name a wrong key, but not its section.
     """
     said = " ".join(str(error).split())
 
-    # Setting says 'Key "log_every" does not exist ...', reading "'vae_arch'".
+    # ml_collections says 'Key "log_every" does not exist ...' on setting, and "'vae_arch'" on reading.
     named = re.match(r"""['"]*(?:Key ")?(\w+)['"]*(?: does not exist|$)""", said)
     if named and isinstance(error, (AttributeError, KeyError)):
         for key in (*MOVED, *CONSTANT):
@@ -103,11 +107,15 @@ def explained(error: Exception) -> str:
 
 
 def _taken(values: dict[str, Any], key: str) -> Any:
-    """Takes the value of a dotted key out of nested sections, and a section that it leaves empty."""
+    """Removes a dotted key from nested sections and returns its value; `_ABSENT` if it is not there.
+
+    A section that becomes empty is removed too, because it may not exist any more.
+    """
     section, name = key.split(".")
     inside = values.get(section)
     if not isinstance(inside, dict) or name not in inside:
         return _ABSENT
+
     value = inside.pop(name)
     if not inside:
         del values[section]
@@ -115,7 +123,7 @@ def _taken(values: dict[str, Any], key: str) -> Any:
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key, or a whole section, unless it is there already."""
+    """Sets a dotted key, or a whole section, unless it is set already."""
     section, _, name = key.partition(".")
     if not name:
         values.setdefault(section, value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules between the values of a configuration; bounds of single values are at the fields (schema).
+"""Rules between the values of a configuration; `schema` has the bounds of single values.
 
 Each check raises a UserError that names the keys, their values and what is legal.
 """
@@ -90,7 +90,7 @@ def _check_model(c: Config) -> None:
 
 
 def _check_eval(c: Config) -> None:
-    """Checks that evaluation neither leaks labels nor asks for what sampling cannot do."""
+    """Checks that evaluation neither fits on what it scores nor asks for what sampling cannot do."""
     # A calibration that is fitted on the scored images would flatter the score.
     if c.eval.calibrate and c.eval.split == c.eval.calibrate_split:
         raise UserError(
@@ -106,14 +106,14 @@ def _check_eval(c: Config) -> None:
             "config.eval.decoder='vae' or 'probe'"
         )
 
-    # min's default lets the empty tuple pass.
+    # The empty tuple is legal: min's default lets it pass.
     if len(c.eval.view_size) > 2 or min(c.eval.view_size, default=1) < 1:
         raise UserError(
             f"config.eval.view_size={c.eval.view_size}: legal are (side,) and (height, width) in "
             "pixels, or () for config.data.image_size"
         )
 
-    # The rows of the E-Step table, now rather than after the training, when it is made.
+    # The rows of the E-Step table, which is made after the training: an error must not come that late.
     for text in c.eval.sweep:
         try:
             EStep.parse(text)
@@ -122,7 +122,7 @@ def _check_eval(c: Config) -> None:
 
 
 def _check_data(c: Config) -> None:
-    """Checks that each query keeps some text, and that there are labels to train on."""
+    """Checks that each query keeps some text."""
     if c.data.word_dropout and not c.model.sentence_token:
         raise UserError(
             f"config.data.word_dropout={c.data.word_dropout} leaves queries without any text unless "
@@ -144,6 +144,8 @@ def _check_templates(c: Config) -> None:
     for key, templates in (("data", c.data.templates), ("eval", c.eval.templates)):
         for template in templates:
             check_template(template, f"config.{key}.templates")
+
+    # A palette's query asks for all classes at once: there is no name to put into a template.
     if c.eval.templates and c.model.codec == "palette":
         raise UserError(
             f"config.eval.templates={list(c.eval.templates)}: config.model.codec='palette' asks "
@@ -154,8 +156,8 @@ def _check_templates(c: Config) -> None:
 def _check_latent_cache(c: Config) -> None:
     """Rejects augmentation that a latent cache cannot apply.
 
-    It has the latents of middle squares and of their mirror images: any other augmentation would do
-    nothing.
+    The cache holds the latents of middle squares and of their mirror images: any other augmentation would
+    silently do nothing.
     """
     if not c.data.latent_cache:
         return

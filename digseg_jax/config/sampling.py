@@ -15,9 +15,10 @@ NUM_TRAIN_TIMESTEPS = 1000  # T of Stable Diffusion, and so the most denoising s
 class EStep:
     """One way to sample (the paper's E-Step), written "8x2" or "20x50:leading".
 
-    ensemble: members, each from its own noise.
-    steps: denoising steps per member.
-    spacing: of the timesteps, "trailing" or "leading", as in diffusers.
+    Attributes:
+      ensemble: number of members, each denoised from its own noise.
+      steps: denoising steps per member.
+      spacing: how the timesteps are spaced, "trailing" or "leading", as in diffusers.
     """
 
     ensemble: int

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration's schema: frozen dataclasses with every key's name, type, default and limits.
 
-They are the only place that knows a key's name, type, default, legal values, which tasks use it and
+This is the only place that knows a key's name, type, default, legal values, which tasks use it and
 whether it changes what is trained. A config file starts from `default()` and sets what its experiment
 needs; `parse` turns the result (with the command line's overrides) into a `Config`, or says which key
 is wrong and what is legal.
@@ -29,14 +29,14 @@ def setting(
     free: bool = False,
     tasks: tuple[str, ...] = (),
 ) -> Any:
-    """A field of the configuration, or a section of it, with what `parse` must know about it.
+    """Declares a field of the configuration, or a section of it, with what `parse` must know about it.
 
     Args:
-        default: its value unless a file or the command line sets another.
+        default: the value unless a file or the command line sets another.
         at_least, at_most, above, below: bounds of a number.
-        names, prefixes: legal strings, and what other legal strings begin with; a closed list is a
-          `Literal`.
-        free: it does not change what is trained, so a run may continue with another value.
+        names, prefixes: legal strings, and beginnings of other legal strings; a closed list is a
+          `Literal` type instead.
+        free: True if it does not change what is trained, so that a run may continue with another value.
         tasks: values of config.task that use it; all if empty. Other tasks reject it.
     """
     bounds = {"at_least": at_least, "at_most": at_most, "above": above, "below": below}
@@ -95,7 +95,7 @@ class DataConfig:
     text_noise: float = setting(0.0, at_least=0.0)
     # Share of training queries whose words are hidden, so that only the sentence token is left.
     word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
-    split: str = ""  # that is trained on; empty: the data set's own
+    split: str = ""  # the split that is trained on; empty: the data set's training split
     # Trains on these instead; `name` is still the data set that is evaluated.
     mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder"))
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
@@ -182,8 +182,8 @@ class DiffusionConfig:
     timestep_sampling: Literal["high_noise", "uniform"] = "high_noise"
     # high_noise: share of draws at the last timestep.
     terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # Share of draws at the timesteps that a trailing sampler of sampler_steps visits, each as often
-    # (not in the paper): of 2 steps 999 and 499. The other draws are those of timestep_sampling.
+    # Share of draws at the timesteps that a trailing sampler of sampler_steps visits, all equally likely
+    # (not in the paper): with 2 steps 999 and 499. The other draws follow timestep_sampling.
     sampler_share: float = setting(0.0, at_least=0.0, at_most=1.0)
     sampler_steps: int = setting(2, at_least=1, at_most=NUM_TRAIN_TIMESTEPS)
     noise: Literal["gaussian", "multires"] = "gaussian"
@@ -290,7 +290,7 @@ class LoggingConfig:
 
     every: int = setting(20, at_least=1)  # steps
     eval_every: int = setting(0, at_least=0, tasks=("segmentation",))  # steps; 0: only at the end
-    # Images of that look at val, evenly spread, at most eval.num_images; 0: as many as that.
+    # Images of val in that evaluation, evenly spread, at most eval.num_images; 0: eval.num_images.
     eval_images: int = setting(16, at_least=0, tasks=("segmentation",))
     # (first, last) step to trace into WORKDIR/profile.
     profile: tuple[int, ...] = ()
@@ -314,18 +314,18 @@ class EvalConfig:
     # over members; vae: each member decoded; probe: read from the latents
     # without a decoder, by a linear probe, or of a palette by the nearest color.
     decoder: Literal["latent_mean", "vae", "probe"] = "latent_mean"
-    # latent_mean: masks of a view that are decoded, the probe's strongest
-    # first; the other queries keep the probe's reading. 0: all of them.
+    # latent_mean: number of masks of a view that are decoded, the probe's strongest first; the other
+    # queries keep the probe's reading. 0: all masks are decoded.
     decode_limit: int = setting(24, at_least=0)
     # How an image becomes views of one size: overlapping windows, squeezed into one view, or scaled to
-    # fit into one (the paper is silent). auto: as is usual in the field for its data set, else windows.
+    # fit into one (the paper does not say). auto: the field's custom for the data set, else windows.
     inference: Literal["auto", "window", "whole", "aspect"] = "auto"
     # Pixels of a view: a side, or height and width; empty: the training crop.
     view_size: tuple[int, ...] = ()
     # window: pixels that an image's short side is scaled to; masks come back at the image's own
     # size. 0: scale 1 of the training crops if they are scaled by it, else the image's own size.
     short_side: int = setting(0, at_least=0)
-    # How a class that no label shows enters the mean; auto: as the data set defines it.
+    # How a class that no label shows enters the mean; auto: by the data set's own rule.
     absent_rule: Literal["auto", "mmseg", "detectron2", "official"] = "auto"
     # Prompts, {} for the class; empty: as the weights were trained. The probabilities of several are
     # averaged, which takes as many times longer.
@@ -341,7 +341,7 @@ class EvalConfig:
     num_images: int = setting(0, at_least=0)  # 0: the whole split
     calibrate: bool = True  # fit the probability's scale and each query's bias, on calibrate_split
     calibrate_split: Literal["val", "train"] = "val"  # train: for data sets without a third split
-    calibrate_images: int = setting(0, at_least=0)  # of that split; 0: num_images
+    calibrate_images: int = setting(0, at_least=0)  # images of that split; 0: num_images
     # Further samplings to score, rows of the E-Step table: "4x2", "4x2:leading".
     sweep: tuple[str, ...] = ()
 
@@ -357,7 +357,7 @@ class CompileConfig:
     # eval: classes of the vocabulary; 0: those of config.data.
     eval_queries: int = setting(0, at_least=0)
     # exec_time_optimization_effort, from -1 to 1. A run is compiled with 0. -1 is for a
-    # quick look: its memory is a tenth too low, and it does not fetch ahead (aot/RECORD.md).
+    # quick look: the reported memory is a tenth too low, and nothing is fetched ahead (aot/RECORD.md).
     effort: float = setting(0.0, at_least=-1.0, at_most=1.0)
     # TPUs: also search for the fastest tiling of every convolution, as a run does. That
     # is most of its compilation, and changes no number of the report but compile_seconds.
@@ -386,7 +386,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
 
-    # How it is computed, kept, watched and measured: free to change on resuming.
+    # How it is computed, saved, logged and measured: free to change on resuming.
     compute: ComputeConfig = setting(ComputeConfig(), free=True)
     loading: LoadingConfig = setting(LoadingConfig(), free=True)
     mesh: MeshConfig = setting(MeshConfig(), free=True)
