@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way out of every command: what it raised becomes one line and an exit status."""
+"""Ends every command: turns what it raised into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from digseg_jax.errors import (
 )
 from digseg_jax.log import log
 
-# what a disk or a path refuses: no defect of the program
+# Errors of a disk or a path that the user named: not a defect of the program.
 _REFUSED = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
     errno.ENOENT, errno.ENAMETOOLONG,
@@ -28,7 +28,8 @@ _REFUSED = (
 
 
 def tell(error: BaseException) -> int:
-    """Prints what a command raised, in one line if a user can put it right; returns the exit status."""
+    """Prints what a command raised, in one line if the user can fix it; returns the exit status."""
+    # Ends that are no failures of the program.
     if isinstance(error, UserError):
         return _one_line(str(error), USER_ERROR)
     if isinstance(error, Preempted):
@@ -36,11 +37,14 @@ def tell(error: BaseException) -> int:
         return PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return _one_line("interrupted", INTERRUPTED)
+
+    # A full disk need not name a file: some writers know only its descriptor.
     if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
         return _one_line(f"{error.filename}: {error.strerror}", USER_ERROR)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return _one_line(f"a file cannot be written: {error.strerror}", USER_ERROR)
 
+    # The rest is for a developer: a traceback, and a hint where memory ran out.
     traceback.print_exception(error)
     if lacks_memory(error):
         return _one_line("out of memory: take smaller batches or a larger device", OVER_BUDGET)
@@ -49,10 +53,11 @@ def tell(error: BaseException) -> int:
 
 def run_tool(job: Callable[[], int | None]) -> int:
     """Runs the job of a command of `tools`; returns the exit status, 0 where the job returns none."""
-    # Names that are not UTF-8 can be printed: a listing must not end at one.
+    # File names that are not UTF-8 must not stop a listing: print them with escapes.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
     try:
         return job() or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -60,5 +65,6 @@ def run_tool(job: Callable[[], int | None]) -> int:
 
 
 def _one_line(text: str, status: int) -> int:
+    """Prints an error in one line, and returns the exit status that goes with it."""
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return status
