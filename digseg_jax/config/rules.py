@@ -156,8 +156,8 @@ def _check_templates(c: Config) -> None:
 def _check_latent_cache(c: Config) -> None:
     """Rejects augmentation that a latent cache cannot apply.
 
-    The cache holds the latents of middle squares and of their mirror images: any other augmentation would
-    silently do nothing.
+    The cache holds the latents of middle squares and of their mirror images: any other augmentation
+    would silently do nothing.
     """
     if not c.data.latent_cache:
         return

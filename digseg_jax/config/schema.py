@@ -182,7 +182,7 @@ class DiffusionConfig:
     timestep_sampling: Literal["high_noise", "uniform"] = "high_noise"
     # high_noise: share of draws at the last timestep.
     terminal_fraction: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # Share of draws at the timesteps that a trailing sampler of sampler_steps visits, all equally likely
+    # Share of draws at the timesteps that a trailing sampler of sampler_steps visits, all equally often
     # (not in the paper): with 2 steps 999 and 499. The other draws follow timestep_sampling.
     sampler_share: float = setting(0.0, at_least=0.0, at_most=1.0)
     sampler_steps: int = setting(2, at_least=1, at_most=NUM_TRAIN_TIMESTEPS)
