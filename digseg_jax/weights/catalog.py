@@ -25,12 +25,11 @@ class Known:
         hub_id: org/name.
         parts: component folders; empty if the repository itself is one component.
         facts: what a configuration has to agree with, in words.
-        pickle_only: has to be converted once, where torch is installed.
+        pickle_only: it has no safetensors, so it must be converted once, where torch is installed.
         unet: fields of its `unet/config.json` that differ from Stable Diffusion 1.5's.
         text_width: channels of its text tokens; 0 if it has no text encoder.
-        masks_padding: its text encoder was trained with the padding masked, as BERTs are and CLIPs are
-          not.
-        license: the hub's identifier of its license, which binds what is made from it; "": not known.
+        masks_padding: its text encoder was trained with the padding masked; BERTs are, CLIPs are not.
+        license: the hub's identifier of its license, which binds weights made from it too; "": unknown.
     """
 
     name: str
@@ -44,7 +43,7 @@ class Known:
     license: str = ""
 
 
-_PIPELINE = ("unet", "vae", "text_encoder")
+_PIPELINE = ("unet", "vae", "text_encoder")  # folders of a Stable Diffusion repository
 # Stable Diffusion 2.x: wider text, heads of 64 channels, linear projections around attention.
 _SD2_UNET = {
     "cross_attention_dim": 1024,
@@ -151,7 +150,7 @@ _BY_NAME = {k.name: k for k in KNOWN}
 def expand(spec: str) -> str:
     """Expands a short name: `sd-1.5:unet` -> `stable-diffusion-v1-5/stable-diffusion-v1-5:unet`.
 
-    Any other spec is returned as it is.
+    Any other text is returned unchanged.
 
     Raises:
       UserError: a known name with a part that it does not have, or without one that it needs.

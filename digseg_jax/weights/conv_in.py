@@ -41,6 +41,8 @@ def widen_conv_in(params: Params, old: int = 4, new: int = 8) -> Params:
     kernel = _conv_in_kernel(params, old)
     if new % old:
         raise UserError(f"conv_in: {new} inputs are not a multiple of {old}")
+
+    # The image's latents first, then the mask's: each group starts with the same kernel.
     wide = jnp.concatenate([kernel] * (new // old), axis=2) * (old / new)
     return _with_kernel(params, wide)
 
@@ -56,6 +58,7 @@ def narrow_conv_in(params: Params, old: int = 8, new: int = 4) -> Params:
     kernel = _conv_in_kernel(params, old)
     if old % new:
         raise UserError(f"conv_in: {old} inputs are not a multiple of {new}")
+
     # Input i and input i + new see the same channel, so the groups are the slower axis.
     h, w, _, c = kernel.shape
     return _with_kernel(params, kernel.reshape(h, w, old // new, new, c).sum(axis=2))
@@ -73,14 +76,14 @@ def load_unet_params(
 ) -> Params:
     """Loads a U-Net's parameters from a checkpoint with as many inputs as `config`, or half as many.
 
-    With half as many, the first kernel is widened (`widen_conv_in`). `load_params` explains the other
-    arguments.
+    With half as many, the first kernel is widened (`widen_conv_in`). The other arguments are those of
+    `load_params`.
 
     Raises:
         UserError: another number of inputs, a configuration that computes something else than the
           checkpoint's, or what `load_params` raises.
     """
-    # Check before the weights are read: a wrong number of heads does not show in any shape.
+    # Check before the weights are read. A wrong number of heads would not show in any shape.
     folder = resolve(path_or_hub_id, subfolder)
     stored = _stored_inputs(folder)
     if config.in_channels not in (stored, 2 * stored):
@@ -107,7 +110,7 @@ def load_unet_params(
 
 
 def _abstract_unet(config: Any) -> Params:
-    """Shapes of a U-Net's parameters."""
+    """Shapes of a U-Net's parameters, without allocating any."""
     from digseg_jax.models.unet import UNet2DConditionModel
 
     return functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))[1]
@@ -126,6 +129,7 @@ def _check_same_computation(folder: Path, config: Any) -> None:
     """Raises UserError if a field of config.json that changes the computation is not the model's."""
     values = read_config(folder)
     stored = type(config).from_dict(values)
+
     # Fields that config.json does not have are not compared.
     names = [f.name for f in dataclasses.fields(config) if f.name in values]
     for name in ["heads", *(n for n in names if n not in _FREE_FIELDS)]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads from the hub with `huggingface_hub`: limited in time, checked, and each fault one line.
+"""Downloads from the hub with `huggingface_hub`: limited in time, checked, faults told in one line.
 
 The client resumes a file whose connection ends early, and retries for a while. The rest is done here:
 API calls without a time limit get one, connections that were reset are tried again, and weights are
@@ -20,11 +20,11 @@ from typing import Any
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
-ATTEMPTS = 3  # at a snapshot, when the reason may pass by itself
+ATTEMPTS = 3  # tries of a download that failed for a reason that may pass by itself
 PAUSE = 1.0  # seconds before the second attempt; the third waits twice as long
-REQUEST_SECONDS = 30.0  # for an answer to a request without a limit of its own
+REQUEST_SECONDS = 30.0  # time limit of a request that has none of its own
 LOGIN = "set HF_TOKEN, or run `hf auth login`"
-_REFUSED = "Invalid credentials"  # in the answer to a bad token; an anonymous 401 lacks it
+_REFUSED = "Invalid credentials"  # part of the answer to a bad token; an anonymous 401 lacks it
 _CLOCKS = 2.0  # seconds by which a file system's clock may lag
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -39,7 +39,8 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
     Args:
         repository: org/name.
         revision: branch, tag or commit; None: the main branch.
-        patterns: of file names, as for `huggingface_hub.snapshot_download(allow_patterns=...)`.
+        patterns: patterns of file names, as `huggingface_hub.snapshot_download(allow_patterns=...)`
+          takes them.
         source: what the user wrote, for the error.
 
     Returns:
@@ -66,7 +67,7 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
 
 
 def _client_snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """One attempt with the hub's client, its requests limited in time."""
+    """Makes one attempt with the hub's client, its requests limited in time."""
     # Imported here: most runs never need the hub, and the import costs start-up time.
     from huggingface_hub import snapshot_download
 
@@ -78,31 +79,31 @@ def _client_snapshot(repository: str, revision: str | None, patterns: list[str])
 
 
 def limit_requests() -> None:
-    """Lets no request of the client's session wait forever; it may be called again."""
+    """Gives every request of the client's session a time limit; calling it again does nothing."""
     from huggingface_hub import get_session
 
-    # The session is the process's own: add the hook once, next to those of others.
+    # The whole process shares the session: add the hook once, and keep those of others.
     hooks = get_session().event_hooks
     if _limit_waiting not in hooks["request"]:
         get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit_waiting]}
 
 
 def _limit_waiting(request: Any) -> None:
-    """Gives a client's request the time limits that it lacks: its API calls would wait forever."""
+    """Gives a request the time limits that it lacks: the client's API calls have none."""
     limits = request.extensions.get("timeout", {})
     kinds = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {kind: limits.get(kind) or REQUEST_SECONDS for kind in kinds}
 
 
 def _check_new_files(root: Path, since: float) -> None:
-    """Compares files that came after `since` with their SHA-256, and removes the first that differs.
+    """Compares files that arrived after `since` with their SHA-256; removes the first that differs.
 
-    The client compares sizes only. In its cache a snapshot's file is a link to a blob, which is named
-    by the SHA-256 for files of LFS. A blob that is itself a link came through Xet, which checks its
-    chunks.
+    The client compares sizes only. In its cache a snapshot's file is a link to a blob, and the blobs of
+    LFS files are named by their SHA-256. A blob that is itself a link came through Xet, which checks
+    its chunks.
 
     Args:
-      root: of the snapshot.
+      root: root of the snapshot.
       since: time in seconds since the epoch.
 
     Raises:
@@ -126,7 +127,7 @@ def _check_new_files(root: Path, since: float) -> None:
 
 
 def _blobs(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Pairs of (file, blob) for the snapshot's files that have a SHA-256 for a name."""
+    """Yields (file, blob) for the snapshot's files whose blob is named by a SHA-256."""
     for file in root.rglob("*"):
         if file.is_symlink():
             blob = file.parent / file.readlink()
@@ -137,7 +138,7 @@ def _blobs(root: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> tuple[str, bool]:
-    """Why there is no snapshot and what helps, in one line; and whether it may pass by itself."""
+    """Explains in one line why there is no snapshot and what helps; True if it may pass by itself."""
     from huggingface_hub import constants, errors
 
     lacking = f"the cache {constants.HF_HUB_CACHE} does not hold all of it"

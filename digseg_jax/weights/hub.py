@@ -23,7 +23,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
 )
 _PIPELINE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_processor")
-_EXPORT_FILES = (  # of a segmenter exported here
+_EXPORT_FILES = (  # files of an exported segmenter
     "segmenter.json",
     "palette.json",
     "calibration.json",
@@ -32,7 +32,7 @@ _EXPORT_FILES = (  # of a segmenter exported here
     "preprocessor_config.json",
     "README.md",
 )
-SCHEDULER_FILE = "scheduler/scheduler_config.json"  # beside the folder of a U-Net
+SCHEDULER_FILE = "scheduler/scheduler_config.json"  # in a pipeline, whose U-Net is in unet/
 # Small files to download beside the weights.
 COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FILES)
 
@@ -86,14 +86,14 @@ def resolve_pipeline(path_or_hub_id: str | Path) -> Path:
     if isinstance(found, Path):
         return found
 
-    # An export of today has its weights in unet/, an older one beside segmenter.json.
+    # Exports have their weights in unet/, older ones beside segmenter.json.
     folders = [found.prefix, *(f"{found.prefix}{part}/" for part in _PIPELINE_PARTS)]
     patterns = [pattern for prefix in folders for pattern in _patterns(prefix, "")]
     return _snapshot(found, [*patterns, f"{found.prefix}*.py", f"{found.prefix}*/*.py"])
 
 
 def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
-    """Returns the local folder of a component of which the hub has pickles only.
+    """Returns the local folder of a component that the hub has as pickles only.
 
     Args:
       path_or_hub_id: as for `resolve`.
@@ -106,7 +106,7 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
     if isinstance(found, Path):
         return found
 
-    # One file, or shards.
+    # Weights are one file, or shards.
     files = [f for stem in stems for f in (f"{stem}.bin", f"{stem}-*-of-*.bin")]
     return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
 
@@ -149,7 +149,7 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
             raise UserError(f"no such folder: {local / subfolder}")
         return local / subfolder
 
-    # What begins like a path was meant as one, though `./x` also reads as a hub id.
+    # A spec that begins like a path was meant as one, though `./x` also has the form of a hub id.
     hub_id = _HUB_ID.fullmatch(catalog.expand(spec))
     if hub_id is None or spec.startswith((".", "/", "~")):
         hint = nearest(spec, catalog.names())
@@ -171,12 +171,13 @@ def _download(repository: _Repository) -> Path:
     if any(converted.glob("*.safetensors")):
         return converted
 
-    # Full precision, else half: never both, as each is a whole copy of the weights.
+    # Full precision, else half; never both, because each is a whole copy of the weights.
     for variant in ("", ".fp16"):
         folder = _snapshot(repository, _patterns(repository.prefix, variant))
         if any(folder.glob("*.safetensors")):
             return folder
 
+    # Nothing that can be read: say whether the name or the format is wrong.
     if not folder.is_dir():
         raise UserError(
             f"cannot get {str(repository)!r} from the hub: no such folder in that repository, or "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two-way map between parameter paths in this program and keys on the hub.
 
-They are the same but for the last name, and the layout of a kernel:
+They differ only in the last name and in the layout of a kernel:
 
     kernel [h,w,in,out]  <->  weight [out,in,h,w]      embedding  <->  weight
     kernel [in,out]      <->  weight [out,in]          scale      <->  weight      bias <-> bias
@@ -28,11 +28,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class KeyRules:
-    """Spellings of one model family's keys.
+    """Rules for the spellings of one model family's keys.
 
     Attributes:
         renames: (pattern, replacement) pairs for `re.sub`, applied in order to every hub key.
-        ignored: patterns searched in the renamed key; a key that matches is no parameter of the model.
+        ignored: patterns searched for in the renamed key; a match is not a parameter of the model.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -58,7 +58,7 @@ BERT_RULES = KeyRules(
     ),
     ignored=(r"(^|\.)(position_ids|token_type_ids)$", r"^cls\."),
 )
-# Names of the attention from before diffusers had one attention class.
+# Old names of the attention layers, from before diffusers had one class for all attention.
 VAE_RULES = KeyRules(
     renames=(
         (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
@@ -82,7 +82,7 @@ CLIP_VISION_RULES = KeyRules(
 )
 OPEN_CLIP_RULES = KeyRules(
     renames=((r"^text\.", ""),),
-    # open_clip keeps BERT's pooler in some checkpoints that pool otherwise
+    # Some of open_clip's checkpoints keep BERT's pooler although they pool in another way.
     ignored=(_POSITIONS, r"^visual\.", r"^logit_(scale|bias)$", r"^transformer\.pooler\."),
 )
 
@@ -95,7 +95,7 @@ def hub_key(path: str) -> str:
 
 
 def to_hub(path: str, leaf: np.ndarray) -> np.ndarray:
-    """A leaf in the hub's layout.
+    """Converts a leaf to the hub's layout.
 
     Raises:
       ValueError: a kernel of neither 2 nor 4 axes.
@@ -110,9 +110,10 @@ def to_hub(path: str, leaf: np.ndarray) -> np.ndarray:
 
 
 def from_hub(path: str, tensor: np.ndarray, shape: Shape) -> np.ndarray:
-    """A hub tensor in this program's layout and `shape`; `fits` must hold."""
+    """Converts a hub tensor to this program's layout and `shape`, for which `fits` must be true."""
     if path.rpartition(".")[2] != "kernel":
         return tensor
+
     # A linear layer may be stored as a 1x1 convolution.
     out_in = tensor.reshape(hub_shape(path, shape))
     return out_in.transpose(2, 3, 1, 0) if len(shape) == 4 else out_in.T
@@ -122,6 +123,7 @@ def hub_shape(path: str, shape: Shape) -> Shape:
     """The hub's shape for a leaf of `shape`."""
     if path.rpartition(".")[2] != "kernel":
         return tuple(shape)
+
     # Convolutions have four axes, linear layers two.
     if len(shape) == 4:
         h, w, cin, cout = shape
@@ -137,6 +139,7 @@ def fits(path: str, stored: Shape, shape: Shape) -> bool:
     wanted = hub_shape(path, shape)
     if tuple(stored) == wanted:
         return True
+
     # [o, i] against [o, i, 1, 1]: the sizes must agree and the rest be ones.
     linear = {len(stored), len(wanted)} == {2, 4}
     return linear and tuple(stored[:2]) == wanted[:2] and prod(stored) == prod(wanted)
@@ -144,7 +147,7 @@ def fits(path: str, stored: Shape, shape: Shape) -> bool:
 
 @dataclass
 class _Faults:
-    """Keys that do not pair up, by kind."""
+    """Keys that do not pair up, by kind of fault; each entry is shown to the user."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -176,7 +179,7 @@ def match(
     """
     pairs, faults = _pair(shapes, stored, rules)
 
-    # Keys that a checkpoint may lack are missing only if they are not optional.
+    # A path without a key is a fault unless the checkpoint may lack it.
     found = set(pairs.values())
     faults.missing = [
         hub_key(path) for path in shapes if path not in found and not path.startswith(optional_prefixes)
@@ -191,7 +194,7 @@ def match(
 def _pair(
     shapes: Mapping[str, Shape], stored: Mapping[str, Shape], rules: KeyRules
 ) -> tuple[dict[str, str], _Faults]:
-    """Pairs stored keys with paths, and collects the faults except missing keys."""
+    """Pairs stored keys with paths, and collects all faults but missing keys."""
     by_key = {hub_key(path): path for path in shapes}
     pairs: dict[str, str] = {}
     first: dict[str, str] = {}  # path -> the stored key that took it
@@ -215,10 +218,11 @@ def _pair(
 
 
 def _report(faults: _Faults, known: list[str]) -> str:
-    """The faults in one line; similar missing and unexpected keys are shown together."""
+    """Reports the faults in one line; similar missing and unexpected keys are shown together."""
     # A missing and an unexpected key that look alike are most likely one key, spelled in two ways.
     missing = [m + nearest(m, faults.unexpected, n=1) for m in faults.missing[:_SHOWN]]
-    # Suggest each pair once: with a key missing, the line above already pairs the two.
+
+    # Suggest each pair once: if a key is missing, the line above has paired the two already.
     ours = [] if faults.missing else known
     unexpected = [u + nearest(u, ours, n=1) for u in faults.unexpected[:_SHOWN]]
 

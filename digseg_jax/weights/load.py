@@ -105,7 +105,7 @@ def load_params(
         param_dtype: dtype of the loaded leaves, whatever the file stores.
         optional_prefixes: paths under these, such as "text_adapters.", keep their value from `initial`
           if the checkpoint lacks them.
-        initial: tree that has at least those values.
+        initial: tree with at least the values of the optional paths.
         shardings: from the shapes to the leaves' shardings; NumPy arrays on the host if None. Each
           process places its own shards only.
 
@@ -146,7 +146,7 @@ def save_component(
     else:
         config, params = model
 
-    # The hub's names and layouts, as in `keymap`.
+    # Rename and transpose to the hub's names and layouts.
     component = component_of_config(config)
     tensors = {
         component.key_prefix + keymap.hub_key(p): keymap.to_hub(p, np.asarray(x))
@@ -158,10 +158,10 @@ def save_component(
 
 
 def copy_component(path_or_hub_id: str | Path, target: Path, *, expect: str | tuple[str, ...]) -> str:
-    """Copies a component into a folder of its own, under the names that every loader looks for.
+    """Copies a component into a folder of its own, under the file names that every loader looks for.
 
-    Files are copied as they are, a block at a time, unless the checkpoint holds more than the component
-    or a class that diffusers and transformers lack; those are read and written anew.
+    Files are copied unchanged, a block at a time, unless the checkpoint holds more than the component,
+    or a class that diffusers and transformers do not have: such weights are read and written anew.
 
     Returns:
         The name of the component's class in diffusers or transformers.
@@ -189,8 +189,11 @@ def copy_files(files: Mapping[str, Path], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name, source in files.items():
         copy = target / name
+
+        # Source and target may be one folder: there is nothing to do then.
         if copy.exists() and copy.samefile(source):
             continue
+
         scratch = copy.with_name(f".{copy.name}.{os.getpid()}")
         try:
             shutil.copyfile(source, scratch)
@@ -207,10 +210,11 @@ def _names(expect: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def _open(
     path_or_hub_id: str | Path, subfolder: str, expect: tuple[str, ...] = ()
 ) -> tuple[Component, dict[str, Any], dict[str, TensorInfo], Path]:
-    """What a folder holds: its component, config values, tensors' places and shapes, and the folder."""
+    """Opens a component: its kind, config values, tensors (file and shape each), and folder."""
     folder = resolve(path_or_hub_id, subfolder)
     values = read_config(folder)
     component = component_of(values, str(folder), expect)
+
     # Shapes come from the files' headers: no tensor is read yet.
     return component, values, tensor_infos(weight_files(folder)), folder
 
@@ -239,10 +243,11 @@ def _read(
     for key, tensor in iter_tensors({k: infos[k] for k in pairs}):
         path = pairs[key]
         leaf = keymap.from_hub(path, tensor, shapes[path])
+
         # Wait: copies still under way would keep their tensors in the host's memory.
         loaded[path] = jax.block_until_ready(_put(leaf, param_dtype, targets.get(path)))
 
-    # What the checkpoint may lack keeps its initial value.
+    # Optional parameters that the checkpoint lacks keep their initial value.
     kept = trees.flatten(initial or {})
     absent = [path for path in shapes if path not in loaded]
     if unset := [path for path in absent if path not in kept]:
@@ -255,11 +260,13 @@ def _read(
 def _put(
     leaf: np.ndarray, dtype: DTypeLike, sharding: jax.sharding.Sharding | None
 ) -> np.ndarray | jax.Array:
-    """One leaf in its type, on the host or on the devices of its sharding."""
+    """Converts a leaf to its type, and leaves it on the host or places it as its sharding says."""
     # Convert on the host: on a device, each shape would cost a compilation.
     host = np.ascontiguousarray(leaf, dtype)
+
     if sharding is None:
         # A view would keep its file's buffer alive.
         return host if host.base is None else host.copy()
+
     # Copies of the shards, for the same reason.
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index].copy())

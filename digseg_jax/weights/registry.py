@@ -40,7 +40,7 @@ class Component:
         stem: name of the weight file without ending.
         rules: spellings of the keys.
         inferred: config field -> end of the key whose presence in the file makes the field True.
-        key_prefix: put before every key on saving, so that old readers know it too.
+        key_prefix: put before every key on saving, so that older versions of other readers find it.
         config_file: name of the component's config file.
     """
 
@@ -64,11 +64,12 @@ class Component:
         return getattr(import_module(f"digseg_jax.models.{self.module}"), self.config_name)
 
     def make_config(self, values: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Any:
-        """Config from config.json and from what only the weights tell, such as a missing pooler."""
+        """Makes the config from config.json and what only weights tell, such as a missing pooler."""
         # open_clip's config names another repository; sizes come from the tensors.
         if hasattr(self.config_class, "from_checkpoint"):
             shapes = {key: info.shape for key, info in infos.items()}
             return self.config_class.from_checkpoint(values, shapes)
+
         inferred = {f: any(k.endswith(end) for k in infos) for f, end in self.inferred}
         return self.config_class.from_dict({**values, **inferred})
 
@@ -125,7 +126,7 @@ _BY_MODEL_TYPE = {"bert": "BertModel", "clip": "CLIPModel"}
 _HOLDS = {
     "CLIPModel": ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"),
     "CLIPTextModelWithProjection": ("CLIPTextModelWithProjection", "CLIPTextModel"),
-    # what torch needs the file beside it for, and we do not
+    # An export's own class for torch, defined in a file beside the weights; here a plain U-Net.
     "DigsegUNet2DConditionModel": ("UNet2DConditionModel",),
 }
 
@@ -136,8 +137,8 @@ def component_of(config: Mapping[str, Any], source: str, expect: tuple[str, ...]
     Args:
         config: parsed config.json or open_clip_config.json.
         source: folder, for the error.
-        expect: acceptable classes, the first that the checkpoint contains is taken; if empty, its own
-          class.
+        expect: acceptable classes, of which the first that the checkpoint contains is taken; empty: the
+          class that the config names.
 
     Raises:
         UserError: an unknown class, none of those expected, or several and none expected.
@@ -158,7 +159,7 @@ def component_of(config: Mapping[str, Any], source: str, expect: tuple[str, ...]
 
 
 def is_exactly(component: Component, config: Mapping[str, Any], source: str) -> bool:
-    """True if a folder's config.json declares this very class: its files can be copied as they are."""
+    """True if a folder's config.json declares this very class: its files can be copied unchanged."""
     return component.config_file == CONFIG_FILE and _class_of(config, source) == component.name
 
 

@@ -2,7 +2,7 @@
 """Reads and writes the files of a component folder in diffusers' or transformers' layout.
 
 A folder contains `config.json` and either one `.safetensors` file or shards with an index. Pickle
-checkpoints can run code when opened, so they are never opened. Every fault is one UserError.
+checkpoints can run code when opened, so they are never opened. Every fault becomes a UserError.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 _VARIANTS = ("", ".fp16")  # full precision first
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")  # named in the error, never opened
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-_MAPPED_BYTES = 2**24  # read before a file is reopened (`iter_tensors`)
+_MAPPED_BYTES = 2**24  # bytes read before a file is reopened (`iter_tensors`)
 _LFS_HEADER = b"version https://git-lfs"  # how a pointer file begins
 
 
@@ -67,13 +67,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def component_files(folder: Path) -> dict[str, Path]:
-    """The files of a component by the names that a copy gives them: a variant gets the plain names.
+    """The files of a component by the names that a copy gives them; a variant gets the plain names.
 
     Raises:
         UserError: as for `weight_files`, or no config.json.
     """
     read_config(folder)
     stem, entry = _entry(folder)
+
+    # Shards keep their names, because the index names them.
     files = {CONFIG_FILE: folder / CONFIG_FILE}
     if entry.suffix == ".json":
         files[f"{stem}.safetensors.index.json"] = entry
@@ -114,7 +116,7 @@ def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndar
     for file in dict.fromkeys(info.file for info in infos.values()):
         keys = [key for key, info in infos.items() if info.file == file]
         while keys:
-            read = 0
+            read = 0  # bytes through the mapping that is open
             with _open(file) as handle:
                 while keys and read < _MAPPED_BYTES:
                     tensor = handle.get_tensor(keys[0])
@@ -173,8 +175,8 @@ def write_component(
 
 def _replace(target: Path, write: Callable[[Path], object]) -> None:
     """Writes beside `target` and renames, so that a reader sees the old file or the new one."""
-    # In the same folder, as a rename is atomic within a file
-    # system only; per process, so that two never share it.
+    # In the same folder, because a rename is atomic only within a file system; with the process's
+    # number, so that two processes never share it.
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -205,7 +207,7 @@ def _entry(folder: Path) -> tuple[str, Path]:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
 
-    # The file before the index, full precision before half: the first that is there is taken.
+    # One file before shards, full precision before half: the first that exists is taken.
     for stem in STEMS:
         for variant in _VARIANTS:
             for name in (f"{stem}{variant}.safetensors", *_index_names(stem, variant)):

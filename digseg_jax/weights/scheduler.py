@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler of a pipeline on the hub: the noise and the target that its U-Net was trained with."""
+"""Compares the scheduler of a pipeline on the hub, with which its U-Net was trained, with a run's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from digseg_jax.config.schema import DiffusionConfig
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 from digseg_jax.weights.hub import SCHEDULER_FILE
 
-# diffusers' name -> the key of ours, and diffusers' default, which a file may leave out
+# diffusers' name -> key of config.diffusion, and diffusers' default, which a file may leave out.
 _KEYS: dict[str, tuple[str, Any]] = {
     "prediction_type": ("prediction_type", "epsilon"),
     "rescale_betas_zero_snr": ("zero_snr", False),
 }
-# diffusers' name -> what every run has here, and diffusers' default
+# diffusers' name -> value that every run has here, and diffusers' default.
 _CONSTANTS: dict[str, tuple[Any, Any]] = {
     "num_train_timesteps": (NUM_TRAIN_TIMESTEPS, 1000),
     "beta_schedule": ("scaled_linear", "linear"),
@@ -27,11 +27,17 @@ _CONSTANTS: dict[str, tuple[Any, Any]] = {
 
 
 def schedule_differences(unet: Path, config: DiffusionConfig) -> list[str]:
-    """Names what a configuration does otherwise than the scheduler beside a U-Net, in words.
+    """Lists, in words, where a configuration differs from the scheduler beside a U-Net.
 
-    unet: folder of the U-Net. Empty if they agree, or if there is no scheduler or none that can be
-      read: then nothing is known.
+    Args:
+      unet: folder of the U-Net.
+      config: the run's diffusion.
+
+    Returns:
+      One text per difference. The list is empty if they agree, and also if there is no readable
+      scheduler: then nothing is known.
     """
+    # A comparison for a warning only, so a missing or damaged file is no error.
     try:
         stored = json.loads((unet.absolute().parent / SCHEDULER_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,6 +45,7 @@ def schedule_differences(unet: Path, config: DiffusionConfig) -> list[str]:
     if not isinstance(stored, dict):
         return []
 
+    # What a run can choose, then what is the same in every run.
     told = []
     for theirs, (ours, default) in _KEYS.items():
         trained, wanted = stored.get(theirs, default), getattr(config, ours)

@@ -24,7 +24,7 @@ TEXT_CLASSES = ("CLIPTextModel", "BertModel", "HFTextEncoder")
 
 @dataclass(frozen=True)
 class TextTower:
-    """A text encoder with its tokenizer, as `segmentation.text_bank.encode_prompts` needs it.
+    """A text encoder with its tokenizer, as `segmentation.prompt_bank.encode_prompts` needs it.
 
     Attributes:
         graphdef: structure of the model, for `models.functional.merge`.
@@ -32,7 +32,7 @@ class TextTower:
         tokenizer: from texts to ids.
         width: channels of a token.
         max_length: most tokens that the model has positions for.
-        causal: a token sees only those before it; such encoders (CLIP's) were trained without a mask.
+        causal: tokens see only earlier tokens; such encoders (CLIP's) were trained without a mask.
     """
 
     graphdef: nnx.GraphDef
@@ -57,7 +57,7 @@ def load_text_tower(spec: str, *, dtype: DTypeLike | None = None, skip_layers: i
         UserError: the package, folder or hub id is not there, the folder lacks a tokenizer, or layers
           are to be skipped in an encoder that is not CLIP's.
     """
-    # The package's files are found on the disk, everything else by the rules of `resolve`.
+    # The pip package's files are on the disk; everything else is found by the rules of `resolve`.
     folder = minilm_folder() if spec == "minilm" else resolve(spec)
     model = load_component(folder, dtype=dtype, expect=TEXT_CLASSES)
 

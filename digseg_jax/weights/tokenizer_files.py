@@ -13,8 +13,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, read_bytes
 from digseg_jax.models.text.tokenizer import Tokenizer
 
-MAX_TEXT = 64 * 2**20  # bytes; the largest of the towers' files has 17 MB
-CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # of OpenAI's CLIP and of open_clip, mostly with ".gz"
+MAX_TEXT = 64 * 2**20  # bytes; the largest file of the known text encoders has 17 MB
+CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # OpenAI's CLIP and open_clip have it, mostly with ".gz"
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # may name the padding token
 
 
@@ -23,8 +23,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     The first of these in the folder is taken: tokenizer.json, vocab.json with merges.txt (CLIP),
     vocab.txt (BERT), bpe_simple_vocab_16e6.txt[.gz] (CLIP). The padding token is the one that
-    special_tokens_map.json or else tokenizer_config.json names: "!" (id 0) in Stable Diffusion 2.x, the
-    end of text (49407) in 1.x; else the vocabulary's own.
+    special_tokens_map.json or else tokenizer_config.json names, "!" (id 0) in Stable Diffusion 2.x and
+    the end of text (49407) in 1.x; if they name none, it is the vocabulary's own.
 
     Raises:
         UserError: none of the files is there, or one is malformed.
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
 
-    # A vocabulary file is read by its own reader only; in a folder the table's order decides.
+    # A vocabulary file is read by its own reader only; in a folder, the order of `_READERS` decides.
     readers = [r for r in _READERS if path.is_dir() or r == path.name]
     for name in readers:
         if (folder / name).is_file():
@@ -54,7 +54,7 @@ def _pad_token(folder: Path) -> str | None:
     """The padding token that the settings name; None if they name none."""
     for name in SETTINGS:
         token = _json(folder / name).get("pad_token")
-        if isinstance(token, dict):  # an added token with flags
+        if isinstance(token, dict):  # the form of an added token, with flags beside its text
             token = token.get("content")
         if token is not None:
             return token
@@ -67,10 +67,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
+    """A file of the tokenizer as text; raises UnreadableError beyond MAX_TEXT."""
     return read_bytes(path, MAX_TEXT).decode("utf-8")
 
 
 def _lines(text: str) -> list[str]:
+    """The lines of a text: split at newlines only, because tokens may hold Unicode's other breaks."""
     return text.rstrip("\n").split("\n")
 
 
@@ -82,6 +84,7 @@ def _fast(folder: Path, pad_token: str | None) -> Tokenizer:
 def _clip(folder: Path, pad_token: str | None) -> Tokenizer:
     """Reads vocab.json and merges.txt of CLIP."""
     merges = _lines(_text(folder / "merges.txt"))
+
     # The first line may be a header.
     if merges[0].startswith("#version"):
         merges = merges[1:]
@@ -102,11 +105,13 @@ def _bpe(folder: Path, pad_token: str | None) -> Tokenizer:
 def _bpe_gz(folder: Path, pad_token: str | None) -> Tokenizer:
     """Reads the same, compressed."""
     path = folder / f"{CLIP_BPE}.gz"
+
     # A small file can unpack to gigabytes: stop one byte past the limit.
     with gzip.open(path) as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
         raise UnreadableError(f"{path}: unpacks to more than the {MAX_TEXT} bytes that are read")
+
     return Tokenizer.from_clip_bpe(_lines(data.decode("utf-8")), pad_token)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uploads a folder to the hub with `huggingface_hub`, as one commit: a revision is never half-written.
+"""Uploads a folder to the hub with `huggingface_hub` as one commit, so no revision is half-written.
 
-The client's `upload_folder` commits a large folder in several parts; here its files are sent first and
-become visible together. What has arrived is not sent again, so a second call goes on where one ended.
+The client's `upload_folder` commits a large folder in several parts; here all files are sent first and
+become visible together. Files that have arrived are not sent again, so a second call continues.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TARGET = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """The repository and the branch of `org/name[@branch]`; raises UserError if it is not one."""
+    """Splits `org/name[@branch]` into repository and branch; raises UserError for another form."""
     found = _TARGET.fullmatch(target)
     if found is None:
         raise UserError(f"{target!r}: not a repository of the hub; legal: org/name or org/name@branch")
@@ -36,15 +36,18 @@ def push_folder(
     private: bool | None = None,
     replaced: tuple[str, ...] = (),
 ) -> str:
-    """Makes a branch of a repository hold a folder's files; returns the commit.
+    """Uploads a folder's files to a branch of a repository, in one commit.
 
     Args:
-        folder: what to upload.
-        target: org/name, or org/name@branch; both are made if they are missing. The token is the
+        folder: the files to upload, at any depth.
+        target: org/name, or org/name@branch; a missing repository or branch is made. The token is the
           client's: HF_TOKEN, or that of `hf auth login`.
-        message: of the commit.
-        private: of a repository that is made; None: what the organization's default is.
+        message: the commit's message.
+        private: whether a repository that is made is private; None: the organization's default.
         replaced: patterns of files that the commit removes, unless the folder has them.
+
+    Returns:
+        The id of the commit.
 
     Raises:
         UserError: the hub refuses, or the connection was lost; the message says what helps.
@@ -56,6 +59,8 @@ def push_folder(
         # The client's HTTP library and Xet raise exceptions of their own, without a common base.
         except Exception as error:
             reason, passing = _explain(error, repository, branch)
+
+            # The last attempt, or a reason that no attempt would change.
             if not passing or attempt == download.ATTEMPTS:
                 again = "; the same command goes on where it ended" if passing else ""
                 raise UserError(f"cannot push {target!r} to the hub: {reason}{again}") from error
@@ -72,7 +77,7 @@ def _push(
     private: bool | None,
     replaced: tuple[str, ...],
 ) -> str:
-    """One attempt."""
+    """Makes one attempt to upload; returns the id of the commit, see `push_folder`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     download.limit_requests()
@@ -81,7 +86,7 @@ def _push(
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
 
-    # Additions, and what an older export left behind.
+    # One commit adds the files and removes those that an older export left behind.
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     there = api.list_repo_files(repository, revision=branch)
     stale = [name for name in there if name not in files and any(fnmatch(name, p) for p in replaced)]
@@ -94,15 +99,15 @@ def _push(
 
 
 def _explain(error: BaseException, repository: str, branch: str) -> tuple[str, bool]:
-    """Why the hub did not take it and what helps, in one line; and whether it may pass by itself."""
+    """Explains in one line why an upload failed and what helps; True if it may pass by itself."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; push without that variable", False
-    if isinstance(error, ValueError):  # of a card, say, whose faults follow on further lines
+    if isinstance(error, ValueError):  # such as a model card with faults, listed over several lines
         return " ".join(str(error).split()), False
 
-    # An error of a single file wraps the one of its connection.
+    # The client wraps the error of a connection in that of a file: look for a status in both.
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -113,6 +118,6 @@ def _explain(error: BaseException, repository: str, branch: str) -> tuple[str, b
             return f"{why}; {download.LOGIN}, with a token that may write", False
         if refused := download.refusal(link, repository, branch):
             return refused, False
-        if 0 < status < 500:
+        if 0 < status < 500:  # refused for another reason; from 500 on it is the hub's own trouble
             return download.first_line(link), False
     return download.first_line(chain[-1]), True
