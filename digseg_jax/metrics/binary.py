@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One foreground class against the rest: roads, nuclei, optic disc and cup. Pooled and per image.
+"""Scores of one foreground class against the rest: roads, nuclei, optic disc and cup.
 
-Published tables mix both ways, so both are always computed
-from the same integer counts TP, FP, FN of each image.
+Published tables pool all images or average over them, so both are always computed, from the same
+integer counts TP, FP, FN of each image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from digseg_jax.arraytypes import Bool, Float, Int
 NAMES = ("iou", "precision", "recall", "f1")
 EMPTY_RULES = ("one", "zero", "skip")  # for images without foreground in label and prediction
 _Counts = Int[np.ndarray, "..."] | np.int64
-THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))  # 0.05, 0.1, ..., 0.95
 
 
 def binary_counts(
@@ -32,13 +32,15 @@ def binary_counts(
     truth, prediction = np.asarray(truth, bool), np.asarray(prediction, bool)
     if truth.shape != prediction.shape or (valid is not None and valid.shape != truth.shape):
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
+
+    # True negatives enter none of the four scores, so they are not counted.
     inside = np.ones_like(truth) if valid is None else np.asarray(valid, bool)
     parts = (truth & prediction, ~truth & prediction, truth & ~prediction)
     return np.stack([(p & inside).sum(axis=(-2, -1)) for p in parts], axis=-1).astype(np.int64)
 
 
 def pooled(counts: Int[np.ndarray, "n 3"]) -> dict[str, float]:
-    """IoU, precision, recall and F1 (which is Dice) from the sums over all images.
+    """IoU, precision, recall and F1 (the same as Dice) from the sums over all images, in 0..1.
 
     A quotient 0 / 0 is nan: without any foreground there is nothing to score.
     """
@@ -47,11 +49,13 @@ def pooled(counts: Int[np.ndarray, "n 3"]) -> dict[str, float]:
 
 
 def per_image(counts: Int[np.ndarray, "n 3"], empty: str = "one") -> dict[str, float]:
-    """Averages the four scores over images; `empty` decides about images with an undefined score.
+    """Averages the four scores over images; `empty` says how images without foreground count.
 
-    empty: "one" counts it as 1 (nothing was to be found and nothing was), "zero" as 0, "skip" leaves
-      it out of that mean. A quotient is undefined if its denominator is 0; precision of an image
-      whose foreground is missed altogether is 0 under every rule.
+    Args:
+      counts: TP, FP, FN of each image.
+      empty: rule for an image without foreground in label and prediction: "one" scores it 1 (nothing
+        was there and nothing was found), "zero" 0, "skip" leaves it out of the mean. The precision of
+        an image whose foreground is missed completely is 0 under every rule.
 
     Raises:
       ValueError: another rule.
@@ -61,12 +65,14 @@ def per_image(counts: Int[np.ndarray, "n 3"], empty: str = "one") -> dict[str, f
     tp, fp, fn = np.asarray(counts, np.int64).reshape(-1, 3).T
 
     # An undefined score has two causes: an empty image, which follows the rule, and foreground that
-    # was missed altogether, which scores 0.
+    # was missed completely, which scores 0.
     nothing = (tp + fp + fn) == 0
     means = {}
     for name, values in zip(NAMES, _quotients(tp, fp, fn), strict=True):
         values = np.where(nothing, {"one": 1.0, "zero": 0.0, "skip": np.nan}[empty], values)
         values = np.where(~nothing & np.isnan(values), 0.0, values)
+
+        # nan is left only where "skip" put it.
         kept = values[~np.isnan(values)]
         means[name] = float(kept.mean()) if kept.size else float("nan")
     return means
@@ -84,7 +90,7 @@ def threshold_counts(
     thresholds: Sequence[float] = THRESHOLDS,
     valid: Bool[np.ndarray, "h w"] | None = None,
 ) -> Int[np.ndarray, "t 3"]:
-    """Counts as `binary_counts` does, for the mask probability > threshold of every threshold."""
+    """Counts like `binary_counts` at each threshold, with the mask probability > threshold."""
     return np.stack([binary_counts(truth, probability > t, valid) for t in thresholds])
 
 
@@ -96,7 +102,11 @@ def search_threshold(
 ) -> float:
     """Returns the threshold with the best pooled F1; of equally good ones, the middle one.
 
-    split: the split that `counts` come from; it must not be the one that is scored.
+    Args:
+      counts: TP, FP, FN of each image at each threshold.
+      split: the split that `counts` come from.
+      scored_split: the split that the threshold will be used on; it must be another one.
+      thresholds: the thresholds of `counts`.
 
     Raises:
       ValueError: the threshold would be fitted on what it scores.
@@ -117,8 +127,8 @@ def cup_and_disc(
 ) -> dict[str, float]:
     """REFUGE's scores of one image: Dice of the cup, and of the disc, which contains the cup.
 
-    Also the absolute error of the vertical cup-to-disc ratio (refuge-evaluation). Dice of two empty
-    masks is 1 (0 / 0 there); a ratio without a disc is 0.
+    Source: refuge-evaluation, the challenge's code, which also scores the absolute error of the
+    vertical cup-to-disc ratio. Dice of two empty masks is 1 (0 / 0 there); a ratio without a disc is 0.
 
     Args:
       label, prediction: class indices; `cup` and `rim` name the two classes.
@@ -129,7 +139,7 @@ def cup_and_disc(
         counts = binary_counts(np.isin(label, classes), np.isin(prediction, classes))
         scores[f"{name}_dice"] = per_image(counts[None])["f1"]
 
-    # Ratios of label and prediction.
+    # The clinical measure: how wide the cup is compared with the disc, in label and prediction.
     ratios = [_vertical_ratio(m == cup, np.isin(m, (cup, rim))) for m in (label, prediction)]
     return scores | {"cdr_error": abs(ratios[0] - ratios[1])}
 
@@ -142,8 +152,8 @@ def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _vertical_ratio(cup: np.ndarray, disc: np.ndarray) -> float:
     """Vertical diameter of the cup over that of the disc; 0 without a disc.
 
-    A diameter is the most pixels of the region in any one column (refuge-evaluation): stray pixels far
-    away do not count, and of a tilted ellipse it is less than its extent.
+    A diameter is the largest number of the region's pixels in one column (refuge-evaluation): stray
+    pixels far away do not count, and for a tilted ellipse it is less than the extent.
     """
     cup_diameter, disc_diameter = (int(mask.sum(axis=0).max(initial=0)) for mask in (cup, disc))
     return cup_diameter / disc_diameter if disc_diameter else 0.0

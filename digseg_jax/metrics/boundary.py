@@ -22,6 +22,7 @@ def inner_band(mask: Bool[np.ndarray, "h w"], width: int) -> Bool[np.ndarray, "h
 
     Everything beyond the image counts as outside, as in the paper's code.
     """
+    # A frame of zeros, because OpenCV's erosion alone takes the outside of the image for foreground.
     padded = cv2.copyMakeBorder(mask.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     kept = cv2.erode(padded, _SQUARE, iterations=width)[1:-1, 1:-1]
     return mask & ~kept.astype(bool)
@@ -43,7 +44,8 @@ def boundary_counts(
     if label.shape != prediction.shape:
         raise ValueError(f"label {label.shape} and prediction {prediction.shape} differ in shape")
 
-    # Only classes that occur can have a band.
+    # Ignored pixels still bound their neighbors: bands are made first and cut afterwards. Only classes
+    # that occur can have a band.
     height, width = label.shape
     band, valid = band_width(height, width, ratio), label >= 0
     counts = np.zeros((num_classes, 2), np.int64)

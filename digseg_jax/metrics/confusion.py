@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer counts of pixels, and the scores that they give."""
+"""Integer counts of pixels by true and predicted class, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import numpy as np
 
 from digseg_jax.arraytypes import Bool, Float, Int
 
-LEAST_SHARE = 0.01  # of an image's pixels; a class of fewer is neither present nor absent
+# Share of an image's pixels; a class with fewer (but not none) is neither present nor absent.
+LEAST_SHARE = 0.01
 ABSENT_RULES = ("mmseg", "detectron2", "official")
 
 
@@ -35,7 +36,7 @@ def confusion(
 def overlap(
     label: Int[np.ndarray, "h w"], mask: Bool[np.ndarray, "h w"], num_classes: int
 ) -> Int[np.ndarray, " c"]:
-    """Counts a query's mask pixels by true class, int64; ignored pixels belong to none."""
+    """Counts the pixels of a query's mask by true class, int64; ignored pixels are not counted."""
     return np.bincount(label[mask & (label >= 0)], minlength=num_classes)
 
 
@@ -46,22 +47,27 @@ def iou_per_class(counts: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(counts: np.ndarray, rule: str = "mmseg") -> float:
-    """Mean IoU over classes; `rule` says how a class counts that no label shows.
+    """Mean IoU over classes; nan if no class counts.
 
-    mmseg: it counts as 0 if it is predicted anywhere and is left out otherwise (mmsegmentation's
-      IoUMetric; cityscapesScripts and torchmetrics agree).
-    detectron2: it is left out (SemSegEvaluator since July 2022; scalabel and the COCO-Stuff script
-      agree). Unlike detectron2, "no class" pixels stay errors: dropping them would reward abstaining.
-    official: it counts as 0 in any case (sceneparsing, the ADE20K challenge's script).
+    Args:
+      counts: confusion counts [c, c + 1].
+      rule: how a class that no label shows enters the mean:
+        mmseg: as 0 if it is predicted anywhere, else not at all (mmsegmentation's IoUMetric;
+          cityscapesScripts and torchmetrics agree).
+        detectron2: not at all (SemSegEvaluator since July 2022; scalabel and the COCO-Stuff script
+          agree). Unlike there, "no class" pixels stay errors: dropping them would reward abstaining.
+        official: as 0 in any case (sceneparsing, the ADE20K challenge's script).
 
-    Returns nan if no class counts. Raises ValueError for another rule.
+    Raises:
+      ValueError: another rule.
     """
+    # The official rule counts classes without any pixel, whose IoU is nan, as 0.
     iou = iou_per_class(counts)
     return _mean(iou[counted_classes(counts, rule)], zero_if_nan=rule == "official")
 
 
 def counted_classes(counts: np.ndarray, rule: str) -> np.ndarray:
-    """Marks the classes that `mean_iou` averages over: bool [c].
+    """Marks the classes that `mean_iou` averages over, bool [c].
 
     Raises:
       ValueError: unknown rule.
@@ -137,32 +143,35 @@ def query_scores(
     areas: Int[np.ndarray, "n c"],
     covers: Bool[np.ndarray, "c c"] | None = None,
 ) -> dict[str, float]:
-    """Scores how well masks follow their text: each query's mask by itself, without argmax.
+    """Scores how well masks follow their text, each query's mask by itself, without argmax.
 
     Args:
-      overlaps: pixels of each query's mask by true class, image by image; query i asks for class i.
-      areas: true pixels of each class.
-      covers: [i, j] whether the pixels of class j belong to the mask of class i; by default its own do.
+      overlaps: pixels of each query's mask by true class, for each image; query i asks for class i.
+      areas: true pixels of each class, for each image.
+      covers: [i, j] is True if the pixels of class j belong to the mask of class i; None: each mask
+        covers its own class.
 
     Returns:
       matching_iou: mean over classes of the pooled IoU of a present class with its own query;
       wrong_query_iou: the same with the queries of the other present classes;
-      absent_rate: share of pixels that queries of absent classes cover.
+      absent_rate: share of pixels that masks of absent classes cover. All are in 0..1.
     """
+    # [n, q] and [n, 1]; taken before classes are joined to regions, which would count pixels twice.
     covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
     overlaps, areas = by_region(overlaps, areas, covers)
 
-    # A few pixels at a border do not make a class present; neither do they leave it absent.
+    # A few pixels at a border do not make a class present, but it is not absent either.
     present = areas > LEAST_SHARE * pixels
     absent = areas == 0
     classes = range(areas.shape[1])
 
     def pooled(query: int, true: int) -> tuple[np.int64, np.int64]:
+        """Intersection and union of a query's masks with a class, over images that show both."""
         both = present[:, query] & present[:, true]
         hit = overlaps[both, query, true].sum()
         return hit, covered[both, query].sum() + areas[both, true].sum() - hit
 
-    # Every class with its own query, then with those of all others.
+    # Each class with its own query, then with the queries of all others.
     matching = [pooled(c, c) for c in classes]
     wrong = [np.sum([pooled(q, c) for q in classes if q != c], axis=0) for c in classes]
 
@@ -178,9 +187,14 @@ def query_iou(
     areas: Int[np.ndarray, "n c"],
     covers: Bool[np.ndarray, "c c"] | None = None,
 ) -> Float[np.ndarray, " q"]:
-    """Pooled IoU of each query's mask with its class over all images; nan where undefined."""
+    """Pooled IoU of each query's mask with its class over all images; nan where both are empty.
+
+    The arguments are those of `query_scores`.
+    """
     covered = overlaps.sum(axis=(0, 2))
     overlaps, areas = by_region(overlaps, areas, covers)
+
+    # Query i on class i, summed over images.
     hit = np.einsum("nqq->q", overlaps)
     union = covered + areas.sum(axis=0) - hit
     return np.where(union > 0, hit / np.maximum(union, 1), np.nan)
@@ -189,9 +203,11 @@ def query_iou(
 def by_region(
     overlaps: np.ndarray, areas: np.ndarray, covers: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts by class as counts by the region that a class's mask covers (`query_scores`)."""
+    """Converts counts by class to counts by the region of each class's mask (`query_scores`)."""
     if covers is None:
         return overlaps, areas
+
+    # A region's pixels are the sum over the classes in it.
     return overlaps @ covers.T.astype(np.int64), areas @ covers.T.astype(np.int64)
 
 

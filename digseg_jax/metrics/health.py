@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs of collapse: whether masks of present queries are empty, and those of absent ones are not."""
+"""Signs of collapse: empty masks of present classes, and masks of absent classes that are not empty."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ def mask_health(
       overlaps: pixels of each query's mask by true class; query i asks for class i. A query that was
         not asked has an empty mask.
       areas: true pixels of each class.
-      covers: [i, j] whether the pixels of class j belong to the mask of class i; by default its own do.
+      covers: [i, j] is True if the pixels of class j belong to the mask of class i; None: each mask
+        covers its own class.
 
     Returns:
       empty_rate: share of the masks of present classes without a pixel; present_dice: mean of their
       Dice scores; absent_area: mean share of an image that a mask of an absent class covers. nan where
       there is nothing to judge.
     """
+    # Before classes are joined to regions, which would count pixels twice.
     covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
     overlaps, areas = by_region(overlaps, areas, covers)
+
+    # An image without a labeled pixel judges nothing: its classes are not absent, but unknown.
     present, absent = areas > LEAST_SHARE * pixels, (areas == 0) & (pixels > 0)
 
     # Query i on class i: the diagonal of each image's counts.
@@ -45,5 +49,5 @@ def mask_health(
 
 
 def _mean(values: Float[np.ndarray, " k"] | Bool[np.ndarray, " k"]) -> float:
-    """The mean; nan, without a warning, of nothing."""
+    """Mean of the values; nan, without a warning, if there are none."""
     return float(values.mean()) if values.size else float("nan")
