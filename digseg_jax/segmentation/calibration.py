@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scale and biases that turn a decoded mask into a probability, fitted on a split of their own."""
+"""Fits the scale and biases that turn a decoded mask into a probability, on a split of their own."""
 
 from __future__ import annotations
 
@@ -10,30 +10,38 @@ import numpy as np
 
 from digseg_jax.metrics.confusion import mean_iou
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-BIAS_STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)
-MAX_BIAS = 4.0
-SWEEPS = 3
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the candidates
+BIAS_STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # changes of a bias that are tried
+MAX_BIAS = 4.0  # logits; largest absolute bias
+SWEEPS = 3  # most passes over the classes; a pass without improvement is the last
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """p = sigmoid(scale * evidence + bias of the class); `split` says what it was fitted on."""
+    """Probability of a mask: p = sigmoid(scale * mask score + bias of the class).
+
+    Attributes:
+      scale: logits per unit of the mask score, which lies in [-1, 1].
+      bias: logits, one for each class.
+      split: the split that both were fitted on; "none" for `identity`.
+    """
 
     scale: float
     bias: tuple[float, ...]
     split: str
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
         return {"scale": self.scale, "bias": list(self.bias), "split": self.split}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """Calibration from the form of `to_dict`."""
         return cls(values["scale"], tuple(values["bias"]), values["split"])
 
 
 def identity(num_classes: int, scale: float = 2.0) -> Calibration:
-    """No fitting: the given scale, no bias."""
+    """Calibration without fitting: the given scale, no bias."""
     return Calibration(scale, (0.0,) * num_classes, "none")
 
 
@@ -45,28 +53,36 @@ def fit(
     *,
     exclusive: bool = False,
 ) -> Calibration:
-    """Scale by cross-entropy of the members' masks; biases by mIoU of the argmax, class by class.
+    """Fits the scale by cross-entropy of the members' masks, and biases by mIoU of the argmax.
 
     Args:
-      evidence: float [pixels, classes] or, of an ensemble, [pixels, classes, members], in [-1, 1].
-        Members are combined as an evaluation combines them by default: the mean of their
+      evidence: mask scores, float [pixels, classes] or, for an ensemble, [pixels, classes, members], in
+        [-1, 1]. Members are combined as an evaluation combines them by default: by the mean of their
         probabilities.
-      label: int [pixels], -1 is ignored.
-      scale: known already (a palette's follows from its autoencoder); only biases are fitted.
-      exclusive: a member's probabilities are those of a softmax over the classes, not each class's own
-        (`Codec.exclusive`).
+      label: int [pixels]; pixels labeled -1 are left out.
+      split: the split that they come from, for the result.
+      scale: a known scale (a palette's follows from its autoencoder); only biases are fitted then.
+      exclusive: True if a member's probabilities are a softmax over the classes, rather than one
+        sigmoid for each class (`Codec.exclusive`).
     """
+    # Classes first, because a trial changes the values of one class only: [classes, pixels, members].
     evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
     members = np.ascontiguousarray(np.moveaxis(evidence.reshape(*evidence.shape[:2], -1), 1, 0))
+
+    # The scale that makes the probabilities fit best, before any bias.
     if scale is None:
         true = np.eye(len(members), dtype=np.float32)[label].T[..., None]
         scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true, softmax=exclusive))
-    logits = scale * members  # [classes, pixels, members]
+
+    # Coordinate ascent on mIoU, which has no gradient: one class at a time, a few steps each way. The
+    # least gain keeps a bias from drifting for a handful of pixels.
+    logits = scale * members
     bias = np.zeros(len(members), np.float32)
     values = _values(logits, bias, softmax=exclusive)
     best = _argmax_miou(values, label)
     for _ in range(SWEEPS):
         before = best
+
         for c in range(len(bias)):
             for delta in BIAS_STEPS:
                 trial = bias.copy()
@@ -75,13 +91,14 @@ def fit(
                 found = _argmax_miou(tried, label)
                 if found > best + 1e-5:
                     best, bias, values = found, trial, tried
+
         if best == before:
             break
     return Calibration(scale, tuple(float(b) for b in bias), split)
 
 
 def _values(logits: np.ndarray, bias: np.ndarray, *, softmax: bool) -> np.ndarray:
-    """What the argmax goes over, [classes, pixels], of [classes, pixels, members]."""
+    """Values that the argmax compares, [classes, pixels], from logits [classes, pixels, members]."""
     biased = logits + bias[:, None, None]
     if biased.shape[2] == 1:  # one member's argmax needs no probabilities
         return biased[..., 0]
@@ -92,8 +109,10 @@ def _rebiased(
     values: np.ndarray, logits: np.ndarray, bias: np.ndarray, c: int, *, softmax: bool
 ) -> np.ndarray:
     """`_values` where only the bias of class c has changed since `values`."""
-    if softmax and logits.shape[2] > 1:  # its classes share a denominator
+    if softmax and logits.shape[2] > 1:  # all classes of a softmax share a denominator
         return _values(logits, bias, softmax=True)
+
+    # A copy: the caller keeps the old values if the trial is no better.
     values = values.copy()
     values[c] = _values(logits[c : c + 1], bias[c : c + 1], softmax=softmax)[0]
     return values
@@ -104,18 +123,21 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the classes, axis 0."""
+    """Softmax over the classes, axis 0."""
     weights = np.exp(logits - logits.max(axis=0))
     return weights / weights.sum(axis=0)
 
 
 def _cross_entropy(logits: np.ndarray, true: np.ndarray, *, softmax: bool) -> float:
+    """Mean cross-entropy of [classes, pixels, members] with the one-hot labels [classes, pixels, 1]."""
     if softmax:
         return float(-np.log(np.maximum((true * _softmax(logits)).sum(axis=0), 1e-12)).mean())
     return float((np.logaddexp(0.0, logits) - true * logits).mean())
 
 
 def _argmax_miou(values: np.ndarray, label: np.ndarray) -> float:
-    n = len(values)  # [classes, pixels]
+    """mIoU of the argmax of values [classes, pixels] with the labels [pixels]."""
+    # Confusion counts in one `bincount`, as in `metrics.confusion`; the last column ("no class") is 0.
+    n = len(values)
     cells = label * (n + 1) + values.argmax(axis=0)
     return mean_iou(np.bincount(cells, minlength=n * (n + 1)).reshape(n, n + 1))
