@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks, as Stable Diffusion has them: U-Net, autoencoders, text encoders."""
+"""The networks of Stable Diffusion: U-Net, autoencoders, text encoders."""

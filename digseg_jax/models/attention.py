@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention behind one function, and the transformer block of the U-Net (diffusers: `attention.py`)."""
+"""Attention, with a choice of kernels, and the U-Net's transformer (diffusers: `attention.py`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def attention(
     mask: Bool[Array, "b m"] | None = None,
     implementation: str | AttentionFn = "plain",
 ) -> Float[Array, "b l heads d"]:
-    """Computes softmax attention, scale d**-0.5, softmax in float32; the same in every implementation.
+    """Computes softmax attention with scale d**-0.5 and the softmax in float32.
+
+    Every implementation gives the same result up to rounding.
 
     Args:
       mask: False where a key is padding. A row without any valid key attends to all keys evenly.
@@ -41,7 +43,7 @@ def attention(
 
 
 class Attention(nnx.Module):
-    """Multi-head self- or cross-attention; keys and values come from `context` if given."""
+    """Multi-head attention: self-attention, or cross-attention if a `context` gives keys and values."""
 
     def __init__(
         self,
@@ -57,10 +59,14 @@ class Attention(nnx.Module):
     ):
         if norm_groups is not None:  # the VAE's attention normalizes its own input
             self.group_norm = GroupNorm(features, norm_groups, eps=norm_eps, compute=compute)
+
+        # Attribute names are diffusers', so that a parameter path is the checkpoint's key.
         options: Shared = {"compute": compute, "rngs": rngs}
         self.to_q = linear(features, features, bias=bias, **options)
         self.to_k = linear(context_features, features, bias=bias, **options)
         self.to_v = linear(context_features, features, bias=bias, **options)
+
+        # A list, because torch's second entry is a dropout, which has no parameters.
         self.to_out = nnx.List([linear(features, features, compute=compute, rngs=rngs)])
         self.heads, self.compute = heads, compute
 
@@ -87,7 +93,7 @@ class Attention(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the text, feed-forward; pre-norm."""
+    """Transformer block: self-attention, cross-attention to the text, feed-forward; pre-norm."""
 
     def __init__(
         self, features: int, context_features: int, heads: int, *, compute: Compute, rngs: nnx.Rngs
@@ -106,6 +112,7 @@ class BasicTransformerBlock(nnx.Module):
         context: Float[Array, "b m d"],
         mask: Bool[Array, "b m"] | None,
     ) -> Float[Array, "b l c"]:
+        # The mask marks the text's tokens; among positions of the map there is no padding.
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))
@@ -127,14 +134,18 @@ class Transformer2DModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         options: Shared = {"compute": compute, "rngs": rngs}
-        # 1e-6 here, 1e-5 in the U-Net's resnets: both are torch's
+
+        # Epsilon is 1e-6 here and 1e-5 in the U-Net's resnets, as in diffusers.
         self.norm = GroupNorm(features, groups, eps=1e-6, compute=compute)
+
+        # Stable Diffusion 2.x has linear layers where 1.x has 1x1 convolutions.
         if linear_projection:
             self.proj_in: Linear | Conv = linear(features, features, **options)
             self.proj_out: Linear | Conv = linear(features, features, **options)
         else:
             self.proj_in = Conv(features, features, 1, **options)
             self.proj_out = Conv(features, features, 1, **options)
+
         self.compute = compute
         self.transformer_blocks = nnx.List(
             [BasicTransformerBlock(features, context_features, heads, **options) for _ in range(layers)]
@@ -150,6 +161,7 @@ class Transformer2DModel(nnx.Module):
 
     def _residual(self, x: Array, context: Array, mask: Array | None) -> Array:
         """The map's positions as a sequence through all blocks, added to the map."""
+        # Both kinds of projection act on the last axis, so the reshape may follow either.
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:

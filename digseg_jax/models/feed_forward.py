@@ -28,7 +28,7 @@ class GEGLU(nnx.Module):
     def _halves(self, x: Float[Array, "b l c"]) -> list[Array]:
         """Value and gate, [b, l, hidden] each."""
         compute = self.proj.compute
-        if compute.conv == "cpu":  # here the halves of a kernel would be copies
+        if compute.conv == "cpu":  # halves of a kernel would be copies there
             return jnp.split(self.proj(x), 2, axis=-1)
 
         # The kernel is split, not its product: the gate's product then ends in the activation, and the
@@ -57,7 +57,8 @@ class FeedForward(nnx.Module):
         if not fused or not feed_forward.takes(x.shape[1], self.features, 4 * self.features):
             return down(self.net[0](x))
 
-        # Both layers in one kernel; its result is small next to the hidden map, so it is kept.
+        # Both layers in one kernel. The result is an eighth of the hidden map, so it is kept for the
+        # backward pass.
         x = x.astype(self.compute.dtype)
         y = fused(x, up.weights(), up.bias[...], down.weights(), down.bias[...])
         return remat.kept(y)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversion between NNX modules and the pure nested dicts that the rest of the project uses.
+"""Converts between NNX modules and the nested dicts of arrays that the rest of the project uses.
 
-Jitted functions are given arrays only: a call with a dict of 700 of them starts tens of times faster
-than one with a module of as many parameters, and a checkpoint of a dict does not depend on flax's
-variable classes.
+Jitted functions take dicts: a call with a dict of 700 arrays starts tens of times faster than one with
+a module of as many parameters, and a checkpoint of a dict does not depend on flax's variable classes.
 """
 
 from __future__ import annotations
@@ -57,10 +56,13 @@ def abstract(factory: Callable[[], Model]) -> tuple[nnx.GraphDef[Model], Params]
 
 
 def as_written(graphdef: nnx.GraphDef[Model], params: Params) -> nnx.GraphDef[Model]:
-    """Returns the model computed layer by layer, without kernels and rematerialization.
+    """Returns the structure of the same model computed layer by layer, without kernels and remat.
 
-    params: arrays or shapes.
+    Args:
+      graphdef: structure of the model.
+      params: its parameters, or their shapes.
     """
+    # Every layer has its own `Compute`; only the type of the activations stays.
     model = merge(graphdef, params)
     for _, module in nnx.iter_modules(model):
         if isinstance(how := getattr(module, "compute", None), Compute):
@@ -72,9 +74,9 @@ def random_init(abstract_params: Params, seed: int, zero: str = "") -> Params:
     """Draws random parameters as float32 NumPy arrays, each a pure function of (seed, its path).
 
     Kernels are uniform with variance 1 / (3 fan_in), torch's default; embeddings are normal with
-    deviation 0.02; scales one; biases zero, and so is every path that the regex `zero` matches.
-    Drawn on the host because compiling one random program per shape takes longer than training
-    steps do, and because the values then depend on neither backend nor mesh.
+    standard deviation 0.02; scales are one; biases are zero, and so is every path that the regex `zero`
+    matches. They are drawn on the host, because compiling one random program per shape takes longer
+    than training steps do, and because the values then depend on neither backend nor mesh.
     """
     flat = flatten(abstract_params)
     return unflatten({path: _draw(path, leaf.shape, seed, zero) for path, leaf in flat.items()})
@@ -92,19 +94,21 @@ def _draw(path: str, shape: tuple[int, ...], seed: int, zero: str) -> np.ndarray
     rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode())]))
     if leaf == "embedding":
         return 0.02 * rng.standard_normal(shape, np.float32)
+
+    # All axes but the last are inputs: [in, out], or [h, w, in, out] of a convolution.
     bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
     return bound * (2.0 * rng.random(shape, np.float32) - 1.0)
 
 
 def _string_keys(tree: Any) -> Any:
-    """The tree with every key as text: lists of layers have numbers."""
+    """The tree with every key as text; NNX numbers the layers of a list."""
     if isinstance(tree, Mapping):
         return {str(k): _string_keys(v) for k, v in tree.items()}
     return tree
 
 
 def _variables(tree: Any) -> Any:
-    """The tree as NNX wants it: numbers for the layers of a list, `nnx.Param` around arrays."""
+    """The tree in NNX's form: numbers for the layers of a list, `nnx.Param` around arrays."""
     if isinstance(tree, Mapping):
         return {int(k) if k.isdigit() else k: _variables(v) for k, v in tree.items()}
     return nnx.Param(tree)

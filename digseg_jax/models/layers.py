@@ -30,18 +30,19 @@ def as_it_is(kernel: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a model computes; never what it computes.
+    """How a model computes its results, which are the same up to rounding whatever is chosen.
 
-    dtype: activations; norms, softmax and timestep embeddings stay in float32.
-    conv: "xla": `lax.conv_general_dilated`; "cpu": fewer products, see `models.kernels.conv`, and for
-      upsampled maps `models.kernels.upsample`. On a TPU that would cost more traffic than it saves.
-      Equal up to rounding. `models.feed_forward.GEGLU` distinguishes the two as well.
-    attention: a name or a function, see `models.attention.attention`.
-    remat: see `models.remat`.
-    weights: applied to each kernel where it is used, after its conversion to `dtype`: the seam where
-      sharded kernels are gathered.
-    feed_forward: a function of (x, up, up_bias, down, down_bias), used in place of separate layers
-      where `models.kernels.feed_forward.takes` accepts the map.
+    Attributes:
+      dtype: type of activations; norms, softmax and timestep embeddings stay in float32.
+      conv: "xla": `lax.conv_general_dilated`; "cpu": fewer products, see `models.kernels.conv`, and for
+        upsampled maps `models.kernels.upsample`. On a TPU that would cost more traffic than it saves.
+        `models.feed_forward.GEGLU` distinguishes the two as well.
+      attention: a name or a function, see `models.attention.attention`.
+      remat: what the backward pass recomputes, see `models.remat`.
+      weights: applied to each kernel where it is used, after its conversion to `dtype`; here sharded
+        kernels are gathered.
+      feed_forward: a function of (x, up, up_bias, down, down_bias), used in place of separate layers
+        where `models.kernels.feed_forward.takes` accepts the map.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -53,17 +54,23 @@ class Compute:
 
 
 class Shared(TypedDict):
-    """What a model hands down to each of its layers."""
+    """Arguments that a model passes to each of its layers."""
 
     compute: Compute
     rngs: nnx.Rngs
 
 
 class Conv(nnx.Module):
-    """2-D convolution, kernel HWIO. `padding` is ((top, bottom), (left, right)).
+    """2-D convolution with a kernel [h, w, in, out].
 
-    doubled: convolve the map upsampled to twice its size (nearest neighbor); needs the default 3x3
-      kernel, stride and padding.
+    Args:
+      in_features, out_features: channels.
+      size: side of the kernel.
+      stride: step in both directions.
+      padding: ((top, bottom), (left, right)); None keeps the size at stride 1.
+      use_bias: add a bias.
+      doubled: convolve the map upsampled to twice its size (nearest neighbor); needs the default 3x3
+        kernel, stride and padding.
     """
 
     def __init__(
@@ -79,11 +86,13 @@ class Conv(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
     ):
-        # torch's default initialization: uniform with variance 1 / (3 fan_in)
+        # torch's default initialization: uniform with variance 1 / (3 fan_in).
         init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.kernel = nnx.Param(init(rngs.params(), (size, size, in_features, out_features)))
         if use_bias:
             self.bias = nnx.Param(jnp.zeros((out_features,)))
+
+        # Explicit padding: XLA's "SAME" pads on other sides than torch where the stride is 2.
         self.stride = stride
         half = (size - 1) // 2
         self.padding = padding if padding is not None else ((half, half), (half, half))
@@ -93,7 +102,7 @@ class Conv(nnx.Module):
         dtype = self.compute.dtype
         x, kernel = x.astype(dtype), self.compute.weights(self.kernel[...].astype(dtype))
 
-        # The CPU's ways: stride 1 only, and float32 only, because Winograd's sums lose digits.
+        # The CPU's kernels take stride 1 and float32 only: in 16 bits, Winograd's sums lose digits.
         ours = self.compute.conv == "cpu" and self.stride == 1 and dtype == jnp.float32
         if ours and self.doubled:
             y = doubled_conv(x, kernel)
@@ -101,11 +110,12 @@ class Conv(nnx.Module):
             y = cpu_conv.conv(x, kernel, self.padding)
         else:
             y = xla_conv(upsample_nearest(x) if self.doubled else x, kernel, self.padding, self.stride)
+
         return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
 
 
 class GroupNorm(nnx.Module):
-    """Group normalization with float32 statistics."""
+    """Group normalization over the last axis; statistics are float32 in every compute type."""
 
     def __init__(self, features: int, groups: int, *, eps: float, compute: Compute):
         self.scale = nnx.Param(jnp.ones((features,)))
@@ -115,13 +125,13 @@ class GroupNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "b *space c"], *, silu: bool = False
     ) -> Float[Array, "b *space c"]:
-        """Normalizes; silu: apply that activation too, as after almost every norm of these networks."""
+        """Normalizes; silu: applies that activation too, which follows almost every norm here."""
         scale, bias = self.scale[...], self.bias[...]
         return group_norm(x, scale, bias, self.groups, self.eps, silu, self.compute.dtype)
 
 
 class Linear(nnx.Module):
-    """A dense layer with torch's initial variance, kernel [in, out]."""
+    """Dense layer with a kernel [in, out] and torch's initial variance."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, compute: Compute, rngs: nnx.Rngs
@@ -133,6 +143,7 @@ class Linear(nnx.Module):
         self.compute = compute
 
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        # Parameters are stored in float32 and converted where they are used.
         dtype = self.compute.dtype
         y = x.astype(dtype) @ self.weights()
         return y + self.bias[...].astype(dtype) if hasattr(self, "bias") else y
@@ -158,9 +169,12 @@ def timestep_embedding(
     timestep: Real[Array, "b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "b width"]:
     """Embeds timesteps as sinusoids, float32 (diffusers: `embeddings.py:get_timestep_embedding`)."""
+    # Float32 throughout: bfloat16 cannot tell neighboring timesteps of a thousand apart.
     half = width // 2
     exponent = -math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angle = timestep.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
+
+    # Stable Diffusion has the cosines first. An odd width gets a zero at its end.
     parts = [jnp.cos(angle), jnp.sin(angle)] if flip_sin_to_cos else [jnp.sin(angle), jnp.cos(angle)]
     embedding = jnp.concatenate(parts, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that each device does on its own shard: slices of a batch, gathered kernels, attention."""
+"""Runs parts of a model on each device's own shard: slices of a batch, gathered kernels, attention."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from digseg_jax.runtime.sharding import BATCH, spec_of
 
 
 def in_slices(function: Callable[[Any], Array], x: Any, limit: int) -> Array:
-    """Computes function(x) in slices of at most `limit` examples a device; 0: all at once.
+    """Computes function(x) in slices, one after another, to save memory.
 
-    `function` maps examples to examples; x is an array of them, or a tree of arrays. Slice s has the
-    examples s, s + slices, ...: this splits each device's own part and moves no example elsewhere.
+    Slice s has the examples s, s + slices, ...: this splits each device's own part and moves no example
+    to another device.
+
+    Args:
+      function: maps examples to examples.
+      x: an array of examples, or a tree of arrays.
+      limit: most examples of a slice on each device; 0: all at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -52,6 +57,7 @@ def gathered(kernel: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _whole(kernel: Array, spec: P) -> Array:
+    """The kernel replicated on every device; its gradient stays sharded as `spec` says."""
     # Sharded first: otherwise XLA gathers the float32 kernel and converts it to bfloat16 afterwards.
     kernel = jax.lax.with_sharding_constraint(kernel, spec)
     return jax.lax.with_sharding_constraint(kernel, P())
@@ -62,8 +68,8 @@ def _whole_forward(kernel: Array, spec: P) -> tuple[Array, None]:
 
 
 def _whole_backward(spec: P, _: None, gradient: Array) -> tuple[Array]:
-    # The constraint's own gradient would be whole on every device: an all-reduce, twice the bytes of
-    # the reduce-scatter that each device's part of the sum needs.
+    # The constraint's own gradient would be replicated: an all-reduce, which moves twice the bytes of
+    # the reduce-scatter that is enough for each device's part of the sum.
     return (jax.lax.with_sharding_constraint(gradient, spec),)
 
 
@@ -77,11 +83,14 @@ def local_feed_forward(x: Float[Array, "b l c"], *weights: Array) -> Float[Array
     """
 
     def local(x: Array, *weights: Array) -> Array:
+        """The kernel on one device's examples; it takes positions [n, c]."""
         return fused(x.reshape(-1, x.shape[-1]), *weights).reshape(x.shape)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(x, *weights)
+
+    # A batch that does not divide is computed whole on each device.
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     spec = P(BATCH[0] if x.shape[0] % shards == 0 else None, None, None)
     in_specs = (spec, *(P() for _ in weights))
@@ -121,5 +130,5 @@ class LocalAttention:
 
         spec = P(batch, None, heads, None)
         in_specs = (spec, spec, spec, P(batch, None))[: len(arrays)]
-        # check_vma off: a Pallas call does not say over which axes its result varies
+        # check_vma=False: a Pallas call does not say over which axes its result varies.
         return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(*arrays)

@@ -66,18 +66,21 @@ def attention(function: Function, mode: str) -> Function:
 
 
 def _but_kept(function: Function) -> Function:
+    """The function with everything recomputed but what is marked as `kept`."""
     return jax.checkpoint(function, policy=_kept_policy())
 
 
 def _kept_policy() -> Callable[..., bool]:
+    """Policy: keep the results that `kept` marks."""
     return jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 def _if_large(function: Function) -> Function:
+    """Recomputes the function where its map has more pixels than channels (mode `large`)."""
     again = _but_kept(function)
 
     def choose(x: Float[Array, "b h w c"], *others: Any) -> Any:
-        _, h, w, c = x.shape
+        _, h, w, c = x.shape  # static: the choice is made while tracing
         return (again if h * w > c else function)(x, *others)
 
     return choose
@@ -91,12 +94,14 @@ def weight_products(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive is jax.lax.conv_general_dilated_p:
         return True
     if primitive is jax.lax.dot_general_p:
+        # ((contracting), (batch)), each a pair for the left and the right operand.
         _, (batch_dimensions, _) = params["dimension_numbers"]
         return not batch_dimensions
     return False
 
 
 def _unchanged(function: Function, mode: str) -> Function:
+    """The function itself, after checking that the mode is one of MODES."""
     if mode not in MODES:
         raise ValueError(f"rematerialization {mode!r}; legal: {', '.join(MODES)}")
     return function

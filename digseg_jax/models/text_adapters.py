@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Light adapters from frozen text tokens to the U-Net's cross-attention, one per resolution."""
+"""Adapts frozen text tokens to the U-Net's cross-attention: a small network for each resolution."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 
-# paths that start at zero, so that an adapter between equal widths starts as the identity
+# Parameter paths that start at zero, so that an adapter between equal widths starts as the identity.
 ZERO_INIT = r"text_adapters\.\d+\.fc2\.kernel$"
 
 
@@ -21,6 +21,8 @@ class TextAdapter(nnx.Module):
         self.norm = layer_norm(features, **options)
         self.fc1 = linear(features, out_features, **options)
         self.fc2 = linear(out_features, out_features, **options)
+
+        # Unequal widths cannot be added: the tokens are projected first.
         if features != out_features:
             self.proj = linear(features, out_features, **options)
 

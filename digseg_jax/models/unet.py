@@ -29,7 +29,7 @@ from digseg_jax.models.text_adapters import TextAdapter
 from digseg_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 
 DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
-OWN_CLASS = "DigsegUNet2DConditionModel"  # of what diffusers' class alone would misuse
+OWN_CLASS = "DigsegUNet2DConditionModel"  # class name of weights that diffusers' own class would misuse
 NOTE = (
     "a U-Net of digseg_jax, not usable alone; open its pipeline: "
     "DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)"
@@ -41,9 +41,11 @@ UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 class UNetConfig(HubConfig):
     """Fields of the hub's `unet/config.json`; the defaults are Stable Diffusion 1.5's.
 
-    attention_head_dim: the *number* of heads, per level or for all (diffusers' historical naming).
-    text_adapters: ours; a `TextAdapter` per resolution before the cross-attention.
-    text_dim: ours; width of the text tokens before the adapters; None: cross_attention_dim.
+    Attributes:
+      attention_head_dim: the *number* of heads, per level or for all (diffusers' historical naming).
+      text_adapters: a `TextAdapter` per resolution before the cross-attention (not in diffusers).
+      text_dim: width of the text tokens before the adapters; None: cross_attention_dim (not in
+        diffusers).
     """
 
     sample_size: int = 64
@@ -104,6 +106,7 @@ class UNetConfig(HubConfig):
                     f"UNet2DConditionModel config: {field}={getattr(self, field)!r}; legal: one number"
                 )
 
+        # One number of heads for all levels, or one for each.
         heads = self.num_attention_heads or self.attention_head_dim
         if isinstance(heads, tuple) and len(heads) != levels:
             raise UserError(
@@ -111,10 +114,11 @@ class UNetConfig(HubConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json, which tells what diffusers' own class would do wrong.
+        """The content of a config.json, made so that diffusers' own class does not misuse the weights.
 
-        That class would drop the adapters, so a key that it checks makes it refuse, in our words.
-        Without adapters it computes the same from its two latents, and warns about a key it lacks.
+        With adapters, which that class would drop, a key that it checks makes it raise, and NOTE is in
+        the message. Without adapters it computes the same from both latents; there NOTE is a key that
+        it does not know, about which it warns.
         """
         values = super().to_dict()
         if self.text_adapters:
@@ -131,7 +135,7 @@ class UNetConfig(HubConfig):
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two linear layers with SiLU between."""
+    """Two linear layers with SiLU between them, from the timestep's sinusoids to its embedding."""
 
     def __init__(self, features: int, out_features: int, *, compute: Compute, rngs: nnx.Rngs):
         self.linear_1 = linear(features, out_features, compute=compute, rngs=rngs)
@@ -142,7 +146,12 @@ class TimestepEmbedding(nnx.Module):
 
 
 class UNet2DConditionModel(nnx.Module):
-    """The denoising network: noisy latent, timestep and text tokens to a prediction like the latent."""
+    """The denoising network: predicts from noisy latent, timestep and text tokens.
+
+    Args:
+      config: architecture.
+      dtype, conv, attention, remat, weights, feed_forward: how it is computed, see `layers.Compute`.
+    """
 
     def __init__(
         self,
@@ -156,7 +165,7 @@ class UNet2DConditionModel(nnx.Module):
         weights: WeightsFn = as_it_is,
         feed_forward: FeedForwardFn | None = None,
     ):
-        # What all parts share.
+        # Options that all parts share; the timestep's embedding has four times the first level's width.
         compute = Compute(dtype, conv, attention, remat, weights, feed_forward)
         options: Shared = {"compute": compute, "rngs": rngs}
         widths, levels = config.block_out_channels, len(config.block_out_channels)
@@ -189,6 +198,7 @@ class UNet2DConditionModel(nnx.Module):
             ]
         )
 
+        # At the lowest resolution.
         self.mid_block = MidBlock(
             widths[-1],
             heads=config.heads[-1],
@@ -215,6 +225,7 @@ class UNet2DConditionModel(nnx.Module):
             ]
         )
 
+        # The highest resolution again, to the channels of the prediction.
         self.conv_norm_out = GroupNorm(
             widths[0], config.norm_num_groups, eps=config.norm_eps, compute=compute
         )
@@ -227,9 +238,13 @@ class UNet2DConditionModel(nnx.Module):
         context: Float[Array, "b l d"],
         context_mask: Bool[Array, "b l"] | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """Predicts noise, v or x0, in float32; height and width are multiples of 2 ** (levels - 1).
+        """Predicts noise, v or x0, in float32.
 
-        context_mask: True (or non-zero) where a text token is real; None: all are.
+        Args:
+          sample: latents; height and width are multiples of 2 ** (levels - 1).
+          timestep: one per example, 0 to T - 1.
+          context: text tokens.
+          context_mask: True (or non-zero) where a text token is real; None: all are.
         """
         mask = None if context_mask is None else context_mask.astype(bool)
         contexts = self._contexts(context.astype(self.compute.dtype))
@@ -253,7 +268,7 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(self.conv_norm_out(x, silu=True)).astype(jnp.float32)
 
     def _time(self, timestep: Array) -> Array:
-        """Embedding of the timestep, [b, 4 * width]."""
+        """Embedding of the timestep, [b, 4 * width], in the type of the activations."""
         c = self.config
         sinusoids = timestep_embedding(
             timestep,

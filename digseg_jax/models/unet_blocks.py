@@ -23,6 +23,7 @@ class _Level(nnx.Module):
     def _add_resnet(
         self, cin: int, cout: int, config: Any, time_features: int, **options: Unpack[Shared]
     ) -> None:
+        """Appends a resnet from `cin` to `cout` channels."""
         self.resnets.append(
             ResnetBlock2D(
                 cin,
@@ -35,6 +36,7 @@ class _Level(nnx.Module):
         )
 
     def _add_attention(self, features: int, heads: int, config: Any, **options: Unpack[Shared]) -> None:
+        """Appends a transformer behind the resnet that was added last."""
         self.attentions.append(
             Transformer2DModel(
                 features,
@@ -86,12 +88,14 @@ class DownBlock(_Level):
         mask: Bool[Array, "b l"] | None,
     ) -> tuple[Array, list[Array]]:
         """Returns the block's result and every intermediate one, for the skip connections."""
+        # One skip per resnet, and one of the downsampled map: the next level's up block takes it last.
         outputs = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context, mask)
             outputs.append(x)
+
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
             outputs.append(x)
@@ -113,6 +117,8 @@ class MidBlock(_Level):
     ):
         options: Shared = {"compute": compute, "rngs": rngs}
         self.resnets, self.attentions = nnx.List([]), nnx.List([])
+
+        # Two resnets around one transformer, as `__call__` uses them.
         for _ in range(2):
             self._add_resnet(features, features, config, time_features, **options)
         self._add_attention(features, heads, config, **options)
@@ -130,7 +136,18 @@ class MidBlock(_Level):
 
 
 class UpBlock(_Level):
-    """Resnets on the concatenation with a skip connection each, then an optional upsampling."""
+    """Resnets, each on the map concatenated with a skip connection, then an optional upsampling.
+
+    Args:
+      skip_cin: channels of the last skip, which comes from the next higher resolution.
+      cin: channels of the map from the block below.
+      cout: channels of the result.
+      config: the U-Net's.
+      layers: resnets of the down block at this resolution; here there is one more.
+      heads: attention heads; None: no transformers.
+      upsample: double the resolution at the end.
+      time_features: channels of the timestep's embedding.
+    """
 
     def __init__(
         self,
@@ -170,9 +187,11 @@ class UpBlock(_Level):
         context: Float[Array, "b l d"],
         mask: Bool[Array, "b l"] | None,
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Applies the block; `skips` are in the order they were made, the last one is used first."""
+        """Applies the block; `skips` are in the order in which they were made."""
+        # The last skip is used first: both ways meet at the lowest resolution.
         for i, resnet in enumerate(self.resnets):
             x = resnet(jnp.concatenate([x, skips[-1 - i]], axis=-1), time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context, mask)
+
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x

@@ -44,7 +44,9 @@ class VaeConfig(HubConfig):
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
-        # diffusers wants the types spelled out; there is only one kind of each
+
+        # diffusers needs the types of the blocks, of which there is one kind each. The dataclass is
+        # frozen, hence `object.__setattr__`.
         object.__setattr__(self, "down_block_types", ("DownEncoderBlock2D",) * levels)
         object.__setattr__(self, "up_block_types", ("UpDecoderBlock2D",) * levels)
 
@@ -62,7 +64,7 @@ class Posterior(NamedTuple):
 
 
 class _Block(nnx.Module):
-    """Resnets of one resolution, then optionally a resampling."""
+    """Resnets at one resolution, then a resampling: "down", "up" or "none"."""
 
     def __init__(
         self, cin: int, cout: int, layers: int, groups: int, resample: str, **options: Unpack[Shared]
@@ -73,6 +75,8 @@ class _Block(nnx.Module):
                 for i in range(layers)
             ]
         )
+
+        # Attribute names decide the checkpoint's keys: a block has at most one of the two.
         if resample == "down":
             self.downsamplers = nnx.List([Downsample2D(cout, asymmetric=True, **options)])
         elif resample == "up":
@@ -81,6 +85,7 @@ class _Block(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         for resnet in self.resnets:
             x = resnet(x)
+
         for resampler in [*getattr(self, "downsamplers", []), *getattr(self, "upsamplers", [])]:
             x = resampler(x)
         return x
@@ -93,6 +98,8 @@ class _Mid(nnx.Module):
         self.resnets = nnx.List(
             [ResnetBlock2D(c, c, groups=groups, eps=EPS, **options) for _ in range(2)]
         )
+
+        # Stable Diffusion's autoencoder has attention here, the shipped small one does not.
         if attention:
             self.attentions = nnx.List(
                 [Attention(c, c, 1, bias=True, norm_groups=groups, norm_eps=EPS, **options)]
@@ -109,7 +116,7 @@ class _Mid(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Image to mean and log-variance of the latent."""
+    """Encodes images to mean and log-variance of the latent, side by side in the channels."""
 
     def __init__(self, config: VaeConfig, **options: Unpack[Shared]):
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -144,7 +151,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latent to image."""
+    """Decodes latents to images; the levels of the encoder in reverse."""
 
     def __init__(self, config: VaeConfig, **options: Unpack[Shared]):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -177,7 +184,10 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Images [b,H,W,3] in [-1,1] to unscaled latents [b,H/f,W/f,4] and back; f = `config.factor`."""
+    """Stable Diffusion's autoencoder: images [b, H, W, 3] in [-1, 1], latents [b, H/f, W/f, 4].
+
+    f is `config.factor`. Latents are unscaled: the U-Net's are `config.scaling_factor` times as large.
+    """
 
     def __init__(
         self,
@@ -195,6 +205,8 @@ class AutoencoderKL(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, **options)
         self.decoder = Decoder(config, **options)
+
+        # 1x1 convolutions on the latent, left over from the VQ autoencoder that this one descends from.
         self.quant_conv = Conv(2 * channels, 2 * channels, 1, **options)
         self.post_quant_conv = Conv(channels, channels, 1, **options)
 
@@ -202,6 +214,8 @@ class AutoencoderKL(nnx.Module):
         """Encodes to the unscaled posterior; the U-Net takes its mean times `config.scaling_factor`."""
         moments = self.quant_conv(self.encoder(image)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
+
+        # diffusers' bounds (`DiagonalGaussianDistribution`): exp must not overflow.
         return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W d"]:

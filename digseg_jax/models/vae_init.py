@@ -2,11 +2,11 @@
 """Initial weights for small autoencoders: random, except that colors pass through exactly.
 
 Group normalization discards absolute values, so a small AutoencoderKL spends most of a short training
-on learning the color of each cell, and stays some 2 % off. Here six channels of the
-residual stream carry (r, g, b, -r, -g, -b) untouched: residual branches start at zero, strided
-convolutions average 2x2 pixels, up-sampling repeats. Two more hold constants (K, -K) at the end, which
-fix mean and deviation of their group in the last norm, and silu(x) - silu(-x) = x undoes the
-activation. So the network starts as block averages and their enlargement, and learns detail from there.
+on learning the color of each cell, and stays some 2 % off. Here six channels of the residual stream
+carry (r, g, b, -r, -g, -b) unchanged: residual branches start at zero, strided convolutions average 2x2
+pixels, upsampling repeats. Two more channels hold constants (K, -K) at the end, which fix mean and
+deviation of their group in the last norm, and silu(x) - silu(-x) = x undoes the activation. So the
+network starts as block averages and their enlargement, and learns detail from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ RESERVED = CARRIED + 2  # and K, -K, which are added by the last residual branch
 K = 8.0  # far above the colors' range of [-1, 1], so that the group's deviation is nearly constant
 LOGVAR = -6.0  # initial log-variance of the posterior
 
-# rows: latents. Brightness, red - green, green - blue, scaled to like deviations on satellite imagery
+# Rows are latents: brightness, red - green, green - blue, scaled to similar deviations on satellite
+# images.
 COLOR_TO_LATENT = np.array([[0.5, 0.5, 0.5], [8.0, -8.0, 0.0], [0.0, 4.5, -4.5]])
 
 
@@ -50,12 +51,13 @@ def carry_colors(params: Params, config: VaeConfig) -> Params:
     for path, kernel in flat.items():
         if not path.endswith(".kernel"):
             continue
+
         if ".conv2." in path:
             kernel[:] = 0.0
         elif ".conv_shortcut." in path or "samplers." in path:
             _pass_through(kernel, stride=2 if "downsamplers." in path else 1)
 
-    # Both ends: colors in, constants into the last norm, colors out.
+    # At both ends of encoder and decoder: colors in, constants into the last norm, colors out.
     widths, last_resnet = config.block_out_channels, config.layers_per_block
     last = {
         "encoder": ("mid_block.resnets.1", widths[-1]),
@@ -63,9 +65,13 @@ def carry_colors(params: Params, config: VaeConfig) -> Params:
     }
     for part, (resnet, width) in last.items():
         _lay_ends(flat, part)
+
+        # The constants enter with the last residual branch. The norm divides by the group's deviation,
+        # which is nearly theirs alone; its scale multiplies by it again.
         flat[f"{part}.{resnet}.conv2.bias"][CARRIED:RESERVED] = K, -K
         deviation = K * math.sqrt(2.0 * config.norm_num_groups / width)
         flat[f"{part}.conv_norm_out.scale"][:RESERVED] = deviation
+
     _moments(flat, config.latent_channels)
     return unflatten(flat)
 
@@ -79,12 +85,14 @@ def _pass_through(kernel: np.ndarray, stride: int) -> None:
 
 def _lay_ends(flat: dict[str, np.ndarray], part: str) -> None:
     """Makes conv_in split colors (of pixels or latents) into the carried channels; conv_out joins."""
-    color = np.eye(3) if part == "encoder" else np.linalg.inv(COLOR_TO_LATENT)  # of 3 inputs
+    # In: split each color into its positive and its negative copy.
+    color = np.eye(3) if part == "encoder" else np.linalg.inv(COLOR_TO_LATENT)  # from 3 inputs
     kernel = flat[f"{part}.conv_in.kernel"]
     middle = kernel.shape[0] // 2
     kernel[..., :RESERVED] = 0.0
     kernel[middle, middle, :3, :3], kernel[middle, middle, :3, 3:6] = color.T, -color.T
 
+    # Out: their difference, which undoes the activation between.
     join = COLOR_TO_LATENT if part == "encoder" else np.eye(3)
     kernel = flat[f"{part}.conv_out.kernel"]
     kernel[..., :3] = 0.0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distilled autoencoder TAESD (diffusers: `autoencoders/autoencoder_tiny.py`, `vae.py`).
 
-About 1/30 of the parameters of Stable Diffusion's autoencoder and far cheaper to run. It has no
-posterior, and its latents are those that Stable Diffusion's U-Net sees: scaling factor 1.
+It has about 1/30 of the parameters of Stable Diffusion's autoencoder and is far cheaper to run. It has
+no posterior, and its latents are scaled as Stable Diffusion's U-Net takes them: scaling factor 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from digseg_jax.models.layers import Compute, Conv, Shared, WeightsFn, as_it_is
 class TinyVaeConfig(HubConfig):
     """Fields of the hub's `config.json`; the defaults are TAESD's.
 
-    latent_magnitude, latent_shift: how latents are stored as bytes; the model does not use them.
+    Attributes:
+      latent_magnitude, latent_shift: how latents are stored as bytes; the model does not use them.
     """
 
     in_channels: int = 3
@@ -54,14 +55,15 @@ class TinyVaeConfig(HubConfig):
             "decoder": (self.decoder_block_out_channels, self.num_decoder_blocks),
         }
 
-        # What the sequences of layers can express, and both sides with the same number of levels.
+        # diffusers' layout has no layer between levels that could change the width.
         for side, (widths, counts) in sides.items():
-            # a change of width between levels is not expressible in diffusers' layout
             if len(widths) != len(counts) or len(set(widths)) != 1:
                 raise UserError(
                     f"AutoencoderTiny config: {side}_block_out_channels={widths!r}; legal: "
                     f"{len(counts)} equal widths"
                 )
+
+        # Both sides must have the same number of levels: one halves, the other doubles.
         if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
             raise UserError(
                 f"AutoencoderTiny config: num_decoder_blocks={self.num_decoder_blocks!r}; legal: "
@@ -75,7 +77,7 @@ class TinyVaeConfig(HubConfig):
 
 
 class PointLatent(NamedTuple):
-    """The result of an encoder without posterior; the field has the name of a posterior's mean."""
+    """Result of an encoder without posterior; its field is named as in `vae.Posterior`."""
 
     mean: Float[Array, "b h w c"]
 
@@ -88,7 +90,7 @@ class ReLU(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Identity that counts in torch's indices; the convolution behind it upsamples."""
+    """Identity that counts in torch's indices; the convolution after it upsamples."""
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return x
@@ -119,6 +121,7 @@ class TinyEncoder(nnx.Module):
             else:
                 layers.append(Conv(width, width, stride=2, use_bias=False, **options))
             layers += [TinyBlock(width, **options) for _ in range(count)]
+
         layers.append(Conv(width, config.latent_channels, **options))
         self.layers = nnx.List(layers)
 
@@ -137,6 +140,7 @@ class TinyDecoder(nnx.Module):
         for count in config.num_decoder_blocks[:-1]:
             layers += [TinyBlock(width, **options) for _ in range(count)]
             layers += [Upsample(), Conv(width, width, use_bias=False, doubled=True, **options)]
+
         layers += [TinyBlock(width, **options) for _ in range(config.num_decoder_blocks[-1])]
         layers.append(Conv(width, config.out_channels, **options))
         self.layers = nnx.List(layers)
@@ -147,7 +151,10 @@ class TinyDecoder(nnx.Module):
 
 
 class AutoencoderTiny(nnx.Module):
-    """Images [b,H,W,3] in [-1,1] to latents [b,H/f,W/f,4] and back; f = `config.factor`."""
+    """TAESD: images [b, H, W, 3] in [-1, 1] to latents [b, H/f, W/f, 4] and back.
+
+    f is `config.factor`.
+    """
 
     def __init__(
         self,
@@ -160,7 +167,7 @@ class AutoencoderTiny(nnx.Module):
         remat: str = "none",
         weights: WeightsFn = as_it_is,
     ):
-        del attention, remat  # nothing here to choose; taken so that models have the same options
+        del attention, remat  # no attention, nothing to recompute; taken so that all models have them
         options: Shared = {"compute": Compute(dtype, conv, weights=weights), "rngs": rngs}
         self.config = config
         self.encoder = TinyEncoder(config, **options)
@@ -180,6 +187,7 @@ class AutoencoderTiny(nnx.Module):
 
 
 def _sequence(layers: Iterable[Any], x: Array) -> Array:
+    """Applies layers one after another."""
     for layer in layers:
         x = layer(x)
     return x

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers written for one kind of device; each computes what its plain counterpart does."""
+"""Layers written for one kind of device; each computes the same as its plain counterpart."""

@@ -20,13 +20,13 @@ from digseg_jax.models.remat import KEPT
 
 AttentionFn = Callable[[Array, Array, Array, Array | None], Array]
 
-QUERY_CHUNK = 256  # on two CPU cores faster than 64 and 1024
-FEW_KEYS = 128
+QUERY_CHUNK = 256  # queries at a time; on two CPU cores faster than 64 and 1024
+FEW_KEYS = 128  # keys; with no more, as in a text, the weights are small and chunks do not pay
 HEADWISE_CHUNK = 1 << 21  # weights at a time on a CPU: 8 MB
 HEADWISE_FEW = 1 << 19  # weights of a head; with fewer, separate calls cost more than they save
 LANES = 128  # splash blocks are multiples of a TPU register's lanes
-# cuDNN's fused attention: channels per head that it takes on every GPU, multiples of queries and keys
-# that its backward pass takes in every version, and the first generation of GPUs that it runs on
+# cuDNN's fused attention: most channels per head on every GPU, the multiple of queries and keys that
+# its backward pass takes in every version, and the first generation of GPUs that it runs on.
 CUDNN_MAX_WIDTH = 128
 CUDNN_BLOCK = 64
 CUDNN_CAPABILITY = (8, 0)  # Ampere
@@ -36,7 +36,8 @@ PLATFORMS = {"splash": ("tpu",), "cudnn": ("gpu", "cuda"), "headwise": ("cpu",)}
 def unfit(name: str, device: Any, dtype: str) -> str:
     """Says why a device cannot run an implementation with activations of `dtype`; "" if it can.
 
-    device: a `jax.Device`, or what describes one: its `platform` and, of a GPU, `compute_capability`.
+    device: a `jax.Device`, or an object that describes one: it has `platform` and, for a GPU,
+      `compute_capability`.
     """
     platform = device.platform
     platforms = PLATFORMS.get(name, (platform,))
@@ -45,7 +46,7 @@ def unfit(name: str, device: Any, dtype: str) -> str:
     if name != "cudnn":
         return ""
 
-    # cuDNN also asks for 16 bits and a recent GPU.
+    # cuDNN also needs 16-bit activations and a recent GPU.
     if jnp.dtype(dtype).itemsize != 2:
         return f"takes 16-bit activations only, config.model.dtype is {dtype!r}"
     capability = getattr(device, "compute_capability", None) or "8.0"
@@ -60,7 +61,7 @@ def plain(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """Computes two matrix products around a softmax in float32; holds l x m weights per head."""
+    """Computes attention as two matrix products around a softmax; holds l x m weights per head."""
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     return _attend(q, k, v, mask).swapaxes(1, 2)
 
@@ -71,8 +72,9 @@ def _attend(
     v: Float[Array, "b heads m d"],
     mask: Bool[Array, "b m"] | None,
 ) -> Float[Array, "b heads l d"]:
+    """Attention with the heads before the positions, the core of all portable implementations."""
     # Heads before positions: products of contiguous blocks, on a CPU twice as fast as strided ones.
-    # The queries are fewer numbers to scale than the logits; 16 bits would round them once more.
+    # Scaling the queries is cheaper than scaling the logits, but 16 bits would round them once more.
     scale = q.shape[-1] ** -0.5
     early = q.dtype == jnp.float32
     q = q * scale if early else q
@@ -134,7 +136,7 @@ def headwise(
     if length * keys < HEADWISE_FEW:
         return plain(q, k, v, mask)
 
-    # The fewest equal chunks that fit the cache.
+    # The fewest equal chunks that fit into the cache.
     least = -(-length * keys // HEADWISE_CHUNK)
     count = next((n for n in range(least, 2 * least + 1) if length % n == 0), None)
     if count is None:  # no such number divides the length: a feature map with odd sides
@@ -142,10 +144,12 @@ def headwise(
 
     @jax.checkpoint
     def attend(*arrays: Array) -> Array:
+        """Attention of some queries of one head, [l, d], with all its keys."""
         q, k, v, *mask = (array[None] for array in arrays)
         return _attend(q[None], k[None], v[None], *(mask or (None,)))[0, 0]
 
     def of_head(arrays: tuple[Array, ...]) -> Array:
+        """Attention of one head, its chunks of queries one after another."""
         chunks, *others = arrays
         return jax.lax.map(lambda chunk: attend(chunk, *others), chunks)
 
@@ -167,7 +171,7 @@ def splash(
 ) -> Float[Array, "b l heads d"]:
     """Runs Pallas kernels for TPUs; `chunked` where their blocks do not fit.
 
-    JAX's splash attention takes the U-Net's self-attention: both lengths multiples of 128, no key
+    JAX's splash attention computes the U-Net's self-attention: both lengths multiples of 128, no key
     masked. The few keys of a text go to `kernels.cross_attention`. XLA cannot partition a Pallas
     kernel, so on several devices this has to be called on each device's shard
     (`partition.LocalAttention`).
@@ -203,7 +207,7 @@ def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> Calla
         block_kv_dq=block_kv,
     )
 
-    # Its results are named, so that rematerialized blocks keep them.
+    # The results get the name KEPT, so that rematerialized blocks keep them.
     masks = [library.FullMask((length, keys))] * heads
     return library.make_splash_mha(
         library.splash_attention_mask.MultiHeadMask(masks),
@@ -226,10 +230,10 @@ def cudnn(
     v: Float[Array, "b m heads d"],
     mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b l heads d"]:
-    """Runs cuDNN's fused attention on NVIDIA GPUs; `chunked` where it cannot or does not pay.
+    """Runs cuDNN's fused attention on NVIDIA GPUs; `chunked` where it cannot run or does not pay.
 
-    It takes the self-attention of feature maps. A text has few keys, an odd number of them and a mask,
-    which cuDNN's backward pass refuses; wider heads occur in small maps and in the autoencoder.
+    It computes the self-attention of feature maps. A text has few keys, an odd number of them and a
+    mask, which cuDNN's backward pass rejects; wider heads occur in small maps and in the autoencoder.
     """
     if not _cudnn_takes(q, k, mask):
         return chunked(q, k, v, mask)
@@ -237,10 +241,11 @@ def cudnn(
 
 
 def _cudnn_takes(q: Array, k: Array, mask: Array | None) -> bool:
-    """Whether cuDNN computes it forward and backward on every GPU that `unfit` accepts."""
+    """True if cuDNN computes it forward and backward on every GPU that `unfit` accepts."""
     (_, length, _, width), keys = q.shape, k.shape[1]
     if mask is not None or keys <= FEW_KEYS or q.dtype.itemsize != 2:
         return False
+
     blocks = length % CUDNN_BLOCK == 0 and keys % CUDNN_BLOCK == 0
     return blocks and width <= CUDNN_MAX_WIDTH and width % 8 == 0
 

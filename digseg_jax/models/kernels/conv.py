@@ -24,8 +24,8 @@ from digseg_jax.arraytypes import Array, Float
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
 SAME = ((1, 1), (1, 1))  # keeps the size with a 3x3 kernel
 
-# F(4, 3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), 4.3: four
-# neighbors of a row from six products instead of twelve
+# F(4, 3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.3:
+# four neighbors of a row from six products instead of twelve.
 TILE = 4
 INPUT = (
     (4, 0, -5, 0, 1, 0),
@@ -62,9 +62,11 @@ def conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _wide_conv(x: Array, kernel: Array, padding: Padding) -> Array:
-    """The fastest way for kernels of many channels."""
+    """Convolves with a kernel of many channels in the fastest way for the map's size."""
     if _smaller_than_kernel(x, kernel):
         return patches_conv(x, kernel, padding)
+
+    # Winograd: rows of whole tiles, and so many cells that the saved products pay for the sums.
     same = kernel.shape[:2] == (3, 3) and padding == SAME
     if same and x.shape[2] % TILE == 0 and _cells(x) >= MANY:
         return winograd_conv(x, kernel)
@@ -76,6 +78,7 @@ def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Ar
 
 
 def _backward(padding: Padding, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    """Gradients of x and the kernel; a map smaller than its kernel has all patches at once here too."""
     x, kernel = saved
     if _smaller_than_kernel(x, kernel):
         return jax.vjp(partial(patches_conv, padding=padding), x, kernel)[1](cotangent)
@@ -92,10 +95,12 @@ _wide_conv.defvjp(_forward, _backward)
 
 
 def _cells(x: Array) -> int:
+    """Number of cells of all maps, b * h * w."""
     return math.prod(x.shape[:3])
 
 
 def _smaller_than_kernel(x: Array, kernel: Array) -> bool:
+    """True if there are fewer cells than channels: XLA would read the kernel too often."""
     return _cells(x) <= min(kernel.shape[2:])
 
 
@@ -133,12 +138,14 @@ def winograd_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -
         column = _combine(taps, [kernel[:, j] for j in range(3)])  # 3 c d
         products.append(xla_conv(_combine(inputs, cells), column[:, None], ((1, 1), (0, 0))))
 
+    # Back from six products to four neighbors of each tile.
     outputs = [_combine(row, products) for row in OUTPUT]
     return jnp.stack(outputs, axis=3).reshape(b, h, w, -1)
 
 
 def _combine(factors: Sequence[float], terms: Sequence[Array]) -> Array:
     """Sums terms times factors, most of which are 0 or 1."""
+    # Zeros need no term, ones no product.
     parts = [
         term if factor == 1 else np.float32(factor) * term
         for factor, term in zip(factors, terms, strict=True)

@@ -18,13 +18,13 @@ from digseg_jax.arraytypes import Array, Bool, Float
 from digseg_jax.models.kernels.pallas import call, product
 from digseg_jax.models.remat import kept
 
-KEYS = 128  # the most keys; fewer are padded to as many, the lanes of a register
+KEYS = 128  # the most keys, as many as a register has lanes; fewer are padded
 ROWS = (256, 128)  # queries at a time
-LOWEST = float(jnp.finfo(jnp.float32).min)
+LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: with -inf, a row of masked keys would be nan
 
 
 def takes(length: int, keys: int) -> bool:
-    """Whether the kernel can take that many queries and keys of an example."""
+    """True if the kernel can take that many queries and keys of an example."""
     return keys <= KEYS and length % ROWS[-1] == 0
 
 
@@ -48,6 +48,7 @@ def few_keys(
     bias = jnp.where(valid, 0.0, LOWEST / 2).astype(jnp.float32)
     bias = jnp.pad(bias, ((0, 0), (0, KEYS - keys)), constant_values=LOWEST)[:, None]
 
+    # Heads and their channels become one axis, which is how the projections have them in memory.
     padding = ((0, 0), (0, KEYS - keys), (0, 0))
     k, v = (jnp.pad(a.reshape(*a.shape[:2], -1), padding) for a in (k, v))
     y = _attend(heads, interpret, q.reshape(*q.shape[:2], -1), k, v, bias)
@@ -56,6 +57,7 @@ def few_keys(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(heads: int, interpret: bool, q: Array, k: Array, v: Array, bias: Array) -> Array:
+    """Runs the kernel on q [b, l, heads * d], k and v [b, KEYS, heads * d], bias [b, 1, KEYS]."""
     rows, whole, row = _specs(q)
     shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
     specs, grid = [rows, whole, whole, row], _grid(q, rows)
@@ -71,10 +73,15 @@ def _attend_forward(heads: int, interpret: bool, *arrays: Array) -> tuple[Array,
 def _attend_backward(
     heads: int, interpret: bool, arrays: tuple[Array, ...], dy: Array
 ) -> tuple[Array, ...]:
+    """Runs the backward kernel; the bias has no gradient, because it comes from the mask."""
     q, k, v, bias = arrays
     rows, whole, row = _specs(q)
+
+    # Gradients of k and v are sums over blocks of queries, hence float32.
     sums = jax.ShapeDtypeStruct(k.shape, jnp.float32)
     shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype), sums, sums]
+
+    # Blocks of one example run in order, because they sum into one result; examples in any order.
     specs, results = [rows, rows, whole, whole, row], [rows, whole, whole]
     kernel, name, grid = partial(_backward, heads), "cross_attention_backward", _grid(q, rows)
     run = call(kernel, name, specs, results, shapes, grid=grid, parallel=1, interpret=interpret)
@@ -96,6 +103,7 @@ def _specs(q: Array) -> tuple[Any, Any, Any]:
 
 
 def _grid(q: Array, rows: Any) -> tuple[int, int]:
+    """Number of examples, and of blocks of queries in each."""
     return q.shape[0], q.shape[1] // rows.block_shape[1]
 
 
@@ -113,6 +121,7 @@ def _backward(
     """The backward kernel: dq of one block; dk and dv are summed over an example's blocks."""
     from jax.experimental import pallas as pl
 
+    # The first block of an example starts its sums.
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         dk[...], dv[...] = jnp.zeros_like(dk), jnp.zeros_like(dv)
@@ -120,7 +129,7 @@ def _backward(
     for part in _parts(q, heads):
         q_part, k_part, dy_part = q[:, part], k[:, part], dy[:, part]
         weights, total = _weights(q_part, k_part, bias[...])
-        weights = weights / total
+        weights = weights / total  # recomputed: the forward pass keeps none
 
         # Through the product with v, then through the softmax.
         dv[:, part] += product(weights.astype(v.dtype), dy_part, 0, 0)

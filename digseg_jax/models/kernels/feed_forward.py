@@ -27,13 +27,13 @@ FeedForwardFn = Callable[[Array, Array, Array, Array, Array], Array]
 
 ROWS = (512, 256, 128)  # positions at a time
 HIDDEN = 256  # hidden channels at a time; unrolled over all, compiling takes ten times as long
-LANES = 128
-MAX_FEATURES = 640  # with 1280 the kernels and their gradients would not fit
+LANES = 128  # of a register; blocks of channels are multiples
+MAX_FEATURES = 640  # with 1280 the kernels and their gradients would not fit into the chip's memory
 MEMORY = 60 * 2**20  # bytes at most, of the chip's 64 MiB (v5p) or 128 MiB (v5e, v6e)
 
 
 def takes(length: int, features: int, hidden: int) -> bool:
-    """Whether the kernel can take a map [*, length, features], and pays."""
+    """True if the kernel can take a map [*, length, features], and pays."""
     rows = length % ROWS[-1] == 0 and length > features
     return rows and features <= MAX_FEATURES and hidden % LANES == 0
 
@@ -60,11 +60,14 @@ def fused(
     """
     if len(x) % ROWS[-1]:
         raise ValueError(f"{len(x)} positions; legal: multiples of {ROWS[-1]}")
+
+    # Biases become rows: blocks have two axes.
     return _fused(interpret, x, up, up_bias[None], down, down_bias[None])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(interpret: bool, *arrays: Array) -> Array:
+    """Runs the kernel on x and the four weights, block by block of positions."""
     x, *weights = arrays
     rows, whole = _specs(x, weights)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -89,7 +92,7 @@ def _fused_backward(interpret: bool, arrays: tuple[Array, ...], dy: Array) -> tu
     x, *weights = arrays
     rows, whole = _specs(x, weights)
 
-    # Gradients of x block by block, of the weights whole and in float32, because they are sums.
+    # Gradients of x come block by block; those of the weights whole and in float32, as they are sums.
     shapes = [jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights]
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype), *shapes]
     run = call(
@@ -121,6 +124,7 @@ def _specs(x: Array, weights: list[Array]) -> tuple[Any, list[Any]]:
 
 
 def _grid(x: Array, rows: Any) -> tuple[int]:
+    """Number of blocks of positions."""
     return (len(x) // rows.block_shape[0],)
 
 
@@ -129,6 +133,7 @@ def _forward(x: Any, up: Any, up_bias: Any, down: Any, down_bias: Any, y: Any) -
     block, size = x[...], _hidden_size(down)
 
     def add(i: Array, total: Array) -> Array:
+        """Adds part i of the hidden channels to the sum."""
         value, gate = _halves(block, up, up_bias, i * size, size)
         hidden = value * gate * _normal_cdf(gate)
         return total + product(hidden.astype(block.dtype), down[_part(i * size, size)], 1, 0)
@@ -144,12 +149,13 @@ def _backward(
     """The backward kernel: dx of one block; the weights' gradients are summed over the blocks."""
     from jax.experimental import pallas as pl
 
+    # The first block starts the sums of the weights' gradients.
     @pl.when(pl.program_id(0) == 0)
     def _() -> None:
         for total in (d_up, d_up_bias, d_down, d_down_bias):
             total[...] = jnp.zeros_like(total)
 
-    # The hidden map is computed again, one part of its channels at a time.
+    # The hidden map is recomputed, one part of its channels at a time.
     block, dy_block, size = x[...], dy[...], _hidden_size(down)
     dtype, width = block.dtype, down.shape[0]
 
@@ -193,9 +199,10 @@ def _part(start: Array, size: int) -> Any:
 
 
 def _hidden_size(down: Any) -> int:
-    """Hidden channels at a time."""
+    """Number of hidden channels that are computed at a time."""
     return HIDDEN if down.shape[0] % HIDDEN == 0 else LANES
 
 
 def _normal_cdf(x: Array) -> Array:
+    """Cumulative distribution of the standard normal, the exact GELU's gate."""
     return 0.5 * (1 + jax.lax.erf(x * 2**-0.5))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group normalization with an optional SiLU, and its gradient written out.
+"""Group normalization with an optional SiLU, and a gradient of its own, to save memory traffic.
 
-Written to save memory traffic. Sums are taken over positions first, so that only [b, c] numbers are
-regrouped: splitting 320 channels into 32 groups of 10 would move a whole map on a TPU, whose registers
-have 128 lanes. The backward pass keeps only the input and recomputes the rest from it.
+Sums are taken over positions first, so that only [b, c] numbers are regrouped: splitting 320 channels
+into 32 groups of 10 would move a whole map on a TPU, whose registers have 128 lanes. The backward pass
+keeps only the input and recomputes the rest from it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def group_norm(
 def _forward(
     x: Array, scale: Array, bias: Array, groups: int, eps: float, silu: bool, dtype: Any
 ) -> tuple[Array, tuple[Array, ...]]:
+    """The result, and what the backward pass needs: the input, the parameters, the statistics."""
     mean, rstd = (remat.kept(a) for a in _statistics(x, groups, eps))
     y = _wide((x.astype(F32) - _over(mean, x)) * _over(rstd, x), scale, bias)
     y = y * jax.nn.sigmoid(y) if silu else y
@@ -51,6 +52,7 @@ def _forward(
 def _backward(
     groups: int, eps: float, silu: bool, dtype: Any, kept: tuple[Array, ...], gradient: Array
 ) -> tuple[Array, Array, Array]:
+    """Gradients of x, scale and bias."""
     x, scale, bias, mean, rstd = kept
     space = _space(x)
 
@@ -87,6 +89,8 @@ group_norm.defvjp(_forward, _backward)
 def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
     """Mean and 1 / deviation of each group, repeated for its channels: [b, c] each."""
     space, positions = _space(x), x[0, ..., 0].size
+
+    # 16-bit inputs: their own rounding is larger than the cancellation in the variance.
     if x.dtype != F32:
         wide = x.astype(F32)
         mean = _group_mean(wide.mean(axis=space), groups)
@@ -131,6 +135,7 @@ def _group_mean(values: Float[Array, "b c"], groups: int) -> Float[Array, "b c"]
 
 
 def _wide(normal: Array, scale: Array, bias: Array) -> Array:
+    """Scale and shift of the normalized map, in float32."""
     return normal * scale.astype(F32) + bias.astype(F32)
 
 

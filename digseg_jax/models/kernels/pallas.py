@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared parts of our Pallas kernels for TPUs: the call, and a matrix product."""
+"""Shared parts of the Pallas kernels for TPUs: the call, and a matrix product."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ def call(
     """Builds a function of the inputs that runs `kernel` on each of their blocks.
 
     Args:
+      kernel: takes references to one block of each input, then of each result, and fills the results.
       name: name of the call in the compiled program; `aot.kernels` looks up its FLOPs by it.
+      in_specs, out_specs: how inputs and results are cut into blocks.
       shapes: shapes and dtypes of the results.
+      grid: number of blocks along each axis.
       parallel: number of leading grid axes whose blocks may run in any order. Along the others they
         run one after another, and may sum into the same result.
       memory: most bytes of the chip's own memory; the compiler's default if None.
@@ -38,7 +41,8 @@ def call(
     from jax.experimental.pallas import tpu as pltpu
 
     order: list[Literal["parallel", "arbitrary"]] = ["parallel"] * parallel
-    order += ["arbitrary"] * (len(grid) - parallel)
+    order += ["arbitrary"] * (len(grid) - parallel)  # Pallas' word for "in order"
+
     return pl.pallas_call(
         kernel,
         name=name,

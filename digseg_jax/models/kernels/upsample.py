@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest-neighbor upsampling by 2, and a convolution of the upsampled map without making it."""
+"""Nearest-neighbor upsampling by 2, and a convolution that does not make the upsampled map."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def folded_conv(
     Two neighbors in the upsampled map are one cell of x, so their weights can be added beforehand: each
     of the four phases of the result (even and odd rows and columns) is a 2x2 convolution of x.
     """
+    # One phase after another; the padding differs, because each sees other neighbors.
     b, h, w, _ = x.shape
     rows = []
     for row in (0, 1):
@@ -46,6 +47,8 @@ def folded_conv(
             phase = conv.conv(x, folded, ((1 - row, row), (1 - column, column)))
             columns.append(phase)
         rows.append(jnp.stack(columns, axis=3))  # b h w 2 d
+
+    # Interleave the phases.
     return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)  # from b h 2 w 2 d
 
 

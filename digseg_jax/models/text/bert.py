@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT encoder, numerically equal to `transformers.BertModel` at inference.
 
-Post-layer-norm, learned absolute positions, token types, exact (erf) GELU. Attribute names are
-those of transformers, so a parameter path is the checkpoint key. There is no dropout: the tower is
-frozen wherever this project uses it.
+Post-layer-norm, learned absolute positions, token types, exact (erf) GELU. Attributes are named as in
+transformers, so a parameter path is the checkpoint key. There is no dropout: the encoder is frozen
+wherever this project uses it.
 
 Source: Devlin et al., "BERT", arXiv:1810.04805; transformers `models/bert/modeling_bert.py`.
 """
@@ -26,7 +26,7 @@ from digseg_jax.models.text.output import TextOutput
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig(HubConfig):
-    """Fields of the hub's config.json, and `add_pooling_layer`, which loading reads off the keys."""
+    """Fields of the hub's config.json, and `add_pooling_layer`, which loading infers from the keys."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -66,6 +66,7 @@ class BertEmbeddings(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         def embed(size: int) -> nnx.Embed:
+            """A table of `size` vectors."""
             init = nnx.initializers.normal(config.initializer_range)
             return nnx.Embed(size, config.hidden_size, dtype=dtype, embedding_init=init, rngs=rngs)
 
@@ -78,9 +79,12 @@ class BertEmbeddings(nnx.Module):
     def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         positions = jnp.arange(input_ids.shape[1])
 
+        # torch never trains the padding token's row.
         x = self.word_embeddings(input_ids)
         padding = (input_ids == self.pad_token_id)[..., None]
-        x = jnp.where(padding, jax.lax.stop_gradient(x), x)  # torch never trains the padding row
+        x = jnp.where(padding, jax.lax.stop_gradient(x), x)
+
+        # A prompt is a single sentence: all its tokens have type 0.
         x = x + self.token_type_embeddings(jnp.zeros_like(input_ids))
         return self.LayerNorm(x + self.position_embeddings(positions))
 
@@ -98,6 +102,7 @@ class BertSelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None
     ) -> Float[Array, "b l d"]:
+        # Split the channels into heads, attend, and join them again.
         b, length, d = x.shape
         split = (b, length, self.heads, d // self.heads)
         q, k, v = (f(x).reshape(split) for f in (self.query, self.key, self.value))
@@ -105,7 +110,7 @@ class BertSelfAttention(nnx.Module):
 
 
 class BertResidualOutput(nnx.Module):
-    """LayerNorm(dense(x) + residual): closes both the attention and the feed-forward half."""
+    """LayerNorm(dense(x) + residual), the end of both the attention and the feed-forward half."""
 
     def __init__(self, inputs: int, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dense = _linear(inputs, config.hidden_size, config, rngs, dtype)
@@ -118,7 +123,7 @@ class BertResidualOutput(nnx.Module):
 
 
 class BertAttention(nnx.Module):
-    """Self-attention and its residual output."""
+    """Self-attention with its residual output."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.self = BertSelfAttention(config, rngs=rngs, dtype=dtype)
@@ -141,7 +146,7 @@ class BertDense(nnx.Module):
 
 
 class BertLayer(nnx.Module):
-    """Attention, then feed-forward."""
+    """One layer: attention, then feed-forward."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: DTypeLike):
         inner = config.intermediate_size
@@ -191,7 +196,11 @@ class BertModel(nnx.Module):
         input_ids: Int[Array, "b l"],
         attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
     ) -> TextOutput:
-        """Encodes token ids; in the mask, nonzero marks a token to attend to and None all of them.
+        """Encodes token ids.
+
+        Args:
+            input_ids: padded token ids.
+            attention_mask: nonzero where a token is attended to; None: everywhere.
 
         Raises:
             UserError: l exceeds `config.max_position_embeddings`.

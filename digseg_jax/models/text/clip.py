@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformer of CLIP's text and image encoders, equal to transformers' at inference.
 
-Pre-layer-norm; attribute names are those of transformers, so a parameter path is the checkpoint key.
+Pre-layer-norm. Attributes are named as in transformers, so a parameter path is the checkpoint key.
 Source: Radford et al., arXiv:2103.00020; transformers `models/clip/modeling_clip.py`.
 """
 
@@ -20,14 +20,16 @@ from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 
 
 def _quick_gelu(x: Array) -> Array:
+    """OpenAI's approximation of the GELU; weights trained with it do not fit the exact one."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def _gelu(x: Array) -> Array:
+    """The exact (erf) GELU."""
     return jax.nn.gelu(x, approximate=False)
 
 
-# OpenAI's towers use the first, OpenCLIP's (Stable Diffusion 2.x) the second.
+# OpenAI's encoders use the first, OpenCLIP's (Stable Diffusion 2.x) the second.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": _quick_gelu, "gelu": _gelu}
 
 
@@ -44,7 +46,7 @@ def check_tower(name: str, config: Any) -> None:
 
 
 class ClipAttention(nnx.Module):
-    """Multi-head self-attention; `causal`: a token sees itself and those before it."""
+    """Multi-head self-attention; `causal`: a token sees itself and earlier tokens only."""
 
     def __init__(self, width: int, heads: int, causal: bool, **options: Unpack[Shared]):
         self.heads, self.causal = heads, causal
@@ -56,15 +58,17 @@ class ClipAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None
     ) -> Float[Array, "b l d"]:
+        # Split the channels into heads.
         parts = (f(x) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in parts)
 
-        # Causal attention is for texts of 77 tokens at most: no kernel of ours is needed.
+        # Causal attention occurs in texts of 77 tokens at most: it needs no kernel of its own.
         if self.causal:
             keys = None if mask is None else mask[:, None, None, :]
             y = jax.nn.dot_product_attention(q, k, v, mask=keys, is_causal=True)
         else:
             y = attention(q, k, v, mask)
+
         return self.out_proj(y.reshape(x.shape))
 
 
@@ -81,7 +85,7 @@ class ClipMLP(nnx.Module):
 
 
 class ClipLayer(nnx.Module):
-    """Attention and feed-forward, each behind its norm and added to its input."""
+    """One layer: attention and feed-forward, each behind its norm and added to its input."""
 
     def __init__(self, config: Any, causal: bool, **options: Unpack[Shared]):
         d, eps = config.hidden_size, config.layer_norm_eps

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP's text encoder, numerically equal to `transformers.CLIPTextModel` at inference.
 
-ViT-L/14 (Stable Diffusion 1.x) and ViT-B/16 with quick-GELU, OpenCLIP's ViT-H/14 with the exact
-GELU. Stable Diffusion 2.x conditions on the penultimate layer: its `text_encoder` has dropped the
-last of the 24 layers already; `without_last_layers` does the same to a whole tower.
+It covers ViT-L/14 (Stable Diffusion 1.x) and ViT-B/16 with quick-GELU, OpenCLIP's ViT-H/14 with the
+exact GELU. Stable Diffusion 2.x conditions on the penultimate layer: its `text_encoder` comes without
+the last of the 24 layers; `without_last_layers` does the same to a whole encoder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 from digseg_jax.models.text.clip import ClipEncoder, check_tower
 from digseg_jax.models.text.output import TextOutput
 
-_WRONG_EOS = 2  # what configs said before transformers 4.31; the tower then goes by the largest id
+# End token in configs from before transformers 4.31, which is wrong; the largest id marks the end then.
+_WRONG_EOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,17 @@ class ClipTextProjectionConfig(ClipTextConfig):
 
 
 def tower_values(values: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """Selects one encoder's settings: a section of a CLIPModel's, and the projection width above it."""
+    """Selects one encoder's settings from a config.json, its own or a whole CLIPModel's.
+
+    Args:
+      values: the parsed file.
+      section: the encoder's section in a CLIPModel's, "text_config" or "vision_config".
+    """
     if section not in values:
         return dict(values)
+
+    # Old files have a second copy, `..._config_dict`, which takes precedence in transformers. The width
+    # of the projection is written above the sections.
     own = {**(values[section] or {}), **(values.get(f"{section}_dict") or {})}
     width = values.get("projection_dim")
     return own if width is None else {**own, "projection_dim": width}
@@ -78,6 +87,7 @@ class ClipTextEmbeddings(nnx.Module):
 
     def __init__(self, config: ClipTextConfig, *, compute: Compute, rngs: nnx.Rngs):
         def embed(size: int) -> nnx.Embed:
+            """A table of `size` vectors."""
             init = nnx.initializers.normal(0.02)
             return nnx.Embed(
                 size, config.hidden_size, dtype=compute.dtype, embedding_init=init, rngs=rngs
@@ -106,9 +116,13 @@ class CLIPTextModel(nnx.Module):
         input_ids: Int[Array, "b l"],
         attention_mask: Bool[Array, "b l"] | Int[Array, "b l"] | None = None,
     ) -> TextOutput:
-        """Encodes token ids; in the mask, nonzero marks a token to attend to and None all of them.
+        """Encodes token ids.
 
-        Attention is causal, so that padding after a text changes none of its tokens.
+        Attention is causal, so padding after a text changes none of its tokens.
+
+        Args:
+            input_ids: padded token ids.
+            attention_mask: nonzero where a token is attended to; None: everywhere.
 
         Raises:
             UserError: l exceeds `config.max_position_embeddings`.
@@ -121,6 +135,8 @@ class CLIPTextModel(nnx.Module):
 
         mask = None if attention_mask is None else attention_mask.astype(bool)
         x = self.final_layer_norm(self.encoder(self.embeddings(input_ids), mask))
+
+        # The end token has seen the whole text.
         end = _end_of_text(input_ids, self.config.eos_token_id)
         return TextOutput(x, x[jnp.arange(x.shape[0]), end])
 
@@ -166,6 +182,7 @@ def without_last_layers(model: CLIPTextModel, count: int) -> CLIPTextModel:
     graphdef, _ = functional.abstract(
         lambda: CLIPTextModel(config, rngs=functional.FixedRngs(), dtype=dtype)
     )
+
     params = functional.split(model)[1]
     kept = {str(i): params["encoder"]["layers"][str(i)] for i in range(layers)}
     return functional.merge(graphdef, {**params, "encoder": {"layers": kept}})

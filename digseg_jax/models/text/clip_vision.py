@@ -18,7 +18,8 @@ from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 from digseg_jax.models.text.clip import ClipEncoder, check_tower
 from digseg_jax.models.text.clip_text import tower_values
 
-# of every OpenAI and OpenCLIP tower (`preprocessor_config.json`), for images in [0, 1]
+# Mean and deviation of pixels in [0, 1], the same for every OpenAI and OpenCLIP encoder
+# (`preprocessor_config.json`).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,7 +51,7 @@ class ClipVisionConfig(HubConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Takes a tower's own `config.json` or that of a whole CLIPModel."""
+        """Builds from an encoder's own `config.json` or that of a whole CLIPModel."""
         return super().from_dict(tower_values(values, "vision_config"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class VisionOutput(NamedTuple):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution without bias whose stride is its size: one matrix product over patches."""
+    """Embeds patches: a convolution without bias whose stride is its size, as one matrix product."""
 
     def __init__(self, config: ClipVisionConfig, *, compute: Compute, rngs: nnx.Rngs):
         size = config.patch_size
@@ -104,9 +105,10 @@ class ClipVisionEmbeddings(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
-        # The class token comes first, as in the checkpoints' table of positions.
         patches = self.patch_embedding(x)
         b, length, d = patches.shape
+
+        # The class token comes first, as in the checkpoints' table of positions.
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, d))
         tokens = jnp.concatenate([first, patches], axis=1)
         return tokens + self.position_embedding(jnp.arange(length + 1))
@@ -119,18 +121,22 @@ class ClipVisionTransformer(nnx.Module):
         options: Shared = {"compute": compute, "rngs": rngs}
         d, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = ClipVisionEmbeddings(config, **options)
-        self.pre_layrnorm = layer_norm(d, eps=eps, **options)  # spelt so in every checkpoint
+        self.pre_layrnorm = layer_norm(d, eps=eps, **options)  # misspelled in every checkpoint
         self.encoder = ClipEncoder(config, causal=False, **options)
         self.post_layernorm = layer_norm(d, eps=eps, **options)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
         """Returns token features [b, l, d] and the normalized class token [b, d]."""
+        # Only the class token is normalized at the end: it alone stands for the image.
         tokens = self.encoder(self.pre_layrnorm(self.embeddings(x)))
         return tokens, self.post_layernorm(tokens[:, 0])
 
 
 class CLIPVisionModelWithProjection(nnx.Module):
-    """Encodes images to vectors whose cosine with `CLIPTextModelWithProjection`'s compares them."""
+    """Encodes images to vectors that can be compared with texts.
+
+    The cosine with a vector of `CLIPTextModelWithProjection` says how well image and text match.
+    """
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         options: Shared = {"compute": Compute(dtype), "rngs": rngs}
@@ -156,6 +162,7 @@ class CLIPVisionModelWithProjection(nnx.Module):
 
 def normalize_pixels(image: Float[Array, "b h w 3"], size: int) -> Float[Array, "b size size 3"]:
     """Converts images in [-1, 1], the VAE's range, to CLIP's pixel values; resizes bicubically."""
+    # Bicubic interpolation overshoots at edges, hence the clip.
     image = (image.astype(jnp.float32) + 1) / 2
     shape = (image.shape[0], size, size, image.shape[3])
     image = jnp.clip(jax.image.resize(image, shape, "cubic"), 0, 1)

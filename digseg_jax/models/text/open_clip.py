@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The BERT text encoder of an open_clip checkpoint, such as BiomedCLIP's PubMedBERT, with projection.
 
-Numerically equal to open_clip's `HFTextEncoder` (`hf_model.py`), whose name and keys it has.
+It is numerically equal to open_clip's `HFTextEncoder` (`hf_model.py`), and has its name and keys.
 """
 
 from __future__ import annotations
@@ -21,17 +21,25 @@ from digseg_jax.models.layers import Compute, Linear, Shared, linear
 from digseg_jax.models.text.bert import BertConfig, BertModel, masked_mean
 from digseg_jax.models.text.output import TextOutput
 
-HEAD_WIDTH = 64  # of every BERT of base and large size; open_clip's config does not say
+HEAD_WIDTH = 64  # channels of a head in every BERT of base and large size; open_clip's config lacks it
 POOLERS = ("cls_last_hidden_state_pooler", "cls_pooler", "mean_pooler")
 PROJECTIONS = ("mlp", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenClipTextConfig:
-    """What open_clip_config.json and the stored shapes say about the text encoder.
+    """Config of the text encoder, from open_clip_config.json and the stored shapes.
 
     open_clip_config.json names a BERT on the hub instead of describing it, so sizes come from the
     shapes; heads are 64 wide.
+
+    Attributes:
+      bert: the encoder without its projection.
+      embed_dim: channels of the space shared with images.
+      projection: one of PROJECTIONS.
+      pooler: one of POOLERS.
+      context_length: most tokens of a text in training.
+      hf_model_name: the BERT's id on the hub.
     """
 
     bert: BertConfig
@@ -45,15 +53,17 @@ class OpenClipTextConfig:
 
     @classmethod
     def from_checkpoint(cls, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Self:
-        """Takes a parsed open_clip_config.json and the stored shape of every key.
+        """Builds from a parsed open_clip_config.json and the stored shape of every key.
 
         Raises:
-            UserError: a pooler or projection that we lack, or no BERT under `text.transformer.`.
+            UserError: a pooler or projection that is not implemented, or no BERT under
+              `text.transformer.`.
         """
         model = values["model_cfg"]
         text = model["text_cfg"]
         _check(text, "hf_pooler_type", POOLERS)
         _check(text, "hf_proj_type", PROJECTIONS)
+
         pooler = text["hf_pooler_type"]
         return cls(
             bert=_bert_config(shapes, pooler == "cls_pooler"),
@@ -71,7 +81,7 @@ class OpenClipTextConfig:
 
     @property
     def max_position_embeddings(self) -> int:
-        """Most tokens of a text: what the tower was trained with, or fewer positions."""
+        """Most tokens of a text: as in training, but no more than there are positions."""
         return min(self.context_length, self.bert.max_position_embeddings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +107,8 @@ class HFTextEncoder(nnx.Module):
         self.config = config
         self.transformer = BertModel(config.bert, rngs=rngs, dtype=dtype)
         options: Shared = {"compute": Compute(dtype), "rngs": rngs}
+
+        # Index 1 of the "mlp" is torch's GELU, which has no parameters.
         width, out = config.hidden_size, config.embed_dim
         if config.projection == "linear":
             self.proj: Linear | nnx.List[Any] = linear(width, out, bias=False, **options)
@@ -131,6 +143,7 @@ class HFTextEncoder(nnx.Module):
         return out.last_hidden_state[:, 0]
 
     def _project(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        """Projects pooled vectors into the space shared with images."""
         if isinstance(self.proj, Linear):
             return self.proj(x)
         return self.proj[2](jax.nn.gelu(self.proj[0](x), approximate=False))
@@ -146,7 +159,7 @@ def _check(text: Mapping[str, Any], key: str, legal: tuple[str, ...]) -> None:
 
 
 def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertConfig:
-    """Reads the sizes of the text encoder off the stored shapes: open_clip's config has none.
+    """Infers the sizes of the text encoder from the stored shapes: open_clip's config has none.
 
     Raises:
         UserError: a key of a BERT is missing.
@@ -162,9 +175,10 @@ def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertCon
             f"open_clip checkpoint without a BERT text tower: no key {error.args[0]!r}"
         ) from error
 
-    # Layers are counted by their keys; heads are all of one width.
+    # Layers are counted by their keys; the heads follow from their width.
     layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
     numbers = [int(m[1]) for m in map(layer.match, shapes) if m]
+
     return BertConfig(
         vocab_size=vocab,
         hidden_size=width,

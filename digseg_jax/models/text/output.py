@@ -12,7 +12,7 @@ class TextOutput(NamedTuple):
     """Token features for cross-attention and one vector per text.
 
     Attributes:
-        last_hidden_state: [b, l, d] features of every token, of padding too: mask them.
+        last_hidden_state: [b, l, d] features of every token, padding included: mask it.
         pooled: [b, d] one vector per text; each encoder's docstring says how it is made.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids of one static length.
+"""Converts texts to token ids of one static length.
 
 Built on `tokenizers`, the Rust core of transformers' fast tokenizers: importing it takes
 milliseconds where `transformers` takes seconds, and it needs no network. Only CLIP's vocabulary
@@ -18,7 +18,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from digseg_jax.errors import UserError
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-CLIP_MERGES = 49152 - 256 - 2  # lines of its BPE file that CLIP uses
+CLIP_MERGES = 49152 - 256 - 2  # number of lines of its BPE file that CLIP uses
 
 
 class Tokens(NamedTuple):
@@ -41,7 +41,8 @@ class Tokenizer:
     def from_json(cls, text: str, pad_token: str | None = None) -> Tokenizer:
         """Builds from the content of a tokenizer.json; pads with `pad_token`, else as `_pad_id` says.
 
-        Raises UserError if it is malformed.
+        Raises:
+            UserError: it is malformed, or lacks the padding token.
         """
         try:
             core = tokenizers.Tokenizer.from_str(text)
@@ -62,6 +63,7 @@ class Tokenizer:
         if missing:
             raise UserError(f"not a BERT vocabulary: no {', '.join(missing)} in it")
 
+        # The defaults are those of transformers' BertTokenizer.
         core = BertWordPieceTokenizer(
             vocab,
             lowercase=settings.get("do_lower_case", True),
@@ -86,7 +88,7 @@ class Tokenizer:
 
         pairs = [tuple(line.split()) for line in merges]
         try:
-            # its annotation lacks the pairs that it takes
+            # Its annotation lacks the pairs that it accepts, hence the ignored type.
             core = CLIPTokenizer(vocab=dict(vocab), merges=pairs).backend_tokenizer  # type: ignore[arg-type]
         except Exception as error:  # the Rust binding raises exactly this type
             raise UserError(f"not a CLIP vocabulary: {error}") from error
@@ -111,11 +113,12 @@ class Tokenizer:
         Raises:
             UserError: a text that is empty, blank, or longer than `max_length` tokens.
         """
+        # An empty prompt would be legal for the tokenizer, but it asks for nothing.
         for i, text in enumerate(texts):
             if not text.strip():
                 raise UserError(f"prompt {i} is empty: {text!r}")
 
-        # Rows start as padding, and each text fills its beginning.
+        # Rows start as padding, and each text fills the beginning of its row.
         encodings = self._core.encode_batch(list(texts))
         ids = np.full((len(texts), max_length), self.pad_id, np.int32)
         for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
@@ -140,9 +143,12 @@ class Tokenizer:
 
 
 def _pad_id(core: tokenizers.Tokenizer, pad_token: str | None) -> int:
-    """Id of `pad_token`, else of BERT's, else of CLIP's own (Stable Diffusion 1.x), else 0.
+    """Id of `pad_token` if given, else of BERT's, else of CLIP's own (Stable Diffusion 1.x), else 0.
 
-    Stable Diffusion 2.x names "!" (id 0) beside its tokenizer.
+    Stable Diffusion 2.x names "!" (id 0) in the settings beside its tokenizer.
+
+    Raises:
+        UserError: the given token is not in the vocabulary.
     """
     if pad_token is not None and core.token_to_id(pad_token) is None:
         raise UserError(f"the padding token {pad_token!r} is not in the vocabulary")
