@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""segmenter.json, written beside exported weights: what they are, and how they must be asked.
+"""segmenter.json, written beside exported weights: their origin, and the settings they depend on.
 
-A U-Net's output means nothing without the schedule, the autoencoder and the text tower that it was
-trained with. The file holds those settings and where the weights come from, so that prediction needs
-no configuration, and one that contradicts the training is refused.
+A U-Net's output means nothing without the schedule, the autoencoder and the text encoder that it was
+trained with. The file holds those settings and the origin of the weights. Prediction therefore needs no
+configuration, and a configuration that contradicts the training is rejected.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from digseg_jax.weights.safetensors_io import weight_files
 
 FILE = "segmenter.json"
 SCHEMA = 1
-# prediction and evaluation must have these as training had them
+# settings that prediction and evaluation must share with the training: others give wrong masks
 BINDING = (
     "data.image_size",
     "data.scale_unit",
@@ -59,13 +59,13 @@ BINDING = (
     "model.sentence_token",
     "model.text_adapters",
 )
-CLOSED_BINDING = ("data.name",)  # of a codec that answers one class list
-# frozen parts may have another name elsewhere: their files are compared
+CLOSED_BINDING = ("data.name",)  # binding too for a closed codec, which answers one class list only
+# frozen parts may be named differently on another machine, so the checksums of their files count
 PARTS = ("model.vae", "model.text")
-# where an export has its own copies of them, and its trained weights
+# folders of an export: its own copies of the frozen parts, and its trained weights
 OWN = {"model.vae": "vae", "model.text": "text_encoder"}
 UNET = "unet"
-# how the run was evaluated: what prediction and evaluation do unless they are told otherwise
+# settings of the run's evaluation: the defaults of prediction and evaluation with these weights
 SUGGESTED = (
     "model.dtype",
     "data.split",
@@ -76,10 +76,10 @@ REQUIRED = (*BINDING, *CLOSED_BINDING, *PARTS)
 
 @dataclasses.dataclass(frozen=True)
 class FrozenPart:
-    """The autoencoder or the text tower of a run.
+    """The autoencoder or the text encoder of a run.
 
-    reference: as the configuration names it. revision: commit of the hub's repository, or "".
-    sha256: of its weight files.
+    reference: the part as the configuration names it. revision: commit of the hub's repository; "" for
+    a part that is not from the hub. sha256: checksum of its weight files, hexadecimal.
     """
 
     reference: str
@@ -88,16 +88,19 @@ class FrozenPart:
 
     @classmethod
     def find(cls, reference: str) -> FrozenPart:
-        """Raises UserError if the part is missing."""
+        """Finds a part here or on the hub, and computes its checksum; raises UserError if it is missing."""
+        # A relative path must mean the same from another working directory.
         folder = part_folder(reference)
-        if Path(reference).expanduser().exists():  # it must mean the same in another working directory
+        if Path(reference).expanduser().exists():
             reference = str(Path(reference).expanduser().absolute())
+
+        # The hub's cache names the folder of a download after its commit.
         commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
         return cls(reference, commit[1] if commit else "", checksum(folder))
 
     @property
     def pinned(self) -> str:
-        """The reference with the revision that was used, where the hub gave it."""
+        """The reference, with "@commit" if the part came from the hub without a revision of its own."""
         repository, colon, subfolder = catalog.expand(self.reference).partition(":")
         if not self.revision or "@" in repository:
             return self.reference
@@ -109,11 +112,11 @@ class Description:
     """The content of segmenter.json.
 
     config: the settings `REQUIRED` and `SUGGESTED`, as sections of a configuration.
-    vae, text: the frozen parts. classes: names of the data set that the run evaluates.
-    templates: prompts of training, {} for a class: the configuration's, or the data sets' own.
-    parameters: number of trained parameters. datasets: what the weights were trained on.
+    vae, text: the frozen parts. classes: class names of the data set that the run evaluates.
+    templates: prompts of the training, {} for a class: the configuration's, or the data sets' own.
+    parameters: number of trained parameters. datasets: names of the training data sets.
     steps, checkpoint: finished training steps, and their checkpoint below the working directory.
-    started_from: the weights at step 0. versions: of the libraries; empty if they were not recorded.
+    started_from: the weights at step 0. versions: library -> version; empty if not recorded.
     """
 
     schema: int
@@ -131,19 +134,21 @@ class Description:
     versions: dict[str, str]
 
     def recorded_config(self) -> Config:
-        """The default configuration with the recorded settings, wherever the frozen parts are."""
+        """The default configuration with the recorded settings; frozen parts need not exist here."""
         return dataclasses.replace(_config_of(_recorded(self.config)), seed=self.seed)
 
     def training_config(self, folder: Path | None = None) -> Config:
-        """The default configuration with what the weights need, and the settings of their evaluation.
+        """The default configuration with the recorded settings, and frozen parts that can be loaded.
 
-        folder: of the weights; its copies of the frozen parts are taken where it has some.
+        folder: of the weights; its own copies of the frozen parts are preferred.
 
         Raises:
           UserError: a recorded folder is not on this machine.
         """
         parts = dict(zip(PARTS, (self.vae, self.text), strict=True))
         own = own_parts(folder)
+
+        # Paths of another machine are reported here, with the flag that names a copy.
         for key, part in parts.items():
             if key in own:
                 continue
@@ -152,15 +157,19 @@ class Description:
                     f"{FILE}: config.{key}={part.reference!r} is not on this machine; name a copy with "
                     f"--config=FILE --config.{key}=FOLDER"
                 )
+
+        # The folder's own copies win over the hub's parts at their recorded commits.
         values = _recorded(self.config) | {key: part.pinned for key, part in parts.items()} | own
         return dataclasses.replace(_config_of(values), seed=self.seed)
 
     def with_pinned_parts(self, config: Config, folder: Path | None = None) -> Config:
         """The configuration with the frozen parts of the training.
 
-        They are the copies in the folder of the weights, or the hub's at the commits that it had.
+        They are the copies in the folder of the weights, or the hub's parts at their recorded commits.
         """
         model, own = config.model, own_parts(folder)
+
+        # A part that the user replaced keeps its name: `check_agreement` has compared its weights.
         for name, part in (("vae", self.vae), ("text", self.text)):
             if catalog.expand(getattr(model, name)) == catalog.expand(part.reference):
                 pinned: dict[str, Any] = {name: own.get(f"model.{name}", part.pinned)}
@@ -168,7 +177,7 @@ class Description:
         return dataclasses.replace(config, model=model)
 
     def provenance(self) -> dict[str, Any]:
-        """What a table of scores has to say about the weights."""
+        """The facts about the weights that go beside a table of scores."""
         names = ("parameters", "datasets", "steps", "checkpoint", "started_from", "seed", "versions")
         return {name: getattr(self, name) for name in names}
 
@@ -180,11 +189,12 @@ def describe(
     steps: int,
     checkpoint: str,
 ) -> Description:
-    """The description of weights that a run of `config` has trained.
+    """Describes the weights that a run of `config` has trained.
 
-    parts: autoencoder and text tower, as `FrozenPart.find` gives them. abstract: the parameters, or
+    parts: autoencoder and text encoder, as `FrozenPart.find` returns them. abstract: the parameters, or
       their shapes. steps, checkpoint: see `Description`.
     """
+    # Only the settings that matter to the weights, not the whole configuration.
     values = to_dict(config)
     sections: dict[str, Any] = {}
     for key in (*REQUIRED, *SUGGESTED):
@@ -211,23 +221,23 @@ def describe(
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package and of the libraries that training rests on."""
+    """Versions of this package and of the libraries that training depends on."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"digseg_jax": digseg_jax.__version__} | found
 
 
 def write_description(folder: AnyPath, description: Description) -> None:
-    """Writes FOLDER/segmenter.json; parts that lie in the folder are named from there, as ./NAME."""
+    """Writes FOLDER/segmenter.json; parts inside the folder are named relative to it, as ./NAME."""
     vae, text = _inside(folder, description.vae), _inside(folder, description.text)
     values = dataclasses.asdict(dataclasses.replace(description, vae=vae, text=text))
 
-    # The settings name them too; they must not differ.
+    # The recorded settings name the parts a second time; both names must agree.
     values["config"]["model"] |= {"vae": vae.reference, "text": text.reference}
     storage.write_json(folder / FILE, values)
 
 
 def _inside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
-    """The part, with a reference that moves with the folder if it lies there."""
+    """The part, with a reference relative to `folder` if it lies inside, so that both move together."""
     base = os.path.abspath(folder)
     if not part.reference.startswith(base + os.sep):
         return part
@@ -238,8 +248,7 @@ def read_description(folder: AnyPath) -> Description:
     """Reads FOLDER/segmenter.json.
 
     Raises:
-      UserError: no such file, of another schema, or with a key that is missing, unknown or of
-        another type.
+      UserError: no such file, another schema, or a key that is missing, unknown or of another type.
     """
     path = folder / FILE
     with storage.explained(path, "cannot be read"):
@@ -249,6 +258,8 @@ def read_description(folder: AnyPath) -> Description:
             f"{path}: missing, so nothing says how these weights were trained; write it with "
             "--mode=export and the run's own --config and --workdir"
         )
+
+    # The file's form: JSON, an object, and a schema that this version knows.
     try:
         values = json.loads(storage.read_text(path))
     except json.JSONDecodeError as error:
@@ -260,12 +271,16 @@ def read_description(folder: AnyPath) -> Description:
             f"{path}: schema={values.get('schema')!r}, this program reads {SCHEMA}; write it anew with "
             "--mode=export, or use the version that wrote it"
         )
+
+    # Keys that were renamed since the file was written get their current names first.
     if isinstance(values.get("config"), dict):
         values["config"] = with_current_names(values["config"])
     description = _typed(Description, values, str(path))
     description = dataclasses.replace(
         description, vae=_outside(folder, description.vae), text=_outside(folder, description.text)
     )
+
+    # Values are checked now, so that an error names this file. Without any template, None fails.
     for template in description.templates or [None]:
         check_template(template, f"{path}: templates")
     try:
@@ -276,7 +291,7 @@ def read_description(folder: AnyPath) -> Description:
 
 
 def _outside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
-    """The part with a reference that is good anywhere; the opposite of `_inside`."""
+    """The part with an absolute reference; the inverse of `_inside`."""
     if not part.reference.startswith("./"):
         return part
     place = folder / part.reference[2:]
@@ -285,8 +300,7 @@ def _outside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
 
 
 def own_parts(folder: AnyPath | str | None) -> dict[str, str]:
-    """The frozen parts that an export holds itself, {"model.vae": FOLDER/vae, ...}; older ones hold
-    none."""
+    """An export's own copies of the frozen parts, {"model.vae": FOLDER/vae, ...}; older ones have none."""
     if folder is None:
         return {}
     found = {key: Path(folder) / name for key, name in OWN.items()}
@@ -294,15 +308,15 @@ def own_parts(folder: AnyPath | str | None) -> dict[str, str]:
 
 
 def unet_folder(folder: Path) -> Path:
-    """Where exported weights are: FOLDER/unet, or the folder itself in older exports."""
+    """Folder of exported weights: FOLDER/unet, or FOLDER itself in exports of older versions."""
     return folder / UNET if (folder / UNET).is_dir() else folder
 
 
 def check_agreement(description: Description, config: Config, folder: AnyPath | str) -> None:
-    """Compares a configuration with the one that the weights were trained with.
+    """Checks that a configuration agrees with the one that the weights were trained with.
 
     Raises:
-      UserError: it contradicts the training, with each key and both values.
+      UserError: it contradicts the training; names every such key with both values.
     """
     values = to_dict(config)
     closed = CODECS[config.model.codec].closed
@@ -312,7 +326,7 @@ def check_agreement(description: Description, config: Config, folder: AnyPath | 
         if trained != asked:
             different.append(f"config.{key}={asked!r}, trained with {trained!r}")
 
-    # a folder may have moved, and a name stand for the same repository
+    # Frozen parts are compared by name, and by checksum if the names differ: a folder may have moved.
     for key, part in zip(PARTS, (description.vae, description.text), strict=True):
         asked = _at(values, key)
         known = catalog.expand(part.reference), part.pinned, own_parts(folder).get(key)
@@ -329,13 +343,14 @@ def check_agreement(description: Description, config: Config, folder: AnyPath | 
 
 
 def find_export(model: str) -> Path:
-    """The local folder of exported weights.
+    """Finds exported weights and returns their local folder, downloaded if need be.
 
-    model: such a folder, a run's working directory, either of them on gs://, assets:NAME, or a hub id.
+    model: an export, a run's working directory, either of them on gs://, assets:NAME, or a hub id.
 
     Raises:
-      UserError: there is none, or the bucket or the hub does not give it.
+      UserError: there are no weights, or the bucket or the hub cannot be read.
     """
+    # A working directory holds its export in a folder of its own.
     spec = assets.resolve(model)
     if storage.is_remote(spec) or Path(spec).expanduser().exists():
         place = storage.as_path(spec)
@@ -343,6 +358,8 @@ def find_export(model: str) -> Path:
             inside = place / EXPORT
             place = inside if inside.is_dir() else place
         spec = str(place)
+
+    # An existing folder may still be a run that has exported nothing.
     folder = resolve_pipeline(spec)
     if not any(unet_folder(folder).glob("*.safetensors")):
         raise UserError(
@@ -353,29 +370,32 @@ def find_export(model: str) -> Path:
 
 
 def part_folder(reference: str) -> Path:
-    """The local folder of an autoencoder or a text tower, downloaded if need be."""
+    """The local folder of an autoencoder or a text encoder, downloaded if need be."""
     return minilm_folder() if reference == "minilm" else resolve(assets.resolve(reference))
 
 
 def checksum(folder: Path) -> str:
-    """SHA-256 of the weight files of a component, in hexadecimal digits."""
+    """SHA-256 of a component's weight files, in hexadecimal digits."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
+            # Blocks of 4 MiB: a text encoder can be larger than the memory to spare.
             while block := file.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def _recorded(sections: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file by key; a suggestion may be absent.
+    """Settings by key, such as "data.image_size", from the sections of a file.
 
     Raises:
-      UserError: another setting is absent, or an unknown one is there.
+      UserError: a required setting is missing (suggested ones may be), or one is unknown.
     """
     for key in flat(sections):
         check_key(f"config.{key}")
     found = {key: _at(sections, key) for key in REQUIRED}
+
+    # Suggested settings that the file lacks keep the configuration's defaults.
     for key in SUGGESTED:
         section, name = key.split(".")
         if name in sections.get(section, {}):
@@ -384,7 +404,7 @@ def _recorded(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at(sections: dict[str, Any], key: str) -> Any:
-    """The value of a key such as "data.image_size"."""
+    """The value of a key such as "data.image_size"; raises UserError if it is missing."""
     section, name = key.split(".")
     values = sections.get(section)
     if not isinstance(values, dict) or name not in values:
@@ -393,7 +413,7 @@ def _at(sections: dict[str, Any], key: str) -> Any:
 
 
 def _config_of(values: dict[str, Any]) -> Config:
-    """The default configuration with these values; raises UserError for what is not legal."""
+    """The default configuration with these values by key; raises UserError for an illegal value."""
     tree = to_dict(Config())
     for key, value in values.items():
         section, name = key.split(".")
@@ -402,12 +422,18 @@ def _config_of(values: dict[str, Any]) -> Config:
 
 
 def _typed(cls: type, values: dict[str, Any], path: str) -> Any:
-    """A dataclass from JSON; every key must be there, and no other."""
+    """Builds a dataclass from a JSON object that has each of its fields and nothing else.
+
+    Raises:
+      UserError: a missing or unknown key, or a value of another type; `path` leads the message.
+    """
     hints = typing.get_type_hints(cls)
     if missing := sorted(hints.keys() - values.keys()):
         raise UserError(f"{path}: {', '.join(missing)} missing; write the file anew with --mode=export")
     if unknown := sorted(values.keys() - hints.keys()):
         raise UserError(f"{path}: {unknown[0]!r} is no key of it; legal: {', '.join(hints)}")
+
+    # Check types, nested dataclasses included; JSON's true and false are no integers here.
     made = {}
     for name, value in values.items():
         hint = hints[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a segmenter answers about one image, for people: soft masks, label map, overlay, files."""
+"""The result of segmenting one image, for users: soft masks, label map, overlay and files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from digseg_jax.prediction.targets import PredictionFiles
 class Masks:
     """The soft masks of an image, one for each query.
 
-    They are kept as the network gave them, view by view, and brought to the image's size when they are
-    asked for: `plane`, `label`, `overlay` and `save` need the memory of a few planes, `probability`
-    that of all of them. Where even the views' masks would take too much memory, the network is run when
-    they are asked for, a group of queries at a time.
+    They are kept view by view, and brought to the image's size when they are asked for: `plane`,
+    `label`, `overlay` and `save` need the memory of a few planes [H, W], `probability` of all. If
+    even the views' masks would take too much memory, the network runs when they are asked for, on one
+    group of queries at a time.
 
     Attributes:
         image: uint8 [H, W, 3], as it was segmented.
-        queries: what was asked, in order.
-        facts: where the masks come from, for the JSON file that `save` writes.
+        queries: the texts that were asked, in order.
+        facts: sampling, seed and templates, for the JSON file that `save` writes.
 
     Example:
         >>> masks = dj.load_segmenter()(image, ["water", "forest"], ensemble=1, steps=1)
@@ -50,10 +50,11 @@ class Masks:
         self._answer = answer
 
     def __len__(self) -> int:
+        """Number of queries."""
         return len(self.queries)
 
     def __iter__(self) -> Iterator[Float[np.ndarray, "h w"]]:
-        """The plane of each query, made one at a time."""
+        """Yields the plane of each query, made one at a time."""
         return (self._answer.probability(query) for query in range(len(self)))
 
     def __repr__(self) -> str:
@@ -61,12 +62,12 @@ class Masks:
         return f"Masks({height} x {width}, queries={list(self.queries)})"
 
     def plane(self, query: str | int) -> Float[np.ndarray, "h w"]:
-        """How probable each pixel is for a query, float32 in [0, 1].
+        """Probability of a query at each pixel, float32 in [0, 1].
 
-        query: its text or its place in `queries`.
+        query: its text, or its index in `queries`.
 
         Raises:
-          UserError: it was not asked.
+          UserError: a text that was not asked.
         """
         if isinstance(query, str) and query not in self.queries:
             hint = nearest(query, self.queries)
@@ -75,29 +76,34 @@ class Masks:
 
     @functools.cached_property
     def probability(self) -> Float[np.ndarray, "q h w"]:
-        """How probable each pixel is for every query, float32 in [0, 1]; made at the first use."""
+        """Probability of every query at each pixel, float32 in [0, 1]; computed at the first use."""
         return self._answer.stack()
 
     @functools.cached_property
     def label(self) -> Int[np.ndarray, "h w"]:
-        """The most probable query of every pixel, int32; the first of equal ones."""
+        """Index of the most probable query at each pixel, int32; ties go to the earlier query."""
         return self._answer.label_map()
 
     def overlay(self) -> UInt8[np.ndarray, "h2 w 3"]:
-        """The image in the colors of the queries, with a legend below; the rest stays as it is."""
+        """The image tinted with the queries' colors, and a legend below it.
+
+        Pixels that no query claims with more than 0.5 keep their color.
+        """
+        # float16, as the files store it: the overlay then agrees with the files' masks.
         winner = MostProbable(SHOWN)
         for plane in self:
-            winner.see(plane.astype(np.float16))  # as the files keep them
+            winner.see(plane.astype(np.float16))
         return overlay(self.image, self.queries, winner.label)
 
     def save(self, folder: str | os.PathLike, name: str = "mask") -> list[Path]:
-        """Writes FOLDER/NAME.npz, .json, .overlay.png and a mask for each query; returns the paths.
+        """Writes FOLDER/NAME.npz, .json, .overlay.png and the masks of each query; returns the paths.
 
-        The files are those of --mode=predict: see `write_prediction`.
+        --mode=predict writes the same files: see `write_prediction`.
 
         Raises:
           UserError: the folder cannot be written.
         """
+        # The folder may be new, unlike that of a named --out.
         folder = Path(folder).expanduser()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +111,11 @@ class Masks:
             raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
         files = PredictionFiles.of(folder / name, self.queries)
         self.write(files)
+
+        # The order of the returned paths: archive, summary, overlay, then two masks per query.
         masks = [(files.mask(q), files.probability(q)) for q in range(len(self))]
         return [files.archive, files.summary, files.overlay, *(path for pair in masks for path in pair)]
 
     def write(self, files: PredictionFiles) -> dict[str, Any]:
-        """Writes the files of `save` under their names; returns what NAME.json says."""
+        """Writes the files of a prediction under the given names; returns the content of NAME.json."""
         return write_prediction(files, self.image, self.queries, self, self.facts)

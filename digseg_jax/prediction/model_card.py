@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of an export: how to use it, what it learned from, how well it does, what binds its use."""
+"""Model card (README.md) of an export: use, training data, scores, limits and license."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from digseg_jax.prediction.description import Description
 from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.weights import catalog
 
-OWN_LICENSE = "apache-2.0"  # of the weights that ship with the package
-RANDOM = "random weights"  # as `describe` names a start without a checkpoint
+OWN_LICENSE = "apache-2.0"  # license of the weights that ship with the package
+RANDOM = "random weights"  # `Description.started_from` of a run without a checkpoint
+
+# The card's first part; {title} and {words} are filled in.
 _HEAD = """\
 # {title}
 
@@ -47,13 +49,16 @@ and says so. The code that `trust_remote_code=True` runs is in `pipeline.py`, `u
 
 
 def model_card(description: Description, results: dict[str, Any] | None = None) -> str:
-    """The card of an export, with front matter as the hub wants it.
+    """Builds the card of an export, with the front matter that the hub reads.
 
-    results: the content of results.json, of an evaluation of these weights.
+    results: content of results.json, from an evaluation of these weights; None: not evaluated.
     """
+    # A closed codec must be asked for all of its classes; else two make a short example.
     codec = CODECS[description.recorded_config().model.codec]
     title = f"Segmentation by words, trained on {', '.join(description.datasets)}"
     words = description.classes if codec.closed else description.classes[:2]
+
+    # Front matter, then the sections in reading order.
     parts = (
         f"---\n{_front_matter(description, title, results).to_yaml()}\n---",
         _HEAD.format(title=title, words=words),
@@ -68,14 +73,19 @@ def model_card(description: Description, results: dict[str, Any] | None = None) 
 def _front_matter(
     description: Description, title: str, results: dict[str, Any] | None
 ) -> ModelCardData:
-    """What the hub reads of a card; scores as its `model-index`."""
+    """The hub's metadata of a card; scores go into its `model-index`."""
+    # The hub asks for a name with license "other".
     license_name = _license(description)[0]
     more: dict[str, Any] = {}
     if license_name == "other":
         more["license_name"] = "as-the-weights-it-was-derived-from"
+
+    # Links to the checkpoint that the training started from, if the hub has it.
     known = catalog.find(description.started_from)
     if known:
         more["base_model"] = known.hub_id
+
+    # The hub takes scores only together with a model name.
     if results:
         more |= {"model_name": title, "eval_results": _eval_results(results)}
     return ModelCardData(
@@ -88,7 +98,8 @@ def _front_matter(
 
 
 def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
-    """Mean IoU and pixel accuracy; a score that is not a number is left out."""
+    """Mean IoU and pixel accuracy (0..1) for the hub; a score that is null or nan is left out."""
+    # `value == value` below is False for nan, which JSON on the hub cannot hold.
     values = {"mean_iou": results["miou"], "accuracy": results["accuracy"]}
     return [
         EvalResult(
@@ -105,7 +116,7 @@ def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
 
 
 def _training(description: Description) -> str:
-    """Data, length and start of the training."""
+    """Section on the training: data, size, length, seed and starting weights."""
     classes = ", ".join(description.classes)
     return (
         "## Training\n\n"
@@ -119,9 +130,11 @@ def _training(description: Description) -> str:
 
 
 def _scores(results: dict[str, Any] | None) -> str:
-    """The evaluation with its protocol, or that there was none."""
+    """Section on the scores with their protocol, or a sentence that there are none yet."""
     if not results:
         return "## Scores\n\nThese weights have not been evaluated yet.\n"
+
+    # A score means little without its sampling and its view size.
     sampling = f"{results['ensemble']}x{results['steps']} ({results['spacing']} timesteps)"
     views = " x ".join(map(str, results["view_size"]))
     return (
@@ -136,7 +149,7 @@ def _scores(results: dict[str, Any] | None) -> str:
 
 
 def _limits(description: Description, *, closed: bool) -> str:
-    """What not to expect of the weights."""
+    """Section on what not to expect of the weights; a closed codec answers its own classes only."""
     size = description.recorded_config().data.image_size
     asked = (
         "It answers its own classes only, all of them at once."
@@ -153,12 +166,15 @@ def _limits(description: Description, *, closed: bool) -> str:
 
 
 def _license(description: Description) -> tuple[str, str]:
-    """The hub's identifier, and what the card says."""
+    """The hub's license identifier, and the sentence of the card."""
+    # A known checkpoint: fine-tuned weights inherit its license.
     start = description.started_from
     known = catalog.find(start)
     if known and known.license:
         said = f"Derived from {known.hub_id}, whose license ({known.license}) binds these weights too."
         return known.license, said
+
+    # The package's own weights, random ones, or a start whose license is unknown.
     if start.startswith("assets:"):
         return OWN_LICENSE, "Apache License 2.0, as the weights that it started from."
     if start == RANDOM:
@@ -167,5 +183,5 @@ def _license(description: Description) -> tuple[str, str]:
 
 
 def _public(reference: str) -> str:
-    """A reference as others understand it: of a local folder the name alone."""
+    """A reference without this machine's paths: a local folder is reduced to its name."""
     return Path(reference).name if reference.startswith(("/", ".", "~")) else catalog.expand(reference)
