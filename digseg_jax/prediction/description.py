@@ -88,7 +88,7 @@ class FrozenPart:
 
     @classmethod
     def find(cls, reference: str) -> FrozenPart:
-        """Finds a part here or on the hub, and computes its checksum; raises UserError if it is missing."""
+        """Finds a part here or on the hub and computes its checksum; UserError if it is missing."""
         # A relative path must mean the same from another working directory.
         folder = part_folder(reference)
         if Path(reference).expanduser().exists():
@@ -300,7 +300,7 @@ def _outside(folder: AnyPath, part: FrozenPart) -> FrozenPart:
 
 
 def own_parts(folder: AnyPath | str | None) -> dict[str, str]:
-    """An export's own copies of the frozen parts, {"model.vae": FOLDER/vae, ...}; older ones have none."""
+    """An export's own copies of frozen parts, {"model.vae": FOLDER/vae, ...}; older ones have none."""
     if folder is None:
         return {}
     found = {key: Path(folder) / name for key, name in OWN.items()}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained segmenter as a whole pipeline folder, which torch's diffusers opens too; without torch.
+"""Export of a segmenter as a pipeline folder that torch's diffusers opens too; made without torch.
 
-model_index.json, pipeline.py       the components, and torch's code that asks them
-unet/ vae/ text_encoder/            weights: the trained ones, and copies of the frozen parts
-tokenizer/ scheduler/               as transformers and diffusers read them
-image_processor/                    how an image of any size becomes views
-segmenter.json, palette.json,       what this program needs to know
-calibration.json, README.md
+model_index.json, pipeline.py       list of the components, and torch code that runs them
+unet/ vae/ text_encoder/            trained weights, and copies of the frozen parts
+tokenizer/ scheduler/               in the formats of transformers and diffusers
+image_processor/                    settings for cutting an image of any size into views
+segmenter.json, palette.json,       settings, codec state and calibration for this program;
+calibration.json, README.md         the model card for people
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ from digseg_jax.weights.upload import check_target, push_folder
 
 INDEX = "model_index.json"
 CARD = "README.md"
-OLD_WEIGHTS = ("config.json", f"{DIFFUSERS_STEM}.safetensors")  # of exports without unet/
-SCALE = 2.0  # of the evidence, where no evaluation has fitted one
+OLD_WEIGHTS = ("config.json", f"{DIFFUSERS_STEM}.safetensors")  # weight files of exports without unet/
+SCALE = 2.0  # scale of the evidence if no evaluation has fitted one
 _CODE = Path(__file__).parent / "torch_pipeline"
-# torch's code by the folder where diffusers looks for it
+
+# module with torch code -> folder of the export in which diffusers looks for it
 _FILES = {
     "pipeline": "",
     "digseg_unet": UNET,
@@ -60,13 +61,15 @@ _FILES = {
 
 
 def complete_export(folder: Path, description: Description) -> None:
-    """Writes everything beside the trained U-Net and the codec's state, which are in the folder.
+    """Completes an export that holds only the trained U-Net and the codec's state.
 
     Raises:
       UserError: a frozen part is missing.
     """
     config = description.recorded_config()
     classes = {}
+
+    # Copy the frozen parts. Their classes go into the list of components.
     legal = dict(zip(PARTS, (AUTOENCODERS, TEXT_CLASSES), strict=True))
     sources = {
         key: part_folder(part.pinned)
@@ -77,7 +80,7 @@ def complete_export(folder: Path, description: Description) -> None:
     _write_tokenizer(tokenizer_folder(sources["model.text"]), folder / "tokenizer", config)
     write_description(folder, description)
 
-    # What torch reads, the list of components last: a folder with one is whole.
+    # Write the files for torch, model_index.json last: a folder that has it is complete.
     storage.write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(config))
     storage.write_json(folder / "image_processor" / "preprocessor_config.json", _views(config))
     for name, place in _FILES.items():
@@ -87,20 +90,24 @@ def complete_export(folder: Path, description: Description) -> None:
 
 
 def copy_export(source: Path, target: Path) -> None:
-    """Copies an export to another folder; one of an older layout becomes a whole pipeline there.
+    """Copies an export to another folder; one of an older layout is completed to a whole pipeline.
 
     Raises:
       UserError: a frozen part of the older export is missing.
     """
+    # A whole pipeline is copied file by file.
     if (source / INDEX).is_file():
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             copy_files({file.name: file}, target / file.relative_to(source).parent)
         return
 
-    # The weights as they are; their config.json with what diffusers' own class must not ignore.
+    # Older layout: copy the weights, and write config.json anew, so that diffusers' own class notices
+    # the keys that it lacks.
     description = read_description(source)
     copy_files(component_files(unet_folder(source)), target / UNET)
     storage.write_json(target / UNET / "config.json", load_config(unet_folder(source)).to_dict())
+
+    # Calibration and codec state may be absent; the rest is made from the description.
     beside = (CALIBRATION, state_file(description.recorded_config().model.codec, source).name)
     kept = {name: source / name for name in beside if (source / name).is_file()}
     copy_files(kept, target)
@@ -108,19 +115,22 @@ def copy_export(source: Path, target: Path) -> None:
 
 
 def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
-    """Adds what an evaluation found to an export: the calibration, and the scores in its card."""
+    """Adds an evaluation's results to an export: the calibration, and the scores in the model card."""
+    # Exports of older versions have neither a card nor a list of components.
     storage.write_json(folder / CALIBRATION, results["calibration"])
-    if not (folder / INDEX).is_file():  # of an older version, which had neither card nor components
+    if not (folder / INDEX).is_file():
         return
+
+    # Torch reads the fitted scale too; a palette has a scale of its own and keeps it.
     storage.write_bytes(folder / CARD, model_card(read_description(folder), results).encode())
     index = json.loads(storage.read_text(folder / INDEX))
-    if not index["settings"]["prototypes"]:  # a palette has a scale of its own
+    if not index["settings"]["prototypes"]:
         index["settings"]["scale"] = results["calibration"]["scale"]
         storage.write_json(folder / INDEX, index)
 
 
 def keep_results(folder: AnyPath, path: AnyPath) -> None:
-    """Adds an earlier evaluation, results.json, to an export if it was one of the same checkpoint."""
+    """Adds the results.json at `path` to an export if it evaluated the same checkpoint."""
     if path.is_file():
         results = json.loads(storage.read_text(path))
         if results.get("weights") == read_description(folder).provenance():
@@ -131,17 +141,19 @@ def push_export(folder: Path, target: str, *, private: bool | None = None) -> st
     """Uploads an export to the hub as one commit; returns `org/name@commit`.
 
     Raises:
-      UserError: the hub refuses, or the connection was lost.
+      UserError: the hub rejects the upload, or the connection was lost.
     """
     description = read_description(folder)
     message = f"Segmenter of digseg_jax after {description.steps} steps"
+
+    # The commit removes files of these kinds that the export lacks; others there are left alone.
     ours = ("*.json", "*.py", "*.safetensors", "*.txt")
     commit = push_folder(folder, target, message, private=private, replaced=ours)
     return f"{check_target(target)[0]}@{commit}"
 
 
 def _write_tokenizer(source: Path, folder: Path, config: Config) -> None:
-    """Writes the tokenizer in the one format that both sides read alike."""
+    """Writes tokenizer.json and its settings, the format that this program and torch read alike."""
     tokenizer = load_tokenizer(source)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -153,7 +165,7 @@ def _write_tokenizer(source: Path, folder: Path, config: Config) -> None:
 
 
 def _scheduler(config: Config) -> dict[str, Any]:
-    """The content of scheduler_config.json."""
+    """Content of scheduler_config.json: the training's noise schedule and the evaluation's spacing."""
     diffusion = config.diffusion
     return {
         "_class_name": "DigsegScheduler",
@@ -172,7 +184,7 @@ def _scheduler(config: Config) -> dict[str, Any]:
 
 
 def _views(config: Config) -> dict[str, Any]:
-    """The content of preprocessor_config.json."""
+    """Content of preprocessor_config.json: size of a view in pixels, and the way of cutting views."""
     inference = config.eval.inference
     return {
         "_class_name": "DigsegViews",
@@ -185,7 +197,7 @@ def _views(config: Config) -> dict[str, Any]:
 def _index(
     config: Config, description: Description, classes: dict[str, str], folder: Path
 ) -> dict[str, Any]:
-    """The content of model_index.json: the components' classes, and how they are asked."""
+    """Content of model_index.json: component -> [library or module, class], and the settings."""
     return {
         "_class_name": ["pipeline", "DigsegPipeline"],
         "_diffusers_version": importlib.metadata.version("diffusers"),
@@ -200,10 +212,13 @@ def _index(
 
 
 def _settings(config: Config, description: Description, tower: str, folder: Path) -> dict[str, Any]:
-    """What pipeline.py needs to know beside its components."""
+    """Settings of pipeline.py beyond its components: text, decoding, scale, templates and limits."""
+    # A palette's state: its colors, and the scale that belongs to them.
     codec = make_codec(config.model.codec, config.data)
     path = state_file(codec.name, folder)
     state = json.loads(storage.read_text(path)) if path.is_file() else {}
+
+    # Scale of the evidence: the codec's own, a fitted one, or the default.
     scale, calibration = SCALE, folder / CALIBRATION
     if state:
         codec.restore(state)
@@ -211,16 +226,20 @@ def _settings(config: Config, description: Description, tower: str, folder: Path
     elif calibration.is_file():
         scale = json.loads(storage.read_text(calibration))["scale"]
 
-    # Beyond the limit this program reads masks by its probe: others than torch's.
+    # Above `decode_limit` queries this program reads masks with its linear probe. The torch pipeline
+    # has no probe and would give other masks, so it takes no more queries than that.
     limited = codec.one_by_one and config.eval.decoder == "latent_mean"
     return {
+        # how a text becomes tokens; only a causal text encoder (CLIP's) may see its padding
         "max_tokens": config.model.max_tokens,
         "mask_padding": config.model.mask_padding or tower != "CLIPTextModel",
         "sentence_token": config.model.sentence_token,
         "text_skip_layers": config.model.text_skip_layers,
+        # how latents become probabilities
         "decoder": config.eval.decoder,
         "ensemble_rule": config.eval.ensemble_rule,
         "scale": scale,
+        # how queries become texts; "prompt", "classes" and "prototypes" are for closed codecs
         "templates": list(asked_templates(config.eval.templates, description.templates)),
         "prompt": codec.texts(description.classes)[0] if codec.closed else None,
         "classes": description.classes if codec.closed else None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prediction reads and writes: images, queries and vocabularies; masks, overlays, JSON."""
+"""Input and output of a prediction: images, queries and vocabularies; masks, overlays and JSON."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ from digseg_jax.prediction.answer import MostProbable
 from digseg_jax.prediction.targets import PredictionFiles, check_not_replaced
 from digseg_jax.viz import images as viz
 
-SHOWN = 0.5  # an overlay colors a pixel by its most probable query, if that is more probable than this
-ONE_COLOR = np.array([[230, 60, 30]], np.uint8)
+SHOWN = 0.5  # an overlay colors a pixel by its most probable query if the probability exceeds this
+ONE_COLOR = np.array([[230, 60, 30]], np.uint8)  # RGB of a single query
 
 
 def find_images(places: str | Sequence[str]) -> list[Path]:
-    """The images of files, folders and globs; sorted within each, none twice.
+    """Finds the images that files, folders and globs name; sorted within each, none twice.
 
     Raises:
-      UserError: nothing there.
+      UserError: a place without images.
     """
+    # A dictionary drops repeated paths and keeps the order of the places.
     texts = [places] if isinstance(places, str) else places
     return list(dict.fromkeys(path for text in texts for path in _images_of(text)))
 
 
 def _images_of(text: str) -> list[Path]:
-    """A file, the images of a folder, or those that a glob matches; sorted.
+    """The images of one place: a file, a folder or a glob; sorted.
 
     Raises:
-      UserError: nothing there.
+      UserError: no image there.
     """
+    # A folder: its images by their endings, without the hidden files that systems leave behind.
     path = Path(text).expanduser()
     if path.is_dir():
         found = [
@@ -58,21 +60,25 @@ def _images_of(text: str) -> list[Path]:
             endings = " ".join(IMAGE_ENDINGS)
             raise UserError(f"--image={shown(text)}: no images in this folder ({endings})")
         return sorted(p for p in found if not p.is_dir())
+
+    # A glob, unless a file really has such a name. It may name files of any ending.
     if not path.exists() and glob.has_magic(text):
         matched = [Path(p) for p in glob.glob(str(path), recursive=True)]
         matched = [p for p in matched if not p.is_dir() and not is_junk(p.name)]
         if not matched:
             raise UserError(f"--image={shown(text)}: matches no file")
         return sorted(matched)
+
+    # A single file, whatever its ending.
     if not path.exists() or not text:
         raise UserError(f"--image={shown(text)}: no such file")
     return [path]
 
 
 def read_rgb(path: Path, name: str = "--image") -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of an image file, turned as EXIF says; see `digseg_jax.io.image_file`.
+    """Reads an image file as RGB, rotated by its EXIF orientation (see `digseg_jax.io.image_file`).
 
-    name: what an error calls it.
+    name: the flag or argument that an error names.
 
     Raises:
       UserError: missing or unreadable file.
@@ -84,11 +90,12 @@ def read_rgb(path: Path, name: str = "--image") -> UInt8[np.ndarray, "h w 3"]:
 
 
 def pixels_of(image: str | os.PathLike | Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of a file, of a Pillow image, or of an array, which must be that already.
+    """RGB pixels of a file, a Pillow image, or an array that is uint8 [h, w, 3] already.
 
     Raises:
       UserError: missing or unreadable file, or an array of another type or shape.
     """
+    # Pillow reads the pixels only now, so a broken file may show up here.
     if isinstance(image, Image.Image):
         try:
             return upright_rgb(image)
@@ -96,6 +103,8 @@ def pixels_of(image: str | os.PathLike | Image.Image | np.ndarray) -> UInt8[np.n
             raise UserError(f"image: {image}: {error}") from error
     if isinstance(image, (str, os.PathLike)):
         return read_rgb(Path(image).expanduser(), "image")
+
+    # An array of another type is not converted: its value range would be a guess.
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
         raise UserError(
@@ -106,13 +115,14 @@ def pixels_of(image: str | os.PathLike | Image.Image | np.ndarray) -> UInt8[np.n
 
 
 def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
-    """The texts of --query, then those of --vocabulary: a list of classes, or a data set's.
+    """Queries of --query, then the classes of --vocabulary: a class list's or a data set's.
 
-    Of a class that the list gives synonyms the first name is asked.
+    If the list gives synonyms of a class, its first name is asked.
 
     Raises:
-      UserError: none at all, an empty one, the same twice, or no such vocabulary.
+      UserError: no query at all, an empty or repeated one, or no such vocabulary.
     """
+    # A file comes before a data set of the same name.
     texts = list(queries)
     if vocabulary:
         path = Path(vocabulary).expanduser()
@@ -125,6 +135,8 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
                 f"--vocabulary={vocabulary}: neither a file of one name a line nor a data set; "
                 f"legal: {', '.join(registry.names())}"
             )
+
+    # An empty class list is as good as none.
     if not texts:
         raise UserError("--mode=predict needs --query or --vocabulary")
     check_queries(texts)
@@ -132,9 +144,12 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
 
 
 def check_queries(queries: Sequence[str], name: str = "--query") -> None:
-    """Raises UserError: an empty query, or the same one twice.
+    """Checks that no query is blank and none is asked twice.
 
-    name: what the error calls them.
+    name: the flag or argument that an error names.
+
+    Raises:
+      UserError: a blank or repeated query.
     """
     seen = set[str]()
     for query in queries:
@@ -152,24 +167,26 @@ def write_prediction(
     masks: Iterable[Float[np.ndarray, "h w"]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes everything of one image and returns what NAME.json says.
+    """Writes the files of one image's prediction; returns the content of NAME.json.
 
-    NAME.png, or NAME_QUERY.png for several queries: 0 or 255. .probability.png: the soft mask.
-    NAME.overlay.png: every query in its color over the image, with a legend below. NAME.npz:
-    "probability" float16 [q, h, w] and "queries".
+    NAME.png, or NAME_QUERY.png for several queries: the mask, 0 or 255. NAME.probability.png or
+    NAME_QUERY.probability.png: the soft mask. NAME.overlay.png: every query in its color over the
+    image, with a legend below. NAME.npz: "probability" float16 [q, h, w] and "queries".
 
-    All are made in a folder beside, then moved to their places: what is there is replaced by whole
-    files or not at all.
+    All files are made in a scratch folder and then moved: an existing file is replaced by a complete
+    one or not at all.
 
     masks: the probabilities of each query, in their order; taken one at a time, so that a large image
     and many queries need no more memory than one mask.
 
     Raises:
-      UserError: a file cannot be written, or is the image itself.
+      UserError: a file cannot be written, or would replace the image itself.
     """
     folder = files.base.parent
     if "image" in facts:
         check_not_replaced(files, [Path(facts["image"])], shown(files.base))
+
+    # The scratch folder is on the same disk, where moving a file is atomic.
     try:
         with tempfile.TemporaryDirectory(prefix=".predict_", dir=folder) as scratch:
             made = dataclasses.replace(files, base=Path(scratch) / files.base.name)
@@ -191,19 +208,25 @@ def _write_all(
     """Writes the files of `write_prediction`; returns the summary."""
     height, width = image.shape[:2]
     winner, rows = MostProbable(SHOWN), []
+
+    # NAME.npz is written by hand, plane by plane: `np.savez` would need all planes in memory.
     with zipfile.ZipFile(files.archive, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("probability.npy", "w", force_zip64=True) as stored:
             shape = (len(queries), height, width)
             header = {"descr": "<f2", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stored, header)
+
+            # One pass over the masks serves the archive, the PNGs and the overlay. All use the float16
+            # values, so that a threshold on the stored ones gives the same mask.
             for place, (query, mask) in enumerate(zip(queries, masks, strict=True)):
-                soft = mask.astype("<f2")  # masks and stored values must agree
+                soft = mask.astype("<f2")
                 stored.write(soft.tobytes())
                 rows.append(_write_mask(files, place, query, soft))
                 winner.see(soft)
         with archive.open("queries.npy", "w") as stored:
             np.lib.format.write_array(stored, np.asarray(queries))
 
+    # The overlay, then the summary; file names that are not Unicode are written readably.
     viz.save_photo(files.overlay, overlay(image, queries, winner.label))
     facts = {key: shown(value) if key == "image" else value for key, value in facts.items()}
     summary = {**facts, "height": height, "width": width, "queries": rows}
@@ -213,7 +236,7 @@ def _write_all(
 
 
 def _write_mask(files: PredictionFiles, place: int, query: str, soft: np.ndarray) -> dict[str, Any]:
-    """The two PNGs of a query; returns its row of the summary."""
+    """Writes the two PNGs of a query; returns its row of the summary, with shares as 0..1."""
     mask = soft > 0.5
     Image.fromarray(mask.astype(np.uint8) * 255).save(files.mask(place), "PNG")
     viz.save_mask(files.probability(place), soft)
@@ -224,9 +247,11 @@ def _write_mask(files: PredictionFiles, place: int, query: str, soft: np.ndarray
 def overlay(
     image: UInt8[np.ndarray, "h w 3"], queries: Sequence[str], label: Int[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h2 w 3"]:
-    """The image in the colors of a label map of queries (-1: none of them), with a legend below."""
+    """The image tinted by a label map of queries (-1: not tinted), with a legend below."""
     colors = ONE_COLOR if len(queries) == 1 else viz.class_colors(len(queries), queries)
     painted = viz.overlay(image, label, colors, alpha=0.5)
+
+    # The legend lists the queries that won some pixel, or all if none did.
     shown = [q for q in range(len(queries)) if (label == q).any()] or list(range(len(queries)))
     strip = viz.legend([queries[q] for q in shown], colors[shown], width=image.shape[1])
     return np.concatenate([painted, strip])

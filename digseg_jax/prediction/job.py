@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job of --mode=predict: any images, any queries, with the shipped or a run's weights."""
+"""The job of --mode=predict: segments any images by any queries, with shipped or trained weights."""
 
 from __future__ import annotations
 
@@ -30,22 +30,29 @@ def predict(
     estep: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Segments every image that `image` (files, folders or globs) names; see `write_prediction`.
+    """Segments every image that is named, and writes the files of `write_prediction` for each.
 
-    config: None takes everything from the weights' own description. model: the weights, as
-    `find_export` takes them; None: the shipped ones. estep: members x steps, such as "8x2". settings:
-    by key such as "eval.decoder", in place of the description's.
+    Args:
+      config: None takes every setting from the weights' own description.
+      model: the weights, as `find_export` takes them; None: the shipped ones.
+      image: files, folders or globs.
+      queries, vocabulary: see `find_queries`.
+      out: a folder, or a PNG for a single image.
+      estep: members x steps, such as "8x2"; by default the configuration's.
+      settings: values by key such as "eval.decoder", in place of the description's.
 
     Raises:
       UserError: unreadable image, empty query, missing weights, weights that were trained with another
         configuration, unwritable output.
     """
+    # Check all input and output before the slow part: queries, images and file names.
     texts = find_queries(queries, vocabulary)
     images = find_images(image)
     planned = targets(images, out, texts)
     if len(images) == 1:
-        read_rgb(images[0])  # an unreadable one is told before the models are built
+        read_rgb(images[0])  # an unreadable image is reported before the models are built
 
+    # Load the weights with the settings of their training, or with those of the configuration.
     folder = find_export(model or SHIPPED)
     if config is None:
         config = with_settings(read_description(folder).training_config(folder), settings or {})
@@ -53,6 +60,7 @@ def predict(
         config = with_sampling(config, estep)
     segmenter = load_segmenter(folder, config)
 
+    # Segment and write one image after the other, so that memory holds one image's masks.
     sampling, started = config.eval, time.monotonic()
     label = f"predict {sampling.ensemble}x{sampling.steps}"
     progress = Progress(len(images), label=label, unit="images")
@@ -62,39 +70,42 @@ def predict(
                 source, texts, sampling.ensemble, sampling.steps, config.seed,
                 spacing=sampling.spacing, advance=windows.update,
             )  # fmt: skip
-            summary = masks.write(files)  # may run the network: see `Masks`
+            summary = masks.write(files)  # large masks are computed only now, see `Masks`
         log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
         progress.update(done, done / (time.monotonic() - started))
     progress.close()
 
 
 def _told(summary: Mapping[str, Any]) -> str:
-    """Which file holds the mask of each query, and what share of the image it covers."""
+    """The file of each query's mask, and the percentage of the image that it covers."""
     rows = summary["queries"]
     return ", ".join(f"{r['mask']} ({r['query']}, {100 * r['coverage']:.1f} %)" for r in rows)
 
 
 def _beside(files: PredictionFiles) -> str:
-    """The other files of a prediction, in short."""
+    """The other files of a prediction, abbreviated as NAME{ENDING,...}."""
     ends = ("*.probability.png", ".overlay.png", ".npz", ".json")
     return f"{shown(files.base)}{{{','.join(ends)}}}"
 
 
 class _Windows:
-    """Progress inside an image; nothing is shown of one that takes a single step."""
+    """Progress within one image; an image that takes a single step shows none."""
 
     def __init__(self, image: Path):
         self.image, self.started = image, time.monotonic()
         self.progress: Progress | None = None
 
     def update(self, done: int, steps: int) -> None:
-        """Tells how many of the image's steps are done."""
+        """Shows that `done` of the image's `steps` are done."""
         if steps == 1:
             return
+
+        # Made at the first call, which tells the number of steps.
         if self.progress is None:
             self.progress = Progress(steps, label=f"  {shown(self.image.name)}", unit="steps")
         self.progress.update(done, done / (time.monotonic() - self.started))
 
     def close(self) -> None:
+        """Ends the progress line, if there is one."""
         if self.progress is not None:
             self.progress.close()

@@ -103,7 +103,6 @@ class Masks:
         Raises:
           UserError: the folder cannot be written.
         """
-        # The folder may be new, unlike that of a named --out.
         folder = Path(folder).expanduser()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported weights, ready to be asked: the one way from a folder, a bucket or the hub to masks."""
+"""Segmenters of exported weights: the way from a folder, a bucket or the hub to masks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HELD = 2**31  # bytes of decoded masks that are kept at a time
 def load_segmenter(
     model: str | os.PathLike = SHIPPED, config: Config | None = None
 ) -> PretrainedSegmenter:
-    """Loads exported weights on all devices; every process must call it.
+    """Loads exported weights onto all devices; every process must call it.
 
     Args:
         model: a run's working directory or its export, on a disk or on gs://, assets:NAME for weights
@@ -65,6 +65,7 @@ def load_segmenter(
         >>> segment(image, "water", ensemble=1, steps=1).label.dtype
         dtype('int32')
     """
+    # Settle the configuration before anything is built: a contradiction to the training is an error.
     folder = find_export(os.fspath(model))
     description = read_description(folder)
     if config is None:
@@ -72,21 +73,23 @@ def load_segmenter(
     check_agreement(description, config, folder)
     config = description.with_pinned_parts(config, folder)
 
-    # The architecture comes with the weights; nothing of the prior is needed.
+    # The architecture comes with the weights, so the checkpoint they started from is not needed.
     unet = str(unet_folder(folder))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
+
+    # One prompt stands in for the prompt bank: the segmenter encodes its own queries.
     config = for_devices(config, jax.devices())
-    task = load_task(config, prompts=("any",))  # the segmenter encodes its own queries
+    task = load_task(config, prompts=("any",))
     task.adopt(folder)
     return PretrainedSegmenter(task, folder, description)
 
 
 class PretrainedSegmenter(Segmenter):
-    """A segmenter of exported weights; `digseg_jax.Segmenter` is another name of it.
+    """A segmenter of exported weights, public as `digseg_jax.Segmenter`.
 
     Attributes:
         folder: the weights, on this machine.
-        description: what they are, and how they were trained.
+        description: their origin, and the settings of their training.
 
     Example:
         >>> segment = dj.load_segmenter()
@@ -95,8 +98,11 @@ class PretrainedSegmenter(Segmenter):
     """
 
     def __init__(self, task: SegmentationTask, folder: Path, description: Description):
+        # Scale of the evidence: fitted by an evaluation of these weights, else the default.
         calibration = folder / CALIBRATION
         scale = read_json(calibration, {"scale": float})["scale"] if calibration.is_file() else 2.0
+
+        # Queries are asked in the templates that the weights were trained with.
         mesh = make_mesh(choose_mesh(task.config, task, jax.devices()))
         params, words = load_params(unet_folder(folder), task.abstract), description.templates
         super().__init__(task, params, mesh=mesh, scale=float(scale), templates=words)
@@ -119,20 +125,21 @@ class PretrainedSegmenter(Segmenter):
 
         Args:
             image: a file, a Pillow image, or uint8 [H, W, 3].
-            queries: what to look for: a word, or several. A palette answers its classes, in their
-                order.
-            ensemble, steps: members and their sampling steps; 8 and 2 are the paper's.
-            seed: of the members' noise: the same seed gives the same masks.
-            spacing: of the timesteps, "trailing" or "leading".
-            index: names the image in the draws of the noise; the i-th image of an evaluation has i.
-            templates: what the queries are asked in, {} for the query; by default as the weights were
-                trained, "{}" as they are. The probabilities of several are averaged.
-            advance: gets the calls that are done and their number, after every one.
+            queries: words to look for, one or several. A palette answers all of its classes, which
+                must be named in their order.
+            ensemble, steps: members and sampling steps of each; the paper's are 8 and 2.
+            seed: seed of the members' noise: the same seed gives the same masks.
+            spacing: spacing of the timesteps, "trailing" or "leading".
+            index: identifies the image in the draws of the noise; an evaluation gives its i-th image i.
+            templates: prompts with {} for the query; by default the first of the training's, or "{}",
+                the bare query, if it is one of them. The probabilities of several are averaged.
+            advance: called after every call of the network, with the calls done and their total.
 
         Raises:
             UserError: an unreadable image, a blank or too long query, an illegal template, or a number
                 below 1.
         """
+        # Bad arguments are reported before the network runs.
         texts = (queries,) if isinstance(queries, str) else tuple(queries)
         check_queries(texts, "queries")
         timesteps = self.task.schedule.num_timesteps
@@ -142,12 +149,15 @@ class PretrainedSegmenter(Segmenter):
                 f"steps from 1 to {timesteps}, trailing or leading"
             )
 
+        # An illegal template is one line; a closed codec takes none.
         words = (templates,) if isinstance(templates, str) else tuple(templates)
         words = self.asks_in(wanted=[check_template(word, "templates") for word in words])
 
         pixels, sampling = pixels_of(image), EStep(ensemble, steps, spacing)
         request = Request(pixels, index, texts, templates=words)
         answer = self._answer(request, sampling, seed, advance)
+
+        # What it takes to make the same masks again, for NAME.json.
         facts = {"estep": str(sampling), "seed": seed, "templates": list(words)}
         if isinstance(image, (str, os.PathLike)):
             facts = {"image": os.fspath(image)} | facts
@@ -160,25 +170,26 @@ class PretrainedSegmenter(Segmenter):
         seed: int,
         advance: Callable[[int, int], None] | None,
     ) -> Planes:
-        """The masks of an image: all of them, or a group of queries at a time if they take more than
-        `HELD` bytes. The programs and so the masks are the same either way.
+        """Masks of an image: all at once, or one group of queries at a time above `HELD` bytes.
 
-        Queries with masks of their own are sampled when they are asked for. What shows several queries
-        is sampled once, and read again for every group.
+        The programs, and so the masks, are the same either way. If each query has a mask image of its
+        own, a group is sampled when it is asked for. If a mask image shows several queries, it is
+        sampled once and read again for every group.
         """
         count, ways = len(request.queries), max(1, len(request.templates))
         slots = self.codec.slots(count * ways)
         options: dict[str, Any] = {"key": seed, "mode": self.mode}
 
+        # float32 planes of all views and texts of a query. Masks that the probe reads are small.
         views = count_views(request.image.shape[:2], self.size, self.mode, self.short_side)
-        each = 4 * views * math.prod(self.size) * ways  # bytes of a query
+        each = 4 * views * math.prod(self.size) * ways
         apart = self.decodes_all(count * ways, slots, self.settings.decoder)
         if each * count < HELD or not apart:
             (answer,) = self.segment([request], sampling, advance=advance, **options)
             return answer
 
         def told(part: int, parts: int) -> Callable[[int, int], None]:
-            """Tells of a part's steps as steps of the whole."""
+            """Wraps `advance`: the steps of one part are reported as steps of the whole."""
 
             def tell(done: int, total: int) -> None:
                 if advance:
@@ -186,6 +197,8 @@ class PretrainedSegmenter(Segmenter):
 
             return tell
 
+        # Several queries share a mask image: sample now, read groups later. The sampling itself is the
+        # first of the parts that progress is counted in.
         if not self.codec.one_by_one:
             size = max(1, HELD // each)
             parts = 1 + -(-count // size)
@@ -196,7 +209,8 @@ class PretrainedSegmenter(Segmenter):
 
             return GroupedAnswer(read, count, size)
 
-        group = max(1, slots // ways)  # queries of a call, each in all of its texts
+        # One query per mask image: a group fills one call, each query with all of its texts.
+        group = max(1, slots // ways)
 
         def ask(first: int) -> Answer:
             part = dataclasses.replace(request, queries=request.queries[first : first + group])
@@ -213,15 +227,16 @@ class PretrainedSegmenter(Segmenter):
         count: int,
         advance: Callable[[int, int], None] | None = None,
     ) -> Answer:
-        """The masks of `count` queries, from place `first` on, of an answer that was sampled only.
+        """Reads masks of `count` queries, from index `first` on, of an answer that was only sampled.
 
-        Every process must call it. The queries of a call are read together, as `segment` reads them;
-        the wanted ones are kept. advance: gets as many steps as that of `segment`.
+        Every process must call it. The queries of a call are read together, as `segment` reads them,
+        and the wanted ones are kept. advance: counts as many steps as that of `segment`.
         """
+        # As many calls as the process with the most views needs.
         rows = self.views_of_call // self.programs.parts
         calls = self.programs.agree_on_largest(-(-len(answer.masks) // rows))[0]
         bias = answer.bias[first : first + count]
-        latents = [masks.latents for masks in answer.masks if masks.latents is not None]  # all have
+        latents = [masks.latents for masks in answer.masks if masks.latents is not None]  # every view's
 
         kept: list[ViewMasks] = []
         for call in range(calls):
@@ -230,7 +245,7 @@ class PretrainedSegmenter(Segmenter):
             filled = np.stack([*part, *[latents[-1]] * (rows - len(part))])
             found = self._read_groups(filled, answer, first, len(bias))
 
-            # Copies: a slice would keep the masks of all queries alive.
+            # Copy each row: a slice would keep the masks of all queries in memory.
             for row in range(len(part)):
                 arrays = {name: array[row].copy() for name, array in found.items()}
                 kept.append(ViewMasks(np.arange(len(bias)), **arrays))
@@ -242,9 +257,12 @@ class PretrainedSegmenter(Segmenter):
     def _read_groups(
         self, latents: Float[np.ndarray, "n g k e h w c"], answer: Answer, first: int, count: int
     ) -> dict[str, np.ndarray]:
-        """Masks [rows, count, ...] of one call's views, from the groups that have the queries."""
+        """Masks [n, count, ...] of one call's views, read from the groups that hold the queries."""
+        # Groups of `slots` queries were sampled together; the wanted range may span several.
         slots = self.codec.slots(answer.num_queries)
         groups = range(first // slots, -(-(first + count) // slots))
+
+        # Read whole groups with their biases, zero in the last group's empty places.
         parts = []
         for group in groups:
             bias = np.zeros((len(latents), slots), np.float32)
@@ -252,6 +270,7 @@ class PretrainedSegmenter(Segmenter):
             bias[:, : len(own)] = own
             parts.append(self.read(latents[:, group], bias, answer.scale, biased=answer.biased))
 
+        # Cut the wanted queries out of the groups.
         start = first - groups[0] * slots
         return {
             name: np.concatenate([part[name] for part in parts], axis=1)[:, start : start + count]
@@ -260,16 +279,19 @@ class PretrainedSegmenter(Segmenter):
 
     @property
     def mode(self) -> str:
-        """How an image becomes views: see `digseg_jax.segmentation.views`."""
+        """Way of cutting an image into views (see `digseg_jax.segmentation.views`)."""
+        # "auto" follows the data set's convention, and an image by itself has no data set.
         chosen_mode = self.settings.inference
         return "window" if chosen_mode == "auto" else chosen_mode
 
     def save_pretrained(self, folder: str | os.PathLike) -> AnyPath:
-        """Writes a whole pipeline to a folder, on a disk or on gs://: `load_segmenter` reads it, and
-        torch's `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
+        """Writes a whole pipeline to a folder on a disk or on gs://; returns the folder.
+
+        `load_segmenter` reads it, and so does torch's
+        `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
 
         Raises:
-          UserError: the disk or the bucket refuses.
+          UserError: the disk or the bucket cannot be written.
         """
         target = as_path(folder)
         with filled_locally(target) as local:
@@ -277,17 +299,18 @@ class PretrainedSegmenter(Segmenter):
         return target
 
     def push_to_hub(self, repository: str, *, private: bool | None = None) -> str:
-        """Uploads the whole pipeline to the hub, as one commit; returns `org/name@commit`.
+        """Uploads the whole pipeline to the hub as one commit; returns `org/name@commit`.
 
-        The token is that of HF_TOKEN or of `hf auth login`. A second call goes on where one ended.
+        The token comes from HF_TOKEN or `hf auth login`. A second call resumes an interrupted upload.
 
         Args:
-            repository: org/name, or org/name@branch; made if missing.
-            private: of a repository that is made; None: the owner's default.
+            repository: org/name, or org/name@branch; created if missing.
+            private: visibility of a repository that is created; None: the owner's default.
 
         Raises:
-            UserError: the hub refuses, or the connection was lost.
+            UserError: the hub rejects the upload, or the connection was lost.
         """
+        # Exports of older versions become a whole pipeline in a scratch folder first.
         check_target(repository)
         with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
             whole = self.folder

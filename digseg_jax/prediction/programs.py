@@ -2,9 +2,9 @@
 """The two compiled programs behind every mask: sampling mask latents, and reading masks from them.
 
 A call takes a fixed number of views (crops of one size), each with a fixed number of queries. Shapes
-therefore depend on the configuration alone: neither an image's size nor the vocabulary compiles
-anything. Views are split over the data and fsdp axes of the mesh. With several processes every one of
-them makes the same calls, hands over its own views and gets back their results only.
+therefore depend on the configuration alone, and neither an image's size nor the vocabulary causes a
+compilation. Views are split over the data and fsdp axes of the mesh. All processes make the same
+calls; each hands over its own views and gets back the results of these views only.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from digseg_jax.runtime.tpu import compiler_options
 from digseg_jax.segmentation import ensemble
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
-COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled waits for the last
+COMPILE_TIMEOUT = 3600.0  # seconds that the first process to finish compiling waits for the last
 
 
 class Programs:
-    """A task's weights on a mesh, and its programs, each compiled once for each shape.
+    """A task's weights on a mesh and its programs, each compiled once per shape.
 
     Attributes:
         mesh: the devices.
@@ -51,7 +51,7 @@ class Programs:
         self.compiled, self.seconds = 0, 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-        # The state of a training lies on the mesh already; weights from a file are put there now.
+        # The state of a running training is on the mesh already; weights from a file are put there now.
         self.params = _placed(params, mesh)
         self.vae = _placed(task.frozen["vae"], mesh)
 
@@ -66,11 +66,17 @@ class Programs:
         *,
         mean: bool,
     ) -> Float[np.ndarray, "n k e h2 w2 c"]:
-        """Denoised mask latents of this process's views.
+        """Samples mask latents of this process's views, k mask images and e members each.
 
-        index: names each view in the draws of the initial noise. root: key of those draws. mean:
-        return the mean over the members in place of all of them (e = 1).
+        Args:
+          crops: the views.
+          index: identifies each view in the draws of the initial noise.
+          tokens, mask: t texts of l tokens for each view.
+          root: key of the draws.
+          estep: ensemble size and denoising steps.
+          mean: return the mean over the members (e = 1) in place of every member.
         """
+        # Everything that is compiled into the program is in its key.
         rows = {"crops": crops, "index": index, "tokens": tokens, "mask": mask}
         program = partial(sample_latents, self.task, estep=estep, mean=mean)
         key = ("sample", estep, mean)
@@ -88,13 +94,19 @@ class Programs:
         biased: bool = False,
         evidence: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Masks of this process's views: "probability" [n, q, h, w], float32.
+        """Reads the masks of this process's views: "probability" [n, q, h, w], float32.
 
-        The k mask images show the q queries (see `segmentation.codec`). biased: return "alone" as well,
-        the probabilities without the bias. evidence: return "evidence" [n, q, e, h, w] instead.
-
-        decoder: "vae" or "probe" (see `SegmentationTask.read`); rule: see `ensemble.combine`.
+        Args:
+          latents: of k mask images, which show the q queries (see `segmentation.codec`).
+          bias: added to the logits of each query.
+          scale: factor from evidence to logits.
+          size: height and width of the masks, pixels.
+          decoder: "vae" or "probe" (see `SegmentationTask.read`).
+          rule: how the members are combined (see `ensemble.combine`).
+          biased: return "alone" as well, the probabilities without the bias.
+          evidence: return "evidence" [n, q, e, h, w] instead.
         """
+        # Scale and bias are arguments, not constants: another calibration compiles nothing.
         program = partial(
             read_masks, self.task, size=size, decoder=decoder, rule=rule, biased=biased, raw=evidence
         )
@@ -103,23 +115,29 @@ class Programs:
         return self._call(key, program, arguments, {"latents": latents, "bias": bias})
 
     def agree_on_largest(self, *mine: int) -> tuple[int, ...]:
-        """The largest of each number over all processes; every process must ask."""
+        """The largest value of each number over all processes; every process must call it."""
         if jax.process_count() == 1:
             return mine
         from jax.experimental import multihost_utils
 
+        # [processes, numbers]
         every = np.asarray(multihost_utils.process_allgather(np.asarray(mine, np.int32)))
         return tuple(int(n) for n in every.reshape(-1, len(mine)).max(axis=0))
 
     def _call(
         self, key: tuple, program: Callable, shared: tuple[Any, ...], rows: dict[str, np.ndarray]
     ) -> Any:
-        """Runs a program on shared arguments and this process's rows; returns its rows' results."""
+        """Runs a program on shared arguments and this process's rows; returns these rows' results.
+
+        key: identifies the program together with the rows' shapes.
+        """
+        # Compile at the first call with these shapes.
         batch = place_batch(rows, self.mesh)
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
         if (key, shapes) not in self._programs:
             self._programs[key, shapes] = self._compile(key[0], program, shared, batch)
 
+        # Wait for the devices, so that `seconds` measures work and not its dispatch.
         start = time.monotonic()
         out = jax.block_until_ready(self._programs[key, shapes](*shared, batch))
         self.seconds += time.monotonic() - start
@@ -128,21 +146,22 @@ class Programs:
     def _compile(
         self, name: str, program: Callable, shared: tuple[Any, ...], batch: dict[str, Array]
     ) -> Callable[..., Any]:
+        """Compiles a program for the mesh's platform; returns when all processes have compiled it."""
         platform = self.mesh.devices.flat[0].platform
         lowered = trace(program, shared, batch, self.mesh).lower(lowering_platforms=(platform,))
         with heartbeat(f"compiling: {name}"):
             compiled = lowered.compile(compiler_options(platform))
         self.compiled += 1
 
-        # A collective gives up on a process that is late, and compilation takes uneven times.
+        # Compilation takes uneven times, and a collective would give up on a process that is late.
         barrier("a compiled program", COMPILE_TIMEOUT)
         return compiled
 
 
 def trace(program: Callable, shared: tuple[Any, ...], batch: Params, mesh: Mesh) -> jax.stages.Traced:
-    """One of the programs below for these arguments (arrays or shapes)."""
+    """Traces one of the programs below for these arguments (arrays or shapes)."""
+    # Rows are split over the mesh and numbers are replicated; None leaves weights as they are placed.
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
-    # None: weights stay as they are placed.
     kept = tuple(None if isinstance(x, dict) else whole for x in shared)
     jitted = jax.jit(on_mesh(mesh, program), in_shardings=(*kept, rows), out_shardings=rows)
     return jitted.trace(*shared, batch)
@@ -159,6 +178,7 @@ def sample_latents(
     mean: bool,
 ) -> Float[Array, "n k e h w c"]:
     """The program of `Programs.sample`."""
+    # The texts take the place of the prompt bank: one set [t, l, d] for each view.
     frozen = {"vae": vae, "bank": {"tokens": batch["tokens"], "mask": batch["mask"]}}
     latents = task.sample(params, frozen, batch["crops"], batch["index"], estep, seed=root)
     return latents.mean(axis=2, keepdims=True) if mean else latents
@@ -177,27 +197,32 @@ def read_masks(
     raw: bool,
 ) -> dict[str, Array]:
     """The program of `Programs.read`."""
-    latents, bias = batch["latents"], batch["bias"]
+    latents, bias = batch["latents"], batch["bias"]  # [n, k, e, h, w, c], [n, q]
     read = partial(task.read, {"vae": vae}, size=size, decoder=decoder)
     if raw:
         return {"evidence": read(latents)}
 
     def combined(evidence: Array, bias: Array) -> Array:
+        """Probabilities [n, q, h, w] from the evidence of the members [n, q, e, h, w]."""
         return ensemble.probabilities(evidence, scale, bias, exclusive=task.codec.exclusive, rule=rule)
 
-    # One member at a time where a mask image shows many queries and a mean is wanted.
+    # A mask image that shows many queries: add up one member at a time if the rule is the mean, as the
+    # evidence of all members together would take e times the memory.
     if bias.shape[1] > latents.shape[1] and rule == "mean" and latents.shape[2] > 1:
 
         def add(total: Params, member: Array) -> tuple[Params, None]:
+            """Adds the probabilities of one member, with the bias and, if wanted, without."""
             evidence = read(member[:, :, None])
             return {name: total[name] + combined(evidence, b) for name, b in biases.items()}, None
 
+        # `scan` runs over the leading axis, so the members go there.
         biases = {"probability": bias} | ({"alone": jnp.zeros_like(bias)} if biased else {})
         empty = jnp.zeros((*bias.shape, *size), jnp.float32)
         members = jnp.moveaxis(latents, 2, 0)
         total, _ = jax.lax.scan(add, dict.fromkeys(biases, empty), members)
         return {name: value / len(members) for name, value in total.items()}
 
+    # Otherwise read all members at once.
     evidence = read(latents)
     masks = {"probability": combined(evidence, bias)}
     if biased:
@@ -206,12 +231,14 @@ def read_masks(
 
 
 def _placed(tree: Params, mesh: Mesh) -> Params:
-    """The tree on the mesh by the rule table; arrays that lie there already are left alone."""
+    """The tree on the mesh by the rule table; a tree that is placed so already is returned as it is."""
     shardings = infer_shardings(tree, mesh)
 
     def at_home(x: Any, sharding: NamedSharding) -> bool:
+        """Whether an array already has the sharding that the rules give it."""
         return isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim)
 
+    # No copy of weights that are in place: the devices might not hold them twice.
     if all(jax.tree.leaves(jax.tree.map(at_home, tree, shardings))):
         return tree
     return place(tree, shardings)

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of any size and any number of queries in, soft masks out: the engine of every mode.
+"""Segmentation of images of any size by any number of queries: the engine of every mode.
 
-An image is cut into views of one size, its queries into groups of one size; the programs of
-`prediction.programs` take both, whatever the image and the vocabulary. What comes back is kept view by
-view, and brought to the image's resolution one query at a time, so that memory is bounded by the image
-and not by the image times the vocabulary.
+Images are cut into views of one size and queries into groups of one size, so that the programs of
+`prediction.programs` serve any image and vocabulary. Masks are kept view by view and brought to the
+image's resolution one query at a time: memory grows with the image, not with the vocabulary.
 
-With few queries every mask is decoded. Of a large vocabulary only the masks that can matter are: a
-linear probe reads all latents (`segmentation.latent_probe`), and in each view the queries that it puts
-first are decoded; the others keep the probe's reading.
+With few queries every mask is decoded. With many, a linear probe reads all latents
+(`segmentation.latent_probe`); in each view only the queries that it ranks first are decoded.
 """
 
 from __future__ import annotations
@@ -34,16 +32,16 @@ from digseg_jax.training.tasks.parts import encode_bank
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
-NOTHING = ("any",)  # the queries of a view that only fills up a call
+NOTHING = ("any",)  # queries of a process that has no views in a call
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """An image, and what is asked of it.
+    """An image and its queries.
 
-    index: names the image in the draws of the noise. queries: texts, or the class names of a closed
-    codec in their order. bias: added to each query's logits (see `segmentation.calibration`).
-    templates: what each query is asked in, their probabilities averaged; empty: as it is.
+    index: identifies the image in the draws of the noise. queries: texts, or the class names of a
+    closed codec in their order. bias: added to each query's logits (see `segmentation.calibration`).
+    templates: prompts for each query, whose probabilities are averaged; empty: the bare query.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -53,22 +51,23 @@ class Request:
     templates: tuple[str, ...] = ()
 
     def in_texts(self) -> Request:
-        """The same request with a text for each query and template, one query after the other."""
+        """The same request with one text per query and template, the texts of a query side by side."""
         if not self.templates:
             return self
+        # A query's bias goes to each of its texts.
         texts = tuple(fill(t, query) for query in self.queries for t in self.templates)
         bias = None if self.bias is None else np.repeat(self.bias, len(self.templates)).tolist()
         return Request(self.image, self.index, texts, None if bias is None else tuple(bias))
 
 
 class Segmenter:
-    """A task's trained weights on a mesh, ready to be asked.
+    """Segmenter with a task's trained weights on a mesh.
 
     Args:
       params: host arrays, or arrays that are on the mesh already.
-      settings: view size, decoder, ensemble rule, views of a call on each device, templates.
-      scale: turns evidence into logits, unless the codec has a scale of its own.
-      templates: that the weights were trained with; by default those of the task's data sets.
+      settings: view size, decoder, ensemble rule, views per call and device, templates.
+      scale: factor from evidence to logits, unless the codec has its own.
+      templates: prompts of the weights' training; by default those of the task's data sets.
     """
 
     def __init__(
@@ -90,15 +89,15 @@ class Segmenter:
         self.size = view_size(self.settings, config.data)
         self.short_side = self.settings.short_side or trained_short_side(config.data)
         self.templates = tuple(templates) or training_templates(config.data)
-        self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._texts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # tokens and mask by text
 
-        # Every call is filled up to this many views, over all processes: a device then always runs the
-        # same program, however many views and devices there are.
+        # Every call is filled up to this many views, over all processes, so that a device always runs
+        # the same program.
         self.views_of_call = self.settings.batch_size * self.programs.shards
 
     @property
     def seconds(self) -> float:
-        """Time spent in calls of the programs so far, compilation excluded."""
+        """Seconds spent in calls of the programs so far, without compilation."""
         return self.programs.seconds
 
     def predict_masks(
@@ -114,12 +113,10 @@ class Segmenter:
         first: int = 0,
         bias: Sequence[float] | None = None,
     ) -> list[Float[np.ndarray, "q h w"]]:
-        """Probabilities of every query on every image, at the image's own resolution.
+        """Probabilities (0..1) of every query on every image, at the image's own resolution.
 
-        Queries are asked in the templates of `asks_in`.
-
-        first: index of the first image in the draws of the noise, for a list handed over in parts. The
-        rest as in `Request` and `segment`.
+        Queries are asked in the templates of `asks_in`. first: index of the first image in the draws of
+        the noise, for a list handed over in parts. Other arguments: see `Request` and `segment`.
         """
         shift, templates = None if bias is None else tuple(bias), self.asks_in()
         requests = [
@@ -143,21 +140,22 @@ class Segmenter:
         later: bool = False,
         advance: Callable[[int, int], None] | None = None,
     ) -> list[Answer]:
-        """The answers to this process's requests; every process must call it, with any number of them.
+        """Answers this process's requests; every process must call it, with any number of requests.
 
         Args:
-          key: number or `jax.random.key` of the initial noise, which all queries of a view share.
+          key: seed or `jax.random.key` of the initial noise, which all queries of a view share.
           mode: "window", "whole" or "aspect" (see `segmentation.views`).
           scale, decoder: by default the segmenter's own.
-          slots: queries of a call; 0: the fewest calls' worth. A caller whose requests vary sets it, so
-            that one program serves all of them.
+          slots: queries per call; 0: as many as make the fewest calls. A caller whose requests vary in
+            number sets it, so that one program serves them all.
           evidence: keep each member's evidence in place of probabilities.
           later: sample only; the answers keep latents in place of masks (`ViewMasks.latents`).
-          advance: gets the steps that are done and their number: a group of queries of a call each.
+          advance: called with the steps done and their total; a step is one group of queries in a call.
 
         Raises:
           UserError: no queries, a blank or too long one, or some that the codec cannot answer.
         """
+        # From here on a request's queries are texts: one for each of its templates.
         for request in requests:
             self._check(request.queries)
         ways = [max(1, len(request.templates)) for request in requests]
@@ -174,7 +172,7 @@ class Segmenter:
         views = [make_views(np.asarray(r.image), self.size, mode, self.short_side) for r in requests]
         places = [(r, k) for r, view in enumerate(views) for k in range(len(view.crops))]
 
-        # All processes make the same calls: as many as the one with the most views and queries needs.
+        # All processes make as many calls as the one with the most views and queries needs.
         most = max((len(r.queries) for r in requests), default=0)
         biased = any(r.bias is not None for r in requests)
         agreed = self.programs.agree_on_largest(len(places), most, int(biased))
@@ -185,13 +183,13 @@ class Segmenter:
         calls = -(-most_views // rows)
         job.total = calls * job.groups
 
-        # How a request's masks are read depends on its own number of queries, never on its company.
+        # A request's own number of queries decides how its masks are read, never the other requests.
         decoded = [len(r.queries) for r in requests if self._is_decoded(r, job)]
         others = len(decoded) < len(requests)
         agreed = self.programs.agree_on_largest(max(decoded, default=0), int(others))
         job.decoded, job.chooses = agreed[0], bool(agreed[1])
 
-        found: dict[tuple[int, int], ViewMasks] = {}
+        found: dict[tuple[int, int], ViewMasks] = {}  # by request and view
         for call in range(calls):
             chosen = places[call * rows : (call + 1) * rows]
             masks = self._ask(requests, views, chosen, rows, job)
@@ -209,12 +207,12 @@ class Segmenter:
         ]
 
     def asks_in(self, own: str = PLACE, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-        """The templates to ask in; none of a closed codec, whose text is always the same.
+        """Templates to ask in; () for a closed codec, which always reads the same text.
 
         own: see `asked_templates`. wanted: by default `eval.templates`.
 
         Raises:
-          UserError: templates are wanted of a closed codec.
+          UserError: templates are wanted from a closed codec.
         """
         if self.codec.closed:
             if wanted:
@@ -225,16 +223,18 @@ class Segmenter:
         return asked_templates(wanted or self.settings.templates, self.templates, own)
 
     def decodes_all(self, queries: int, slots: int, decoder: str) -> bool:
-        """Whether the masks of so many queries, `slots` a call, are decoded one and all."""
+        """Whether every mask of a request is decoded, for its number of texts and `slots` per call."""
         if not self.codec.one_by_one:
             return True
-        filled = -(-queries // slots) * slots  # the last call's empty places are decoded as well
+        filled = -(-queries // slots) * slots  # empty places of the last call are decoded as well
         return decoder != "probe" and not chooses_masks(self.settings, decoder, filled)
 
     def _is_decoded(self, request: Request, job: _Job) -> bool:
+        """Whether every mask of the request is decoded."""
         return self.decodes_all(len(request.queries), job.slots, job.decoder)
 
     def _check(self, queries: Sequence[str]) -> None:
+        """Raises UserError for queries that the codec cannot answer, or none."""
         if not queries:
             raise UserError("no queries: name what to segment")
         self.codec.check_queries(queries)
@@ -247,8 +247,8 @@ class Segmenter:
         rows: int,
         job: _Job,
     ) -> list[ViewMasks]:
-        """All queries of one call's views."""
-        # Padding repeats the last view; a process without any hands over empty ones.
+        """Masks of all queries for one call's views; places: (request, view) of each of them."""
+        # Padding repeats the last view; a process without any views hands over black ones.
         blank = np.zeros((*self.size, 3), np.uint8)
         shown = [views[r].crops[k] for r, k in places]
         crops = np.stack([*shown, *[shown[-1] if shown else blank] * (rows - len(shown))])
@@ -256,7 +256,7 @@ class Segmenter:
         index = np.array([*numbers, *[0] * (rows - len(numbers))], np.int32)
         asked = [requests[r] for r, _ in places]
 
-        # Where few queries are decoded of many, which ones is known after the last group only.
+        # If only some queries are decoded, which ones is known after the last group.
         parts, latents = [], []
         for group in range(job.groups):
             tokens, mask, bias = self._group(asked, rows, group, job.slots)
@@ -274,8 +274,8 @@ class Segmenter:
                 latents.append(sampled)
             job.tick()
 
-        # A view's masks were decoded group by group, or are chosen among all groups now.
-        every = np.concatenate(latents, axis=1) if latents else np.empty((rows, 0))
+        # A view's masks were decoded group by group, or are chosen from all groups' latents now.
+        every = np.concatenate(latents, axis=1) if latents else np.empty((rows, 0))  # [n, q, e, ...]
         masks = [
             _decoded(request, [{name: part[name][row] for name in part} for part in parts])
             if self._is_decoded(request, job)
@@ -289,10 +289,7 @@ class Segmenter:
     def read(
         self, latents: np.ndarray, bias: np.ndarray, scale: float, decoder: str = "", **options: bool
     ) -> dict[str, np.ndarray]:
-        """Masks of a call's views, read by the segmenter's settings; see `Programs.read`.
-
-        decoder: by default the settings' own.
-        """
+        """Reads masks from a call's latents by the segmenter's settings; see `Programs.read`."""
         decoder = decoder or self.settings.decoder
         return self.programs.read(
             latents,
@@ -305,9 +302,10 @@ class Segmenter:
         )
 
     def _probed(self, request: Request, latents: Float[np.ndarray, "q e h w c"]) -> ViewMasks:
-        """Masks of a view as the probe reads them."""
+        """Masks of a view at latent resolution, as the linear probe reads them."""
         probe, count = self.codec.cell_probe(), len(request.queries)
-        # not `@`: the last digits of BLAS depend on the number of threads
+
+        # einsum, not `@`: the last digits of BLAS depend on the number of threads.
         cells = np.einsum("...c,c->...", latents[:count], probe.weight) + probe.offset
         return ViewMasks(np.full(count, -1), cells=np.clip(cells, -1.0, 1.0))
 
@@ -318,7 +316,8 @@ class Segmenter:
         latents: Float[np.ndarray, "n q 1 h w c"],
         job: _Job,
     ) -> None:
-        """Decodes the queries that the probe puts first, `decode_limit` in each view that it read."""
+        """Decodes the queries that the probe ranks first, `decode_limit` in each view that it read."""
+        # Probabilities compare as evidence + bias / scale. Unused places decode query 0 in vain.
         rows, limit = len(latents), self.settings.decode_limit
         bias, chosen = np.zeros((rows, limit), np.float32), np.zeros((rows, limit), np.int64)
         for row, (request, mask) in enumerate(zip(asked, masks, strict=True)):
@@ -329,6 +328,7 @@ class Segmenter:
             bias[row, : len(first)] = _bias_of(request)[first]
             mask.slot[first] = np.arange(len(first))
 
+        # One call for all views; the arrays of the others are not touched.
         few = np.take_along_axis(latents, chosen[:, :, None, None, None, None], axis=1)
         read = self.read(few, bias, job.scale, job.decoder, biased=job.biased, evidence=job.evidence)
         for name, array in read.items():
@@ -340,7 +340,7 @@ class Segmenter:
         self, asked: Sequence[Request], rows: int, group: int, slots: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One group of each view's queries: tokens and masks [rows, t, ...], biases [rows, slots]."""
-        # Requests of one vocabulary share their arrays; padding repeats a query that is there.
+        # Views with the same texts share their arrays. Padding repeats the last view and query.
         made: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
         tokens, masks, bias = [], [], np.zeros((rows, slots), np.float32)
         for row in range(rows):
@@ -352,18 +352,17 @@ class Segmenter:
                 made[texts] = self._encoded(texts)
             tokens.append(made[texts][0])
             masks.append(made[texts][1])
-            if request:
+            if request:  # empty places keep bias 0
                 own = _bias_of(request)[group * slots : (group + 1) * slots]
                 bias[row, : len(own)] = own
         return np.stack(tokens), np.stack(masks), bias
 
     def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded once.
-
-        It is encoded alone: in a batch its last digits would depend on its company.
-        """
+        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded only once."""
         tower = self.task.parts.tower
         assert tower is not None  # only parts that are mere shapes have none
+
+        # One text per batch: in a larger one its last digits would depend on the other texts.
         missing = [t for t in dict.fromkeys(texts) if t not in self._texts]
         if missing:
             bank = encode_bank(tower, missing, self.task.config.model, batch_size=1)
@@ -375,10 +374,10 @@ class Segmenter:
 
 @dataclasses.dataclass
 class _Job:
-    """What the calls of one `segment` have in common.
+    """Settings and progress that the calls of one `segment` share.
 
-    slots: queries of a call; groups: of them. decoded: the most queries of a request whose masks are
-    decoded one and all, 0 if there is none; chooses: whether there are other requests.
+    slots: texts per call. groups: calls that a view needs. decoded: the most texts of a request whose
+    masks are all decoded, 0 without one. chooses: whether other requests decode only some masks.
     """
 
     estep: EStep
@@ -397,42 +396,43 @@ class _Job:
     total: int = 0
 
     def tick(self) -> None:
-        """Tells that one more step is done."""
+        """Counts one more step as done and reports it."""
         self.done += 1
         if self.advance:
             self.advance(self.done, self.total)
 
 
 def _decoded(request: Request, parts: Sequence[dict[str, np.ndarray]]) -> ViewMasks:
-    """Masks of a view whose queries were all decoded; `parts` are its groups, padding included."""
+    """Masks of a view whose texts were all decoded; parts: its groups, padding included."""
     count = len(request.queries)
     arrays = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
     return ViewMasks(np.arange(count), **arrays)
 
 
 def chooses_masks(settings: EvalConfig, decoder: str, queries: int) -> bool:
-    """Whether only the masks of the first of so many queries are decoded (`eval.decode_limit`)."""
+    """Whether only some masks of this number of queries are decoded (`eval.decode_limit`)."""
     return decoder == "latent_mean" and 0 < settings.decode_limit < queries
 
 
 def view_size(settings: EvalConfig, data: DataConfig) -> tuple[int, int]:
-    """Height and width of a view: `eval.view_size`, by default the training crop's."""
+    """Height and width of a view, pixels: `eval.view_size`, by default the training crop's."""
     sides = settings.view_size or (data.image_size,)
     return sides[0], sides[-1]
 
 
 def trained_short_side(data: DataConfig) -> int:
-    """Pixels of an image's short side at scale 1 of the training crops; 0: it stays as it is."""
+    """Pixels of an image's short side at scale 1 of the training crops; 0: images are not scaled."""
     return data.image_size if data.scale_unit == "short_side" else 0
 
 
 def first_queries(
     cells: Float[np.ndarray, "q h w"], shift: Float[np.ndarray, " q"], limit: int
 ) -> np.ndarray:
-    """The at most `limit` queries that win the most cells, then those of the highest evidence; sorted.
+    """Indices of at most `limit` queries that win the most cells, ties by highest evidence; sorted.
 
     shift: added to each query's evidence before they are compared.
     """
+    # lexsort's last key is the primary one.
     biased = cells + shift[:, None, None]
     won = np.bincount(biased.argmax(axis=0).ravel(), minlength=len(cells))
     highest = cells.max(axis=(1, 2))
@@ -440,6 +440,7 @@ def first_queries(
 
 
 def _bias_of(request: Request) -> Float[np.ndarray, " q"]:
+    """Bias of each query, 0 by default."""
     if request.bias is None:
         return np.zeros(len(request.queries), np.float32)
     return np.asarray(request.bias, np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the files of a prediction: none is an input, another image's file or somebody else's."""
+"""Names of a prediction's files: none replaces an input, another image's file or a foreign file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PredictionFiles:
 
     Attributes:
       base: FOLDER/NAME.
-      parts: what follows NAME in the files of each query: nothing if one is asked, or _QUERY.
-      ending: of the masks.
+      parts: for each query, what follows NAME in its files: "" for a single query, else _QUERY.
+      ending: ending of the mask files.
     """
 
     base: Path
@@ -33,37 +33,38 @@ class PredictionFiles:
 
     @classmethod
     def of(cls, base: Path, queries: Sequence[str], ending: str = ".png") -> PredictionFiles:
-        """The files of queries, of which no two share one."""
+        """The files for a list of queries; different queries get different files."""
         if len(queries) == 1:
             return cls(base, ("",), ending)
-        # A query called "overlay" or "a.probability" meets no other file: slugs have no dots.
+
+        # Slugs have no dots, so a query called "overlay" or "a.probability" hits no other file.
         return cls(base, tuple(f"_{part}" for part in distinct(map(slug, queries))), ending)
 
     @property
     def archive(self) -> Path:
-        """The soft masks."""
+        """File of the soft masks, NAME.npz."""
         return self._file("", ".npz")
 
     @property
     def summary(self) -> Path:
-        """What was asked and found."""
+        """File with the queries, their coverage and the settings, NAME.json."""
         return self._file("", ".json")
 
     @property
     def overlay(self) -> Path:
-        """All queries over the image."""
+        """File of the image with all queries in color, NAME.overlay.png."""
         return self._file("", ".overlay.png")
 
     def mask(self, query: int) -> Path:
-        """The mask of a query by its place."""
+        """File of a query's mask, by the query's index."""
         return self._file(self.parts[query], self.ending)
 
     def probability(self, query: int) -> Path:
-        """The soft mask of a query by its place."""
+        """File of a query's soft mask, by the query's index."""
         return self._file(self.parts[query], ".probability.png")
 
     def __iter__(self) -> Iterator[Path]:
-        """Every file: the summary first."""
+        """Yields every file, the summary first."""
         yield from (self.summary, self.archive, self.overlay)
         for query in range(len(self.parts)):
             yield self.mask(query)
@@ -74,19 +75,22 @@ class PredictionFiles:
 
 
 def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[PredictionFiles]:
-    """Names the files of every image; --out is made if it is a folder.
+    """Chooses the file names of every image's prediction; creates the folder that --out names.
 
-    In a folder an image's files begin with its stem, with its whole name where two stems are alike, and
-    with a number where they would replace a file that is not of an earlier prediction.
+    In a folder, the files of an image begin with its stem; with its whole name if two images share the
+    stem; and with a number added if they would replace a file that no earlier prediction wrote.
 
     Raises:
       UserError: an illegal name, one file for several images, or a file that must not be replaced.
     """
+    # A name that ends in .png is the mask of a single image; any other name is a folder.
     out = Path(out).expanduser()
     if out.suffix.lower() == ".png":
         return [_named(images, out, queries)]
     if out.suffix and not out.is_dir():
         raise UserError(f"--out={out}: must be a folder or the name of a file that ends in .png")
+
+    # Learn now, not after the first image, that nothing can be written there.
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):
@@ -94,11 +98,12 @@ def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[P
     except OSError as error:
         raise UserError(f"--out={out}: cannot be made ({error.strerror})") from error
 
-    # Files that are there already; only they can be replaced.
+    # Names of the existing files; keys ignore case and Unicode form, as some file systems do.
     names = [key(name) for name in os.listdir(out)]
     there, inputs = set(names), _ids(images) if names else set[FileId]()
     stems = Counter(key(path.stem) for path in images)
 
+    # For each image the first name whose files are free, or left by an earlier prediction.
     planned, taken = [], set[str]()
     for image in images:
         for name in _candidates(image, alone=stems[key(image.stem)] == 1):
@@ -112,9 +117,12 @@ def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[P
 
 
 def check_not_replaced(files: PredictionFiles, images: Sequence[Path], name: str) -> None:
-    """Raises UserError if a file of the prediction is one of the images.
+    """Checks that no file of a prediction is one of the input images, under whatever name.
 
     name: what the error calls the prediction's files.
+
+    Raises:
+      UserError: an image would be replaced.
     """
     inputs = _ids(images)
     for file in files:
@@ -123,11 +131,12 @@ def check_not_replaced(files: PredictionFiles, images: Sequence[Path], name: str
 
 
 def _named(images: Sequence[Path], out: Path, queries: Sequence[str]) -> PredictionFiles:
-    """The files beside a mask that the user named.
+    """The files of a single prediction whose mask the user named with --out=FILE.png.
 
     Raises:
       UserError: see `targets`.
     """
+    # A missing folder is most likely a typo, so it is not created.
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: no such directory {out.parent}")
     if out.is_dir():
@@ -135,7 +144,7 @@ def _named(images: Sequence[Path], out: Path, queries: Sequence[str]) -> Predict
     if len(images) > 1:
         raise UserError(f"--out={out}: one file for {len(images)} images; name a folder")
 
-    # The mask itself may be replaced, as it was named; what lies beside it was not.
+    # The mask itself may be replaced, because the user named it; the files beside it were not named.
     files = PredictionFiles.of(out.with_suffix(""), queries, out.suffix)
     check_not_replaced(files, images, f"--out={out}")
     if not _ours(files):
@@ -148,7 +157,8 @@ def _named(images: Sequence[Path], out: Path, queries: Sequence[str]) -> Predict
 
 
 def _candidates(image: Path, *, alone: bool) -> Iterator[str]:
-    """Names for the files of an image, the best first, without end."""
+    """Yields names for the files of an image, the best first, without end."""
+    # The stem if no other image has it, then the whole name, then numbered names.
     stem = _short(shown(image.stem))
     if alone:
         yield stem
@@ -160,20 +170,24 @@ def _candidates(image: Path, *, alone: bool) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    """A name that leaves room for a query and an ending."""
+    """The name cut to LONGEST bytes, which leaves room for a query and an ending."""
+    # File systems limit bytes, not characters; a character that the cut splits is dropped.
     return name.encode()[:LONGEST].decode("utf-8", errors="ignore")
 
 
 def _replaceable(files: PredictionFiles, inputs: set[FileId]) -> bool:
-    """Whether those of the files that exist were written by a prediction."""
+    """Whether all of these files that exist were written by a prediction and none is an input."""
+    # A dangling link counts as an existing file: it is not a prediction's.
     found = [file for file in files if file.exists() or file.is_symlink()]
     return not found or (_ours(files) and not any(_id(file) in inputs for file in found))
 
 
 def _ours(files: PredictionFiles) -> bool:
-    """Whether the summary that is there is of a prediction: labeling tools write NAME.json too."""
+    """Whether NAME.json was written by a prediction: labeling tools write files of that name too."""
     if not files.summary.is_file():
         return False
+
+    # A summary is small: beyond 64 MiB the file is somebody else's, and is not read.
     try:
         found = json.loads(read_bytes(files.summary, limit=2**26))
     except (UnreadableError, ValueError, RecursionError):
@@ -182,12 +196,12 @@ def _ours(files: PredictionFiles) -> bool:
 
 
 def _ids(paths: Sequence[Path]) -> set[FileId]:
-    """Which files the paths are."""
+    """Identities of the paths' files; paths without a file are left out."""
     return {found for path in paths if (found := _id(path)) is not None}
 
 
 def _id(path: Path) -> FileId | None:
-    """Which file a path is; None if it is none."""
+    """Identity of a path's file, links followed; None if there is no such file."""
     try:
         found = path.stat()
     except OSError:

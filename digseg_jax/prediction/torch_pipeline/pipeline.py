@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segments an image by words, in torch: the pipeline of a model that digseg_jax has trained.
+"""Segmentation of an image by words in torch: the pipeline of a model trained with digseg_jax.
 
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     masks = pipe(image, ["road", "tree"], steps=2, ensemble=4)
     masks.probability, masks.label  # float32 [q, H, W], and int32 [H, W]: the most probable word
 
-The masks are digseg_jax's: the same views, the same noise for a seed, the same sampler.
+The masks equal those of digseg_jax: the views, the noise for a seed and the sampler are the same.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Masks(BaseOutput):
 
 
 class DigsegPipeline(DiffusionPipeline):
-    """settings: how the model was trained and is asked, as digseg_jax wrote them."""
+    """Pipeline with the settings that digseg_jax wrote: text, decoding, scale and limits."""
 
     model_cpu_offload_seq = "text_encoder->vae->unet->vae"
 
@@ -59,14 +59,15 @@ class DigsegPipeline(DiffusionPipeline):
             else:
                 noise = torch.tensor(np.asarray(latents[view]))
             members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
-            read = self._read(torch.stack(members))  # each text's; a word's is the mean of its own
+            read = self._read(torch.stack(members))  # of each text; a word is the mean of its texts
             planes.append(read.reshape(len(words), -1, *read.shape[1:]).mean(axis=1))
 
-        # One word at a time becomes as large as the image.
+        # Join the views of one word at a time to a mask of the image's size.
         masks = np.stack([assemble([p[q] for p in planes]) for q in range(len(words))])
         return Masks(masks, masks.argmax(axis=0).astype(np.int32))
 
     def _check(self, words):
+        """Raises ValueError for words that the model cannot answer."""
         s = self.config.settings
         classes, limit = s["classes"], s["limit"] // len(s["templates"])
         if s["decoder"] not in ("latent_mean", "vae"):
@@ -79,7 +80,7 @@ class DigsegPipeline(DiffusionPipeline):
             raise ValueError(f"{len(words)} words: at most {limit} in a call; ask in several calls")
 
     def _encode(self, texts):
-        """Tokens [q, l, d] and their mask [q, l]."""
+        """Tokens [q, l, d] of texts and their mask [q, l]."""
         s, device = self.config.settings, self._execution_device
         found = self.tokenizer(texts, padding="max_length", max_length=s["max_tokens"])
         if max(map(len, found.input_ids)) > s["max_tokens"]:
@@ -91,7 +92,7 @@ class DigsegPipeline(DiffusionPipeline):
         if s["text_skip_layers"]:
             tower = getattr(self.text_encoder, "text_model", self.text_encoder)
             tokens = tower.final_layer_norm(out.hidden_states[-1 - s["text_skip_layers"]])
-        if s["sentence_token"]:  # the mean of the real tokens, behind them
+        if s["sentence_token"]:  # append the mean of the real tokens
             weight = mask[..., None].to(tokens)
             mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             tokens, mask = torch.cat([tokens, mean], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -122,7 +123,7 @@ class DigsegPipeline(DiffusionPipeline):
             latents = latents.mean(0, keepdim=True)
         rows = latents.flatten(0, 1) / self.vae.config.scaling_factor
         images = torch.cat([self.vae.decode(part).sample for part in rows.split(BATCH)]).float()
-        if s["prototypes"]:  # minus half the squared distance to each class's color
+        if s["prototypes"]:  # a palette: minus half the squared distance to each class's color
             colors = torch.tensor(s["prototypes"], device=images.device)[None, ..., None, None]
             evidence = -0.5 * (images[:, None] - colors).square().sum(2)
             members = (s["scale"] * evidence).softmax(1)
@@ -138,6 +139,7 @@ class DigsegPipeline(DiffusionPipeline):
 
 
 def _pixels(image):
+    """RGB uint8 [H, W, 3] of an image, rotated by its EXIF orientation."""
     if isinstance(image, np.ndarray):
         return image
     image = image if isinstance(image, Image.Image) else Image.open(image)
