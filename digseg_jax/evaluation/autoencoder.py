@@ -19,14 +19,14 @@ from digseg_jax.models import functional
 from digseg_jax.segmentation.binary import encode_binary
 from digseg_jax.training.tasks.base import to_unit
 
-SCALED_IMAGES = 50  # of the training split, that the latent scale is measured on
-MASK_PIXELS = 64  # smaller masks do not count one by one
+SCALED_IMAGES = 50  # training images on which the latent scale is measured
+MASK_PIXELS = 64  # least area of a mask that counts in the mean over single masks
 
 
 def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, factor: int) -> float:
-    """Latent scaling factor: 1 / standard deviation of the latents of training images.
+    """Measures the latent scaling factor: 1 / standard deviation of the latents of training images.
 
-    Half of the latents are of images, half of masks of the image's commonest class.
+    Half of the latents are those of images, half those of a mask of the image's commonest class.
 
     factor: pixels along a side of a latent cell.
     """
@@ -43,6 +43,7 @@ def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, fa
         latent = vae.encode(jnp.concatenate([to_unit(image)[None], mask])).mean
         return jnp.stack([latent.mean(), jnp.square(latent).mean()])
 
+    # Images count equally whatever their size. Variance = mean square - squared mean.
     sums = np.stack([moments(image, label) for image, label in _whole_cells(examples, factor)])
     mean, square = sums.mean(axis=0)
     return float(1.0 / np.sqrt(square - mean**2))
@@ -51,7 +52,7 @@ def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, fa
 def round_trip(
     graphdef: nnx.GraphDef, params: Params, data: DataConfig, split: str, factor: int
 ) -> dict[str, Any]:
-    """Round trip mask -> latent -> mask (threshold 0) of every class in each image of a split.
+    """Measures the round trip mask -> latent -> mask (threshold 0) of each class in a split's images.
 
     Returns:
       mask_iou (mean over the classes shown of the IoU pooled over images), mask_iou_per_mask (mean over
@@ -72,7 +73,6 @@ def round_trip(
 
         # A mask's three channels are averaged; intersection and union are pixels, [n].
         predicted, true = decoded[1:].mean(axis=-1) > 0, masks[..., 0] > 0
-
         both, either = (predicted & true).sum((1, 2)), (predicted | true).sum((1, 2))
         error = jnp.abs(jnp.clip(decoded[0], -1, 1) - to_unit(image)).mean()
         return both, either, true.sum((1, 2)), error
@@ -80,8 +80,8 @@ def round_trip(
     rows = [jax.device_get(one(*pair)) for pair in _whole_cells(examples, factor)]
     both, either, area = (np.stack([row[k] for row in rows]) for k in range(3))
 
-    # Pooled IoU sums the pixels of all images, and a class that none of them shows has no score; the
-    # IoU of single masks leaves out small ones, where a few pixels decide.
+    # Pooled IoU sums the pixels of all images; a class that no image shows has no score. The IoU of
+    # single masks leaves out small ones, where a few pixels decide.
     pooled = both.sum(axis=0) / np.maximum(either.sum(axis=0), 1)
     shown = area.sum(axis=0) > 0
     single = (both / np.maximum(either, 1))[area >= MASK_PIXELS]

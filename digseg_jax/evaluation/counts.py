@@ -19,15 +19,15 @@ from digseg_jax.evaluation.journal import pack
 from digseg_jax.metrics import binary, boundary, confusion
 from digseg_jax.prediction.answer import Answer
 
-DEFAULT_THRESHOLD = 0.5  # probability above which a pixel belongs to a mask that is judged on its own
+DEFAULT_THRESHOLD = 0.5  # probability above which a pixel belongs to a mask judged without the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
     """Counts of one image, JSON-ready, and the masks that a gallery shows.
 
-    row: counts by name; arrays are packed (`journal.pack`). prediction: class per pixel, int32 [h, w].
-    masks: probabilities, float16 [h, w], of the classes that the label shows.
+    row: counts by name; arrays are packed (`journal.pack`). prediction: class per pixel, -1 for none.
+    masks: class -> probabilities, float16 [h, w], for the classes that the label shows.
     """
 
     row: dict[str, Any]
@@ -74,12 +74,12 @@ def count_image(
         if probability.shape != label.shape:
             raise ValueError(f"mask {probability.shape} and label {label.shape} differ in shape")
 
-        # On its own a mask is judged without bias: biases only rank queries against each other.
+        # A single mask is judged without bias: biases only rank queries against each other.
         alone = answer.alone(query) if answer.biased else probability
         overlaps[c] = confusion.overlap(label, alone > DEFAULT_THRESHOLD, classes)
         extra.see(c, alone)
 
-        # Probabilities of a class that the label shows, for the gallery.
+        # The gallery shows masks of the classes in the label only.
         if keep_masks and (label == c).any():
             masks[c] = probability.astype(np.float16)
 
@@ -98,7 +98,7 @@ def count_image(
         prediction[wins] = c
         best[wins] = own[wins]
 
-    # Integer counts, sparse and JSON-ready; sums over images give the scores of the split.
+    # Integer counts, sparse and JSON-ready; their sums over images give the scores of the split.
     row = {
         "confusion": pack(confusion.confusion(label, prediction, classes)),
         "overlap": pack(overlaps),
@@ -128,21 +128,24 @@ class _OwnMetric:
 
     def see(self, c: int, mask: np.ndarray) -> None:
         """Takes the probabilities [h, w] of class `c`."""
+        # The foreground is the last class: hits and misses at each of `binary.THRESHOLDS`, over labeled
+        # pixels only.
         if self.examples.metric == "foreground" and c == len(self.examples.classes) - 1:
-            # hits and misses at each of `binary.THRESHOLDS`, labeled pixels only
             truth = np.isin(self.label, self.examples.covers[c])
             self._foreground = binary.threshold_counts(mask, truth, valid=self.label >= 0)
+
+        # Regions are compared when both are known.
         if self.examples.metric == "region_dice" and c in nested_classes(self.examples):
             self._regions[c] = mask > DEFAULT_THRESHOLD
 
     def row(self) -> dict[str, Any]:
-        """Entries for the image's row; empty where the metric needs none."""
+        """Entries for the image's row; empty if the metric needs none or a region was not asked for."""
         if self._foreground is not None:
             return {"foreground": self._foreground.tolist()}
         if len(self._regions) < 2:
             return {}
 
-        # Draw the cup over the disc: what remains of the disc is its rim.
+        # Paint the cup over the disc: what remains of the disc is its rim.
         outer, inner = nested_classes(self.examples)
         found = np.where(self._regions[outer], outer, -1)
         found[self._regions[inner]] = inner
@@ -150,7 +153,7 @@ class _OwnMetric:
 
 
 def nested_classes(examples: EvalExamples) -> tuple[int, int]:
-    """Ids of the class that covers another one, and of that other class."""
+    """Ids of the class that covers another one (optic disc), and of the covered class (cup)."""
     outer = next(c for c, covered in enumerate(examples.covers) if len(covered) > 1)
     return outer, next(c for c in examples.covers[outer] if c != outer)
 

@@ -4,7 +4,6 @@
 Every process reads and counts the images that its own devices segment. The counts are small, so they
 are gathered on all processes and written to one journal: a killed evaluation continues where it
 stopped, and the result is the same integers on any number of devices.
-
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class Evaluator:
     """Evaluator of a segmenter on the examples of one split.
 
     Args:
-      prompts: prompt i asks for class i, as it is; by default the classes' names are asked, in the
-        templates of the weights or of `settings`.
+      prompts: prompt i asks for class i, without a template; by default the names of the classes are
+        asked, in the templates of `settings`, the weights or the data set (see `Segmenter.asks_in`).
       seed: seed of the ensemble members' noise.
 
     Raises:
@@ -66,6 +65,8 @@ class Evaluator:
         self.seed, self.queries = seed, tuple(prompts or examples.classes)
         if len(self.queries) != len(examples.classes):
             raise ValueError(f"{len(self.queries)} queries for {len(examples.classes)} classes")
+
+        # Prompts are complete texts; only class names are put into templates.
         wanted = settings.templates
         self.templates = () if prompts else segmenter.asks_in(examples.template, wanted)
 
@@ -81,7 +82,7 @@ class Evaluator:
         return self.codec.texts([fill(t, query) for query in self.queries for t in templates])
 
     def asked(self) -> dict[str, Any]:
-        """How the network is asked: templates of the prompts, and what it sees of an image."""
+        """The network's input for results.json: templates of the prompts, size and scale of views."""
         windows = self.mode == "window"
         return {
             "templates": list(self.templates),
@@ -128,7 +129,7 @@ class Evaluator:
           journal: counts of an earlier, killed run; receives the counts of every image.
           shown: the gallery's choice of images; is offered every image.
         """
-        # Without a journal or a gallery: one in memory, and one that keeps nothing.
+        # Defaults: a journal in memory, and a gallery of no images.
         protocol = protocol or self.protocol
         journal = journal or Journal(None, "counts", "")
         shown = shown or Shown(0, len(self.examples), None)
@@ -144,7 +145,7 @@ class Evaluator:
                 counted.append(dataclasses.replace(one, row=one.row | facts))
             return counted
 
-        # A journal that is read by itself says what was asked.
+        # For readers of the journal file: the texts that its rows belong to.
         if "prompts" not in journal:
             journal.add("prompts", list(self.prompts))
 
@@ -160,14 +161,14 @@ class Evaluator:
             for image, row, own in counted:
                 shown.offer(image, _image_miou(row), own)
 
-        # Read all rows back from the journal, so that old and new ones are of one kind.
+        # Read all rows back from the journal, so that counts of this run and an earlier one are alike.
         rows = tuple(journal[f"{name} {i}"] for i in range(len(self.examples)))
         return Scores(self.examples, protocol, rows, self.absent)
 
     def threshold_counts(
         self, estep: EStep, training: EvalExamples, journal: Journal | None = None
     ) -> list[dict[str, Any]]:
-        """Counts of the first training images, on which a foreground class's threshold is searched.
+        """Counts of the first training images, for searching the threshold of a foreground class.
 
         Returns:
           One row per image, at most THRESHOLD_IMAGES; each names its split.
@@ -195,7 +196,7 @@ class Evaluator:
         return [journal[f"{name} {i}"] for i in range(len(training))]
 
     def calibrate(self, estep: EStep, examples: EvalExamples) -> Calibration:
-        """Fits scale and class biases for one E-Step, with its members, on a split that is not scored.
+        """Fits scale and class biases for one E-Step, with all its members, on a split not scored.
 
         Raises:
           ValueError: `examples` are of the split that is scored.
@@ -258,9 +259,9 @@ class Evaluator:
         else:
             raise ValueError(f"protocol {protocol!r}; legal: {', '.join(open_vocab.PROTOCOLS)}")
 
-        # A bias belongs to a class, so each image gets the biases of the classes it is asked for.
+        # A bias belongs to a class, so each image gets the biases of the classes it is asked for. If
+        # all biases are zero, None saves computing the masks without bias a second time.
         queries = [tuple(self.queries[c] for c in classes) for classes in asked]
-        # Without any bias the masks on their own are the same, and are not computed a second time.
         biases = None
         if calibration is not None and any(calibration.bias):
             biases = [tuple(calibration.bias[c] for c in classes) for classes in asked]
@@ -323,11 +324,12 @@ class Evaluator:
             counted = dict(zip(images, count(images, found), strict=True))
             seconds = (self.segmenter.seconds - before) / len(group)
 
-            # JSON has no integers as keys.
+            # Every process gets all rows; `gather_all` sends JSON, whose keys are texts.
             own = {str(i): c.row for i, c in counted.items()}
             rows = {int(i): row for part in gather_all(own) for i, row in part.items()}
 
-            # Masks that are shown are kept first: what the journal has is not computed again.
+            # Yield before the journal is written: the caller keeps masks for the gallery, and a kill in
+            # between must not lose them, as images in the journal are not computed again.
             yield [(i, rows[i], counted.get(i)) for i in group]
             for i in group:
                 journal.add(f"{name} {i}", rows[i] | {"seconds": seconds})
@@ -344,8 +346,8 @@ class Evaluator:
         size = self.segmenter.views_of_call
         progress = Progress(len(pending), label=label, unit="images")
 
-        # Each process takes its devices' images, in the order of the devices: an image has its place in
-        # a device's call whatever the mesh. `together` turns one process's read error into all others'.
+        # Each process takes the images of its devices, in the order of the devices, so that an image's
+        # row in the call is the same on any mesh. `together` raises a read error on all processes.
         share = size // parts
         started = time.monotonic()
         for start in range(0, len(pending), size):

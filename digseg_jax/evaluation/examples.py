@@ -14,9 +14,9 @@ from digseg_jax.data.sources import open_part, spec_of
 
 @dataclasses.dataclass(frozen=True)
 class EvalExamples:
-    """Random access to examples: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
+    """Random access to a split: [i] -> {"image" uint8 [h, w, 3], "label" int32 [h, w], "name"}.
 
-    Nothing is resized.
+    Images keep their own size, and label -1 is ignored.
 
     Attributes:
       rows: indices of the source's examples that are evaluated.
@@ -54,7 +54,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
     Raises:
       UserError: no such data set, split or folder.
     """
-    # `Guarded` checks each label's size and ids when it is read.
+    # `Guarded` checks each label's size and ids when the example is read.
     part = PartConfig(config.name, config.root)
     facts = spec_of(part)
     source = Guarded(open_part(part, split), facts.num_classes)

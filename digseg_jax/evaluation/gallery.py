@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choice of the images that an evaluation shows, and their masks until the gallery is written."""
+"""Images that an evaluation's gallery shows: their choice, and their masks until it is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from digseg_jax.runtime.distributed import is_main
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz.gallery import GalleryItem, write_gallery
 
-IMAGES = 24  # shown in a report
+IMAGES = 24  # images shown in a report
 EXTREMES = 3  # number of worst and of best images shown beside those spread over the split
 LONGEST = 1024  # longer side of a shown image, pixels
 
@@ -28,6 +28,11 @@ class Shown:
 
     The choice depends only on the order and the scores of the images, so a resumed run and any number
     of processes choose the same ones. Masks of a chosen image go to `folder` at once.
+
+    Args:
+      count: images to show; 0 shows none.
+      total: images of the split.
+      folder: scratch folder for the masks; None keeps none.
     """
 
     def __init__(self, count: int, total: int, folder: AnyPath | None):
@@ -56,7 +61,7 @@ class Shown:
         if counted is None or self.folder is None:
             return
 
-        # Extremes are extremes so far: some files are written in vain and not shown in the end.
+        # Worst and best are known only so far: some masks are written that are not shown in the end.
         if image in self.spread or image in self.worst() + self.best():
             write_bytes(self.folder / f"{image}.npz", _packed(counted))
 
@@ -69,7 +74,8 @@ class Shown:
         return sorted(self.scores, key=lambda i: (-self.scores[i], i))[: self.extremes]
 
     def final(self) -> tuple[list[int], dict[int, str]]:
-        """Chosen images in the order of the split, and captions of the extreme ones."""
+        """Chosen images in the order of the split, and captions of the worst and best ones."""
+        # In a small split an image may be both; it counts as one of the worst.
         worst, best = self.worst(), self.best()
         notes = {i: "among the best of the split" for i in best if i not in worst}
         notes |= {i: "among the worst of the split" for i in worst}
@@ -80,8 +86,7 @@ class Shown:
         if self.folder is None or not is_main():
             return
 
-        # An image counted before a kill may have become an extreme
-        # without its masks having been kept.
+        # An image that was counted before a kill may be an extreme only now; its masks were not kept.
         chosen, notes = self.final()
         chosen = [i for i in chosen if (self.folder / f"{i}.npz").exists()]
         items = (_item(i, examples, scores, self.folder, notes.get(i, "")) for i in chosen)

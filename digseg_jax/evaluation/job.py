@@ -43,14 +43,14 @@ def evaluate(
     about: dict[str, Any] | None = None,
     templates: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluates, and writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
+    """Scores weights; writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
 
     A killed evaluation continues where it stopped when the same one is started again, and ends with the
     same results.json; times, which differ from run to run, are in speed.json.
 
     Args:
       about: origin of the weights; goes into results.json.
-      templates: that the weights were trained with; by default those of the configuration's data sets.
+      templates: prompts of the weights' training; by default those of the configuration's data sets.
 
     Returns:
       The content of results.json.
@@ -131,7 +131,7 @@ def results_of(
         "spacing": estep.spacing,
         "seed": config.seed,
         "calibration": calibration.to_dict(),
-        # what was asked: the classes, and the texts that were read
+        # queries: the classes, and the texts that the text encoder read
         "queries": list(evaluator.queries),
         "prompts": list(evaluator.prompts),
         # the data set's own metric, the counts, and scores of single queries
@@ -153,7 +153,7 @@ def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[st
 
 
 def _calibrated_on(config: Config) -> EvalExamples | None:
-    """Examples that scale and biases are fitted to; None if config.eval.calibrate is off."""
+    """Examples for fitting scale and biases; None if config.eval.calibrate is off."""
     settings = config.eval
     if not settings.calibrate:
         return None
@@ -162,9 +162,9 @@ def _calibrated_on(config: Config) -> EvalExamples | None:
 
 
 def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None:
-    """Training images on which a foreground class's threshold is searched.
+    """Training images for searching the threshold of a foreground class.
 
-    None for another metric, and without a training split of its own: then only the
+    None for another metric, or if there is no training split apart from the scored one: then only the
     default threshold is reported.
     """
     if examples.metric != "foreground":
@@ -179,7 +179,7 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
 
 
 def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) -> None:
-    """Logs at which scale the first image is seen; warns if training never saw that scale."""
+    """Logs the scale at which the first image is seen; warns if training never saw that scale."""
     with together("the first image"):
         height, width = examples[0]["image"].shape[:2]
 
@@ -194,7 +194,7 @@ def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) ->
         evaluator.mode, *segmenter.size, height, width, side,
     )  # fmt: skip
 
-    # Scale relative to the training crops, in the unit of theirs.
+    # Scale in the unit of the training crops: relative to the crop's size, or to the image's own size.
     scale = side / (data.image_size if data.scale_unit == "short_side" else min(height, width))
     if not data.scale_min <= scale <= data.scale_max:
         log.warning(
@@ -243,6 +243,6 @@ def _write_files(
 
 
 def _remove(folder: AnyPath) -> None:
-    """Removes a folder with its content, if it is there."""
+    """Removes a folder with its content, if it exists."""
     with explained(folder, "cannot be removed"):
         epath.Path(folder).rmtree(missing_ok=True)

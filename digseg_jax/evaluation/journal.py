@@ -2,8 +2,8 @@
 """Journal of an evaluation's counts: a killed run continues and ends with the same numbers.
 
 One JSON line per finished piece of work, appended and flushed (in a bucket, one object). A line that
-a kill cut short is ignored; a journal of other weights, settings or data is begun anew. Only integers
-and exact floats go in, so that reading them back gives exactly what was counted.
+a kill cut short is ignored, and a journal of other weights, settings or data is started over. Only
+integers and exact floats are stored, so that reading them back gives exactly what was counted.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from digseg_jax.runtime.distributed import is_main, together
 
 
 class Journal:
-    """Finished pieces of work by key; with None as the folder they are kept in memory only.
+    """Finished pieces of work by key.
 
     Args:
+      folder: place of the journal; None keeps it in memory only.
       name: file name without ending.
       identity: digest of weights and settings (`identity_of`); rows of another identity are dropped.
 
@@ -67,9 +68,9 @@ class Journal:
         return self.done[key]
 
     def add(self, key: str, value: Any) -> None:
-        """Adds a finished piece, JSON-ready.
+        """Adds a finished piece of work, JSON-ready.
 
-        It is on disk when this returns, safe from a killed process but not from a crash of the machine.
+        When this returns, the piece survives a kill of the process, but not a crash of the machine.
         """
         self.done[key] = value
         if self._lines is not None:
@@ -156,7 +157,7 @@ class _Objects:
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row as the next object."""
-        # Python's JSON, which keeps nan, as on a disk.
+        # `json.dumps` keeps nan, as in the file on a disk; `write_json` would not.
         text = json.dumps({"identity": self.identity} | row)
         write_bytes(self.folder / f"{self.count:05d}.json", text.encode())
         self.count += 1
@@ -169,7 +170,7 @@ def identity_of(params: Params | None, *facts: Any) -> str:
     """Digest of weights and settings, 24 hex digits.
 
     params: arrays must be addressable by this process; None if it does not hold them.
-    facts: JSON-ready, or with a stable `str`.
+    facts: JSON-ready, or with a `str` that is the same in every process.
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
 
@@ -182,7 +183,7 @@ def identity_of(params: Params | None, *facts: Any) -> str:
 
 
 def pack(counts: np.ndarray) -> dict[str, list[int]]:
-    """Sparse, JSON-ready form of an integer array: shape, flat places of non-zeros, their values."""
+    """Sparse, JSON-ready form of an integer array: shape, flat indices and values of non-zeros."""
     counts = np.asarray(counts)
 
     # Confusion counts of one image are nearly all zero with a large vocabulary.

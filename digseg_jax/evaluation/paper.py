@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures that the paper states (project page of arXiv 2604.24575), to print beside measured ones.
 
-Percent, as printed there. BDD100K, Cityscapes driving, REFUGE2 and PhenoBench are shown as images
-only, so they have no figures. How the paper evaluates is unknown in several points (prompts, class
-gating, and but for its table 2 the input size); a figure here is a landmark, not a target that was
-reproduced. The rows of other methods are left out: one of them differs from those authors' own report.
+Percent, as printed there. BDD100K, Cityscapes driving, REFUGE2 and PhenoBench are shown as images only,
+so they have no figures. The page leaves several points of its evaluation open: prompts, class gating,
+and the input size except in table 2. A figure here is a landmark, not a target that was reproduced.
+Rows of other methods are left out: one of them differs from what its authors report themselves.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Mapping
 class Row:
     """A row of the paper's own model.
 
-    table: its number on the page. weights: what tells it from the table's other rows: the text encoder,
-    or the input size. figures: by metric. searched: at a threshold that was searched for, not at 0.5;
-    the page does not say on which images.
+    table: number of the table on the page. weights: text encoder or input size, which distinguishes the
+    rows of a table. figures: percent by metric. searched: whether the threshold was searched for (the
+    page does not say on which images) instead of 0.5.
     """
 
     table: str
@@ -58,7 +58,7 @@ ROWS: dict[tuple[str, str], tuple[Row, ...]] = {
     ("medical", "monuseg"): (
         Row("5", "CLIP", {"f1": "78.27", "iou": "64.29"}),
         Row("5", "CLIP", {"f1": "79.84", "iou": "66.44"}, searched=True),
-        # whether its threshold was searched for is not said
+        # the page does not say whether this threshold was searched for
         Row("5", "BiomedCLIP", {"f1": "84.56", "iou": "73.25"}),
     ),
 }
@@ -74,7 +74,7 @@ ESTEP: dict[str, tuple[str, str, str]] = {
 
 
 def figure(suite: str, dataset: str, metric: str, *, searched: bool = False) -> str:
-    """The paper's figures of a metric in percent, such as "19.9 (L/14), 17.5 (B/16)"; a dash: none."""
+    """The paper's figures of a metric in percent, such as "19.9 (L/14), 17.5 (B/16)", or a dash."""
     stated = [
         row.figures[metric] + (f" ({row.weights})" if row.weights else "")
         for row in ROWS.get((suite, dataset), ())

@@ -29,10 +29,10 @@ COUNTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Counts of all images of a split under one protocol; every score is computed from these.
+    """Counts of all images of a split under one protocol, from which every score is computed.
 
-    rows: one row per image (`counts.count_image`), with "seconds". absent_rule: how the mean counts a
-    class that the labels never show, a key of COUNTED.
+    rows: one row per image (`counts.count_image`), with "seconds". absent_rule: rule for classes that
+    the labels never show, a key of COUNTED.
     """
 
     examples: EvalExamples
@@ -90,13 +90,13 @@ class Scores:
         return plain(boundary.boundary_iou(counts))
 
     def single_queries(self) -> dict[str, float | None]:
-        """How well each query's mask follows its text when it is judged without the other queries."""
+        """Scores (0..1) of each query's mask by itself, without competition from the other queries."""
         covers = covers_matrix(self.examples)
         scores = metrics.query_scores(self.overlaps, self.areas, covers)
         return {name: plain(value) for name, value in scores.items()}
 
     def health(self) -> dict[str, float]:
-        """Signs of collapse, see `metrics.health`."""
+        """Signs of collapsed masks (see `metrics.health`), as shares (0..1)."""
         return mask_health(self.overlaps, self.areas, covers_matrix(self.examples))
 
     def gate_recall(self) -> dict[int, dict[str, float]] | None:
@@ -108,9 +108,9 @@ class Scores:
         return open_vocab.gate_recall(presence, self.areas, limits)
 
     def own_metric(self, searching: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        """Scores that the data set defines beside a label map's; empty for most.
+        """Scores of the data set's own metric, beside those of a label map; empty for most data sets.
 
-        searching: counts of training images, for the threshold of a foreground class.
+        searching: counts of training images, for the threshold of a foreground class; () for none.
         """
         if self.examples.metric == "foreground":
             return _foreground(self, searching)
@@ -121,10 +121,8 @@ class Scores:
 
 def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """IoU, precision, recall, F1 of the last class at 0.5, and at a threshold found on other images."""
-    counts = np.array([row["foreground"] for row in scores.rows])
+    counts = np.array([row["foreground"] for row in scores.rows])  # [images, thresholds, ...]
     grid = list(binary.THRESHOLDS)
-
-    # foreground counts: [images, thresholds, ...]
     at_half = binary.foreground_scores(counts[:, grid.index(DEFAULT_THRESHOLD)])
     result: dict[str, Any] = {"threshold": DEFAULT_THRESHOLD, **at_half}
 
@@ -140,5 +138,5 @@ def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str
 
 
 def plain(value: float) -> float | None:
-    """A JSON number; None for nan, which JSON has not."""
+    """The value as a JSON number; None for nan, which JSON lacks."""
     return None if math.isnan(value) else float(value)

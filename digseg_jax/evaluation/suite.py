@@ -2,7 +2,7 @@
 """The paper's tables for one set of weights: --mode=eval --suite=NAME.
 
 Every data set is looked for in config.data.root/NAME, in its official layout or as prepared shards, on
-a disk or in a bucket. A missing one is named in the table as not measured. All devices and processes
+a disk or in a bucket. The table lists a missing data set as not measured. All devices and processes
 share the work; a killed run continues with the image at which it was stopped.
 """
 
@@ -70,7 +70,7 @@ def run_suite(
     """Scores a suite's data sets; writes FOLDER/suite_NAME.json and .md.
 
     Args:
-      params: the weights; a killed run's journal is only continued for the same ones.
+      params: the weights; a killed run's journal is only continued for the same weights.
       about: origin of the weights, for suite_NAME.json.
 
     Returns:
@@ -81,7 +81,7 @@ def run_suite(
     """
     check_suite(name)
 
-    # The headline E-Step, then the sweep without it. Weights are fetched once, for all journals.
+    # The headline E-Step comes first, then the sweep's. Weights are fetched once, for all journals.
     suites = SUITES if name == "all" else {name: SUITES[name]}
     esteps = [EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)]
     esteps += [e for e in map(EStep.parse, config.eval.sweep) if e not in esteps]
@@ -96,13 +96,14 @@ def run_suite(
                 row = {"suite": suite, "dataset": dataset, "estep": str(estep)}
                 results["rows"].append(row | _one(config, segmenter, weights, folder, dataset, estep))
 
-    # A table without one measured row is an error: most likely a wrong root.
+    # Nothing was measured: most likely the root is wrong.
     if all("missing" in row for row in results["rows"]):
         raise UserError(
             f"--suite={name}: no data set of it under config.data.root={config.data.root!r}; "
             f"the first: {results['rows'][0]['missing']}"
         )
 
+    # Process 0 writes; `together` raises its error on all processes.
     with together("the files of the suite"):
         if is_main():
             write_json(folder / f"suite_{name}.json", results)
@@ -118,7 +119,7 @@ def _one(
     dataset: str,
     estep: EStep,
 ) -> dict[str, Any]:
-    """Scores of one data set under one E-Step, or {"missing": why there are none}."""
+    """Scores of one data set under one E-Step, or {"missing": reason}."""
     # Evaluate the data set under its own name, whatever the weights were trained on.
     root = os.path.join(os.path.expanduser(config.data.root), dataset)
     data = dataclasses.replace(config.data, name=dataset, root=root, split="", mixture=())
@@ -150,7 +151,7 @@ def _one(
 def scores_of(
     evaluator: Evaluator, estep: EStep, journal: Journal, training: EvalExamples | None
 ) -> dict[str, Any]:
-    """Row of a data set: its own metric's scores, and its label map's under every protocol.
+    """Row of a data set: scores of its own metric, and of its label map under every protocol.
 
     training: images for the threshold search of a foreground class; None for no search.
     """
@@ -159,13 +160,14 @@ def scores_of(
     result: dict[str, Any] = {"metric": examples.metric, "absent_rule": evaluator.absent}
     result |= evaluator.asked()
 
-    # Only a label map's mIoU can depend on knowing the classes present.
+    # Protocols differ in the classes that compete for a pixel, which matters to mIoU only.
     protocols = evaluator.protocols if examples.metric == "miou" else (evaluator.protocol,)
     found = {
         protocol: evaluator.scores(estep, fitted, protocol=protocol, journal=journal)
         for protocol in protocols
     }
 
+    # A data set's own metric is scored under the headline's protocol.
     headline = found[evaluator.protocol]
     searching = evaluator.threshold_counts(estep, training, journal) if training else []
     result |= headline.own_metric(searching) | headline.speed()

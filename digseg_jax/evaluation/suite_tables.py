@@ -66,7 +66,7 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
             cells.append([protocol, "mIoU", percent(scores["miou"]), stated, *rates])
         return [*cells, [headline, "boundary IoU", percent(row["boundary_iou"]), *"–––"]]
 
-    # A data set with a metric of its own: Dice of nested regions ...
+    # A data set with a metric of its own: Dice of nested regions (optic disc and cup) ...
     rate = f"{speed:.3g}" if speed else "–"
     if row["metric"] == "region_dice":
         names = ("disc_dice", "cup_dice", "cdr_error")
@@ -76,8 +76,8 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
             if n in row
         ]
 
-    # ... or scores of a foreground class, at the default threshold and
-    # at the one found on other images.
+    # ... or scores of a foreground class, at the default threshold and at the one that was searched for
+    # on training images.
     cells = _foreground_cells(row, row, f"threshold {row['threshold']}", rate)
     if "searched" in row:
         found = row["searched"]
@@ -99,11 +99,11 @@ def _foreground_cells(
     The paper's figures are compared with the pooled scores.
 
     Args:
-      row: of the data set.
+      row: row of the data set.
       scores: its scores at the default threshold, or at the one that was searched for.
       label: the threshold in words.
       rate: images per second, as text.
-      searched: whether `scores` are those of a search.
+      searched: whether the threshold of `scores` was searched for.
     """
     lines = []
     for way in ("pooled", "per_image"):
@@ -117,7 +117,7 @@ def _foreground_cells(
 
 
 def _stated(row: dict[str, Any]) -> str:
-    """The paper's mIoU in percent; for the semantic suite the one of this E-Step."""
+    """The paper's mIoU in percent; in the semantic suite, its mIoU under this E-Step."""
     if row["suite"] == "semantic" and row["estep"] in paper.ESTEP:
         coco, ade, fps = paper.ESTEP[row["estep"]]
         return f"{coco if row['dataset'] == 'coco_stuff' else ade} at {fps} FPS"

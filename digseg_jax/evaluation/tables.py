@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables of results; the paper's figures are marked as the paper's."""
+"""Markdown tables and pages of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def percent(value: Any) -> str:
-    """A share (0..1) in percent with two digits; a dash for an undefined value, text unchanged."""
+    """A share (0..1) as percent with two decimals; a dash for an undefined value, text unchanged."""
     if isinstance(value, str):
         return value
     if value is None or not math.isfinite(value):
@@ -18,7 +18,7 @@ def percent(value: Any) -> str:
 
 
 def input_size(asked: Mapping[str, Any]) -> str:
-    """What the network sees of an image, from the entries of `Evaluator.asked`."""
+    """Describes the network's input in words, from the entries of `Evaluator.asked`."""
     height, width = asked["view_size"]
     view = f"{height}x{width}"
     if asked["inference"] != "window":
@@ -28,12 +28,12 @@ def input_size(asked: Mapping[str, Any]) -> str:
 
 
 def prompt_forms(asked: Mapping[str, Any]) -> str:
-    """The templates of the prompts; a dash where the text does not depend on the class."""
+    """Templates of the prompts, quoted; a dash if the text does not depend on the class."""
     return ", ".join(f'"{template}"' for template in asked["templates"]) or "–"
 
 
 def trained_on(about: Mapping[str, Any] | None) -> str:
-    """What the weights were trained on, from `Description.provenance`."""
+    """A sentence on the weights' training, from `Description.provenance`."""
     if not about:
         return "Nothing is known of the weights' training."
     datasets = ", ".join(about["datasets"])
@@ -41,7 +41,7 @@ def trained_on(about: Mapping[str, Any] | None) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; cells are text or numbers, `|` is escaped."""
+    """A Markdown table of text and numbers, with `|` escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines) + "\n"
 
@@ -55,7 +55,7 @@ def _cell(value: Any) -> str:
 
 
 def results_markdown(results: dict[str, Any]) -> str:
-    """results.json of one data set as a page for people: scores, classes, protocol."""
+    """The content of results.json as a Markdown page: scores, classes and protocol."""
     scores = [
         [name, percent(results.get(key))]
         for name, key in (
@@ -66,7 +66,7 @@ def results_markdown(results: dict[str, Any]) -> str:
         )
     ]
 
-    # Keys of results.json are shares; the page prints percent.
+    # Scores in results.json are shares (0..1); the page prints percent.
     classes = [[name, percent(value)] for name, value in results["per_class"].items()]
     estep = f"E-Step {results['ensemble']}x{results['steps']}"
     lines = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A look at a small fixed part of a split while training, so that collapsed masks are seen early."""
+"""Evaluation of a few fixed images during the training, so that collapsed masks are noticed early."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
-EMPTY_ALARM = 0.5  # share of the present queries with an empty mask that is told
+EMPTY_ALARM = 0.5  # warn if more than this share of the present queries has an empty mask
 OnEval = Callable[[int, Mapping[str, Any]], dict[str, float]]
 
 
 def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
-    """Builds the in-training evaluation: few images, 1x1, no calibration, so that it costs little.
+    """Builds the evaluation during the training: few images, one member and step, no calibration.
 
-    It is called with the step and the training state, and returns the columns of metrics.jsonl, shares
-    of 1: val_miou, and those of `Scores.health` with val_ before their names, all of the averaged
-    weights.
+    Returns:
+      A function of the step and the training state. It returns columns of metrics.jsonl for the
+      averaged weights, as shares (0..1): val_miou, and val_NAME for each entry of `Scores.health`.
 
     Raises:
-      UserError: another task, or what `validation_examples` raises.
+      UserError: a task other than segmentation, or what `validation_examples` raises.
     """
     if not isinstance(task, SegmentationTask):
         raise UserError("config.logging.eval_every: only for config.task='segmentation'; set it to 0")
     examples = validation_examples(config)
 
-    # Built at the first call and kept, so that its programs are compiled once; only weights change.
+    # Built at the first call and kept, so that its programs are compiled once.
     segmenter: Segmenter | None = None
 
     def on_eval(step: int, state: Mapping[str, Any]) -> dict[str, float]:
+        """Scores the state's averaged weights; warns if most masks are empty."""
         nonlocal segmenter
         params = averaged(dict(state))
         if segmenter is None:
@@ -49,6 +50,8 @@ def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
         # Same shapes, so the compiled programs fit; the old weights are freed.
         segmenter.programs.params = params
         scores = Evaluator(segmenter, examples, config.eval, seed=config.seed).scores(EStep(1, 1))
+
+        # A model that collapses answers every query with an empty mask.
         health = scores.health()
         if health["empty_rate"] > EMPTY_ALARM:
             log.warning(
@@ -61,13 +64,16 @@ def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
 
 
 def validation_examples(config: Config) -> EvalExamples:
-    """`logging.eval_images` examples of val, evenly spread; of the scored split where there is no val.
+    """Opens `logging.eval_images` evenly spread examples of val, or of the scored split without a val.
 
     Raises:
-      UserError: no split can be opened, or a checkpoint would be chosen on the scored one.
+      UserError: no split can be opened, or the best checkpoint would be chosen on the scored split.
     """
+    # 0 means all images in both settings, so only positive limits count.
     limits = (config.logging.eval_images, config.eval.num_images)
     count = min((limit for limit in limits if limit), default=0)
+
+    # The scored split may be looked at, but must not choose the weights that are scored on it.
     try:
         return eval_examples(config.data, "val", count)
     except UserError as error:
