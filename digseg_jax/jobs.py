@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The jobs behind `main`'s modes: each ties together configuration, task, loop and files."""
+"""The jobs behind `main`'s modes: each brings configuration, task, loop and files together."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ from digseg_jax.weights.upload import check_target
 
 
 def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = False) -> None:
-    """Trains (or continues), exports the weights, evaluates them and builds the report.
+    """Trains a run or resumes it, exports the weights, evaluates them and builds the report.
 
     Args:
-      workdir: the run's folder, on a disk or on gs://; what is there already goes on.
-      accept_changes: go on although the configuration was changed.
+      workdir: the run's folder, on a disk or on gs://; a run that is there already is resumed.
+      accept_changes: resume although the configuration was changed.
 
     Raises:
       UserError: the working directory, data, weights or devices do not fit the configuration.
@@ -74,21 +74,21 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
     Example:
         >>> dj.train(dj.load_config("quickstart"), "runs/mine")  # doctest: +SKIP
     """
+    # A wrong folder or a missing split is reported before any weights are loaded.
     workdir = as_path(workdir)
     use_compile_cache(config.compute.compile_cache)
-    # A wrong folder or a missing split is told before any weights are loaded.
     with together("the data"):
         check_splits(config)
     with exclusive_run(workdir):
         claim_workdir(workdir, config, accept_changes)
         setup = set_up(config)
         config, task, mesh = setup.config, setup.task, setup.mesh
-
         log_summary(config, task, mesh)
-        # Revisions and checksums now, while the hub is in reach.
+
+        # Record revisions and checksums now, while the hub can be reached.
         parts = find_parts(config.task, config.model)
 
-        # Train, now and then with a look at the validation split.
+        # Train, with an evaluation on the validation split every `logging.eval_every` steps.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
         on_eval = make_validation(config, task, mesh) if config.logging.eval_every else None
         state = trainer.run(on_eval)
@@ -101,13 +101,13 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             log.info("best %s: exporting %s", config.checkpoint.best, source)
         export_run(config, task, params, workdir, source, parts)
 
-        # Frees the trainer's frozen parts on the devices: the evaluation places its own.
+        # Free the trainer's frozen parts on the devices: the evaluation places its own.
         del trainer, on_eval
         if isinstance(task, SegmentationTask):
             evaluate_and_report(config, task, params, mesh, workdir)
 
 
-# settings that may differ from host to host: folders of its disks, and its worker processes
+# settings that may differ between hosts: folders on their disks, and their worker processes
 PER_HOST = ("data.root", "data.mixture", "loading.workers", "compute.compile_cache")
 
 
@@ -116,10 +116,10 @@ def check_processes(
 ) -> None:
     """Checks that all processes of the run have the same flags, configuration and code.
 
-    settings: by key, where there is no configuration yet.
+    settings: values by key that stand in for a configuration that is not known yet.
 
     Raises:
-      UserError: on every process, who differs in what.
+      UserError: on every process: names the processes that differ, and in what.
     """
     keys = settings if config is None else flat(to_dict(config))
     values = {f"config.{key}": value for key, value in keys.items()}
@@ -129,7 +129,7 @@ def check_processes(
 
 
 def _checksum_of_the_code() -> int:
-    """CRC-32 over the package's source files."""
+    """CRC-32 of the package's source files."""
     checksum = 0
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         checksum = zlib.crc32(path.read_bytes(), checksum)
@@ -143,14 +143,14 @@ def export(
     accept_changes: bool = False,
     hub: str = "",
 ) -> AnyPath:
-    """Exports the newest checkpoint (with `checkpoint.best`, the best one) of a run at any stage.
+    """Exports a run's newest checkpoint (its best with `checkpoint.best`); returns the folder.
 
-    config: by default the one that the run was started with. hub: repository that gets the export too,
-    org/name or org/name@branch. Returns the folder of the weights.
+    config: by default the configuration that the run was started with. hub: repository that receives
+    the export as well, org/name or org/name@branch.
 
     Raises:
-      UserError: there is no checkpoint, it is not of this configuration, a run trains there, or newer
-        weights of it were exported already.
+      UserError: there is no checkpoint, it belongs to another configuration, the run is training, or
+        newer weights of it were exported already.
 
     Example:
         >>> dj.export("runs/mine")  # doctest: +SKIP
@@ -164,7 +164,7 @@ def export(
     if stored is None or not (workdir / CONFIG_NAME).is_file():
         raise UserError(f"{workdir}: no run here to export; run --mode=train first")
 
-    # A run that is training there would export newer weights, which must not be replaced by these.
+    # A run that is still training will export newer weights, which these must not replace.
     with exclusive_run(workdir):
         claim_workdir(workdir, stored, accept_changes)
         setup = set_up(stored)
@@ -188,9 +188,9 @@ def export(
 
 
 def check_not_older(config: Config, workdir: AnyPath, source: str) -> None:
-    """Raises UserError if the export that is there comes from later steps than a checkpoint.
+    """Raises UserError if the existing export has more training steps than the checkpoint `source`.
 
-    With `checkpoint.best` the best weights count, which may be older ones.
+    With `checkpoint.best` the best weights replace any others, even newer ones.
     """
     if config.checkpoint.best or not (workdir / EXPORT / DESCRIPTION).exists():
         return
@@ -203,9 +203,9 @@ def check_not_older(config: Config, workdir: AnyPath, source: str) -> None:
 
 
 def find_parts(task: str, model: ModelConfig) -> tuple[FrozenPart, ...]:
-    """The autoencoder and text encoder of a segmenter, as its export names them; () for other tasks.
+    """Finds a segmenter's autoencoder and text encoder, for its description; () for other tasks.
 
-    Call it before the training: after it, the hub may be out of reach.
+    Call it before the training: the hub may be out of reach afterwards.
     """
     if task != "segmentation":
         return ()
@@ -220,21 +220,19 @@ def export_run(
     source: str,
     parts: tuple[FrozenPart, ...],
 ) -> None:
-    """Writes the weights where evaluation, prediction and other runs look for them.
+    """Writes a run's weights to the folder where evaluation, prediction and other runs look for them.
 
     Args:
-      config: of the run.
-      task: of the run.
+      config, task, workdir: the run's.
       params: the weights to export.
-      workdir: the run's directory.
-      source: path of the checkpoint that they come from; its last component is the step.
-      parts: as `find_parts` returns them.
+      source: path of their checkpoint; its last component is the step.
+      parts: autoencoder and text encoder, as `find_parts` returns them.
     """
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config, task, params, workdir)
         return
 
-    # Only a segmenter is described: its export has to name the parts that it was trained with.
+    # Only a segmenter has a description, as only its export depends on the parts of its training.
     description = None
     if isinstance(task, SegmentationTask):
         step = source.rsplit("/", 1)[-1]
@@ -253,28 +251,28 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates exported weights on their data set and builds the report, or on the sets of a suite.
+    """Evaluates exported weights on their data set and builds the report, or scores a suite.
 
     Args:
       workdir: a run; or, with `model`, a folder for the results.
       suite: see `digseg_jax.evaluation.suite`; its data sets are looked for under data.root.
       model: weights from elsewhere, as `load_segmenter` takes them.
-      config: by default the run's own, or with `model` what the weights tell of themselves.
+      config: by default the run's own, or with `model` the one that the weights describe.
       settings: other values of some of its keys, such as {"data.root": "/data"}.
-      accept_changes: go on although the run's configuration was changed.
+      accept_changes: continue although the run's configuration was changed.
 
     Returns:
       The content of WORKDIR/eval/results.json, or of suite_NAME.json.
 
     Raises:
-      UserError: no trained weights, or of another configuration; no data.
+      UserError: no trained weights, weights of another configuration, or no data.
 
     Example:
         >>> once = {"eval.num_images": 1, "eval.ensemble": 1, "eval.calibrate": False, "eval.sweep": ()}
         >>> dj.evaluate("out", model="assets:segmenter", settings=once)["num_images"]
         1
     """
-    # What can be told before anything is loaded.
+    # Report what can be wrong before anything is loaded.
     if suite is not None:
         suite_lib.check_suite(suite)
     workdir = as_path(workdir)
@@ -293,7 +291,7 @@ def evaluate(
             "folder for those of --model"
         )
 
-    # What the weights were trained with is held against the configuration before anything is written.
+    # Compare the configuration with the weights' training before anything is written.
     folder = find_export(model or str(workdir / EXPORT))
     description = read_description(folder)
     config = with_settings(config or description.training_config(folder), settings or {})
@@ -317,7 +315,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def exclusive_run(workdir: AnyPath) -> Iterator[None]:
-    """Keeps other runs from training in `workdir` during the block.
+    """Holds the lock of `workdir` during the block, so that no other run trains there.
 
     Raises:
       UserError: on every process, if another run trains there.
@@ -333,7 +331,7 @@ def claim_workdir(workdir: AnyPath, config: Config, accept_changes: bool) -> Non
     """Claims the working directory on process 0, and checks that all processes see it.
 
     Raises:
-      UserError: on every process: what process 0 found, or which process does not see the directory.
+      UserError: on every process: the error of process 0, or that a process cannot see the directory.
     """
     with together("the working directory"):
         if is_main():
@@ -364,8 +362,8 @@ def write_export(
                 if description:
                     exports.complete_export(folder, description)
 
-                # A calibration there was fitted for the weights that are now replaced; an older
-                # export had its weights beside it.
+                # A calibration there was fitted to the weights that are now replaced; exports of older
+                # versions kept their weights beside it.
                 for name in (CALIBRATION, *(exports.OLD_WEIGHTS if description else ())):
                     (workdir / EXPORT / name).unlink(missing_ok=True)
 
@@ -381,7 +379,7 @@ def evaluate_and_report(
 ) -> dict[str, Any]:
     """Evaluates, writes the report, and logs the mIoU and the report's path; returns the results.
 
-    description: of the weights, by default of the run's export. own: they are that export.
+    description: of the weights; by default of the run's export. own: whether they are that export.
     """
     description = description or read_description(workdir / EXPORT)
     about, templates = description.provenance(), description.templates
@@ -390,7 +388,7 @@ def evaluate_and_report(
     page = workdir
     with together("the report"):
         if is_main():
-            # Prediction reads it beside the weights.
+            # Prediction reads the calibration beside the weights.
             if own:
                 exports.add_results(workdir / EXPORT, results)
             page = build_report(workdir)
@@ -410,10 +408,10 @@ def export_autoencoder(
     config: Config, task: AutoencoderTask, params: Params, workdir: AnyPath
 ) -> dict[str, Any]:
     """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval."""
-    # Small enough for the host; every process measures on its own.
+    # An autoencoder fits into the host's memory; every process measures by itself.
     params = jax.tree.map(fetch, params)
 
-    # Diffusion needs latents of unit variance: the scale belongs to the exported config.
+    # Diffusion needs latents of unit variance: the scale goes into the exported config.
     factor, data = task.config.factor, config.data
     scaling = autoencoder.measure_scaling(task.graphdef, params, data, factor)
     task.config = dataclasses.replace(task.config, scaling_factor=scaling)
@@ -430,7 +428,7 @@ def export_autoencoder(
 
 
 def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
-    """Logs what runs: parameters, devices, text, and the size of the default data set."""
+    """Logs the task, its trainable and frozen parameters, and the mesh."""
     log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
     log.info("trainable parameters:\n%s", _overview(task.abstract))
     sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
@@ -439,12 +437,12 @@ def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
 
 
 def _overview(params: Params) -> str:
-    """A table with one row per top-level module: the full table of a U-Net has 700 rows."""
+    """Table of parameters by top-level module, as the full table of a U-Net has 700 rows."""
     groups = {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
     rows = [f"  {name:<20} {count:>12,}" for name, count in groups.items()]
     return "\n".join([*rows, f"  {'total':<20} {sum(groups.values()):>12,}"])
 
 
 def _millions(tree: Params) -> float:
-    """Elements of a tree, in millions, to two digits."""
+    """Number of elements of a tree, in millions, to two decimals."""
     return round(sum(np.size(x) for x in jax.tree.leaves(tree)) / 1e6, 2)

@@ -78,22 +78,26 @@ _FOR_MODES = {
 
 
 def check_flags(mode: str) -> None:
-    """Raises UserError for a flag that the mode needs and lacks, or has and does not use."""
+    """Checks that the mode has the flags that it needs, and no flag that it would not use.
+
+    Raises:
+      UserError: a missing or a useless flag.
+    """
     for name, modes in _FOR_MODES.items():
         if flags.FLAGS[name].present and mode not in modes:
             raise UserError(f"--{name}: for --mode={' or '.join(modes)} only, not --mode={mode}")
 
-    # Weights and runs know their configuration.
+    # Exported weights and runs know their configuration; other modes need a file.
     if _config_file() is None and mode not in ("predict", "eval", "export"):
         raise UserError(f"--mode={mode} needs --config")
     if _settings() and mode == "export":
         raise UserError("--config.KEY: --mode=export takes the run's settings, or those of --config")
 
-    # --workdir unless the table says otherwise.
+    # Modes that are not in the table need --workdir only.
     needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
     for name in needed.get(mode, ("workdir",)):
         value = flags.FLAGS[name].value or ""
-        if not "".join(value).strip():  # a flag that may be repeated has a list
+        if not "".join(value).strip():  # the value of a flag that may be repeated is a list
             raise UserError(f"--mode={mode} needs --{name}")
 
     if mode == "predict":
@@ -104,7 +108,7 @@ def check_flags(mode: str) -> None:
 
 
 def _config_file() -> str | None:
-    """The experiment file that was named."""
+    """The experiment file of --config; None without one."""
     if _CONFIG.value is None:
         return None
     name = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -112,29 +116,29 @@ def _config_file() -> str | None:
 
 
 def _settings() -> dict[str, Any]:
-    """What --config.KEY=VALUE sets without an experiment file, on top of what the weights tell."""
+    """Values of --config.KEY=VALUE without an experiment file; they change the weights' settings."""
     if _CONFIG.value is None or _config_file() is not None:
         return {}
     return dict(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def _chosen() -> dict[str, Any]:
-    """The settings that --sampling and --template stand for."""
+    """Values by key that --sampling and --template stand for."""
     sampling = sampling_settings(_SAMPLING.value) if _SAMPLING.value else {}
     return sampling | ({"eval.templates": tuple(_TEMPLATE.value)} if _TEMPLATE.value else {})
 
 
 def run() -> None:
     """Runs the mode; imports late, so that a wrong flag is reported before JAX loads."""
-    # What the user typed is checked before anything slow.
+    # Check the flags before anything slow.
     mode = _MODE.value
     check_flags(mode)
     config = None if _config_file() is None else parse(_CONFIG.value)
     if config is not None:
         config = with_settings(config, _chosen())
 
-    # Before JAX is imported: the devices to compile for,
-    # and start-up settings for those of this machine.
+    # Before JAX is imported: choose the devices to compile for, and make the start-up settings for the
+    # devices of this machine.
     if mode == "compile":
         from digseg_jax.aot import topology
 
@@ -171,17 +175,19 @@ def _predict(config: Config | None) -> None:
 
 
 def _run_on_all_processes(mode: str, config: Config | None) -> None:
-    """The other modes: joins the processes to one run first, before JAX touches a device."""
+    """Runs one of the other modes on all processes, joined before JAX touches a device."""
     from digseg_jax import jobs
     from digseg_jax.io.storage import as_path
     from digseg_jax.runtime import distributed
 
+    # A single process unless the flags or the machine name others.
     timeout = _START_TIMEOUT.value
-    # Alone unless the flags or the machine name other processes.
     cluster = distributed.find_cluster(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout
     )
     distributed.start(cluster, timeout)
+
+    # Different flags on some process are an error now, not a hang in a collective later.
     told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
     told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value, "--hub": _HUB.value}
     told |= {"--template": _TEMPLATE.value}
@@ -193,6 +199,7 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
         cache_latents.run(config)
         return
 
+    # With a configuration, `run` has put --sampling and --template into it already.
     workdir, suite = as_path(_WORKDIR.value), _SUITE.value
     settings = _settings() | (_chosen() if config is None else {})
     options = {"config": config, "accept_changes": _ACCEPT_CHANGES.value}
@@ -205,23 +212,27 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with one line in place of the tracebacks of absl and `ml_collections`."""
+    """Parses the flags as absl does; an error is one line instead of a traceback.
+
+    argv: with the program's name first. Returns the arguments that are not flags.
+    """
     if {"--help", "-h", "-?"} & set(argv):
         print(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
+
+    # Check keys and the file's name before absl does, for errors that list the legal ones.
     try:
         _check_repeats(argv)
-        # Keys and the file's name are checked before absl does, for errors that list the legal ones.
         rest = flags.FLAGS(with_config_file(argv))
         if _CONFIG.value is not None:
             _CONFIG.value.items()  # a broken file is reported only when it is used
         return rest
     except UserError as error:
         _fail(str(error))
-    except flags.Error as error:  # what a config file itself raised ends the text that holds it
+    except flags.Error as error:  # the last line of its text is the error of a config file itself
         said = str(error).strip().splitlines()
         _fail(said[0] if len(said) == 1 else said[-1].partition(": ")[2] or said[-1])
-    except (ImportError, SyntaxError) as error:  # of a config file, which names an old module, say
+    except (ImportError, SyntaxError) as error:  # raised in a config file, by an old module name, say
         _fail(f"--config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
         _fail(f"--config: {explained(error)}")
@@ -229,11 +240,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _check_repeats(argv: list[str]) -> None:
     """Raises UserError for a flag that is given twice: absl would drop the first value."""
-    seen: dict[str, str] = {}
+    seen: dict[str, str] = {}  # name -> the argument that set it
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not name:
             continue
+
+        # Some flags may be repeated: --query, --image and --template.
         several = name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
         if name in seen and not several:
             raise UserError(f"--{name}: given twice, {seen[name]} and {argument}; name one")
@@ -247,7 +260,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    """Exits with a status; once JAX is imported, without waiting for other processes or threads."""
+    """Exits with a status; if JAX is imported, without waiting for other processes or threads."""
     if "jax" not in sys.modules:
         sys.exit(status)
     from digseg_jax.runtime import distributed
@@ -256,8 +269,8 @@ def _leave(status: int) -> NoReturn:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the mode and turns what it raises into an exit status."""
-    # What absl leaves over is not a flag, and there are no other arguments.
+    """Runs the mode and turns an error into an exit status."""
+    # Arguments that absl leaves over are not flags, and there are no others.
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; flags begin with --, such as --mode={argv[1]}")
     setup()
@@ -268,7 +281,7 @@ def main(argv: list[str]) -> None:
 
 
 def command() -> None:
-    """The console command `digseg`."""
+    """Entry point of the console command `digseg`."""
     app.run(main, flags_parser=parse_flags)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiGSeg: the U-Net denoises the latent of a query's mask beside the latent of the image."""
+"""DiGSeg (arXiv 2604.24575): a U-Net denoises the latent of a mask beside the image's latent."""
 
 from __future__ import annotations
 
@@ -38,12 +38,21 @@ from digseg_jax.weights import load_unet_params, save_component
 
 
 def load_task(config: Config, prompts: Sequence[str] | None = None) -> SegmentationTask:
-    """Builds a configuration's task with its weights loaded; raises what `load_parts` raises."""
+    """Builds the task of a configuration with its frozen parts loaded.
+
+    prompts: texts of the prompt bank; by default those of the configuration's data sets.
+
+    Raises:
+      UserError: what `load_parts` raises.
+    """
     return SegmentationTask(load_parts(config, prompts), config)
 
 
 class SegmentationTask(Task):
     """Fine-tuning of a U-Net, widened to 8 input channels, to denoise the latents of masks.
+
+    Shapes: b images of h * w latent cells with c channels; q queries, asked in t texts of l tokens and
+    painted into k mask images; n = b * k pairs of an image and a mask image; e ensemble members.
 
     parts: the frozen autoencoder, the prompt bank and the codec, loaded or as mere shapes.
     """
@@ -53,6 +62,8 @@ class SegmentationTask(Task):
         self.schedule = schedule_from(config.diffusion)
         self.vae, self.codec, self.frozen = parts.vae, parts.codec, parts.frozen
         self.prompts, self.unet_config = parts.prompts, parts.unet
+
+        # The U-Net's structure and parameter shapes; nothing is allocated.
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
                 self.unet_config,
@@ -62,14 +73,14 @@ class SegmentationTask(Task):
         )
 
     def initial(self) -> Params:
-        """The pretrained U-Net with conv_in widened, or random weights if the config asks."""
+        """Parameters at step 0: the pretrained U-Net with conv_in widened, or random weights."""
         model = self.config.model
         random = partial(functional.random_init, seed=self.config.seed, zero=ZERO_INIT)
         if model.unet_init == "random":
             return random(self.abstract)
 
-        # Random values only for what a checkpoint may lack: drawing a whole U-Net takes longer than
-        # loading it.
+        # Draw random values only for the adapters, which a checkpoint may lack: drawing a whole U-Net
+        # takes longer than loading it.
         lacking = {k: v for k, v in self.abstract.items() if k == "text_adapters"}
         return load_unet_params(
             assets.resolve(model.unet),
@@ -79,10 +90,9 @@ class SegmentationTask(Task):
         )
 
     def prepare(self) -> None:
-        """Computes the codec's constants; must run before any program is traced.
+        """Computes the codec's constants with the autoencoder; must run before any program is traced.
 
-        It runs the autoencoder. Inside a trace for a mesh, the autoencoder's attention would become a
-        part of the traced program.
+        Inside a trace for a mesh, the autoencoder's attention would become part of the traced program.
         """
         self.codec.prepare(self.vae.on_host(self.frozen["vae"]))
 
@@ -136,7 +146,7 @@ class SegmentationTask(Task):
         )
         noisy = self.schedule.add_noise(x0, noise, t)
 
-        # Predict from [image, noisy mask] and the text.
+        # Predict from [image, noisy mask] and the text: noise, clean latent or v, as configured.
         unet = functional.merge(self.graphdef, params)
         tokens, mask = self.codec.context(*self._text(frozen, rows, keys, whole), drawn)
         prediction = unet(
@@ -186,16 +196,19 @@ class SegmentationTask(Task):
     def _text(
         self, frozen: Params, rows: Int[Array, "b t"], keys: Array, whole: Batch | None
     ) -> tuple[Float[Array, "b t l d"], Bool[Array, "b t l"]]:
-        """Tokens and token masks of the texts, with the configured noise and word dropout."""
+        """Tokens and token masks of the texts, with the configured noise and word dropout.
+
+        rows: of the prompt bank. keys: one per image.
+        """
         tokens, mask = bank_rows(frozen["bank"], rows.reshape(-1))
 
-        # The noise is relative to the tokens of the full batch, so that accumulation changes nothing.
+        # The noise is scaled by the full batch's tokens, so that accumulation does not change the step.
         every = None
         if whole is not None:
             whole_rows = self.codec.text_rows(whole["query"])
             every, _ = bank_rows(frozen["bank"], whole_rows.reshape(-1))
 
-        # Of the three keys the first is for the noise of mask images; the others vary the text.
+        # Of the three keys the first draws the noise of the mask images; the others vary the text.
         draws = self._keys(keys, rows.shape[1])
         tokens = self._noisy_text(tokens, draws[:, 1], every)
         mask = self._fewer_words(mask, draws[:, 2])
@@ -206,12 +219,12 @@ class SegmentationTask(Task):
     ) -> Array:
         """Mean of the codec's auxiliary loss over all mask images; those at low noise count as zero.
 
-        clean: the predicted clean latents [n, h, w, c].
+        clean: predicted clean latents [n, h, w, c]. valid: labeled cells [n, h, w]. t: timesteps.
         """
         label = batch["label"]
         counts = t >= self.config.loss.mask_from * self.schedule.num_timesteps
 
-        # Latents that the loss compares with: kept as a frozen part, or encoded here.
+        # Latents of reference images that the loss compares with: a frozen part, or encoded here.
         anchors = frozen.get(ANCHORS)
         if anchors is None and (images := self.codec.anchors(label.shape[1])) is not None:
             anchors = self.vae.encode(frozen["vae"], images)
@@ -227,19 +240,22 @@ class SegmentationTask(Task):
         if whole is None:
             return jnp.maximum(valid.sum(), 1)
 
+        # Valid cells of the full batch: each image's cells count once for each of its mask images.
         images, queries = whole["query"].shape
         masks = self.codec.num_images(queries)
         cells = masks * latent_validity(whole["label"], self.vae.config.factor).sum()
         return jnp.maximum(cells, 1) * (valid.shape[0] / (images * masks))
 
     def _keys(self, keys: Array, count: int) -> Array:
-        """Three independent keys for each of `count` masks or texts of an example, [b * count, 3]."""
+        """Three independent keys for each of `count` mask images or texts per image: [b * count, 3]."""
         return jax.vmap(lambda key: jax.random.split(key, (count, 3)))(keys).reshape(-1, 3)
 
     def _noisy_text(
         self, tokens: Float[Array, "n l d"], keys: Array, every: Float[Array, "m l d"] | None = None
     ) -> Float[Array, "n l d"]:
-        """Adds a little noise to tokens, so that names close to a trained one mean the same.
+        """Adds Gaussian noise to tokens, so that words close to a trained one mean the same.
+
+        `data.text_noise` is its standard deviation as a share of the tokens' (not in the paper).
 
         every: tokens of the full batch, whose standard deviation scales the noise; None if `tokens` are
           the full batch.
@@ -247,12 +263,14 @@ class SegmentationTask(Task):
         scale = self.config.data.text_noise
         if not scale:
             return tokens
+
+        # One key per text: the draw does not depend on the other texts of the batch.
         draws = jax.vmap(lambda key: jax.random.normal(key, tokens.shape[1:]))(keys)
         deviation = (tokens if every is None else every).std()
         return tokens + scale * deviation * draws
 
     def _fewer_words(self, mask: Bool[Array, "n l"], keys: Array) -> Bool[Array, "n l"]:
-        """Hides all words of some queries; the sentence token, which is the last one, stays."""
+        """Hides the words of a share of texts, `data.word_dropout`; keeps the last, sentence token."""
         rate = self.config.data.word_dropout
         if not rate:
             return mask
@@ -270,13 +288,13 @@ class SegmentationTask(Task):
         seed: int | Array | None = None,
         decoder: str = "vae",
     ) -> Float[Array, "n q e h w"]:
-        """Evidence of every ensemble member for every query, in [-1, 1] for the binary codec.
+        """Samples masks and reads each member's evidence, in [-1, 1] for the binary codec.
 
         Args:
           frozen: frozen["bank"] has the texts, for all images together or [n, q, ...] for each.
           index: identifies each image in the draws of the initial noise.
           seed: number or key of those draws; by default the configuration's seed.
-          decoder: "vae"; "latent_mean" and "probe" are cheaper, and the former leaves one member.
+          decoder: "vae"; or "latent_mean", which leaves one member, or "probe", which are cheaper.
         """
         latents = self.sample(params, frozen, image, index, estep, seed=seed)
         _, height, width, _ = image.shape
@@ -292,11 +310,16 @@ class SegmentationTask(Task):
         *,
         seed: int | Array | None = None,
     ) -> Float[Array, "n k e h w c"]:
-        """Samples the mask latents; the first members of a larger ensemble are the smaller one's."""
+        """Samples the mask latents of k mask images and e = `estep.ensemble` members.
+
+        Members have noise of their own, so a larger ensemble begins with the members of a smaller one.
+        """
+        # One encoding of an image serves all of its members and queries.
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
         seed = self.config.seed if seed is None else seed
 
         def denoise(*rows: Array) -> Array:
+            """The U-Net's prediction, at most `compute.unet_batch` rows at a time to bound memory."""
             limit = self.config.compute.unet_batch
             return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
@@ -313,7 +336,7 @@ class SegmentationTask(Task):
         """Tokens for cross-attention, one row per mask image: [k, l, d], or [n, k, l, d] per image."""
         tokens, mask = bank["tokens"], bank["mask"]
 
-        # The codec takes a leading axis of images.
+        # The codec takes a leading axis of images: one for texts that all images share.
         if tokens.ndim == 4:
             return self.codec.context(tokens, mask)
         tokens, mask = self.codec.context(tokens[None], mask[None])
@@ -326,17 +349,22 @@ class SegmentationTask(Task):
         size: tuple[int, int],
         decoder: str = "vae",
     ) -> Float[Array, "n q e H W"]:
-        """Turns mask latents into evidence at `size` = (height, width) pixels."""
+        """Decodes mask latents to evidence at `size` = (height, width) pixels.
+
+        decoder: "vae" decodes each member, "latent_mean" their mean (e = 1); "probe" enlarges a linear
+        reading of the latents.
+        """
         if decoder == "probe":
             return enlarge(self.codec.read_latents(latents), *size)
         if decoder == "latent_mean":
             latents = latents.mean(axis=2, keepdims=True)
 
-        # Each mask image is read as the s queries that it shows.
+        # Decode all rows, and read each mask image as the s queries that it shows (q = k * s). The
+        # codec reads slices as they are decoded, so that decoded images need not be kept.
         n, k, e = latents.shape[:3]
         rows = latents.reshape(-1, *latents.shape[3:])
         evidence = self.vae.decode(frozen["vae"], rows, self.codec.decode)
-        evidence = jnp.moveaxis(evidence.reshape(n, k, e, -1, *size), 3, 2)
+        evidence = jnp.moveaxis(evidence.reshape(n, k, e, -1, *size), 3, 2)  # [n, k, s, e, h, w]
         return evidence.reshape(n, -1, e, *size)
 
     def predict_latent(
@@ -348,7 +376,7 @@ class SegmentationTask(Task):
         tokens: Float[Array, "n l d"],
         mask: Array,
     ) -> Float[Array, "n h w c"]:
-        """The U-Net's raw prediction at x_t, for the sampler."""
+        """The U-Net's raw prediction at mask latent x and timestep t, for the sampler."""
         unet = functional.merge(self.graphdef, params)
         return unet(jnp.concatenate([image_latent, x], axis=-1), t, tokens, mask)
 
@@ -359,7 +387,7 @@ class SegmentationTask(Task):
 
 
 def negative_shares(batch: Batch) -> dict[str, Array]:
-    """Shares of the batch's queries that name absent classes; empty if the stream does not tell."""
+    """Shares (0..1) of the batch's queries that name absent classes; empty if their kind is unknown."""
     if "query_kind" not in batch:
         return {}
     kind = batch["query_kind"]
