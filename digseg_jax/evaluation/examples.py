@@ -58,6 +58,8 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
     part = PartConfig(config.name, config.root)
     facts = spec_of(part)
     source = Guarded(open_part(part, split), facts.num_classes)
+
+    # Properties of the data set that its scores depend on travel with the examples.
     return EvalExamples(
         source,
         split,

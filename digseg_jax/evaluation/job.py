@@ -121,7 +121,7 @@ def results_of(
         "decoder": settings.decoder,
         "decode_limit": settings.decode_limit,
         **evaluator.asked(),
-        # scores of the label map
+        # scores of the label map, 0..1
         **scores.label_map(),
         "per_class": scores.per_class(),
         "boundary_iou": scores.boundary_iou(),

@@ -201,6 +201,7 @@ def describe(
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = values[section][name]
 
+    # A run starts from a checkpoint of the whole segmenter, a pretrained U-Net, or random weights.
     vae, text = parts
     start = config.model.unet if config.model.unet_init == "pretrained" else "random weights"
     return Description(

@@ -192,6 +192,7 @@ class PretrainedSegmenter(Segmenter):
             """Wraps `advance`: the steps of one part are reported as steps of the whole."""
 
             def tell(done: int, total: int) -> None:
+                """Reports `done` of a part's `total` steps."""
                 if advance:
                     advance(part * total + done, parts * total)
 
@@ -205,6 +206,7 @@ class PretrainedSegmenter(Segmenter):
             (drawn,) = self.segment([request], sampling, later=True, advance=told(0, parts), **options)
 
             def read(first: int) -> Answer:
+                """Masks of the group that begins with query `first`."""
                 return self._read_later(drawn, first, size, told(1 + first // size, parts))
 
             return GroupedAnswer(read, count, size)
@@ -213,6 +215,7 @@ class PretrainedSegmenter(Segmenter):
         group = max(1, slots // ways)
 
         def ask(first: int) -> Answer:
+            """Samples and decodes the group that begins with query `first`."""
             part = dataclasses.replace(request, queries=request.queries[first : first + group])
             tell = told(first // group, -(-count // group))
             (answer,) = self.segment([part], sampling, slots=slots, advance=tell, **options)

@@ -3,10 +3,11 @@
 
 Images are cut into views of one size and queries into groups of one size, so that the programs of
 `prediction.programs` serve any image and vocabulary. Masks are kept view by view and brought to the
-image's resolution one query at a time: memory grows with the image, not with the vocabulary.
+image's resolution one query at a time: memory is bounded by the image, not image times vocabulary.
 
 With few queries every mask is decoded. With many, a linear probe reads all latents
-(`segmentation.latent_probe`); in each view only the queries that it ranks first are decoded.
+(`segmentation.latent_probe`); in each view only the queries that it ranks first are decoded, and the
+others keep the probe's reading.
 """
 
 from __future__ import annotations
@@ -347,11 +348,13 @@ class Segmenter:
             request = asked[min(row, len(asked) - 1)] if asked else None
             queries = request.queries if request else NOTHING
             part = queries[group * slots : (group + 1) * slots] or queries[:1]
+
             texts = self.codec.texts(part + part[-1:] * (slots - len(part)))
             if texts not in made:
                 made[texts] = self._encoded(texts)
             tokens.append(made[texts][0])
             masks.append(made[texts][1])
+
             if request:  # empty places keep bias 0
                 own = _bias_of(request)[group * slots : (group + 1) * slots]
                 bias[row, : len(own)] = own

@@ -71,6 +71,7 @@ class PredictionFiles:
             yield self.probability(query)
 
     def _file(self, part: str, ending: str) -> Path:
+        """FOLDER/NAME + part + ending; NAME itself may have dots."""
         return self.base.parent / f"{self.base.name}{part}{ending}"
 
 

@@ -89,6 +89,7 @@ class DigsegPipeline(DiffusionPipeline):
         mask = mask if s["mask_padding"] else torch.ones_like(mask)
         out = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
         tokens = out.last_hidden_state
+        # Hidden states of earlier layers are not normalized yet.
         if s["text_skip_layers"]:
             tower = getattr(self.text_encoder, "text_model", self.text_encoder)
             tokens = tower.final_layer_norm(out.hidden_states[-1 - s["text_skip_layers"]])
@@ -121,6 +122,7 @@ class DigsegPipeline(DiffusionPipeline):
         s = self.config.settings
         if s["decoder"] == "latent_mean":
             latents = latents.mean(0, keepdim=True)
+
         rows = latents.flatten(0, 1) / self.vae.config.scaling_factor
         images = torch.cat([self.vae.decode(part).sample for part in rows.split(BATCH)]).float()
         if s["prototypes"]:  # a palette: minus half the squared distance to each class's color
@@ -130,6 +132,7 @@ class DigsegPipeline(DiffusionPipeline):
         else:
             evidence = images.mean(1).clip(-1, 1).unflatten(0, latents.shape[:2])
             members = (s["scale"] * evidence).sigmoid()
+
         if s["ensemble_rule"] == "median":
             return members.quantile(0.5, dim=0).cpu().numpy()
         if s["ensemble_rule"] == "vote":

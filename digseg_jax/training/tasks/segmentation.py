@@ -323,6 +323,7 @@ class SegmentationTask(Task):
             limit = self.config.compute.unet_batch
             return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
+        # The noise is a function of (seed, image index, member), so no batch or mesh changes the masks.
         return sample_mask_latents(
             denoise,
             image_latent,
