@@ -323,7 +323,7 @@ class SegmentationTask(Task):
             limit = self.config.compute.unet_batch
             return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
-        # The noise is a function of (seed, image index, member), so no batch or mesh changes the masks.
+        # The noise is a function of (seed, image index, member), whatever the batch and the mesh.
         return sample_mask_latents(
             denoise,
             image_latent,
