@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import typing
@@ -34,6 +33,7 @@ from digseg_jax.data.vocabulary import class_names, training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.checkpoint import LIBRARIES
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import EXPORT
 from digseg_jax.segmentation.codecs import CODECS
@@ -261,12 +261,7 @@ def read_description(folder: AnyPath) -> Description:
         )
 
     # The file's form: JSON, an object, and a schema that this version knows.
-    try:
-        values = json.loads(storage.read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); write it anew with --mode=export") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not an object of keys")
+    values = read_json(path, remedy="write it anew with --mode=export")
     if values.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: schema={values.get('schema')!r}, this program reads {SCHEMA}; write it anew with "

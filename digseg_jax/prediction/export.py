@@ -12,7 +12,6 @@ calibration.json, README.md         the model card for people
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from digseg_jax.config.schema import Config
 from digseg_jax.config.templates import asked_templates
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 from digseg_jax.io import storage
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.models.unet import OWN_CLASS
@@ -123,7 +123,7 @@ def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
 
     # Torch reads the fitted scale too; a palette has a scale of its own and keeps it.
     storage.write_bytes(folder / CARD, model_card(read_description(folder), results).encode())
-    index = json.loads(storage.read_text(folder / INDEX))
+    index = read_json(folder / INDEX)
     if not index["settings"]["prototypes"]:
         index["settings"]["scale"] = results["calibration"]["scale"]
         storage.write_json(folder / INDEX, index)
@@ -132,7 +132,7 @@ def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
 def keep_results(folder: AnyPath, path: AnyPath) -> None:
     """Adds the results.json at `path` to an export if it evaluated the same checkpoint."""
     if path.is_file():
-        results = json.loads(storage.read_text(path))
+        results = read_json(path)
         if results.get("weights") == read_description(folder).provenance():
             add_results(folder, results)
 
@@ -216,7 +216,7 @@ def _settings(config: Config, description: Description, tower: str, folder: Path
     # A palette's state: its colors, and the scale that belongs to them.
     codec = make_codec(config.model.codec, config.data)
     path = state_file(codec.name, folder)
-    state = json.loads(storage.read_text(path)) if path.is_file() else {}
+    state = read_json(path) if path.is_file() else {}
 
     # Scale of the evidence: the codec's own, a fitted one, or the default.
     scale, calibration = SCALE, folder / CALIBRATION
@@ -224,7 +224,7 @@ def _settings(config: Config, description: Description, tower: str, folder: Path
         codec.restore(state)
         scale = codec.scale or SCALE
     elif calibration.is_file():
-        scale = json.loads(storage.read_text(calibration))["scale"]
+        scale = read_json(calibration, {"scale": float})["scale"]
 
     # Above `decode_limit` queries this program reads masks with its linear probe. The torch pipeline
     # has no probe and would give other masks, so it takes no more queries than that.

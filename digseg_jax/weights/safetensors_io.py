@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import MAX_TEXT, read_bytes
+from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.storage import inside
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -189,13 +191,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Parses a file that must contain a JSON object; raises UserError if it does not."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
+    data = read_bytes(path, MAX_TEXT)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(data)
     except ValueError as error:  # covers bad UTF-8 and bad JSON
-        raise UserError(f"not valid JSON: {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"expected a JSON object in {path}, got {type(value).__name__}")
-    return value
+        raise UserError(f"{path}: {error}") from error
 
 
 def _entry(folder: Path) -> tuple[str, Path]:

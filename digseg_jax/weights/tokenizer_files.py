@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, read_bytes
+from digseg_jax.io.json_file import parse_object
 from digseg_jax.models.text.tokenizer import Tokenizer
 
 MAX_TEXT = 64 * 2**20  # bytes; the largest file of the known text encoders has 17 MB
@@ -62,8 +62,14 @@ def _pad_token(folder: Path) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty if there is no such file."""
-    return json.loads(_text(path)) if path.is_file() else {}
+    """A JSON file's object, empty if there is no such file; raises UserError for other JSON."""
+    if not path.is_file():
+        return {}
+    text = _text(path)
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise UserError(f"{path.name}: {error}") from error
 
 
 def _text(path: Path) -> str:

@@ -272,6 +272,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
         Journal, "add", lambda self, key, value: (finished.append(key), add(self, key, value))
     )
     assert evaluate(config, task, params, tiny.mesh(), tmp_path / "killed") == whole
-    assert len(finished) == len(set(finished)) == 3, "no image is counted twice"
+    counted = [key for key in finished if key != "prompts"]
+    assert len(counted) == len(set(counted)) == 3, "no image is counted twice"
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert "results.md" in files(tmp_path / "whole")

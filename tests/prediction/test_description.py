@@ -228,7 +228,9 @@ def test_a_damaged_file_is_one_line(change, told, made, tmp_path):
     assert line.startswith(str(tmp_path / FILE)) and told in line
 
 
-@pytest.mark.parametrize(("text", "told"), [(None, "missing"), ("{", "not JSON"), ("[]", "list")])
+@pytest.mark.parametrize(
+    ("text", "told"), [(None, "missing"), ("{", "not readable as JSON"), ("[]", "list")]
+)
 def test_no_file_or_no_object_is_one_line(text, told, tmp_path):
     if text is not None:
         (tmp_path / FILE).write_text(text)

@@ -24,6 +24,7 @@ from toy import ToyTask
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.metric_writer import read_metrics
+from digseg_jax.prediction.description import unet_folder
 from digseg_jax.runtime import sharding
 from digseg_jax.tools.replay import replay
 from digseg_jax.training.failure import load_failure
@@ -355,7 +356,7 @@ class TestKill:
             self.kill(config_file, killed, after)
         self.finish(config_file, killed)
         name = "diffusion_pytorch_model.safetensors"
-        a, b = (load_file(d / "export" / "unet" / name) for d in (whole, killed))
+        a, b = (load_file(unet_folder(d / "export") / name) for d in (whole, killed))
         assert a.keys() == b.keys()
         for key in a:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)

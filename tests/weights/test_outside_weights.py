@@ -13,7 +13,7 @@ import tiny
 
 from digseg_jax.data.datasets.readers import polygons
 from digseg_jax.errors import UserError
-from digseg_jax.weights import tokenizer_files
+from digseg_jax.weights import safetensors_io, tokenizer_files
 from digseg_jax.weights.hub import resolve
 
 
@@ -31,6 +31,25 @@ def test_a_vocabulary_that_unpacks_without_end(tmp_path, monkeypatch):
     (tmp_path / f"{tokenizer_files.CLIP_BPE}.gz").write_bytes(gzip.compress(bytes(10_000_000)))
     with pytest.raises(UserError, match="unpacks to more than the 1000 bytes"):
         tokenizer_files.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("[1, 2]", "holds list"), ("[" * 200_000, "nested too deep"), ("{", "not readable")],
+)
+def test_json_of_a_checkpoint_that_is_none(tmp_path, text, told):
+    for name, read in (
+        ("config.json", safetensors_io.read_config),
+        ("tokenizer_config.json", tokenizer_files.load_tokenizer),
+    ):
+        folder = tmp_path / name.removesuffix(".json")
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+        (folder / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            read(folder)
+        assert f"{name}: {told}" in tiny.one_line(caught.value)
+        assert str(caught.value).startswith(str(folder))
 
 
 def test_a_polygon_of_many_edges_needs_little_memory(monkeypatch):

@@ -237,8 +237,7 @@ def test_a_pipelines_tokenizer_is_asked_for_with_its_text_encoder():
 
 def test_converting_without_torch_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(SystemExit, match="2"):
-        convert_weights.main([str(tmp_path), str(tmp_path / "out")])
+    assert convert_weights.main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "needs torch, which this project does not install" in capsys.readouterr().err
 
 

@@ -28,6 +28,13 @@ def test_values_synonyms_comments_and_ignored_ones(tmp_path):
     assert listed.ignored == (9,) and listed.kind == "number"
 
 
+def test_a_list_without_a_line_is_told(tmp_path):
+    """Also one that holds nothing but the mark that editors on Windows write."""
+    with pytest.raises(UserError) as caught:
+        read_class_list(write(tmp_path, codecs.BOM_UTF8))
+    assert "classes.txt" in tiny.one_line(caught.value)
+
+
 def test_colors_are_not_comments(tmp_path):
     listed = read_class_list(write(tmp_path, "#ff0000: road\n# 00ff00 was water\n#0000ff: sky\n"))
     assert [c.color for c in listed.classes] == [(255, 0, 0), (0, 0, 255)]
