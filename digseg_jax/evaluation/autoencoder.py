@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,7 +31,9 @@ def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, fa
 
     factor: pixels along a side of a latent cell.
     """
-    split = training_parts(data)[0][2]
+    # Of a mixture, the first data set: its own name and root, not those that are evaluated.
+    part, _, split = training_parts(data)[0]
+    data = dataclasses.replace(data, name=part.name, root=part.root, mixture=())
     examples = eval_examples(data, split, SCALED_IMAGES)
 
     @jax.jit

@@ -50,7 +50,7 @@ def _images_of(text: str) -> list[Path]:
     """
     # A folder: its images by their endings, without the hidden files that systems leave behind.
     path = Path(text).expanduser()
-    if path.is_dir():
+    if text and path.is_dir():
         found = [
             Path(entry.path)
             for entry in os.scandir(path)

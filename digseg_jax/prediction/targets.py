@@ -149,7 +149,7 @@ def _named(images: Sequence[Path], out: Path, queries: Sequence[str]) -> Predict
     files = PredictionFiles.of(out.with_suffix(""), queries, out.suffix)
     check_not_replaced(files, images, f"--out={out}")
     if not _ours(files):
-        beside = next((f for f in files if f != out and f.exists()), None)
+        beside = next((f for f in files if f != out and os.path.lexists(f)), None)
         if beside is not None:
             raise UserError(
                 f"--out={out}: would replace {beside}, which no prediction wrote; choose another name"
@@ -179,7 +179,7 @@ def _short(name: str) -> str:
 def _replaceable(files: PredictionFiles, inputs: set[FileId]) -> bool:
     """Whether all of these files that exist were written by a prediction and none is an input."""
     # A dangling link counts as an existing file: it is not a prediction's.
-    found = [file for file in files if file.exists() or file.is_symlink()]
+    found = [file for file in files if os.path.lexists(file)]
     return not found or (_ours(files) and not any(_id(file) in inputs for file in found))
 
 

@@ -69,7 +69,7 @@ class DigsegPipeline(DiffusionPipeline):
     def _check(self, words):
         """Raises ValueError for words that the model cannot answer."""
         s = self.config.settings
-        classes, limit = s["classes"], s["limit"] // len(s["templates"])
+        classes, limit = s["classes"], s["limit"] and max(1, s["limit"] // len(s["templates"]))
         if s["decoder"] not in ("latent_mean", "vae"):
             raise ValueError(f"decoder={s['decoder']!r}: not here; legal: latent_mean, vae")
         if not words or not all(word.strip() for word in words):
