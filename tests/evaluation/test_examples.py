@@ -46,5 +46,5 @@ def test_a_broken_image_is_an_error(camvid, tmp_path):
 
 
 def test_a_split_that_is_not_there(camvid):
-    with pytest.raises(UserError, match="camvid has no split 'dev'"):
-        eval_examples(camvid, "dev")
+    with pytest.raises(UserError, match="camvid has no split 'night'"):
+        eval_examples(camvid, "night")
