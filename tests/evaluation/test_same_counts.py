@@ -151,8 +151,9 @@ def test_masks_that_python_gets_are_counted_the_same(segmenter, suites, made):
         examples = eval_examples(made(name).data, "val" if name == "pascal_voc" else "test")
         for i in range(len(examples)):
             image, label = examples[i]["image"], examples[i]["label"]
-            masks = segmenter(image, examples.prompts, TWO.ensemble, TWO.steps, index=i)
-            asked = range(len(examples.prompts))
+            words = {"templates": segmenter.asks_in(examples.template), "index": i}
+            masks = segmenter(image, examples.classes, TWO.ensemble, TWO.steps, **words)
+            asked = range(len(examples.classes))
             row = count_image(examples, label, masks._answer, asked).row
             expected = suites[1][name][f"{TWO} exhaustive {i}"]
             assert row == {key: expected[key] for key in row}, (name, i)
