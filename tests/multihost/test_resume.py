@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.usefixtures("cover")
 STEPS, INTERVAL = 40, 4
-WEIGHTS = "export/unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "export/diffusion_pytorch_model.safetensors"
 
 
 class Run:
