@@ -20,6 +20,7 @@ from digseg_jax.config.schema import Config
 from digseg_jax.errors import OVER_BUDGET, USER_ERROR, UserError
 from digseg_jax.log import setup
 from digseg_jax.runtime.door import tell
+from digseg_jax.runtime.interrupts import remember_interrupts
 
 MODES = ("train", "eval", "export", "predict", "compile", "cache_latents")
 
@@ -274,6 +275,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f"unexpected argument {argv[1]!r}; flags begin with --, such as --mode={argv[1]}")
     setup()
+    remember_interrupts()
     try:
         run()
     except (Exception, KeyboardInterrupt) as error:

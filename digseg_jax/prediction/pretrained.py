@@ -35,6 +35,7 @@ from digseg_jax.prediction.export import INDEX, copy_export, push_export
 from digseg_jax.prediction.files import check_queries, pixels_of
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import count_views
 from digseg_jax.training.mesh_choice import choose_mesh
@@ -81,6 +82,7 @@ def load_segmenter(
     config = for_devices(config, jax.devices())
     task = load_task(config, prompts=("any",))
     task.adopt(folder)
+    check_interrupts()
     return PretrainedSegmenter(task, folder, description)
 
 

@@ -17,6 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from digseg_jax.log import log
+from digseg_jax.runtime.interrupts import check_interrupts
 
 
 class PreemptionWatch:
@@ -28,6 +29,8 @@ class PreemptionWatch:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> PreemptionWatch:
+        check_interrupts()
+
         # Python accepts signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from digseg_jax.config.schema import Config
+from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
@@ -50,4 +51,5 @@ def set_up(config: Config) -> Setup:
 
     # The task first: the choice of the mesh needs the shapes of its state.
     task: Task = TASKS[config.task](config)
+    check_interrupts()
     return Setup(config, task, make_mesh(choose_mesh(config, task, devices)))

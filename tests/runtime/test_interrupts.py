@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C that Python drops is raised once more."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
+
+
+@pytest.fixture(autouse=True)
+def watched():
+    before = signal.getsignal(signal.SIGINT)
+    remember_interrupts()
+    yield
+    remember_interrupts()  # without the mark
+    signal.signal(signal.SIGINT, before)
+
+
+class Dropped:
+    """An object whose destructor is interrupted: Python prints the exception and goes on."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):  # the handler runs between two instructions
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_was_dropped_comes_at_the_next_check():
+    check_interrupts()
+    Dropped()
+    with pytest.raises(KeyboardInterrupt):
+        check_interrupts()
+
+
+def test_an_interrupt_elsewhere_is_raised_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
