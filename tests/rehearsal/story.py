@@ -111,6 +111,10 @@ class Run:
         changes = [*self.changes, *mesh]
         if not self.segments:  # no evaluation: its settings are refused
             changes = [change for change in changes if not change.startswith("--config.eval.")]
+
+        # A flag that is given twice is refused: the command's own replaces the run's.
+        given = {argument.split("=")[0] for argument in arguments}
+        changes = [change for change in changes if change.split("=")[0] not in given]
         return [self.config, f"--workdir={self.workdir}", *changes, *arguments]
 
     def results(self, name: str = "results.json") -> dict[str, Any]:
