@@ -24,6 +24,7 @@ from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.models.unet import OWN_CLASS
+from digseg_jax.prediction.description import FILE as DESCRIPTION
 from digseg_jax.prediction.description import (
     OWN,
     PARTS,
@@ -141,14 +142,14 @@ def push_export(folder: Path, target: str, *, private: bool | None = None) -> st
     """Uploads an export to the hub as one commit; returns `org/name@commit`.
 
     Raises:
-      UserError: the hub rejects the upload, or the connection was lost.
+      UserError: another model is there, the hub rejects the upload, or the connection was lost.
     """
     description = read_description(folder)
     message = f"Segmenter of digseg_jax after {description.steps} steps"
 
-    # The commit removes files of these kinds that the export lacks; others there are left alone.
+    # An earlier export there is replaced, with the files of these kinds that this one lacks.
     ours = ("*.json", "*.py", "*.safetensors", "*.txt")
-    commit = push_folder(folder, target, message, private=private, replaced=ours)
+    commit = push_folder(folder, target, message, private=private, marker=DESCRIPTION, replaced=ours)
     return f"{check_target(target)[0]}@{commit}"
 
 

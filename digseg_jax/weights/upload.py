@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from digseg_jax.errors import UserError
@@ -18,6 +18,8 @@ from digseg_jax.log import log
 from digseg_jax.weights import download
 
 _TARGET = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+_INITIAL = {".gitattributes", "README.md", "LICENSE"}  # what the hub puts into a new repository
 
 
 def check_target(target: str) -> tuple[str, str]:
@@ -34,6 +36,7 @@ def push_folder(
     message: str,
     *,
     private: bool | None = None,
+    marker: str = "",
     replaced: tuple[str, ...] = (),
 ) -> str:
     """Uploads a folder's files to a branch of a repository, in one commit.
@@ -44,18 +47,22 @@ def push_folder(
           client's: HF_TOKEN, or that of `hf auth login`.
         message: the commit's message.
         private: whether a repository that is made is private; None: the organization's default.
-        replaced: patterns of files that the commit removes, unless the folder has them.
+        marker: a file that a branch with other content must have, or it is refused: the repository is
+          somebody's other model. Empty: any branch is taken.
+        replaced: patterns of names. The commit removes such files where the folder has none of that
+          name, at the top and in folders that it has too; files in other folders stay.
 
     Returns:
         The id of the commit.
 
     Raises:
-        UserError: the hub refuses, or the connection was lost; the message says what helps.
+        UserError: the branch holds something else, the hub refuses, or the connection was lost; the
+          message says what helps.
     """
     repository, branch = check_target(target)
     for attempt in range(1, download.ATTEMPTS + 1):
         try:
-            return _push(folder, repository, branch, message, private, replaced)
+            return _push(folder, repository, branch, message, private, marker, replaced)
         # The client's HTTP library and Xet raise exceptions of their own, without a common base.
         except Exception as error:
             reason, passing = _explain(error, repository, branch)
@@ -75,6 +82,7 @@ def _push(
     branch: str,
     message: str,
     private: bool | None,
+    marker: str,
     replaced: tuple[str, ...],
 ) -> str:
     """Makes one attempt to upload; returns the id of the commit, see `push_folder`."""
@@ -86,10 +94,24 @@ def _push(
     if branch != "main":
         api.create_branch(repository, branch=branch, exist_ok=True)
 
-    # One commit adds the files and removes those that an older export left behind.
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    # Files of another model are neither replaced nor mixed with these.
     there = api.list_repo_files(repository, revision=branch)
-    stale = [name for name in there if name not in files and any(fnmatch(name, p) for p in replaced)]
+    if marker and marker not in there and (others := sorted(set(there) - _INITIAL)):
+        raise UserError(
+            f"the branch {branch!r} holds {others[0]!r} and no {marker}, so it is another model's; "
+            "name another repository or branch"
+        )
+
+    # One commit adds the files and removes those that an older one left behind, in its own places.
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    own = {str(PurePosixPath(name).parent) for name in files} | {"."}
+    stale = [
+        name
+        for name in there
+        if name not in files
+        and str(PurePosixPath(name).parent) in own
+        and any(fnmatch(PurePosixPath(name).name, pattern) for pattern in replaced)
+    ]
     operations: list[Any] = [
         *(CommitOperationAdd(name, path) for name, path in files.items()),
         *(CommitOperationDelete(name) for name in stale),

@@ -81,14 +81,28 @@ def test_a_branch_of_its_own(server, export):
 def test_the_second_push_sends_what_changed_and_removes_what_is_old(server, export, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
-    for name in ("diffusion_pytorch_model.safetensors", "config.json", "notes.md"):
+    stale = ("diffusion_pytorch_model.safetensors", "config.json", "unet/old.json")
+    kept = ("notes.md", "onnx/model.json", "onnx/unet/model.safetensors")
+    for name in (*stale, *kept, "segmenter.json"):
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
         (old / name).write_text(name)
     push_folder(old, NAME, "an older layout")
     push_export(export, NAME)
     sent = len(server.received)
-    assert files_of(server.folder / NAME / "main") == files_of(export) | {"notes.md": b"notes.md"}
+    others = {name: name.encode() for name in kept}
+    assert files_of(server.folder / NAME / "main") == files_of(export) | others
     push_export(export, NAME)
     assert len(server.received) == sent and len(server.commits) == 2
+
+
+def test_another_model_is_not_replaced(server, export, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.safetensors").write_text("weights")
+    push_folder(tmp_path / "theirs", NAME, "another model")
+    before = files_of(server.folder / NAME / "main")
+    message = refusal(export, NAME)
+    assert "'main' holds 'model.safetensors' and no segmenter.json" in message
+    assert files_of(server.folder / NAME / "main") == before and len(server.commits) == 1
 
 
 def test_a_connection_that_is_cut_is_one_line_and_the_second_call_completes(server, export):
