@@ -151,9 +151,28 @@ def check_splits(config: Config) -> None:
     _check_classes(spec_of(part))
     splits: list[str] = [config.eval.split]
     splits += [config.eval.calibrate_split] if config.eval.calibrate else []
-    splits += ["val"] if config.logging.eval_every else []
+    splits += [validation_split(config)] if config.logging.eval_every else []
     for split in dict.fromkeys(splits):
         open_part(part, split)
+
+
+def validation_split(config: Config) -> str:
+    """Chooses the split of the evaluations during training: val, or the scored one without a val.
+
+    Raises:
+      UserError: there is no val, and the best checkpoint would be chosen on the scored split.
+    """
+    try:
+        open_part(PartConfig(config.data.name, config.data.root), "val")
+    except UserError as error:
+        # The scored split may be looked at, but must not choose the weights that are scored on it.
+        if config.checkpoint.best:
+            raise UserError(
+                f"config.checkpoint.best={config.checkpoint.best!r}: without val it would be chosen on "
+                f"the scored split ({error})"
+            ) from error
+        return config.eval.split
+    return "val"
 
 
 def _check_classes(facts: DatasetSpec) -> None:

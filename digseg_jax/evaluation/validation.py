@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
+from digseg_jax.data.sources import validation_split
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
@@ -64,23 +65,15 @@ def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
 
 
 def validation_examples(config: Config) -> EvalExamples:
-    """Opens `logging.eval_images` evenly spread examples of val, or of the scored split without a val.
+    """Opens `logging.eval_images` evenly spread examples of `validation_split`.
 
     Raises:
-      UserError: no split can be opened, or the best checkpoint would be chosen on the scored split.
+      UserError: the split cannot be opened, or what `validation_split` raises.
     """
     # 0 means all images in both settings, so only positive limits count.
     limits = (config.logging.eval_images, config.eval.num_images)
     count = min((limit for limit in limits if limit), default=0)
 
-    # The scored split may be looked at, but must not choose the weights that are scored on it.
-    try:
-        return eval_examples(config.data, "val", count)
-    except UserError as error:
-        if config.checkpoint.best:
-            raise UserError(
-                f"config.checkpoint.best={config.checkpoint.best!r}: without val it would be chosen on "
-                f"the scored split ({error})"
-            ) from error
-        log.info("validation on the split %r (%s)", config.eval.split, error)
-    return eval_examples(config.data, config.eval.split, count)
+    split = validation_split(config)
+    log.info("validation during training: %s of the split %r", count or "all images", split)
+    return eval_examples(config.data, split, count)

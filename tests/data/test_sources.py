@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which splits a run opens before anything expensive is loaded."""
+
+from __future__ import annotations
+
+import official_trees
+import pytest
+from experiments import get_config
+from rehearsal import trees
+
+from digseg_jax.config.parse import parse
+from digseg_jax.data.sources import check_splits, validation_split
+
+
+@pytest.mark.parametrize("name", sorted(official_trees.TREES))
+def test_every_public_configuration_finds_its_splits(name, tmp_path):
+    """Also those of data sets without a val, whose look during training takes the scored split."""
+    config = get_config(name)
+    config.data.root = str(trees.write_tree(name, tmp_path / name))
+    config = parse(config)
+    check_splits(config)
+    without_val = {"deepglobe": "test", "monuseg": "test"}
+    assert validation_split(config) == without_val.get(name, "val")
