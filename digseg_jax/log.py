@@ -9,10 +9,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from absl import logging as absl_logging
 
 log = logging.getLogger("digseg_jax")
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what is `sys.stderr` when a line comes, which may change during a process."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Ignores the stream of `StreamHandler.__init__`: there is only one."""
 
 
 def setup(*, quiet: bool = False) -> None:
@@ -22,9 +35,9 @@ def setup(*, quiet: bool = False) -> None:
     for name in ("jax", "orbax", "grain"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    log.handlers[:] = [handler]
+    log.handlers = [handler]
 
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.INFO)

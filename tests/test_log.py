@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 import time
@@ -27,3 +28,17 @@ def test_it_ends_with_an_error_too():
     with pytest.raises(ValueError, match="refused"), logs.heartbeat("compiling"):
         raise ValueError("refused")
     assert all(thread.name != "heartbeat" for thread in threading.enumerate())
+
+
+def test_lines_go_to_the_stderr_of_the_moment(capsys, monkeypatch):
+    """A process may change its stderr, as every test under pytest does."""
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(logs.log, name, getattr(logs.log, name))  # put back at the end
+    closed = io.StringIO()
+    with monkeypatch.context() as before:
+        before.setattr("sys.stderr", closed)
+        logs.setup()
+    closed.close()
+
+    logs.log.info("still here")
+    assert capsys.readouterr().err.endswith(" still here\n")

@@ -18,6 +18,7 @@ from digseg_jax.errors import (
     UserError,
 )
 from digseg_jax.io.storage import write_json
+from digseg_jax.log import log
 from digseg_jax.runtime.door import run_tool, tell
 from digseg_jax.tools import convert_weights, performance_page, prepare_data
 
@@ -32,7 +33,8 @@ from digseg_jax.tools import convert_weights, performance_page, prepare_data
         (Preempted("saved"), PREEMPTED, []),
     ],
 )  # fmt: skip
-def test_one_line(capsys, error, status, lines):
+def test_one_line(capsys, monkeypatch, error, status, lines):
+    monkeypatch.setattr(log, "handlers", [])  # another test's command may have set up the log
     assert tell(error) == status
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(lines) and all(
