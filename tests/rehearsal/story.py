@@ -87,7 +87,7 @@ class Run:
         self.root = folder / "data" / name
         if name in DATASETS and not self.root.exists():
             trees.write_tree(self.dataset.tree or name, self.root)
-        sizes = SIZES | (CROPS if name in DATASETS and version not in ("palette", "binary") else {})
+        sizes = SIZES | (CROPS if name in DATASETS and version not in ("palette", "binary", "small") else {})
         self.config = f"--config=configs/{name}.py" + (f":{version}" if version else "")
         self.changes = [f"--config.{key}={value}" for key, value in sizes.items()] + list(changes)
         if name in DATASETS:

@@ -33,7 +33,7 @@ def configurations() -> list[tuple[str, str]]:
     """Each file with each version after its colon."""
     public = [name for name in FILES if name in registry.names() and name != "landcover"]
     rest = [(name, "") for name in FILES if name not in public]
-    small = [("camvid", "palette"), ("camvid", "binary")]
+    small = [("camvid", "palette"), ("camvid", "binary"), ("folder", "small")]
     return [(name, version) for name in public for version in VERSIONS] + rest + small
 
 
