@@ -215,7 +215,7 @@ def _index(
 def _settings(config: Config, description: Description, tower: str, folder: Path) -> dict[str, Any]:
     """Settings of pipeline.py beyond its components: text, decoding, scale, templates and limits."""
     # A palette's state: its colors, and the scale that belongs to them.
-    codec = make_codec(config.model.codec, config.data)
+    codec = make_codec(config.model.codec, config.data, len(description.classes))
     path = state_file(codec.name, folder)
     state = read_json(path) if path.is_file() else {}
 

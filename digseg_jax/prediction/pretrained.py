@@ -80,7 +80,8 @@ def load_segmenter(
 
     # One prompt stands in for the prompt bank: the segmenter encodes its own queries.
     config = for_devices(config, jax.devices())
-    task = load_task(config, prompts=("any",))
+    # Its classes are the description's: the data set may not be on this machine.
+    task = load_task(config, prompts=("any",), classes=len(description.classes))
     task.adopt(folder)
     check_interrupts()
     return PretrainedSegmenter(task, folder, description)

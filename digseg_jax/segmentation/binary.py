@@ -26,7 +26,7 @@ class BinaryCodec(Codec):
         self._probe: LatentProbe | None = None
 
     @classmethod
-    def for_data(cls, data: DataConfig) -> Self:
+    def for_data(cls, data: DataConfig, classes: int | None = None) -> Self:
         return cls()
 
     @property

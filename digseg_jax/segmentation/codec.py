@@ -68,8 +68,11 @@ class Codec(Protocol):
         return None
 
     @classmethod
-    def for_data(cls, data: DataConfig) -> Self:
+    def for_data(cls, data: DataConfig, classes: int | None = None) -> Self:
         """Makes the codec for the data sets that `data` trains on and evaluates.
+
+        classes: number of the data set's classes where it is known already, as of trained weights,
+          whose data set may not be at hand.
 
         Raises:
           UserError: the codec cannot represent them.

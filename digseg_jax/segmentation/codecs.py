@@ -16,13 +16,13 @@ from digseg_jax.segmentation.palette import PaletteCodec
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (BinaryCodec, PaletteCodec)}
 
 
-def make_codec(name: str, data: DataConfig) -> Codec:
-    """The codec of that name (`config.model.codec`) for the data.
+def make_codec(name: str, data: DataConfig, classes: int | None = None) -> Codec:
+    """The codec of that name (`config.model.codec`) for the data; `classes` as in `Codec.for_data`.
 
     Raises:
       UserError: the codec cannot carry those data.
     """
-    return CODECS[name].for_data(data)
+    return CODECS[name].for_data(data, classes)
 
 
 def save_state(codec: Codec, folder: Path) -> None:

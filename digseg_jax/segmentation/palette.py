@@ -85,13 +85,13 @@ class PaletteCodec(Codec):
         self._latents: np.ndarray | None = None
 
     @classmethod
-    def for_data(cls, data: DataConfig) -> Self:
+    def for_data(cls, data: DataConfig, classes: int | None = None) -> Self:
         if data.mixture:
             raise UserError(
                 "config.data.mixture: a palette has the colors of one class list; with "
                 "config.model.codec='palette' train on one data set"
             )
-        return cls(num_classes(data))
+        return cls(num_classes(data) if classes is None else classes)
 
     @property
     def palette(self) -> Palette:

@@ -224,3 +224,18 @@ def test_evaluation_suite_and_python_give_the_same_integers(folders, tmp_path, m
     rows = [json.loads(line) for line in journal[1:]]
     found = [r["value"]["confusion"] for r in rows if "exhaustive" in r["key"]]
     np.testing.assert_array_equal(sum(unpack(c) for c in found), counts)
+
+
+def test_a_palette_of_somebodys_own_folder_answers_without_the_folder(folders, tmp_path):
+    data, weights = tmp_path / "data", tmp_path / "weights"
+    (data / "images" / "train").mkdir(parents=True)
+    (data / "masks" / "train").mkdir(parents=True)
+    (data / "classes.txt").write_text("soil\ncrop\nweed\n")
+    own = {"data__name": "folder", "data__root": str(data), "data__num_queries": 1}
+    tiny.export(tiny.config(folders, model__codec="palette", **own), weights)
+    shutil.rmtree(data)
+
+    names = ["soil", "crop", "weed"]
+    answer = load_segmenter(weights)(noise(32, 32), names, ensemble=1, steps=1)
+    assert answer.probability.shape == (3, 32, 32)
+    np.testing.assert_allclose(answer.probability.sum(axis=0), 1.0, rtol=1e-5)

@@ -33,7 +33,7 @@ STEPS, EVERY = 8, 3
 FOUR = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 ONE = ("--config.mesh.data=1", "--config.mesh.fsdp=1")
 DEVICES = {FOUR: 4, ONE: 1}
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE_SIZE = 150, 100  # of the prediction's image, width and height; larger than a crop
 SIZES = {
     "train.steps": STEPS,
@@ -249,6 +249,7 @@ def paint_palette(run: Run) -> None:
     decoded = ("--config.eval.decoder=vae", "--accept_changes")
     run.do(FOUR, "--mode=eval", *palette, *short, *decoded, name="palette, eval vae")
     check_results(run, "vae")
+    predict(run)
 
 
 def predict(run: Run) -> None:
@@ -281,11 +282,12 @@ def predict(run: Run) -> None:
 
 
 def export_again(run: Run) -> None:
-    """--mode=export writes what training wrote."""
-    before = load_file(run.workdir / "export" / WEIGHTS)
-    (run.workdir / "export" / WEIGHTS).unlink()
+    """--mode=export writes what training wrote; only a segmenter's is a pipeline."""
+    folder = run.workdir / "export" / ("unet" if run.segments else "")
+    before = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
     run.do(FOUR, "--mode=export", "--accept_changes", name="export")
-    after = load_file(run.workdir / "export" / WEIGHTS)
+    after = load_file(folder / WEIGHTS)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         np.testing.assert_array_equal(tensor, after[key], err_msg=key)

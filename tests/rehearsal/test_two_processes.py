@@ -59,7 +59,7 @@ def test_killed_resumed_and_evaluated(stage, tmp_path):
     story.predict(run)
 
     # By processes that store and split arrays from the same size on as those that trained.
-    weights = run.workdir / "export" / story.WEIGHTS
+    weights = run.workdir / "export" / "unet" / story.WEIGHTS
     trained = load_file(weights)
     weights.unlink()
     on_two(run, "export", "--mode=export").check()

@@ -35,7 +35,7 @@ class PairCodec(Codec):
     scale = 3.0
 
     @classmethod
-    def for_data(cls, data):
+    def for_data(cls, data, classes=None):
         return cls()
 
     def num_images(self, queries):

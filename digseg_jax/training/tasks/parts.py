@@ -118,14 +118,18 @@ class Parts:
     tower: TextTower | None = None
 
 
-def load_parts(config: Config, prompts: Sequence[str] | None = None) -> Parts:
+def load_parts(
+    config: Config, prompts: Sequence[str] | None = None, classes: int | None = None
+) -> Parts:
     """Loads the frozen parts and encodes the prompts, by default those of the training queries.
+
+    classes: their number where the data set may not be at hand; None: as many as it has.
 
     Raises:
       UserError: weights are missing, or parts do not fit together or to the configuration.
     """
     model = config.model
-    codec = make_codec(model.codec, config.data)
+    codec = make_codec(model.codec, config.data, classes)
     vae, vae_params = load_vae(model, config.compute)
     tower = load_tower(model)
 

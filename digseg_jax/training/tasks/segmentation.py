@@ -37,15 +37,18 @@ from digseg_jax.training.tasks.parts import (
 from digseg_jax.weights import load_unet_params, save_component
 
 
-def load_task(config: Config, prompts: Sequence[str] | None = None) -> SegmentationTask:
+def load_task(
+    config: Config, prompts: Sequence[str] | None = None, classes: int | None = None
+) -> SegmentationTask:
     """Builds the task of a configuration with its frozen parts loaded.
 
     prompts: texts of the prompt bank; by default those of the configuration's data sets.
+    classes: as in `load_parts`.
 
     Raises:
       UserError: what `load_parts` raises.
     """
-    return SegmentationTask(load_parts(config, prompts), config)
+    return SegmentationTask(load_parts(config, prompts, classes), config)
 
 
 class SegmentationTask(Task):
