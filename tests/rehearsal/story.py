@@ -44,7 +44,15 @@ SIZES = {
     "eval.sweep": "()",
 }
 # of Stable Diffusion's configurations, whose crops have 512 pixels and whose ensembles eight members
-CROPS = {"data.image_size": 64, "data.num_queries": 2, "loading.workers": 0, "eval.ensemble": 2}
+CROPS = {
+    "data.image_size": 64,
+    "data.num_queries": 2,
+    "loading.workers": 0,
+    "eval.ensemble": 2,
+    "logging.eval_every": STEPS // 2,
+    "logging.eval_images": 2,
+}
+SMALL = ("palette", "binary", "small")  # versions that start from shipped weights
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,9 @@ class Run:
         self.root = folder / "data" / name
         if name in DATASETS and not self.root.exists():
             trees.write_tree(self.dataset.tree or name, self.root)
-        sizes = SIZES | (CROPS if name in DATASETS and version not in ("palette", "binary", "small") else {})
+        self.sizes = SIZES | (CROPS if name in DATASETS and version not in SMALL else {})
         self.config = f"--config=configs/{name}.py" + (f":{version}" if version else "")
-        self.changes = [f"--config.{key}={value}" for key, value in sizes.items()] + list(changes)
+        self.changes = [f"--config.{key}={value}" for key, value in self.sizes.items()] + list(changes)
         if name in DATASETS:
             self.changes.append(f"--config.data.root={self.root}")
         self.workdir = folder / "run"
@@ -128,6 +136,7 @@ def play(run: Run) -> None:
     """Train, kill, resume, evaluate, export, predict; torch reads the export."""
     kill_and_resume(run)
     check_results(run)
+    check_looks(run)
     predict(run)
     check_export(run.workdir / "export")
 
@@ -164,6 +173,15 @@ def kill_and_resume(run: Run) -> None:
     again = [step for step in before if step > saved]
     assert again or saved > EVERY  # the kill was late by a whole interval
     assert pod.checkpoints(run.workdir)[-1] == STEPS
+
+
+def check_looks(run: Run) -> None:
+    """Training looked at images as often as it was told to, and found finite scores."""
+    lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
+    looks = {row["step"]: row["val_miou"] for row in map(json.loads, lines) if "val_miou" in row}
+    if every := run.sizes.get("logging.eval_every"):
+        assert list(looks) == list(range(every, STEPS + 1, every))
+    assert all(0.0 <= value <= 1.0 for value in looks.values())
 
 
 def check_results(run: Run, decoder: str = "") -> None:

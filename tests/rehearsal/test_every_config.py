@@ -66,7 +66,8 @@ def test_the_papers_tables(stage, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "version"),
-    [("camvid", "palette"), ("camvid", "binary"), ("folder", "small")] + [(name, "") for name in ON_LAND_COVER],
+    [("camvid", "palette"), ("camvid", "binary"), ("folder", "small")]
+    + [(name, "") for name in ON_LAND_COVER],
 )
 def test_a_small_model(request, stage, tmp_path, name, version):
     if name in ON_LAND_COVER:
