@@ -41,6 +41,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Beginnings of files, and brands of ISO containers, for a message.
+_STARTS = {
+    b"%PDF": "PDF",
+    b"\x00\x00\x00\x0cjP": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "a NumPy array",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"<": "a page of HTML",
+}
+_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
 _TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
@@ -108,6 +120,11 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
             image.load()
     except Image.DecompressionBombError as error:
         raise UnreadableError(f"{shown(path)}: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        known = f", but {kind}: convert it" if (kind := _kind_of(data)) else ""
+        raise UnreadableError(
+            f"{shown(path)}: cannot be decoded, not one of {', '.join(formats)}{known}"
+        ) from error
     except Exception as error:  # a damaged file can raise anything from inside its decoder
         kinds = ", ".join(formats)
         raise UnreadableError(
@@ -117,6 +134,13 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise UnreadableError(f"{shown(path)}: {width}x{height} pixels, more than {MAX_PIXELS} in all")
     return image
+
+
+def _kind_of(data: bytes) -> str:
+    """Name of a format that people have and this module does not read; empty if it is none of them."""
+    if data[4:8] == b"ftyp":  # the container of these three, and of videos
+        return _BRANDS.get(data[8:12], "a video or another file of its container")
+    return next((kind for start, kind in _STARTS.items() if data.startswith(start)), "")
 
 
 def check_dimensions(data: bytes | memoryview) -> None:

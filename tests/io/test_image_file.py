@@ -99,7 +99,23 @@ def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
     (tmp_path / "x.png").write_bytes(postscript)
     with pytest.raises(UserError) as caught:
         read_rgb(tmp_path / "x.png")
-    assert "cannot be decoded (JPEG, PNG, TIFF, BMP, GIF, WEBP)" in tiny.one_line(caught.value)
+    assert "not one of JPEG, PNG, TIFF, BMP, GIF, WEBP" in tiny.one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic", "but HEIC: convert it"),  # a phone's
+        (b"\0\0\0\x20ftypisom", "but a video"),
+        (b"<!DOCTYPE html>", "but a page of HTML"),  # a download that failed
+        (b"%PDF-1.7", "but PDF"),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, start, kind):
+    (tmp_path / "x.jpg").write_bytes(start + bytes(40))
+    with pytest.raises(UnreadableError) as caught:
+        read_image(tmp_path / "x.jpg")
+    assert kind in tiny.one_line(caught.value) and "object at" not in str(caught.value)
 
 
 def test_pipes_and_devices_are_told_at_once(tmp_path):
