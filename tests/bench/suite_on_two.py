@@ -74,5 +74,6 @@ def journal(workdir: Path) -> dict[str, Any]:
             key = f"{path.name} {row['key']}"
             if key in found:
                 raise UserError(f"{path}: {row['key']} twice")
-            found[key] = {**row["value"], "seconds": 0.0}
+            value = row["value"]  # counts of an image with its seconds, or those of a search without
+            found[key] = {**value, "seconds": 0.0} if isinstance(value, dict) else value
     return found
