@@ -29,11 +29,15 @@ from digseg_jax.training.tasks.parts import (
     anchors_for_cache,
     check_sizes,
     compute_options,
+    new_parameters,
 )
 from digseg_jax.training.tasks.segmentation import SegmentationTask
+from digseg_jax.training.tasks.unet_start import PromptShape, empty_length, empty_shape, native_text
 from digseg_jax.weights import catalog, load_config
 from digseg_jax.weights.registry import component_of_config
 from digseg_jax.weights.text_tower import TEXT_CLASSES
+
+CLIP_TOKENS = 77  # positions of every CLIP text encoder that the catalog names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +45,13 @@ class Architecture:
     """Architecture of a segmentation model.
 
     text_width: features per token of the text encoder.
+    empty: the empty prompt of the U-Net's own text encoder; None without a parallel text pathway.
     """
 
     unet: UNetConfig
     vae: VaeConfig | TinyVaeConfig
     text_width: int
+    empty: PromptShape | None = None
 
     @classmethod
     def of(cls, model: ModelConfig) -> Architecture:
@@ -54,7 +60,8 @@ class Architecture:
         Raises:
           UserError: a component that is neither known nor there.
         """
-        return cls(_unet(model.unet), _vae(model.vae), _text_width(model.text))
+        empty = _empty(model) if model.text_injection == "parallel" else None
+        return cls(_unet(model.unet), _vae(model.vae), _text_width(model.text), empty)
 
 
 def _unet(spec: str) -> UNetConfig:
@@ -75,10 +82,25 @@ def _vae(spec: str) -> VaeConfig | TinyVaeConfig:
 
 def _text_width(spec: str) -> int:
     """Features per token of the text encoder."""
-    repository = catalog.find("all-minilm-l6-v2" if spec == "minilm" else spec)
-    if repository is None or not repository.text_width:
+    repository = _text(spec)
+    if repository is None:
         return load_config(assets.resolve(spec), expect=TEXT_CLASSES).hidden_size
     return repository.text_width
+
+
+def _empty(model: ModelConfig) -> PromptShape:
+    """Shape of the empty prompt that a parallel text pathway starts with."""
+    repository = _text(native_text(model))
+    if repository is None:
+        return empty_shape(model)
+    length = empty_length(model, causal=not repository.masks_padding, longest=CLIP_TOKENS)
+    return PromptShape(length, repository.text_width)
+
+
+def _text(spec: str) -> catalog.Known | None:
+    """The table's entry for a text encoder; None if the table does not have it."""
+    repository = catalog.find("all-minilm-l6-v2" if spec == "minilm" else spec)
+    return repository if repository and repository.text_width else None
 
 
 def abstract_parts(
@@ -115,9 +137,11 @@ def abstract_parts(
     anchors = jax.eval_shape(lambda: anchors_for_cache(codec, config.data, config.loss))
     if anchors is not None:
         frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config.data, architecture))
-    unet = adapt_unet(architecture.unet, vae, model, architecture.text_width)
+    stored, width = architecture.unet, architecture.text_width
+    unet = adapt_unet(stored, vae, model, width, lambda _: architecture.empty or empty_shape(model))
     check_sizes(config.data, config.eval, vae, unet)
-    return Parts(vae, codec, unet, ("",) * prompts, frozen)
+    new = new_parameters(model, stored, unet)
+    return Parts(vae, codec, unet, ("",) * prompts, frozen, new=new)
 
 
 class UNetTask(Trainable):
@@ -128,6 +152,7 @@ class UNetTask(Trainable):
 
     def __init__(self, segmentation: SegmentationTask):
         self.frozen: Params = {}
+        self.new = segmentation.new
         self.graphdef, self.abstract = segmentation.graphdef, segmentation.abstract
         self.unet_config, self.vae = segmentation.unet_config, segmentation.vae
 

@@ -67,12 +67,24 @@ def _check_train(c: Config) -> None:
 
 
 def _check_model(c: Config) -> None:
-    """Checks the prediction type against the schedule, and kernels against types and the mesh."""
+    """Checks the prediction type against the schedule, text against weights, kernels against types."""
     # With zero terminal SNR the last timestep is pure noise: predicting it says nothing of x0.
     if c.diffusion.zero_snr and c.diffusion.prediction_type == "epsilon":
         raise UserError(
             "config.diffusion.prediction_type='epsilon' is undefined at the last timestep with "
             "config.diffusion.zero_snr=True: choose v_prediction or sample, or zero_snr=False"
+        )
+
+    # Settings of what the U-Net gets beside its checkpoint.
+    if c.model.unet_text and c.model.text_injection != "parallel":
+        raise UserError(
+            f"config.model.unet_text={c.model.unet_text!r}: config.model.text_injection="
+            f"{c.model.text_injection!r} does not use it, only parallel; leave it at ''"
+        )
+    if c.optim.new_lr_scale != 1 and c.model.unet_init == "random":
+        raise UserError(
+            f"config.optim.new_lr_scale={c.optim.new_lr_scale}: config.model.unet_init='random' makes "
+            "all parameters new; set config.optim.learning_rate"
         )
 
     # cuDNN's attention kernels exist for 16-bit types only.

@@ -138,7 +138,13 @@ class ModelConfig:
     mask_padding: bool = True
     # Append the mean token embedding: helps synonyms that were never trained (not in the paper).
     sentence_token: bool = True
-    text_adapters: bool = True  # one per resolution, between text tokens and cross-attention
+    text_adapters: bool = True  # one per resolution, between text tokens and what attends to them
+    # adapter: the cross-attention reads the text. parallel: it goes on reading the empty prompt, and a
+    # second one beside it, which starts without effect, reads the text.
+    text_injection: Literal["adapter", "parallel"] = setting("adapter", tasks=("segmentation",))
+    # parallel: the text encoder that the U-Net was trained with; same forms as text. Empty: the one of
+    # the U-Net's own pipeline, else that of the queries.
+    unet_text: str = setting("", tasks=("segmentation",))
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
     # binary: one query, one mask (open vocabulary; the paper does not say which
     # it uses). palette: all classes of a closed set in one pass, as colors.
@@ -216,6 +222,9 @@ class OptimConfig:
     ema_decay: float = setting(0.995, at_least=0.0, below=1.0)
     # Type of Adam's first moment. The second stays float32: bfloat16 loses its updates at b2 = 0.999.
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Factor on the learning rate of parameters that the pretrained U-Net lacks: text adapters, and the
+    # parallel text pathway but for its prompt (DiffDIS: 10).
+    new_lr_scale: float = setting(1.0, above=0.0, tasks=("segmentation",))
     freeze: tuple[str, ...] = ()  # regexes on paths of parameters that stay fixed: "^down_blocks"
 
 

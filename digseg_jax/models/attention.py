@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, Float
@@ -92,17 +93,82 @@ class Attention(nnx.Module):
         return self.to_out[0](y.reshape(x.shape))
 
 
-class BasicTransformerBlock(nnx.Module):
-    """Transformer block: self-attention, cross-attention to the text, feed-forward; pre-norm."""
+class ParallelAttention(Attention):
+    """Cross-attention to a prompt of its own, and beside it a second one to the text of the query.
+
+    The first is a checkpoint's, which goes on reading the prompt that it knows. The second has
+    projections and a scale of its own, after IP-Adapter (arXiv 2308.06721). While its output projection
+    is zero, as at the start of training (`models.text_branch`), both compute what the first does alone.
+    The prompt is a parameter and learns with the rest.
+
+    Args:
+      features, context_features, heads: of the first, as in `Attention`.
+      prompt_length: tokens of its prompt, each `context_features` wide.
+      text_features: width of the text's tokens.
+    """
 
     def __init__(
-        self, features: int, context_features: int, heads: int, *, compute: Compute, rngs: nnx.Rngs
+        self,
+        features: int,
+        context_features: int,
+        heads: int,
+        *,
+        prompt_length: int,
+        text_features: int,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(features, context_features, heads, compute=compute, rngs=rngs)
+        self.prompt = nnx.Embed(prompt_length, context_features, rngs=rngs)
+        self.text = Attention(features, text_features, heads, compute=compute, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones((1,)))
+
+    def __call__(
+        self,
+        x: Float[Array, "b l c"],
+        context: Float[Array, "b m d"] | None = None,
+        mask: Bool[Array, "b m"] | None = None,
+    ) -> Float[Array, "b l c"]:
+        # One prompt for all examples, repeated before it is projected: the same products, to the last
+        # bit, as of a network that gets the prompt as its text.
+        prompt = self.compute.weights(self.prompt.embedding[...].astype(self.compute.dtype))
+        own = super().__call__(x, jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape)))
+        return own + self.scale[...].astype(self.compute.dtype) * self.text(x, context, mask)
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Transformer block: self-attention, cross-attention to the text, feed-forward; pre-norm.
+
+    prompt_length: 0: one cross-attention, to the text; else a `ParallelAttention` with such a prompt.
+    text_features: width of the text's tokens there.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        heads: int,
+        *,
+        prompt_length: int = 0,
+        text_features: int = 0,
+        compute: Compute,
+        rngs: nnx.Rngs,
     ):
         options: Shared = {"compute": compute, "rngs": rngs}
         self.norm1 = layer_norm(features, **options)
         self.attn1 = Attention(features, features, heads, **options)
         self.norm2 = layer_norm(features, **options)
-        self.attn2 = Attention(features, context_features, heads, **options)
+        if prompt_length:
+            self.attn2: Attention = ParallelAttention(
+                features,
+                context_features,
+                heads,
+                prompt_length=prompt_length,
+                text_features=text_features,
+                **options,
+            )
+        else:
+            self.attn2 = Attention(features, context_features, heads, **options)
         self.norm3 = layer_norm(features, **options)
         self.ff = FeedForward(features, **options)
 
@@ -119,7 +185,10 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the positions of a feature map (diffusers: `transformer_2d.py`)."""
+    """Transformer blocks over the positions of a feature map (diffusers: `transformer_2d.py`).
+
+    prompt_length, text_features: of each block, see `BasicTransformerBlock`.
+    """
 
     def __init__(
         self,
@@ -130,6 +199,8 @@ class Transformer2DModel(nnx.Module):
         layers: int,
         groups: int,
         linear_projection: bool,
+        prompt_length: int = 0,
+        text_features: int = 0,
         compute: Compute,
         rngs: nnx.Rngs,
     ):
@@ -148,7 +219,17 @@ class Transformer2DModel(nnx.Module):
 
         self.compute = compute
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(features, context_features, heads, **options) for _ in range(layers)]
+            [
+                BasicTransformerBlock(
+                    features,
+                    context_features,
+                    heads,
+                    prompt_length=prompt_length,
+                    text_features=text_features,
+                    **options,
+                )
+                for _ in range(layers)
+            ]
         )
 
     def __call__(

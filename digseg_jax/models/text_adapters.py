@@ -9,9 +9,6 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Float
 from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 
-# Parameter paths that start at zero, so that an adapter between equal widths starts as the identity.
-ZERO_INIT = r"text_adapters\.\d+\.fc2\.kernel$"
-
 
 class TextAdapter(nnx.Module):
     """tokens + MLP(LayerNorm(tokens)); unequal widths get a linear map in place of the first term."""

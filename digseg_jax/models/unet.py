@@ -46,6 +46,9 @@ class UNetConfig(HubConfig):
       text_adapters: a `TextAdapter` per resolution before the cross-attention (not in diffusers).
       text_dim: width of the text tokens before the adapters; None: cross_attention_dim (not in
         diffusers).
+      prompt_length: tokens of the prompt that every cross-attention keeps for itself while a second one
+        beside it reads the text, see `models.attention.ParallelAttention`; 0: there is only one, which
+        reads the text (not in diffusers).
     """
 
     sample_size: int = 64
@@ -66,6 +69,7 @@ class UNetConfig(HubConfig):
     freq_shift: int = 0
     text_adapters: bool = False
     text_dim: int | None = None
+    prompt_length: int = 0
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
     REQUIRED_VALUES: ClassVar = {
@@ -116,12 +120,12 @@ class UNetConfig(HubConfig):
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json, made so that diffusers' own class does not misuse the weights.
 
-        With adapters, which that class would drop, a key that it checks makes it raise, and NOTE is in
-        the message. Without adapters it computes the same from both latents; there NOTE is a key that
-        it does not know, about which it warns.
+        With adapters or a parallel attention to the text, which that class would drop, a key that it
+        checks makes it raise, and NOTE is in the message. Without them it computes the same from both
+        latents; there NOTE is a key that it does not know, about which it warns.
         """
         values = super().to_dict()
-        if self.text_adapters:
+        if self.text_adapters or self.prompt_length:
             return values | {"_class_name": OWN_CLASS, "encoder_hid_dim_type": NOTE}
         if self.in_channels != self.out_channels:
             return values | {"_class_name": OWN_CLASS, "digseg": NOTE}
@@ -132,6 +136,16 @@ class UNetConfig(HubConfig):
         """Number of attention heads of each level."""
         heads = self.num_attention_heads or self.attention_head_dim
         return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text tokens that the network takes."""
+        return self.text_dim or self.cross_attention_dim
+
+    @property
+    def text_features(self) -> int:
+        """Width of the text tokens that the transformers read: the adapters', if there are any."""
+        return self.cross_attention_dim if self.text_adapters else self.text_width
 
 
 class TimestepEmbedding(nnx.Module):
@@ -176,9 +190,8 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_in = Conv(config.in_channels, widths[0], **options)
         self.time_embedding = TimestepEmbedding(widths[0], time_features, **options)
         if config.text_adapters:
-            text_dim = config.text_dim or config.cross_attention_dim
             self.text_adapters = nnx.List(
-                [TextAdapter(text_dim, config.cross_attention_dim, **options) for _ in widths]
+                [TextAdapter(config.text_width, config.text_features, **options) for _ in widths]
             )
 
         # Down, at the highest resolution first; the last level is not downsampled.

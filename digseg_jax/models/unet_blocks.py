@@ -45,6 +45,8 @@ class _Level(nnx.Module):
                 layers=config.transformer_layers_per_block,
                 groups=config.norm_num_groups,
                 linear_projection=config.use_linear_projection,
+                prompt_length=config.prompt_length,
+                text_features=config.text_features,
                 **options,
             )
         )

@@ -58,7 +58,10 @@ BINDING = (
     "model.mask_padding",
     "model.sentence_token",
     "model.text_adapters",
+    "model.text_injection",
 )
+# binding settings that are newer than some files -> the value that all earlier weights have
+NEWER = {"model.text_injection": "adapter"}
 CLOSED_BINDING = ("data.name",)  # binding too for a closed codec, which answers one class list only
 # frozen parts may be named differently on another machine, so the checksums of their files count
 PARTS = ("model.vae", "model.text")
@@ -271,6 +274,7 @@ def read_description(folder: AnyPath) -> Description:
     # Keys that were renamed since the file was written get their current names first.
     if isinstance(values.get("config"), dict):
         values["config"] = with_current_names(values["config"])
+        _add_newer(values["config"])
     description = _typed(Description, values, str(path))
     description = dataclasses.replace(
         description, vae=_outside(folder, description.vae), text=_outside(folder, description.text)
@@ -397,6 +401,14 @@ def _recorded(sections: dict[str, Any]) -> dict[str, Any]:
         if name in sections.get(section, {}):
             found[key] = sections[section][name]
     return found
+
+
+def _add_newer(sections: dict[str, Any]) -> None:
+    """Adds the settings of `NEWER` that an older file lacks."""
+    for key, value in NEWER.items():
+        section, name = key.split(".")
+        if isinstance(sections.get(section), dict):
+            sections[section].setdefault(name, value)
 
 
 def _at(sections: dict[str, Any], key: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +37,20 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on gradients clipped by their global norm; only kernels have weight decay."""
+def make_optimizer(
+    config: OptimConfig, steps: int, new: Iterable[str] = ()
+) -> optax.GradientTransformation:
+    """AdamW on gradients clipped by their global norm; only kernels have weight decay.
+
+    new: regexes on paths of parameters that learn at `new_lr_scale` times the rate. The state does not
+      depend on them.
+    """
 
     # Biases and the scales of norms have one dimension.
     def kernels(params: Params) -> Params:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
-    return optax.chain(
+    optimizer = optax.chain(
         # Clipping first: AdamW's moments then see bounded gradients.
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -55,6 +62,28 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             mu_dtype=None if config.mu_dtype == "float32" else config.mu_dtype,
         ),
     )
+    patterns = tuple(new)
+    return _faster(optimizer, config.new_lr_scale, patterns) if patterns else optimizer
+
+
+def _faster(
+    optimizer: optax.GradientTransformation, scale: float, patterns: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """The optimizer with the updates of parameters whose path a regex matches multiplied by `scale`."""
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        flat = trees.flatten(updates)
+        return trees.unflatten(
+            {path: scale * x if _matches(path, patterns) else x for path, x in flat.items()}
+        ), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether any regex is found anywhere in a parameter's path."""
+    return any(re.search(pattern, path) for pattern in patterns)
 
 
 def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params:
@@ -77,7 +106,7 @@ def split_frozen(params: Params, freeze: Iterable[str]) -> tuple[Params, Params]
         return params, {}
 
     flat = trees.flatten(params)
-    fixed = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    fixed = {path for path in flat if _matches(path, patterns)}
     return (
         trees.unflatten({path: x for path, x in flat.items() if path not in fixed}),
         trees.unflatten({path: flat[path] for path in fixed}),

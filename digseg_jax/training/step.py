@@ -65,7 +65,7 @@ def make_train_step(
     task.prepare()
 
     # The optimizer sees only the parameters that learn; `like` are their shardings.
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    optimizer = make_optimizer(config.optim, config.train.steps, task.new)
     rate = learning_rate(config.optim, config.train.steps)
     like, _ = split_frozen(state_shardings["params"], config.optim.freeze)
 

@@ -113,11 +113,18 @@ class Tokenizer:
         Raises:
             UserError: a text that is empty, blank, or longer than `max_length` tokens.
         """
-        # An empty prompt would be legal for the tokenizer, but it asks for nothing.
+        # An empty query asks for nothing.
         for i, text in enumerate(texts):
             if not text.strip():
                 raise UserError(f"prompt {i} is empty: {text!r}")
+        return self.padded(texts, max_length)
 
+    def padded(self, texts: Sequence[str], max_length: int) -> Tokens:
+        """Tokenizes and pads texts that may be empty.
+
+        Raises:
+            UserError: a text that is longer than `max_length` tokens.
+        """
         # Rows start as padding, and each text fills the beginning of its row.
         encodings = self._core.encode_batch(list(texts))
         ids = np.full((len(texts), max_length), self.pad_id, np.int32)

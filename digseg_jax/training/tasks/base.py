@@ -21,6 +21,7 @@ class Trainable(Protocol):
     frozen: Params
     abstract: Params  # shapes of the trainable parameters
     prompts: tuple[str, ...] = ()  # the bank's texts: what query ids stand for
+    new: tuple[str, ...] = ()  # regexes on paths of parameters that no checkpoint gave
 
     def prepare(self) -> None:
         """Computes the constants of the task's programs, if any; before any of them is traced."""

@@ -32,12 +32,14 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.kernels.attention import PLATFORMS, unfit
 from digseg_jax.models.partition import LocalAttention, gathered, in_slices, local_feed_forward
+from digseg_jax.models.text_branch import lacking
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
 from digseg_jax.segmentation.codec import Codec, HostAutoencoder
 from digseg_jax.segmentation.codecs import make_codec
 from digseg_jax.segmentation.prompt_bank import PromptBank, encode_prompts, with_sentence_token
+from digseg_jax.training.tasks.unet_start import PromptShape, empty_shape, prompt_length
 from digseg_jax.weights import TextTower, load_component, load_config, load_text_tower
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")  # legal classes of config.model.vae
@@ -108,6 +110,7 @@ class Parts:
     frozen: arrays, or their shapes: "vae", "bank" (tokens and mask of each prompt) and, where training
       needs them without the autoencoder, `ANCHORS`.
     tower: encodes further queries; None where none will be asked.
+    new: regexes on paths of the U-Net's parameters that no checkpoint gives.
     """
 
     vae: Vae
@@ -116,6 +119,7 @@ class Parts:
     prompts: tuple[str, ...]
     frozen: Params
     tower: TextTower | None = None
+    new: tuple[str, ...] = ()
 
 
 def load_parts(
@@ -141,10 +145,11 @@ def load_parts(
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
 
     # The U-Net's architecture is enough here: its weights are the task's to load.
-    unet = adapt_unet(load_config(assets.resolve(model.unet)), vae, model, tower.width)
+    stored = load_config(assets.resolve(model.unet))
+    unet = adapt_unet(stored, vae, model, tower.width)
     check_sizes(config.data, config.eval, vae, unet)
     check_tokens(tower, unet)
-    return Parts(vae, codec, unet, prompts, frozen, tower)
+    return Parts(vae, codec, unet, prompts, frozen, tower, new_parameters(model, stored, unet))
 
 
 def anchors_for_cache(codec: Codec, data: DataConfig, loss: LossConfig) -> Array | None:
@@ -158,14 +163,29 @@ def anchors_for_cache(codec: Codec, data: DataConfig, loss: LossConfig) -> Array
     return codec.anchors(data.image_size)
 
 
-def adapt_unet(unet: UNetConfig, vae: Vae, model: ModelConfig, text_width: int) -> UNetConfig:
-    """A checkpoint's U-Net configuration with both latents as input and this text tower's width."""
+def adapt_unet(
+    unet: UNetConfig,
+    vae: Vae,
+    model: ModelConfig,
+    text_width: int,
+    empty: Callable[[ModelConfig], PromptShape] = empty_shape,
+) -> UNetConfig:
+    """A checkpoint's U-Net configuration with both latents as input, and this text tower's pathway.
+
+    empty: see `unet_start.prompt_length`, whose errors it raises.
+    """
     return dataclasses.replace(
         unet,
         in_channels=2 * vae.config.latent_channels,
         text_adapters=model.text_adapters,
         text_dim=text_width,
+        prompt_length=prompt_length(model, unet, empty),
     )
+
+
+def new_parameters(model: ModelConfig, stored: UNetConfig, unet: UNetConfig) -> tuple[str, ...]:
+    """`Parts.new` of a U-Net that starts from a checkpoint; from random weights none is newer."""
+    return lacking(stored, unet) if model.unet_init == "pretrained" else ()
 
 
 def compute_options(model: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
@@ -341,7 +361,8 @@ def check_sizes(data: DataConfig, settings: EvalConfig, vae: Vae, unet: UNetConf
 
 def check_tokens(tower: TextTower, unet: UNetConfig) -> None:
     """Raises UserError for text tokens of a width that the U-Net's cross-attention does not take."""
-    if not unet.text_adapters and tower.width != unet.cross_attention_dim:
+    fits = unet.text_adapters or unet.prompt_length or tower.width == unet.cross_attention_dim
+    if not fits:
         raise UserError(
             f"config.model.text_adapters=False: text tokens are {tower.width} wide, the U-Net's "
             f"cross-attention takes {unet.cross_attention_dim}; set it to True"

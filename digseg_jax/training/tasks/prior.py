@@ -12,7 +12,7 @@ from digseg_jax.config.schema import Config
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.models import functional
-from digseg_jax.models.text_adapters import ZERO_INIT
+from digseg_jax.models.text_branch import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.training.tasks.parts import (

@@ -4,21 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Batch, Bool, Float, Int, Params, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.data.queries import HARD_ABSENT, PRESENT
 from digseg_jax.models import functional
 from digseg_jax.models.partition import in_slices
-from digseg_jax.models.text_adapters import ZERO_INIT
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.segmentation.codecs import load_state, save_state
@@ -34,7 +31,8 @@ from digseg_jax.training.tasks.parts import (
     schedule_from,
     unet_options,
 )
-from digseg_jax.weights import load_unet_params, save_component
+from digseg_jax.training.tasks.unet_start import initial_unet
+from digseg_jax.weights import save_component
 
 
 def load_task(
@@ -64,7 +62,7 @@ class SegmentationTask(Task):
         self.parts, self.config = parts, config
         self.schedule = schedule_from(config.diffusion)
         self.vae, self.codec, self.frozen = parts.vae, parts.codec, parts.frozen
-        self.prompts, self.unet_config = parts.prompts, parts.unet
+        self.prompts, self.unet_config, self.new = parts.prompts, parts.unet, parts.new
 
         # The U-Net's structure and parameter shapes; nothing is allocated.
         self.graphdef, self.abstract = functional.abstract(
@@ -77,20 +75,8 @@ class SegmentationTask(Task):
 
     def initial(self) -> Params:
         """Parameters at step 0: the pretrained U-Net with conv_in widened, or random weights."""
-        model = self.config.model
-        random = partial(functional.random_init, seed=self.config.seed, zero=ZERO_INIT)
-        if model.unet_init == "random":
-            return random(self.abstract)
-
-        # Draw random values only for the adapters, which a checkpoint may lack: drawing a whole U-Net
-        # takes longer than loading it.
-        lacking = {k: v for k, v in self.abstract.items() if k == "text_adapters"}
-        return load_unet_params(
-            assets.resolve(model.unet),
-            self.unet_config,
-            optional_prefixes=("text_adapters.",),
-            initial=random(lacking),
-        )
+        config = self.config
+        return initial_unet(config.model, self.unet_config, self.parts.tower, config.seed)
 
     def prepare(self) -> None:
         """Computes the codec's constants with the autoencoder; must run before any program is traced.
