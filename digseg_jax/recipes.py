@@ -28,12 +28,14 @@ class Version:
         text: a text encoder; empty: the pipeline's own.
         diffusion: keys of config.diffusion that differ from the other versions'.
         x0_weight: of the error of the clean latent.
+        text_injection: value of config.model.text_injection.
     """
 
     pipeline: str
     text: str = ""
     diffusion: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     x0_weight: float = 0.0
+    text_injection: str = "adapter"
 
     @property
     def text_spec(self) -> str:
@@ -52,7 +54,7 @@ VERSIONS = {
     "vitb16": Version("sd-1.5", "clip-b16"),  # paper: the other text encoder of its first table
     "biomedclip": Version("sd-1.5", "biomedclip"),  # paper: its table of MoNuSeg
 }
-# the same checkpoints with another diffusion
+# the same checkpoints with another diffusion, or another pathway of the text
 RECIPES = {
     # what Stable Diffusion 1.5 was trained for; x0 term: SDSeg, without which a single step of this
     # target makes errors 15 times as large
@@ -64,6 +66,9 @@ RECIPES = {
     "marigold_recipe": Version("sd-2.1", diffusion=MARIGOLD),  # Marigold 1.1
     # Marigold 1.0: at the last timestep of Stable Diffusion's own schedule some signal is left
     "marigold_recipe_v1": Version("sd-2.1", diffusion=MARIGOLD | {"zero_snr": False}),
+    # paper: CLIP's text in a pathway parallel to the U-Net's own. Its tokens are 768 wide, those that
+    # Stable Diffusion 2.1 was trained with 1024.
+    "sd21_clip": Version("sd-2.1", "clip-l14", text_injection="parallel"),
 }
 
 
@@ -137,6 +142,7 @@ def _model(config: ml_collections.ConfigDict, version: Version) -> None:
     config.model.mask_padding = known is None or known.masks_padding
     config.model.sentence_token = False  # ours: the tokens that Stable Diffusion was trained with
     config.model.text_adapters = True  # paper: text enters at several scales
+    config.model.text_injection = version.text_injection
 
     # Computation: what fits in memory, and is fast there.
     config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32

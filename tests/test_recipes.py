@@ -10,7 +10,7 @@ from absl import flags
 from experiments import CONFIGS, get_config
 from ml_collections import config_flags
 
-from digseg_jax.aot.shapes import Architecture
+from digseg_jax.aot.shapes import Architecture, abstract_parts
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, DataConfig
 from digseg_jax.data.datasets import registry
@@ -47,9 +47,22 @@ def test_a_recipe_differs_from_its_checkpoints_version_in_the_diffusion_alone(na
         assert ours.diffusion != other.diffusion
         assert ours.loss.x0_weight == (recipe == "sd15_epsilon")
         assert dataclasses.replace(ours, diffusion=other.diffusion, loss=other.loss) == other
-    uniform = [parse(get_config(name, recipe)).diffusion for recipe in RECIPES][1:]
+    marigold = [recipe for recipe in RECIPES if recipe.startswith("marigold")]
+    uniform = [parse(get_config(name, recipe)).diffusion for recipe in marigold]
     assert [d.zero_snr for d in uniform] == [True, False]
     assert {(d.timestep_sampling, d.noise) for d in uniform} == {("uniform", "multires")}
+
+
+def test_the_parallel_recipe_differs_from_its_checkpoints_version_in_the_text_alone():
+    ours, other = (parse(get_config("monuseg", version)) for version in ("sd21_clip", "sd21"))
+    assert (ours.model.text_injection, other.model.text_injection) == ("parallel", "adapter")
+    model = dataclasses.replace(ours.model, text=other.model.text, text_injection="adapter")
+    assert dataclasses.replace(ours, model=model) == other
+
+    # --mode=compile knows the pathway's shapes without any file.
+    unet, width = abstract_parts(ours, prompts=1).unet, Architecture.of(ours.model).text_width
+    assert (unet.prompt_length, unet.text_dim, width) == (77, 768, 768)
+    assert unet.cross_attention_dim == unet.text_features == 1024
 
 
 @pytest.mark.parametrize("name", FROM_FILES)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from digseg_jax import trees
+from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.config.schema import Config, MeshConfig, settings
 from digseg_jax.data.captions import Captions
@@ -19,6 +22,7 @@ from digseg_jax.data.datasets.landcover_prompts import HELD_OUT, PROMPTS
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
+from digseg_jax.models.text_branch import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.prediction.description import FrozenPart, describe
@@ -79,6 +83,23 @@ def write_folders(folder: Path) -> dict[str, str]:
     save_component((bert, params), folder / "text")
     (folder / "text" / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n")
     return {name: str(folder / name) for name in ("vae", "unet", "text")}
+
+
+def narrow_text(folders) -> str:
+    """A text tower whose tokens have the cross-attention's own width."""
+    folder = Path(folders["text"]).parent / "narrow_text"
+    vocab = (Path(folders["text"]) / "vocab.txt").read_text()
+    bert = BertConfig(
+        vocab_size=len(vocab.split("\n")) - 1,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=24,
+    )
+    save_component((bert, random_params(BertModel, bert, 5)), folder)
+    (folder / "vocab.txt").write_text(vocab)
+    return str(folder)
 
 
 def uses(task: str, key: str) -> bool:
@@ -147,14 +168,33 @@ def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:
     return path
 
 
-def export(config: Config, folder: Path, prompts: tuple[str, ...] = ("water",)) -> None:
-    """What a segmentation run of the configuration exports, of weights that were never trained."""
+def export(
+    config: Config,
+    folder: Path,
+    prompts: tuple[str, ...] = ("water",),
+    change: Callable[[Params], Params] = lambda params: params,
+) -> None:
+    """What a segmentation run of the configuration exports, of weights that were never trained.
+
+    change: applied to the weights of step 0.
+    """
     task = load_task(config, prompts)
     if task.codec.closed:  # its colors are chosen before the training
         task.prepare()
-    task.export(jax.device_get(task.initial()), folder, {"task": "test"})
+    task.export(change(jax.device_get(task.initial())), folder, {"task": "test"})
     parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
     complete_export(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))
+
+
+def without_zeros(params: Params) -> Params:
+    """The parameters with random values where training starts from zero, so that all of them matter."""
+    rng = np.random.default_rng(5)
+    return trees.unflatten(
+        {
+            path: 0.3 * rng.standard_normal(x.shape, np.float32) if re.search(ZERO_INIT, path) else x
+            for path, x in trees.flatten(params).items()
+        }
+    )
 
 
 def batch(n: int = 8, q: int = 2, seed: int = 0) -> dict[str, np.ndarray]:

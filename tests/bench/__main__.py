@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     prior = jobs.add_parser("prior", help="fine-tuning from the prior against from scratch")
     prior.add_argument("--seeds", type=int, default=3)
     prior.add_argument("--steps", type=int, default=300)
+    pathway = jobs.add_parser("pathway", help="text by adapters against a parallel pathway")
+    pathway.add_argument("--seeds", type=int, default=3)
+    pathway.add_argument("--steps", type=int, default=300)
+    pathway.add_argument("--scales", default="1,10", help="optim.new_lr_scale, with commas")
     step = jobs.add_parser("step", help="one step of the full-size Stable Diffusion 1.5 model")
     step.add_argument("--size", type=int, default=256, help="pixels of a side of the one image")
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -143,6 +147,14 @@ def _prior(arguments: argparse.Namespace) -> dict[str, Any]:
     return prior.run(arguments.seeds, arguments.steps)
 
 
+def _pathway(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import pathway
+
+    _check_counts(arguments, "seeds", "steps")
+    scales = tuple(float(scale) for scale in arguments.scales.split(","))
+    return pathway.run(arguments.seeds, arguments.steps, scales)
+
+
 def _step(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import step
 
@@ -221,6 +233,7 @@ JOBS = {
     "open_vocab": _open_vocab,
     "stamps": _stamps,
     "prior": _prior,
+    "pathway": _pathway,
     "step": _step,
     "checkpoint": _checkpoint,
     "models": _models,

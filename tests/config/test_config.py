@@ -126,6 +126,20 @@ def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
     assert config.diffusion.prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model": {"unet_text": "clip-l14"}}, "does not use it, only parallel; leave it at ''"),
+        (
+            {"model": {"unet_init": "random"}, "optim": {"new_lr_scale": 10.0}},
+            "config.optim.new_lr_scale=10.0: config.model.unet_init='random' makes all parameters new",
+        ),
+    ],
+)
+def test_settings_of_what_a_checkpoint_lacks_need_it(values, expected):
+    assert expected in refused(values)
+
+
 def test_a_calibration_is_never_fitted_on_the_tiles_that_it_scores():
     message = refused({"eval": {"split": "val"}})
     assert "config.eval.split='val'" in message and "calibrate" in message

@@ -45,6 +45,7 @@ OTHER = {  # a legal value of each binding setting that is not the tiny configur
     "model.mask_padding": False,
     "model.sentence_token": False,
     "model.text_adapters": False,
+    "model.text_injection": "parallel",
 }
 
 
@@ -98,6 +99,16 @@ def test_a_part_inside_the_folder_moves_with_it(config, tmp_path):
     assert read.vae.reference == str(second / "vae") and read.text.reference == config.model.text
     assert read.training_config().model.vae == str(second / "vae")
     check_agreement(read, read.training_config(), second)
+
+
+def test_a_file_from_before_a_setting_means_what_every_run_had_then(made, tmp_path):
+    write_description(tmp_path, made)
+    file = tmp_path / FILE
+    values = json.loads(file.read_text())
+    del values["config"]["model"]["text_injection"]
+    file.write_text(json.dumps(values))
+    assert read_description(tmp_path) == made
+    assert read_description(tmp_path).recorded_config().model.text_injection == "adapter"
 
 
 def test_every_binding_setting_has_another_value_here():

@@ -113,6 +113,19 @@ def test_structure_true_stable_diffusion(repositories, tmp_path, version, codec)
     compare(segmenter, opened(tmp_path), image(VIEW, VIEW), words, 2, 2)
 
 
+@pytest.mark.parametrize(("version", "adapters"), [("sd15", False), ("sd21", True)])
+def test_a_parallel_text_pathway(repositories, tmp_path, version, adapters):
+    """With text of another width than the U-Net's own."""
+    text = str(hub.biomedclip_folder(tmp_path / "text"))
+    model = {"text": text, "text_injection": "parallel", "text_adapters": adapters}
+    config = miniature(repositories, version, **model)
+    folder = tmp_path / "export"
+    tiny.export(config, folder, ("road",), tiny.without_zeros)
+    segmenter = load_segmenter(folder)
+    compare(segmenter, opened(folder), image(VIEW, VIEW), ["road", "tree"], 1, 2)
+    assert not np.allclose(*segmenter(image(VIEW, VIEW), ["road", "tree"], 1, 2).probability, atol=1e-3)
+
+
 def test_noise_from_elsewhere(shipped):
     """The noise of another seed, handed over."""
     segmenter, folder = shipped

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -67,6 +68,25 @@ def test_a_gradient_of_any_size_moves_adam_by_the_learning_rate():
     for size in (1e-3, 1e3):
         update = first_update(params, {"kernel": jnp.full((2, 2), size)})
         np.testing.assert_allclose(update["kernel"], -0.1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3}, {"mu_dtype": "bfloat16"}])
+def test_new_parameters_alone_learn_at_their_own_rate(options):
+    """Ten times the step, weight decay included; the state does not know of it."""
+    names = ("text_adapters", "attn2")
+    params = {name: {"to_k": {"kernel": jnp.ones((2, 2))}} for name in names}
+    grads = {name: {"to_k": {"kernel": jnp.full((2, 2), 0.1)}} for name in names}
+    updates, states = {}, {}
+    for scale in (1.0, 10.0):
+        config = OptimConfig(warmup_steps=0, learning_rate=0.1, new_lr_scale=scale, **options)
+        optimizer = make_optimizer(config, 10, (r"^text_adapters\.",))
+        updates[scale], states[scale] = optimizer.update(grads, optimizer.init(params), params)
+    old, new = ([updates[s][n]["to_k"]["kernel"] for s in (1.0, 10.0)] for n in reversed(names))
+    np.testing.assert_array_equal(old[0], old[1])
+    np.testing.assert_allclose(new[1], 10 * new[0], rtol=1e-6)
+    assert np.any(new[0]) and jax.tree.structure(states[1.0]) == jax.tree.structure(states[10.0])
+    plain = make_optimizer(OptimConfig(**options), 10).init(params)
+    assert jax.tree.structure(plain) == jax.tree.structure(states[10.0])
 
 
 def test_large_gradients_are_clipped_by_their_common_norm():

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable Diffusion's U-Net with optional text adapters, one for each resolution level."""
+"""Stable Diffusion's U-Net with text adapters, parallel attentions to the text, or both."""
 
 from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
-OURS = ("encoder_hid_dim_type", "digseg", "text_adapters", "text_dim")  # keys that diffusers lacks
+# keys that diffusers lacks
+OURS = ("encoder_hid_dim_type", "digseg", "text_adapters", "text_dim", "prompt_length")
 
 
 class TextAdapter(nn.Module):
@@ -24,20 +27,47 @@ class TextAdapter(nn.Module):
         return self.proj(tokens) + self.fc2(nn.functional.gelu(self.fc1(self.norm(tokens))))
 
 
+class ParallelAttention(Attention):
+    """Cross-attention to a prompt of its own, and beside it a second one to the text of the query."""
+
+    def __init__(self, first, prompt_length, text_features):
+        # The first attention is built anew, as diffusers has built it; its weights are loaded later.
+        same = {"heads": first.heads, "dim_head": first.inner_dim // first.heads}
+        width = first.query_dim
+        super().__init__(width, first.cross_attention_dim, **same)
+        self.prompt = nn.Embedding(prompt_length, first.cross_attention_dim)
+        self.text = Attention(width, text_features, **same)
+        self.weight = nn.Parameter(torch.ones(1))  # the second attention's scale
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **options):
+        """Sum of both attentions; the tokens and their mask are the text's."""
+        prompt = self.prompt.weight.expand(len(hidden_states), -1, -1)
+        own = super().forward(hidden_states, prompt, **options)
+        text = self.text(hidden_states, encoder_hidden_states, attention_mask, **options)
+        return own + self.weight * text
+
+
 class DigsegUNet2DConditionModel(UNet2DConditionModel):
     """U-Net that reads [image latent, noisy mask latent] and predicts for the mask latent."""
 
     @classmethod
     def from_config(cls, config, **options):
-        """Builds the U-Net, and one adapter per level if config.json asks for them."""
+        """Builds the U-Net, with the adapters and parallel attentions that config.json asks for."""
         # Diffusers rejects or drops these keys: take them out, and record them at the end.
         ours = {key: config[key] for key in OURS if key in config}
         model = super().from_config({k: v for k, v in config.items() if k not in ours}, **options)
 
+        # A second attention beside every cross-attention reads the text, as the adapters leave it.
+        width = model.config.cross_attention_dim
+        features = ours.get("text_dim") or width
+        if length := ours.get("prompt_length"):
+            read = width if ours["text_adapters"] else features
+            for block in [m for m in model.modules() if isinstance(m, BasicTransformerBlock)]:
+                block.attn2 = ParallelAttention(block.attn2, length, read)
+
         # Adapters map tokens of width text_dim to the width of cross-attention.
         if ours.get("text_adapters"):
-            width = model.config.cross_attention_dim
-            features, levels = ours["text_dim"] or width, len(model.down_blocks)
+            levels = len(model.down_blocks)
             model.text_adapters = nn.ModuleList(TextAdapter(features, width) for _ in range(levels))
 
             # The lowest resolution's adapter serves the middle block too; the up blocks begin there.

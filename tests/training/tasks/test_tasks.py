@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from digseg_jax.aot.shapes import abstract_parts
 from digseg_jax.diffusion.schedule import Schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.prediction.description import unet_folder
 from digseg_jax.runtime import sharding
@@ -32,7 +30,7 @@ from digseg_jax.training.tasks.base import example_keys, to_unit
 from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_from
 from digseg_jax.training.tasks.prior import PriorTask
 from digseg_jax.training.tasks.segmentation import load_task
-from digseg_jax.weights import load_component, load_params, save_component
+from digseg_jax.weights import load_component, load_params
 
 TASKS = {"segmentation": load_task, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
@@ -158,7 +156,7 @@ class TestIgnoreLabel:
 
 def test_the_widened_unet_starts_as_the_prior(folders):
     """Where both halves of the input are the same latent, the 8-channel U-Net is the prior."""
-    task = load_task(tiny.config(folders, model__text=narrow_text(folders),
+    task = load_task(tiny.config(folders, model__text=tiny.narrow_text(folders),
                                         model__text_adapters=False))  # fmt: skip
     params = task.initial()
     assert params["conv_in"]["kernel"].shape[2] == 8
@@ -169,23 +167,6 @@ def test_the_widened_unet_starts_as_the_prior(folders):
     t = np.array([3, 999])
     got = task.predict_latent(params, latent, latent, t, tokens, mask)
     np.testing.assert_allclose(got, prior(latent, t, tokens, mask), atol=1e-5)
-
-
-def narrow_text(folders) -> str:
-    """A text tower whose tokens have the cross-attention's own width."""
-    folder = Path(folders["text"]).parent / "narrow_text"
-    vocab = (Path(folders["text"]) / "vocab.txt").read_text()
-    bert = BertConfig(
-        vocab_size=len(vocab.split("\n")) - 1,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=24,
-    )
-    save_component((bert, tiny.random_params(BertModel, bert, 5)), folder)
-    (folder / "vocab.txt").write_text(vocab)
-    return str(folder)
 
 
 def test_random_initialization_shares_nothing_with_the_prior(folders):
