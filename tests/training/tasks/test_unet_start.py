@@ -12,8 +12,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from hub import layouts
+from same import assert_same_bits
 
 from digseg_jax import trees
+from digseg_jax.aot.shapes import abstract_parts
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
@@ -157,7 +160,7 @@ def test_what_is_new_is_what_the_checkpoint_lacks(small, folders, tmp_path):
     narrow = tiny.narrow_text(folders)
     other = load_task(small(model__unet=unet, model__text=narrow, **own))
     assert other.new == (ADAPTERS,)
-    assert trees.flatten(other.initial()).keys() == trees.flatten(task.abstract).keys()
+    assert trees.flatten(other.initial()).keys() == trees.flatten(other.abstract).keys()
 
 
 def test_a_prompt_of_another_width_is_refused_with_the_key_that_names_the_right_encoder(small):
