@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from jax.sharding import NamedSharding
 
 from digseg_jax import trees
 from digseg_jax.models import functional
-from digseg_jax.models.attention import ParallelAttention
+from digseg_jax.models.attention import ParallelAttention, Transformer2DModel
 from digseg_jax.models.layers import Compute
+from digseg_jax.models.partition import LocalAttention, gathered
 from digseg_jax.models.text_branch import start_branch
 from digseg_jax.models.unet import UNetConfig
+from digseg_jax.runtime import sharding
 from digseg_jax.weights import keymap
 
 WIDTH, CONTEXT, TEXT, HEADS, PROMPT = 16, 12, 20, 4, 7
@@ -102,6 +107,77 @@ def test_gradients_are_torchs():
         expected = theirs.grad.numpy()
         error = np.linalg.norm(np.asarray(ours) - expected)
         assert error <= LIMIT * np.linalg.norm(expected) and np.any(expected), (key, error)
+
+
+def transformer(**compute):
+    """Loss and gradient of a transformer whose cross-attention is parallel, as functions of arrays."""
+    graphdef, abstract = functional.abstract(
+        lambda: Transformer2DModel(
+            WIDTH,
+            CONTEXT,
+            HEADS,
+            layers=1,
+            groups=4,
+            linear_projection=True,
+            prompt_length=PROMPT,
+            text_features=TEXT,
+            compute=Compute(**compute),
+            rngs=functional.FixedRngs(),
+        )
+    )
+
+    def loss(params, x, context, mask):
+        return jnp.square(functional.merge(graphdef, params)(x, context, mask)).mean()
+
+    return jax.value_and_grad(loss), functional.random_init(abstract, 0)
+
+
+def inputs(batch: int):
+    """A map, tokens and their mask."""
+    rng = np.random.default_rng(2)
+    mask = np.arange(5) < rng.integers(1, 6, (batch, 1))
+    x, context = rng.standard_normal((batch, 4, 4, WIDTH)), rng.standard_normal((batch, 5, TEXT))
+    return x.astype(np.float32), context.astype(np.float32), mask
+
+
+def same(got, expected):
+    """Loss and gradients are equal to rounding, and no gradient is zero."""
+    assert float(got[0]) == pytest.approx(float(expected[0]), rel=1e-5)
+    for path, value in trees.flatten(expected[1]).items():
+        assert np.any(value), path
+        np.testing.assert_allclose(
+            trees.flatten(got[1])[path], value, rtol=1e-4, atol=1e-6, err_msg=path
+        )
+
+
+@pytest.mark.parametrize(
+    ("attention", "remat"), [("chunked", "block"), ("headwise", "attention"), ("plain", "dots")]
+)
+def test_kernels_and_rematerialization_change_neither_loss_nor_gradient(attention, remat):
+    plain, params = transformer()
+    other, _ = transformer(attention=attention, remat=remat)
+    same(jax.jit(other)(params, *inputs(2)), jax.jit(plain)(params, *inputs(2)))
+
+
+def test_four_devices_compute_what_one_does(monkeypatch):
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)  # else nothing this small is split
+    plain, params = transformer()
+    expected = jax.jit(plain)(params, *inputs(4))
+
+    mesh = tiny.mesh(data=1, fsdp=2, tensor=2)
+    function, _ = transformer(weights=gathered, attention=LocalAttention("plain"))
+    shardings, batch = sharding.infer_shardings(params, mesh), NamedSharding(mesh, sharding.BATCH)
+    run = jax.jit(
+        sharding.on_mesh(mesh, function),
+        in_shardings=(shardings, batch, batch, batch),
+        out_shardings=(None, shardings),
+    )
+    got = run(params, *inputs(4))
+    same(got, expected)
+    specs = {path: str(x.sharding.spec) for path, x in trees.flatten(got[1]).items()}
+    text = {path.partition(".attn2.text.")[2] for path, spec in specs.items() if "tensor" in spec}
+    assert text - {""} == {"to_q.kernel", "to_k.kernel", "to_v.kernel", "to_out.0.kernel"}
+    assert "fsdp" in specs["transformer_blocks.0.attn2.prompt.embedding"]
 
 
 def test_the_start_copies_projections_and_gives_each_level_its_prompt():

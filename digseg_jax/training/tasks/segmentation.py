@@ -75,8 +75,8 @@ class SegmentationTask(Task):
 
     def initial(self) -> Params:
         """Parameters at step 0: the pretrained U-Net with conv_in widened, or random weights."""
-        config = self.config
-        return initial_unet(config.model, self.unet_config, self.parts.tower, config.seed)
+        config, tower = self.config, self.parts.tower
+        return initial_unet(config.model, self.unet_config, self.abstract, tower, config.seed)
 
     def prepare(self) -> None:
         """Computes the codec's constants with the autoencoder; must run before any program is traced.

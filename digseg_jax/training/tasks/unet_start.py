@@ -22,7 +22,7 @@ from digseg_jax.models.layers import Compute
 from digseg_jax.models.text.clip_text import ClipTextConfig
 from digseg_jax.models.text_adapters import TextAdapter
 from digseg_jax.models.text_branch import ADAPTERS, ZERO_INIT, lacking, start_branch
-from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
+from digseg_jax.models.unet import UNetConfig
 from digseg_jax.packages import minilm_folder
 from digseg_jax.segmentation.prompt_bank import encode_prompts, with_sentence_token
 from digseg_jax.weights import TextTower, load_config, load_text_tower, load_unet_params
@@ -110,7 +110,9 @@ def prompt_length(
     return length
 
 
-def initial_unet(model: ModelConfig, config: UNetConfig, tower: TextTower | None, seed: int) -> Params:
+def initial_unet(
+    model: ModelConfig, config: UNetConfig, abstract: Params, tower: TextTower | None, seed: int
+) -> Params:
     """The pretrained U-Net with conv_in widened to the inputs of `config`, or random weights.
 
     A parallel pathway starts without effect: the network then computes what the pretrained one does
@@ -119,13 +121,13 @@ def initial_unet(model: ModelConfig, config: UNetConfig, tower: TextTower | None
     Args:
       model: names the checkpoint, and the text encoder that it was trained with.
       config: architecture.
+      abstract: shapes of its parameters.
       tower: encodes the queries; None to load it where it is needed.
       seed: of the parameters that the checkpoint lacks.
 
     Raises:
       UserError: the checkpoint does not fit.
     """
-    abstract = functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))[1]
     if model.unet_init == "random":
         return functional.random_init(abstract, seed, zero=ZERO_INIT)
 
