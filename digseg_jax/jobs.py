@@ -49,8 +49,8 @@ from digseg_jax.prediction.description import (
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.report import build_report
 from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
+from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
-from digseg_jax.runtime.profiling import use_compile_cache
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.setup import set_up
 from digseg_jax.training.step import averaged

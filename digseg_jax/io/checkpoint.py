@@ -23,9 +23,8 @@ from digseg_jax.config.schema import CheckpointConfig
 from digseg_jax.errors import UserError
 from digseg_jax.io import packing, storage
 from digseg_jax.io.workdir import CHECKPOINTS
+from digseg_jax.packages import LIBRARIES
 from digseg_jax.runtime import malloc
-
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # versions go to `meta`
 
 # Steps that may run while a checkpoint is being written; then the loop waits for it, so that a kill
 # costs at most `every` + OVERLAP - 1 finished steps.

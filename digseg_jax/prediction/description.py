@@ -32,10 +32,10 @@ from digseg_jax.data.sources import parts_of
 from digseg_jax.data.vocabulary import class_names, training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
-from digseg_jax.io.checkpoint import LIBRARIES
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import EXPORT
+from digseg_jax.packages import LIBRARIES
 from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.weights import catalog, minilm_folder, resolve
 from digseg_jax.weights.hub import resolve_pipeline

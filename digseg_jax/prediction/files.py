@@ -20,6 +20,7 @@ from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.class_list import read_class_list
 from digseg_jax.data.datasets.pairs import is_junk
+from digseg_jax.data.datasets.readers import rle
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS, read_image, upright_rgb
@@ -81,12 +82,12 @@ def read_rgb(path: Path, name: str = "--image") -> UInt8[np.ndarray, "h w 3"]:
     name: the flag or argument that an error names.
 
     Raises:
-      UserError: missing or unreadable file.
+      UnreadableError: missing or unreadable file.
     """
     try:
         return read_image(path).upright()
     except UnreadableError as error:
-        raise UserError(f"{name}={error}") from error
+        raise UnreadableError(f"{name}={error}") from error
 
 
 def pixels_of(image: str | os.PathLike | Image.Image | np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
@@ -171,7 +172,9 @@ def write_prediction(
 
     NAME.png, or NAME_QUERY.png for several queries: the mask, 0 or 255. NAME.probability.png or
     NAME_QUERY.probability.png: the soft mask. NAME.overlay.png: every query in its color over the
-    image, with a legend below. NAME.npz: "probability" float16 [q, h, w] and "queries".
+    image, with a legend below. NAME.labels.png: of each pixel the index of the most probable query, in
+    the same colors; the highest number where no query exceeds 0.5. NAME.coco.json: the masks as COCO
+    annotations. NAME.npz: "probability" float16 [q, h, w] and "queries".
 
     All files are made in a scratch folder and then moved: an existing file is replaced by a complete
     one or not at all.
@@ -207,7 +210,7 @@ def _write_all(
 ) -> dict[str, Any]:
     """Writes the files of `write_prediction`; returns the summary."""
     height, width = image.shape[:2]
-    winner, rows = MostProbable(SHOWN), []
+    winner, rows, annotations = MostProbable(SHOWN), [], []
 
     # NAME.npz is written by hand, plane by plane: `np.savez` would need all planes in memory.
     with zipfile.ZipFile(files.archive, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -222,33 +225,88 @@ def _write_all(
                 soft = mask.astype("<f2")
                 stored.write(soft.tobytes())
                 rows.append(_write_mask(files, place, query, soft))
+                annotations += coco_annotation(place, soft)
                 winner.see(soft)
         with archive.open("queries.npy", "w") as stored:
             np.lib.format.write_array(stored, np.asarray(queries))
 
-    # The overlay, then the summary; file names that are not Unicode are written readably.
+    # The images of all queries, in the same colors.
+    colors = query_colors(queries)
     viz.save_photo(files.overlay, overlay(image, queries, winner.label))
+    viz.save_index(files.labels, winner.label, colors)
+
+    # The summary has the legend of the index map; names that are not Unicode are written readably.
+    rows = [{**row, "index": k, "color": viz.to_hex(colors[k])} for k, row in enumerate(rows)]
     facts = {key: shown(value) if key == "image" else value for key, value in facts.items()}
     summary = {**facts, "height": height, "width": width, "queries": rows}
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    files.summary.write_text(text + "\n", encoding="utf-8")
+    _write_json(files.summary, summary)
+
+    # The image's name in the annotations is its file's, or that of the prediction.
+    name = Path(facts["image"]).name if "image" in facts else files.base.name
+    _write_json(files.coco, coco_file(name, (height, width), queries, annotations))
     return summary
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON that people read, too."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def coco_file(
+    name: str, shape: tuple[int, int], queries: Sequence[str], annotations: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Content of a COCO file of one image; shape: its height and width, pixels."""
+    return {
+        "images": [{"id": 1, "file_name": name, "height": shape[0], "width": shape[1]}],
+        "categories": [{"id": k + 1, "name": query} for k, query in enumerate(queries)],
+        "annotations": list(annotations),
+    }
+
+
+def coco_annotation(place: int, soft: Float[np.ndarray, "h w"]) -> list[dict[str, Any]]:
+    """COCO annotation of a query's mask, the pixels above 0.5; none for an empty mask.
+
+    place: index of the query. Its score is the mean probability of the mask's pixels.
+    """
+    mask = soft > SHOWN
+    if not mask.any():
+        return []
+
+    # The box is [left, top, width, height].
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    box = [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
+    return [{
+        "id": place + 1,
+        "image_id": 1,
+        "category_id": place + 1,
+        "segmentation": {"size": list(mask.shape), "counts": rle.encode(mask)},
+        "area": int(mask.sum()),
+        "bbox": box,
+        "iscrowd": 0,
+        "score": float(soft.mean(where=mask, dtype=np.float64)),
+    }]  # fmt: skip
 
 
 def _write_mask(files: PredictionFiles, place: int, query: str, soft: np.ndarray) -> dict[str, Any]:
     """Writes the two PNGs of a query; returns its row of the summary, with shares as 0..1."""
-    mask = soft > 0.5
+    mask = soft > SHOWN
     Image.fromarray(mask.astype(np.uint8) * 255).save(files.mask(place), "PNG")
     viz.save_mask(files.probability(place), soft)
     row = {"query": query, "mask": files.mask(place).name, "coverage": float(mask.mean())}
     return row | {"highest": float(soft.max())}
 
 
+def query_colors(queries: Sequence[str]) -> UInt8[np.ndarray, "q 3"]:
+    """RGB of each query."""
+    return ONE_COLOR if len(queries) == 1 else viz.class_colors(len(queries), queries)
+
+
 def overlay(
     image: UInt8[np.ndarray, "h w 3"], queries: Sequence[str], label: Int[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h2 w 3"]:
     """The image tinted by a label map of queries (-1: not tinted), with a legend below."""
-    colors = ONE_COLOR if len(queries) == 1 else viz.class_colors(len(queries), queries)
+    colors = query_colors(queries)
     painted = viz.overlay(image, label, colors, alpha=0.5)
 
     # The legend lists the queries that won some pixel, or all if none did.

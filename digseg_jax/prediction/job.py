@@ -11,13 +11,15 @@ from typing import Any
 
 from digseg_jax.config.parse import with_sampling, with_settings
 from digseg_jax.config.schema import Config
-from digseg_jax.io.files import shown
+from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.progress import Progress
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.files import find_images, find_queries, read_rgb
-from digseg_jax.prediction.pretrained import SHIPPED, load_segmenter
+from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
 from digseg_jax.prediction.targets import PredictionFiles, targets
+from digseg_jax.runtime.compile_cache import use_own_compile_cache
 
 
 def predict(
@@ -42,8 +44,8 @@ def predict(
       settings: values by key such as "eval.decoder", in place of the description's.
 
     Raises:
-      UserError: unreadable image, empty query, missing weights, weights that were trained with another
-        configuration, unwritable output.
+      UserError: unreadable images (the others are segmented first), empty query, missing weights,
+        weights that were trained with another configuration, unwritable output.
     """
     # Check all input and output before the slow part: queries, images and file names.
     texts = find_queries(queries, vocabulary)
@@ -58,22 +60,50 @@ def predict(
         config = with_settings(read_description(folder).training_config(folder), settings or {})
     if estep:
         config = with_sampling(config, estep)
+    use_own_compile_cache(config.compute.compile_cache)
     segmenter = load_segmenter(folder, config)
 
-    # Segment and write one image after the other, so that memory holds one image's masks.
-    sampling, started = config.eval, time.monotonic()
+    # Segment and write one image after the other, so that memory holds one image's masks. A broken one
+    # among many costs only its own masks.
+    sampling, started, broken = config.eval, time.monotonic(), []
     label = f"predict {sampling.ensemble}x{sampling.steps}"
     progress = Progress(len(images), label=label, unit="images")
     for done, (source, files) in enumerate(zip(images, planned, strict=True), start=1):
-        with contextlib.closing(_Windows(source)) as windows:
-            masks = segmenter(
-                source, texts, sampling.ensemble, sampling.steps, config.seed,
-                spacing=sampling.spacing, advance=windows.update,
-            )  # fmt: skip
-            summary = masks.write(files)  # large masks are computed only now, see `Masks`
-        log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
+        try:
+            _segment_file(segmenter, config, source, texts, files)
+        except UnreadableError as error:
+            broken.append(source)
+            log.error("left out: %s", error)
         progress.update(done, done / (time.monotonic() - started))
     progress.close()
+
+    if broken:
+        names = ", ".join(shown(path) for path in broken[:5])
+        more = ", ..." if len(broken) > 5 else ""
+        raise UserError(f"{len(broken)} of {len(images)} images could not be read: {names}{more}")
+
+
+def _segment_file(
+    segmenter: PretrainedSegmenter,
+    config: Config,
+    source: Path,
+    texts: Sequence[str],
+    files: PredictionFiles,
+) -> None:
+    """Segments an image file, writes the files of its prediction, and logs them.
+
+    Raises:
+      UnreadableError: the image cannot be read.
+      UserError: a file cannot be written.
+    """
+    sampling = config.eval
+    with contextlib.closing(_Windows(source)) as windows:
+        masks = segmenter(
+            source, texts, sampling.ensemble, sampling.steps, config.seed,
+            spacing=sampling.spacing, advance=windows.update,
+        )  # fmt: skip
+        summary = masks.write(files)  # large masks are computed only now, see `Masks`
+    log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
 
 
 def _told(summary: Mapping[str, Any]) -> str:
@@ -84,7 +114,7 @@ def _told(summary: Mapping[str, Any]) -> str:
 
 def _beside(files: PredictionFiles) -> str:
     """The other files of a prediction, abbreviated as NAME{ENDING,...}."""
-    ends = ("*.probability.png", ".overlay.png", ".npz", ".json")
+    ends = ("*.probability.png", ".overlay.png", ".labels.png", ".coco.json", ".npz", ".json")
     return f"{shown(files.base)}{{{','.join(ends)}}}"
 
 

@@ -36,7 +36,7 @@ class Masks:
         >>> masks.probability.shape == (2, *image.shape[:2])
         True
         >>> sorted(path.name for path in masks.save("out"))[:2]
-        ['mask.json', 'mask.npz']
+        ['mask.coco.json', 'mask.json']
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Masks:
         return overlay(self.image, self.queries, winner.label)
 
     def save(self, folder: str | os.PathLike, name: str = "mask") -> list[Path]:
-        """Writes FOLDER/NAME.npz, .json, .overlay.png and the masks of each query; returns the paths.
+        """Writes the files of a prediction, FOLDER/NAME and their endings; returns their paths.
 
         --mode=predict writes the same files: see `write_prediction`.
 
@@ -110,10 +110,7 @@ class Masks:
             raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
         files = PredictionFiles.of(folder / name, self.queries)
         self.write(files)
-
-        # The order of the returned paths: archive, summary, overlay, then two masks per query.
-        masks = [(files.mask(q), files.probability(q)) for q in range(len(self))]
-        return [files.archive, files.summary, files.overlay, *(path for pair in masks for path in pair)]
+        return list(files)
 
     def write(self, files: PredictionFiles) -> dict[str, Any]:
         """Writes the files of a prediction under the given names; returns the content of NAME.json."""

@@ -55,6 +55,16 @@ class PredictionFiles:
         """File of the image with all queries in color, NAME.overlay.png."""
         return self._file("", ".overlay.png")
 
+    @property
+    def labels(self) -> Path:
+        """File of the map of query indices, NAME.labels.png."""
+        return self._file("", ".labels.png")
+
+    @property
+    def coco(self) -> Path:
+        """File of the masks as COCO annotations, NAME.coco.json."""
+        return self._file("", ".coco.json")
+
     def mask(self, query: int) -> Path:
         """File of a query's mask, by the query's index."""
         return self._file(self.parts[query], self.ending)
@@ -65,7 +75,7 @@ class PredictionFiles:
 
     def __iter__(self) -> Iterator[Path]:
         """Yields every file, the summary first."""
-        yield from (self.summary, self.archive, self.overlay)
+        yield from (self.summary, self.archive, self.overlay, self.labels, self.coco)
         for query in range(len(self.parts)):
             yield self.mask(query)
             yield self.probability(query)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures a run's speed and shares of time; profiler window and compile cache."""
+"""Measures a run's speed and shares of time; profiler window."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
-from digseg_jax.errors import UserError
-from digseg_jax.io.storage import as_path
 from digseg_jax.log import log
 from digseg_jax.runtime.hardware import chip_of
 
@@ -102,25 +99,3 @@ class ProfilerWindow:
             jax.profiler.stop_trace()
             self.active = False
             log.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
-
-
-def use_compile_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` (created if missing; gs:// too); "" changes nothing.
-
-    Raises:
-      UserError: the folder cannot be made.
-    """
-    if not folder:
-        return
-
-    place = as_path(folder)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"config.compute.compile_cache={folder!r}: cannot be written ({error.strerror})"
-        ) from error
-
-    # JAX settles on a folder at its first compilation, so the cache is reset.
-    jax.config.update("jax_compilation_cache_dir", str(place))
-    compilation_cache.reset_cache()

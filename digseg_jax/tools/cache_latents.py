@@ -49,8 +49,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.progress import Progress
 from digseg_jax.io.storage import explained
 from digseg_jax.log import log
+from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
-from digseg_jax.runtime.profiling import use_compile_cache
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.tasks.latents import Crop, FrozenParts, LatentEncoder, cache_facts
 from digseg_jax.training.tasks.parts import for_devices

@@ -16,8 +16,8 @@ from digseg_jax.viz.colors import IGNORE_COLOR, class_colors, from_hex, to_hex
 BAND = 256  # rows
 
 __all__ = [
-    "IGNORE_COLOR", "class_colors", "from_hex", "legend", "overlay", "paint", "save_label",
-    "save_mask", "save_photo", "to_hex",
+    "IGNORE_COLOR", "class_colors", "from_hex", "legend", "overlay", "paint", "save_index",
+    "save_label", "save_mask", "save_photo", "to_hex",
 ]  # fmt: skip
 
 
@@ -121,6 +121,18 @@ def save_label(path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarr
     indices = Image.fromarray(np.where(label == -1, 255, label).astype(np.uint8))
     indices.putpalette(palette.tobytes())
     indices.save(path, optimize=True)
+
+
+def save_index(path: Path, label: Int[np.ndarray, "h w"], colors: UInt8[np.ndarray, "n 3"]) -> None:
+    """Writes a label map whose numbers are kept: as `save_label`, over 255 classes as 16 bits of gray.
+
+    Of 16 bits, 65535 is ignored.
+    """
+    if len(colors) <= 255:
+        save_label(path, label, colors)
+        return
+    label = _checked(label, min(len(colors), 65535))
+    Image.fromarray(np.where(label == -1, 65535, label).astype(np.uint16)).save(path, optimize=True)
 
 
 def save_mask(path: Path, mask: Float[np.ndarray, "h w"]) -> None:

@@ -12,11 +12,14 @@ import tiny
 from PIL import Image
 
 from digseg_jax.data.datasets.landcover import GROUPS
+from digseg_jax.data.datasets.readers.rle import decode
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
 from digseg_jax.prediction import job as predict_lib
-from digseg_jax.prediction.files import find_images, find_queries, overlay, read_rgb
+from digseg_jax.prediction.files import find_images, find_queries, overlay, read_rgb, write_prediction
 from digseg_jax.prediction.job import predict
 from digseg_jax.prediction.targets import targets
+from digseg_jax.viz.colors import to_hex
 
 
 def noise(height, width, channels=3, seed=0):
@@ -160,10 +163,51 @@ def test_a_folder_and_a_vocabulary_file_give_files_for_every_image_and_query(con
     words = tmp_path / "words.txt"
     words.write_text("# what to look for\nwater\n\nsnow and ice\n")
     predict(config, str(workdir), str(pictures), [], out, str(words))
-    assert {p.name for p in out.glob("*.json")} == {"a.json", "b.json"}
+    assert {p.name for p in out.glob("?.json")} == {"a.json", "b.json"}
     for stem, size in (("a", (32, 32)), ("b", (40, 20))):
         for query in ("water", "snow_and_ice"):
             assert Image.open(out / f"{stem}_{query}.png").size == size
+
+
+def test_a_broken_image_among_others_is_named_and_the_others_are_segmented(
+    config, workdir, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(log, "propagate", True)
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    for name in ("a.png", "c.png"):
+        Image.fromarray(noise(32, 32)).save(pictures / name)
+    (pictures / "b.png").write_bytes((pictures / "a.png").read_bytes()[:60])
+    message = refused(config, str(workdir), str(pictures), ["water"], out)
+    assert message == f"1 of 3 images could not be read: {pictures / 'b.png'}"
+    assert {p.name for p in out.glob("*.npz")} == {"a.npz", "c.npz"}
+    (told,) = [r.message for r in caplog.records if r.levelname == "ERROR"]
+    assert f"{pictures / 'b.png'}: cannot be decoded" in told
+
+
+def test_the_index_map_and_the_annotations_tell_what_the_soft_masks_do(tmp_path):
+    rng, words = np.random.default_rng(0), ["water", "ice", "nothing"]
+    soft = rng.random((3, 9, 7)).astype(np.float16).astype(np.float32)
+    soft[2] = 0.1
+    files = targets([tmp_path / "a.png"], tmp_path / "out", words)[0]
+    said = write_prediction(files, noise(9, 7), words, soft, {"image": "/photos/a.png"})
+
+    with Image.open(files.labels) as labels:
+        index, colors = np.asarray(labels), np.reshape(labels.getpalette(), (-1, 3))
+    np.testing.assert_array_equal(index, np.where(soft.max(0) > 0.5, soft.argmax(0), 255))
+    for row in said["queries"]:
+        assert row["color"] == to_hex(colors[row["index"]])
+
+    coco = json.loads(files.coco.read_text())
+    assert coco["images"] == [{"id": 1, "file_name": "a.png", "height": 9, "width": 7}]
+    assert [c["name"] for c in coco["categories"]] == words
+    assert [a["category_id"] for a in coco["annotations"]] == [1, 2], "an empty mask has none"
+    for found, plane in zip(coco["annotations"], soft, strict=False):
+        mask = decode(found["segmentation"]["counts"], *found["segmentation"]["size"])
+        np.testing.assert_array_equal(mask, plane > 0.5)
+        left, top, width, height = found["bbox"]
+        assert mask[top : top + height, left : left + width].sum() == found["area"] == mask.sum()
+        assert found["score"] == pytest.approx(plane[mask].mean())
 
 
 class TestFinding:

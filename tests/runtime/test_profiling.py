@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed, shares of time and the compile cache."""
+"""Speed and shares of time."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import types
 
 import jax
 import pytest
-import tiny
 
-from digseg_jax.errors import UserError
-from digseg_jax.runtime.profiling import Stopwatch, peak_flops, speed, use_compile_cache
+from digseg_jax.runtime.profiling import Stopwatch, peak_flops, speed
 
 
 def test_shares_of_time_sum_to_one_and_start_anew_after_a_reading():
@@ -61,22 +57,3 @@ def test_mfu_is_the_share_of_all_devices_peak():
     got = speed(275e12, 0.5, chips)
     assert got == {"flops_per_second": 550e12, "mfu": 0.5}
     assert "mfu" not in speed(1.0, 1.0, jax.devices())
-
-
-def test_compiled_programs_are_kept_in_the_folder(tmp_path):
-    """In a process of its own: the cache is a setting of all of JAX."""
-    code = (
-        "import sys, jax; from digseg_jax.runtime.profiling import use_compile_cache;"
-        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
-        "jax.jit(lambda x: x - 1)(1.0); use_compile_cache(sys.argv[1]);"
-        "jax.jit(lambda x: x + 1)(1.0)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a" / "cache")], check=True)
-    assert list((tmp_path / "a" / "cache").iterdir())
-
-
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as caught:
-        use_compile_cache(str(tmp_path / "file" / "cache"))
-    assert "config.compute.compile_cache" in tiny.one_line(caught.value)

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
@@ -181,6 +180,8 @@ class Shards:
         self.folder, self.rows = folder, rows
         self._check_sizes()
         self.starts = np.cumsum([0, *counts])
+
+        import grain  # here: with its own libraries it takes a second, and prediction reads no shards
 
         # With the range of records in its name, a shard need not be opened to count them.
         paths = [f"{folder / r['file']}[0:{n}]" for r, n in zip(rows, counts, strict=True)]

@@ -309,3 +309,12 @@ def test_monuseg_has_the_challenge_training_set_and_all_of_it(tmp_path, short_li
                  [[(0, 0), (2, 0), (0, 2)]])  # fmt: skip
     assert len(registry.open_source("monuseg", tmp_path, "train")) == 1
     assert len(registry.open_source("monuseg", tmp_path, "train_37")) == 2
+
+
+def test_run_lengths_are_written_as_an_independent_encoder_writes_them():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 1.0):
+        mask = rng.random((37, 41)) < share
+        mask[5:30, 3:20] |= share > 0
+        assert rle.encode(mask) == trees.rle_text(trees.rle_counts(mask))
+        np.testing.assert_array_equal(rle.decode(rle.encode(mask), 37, 41), mask)

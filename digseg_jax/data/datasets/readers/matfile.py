@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
 from digseg_jax.io.files import UnreadableError, read_bytes
 
@@ -22,6 +21,8 @@ def read_mat(path: Path, key: str) -> np.ndarray:
     Raises:
       UnreadableError: damaged, without that variable, or unpacking to far more than a label map.
     """
+    import scipy.io  # here: it takes half a second, and only two data sets need it
+
     # scipy unpacks without a limit, so the size is checked first.
     data = read_bytes(path, limit=_MAX_UNPACKED)
     _check_unpacked_size(path, data)

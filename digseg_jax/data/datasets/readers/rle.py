@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes COCO run-length masks: runs of 0 and 1 down the columns, as a list or packed as text."""
+"""COCO run-length masks: runs of 0 and 1 down the columns, as a list or packed as text."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from digseg_jax.arraytypes import Bool, Int
 
 
 def decode(counts: str | list[int], height: int, width: int) -> np.ndarray:
@@ -51,3 +53,30 @@ def unpack(text: str) -> list[int]:
     if shift:
         raise ValueError("run-length text ends early")
     return runs
+
+
+def encode(mask: Bool[np.ndarray, "h w"]) -> str:
+    """Encodes a mask in COCO's text form; `decode` returns the same mask."""
+    # Positions down the columns where the value changes; the first run is one of zeros.
+    values = mask.T.ravel()
+    changes = np.flatnonzero(values[1:] != values[:-1]) + 1
+    first = np.zeros(int(values[0]), np.int64)
+    return pack(np.diff(np.concatenate([[0], first, changes, [values.size]])))
+
+
+def pack(runs: Int[np.ndarray, " n"]) -> str:
+    """Packs run lengths into COCO's text form; the inverse of `unpack`."""
+    rest = runs.astype(np.int64)
+    rest[3:] -= runs[1:-2]
+
+    # A column of characters at a time: 5 bits of every number, and whether more of them follow. They
+    # end where only the sign of the last 5 is left. 0 stands for no character.
+    columns, open_ = [], np.ones(len(rest), bool)
+    while open_.any():
+        bits = rest & 31
+        rest >>= 5
+        more = rest != np.where(bits & 16, -1, 0)
+        columns.append(np.where(open_, 48 + bits + 32 * more, 0).astype(np.uint8))
+        open_ &= more
+    text = np.stack(columns, axis=1).ravel()
+    return text[text > 0].tobytes().decode("ascii")
