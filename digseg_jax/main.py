@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """digseg --config=NAME --workdir=DIR [--mode=MODE], or python -m digseg_jax.main with the same flags.
 
+A mode may come first, by itself: digseg demo is digseg --mode=demo.
+
 --config takes a file, or the name of one in configs/. Exit statuses are those of `digseg_jax.errors`.
 """
 
@@ -22,7 +24,7 @@ from digseg_jax.log import setup
 from digseg_jax.runtime.door import tell
 from digseg_jax.runtime.interrupts import remember_interrupts
 
-MODES = ("train", "eval", "export", "predict", "compile", "cache_latents")
+MODES = ("train", "eval", "export", "predict", "demo", "compile", "cache_latents")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
@@ -31,7 +33,7 @@ _ACCEPT_CHANGES = flags.DEFINE_bool(
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
 _MODEL = flags.DEFINE_string(
-    "model", None, "predict, eval: a run, its export, assets:NAME, gs://FOLDER or a hub id."
+    "model", None, "predict, demo, eval: a run, its export, assets:NAME, gs://FOLDER or a hub id."
 )
 _IMAGE = flags.DEFINE_multi_string(
     "image", None, "predict: image, folder or glob; any size and mode; may be repeated."
@@ -41,9 +43,11 @@ _VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
 )
 _TEMPLATE = flags.DEFINE_multi_string(
-    "template", None, 'eval, predict: what to ask in, such as "a photo of a {}"; may be repeated.'
+    "template", None, 'eval, predict, demo: what to ask in, such as "a photo of a {}"; may be repeated.'
 )
 _OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
+_PORT = flags.DEFINE_integer("port", 0, "demo: port on 127.0.0.1; 0 takes a free one.")
+_NO_BROWSER = flags.DEFINE_bool("no_browser", False, "demo: do not open the page in a browser.")
 _HUB = flags.DEFINE_string("hub", None, "export: repository to push to, org/name[@branch].")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8."
@@ -52,7 +56,7 @@ _SUITE = flags.DEFINE_string(
     "suite", None, "eval: tables of the paper, from the data sets under config.data.root."
 )
 _SAMPLING = flags.DEFINE_string(
-    "sampling", None, 'eval, predict: members x steps, such as "8x2" or "20x50:leading".'
+    "sampling", None, 'eval, predict, demo: members x steps, such as "8x2" or "20x50:leading".'
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run.")
@@ -64,16 +68,18 @@ _START_TIMEOUT = flags.DEFINE_float(
 
 # Modes that use a flag; in any other it would silently do nothing, so it is rejected.
 _FOR_MODES = {
-    "model": ("predict", "eval"),
+    "model": ("predict", "demo", "eval"),
     "image": ("predict",),
     "query": ("predict",),
     "vocabulary": ("predict",),
-    "template": ("predict", "eval"),
+    "template": ("predict", "demo", "eval"),
     "out": ("predict",),
+    "port": ("demo",),
+    "no_browser": ("demo",),
     "hub": ("export",),
     "topology": ("compile",),
     "suite": ("eval",),
-    "sampling": ("eval", "predict"),
+    "sampling": ("eval", "predict", "demo"),
     "accept_changes": ("train", "eval", "export"),
 }
 
@@ -89,23 +95,29 @@ def check_flags(mode: str) -> None:
             raise UserError(f"--{name}: for --mode={' or '.join(modes)} only, not --mode={mode}")
 
     # Exported weights and runs know their configuration; other modes need a file.
-    if _config_file() is None and mode not in ("predict", "eval", "export"):
+    if _config_file() is None and mode not in ("predict", "demo", "eval", "export"):
         raise UserError(f"--mode={mode} needs --config")
     if _settings() and mode == "export":
         raise UserError("--config.KEY: --mode=export takes the run's settings, or those of --config")
 
     # Modes that are not in the table need --workdir only.
-    needed = {"predict": ("image",), "compile": ("topology", "workdir"), "cache_latents": ()}
+    needed = {
+        "predict": ("image",),
+        "demo": (),
+        "compile": ("topology", "workdir"),
+        "cache_latents": (),
+    }
     for name in needed.get(mode, ("workdir",)):
         value = flags.FLAGS[name].value or ""
         if not "".join(value).strip():  # the value of a flag that may be repeated is a list
             raise UserError(f"--mode={mode} needs --{name}")
 
-    if mode == "predict":
-        if _MODEL.value and _WORKDIR.value:
-            raise UserError("--model and --workdir: both name the weights; give one of them")
-        if not _QUERY.value and not _VOCABULARY.value:
-            raise UserError("--mode=predict needs --query or --vocabulary")
+    if mode == "demo" and _config_file() is not None:
+        raise UserError("--config: not for --mode=demo, which takes the weights' own settings")
+    if mode in ("predict", "demo") and _MODEL.value and _WORKDIR.value:
+        raise UserError("--model and --workdir: both name the weights; give one of them")
+    if mode == "predict" and not _QUERY.value and not _VOCABULARY.value:
+        raise UserError("--mode=predict needs --query or --vocabulary")
 
 
 def _config_file() -> str | None:
@@ -153,6 +165,11 @@ def run() -> None:
         _compile(config)
     elif mode == "predict":
         _predict(config)
+    elif mode == "demo":
+        from digseg_jax.demo.job import demo
+
+        weights, settings = _MODEL.value or _WORKDIR.value, _settings() | _chosen()
+        demo(weights, _PORT.value, settings, browser=not _NO_BROWSER.value)
     else:
         _run_on_all_processes(mode, config)
 
@@ -220,6 +237,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     if {"--help", "-h", "-?"} & set(argv):
         print(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)
+
+    # A mode by itself may come first: digseg demo.
+    if len(argv) > 1 and argv[1] in MODES:
+        argv = [argv[0], f"--mode={argv[1]}", *argv[2:]]
 
     # Check keys and the file's name before absl does, for errors that list the legal ones.
     try:

@@ -20,7 +20,7 @@ FLOORS = (
     {"prediction"},
     {"evaluation"},
     {"report", "aot"},
-    {"tools"},
+    {"tools", "demo"},
     {"jobs"},
     {"main"},
 )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from digseg_jax.arraytypes import Array, Float, Int
+from digseg_jax.arraytypes import Array, Bool, Float, Int
 from digseg_jax.diffusion.schedule import Schedule
 
 Denoise = Callable[[Float[Array, "b h w c"], Int[Array, "b"]], Float[Array, "b h w c"]]
@@ -53,20 +53,37 @@ def sample(
     Raises:
       ValueError: unknown spacing, or more steps than training timesteps.
     """
-    points = timesteps(schedule.num_timesteps, steps, spacing)
 
+    def next_latents(x: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return step(denoise, x, schedule, *now)[0], None
+
+    every = (jnp.asarray(column) for column in step_list(schedule.num_timesteps, steps, spacing))
+    return jax.lax.scan(next_latents, noise, tuple(every))[0]
+
+
+def step_list(num_train: int, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Timestep of every step, the one that follows it, and whether it is the last; [steps] each.
+
+    Raises:
+      ValueError: see `timesteps`.
+    """
     # The last step returns x0 itself, so the timestep that would follow it does not matter.
-    following = np.append(points[1:], 0).astype(np.int32)
-    last = np.arange(steps) == steps - 1
+    points = timesteps(num_train, steps, spacing)
+    return points, np.append(points[1:], 0).astype(np.int32), np.arange(steps) == steps - 1
 
-    def step(x: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        t, t_next, is_last = now
-        batch_t = jnp.full(x.shape[0], t)
 
-        # With eta 0, the noise that the prediction implies is put back at the next, lower level.
-        x0, eps = schedule.x0_and_eps(denoise(x, batch_t), x, batch_t)
-        x_next = schedule.add_noise(x0, eps, jnp.full(x.shape[0], t_next))
-        return jnp.where(is_last, x0, x_next), None
+def step(
+    denoise: Denoise,
+    x: Float[Array, "b h w c"],
+    schedule: Schedule,
+    t: Int[Array, ""],
+    t_next: Int[Array, ""],
+    is_last: Bool[Array, ""],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """One step from timestep t: the latents at t_next, and the clean latents that it predicts."""
+    batch_t = jnp.full(x.shape[0], t)
 
-    xs = (jnp.asarray(points), jnp.asarray(following), jnp.asarray(last))
-    return jax.lax.scan(step, noise, xs)[0]
+    # With eta 0, the noise that the prediction implies is put back at the next, lower level.
+    x0, eps = schedule.x0_and_eps(denoise(x, batch_t), x, batch_t)
+    x_next = schedule.add_noise(x0, eps, jnp.full(x.shape[0], t_next))
+    return jnp.where(is_last, x0, x_next), x0

@@ -163,6 +163,15 @@ class Answer(Planes):
         return resize_probability(masks.cells[text], *self.size)
 
 
+def empty_answer(
+    views: Views, size: tuple[int, int], scale: float, bias: Float[np.ndarray, " t"], ways: int
+) -> Answer:
+    """An answer with a decoded mask for each text of each view, 0 everywhere, that is to be filled."""
+    count = len(bias)
+    masks = (ViewMasks(np.arange(count), np.zeros((count, *size), np.float32)) for _ in views.crops)
+    return Answer(views, tuple(masks), size, scale, bias, ways)
+
+
 class GroupedAnswer(Planes):
     """Soft masks that would take too much memory together: computed one group of queries at a time.
 

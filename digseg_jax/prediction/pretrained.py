@@ -34,6 +34,7 @@ from digseg_jax.prediction.description import (
 from digseg_jax.prediction.export import INDEX, copy_export, push_export
 from digseg_jax.prediction.files import check_queries, pixels_of
 from digseg_jax.prediction.masks import Masks
+from digseg_jax.prediction.progress import Watch
 from digseg_jax.prediction.segmenter import Request, Segmenter
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
@@ -123,6 +124,7 @@ class PretrainedSegmenter(Segmenter):
         index: int = 0,
         templates: str | Sequence[str] = (),
         advance: Callable[[int, int], None] | None = None,
+        watch: Watch | None = None,
     ) -> Masks:
         """Segments an image of any size by words.
 
@@ -137,6 +139,8 @@ class PretrainedSegmenter(Segmenter):
             templates: prompts with {} for the query; by default the first of the training's, or "{}",
                 the bare query, if it is one of them. The probabilities of several are averaged.
             advance: called after every call of the network, with the calls done and their total.
+            watch: called after every step of every member (see `prediction.progress`). Masks of more
+                than `HELD` bytes are made without.
 
         Raises:
             UserError: an unreadable image, a blank or too long query, an illegal template, or a number
@@ -158,7 +162,7 @@ class PretrainedSegmenter(Segmenter):
 
         pixels, sampling = pixels_of(image), EStep(ensemble, steps, spacing)
         request = Request(pixels, index, texts, templates=words)
-        answer = self._answer(request, sampling, seed, advance)
+        answer = self._answer(request, sampling, seed, advance, watch)
 
         # What it takes to make the same masks again, for NAME.json.
         facts = {"estep": str(sampling), "seed": seed, "templates": list(words)}
@@ -172,6 +176,7 @@ class PretrainedSegmenter(Segmenter):
         sampling: EStep,
         seed: int,
         advance: Callable[[int, int], None] | None,
+        watch: Watch | None,
     ) -> Planes:
         """Masks of an image: all at once, or one group of queries at a time above `HELD` bytes.
 
@@ -188,7 +193,7 @@ class PretrainedSegmenter(Segmenter):
         each = 4 * views * math.prod(self.size) * ways
         apart = self.decodes_all(count * ways, slots, self.settings.decoder)
         if each * count < HELD or not apart:
-            (answer,) = self.segment([request], sampling, advance=advance, **options)
+            (answer,) = self.segment([request], sampling, advance=advance, watch=watch, **options)
             return answer
 
         def told(part: int, parts: int) -> Callable[[int, int], None]:

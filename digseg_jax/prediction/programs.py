@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int, Params, UInt8
 from digseg_jax.config.sampling import EStep
+from digseg_jax.diffusion.ddim import step_list
 from digseg_jax.log import heartbeat
 from digseg_jax.runtime.collectives import local_rows
 from digseg_jax.runtime.distributed import barrier
@@ -81,6 +82,48 @@ class Programs:
         program = partial(sample_latents, self.task, estep=estep, mean=mean)
         key = ("sample", estep, mean)
         return self._call(key, program, (self.params, self.vae, root), rows)
+
+    def sample_in_steps(
+        self,
+        crops: UInt8[np.ndarray, "n h w 3"],
+        index: Int[np.ndarray, " n"],
+        tokens: Float[np.ndarray, "n t l d"],
+        mask: Bool[np.ndarray, "n t l"],
+        root: Array,
+        estep: EStep,
+        seen: Callable[[int, int, np.ndarray], None],
+    ) -> Float[np.ndarray, "n k e h2 w2 c"]:
+        """Samples as `sample` without a mean, but one member and one step after the other.
+
+        The program of a step serves any number of members and steps. The latents are those of `sample`
+        to rounding: a compiler may fuse other operations in a program of its own.
+
+        seen: called with member and step, from 1, and the clean latents [n, k, e, ...] of the members
+          so far, as the last one's step predicts them. What it raises ends the sampling.
+        """
+        # The image is encoded once; all noise is drawn at once, as in `sample`.
+        texts = {"tokens": tokens, "mask": mask}
+        start = partial(start_sampling, self.task, ensemble=estep.ensemble)
+        drawn = self._call(
+            ("start", estep.ensemble), start, (self.vae, root), {"crops": crops, "index": index} | texts
+        )
+
+        members: list[np.ndarray] = []
+        count = self.task.schedule.num_timesteps
+        for member in range(estep.ensemble):
+            x = drawn["noise"][:, :, member]
+            steps = zip(*step_list(count, estep.steps, estep.spacing), strict=True)
+            for number, now in enumerate(steps, start=1):
+                rows = {"image": drawn["image"], "x": x} | texts
+                program = partial(step_latents, self.task)
+                x, clean = self._call(("step",), program, (self.params, *now), rows)
+                seen(member + 1, number, np.stack([*members, clean], axis=2))
+            members.append(x)
+        return np.stack(members, axis=2)
+
+    def mean(self, latents: Float[np.ndarray, "n k e h w c"]) -> Float[np.ndarray, "n k 1 h w c"]:
+        """The mean over the members, as `sample` computes it."""
+        return self._call(("mean",), mean_latents, (), {"latents": latents})
 
     def read(
         self,
@@ -181,7 +224,29 @@ def sample_latents(
     # The texts take the place of the prompt bank: one set [t, l, d] for each view.
     frozen = {"vae": vae, "bank": {"tokens": batch["tokens"], "mask": batch["mask"]}}
     latents = task.sample(params, frozen, batch["crops"], batch["index"], estep, seed=root)
-    return latents.mean(axis=2, keepdims=True) if mean else latents
+    return mean_latents({"latents": latents}) if mean else latents
+
+
+def mean_latents(batch: Params) -> Float[Array, "n k 1 h w c"]:
+    """The program of `Programs.mean`."""
+    return batch["latents"].mean(axis=2, keepdims=True)
+
+
+def start_sampling(
+    task: SegmentationTask, vae: Params, root: Array, batch: Params, *, ensemble: int
+) -> dict[str, Array]:
+    """Latents of the images and noise of the members, where `Programs.sample_in_steps` begins."""
+    frozen = {"vae": vae, "bank": {"tokens": batch["tokens"], "mask": batch["mask"]}}
+    image, noise = task.start(frozen, batch["crops"], batch["index"], ensemble, seed=root)
+    return {"image": image, "noise": noise}
+
+
+def step_latents(
+    task: SegmentationTask, params: Params, t: Array, t_next: Array, is_last: Array, batch: Params
+) -> tuple[Array, Array]:
+    """One step of one member: the next latents and the clean ones so far, [n, k, h, w, c] each."""
+    bank = {"tokens": batch["tokens"], "mask": batch["mask"]}
+    return task.step(params, bank, batch["image"], batch["x"], (t, t_next, is_last))
 
 
 def read_masks(

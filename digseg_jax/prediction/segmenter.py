@@ -25,8 +25,9 @@ from digseg_jax.config.schema import DataConfig, EvalConfig
 from digseg_jax.config.templates import PLACE, asked_templates, fill
 from digseg_jax.data.vocabulary import training_templates
 from digseg_jax.errors import UserError
-from digseg_jax.prediction.answer import Answer, ViewMasks
+from digseg_jax.prediction.answer import Answer, ViewMasks, empty_answer
 from digseg_jax.prediction.programs import Programs
+from digseg_jax.prediction.progress import Job, Watch, Watcher
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import Views, make_views
 from digseg_jax.training.tasks.parts import encode_bank
@@ -140,6 +141,7 @@ class Segmenter:
         evidence: bool = False,
         later: bool = False,
         advance: Callable[[int, int], None] | None = None,
+        watch: Watch | None = None,
     ) -> list[Answer]:
         """Answers this process's requests; every process must call it, with any number of requests.
 
@@ -152,6 +154,8 @@ class Segmenter:
           evidence: keep each member's evidence in place of probabilities.
           later: sample only; the answers keep latents in place of masks (`ViewMasks.latents`).
           advance: called with the steps done and their total; a step is one group of queries in a call.
+          watch: called after every step of each member of a single request (see `prediction.progress`).
+            Members are then sampled one by one: the same masks, to rounding.
 
         Raises:
           UserError: no queries, a blank or too long one, or some that the codec cannot answer.
@@ -161,7 +165,7 @@ class Segmenter:
             self._check(request.queries)
         ways = [max(1, len(request.templates)) for request in requests]
         requests = [request.in_texts() for request in requests]
-        job = _Job(
+        job = Job(
             estep=estep,
             root=jax.random.key(key) if isinstance(key, int) else key,
             scale=self.codec.scale or scale or self.scale,
@@ -189,6 +193,9 @@ class Segmenter:
         others = len(decoded) < len(requests)
         agreed = self.programs.agree_on_largest(max(decoded, default=0), int(others))
         job.decoded, job.chooses = agreed[0], bool(agreed[1])
+        if watch:
+            room = empty_answer(views[0], self.size, job.scale, _bias_of(requests[0]), ways[0])
+            job.watcher = Watcher(watch, room, job.total * estep.ensemble * estep.steps)
 
         found: dict[tuple[int, int], ViewMasks] = {}  # by request and view
         for call in range(calls):
@@ -230,7 +237,7 @@ class Segmenter:
         filled = -(-queries // slots) * slots  # empty places of the last call are decoded as well
         return decoder != "probe" and not chooses_masks(self.settings, decoder, filled)
 
-    def _is_decoded(self, request: Request, job: _Job) -> bool:
+    def _is_decoded(self, request: Request, job: Job) -> bool:
         """Whether every mask of the request is decoded."""
         return self.decodes_all(len(request.queries), job.slots, job.decoder)
 
@@ -246,7 +253,7 @@ class Segmenter:
         views: Sequence[Views],
         places: Sequence[tuple[int, int]],
         rows: int,
-        job: _Job,
+        job: Job,
     ) -> list[ViewMasks]:
         """Masks of all queries for one call's views; places: (request, view) of each of them."""
         # Padding repeats the last view; a process without any views hands over black ones.
@@ -261,9 +268,8 @@ class Segmenter:
         parts, latents = [], []
         for group in range(job.groups):
             tokens, mask, bias = self._group(asked, rows, group, job.slots)
-            sampled = self.programs.sample(
-                crops, index, tokens, mask, job.root, job.estep, mean=job.decoder == "latent_mean"
-            )
+            seen = [k for _, k in places], group * job.slots
+            sampled = self._sample((crops, index, tokens, mask), bias, seen, job)
             if job.later:
                 parts.append({"latents": sampled[:, None]})
             elif group * job.slots < job.decoded:
@@ -271,6 +277,8 @@ class Segmenter:
                     sampled, bias, job.scale, job.decoder, biased=job.biased, evidence=job.evidence
                 )
                 parts.append(read)
+                if job.watcher and not job.evidence:
+                    job.watcher.put(read["probability"], *seen)
             if job.chooses:
                 latents.append(sampled)
             job.tick()
@@ -286,6 +294,26 @@ class Segmenter:
         if job.chooses and job.decoder != "probe":
             self._decode_first(asked, masks, every, job)
         return masks
+
+    def _sample(
+        self, rows: tuple[np.ndarray, ...], bias: np.ndarray, seen: tuple[list[int], int], job: Job
+    ) -> Float[np.ndarray, "n k e h w c"]:
+        """Samples one group of queries of a call's views; a watcher is told of every step.
+
+        rows: crops, index, tokens and mask of `Programs.sample`. seen: the views, and the first query.
+        """
+        mean = job.decoder == "latent_mean"
+        if job.watcher is None:
+            return self.programs.sample(*rows, job.root, job.estep, mean=mean)
+
+        def read(latents: np.ndarray) -> np.ndarray:
+            """Probabilities [n, q, h, w] by the mean latent of the members so far."""
+            latents = latents.mean(axis=2, keepdims=True)  # no program for each number of members
+            return self.read(latents, bias, job.scale, biased=job.biased)["probability"]
+
+        told = job.watcher.sees(read, *seen)
+        latents = self.programs.sample_in_steps(*rows, job.root, job.estep, told)
+        return self.programs.mean(latents) if mean else latents
 
     def read(
         self, latents: np.ndarray, bias: np.ndarray, scale: float, decoder: str = "", **options: bool
@@ -315,7 +343,7 @@ class Segmenter:
         asked: Sequence[Request],
         masks: Sequence[ViewMasks],
         latents: Float[np.ndarray, "n q 1 h w c"],
-        job: _Job,
+        job: Job,
     ) -> None:
         """Decodes the queries that the probe ranks first, `decode_limit` in each view that it read."""
         # Probabilities compare as evidence + bias / scale. Unused places decode query 0 in vain.
@@ -373,36 +401,6 @@ class Segmenter:
             self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(missing)}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))
         return tokens, mask
-
-
-@dataclasses.dataclass
-class _Job:
-    """Settings and progress that the calls of one `segment` share.
-
-    slots: texts per call. groups: calls that a view needs. decoded: the most texts of a request whose
-    masks are all decoded, 0 without one. chooses: whether other requests decode only some masks.
-    """
-
-    estep: EStep
-    root: Array
-    scale: float
-    decoder: str
-    evidence: bool
-    later: bool
-    advance: Callable[[int, int], None] | None = None
-    slots: int = 1
-    groups: int = 1
-    decoded: int = 0
-    chooses: bool = False
-    biased: bool = False
-    done: int = 0
-    total: int = 0
-
-    def tick(self) -> None:
-        """Counts one more step as done and reports it."""
-        self.done += 1
-        if self.advance:
-            self.advance(self.done, self.total)
 
 
 def _decoded(request: Request, parts: Sequence[dict[str, np.ndarray]]) -> ViewMasks:

@@ -114,7 +114,12 @@ def _shaped(path: Path, make: Callable[[], T]) -> T:
         raise UserError(f"{path} is not of the expected form: {error!r}") from error
 
 
-def _fill(template: str, values: Mapping[str, str]) -> str:
+def packaged(name: str) -> str:
+    """Text of a file that a page is made of, from this package."""
+    return (resources.files("digseg_jax.report") / name).read_text(encoding="utf-8")
+
+
+def fill_page(template: str, values: Mapping[str, str]) -> str:
     """Replaces each {{name}} once; the inserted text is not searched again."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
@@ -147,16 +152,12 @@ def render(workdir: Path) -> str:
     ]
 
     # Style and script go into the page itself.
-    package = resources.files("digseg_jax.report")
-    page, style, script = (
-        (package / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
-    )
-    return _fill(page, {
+    return fill_page(packaged("page.html"), {
         "title": esc(f"{results['dataset']} · {workdir.resolve().name}"),
         "dataset": esc(results["dataset"]),
         "run": esc(workdir.resolve().name),
-        "style": style,
-        "script": script,
+        "style": packaged("page.css"),
+        "script": packaged("slider.js") + packaged("page.js"),
         "body": "\n".join(part for part in parts if part),
     })  # fmt: skip
 

@@ -96,7 +96,7 @@ def _thumb(
     )
 
 
-def _stage(photo: DataImage, prediction: DataImage, where: str) -> str:
+def stage(photo: DataImage, prediction: DataImage, where: str) -> str:
     """The slider: input on the left, a label image or mask on the right, a movable line between."""
     return (
         f'<div class="stage" style="aspect-ratio:{photo[1]}/{photo[2]}">'
@@ -145,7 +145,7 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
         f' data-classes="{esc(json.dumps(present))}" aria-labelledby="item-{index}">'
         f'<header><h3 id="item-{index}">{esc(where)}</h3>'
         f'<p class="score">mIoU {number(item.get("miou"))}</p></header>'
-        f"{_stage(photo, prediction, where)}"
+        f"{stage(photo, prediction, where)}"
         '<p class="under" aria-hidden="true"></p>'
         f'<div role="group" aria-label="Right side of the slider, {esc(where)}">'
         f'<div class="maps">{maps}</div><div class="masks">{masks}</div></div>{note}</article>'

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int
 from digseg_jax.config.sampling import EStep
-from digseg_jax.diffusion.ddim import sample
+from digseg_jax.diffusion.ddim import Denoise, sample, step
 from digseg_jax.diffusion.schedule import Schedule
 
 DECODERS = ("latent_mean", "vae", "probe")
@@ -56,23 +56,51 @@ def sample_mask_latents(
       schedule: noise schedule.
       estep: number and spacing of the steps.
     """
-    n, e, h, w, c = noise.shape
     q = tokens.shape[-3]
-    axes = (n, q, e)
-    lacking = (2,) if tokens.ndim == 4 else (0, 2)
-
-    def spread(x: Array, where: tuple[int, ...]) -> Array:
-        """Repeats x along the axes (n, q, e) that it lacks and merges them into one batch axis."""
-        x = jnp.expand_dims(x, where)
-        return jnp.broadcast_to(x, (*axes, *x.shape[3:])).reshape(n * q * e, *x.shape[3:])
-
-    image = spread(image_latent, (1, 2))
-    text, text_mask = spread(tokens, lacking), spread(mask, lacking)
     latents = sample(
-        lambda x, t: predict_latent(image, x, t, text, text_mask),
-        spread(noise, (1,)),
+        _denoiser(predict_latent, image_latent, tokens, mask, noise.shape[1]),
+        _spread(noise, (1,), (noise.shape[0], q, noise.shape[1])),
         schedule,
         steps=estep.steps,
         spacing=estep.spacing,
     )
-    return latents.reshape(*axes, h, w, c)
+    return latents.reshape(noise.shape[0], q, *noise.shape[1:])
+
+
+def step_mask_latents(
+    predict_latent: PredictLatent,
+    image_latent: Float[Array, "n h w c"],
+    tokens: Float[Array, "*n q l d"],
+    mask: Bool[Array, "*n q l"],
+    x: Float[Array, "n q h w c"],
+    schedule: Schedule,
+    now: tuple[Array, Array, Array],
+) -> tuple[Float[Array, "n q h w c"], Float[Array, "n q h w c"]]:
+    """One step of `sample_mask_latents` for one member: the next latents, and the clean ones so far.
+
+    now: the step's timestep, the one that follows, and whether it is the last (see `ddim.step_list`).
+    """
+    denoise = _denoiser(predict_latent, image_latent, tokens, mask, 1)
+    found, clean = step(denoise, x.reshape(-1, *x.shape[2:]), schedule, *now)
+    return found.reshape(x.shape), clean.reshape(x.shape)
+
+
+def _denoiser(
+    predict_latent: PredictLatent,
+    image_latent: Float[Array, "n h w c"],
+    tokens: Float[Array, "*n q l d"],
+    mask: Bool[Array, "*n q l"],
+    ensemble: int,
+) -> Denoise:
+    """The network's prediction for all images, queries and members as one batch."""
+    axes = (image_latent.shape[0], tokens.shape[-3], ensemble)
+    lacking = (2,) if tokens.ndim == 4 else (0, 2)
+    image = _spread(image_latent, (1, 2), axes)
+    text, text_mask = _spread(tokens, lacking, axes), _spread(mask, lacking, axes)
+    return lambda x, t: predict_latent(image, x, t, text, text_mask)
+
+
+def _spread(x: Array, where: tuple[int, ...], axes: tuple[int, int, int]) -> Array:
+    """Repeats x along the axes (images, queries, members) that it lacks, and merges them into one."""
+    x = jnp.expand_dims(x, where)
+    return jnp.broadcast_to(x, (*axes, *x.shape[3:])).reshape(-1, *x.shape[3:])

@@ -20,7 +20,12 @@ from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.segmentation.codecs import load_state, save_state
 from digseg_jax.segmentation.latent_probe import enlarge
-from digseg_jax.segmentation.sampling import member_noise, sample_mask_latents
+from digseg_jax.segmentation.sampling import (
+    PredictLatent,
+    member_noise,
+    sample_mask_latents,
+    step_mask_latents,
+)
 from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.training.tasks.parts import (
     ANCHORS,
@@ -307,20 +312,50 @@ class SegmentationTask(Task):
         image_latent = self.vae.encode(frozen["vae"], to_unit(image))
         seed = self.config.seed if seed is None else seed
 
-        def denoise(*rows: Array) -> Array:
-            """The U-Net's prediction, at most `compute.unet_batch` rows at a time to bound memory."""
-            limit = self.config.compute.unet_batch
-            return in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
-
         # The noise is a function of (seed, image index, member), whatever the batch and the mesh.
         return sample_mask_latents(
-            denoise,
+            self._denoise(params),
             image_latent,
             *self._context(frozen["bank"]),
             member_noise(seed, index, estep.ensemble, image_latent.shape[1:]),
             self.schedule,
             estep,
         )
+
+    def start(
+        self,
+        frozen: Params,
+        image: UInt8[Array, "n H W 3"],
+        index: Int[Array, " n"],
+        ensemble: int,
+        *,
+        seed: int | Array,
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n k e h w c"]]:
+        """What `sample` begins with: the images' latents, and every mask image's initial noise."""
+        latent = self.vae.encode(frozen["vae"], to_unit(image))
+        noise = member_noise(seed, index, ensemble, latent.shape[1:])
+
+        # All mask images of a member share its noise.
+        masks = self._context(frozen["bank"])[0].shape[-3]
+        return latent, jnp.repeat(noise[:, None], masks, axis=1)
+
+    def step(
+        self,
+        params: Params,
+        bank: Params,
+        image_latent: Float[Array, "n h w c"],
+        x: Float[Array, "n k h w c"],
+        now: tuple[Array, Array, Array],
+    ) -> tuple[Float[Array, "n k h w c"], Float[Array, "n k h w c"]]:
+        """One step of `sample` for one member; see `step_mask_latents`."""
+        context = self._context(bank)
+        denoise = self._denoise(params)
+        return step_mask_latents(denoise, image_latent, *context, x, self.schedule, now)
+
+    def _denoise(self, params: Params) -> PredictLatent:
+        """The U-Net's prediction, at most `compute.unet_batch` rows at a time to bound memory."""
+        limit = self.config.compute.unet_batch
+        return lambda *rows: in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
     def _context(self, bank: Params) -> tuple[Array, Array]:
         """Tokens for cross-attention, one row per mask image: [k, l, d], or [n, k, l, d] per image."""

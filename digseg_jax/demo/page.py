@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's page: the report's style, slider and stage, and what this model can be asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from digseg_jax.data.datasets import registry
+from digseg_jax.errors import UserError
+from digseg_jax.prediction.pretrained import PretrainedSegmenter
+from digseg_jax.report.build import fill_page, packaged
+from digseg_jax.report.cards import stage
+from digseg_jax.report.markup import esc
+
+FOLDER = Path(__file__).parent
+# Held-out squares of the shipped weights' land cover (NASA Blue Marble, public domain).
+SAMPLES = {path.stem: path for path in sorted((FOLDER / "samples").glob("*.jpg"))}
+FIRST_WORDS = 6  # of the model's classes that are in the field at first
+# A transparent pixel: the images come later.
+_EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7", 4, 3
+
+
+class Page:
+    """The page of a model.
+
+    Args:
+      name: of the model, as the user knows it.
+      segmenter: tells its classes, and whether it takes any word.
+    """
+
+    def __init__(self, name: str, segmenter: PretrainedSegmenter):
+        self.classes, self.closed = list(segmenter.description.classes), segmenter.codec.closed
+        sampling = segmenter.settings
+        self.html = fill_page((FOLDER / "demo.html").read_text(encoding="utf-8"), {
+            "title": esc(f"digseg · {name}"),
+            "model": esc(name),
+            "style": packaged("page.css") + (FOLDER / "demo.css").read_text(encoding="utf-8"),
+            "script": packaged("slider.js") + (FOLDER / "demo.js").read_text(encoding="utf-8"),
+            "stage": stage(_EMPTY, _EMPTY, "your image"),
+            "samples": "".join(map(_sample, SAMPLES)),
+            "facts": _inline({
+                "classes": self.classes,
+                "words": self.classes if self.closed else self.classes[:FIRST_WORDS],
+                "closed": self.closed,
+                "members": sampling.ensemble,
+                "steps": sampling.steps,
+                "vocabularies": {} if self.closed else _vocabularies(),
+            }),
+        })  # fmt: skip
+
+    def check(self, words: Sequence[str]) -> None:
+        """Raises UserError unless the model can be asked these words."""
+        if self.closed and list(words) != self.classes:
+            raise UserError(f"this model answers its own classes only: {', '.join(self.classes)}")
+
+
+def _sample(name: str) -> str:
+    """A button that takes a sample image."""
+    shown = esc(name.replace("_", " ").title())
+    return (
+        f'<button type="button" class="sample" data-sample="{esc(name)}" aria-pressed="false">'
+        f'<img src="samples/{esc(name)}.jpg" width="256" height="256" alt="">{shown}</button>'
+    )
+
+
+def _vocabularies() -> dict[str, list[str]]:
+    """Class names of the data sets; those whose classes are beside the data are left out."""
+    found = {}
+    for name in registry.names():
+        with contextlib.suppress(UserError):
+            found[name] = list(registry.spec(name).names)
+    return found
+
+
+def _inline(value: object) -> str:
+    """JSON that may stand inside a script element."""
+    return json.dumps(value).replace("<", "\\u003c")
