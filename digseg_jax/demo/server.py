@@ -260,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def mask(self, _: dict, job_id: str, place: str) -> Reply:
         """The soft mask of one word, in gray."""
-        _, planes = self._planes(job_id)
+        planes = self._planes(job_id)[1]
         if int(place) >= len(planes):
             raise Refused(HTTPStatus.NOT_FOUND, "no such word")
         return Reply.png(

@@ -57,8 +57,9 @@ def sample(
     def next_latents(x: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return step(denoise, x, schedule, *now)[0], None
 
-    every = (jnp.asarray(column) for column in step_list(schedule.num_timesteps, steps, spacing))
-    return jax.lax.scan(next_latents, noise, tuple(every))[0]
+    points, following, last = step_list(schedule.num_timesteps, steps, spacing)
+    xs = (jnp.asarray(points), jnp.asarray(following), jnp.asarray(last))
+    return jax.lax.scan(next_latents, noise, xs)[0]
 
 
 def step_list(num_train: int, steps: int, spacing: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

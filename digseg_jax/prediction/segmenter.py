@@ -34,6 +34,7 @@ from digseg_jax.training.tasks.parts import encode_bank
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # crops, index, tokens and mask
 NOTHING = ("any",)  # queries of a process that has no views in a call
 
 
@@ -296,11 +297,11 @@ class Segmenter:
         return masks
 
     def _sample(
-        self, rows: tuple[np.ndarray, ...], bias: np.ndarray, seen: tuple[list[int], int], job: Job
+        self, rows: Rows, bias: np.ndarray, seen: tuple[list[int], int], job: Job
     ) -> Float[np.ndarray, "n k e h w c"]:
         """Samples one group of queries of a call's views; a watcher is told of every step.
 
-        rows: crops, index, tokens and mask of `Programs.sample`. seen: the views, and the first query.
+        rows: see `Programs.sample`. seen: the views, and the first query.
         """
         mean = job.decoder == "latent_mean"
         if job.watcher is None:
