@@ -19,31 +19,39 @@ from digseg_jax.viz.colors import IGNORE_COLOR
 
 DataImage = tuple[str, int, int]  # data URI, width, height
 
+QUALITY = 75  # of photos and soft masks, 0..100
 _AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)  # RGB in an error map: pale, vermilion
 
 
-def load_image(folder: Path, name: Any) -> DataImage:
-    """A PNG of the gallery folder as a data URI, with its size.
+def load_image(folder: Path, name: Any, kind: str) -> DataImage:
+    """A PNG of the gallery folder as a data URI of WebP, with the PNG's size.
+
+    kind: "photo"; "labels", whose colors are kept exactly, as the script reads classes from them; or
+      "mask", at half the size.
 
     Raises:
       UserError: the file is missing, not a PNG, or not directly in the folder.
     """
     if not isinstance(name, str) or Path(name).name != name:
         raise UserError(f"gallery image {name!r} must be the plain name of a file in {folder}")
-
-    # Pillow reads the size only; the file's bytes go into the page unchanged.
     try:
-        data = (folder / name).read_bytes()
-        with Image.open(BytesIO(data), formats=["PNG"]) as opened:
-            width, height = opened.size
-    except (OSError, UnidentifiedImageError) as error:
+        with Image.open(folder / name, formats=["PNG"]) as opened:
+            image = opened.convert("L" if kind == "mask" else "RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise UserError(f"gallery image {folder / name} is missing or not a PNG") from error
-    return _uri(data), width, height
+
+    # A soft mask has the detail of its latent, an eighth of the image's: half the size shows all of it.
+    width, height = image.size
+    if kind == "mask":
+        image = image.reduce(2)
+    return _uri(image, exact=kind == "labels"), width, height
 
 
-def _uri(png: bytes) -> str:
-    """Data URI of a PNG."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _uri(image: Image.Image, *, exact: bool) -> str:
+    """Data URI of an image as WebP; exact: without loss."""
+    data = BytesIO()
+    image.save(data, "WEBP", lossless=exact, quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
 def error_map(prediction: Path, truth: Path) -> DataImage:
@@ -61,12 +69,8 @@ def error_map(prediction: Path, truth: Path) -> DataImage:
     ignored = (target == IGNORE_COLOR).all(axis=-1)
     index = np.where(ignored, 2, (guess != target).any(axis=-1)).astype(np.uint8)
 
-    # A palette of three colors makes a small file, as it is inlined.
-    shown = Image.fromarray(index)
-    shown.putpalette([*_AGREE, *_DIFFER, *IGNORE_COLOR])
-    buffer = BytesIO()
-    shown.save(buffer, "PNG", optimize=True)
-    return _uri(buffer.getvalue()), shown.width, shown.height
+    shown = Image.fromarray(np.array([_AGREE, _DIFFER, IGNORE_COLOR], np.uint8)[index])
+    return _uri(shown, exact=True), shown.width, shown.height
 
 
 def _img(shown: DataImage, alt: str, kind: str) -> str:
@@ -119,11 +123,12 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
     """
     where = str(item["id"])
 
-    def load(name: Any) -> DataImage:
-        return load_image(folder, name)
+    def load(name: Any, kind: str) -> DataImage:
+        return load_image(folder, name, kind)
 
     # The four images that every card has; the error map is made here.
-    photo, prediction, truth = (load(item[k]) for k in ("image", "prediction", "label"))
+    photo = load(item["image"], "photo")
+    prediction, truth = load(item["prediction"], "labels"), load(item["label"], "labels")
     wrong = error_map(folder / item["prediction"], folder / item["label"])
     maps = _thumb(prediction, "labels", "prediction", where, "prediction", True)
     maps += _thumb(truth, "labels", "truth", where, "truth", False)
@@ -153,7 +158,10 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
 
 
 def _mask(
-    query: Mapping[str, Any], where: str, load: Callable[[Any], DataImage], colors: Mapping[str, str]
+    query: Mapping[str, Any],
+    where: str,
+    load: Callable[[Any, str], DataImage],
+    colors: Mapping[str, str],
 ) -> str:
     """Thumbnail of a query's mask, tinted in its class's color, with its IoU."""
     name = str(query["name"])
@@ -161,7 +169,7 @@ def _mask(
     dot = f'<span class="dot" style="background:{color}"></span>' if color else ""
     extra = f'<span class="word">{dot}{esc(name)}</span>{number(query.get("iou"), 2)}'
     what, tint = f"mask of “{name}”", color or "#ffffff"
-    return _thumb(load(query["mask"]), "mask", what, where, extra, False, tint)
+    return _thumb(load(query["mask"], "mask"), "mask", what, where, extra, False, tint)
 
 
 def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
@@ -207,7 +215,7 @@ def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[st
         "Drag the line, or focus it and use the arrow keys. Point at a place to read its true and its "
         "predicted class; T puts the whole truth on the right. Choose a small image to put it on "
         "the right: the truth, where the two differ, or the soft mask of one query (bright: "
-        "certain) with its IoU."
+        "certain) with its IoU; arrow keys move between the small images."
     )
     return section("gallery", "Held-out images", _toolbar(names, colors)
                    + f'<div class="cards">{cards}</div>', lead)  # fmt: skip

@@ -5,7 +5,7 @@
   const cards = [...document.querySelectorAll(".card")];
   if (!cards.length) return;
 
-  const { wire, choose } = window.slider;
+  const { wire, choose, rove } = window.slider;
 
   // What is under the pointer: names by the colors of the two label images.
   const names = new Map();
@@ -75,6 +75,7 @@
     }
     for (const chip of chips) {
       chip.setAttribute("aria-pressed", String(chip.dataset.class === name));
+      chip.tabIndex = chip.dataset.class === name ? 0 : -1;
     }
     shown.textContent = `${count} of ${cards.length} images`;
   }
@@ -86,6 +87,7 @@
     });
   }
   filter("");
+  rove(document.querySelector(".chips"), ".chip");
 
   const given = (a, b) => a.dataset.index - b.dataset.index;
   const score = (card) => (card.dataset.miou === "" ? NaN : Number(card.dataset.miou));

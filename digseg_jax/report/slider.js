@@ -30,6 +30,7 @@ window.slider = (() => {
     card.querySelector(".tag.right").textContent = thumb.dataset.what;
     for (const other of card.querySelectorAll(".thumb")) {
       other.setAttribute("aria-pressed", String(other === thumb));
+      other.tabIndex = other === thumb ? 0 : -1;
     }
     moveTo(card, position(card));
   }
@@ -54,6 +55,20 @@ window.slider = (() => {
       default:
         return null;
     }
+  }
+
+  // One stop of the Tab key for many buttons: arrow keys move between them.
+  function rove(group, selector) {
+    group.addEventListener("keydown", (event) => {
+      const all = [...group.querySelectorAll(selector)];
+      const now = all.indexOf(event.target.closest(selector));
+      const steps = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -now, End: all.length };
+      if (now < 0 || !(event.key in steps) || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      const next = all[Math.min(all.length - 1, Math.max(0, now + steps[event.key]))];
+      for (const one of all) one.tabIndex = one === next ? 0 : -1;
+      next.focus();
+    });
   }
 
   function wire(card) {
@@ -84,6 +99,10 @@ window.slider = (() => {
       event.preventDefault();
       moveTo(card, value);
     });
+    for (const thumb of card.querySelectorAll(".thumb")) {
+      thumb.tabIndex = thumb.getAttribute("aria-pressed") === "true" ? 0 : -1;
+    }
+    rove(card, ".thumb");
     // Thumbnails may come later: listen on the card.
     card.addEventListener("click", (event) => {
       const thumb = event.target.closest(".thumb");
@@ -91,5 +110,5 @@ window.slider = (() => {
     });
   }
 
-  return { wire, choose, moveTo, position };
+  return { wire, choose, moveTo, rove };
 })();

@@ -103,6 +103,23 @@ def test_the_slider_is_reached_by_tab_and_shows_its_focus(page):
     assert page.evaluate(style) == "solid"
 
 
+def test_a_card_has_two_stops_of_the_tab_key_and_arrow_keys_reach_its_small_images(page):
+    focused = "document.activeElement.dataset.what ?? document.activeElement.getAttribute('role')"
+    slider(page).focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "prediction"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) == "truth"
+    page.keyboard.press("Enter")
+    assert page.locator(".card").first.locator(".tag.right").text_content() == "truth"
+    page.keyboard.press("End")
+    assert page.evaluate(focused).startswith("mask of")
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "slider"
+    assert page.locator(".card .thumb:not([tabindex='-1'])").count() == IMAGES
+    assert page.locator(".chip:not([tabindex='-1'])").count() == 1
+
+
 def test_the_filter_leaves_the_images_with_that_class(page):
     cards = page.locator(".card")
     sets = cards.evaluate_all("cards => cards.map(c => JSON.parse(c.dataset.classes))")

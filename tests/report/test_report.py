@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -21,6 +23,7 @@ from digseg_jax.models import functional
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.prediction.description import FrozenPart, describe
 from digseg_jax.report import build_report, class_colors, legend, overlay, paint, write_gallery
+from digseg_jax.report.cards import load_image
 from digseg_jax.report.chart import log_ticks, smooth, thin
 from digseg_jax.viz.colors import IGNORE_COLOR, NATURAL, separation, to_hex
 from digseg_jax.viz.gallery import GalleryItem
@@ -380,3 +383,21 @@ def test_curves_keep_their_ends_and_constants():
     assert len(thin(line)) <= 401
     assert log_ticks(0.009, 1.2) == [0.01, 0.1, 1.0]
     assert len(log_ticks(0.031, 0.049)) >= 1
+
+
+def test_images_go_into_the_page_small_and_classes_keep_their_exact_colors(tmp_path):
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8)).resize((180, 120)))
+    colors = np.array([(1, 2, 3), (250, 9, 77)], np.uint8)[rng.integers(0, 2, (120, 180))]
+    for name, pixels in (("photo", smooth), ("labels", colors), ("mask", smooth[..., 0])):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+
+    def shown(kind):
+        uri, width, height = load_image(tmp_path, f"{kind}.png", kind)
+        assert (width, height) == (180, 120) and uri.startswith("data:image/webp;base64,")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+    np.testing.assert_array_equal(shown("labels"), colors)
+    assert shown("mask").shape == (60, 90, 3)
+    assert np.abs(shown("photo").astype(int) - smooth).mean() < 6
+    assert len(load_image(tmp_path, "photo.png", "photo")[0]) < (tmp_path / "photo.png").stat().st_size
