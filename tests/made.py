@@ -10,7 +10,7 @@ import numpy as np
 
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.crops import CropRules
-from digseg_jax.data.pipeline import CropWithNames
+from digseg_jax.data.pipeline import CropWithNames, NamedQueries
 from digseg_jax.data.queries import QuerySampler
 from digseg_jax.data.stream import Part
 
@@ -50,4 +50,4 @@ def part(source, weight=1.0, first=0, on_error="raise", seed=0):
     rows = tuple((first + 2 * c, first + 2 * c + 1) for c in range(CLASSES))
     covers = np.arange(CLASSES, dtype=np.int32)[:, None]
     sampler = QuerySampler(ones, 0.3, confusable=np.eye(CLASSES)[::-1], hard_rate=0.5)
-    return Part(guarded, CropWithNames(CropRules(32), 3, sampler, rows, covers), weight)
+    return Part(guarded, CropWithNames(CropRules(32), NamedQueries(3, sampler, rows, covers)), weight)

@@ -250,6 +250,7 @@ TREES = {
     "pascal_context_59": pascal_context,
     "pascal_context_459": pascal_context,
     "pascal_voc": pascal_voc,
+    "pascal_voc_21": pascal_voc,
     "phenobench": phenobench,
     "refuge2": refuge2,
 }

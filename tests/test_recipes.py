@@ -20,7 +20,12 @@ from digseg_jax.training.tasks.parts import Vae, check_sizes
 from digseg_jax.weights.catalog import find, hub_id
 from digseg_jax.weights.hub import _HUB_ID
 
-FROM_FILES = sorted(set(registry.names()) - {"landcover", "landcover_igbp"})
+OTHERS = {
+    "landcover",
+    "landcover_igbp",
+    "pascal_voc_21",
+}  # the last is a part of the generalist's mixture
+FROM_FILES = sorted(set(registry.names()) - OTHERS)
 SMALL = {"camvid": ("palette", "binary")}  # these start from shipped weights by default
 
 

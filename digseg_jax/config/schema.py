@@ -47,12 +47,27 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
-    """A data set of a mixture."""
+    """A data set of a mixture: where it is, how its images are cropped, what its labels leave open."""
 
     name: str = "landcover"
     root: str = ""
     weight: float = setting(1.0, above=0.0)  # share of the examples, relative to the other parts
     split: str = ""  # empty: the data set's training split
+    folder: str = ""  # below config.data.root, for a part without a root of its own
+    # Pixels of an image's short side at scale 1; 0: as config.data.scale_unit says.
+    short_side: int = setting(0, at_least=0)
+    # Range of the random scale; 0: config.data's.
+    scale_min: float = setting(0.0, at_least=0.0)
+    scale_max: float = setting(0.0, at_least=0.0)
+    quarter_turns: bool = False  # turned by 0 to 3 quarters, as config.data.quarter_turns does for all
+    jitter: float = setting(-1.0, at_least=-1.0, at_most=1.0)  # -1: config.data.jitter
+    unasked: tuple[str, ...] = ()  # classes that nobody asks for by name, such as a background
+    # The kind of things that its classes name. Classes of a part without a group are
+    # never asked about the images of other parts.
+    group: str = ""
+    # Groups and single names of other parts whose things its images may show without a label.
+    may_show: tuple[str, ...] = ()
+    held_out: str = ""  # regex on names of images that are not trained on; empty: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +91,7 @@ class DataConfig:
             "pascal_context_59",
             "pascal_context_459",
             "pascal_voc",
+            "pascal_voc_21",
             "phenobench",
             "refuge2",
         ),
@@ -101,6 +117,9 @@ class DataConfig:
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
     # Share of absent queries that name a class likely to occur in such an image (not in the paper).
     hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)
+    # Share of absent queries that name a class of another part of the mixture, one that
+    # the image cannot show (not in the paper).
+    foreign_rate: float = setting(0.0, at_least=0.0, at_most=1.0, tasks=("segmentation",))
     # Scale 1 of a training crop: the image's short side fills it, or its pixels are the image's own
     # (for images of one scale on the ground).
     scale_unit: Literal["short_side", "pixel"] = "short_side"
@@ -314,7 +333,8 @@ class LoggingConfig:
 class EvalConfig:
     """How masks are sampled, decoded and scored after training, and in prediction."""
 
-    split: Literal["test", "val"] = "test"
+    # held_out: of a suite of domains, the training images that are kept aside.
+    split: Literal["test", "val", "held_out"] = "test"
     ensemble: int = setting(2, at_least=1)
     steps: int = setting(2, at_least=1, at_most=NUM_TRAIN_TIMESTEPS)
     spacing: Literal["trailing", "leading"] = "trailing"

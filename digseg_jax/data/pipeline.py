@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.config.schema import DataConfig, LoadingConfig
+from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.crops import CropRules, Example, random_view
@@ -21,7 +21,7 @@ from digseg_jax.data.datasets.statistics import (
     confusable,
     repeat_factors,
 )
-from digseg_jax.data.queries import QuerySampler
+from digseg_jax.data.queries import NOWHERE, QuerySampler
 from digseg_jax.data.shards.latents import LatentSource, cache_folders
 from digseg_jax.data.shards.records import class_hash
 from digseg_jax.data.sources import (
@@ -32,7 +32,8 @@ from digseg_jax.data.sources import (
     training_parts,
 )
 from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream
-from digseg_jax.data.vocabulary import vocabularies
+from digseg_jax.data.vocabulary import foreign_rows, vocabularies
+from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.log import log
 
@@ -83,6 +84,7 @@ class NamedQueries:
       sampler: draws the classes that are asked for.
       rows: for each class the prompt bank's rows of its prompts.
       covers: int32 [classes, m], the ids of each class's mask, as `cover_tables` makes them.
+      foreign: [data set][class] -> rows of classes that its images cannot show (`foreign_rows`).
     """
 
     def __init__(
@@ -91,25 +93,31 @@ class NamedQueries:
         sampler: QuerySampler,
         rows: tuple[tuple[int, ...], ...],
         covers: np.ndarray,
+        foreign: tuple[tuple[tuple[int, ...], ...], ...] = (),
     ):
         self.num_queries, self.sampler = num_queries, sampler
-        self.rows, self.covers = rows, covers
+        self.rows, self.covers, self.foreign = rows, covers, foreign
 
     def draw(self, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Example]:
         """Draws class ids int32 [q], and {"query", "query_class", "query_kind"} (`CropWithNames`)."""
         classes, kinds = self.sampler.draw(label, self.num_queries, rng)
 
         # Any prompt of the class, evenly: synonyms and templates are trained alike.
-        words = [self.rows[c] for c in classes]
+        words = [self._foreign(rng) if c == NOWHERE else self.rows[c] for c in classes]
         query = [row[int(rng.integers(len(row)))] for row in words]
 
         # [q, 1] where no classes are nested: the usual batch then has plain ids, [q].
-        covers = self.covers[classes]
+        covers = np.where(classes[:, None] == NOWHERE, np.int32(NOWHERE), self.covers[classes])
         return classes, {
             "query": np.asarray(query, np.int32),
             "query_class": covers[:, 0] if covers.shape[1] == 1 else covers,
             "query_kind": kinds,
         }
+
+    def _foreign(self, rng: np.random.Generator) -> tuple[int, ...]:
+        """Rows of a class that the image cannot show: any of the other data sets, then any class."""
+        classes = self.foreign[int(rng.integers(len(self.foreign)))]
+        return classes[int(rng.integers(len(classes)))]
 
 
 class CropWithNames:
@@ -119,23 +127,18 @@ class CropWithNames:
     and "query_kind" int32 [q]}, and what `Guarded` counts. "query" is a row of the run's prompt bank;
     "query_kind" tells whether the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one
     of the run's data sets has nested classes, "query_class" is [q, m]: the ids that a mask covers,
-    repeated to m of them.
+    repeated to m of them. Crops of a mixture also have "part" int32, their data set's place in it.
+
+    part: that place; None for a run on one data set.
     """
 
-    def __init__(
-        self,
-        rules: CropRules,
-        num_queries: int,
-        sampler: QuerySampler,
-        rows: tuple[tuple[int, ...], ...],
-        covers: np.ndarray,
-    ):
-        self.rules = rules
-        self.queries = NamedQueries(num_queries, sampler, rows, covers)
+    def __init__(self, rules: CropRules, queries: NamedQueries, part: int | None = None):
+        self.rules, self.queries = rules, queries
+        self.part = {} if part is None else {"part": np.asarray(part, np.int32)}
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image, label = random_view(example["image"], example["label"], self.rules, rng)
-        asked = self.queries.draw(label, rng)[1]
+        asked = self.queries.draw(label, rng)[1] | self.part
         return {"image": image, "label": label} | asked | {"skipped": example["skipped"]}
 
 
@@ -147,17 +150,8 @@ class CachedWithNames:
     the example's number, because only the draw decides which of its two records is read.
     """
 
-    def __init__(
-        self,
-        source: LatentSource,
-        flip: float,
-        num_queries: int,
-        sampler: QuerySampler,
-        rows: tuple[tuple[int, ...], ...],
-        covers: np.ndarray,
-    ):
-        self.source, self.flip = source, flip
-        self.queries = NamedQueries(num_queries, sampler, rows, covers)
+    def __init__(self, source: LatentSource, flip: float, queries: NamedQueries):
+        self.source, self.flip, self.queries = source, flip, queries
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         # Mirrored crops were encoded too, so mirroring means reading the other record.
@@ -202,11 +196,13 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
     # Prompt rows and mask ids are numbered over all data sets of the run.
     chosen = training_parts(config)
     words, covers = vocabularies(config), cover_tables([facts for _, facts, _ in chosen])
+    foreign = foreign_rows(config) if config.foreign_rate else [()] * len(chosen)
     folders = cache_folders(config.latent_cache, chosen) if config.latent_cache else []
 
     made = []
     for k, (part, facts, split) in enumerate(chosen):
-        asked = partial(_asked, config, facts, words[k].rows, covers[k])
+        asked = partial(_asked, config, part, facts, words[k].rows, covers[k], foreign[k])
+        rules = _rules(config, part)
         source: Any
         make: MakeExample
 
@@ -216,18 +212,18 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
             known = {"image_size": config.image_size, "class_hash": class_hash(facts)}
             latents = LatentSource(folders[k], known)
             source = range(len(latents))
-            make = CachedWithNames(latents, config.flip, *asked(latents.statistics()))
+            make = CachedWithNames(latents, config.flip, asked(latents.statistics()))
 
         # Files or shards: narrow labels, because nothing before the batch needs 32 bits.
         else:
             opened = open_part(part, split, narrow=True)
             source = Guarded(opened, facts.num_classes, on_error, seed)
             if task == "prior":
-                make = CropWithCaption(_rules(config), Captions(facts))
+                make = CropWithCaption(rules, Captions(facts))
             else:
                 statistics = statistics_of(opened, source)
                 check_labels(facts, split, statistics, len(opened))
-                make = CropWithNames(_rules(config), *asked(statistics))
+                make = CropWithNames(rules, asked(statistics), k if config.mixture else None)
 
             # Repeat examples of rare classes (LVIS); the guard goes around the repeated source, so
             # that replacements are drawn from it.
@@ -241,28 +237,32 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
     return made
 
 
-def _rules(config: DataConfig) -> CropRules:
-    """Rules of the training crops, from the configuration's keys."""
+def _rules(config: DataConfig, part: PartConfig) -> CropRules:
+    """Rules of a data set's training crops: its own where it has some, else those for all."""
+    # A part's scale 1 is told in pixels of the short side; the rules count in crops.
+    unit = part.short_side / config.image_size if part.short_side else 1.0
     return CropRules(
         size=config.image_size,
-        scale_min=config.scale_min,
-        scale_max=config.scale_max,
+        scale_min=unit * (part.scale_min or config.scale_min),
+        scale_max=unit * (part.scale_max or config.scale_max),
         class_share_cap=config.class_share_cap,
         flip=config.flip,
-        jitter=config.jitter,
-        native=config.scale_unit == "pixel",
-        quarter_turns=config.quarter_turns,
+        jitter=config.jitter if part.jitter < 0 else part.jitter,
+        native=config.scale_unit == "pixel" and not part.short_side,
+        quarter_turns=config.quarter_turns or part.quarter_turns,
     )
 
 
 def _asked(
     config: DataConfig,
+    part: PartConfig,
     facts: DatasetSpec,
     rows: tuple[tuple[int, ...], ...],
     covers: np.ndarray,
+    foreign: tuple[tuple[tuple[int, ...], ...], ...],
     statistics: ClassStatistics,
-) -> tuple[int, QuerySampler, tuple[tuple[int, ...], ...], np.ndarray]:
-    """The arguments of `NamedQueries` for one data set and the class statistics of its labels."""
+) -> NamedQueries:
+    """Draws queries for one data set, by the class statistics of its labels."""
     # Hard negatives: classes that often occur together, or share words of their names.
     names = [(c.name, *c.synonyms) for c in facts.classes]
     sampler = QuerySampler(
@@ -271,8 +271,22 @@ def _asked(
         confusable=confusable(statistics, names),
         hard_rate=config.hard_negative_rate,
         members=_members(facts),
+        askable=_askable(part, facts),
+        foreign_rate=config.foreign_rate if foreign else 0.0,
     )
-    return config.num_queries, sampler, rows, covers
+    return NamedQueries(config.num_queries, sampler, rows, covers, foreign)
+
+
+def _askable(part: PartConfig, facts: DatasetSpec) -> np.ndarray | None:
+    """Classes that are asked for by name, bool [c]; None: all.
+
+    Raises:
+      UserError: the part leaves no class to ask for.
+    """
+    asked = np.array([name not in part.unasked for name in facts.names])
+    if not asked.any():
+        raise UserError(f"config.data.mixture: {part.name} has no class but {', '.join(facts.names)}")
+    return None if asked.all() else asked
 
 
 def training_stream(

@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 
 # Kinds of queries: the class is in the crop, is not, or is not although it would be expected.
-PRESENT, ABSENT, HARD_ABSENT = range(3)
+# Or it is one of another data set of the mixture, which the image cannot show.
+PRESENT, ABSENT, HARD_ABSENT, FOREIGN = range(4)
+NOWHERE = -2  # class id of a foreign query: no pixel of any label has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,9 @@ class QuerySampler:
       confusable: float [c, c], how strongly class a (column) is expected beside class p (row).
       hard_rate: share of the absent classes that are drawn by `confusable` rather than evenly.
       members: bool [c, c], the ids (columns) that a class's mask (row) covers where classes are nested.
+      askable: bool [c], False for a class that nobody asks for by name; None: all are asked for.
+      foreign_rate: share of the negative queries that are for a class of another data set. If an image
+        shows all of its own classes, all of them are.
     """
 
     rarity: np.ndarray
@@ -31,6 +36,8 @@ class QuerySampler:
     confusable: np.ndarray | None = None
     hard_rate: float = 0.0
     members: np.ndarray | None = None
+    askable: np.ndarray | None = None
+    foreign_rate: float = 0.0
 
     def __call__(self, label: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
         """Draws class ids, int32 [n]; without repetition while there are enough classes."""
@@ -42,14 +49,15 @@ class QuerySampler:
         """Draws class ids, int32 [n], and their kinds in this crop (PRESENT, ...), int32 [n].
 
         The kinds tell what was drawn, not what was wanted: a crop that shows every
-        class has no negatives.
+        class has no negatives of its own. A foreign query has the class id NOWHERE.
         """
         # Shares of all pixels, ignored ones included. Where classes are nested,
         # a class's share includes the classes that it covers.
         share = class_counts(label, len(self.rarity)) / label.size
         if self.members is not None:
             share = self.members @ share
-        present, absent = share > self.min_share, share == 0
+        askable = np.ones(len(share), bool) if self.askable is None else self.askable
+        present, absent = (share > self.min_share) & askable, (share == 0) & askable
 
         # Prefer rare classes, and mildly those of large areas.
         weight = np.where(present, self.rarity * share**0.25, 0.0)
@@ -58,25 +66,38 @@ class QuerySampler:
         chosen: list[int] = []
         kinds: list[int] = []
         for _ in range(n):
+            negative = rng.random() < self.negative_rate
+            if negative and self._is_foreign(absent, rng):
+                chosen.append(NOWHERE)
+                kinds.append(FOREIGN)
+                continue
+
             # Three pools: absent classes evenly, absent but expected ones, present ones by weight.
-            negative = rng.random() < self.negative_rate and absent.any()
+            negative = negative and absent.any()
             pool = absent.astype(float) if negative else weight
             hard = negative and expected is not None and rng.random() < self.hard_rate
             if hard:
                 pool = expected
 
-            # Nothing to draw from (only classes below min_share, or only ignored pixels): take any
-            # class shown, or any at all.
+            # Nothing to draw from (only classes below min_share or unasked, or only ignored pixels):
+            # take any class shown, or any at all.
             if not pool.any():
-                pool = (share > 0).astype(float) if (share > 0).any() else np.ones_like(share)
+                shown = (share > 0) & askable
+                pool = (shown if shown.any() else askable).astype(float)
 
             # Repeat a class only when all of the pool have been drawn.
             fresh = pool.copy()
-            fresh[chosen] = 0.0
+            fresh[[c for c in chosen if c != NOWHERE]] = 0.0
             pool = fresh if fresh.any() else pool
             chosen.append(_draw(pool, rng))
             kinds.append(PRESENT if share[chosen[-1]] else HARD_ABSENT if hard else ABSENT)
         return np.asarray(chosen, np.int32), np.asarray(kinds, np.int32)
+
+    def _is_foreign(self, absent: np.ndarray, rng: np.random.Generator) -> bool:
+        """Whether a negative query is for a class of another data set."""
+        if not self.foreign_rate:
+            return False
+        return not absent.any() or rng.random() < self.foreign_rate
 
     def _expected(self, present: np.ndarray, absent: np.ndarray) -> np.ndarray | None:
         """Weights of the absent classes that one would expect in this crop; None if there are none."""

@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from digseg_jax.config.schema import Config, DataConfig, PartConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.judgment import judge
+from digseg_jax.data.datasets.pairs import FileSource
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
@@ -17,12 +25,29 @@ from digseg_jax.data.shards import records
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
+HELD_OUT = "held_out"  # split of the training images that a mixture's part keeps aside
 TFDS = "tfds:"  # prefix of data sets that TensorFlow Datasets prepared
 
 
 def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
-    """Data sets that training draws from; a single one of weight 1 if there is no mixture."""
-    return config.mixture or (PartConfig(config.name, config.root, split=config.split),)
+    """Data sets that training draws from; a single one of weight 1 if there is no mixture.
+
+    A part's folder is looked for below config.root; the root that comes back is a path.
+    """
+    if not config.mixture:
+        return (PartConfig(config.name, config.root, split=config.split),)
+    return tuple(
+        dataclasses.replace(part, root=os.path.join(os.path.expanduser(config.root), part.folder))
+        if part.folder and not part.root
+        else part
+        for part in config.mixture
+    )
+
+
+def labels_of(parts: Sequence[PartConfig]) -> tuple[str, ...]:
+    """A name for each part of a mixture in logs: its folder or data set, numbered if that repeats."""
+    names = [part.folder or part.name for part in parts]
+    return tuple(name if names.count(name) == 1 else f"{name}_{k}" for k, name in enumerate(names))
 
 
 def spec_of(part: PartConfig) -> DatasetSpec:
@@ -74,14 +99,51 @@ def open_dataset(name: str, root: str = "", split: str = "") -> Source:
     return open_part(part, split or spec_of(part).eval_split)
 
 
+class Rows:
+    """Some examples of another source, in its order."""
+
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self.source, self.rows = source, tuple(rows)
+        self.image_is_file = source.image_is_file
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.source[self.rows[index]]
+
+    def files(self, index: int) -> dict[str, Path]:
+        return self.source.files(self.rows[index])
+
+
 def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """Opens the examples of a split; a root that holds prepared shards of the split is read as such.
+
+    The training split of a part with `held_out` lacks the images that it names; the split HELD_OUT has
+    them alone.
 
     narrow: shards give labels of the narrowest type, see `RecordSource`.
 
     Raises:
-      UserError: no such data set, split or folder.
+      UserError: no such data set, split or folder, or nothing is left of the split.
     """
+    train = spec_of(part).train_split if part.held_out else ""
+    if not part.held_out or split not in (HELD_OUT, train):
+        return _open_whole(part, split, narrow)
+
+    # Shards hold many images in a file: only single files have names of their own.
+    source = _open_whole(part, train, narrow)
+    if not isinstance(source, FileSource):
+        raise UserError(f"{part.root}: config.data.mixture's held_out needs single files, not shards")
+    named = [bool(re.search(part.held_out, pair.name)) for pair in source.pairs]
+    rows = [i for i, is_named in enumerate(named) if is_named == (split == HELD_OUT)]
+    if not rows:
+        raise UserError(f"{part.root}: held_out={part.held_out!r} leaves no image in {split!r}")
+    return Rows(source, rows)
+
+
+def _open_whole(part: PartConfig, split: str, narrow: bool) -> Source:
+    """Opens all examples of a split of the data set itself; see `open_part`."""
     if part.name.startswith(TFDS):
         from digseg_jax.data.datasets import tfds
 

@@ -7,7 +7,7 @@ import dataclasses
 
 from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.config.templates import fill
-from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
 from digseg_jax.data.sources import parts_of, spec_of
 
 
@@ -55,6 +55,37 @@ def vocabularies(config: DataConfig) -> list[Vocabulary]:
         first = sum(len(v.prompts) for v in made)  # after the rows of all earlier data sets
         made.append(Vocabulary.of(spec_of(part), config.templates, first))
     return made
+
+
+def foreign_rows(config: DataConfig) -> list[tuple[tuple[tuple[int, ...], ...], ...]]:
+    """For each part of the mixture the bank's rows of what its images cannot show.
+
+    Returns:
+      [part][other part][class] -> the rows of the class's prompts. Left out are classes that `may_show`
+      names or whose group it names, unasked ones, those without a group, and those that share a name
+      with one of the part's own classes: of them the labels know nothing, or something else.
+    """
+    parts = parts_of(config)
+    specs, words = [spec_of(part) for part in parts], vocabularies(config)
+    names = [[_texts(c) for c in spec.classes] for spec in specs]
+
+    found = []
+    for k, part in enumerate(parts):
+        known = {name for own in names[k] for name in own} | {name.lower() for name in part.may_show}
+        others = []
+        for j, other in enumerate(parts):
+            if j == k or not other.group or other.group in part.may_show:
+                continue
+            taken = known | {name.lower() for name in other.unasked}
+            pairs = zip(names[j], words[j].rows, strict=True)
+            others.append(tuple(rows for own, rows in pairs if not own & taken))
+        found.append(tuple(rows for rows in others if rows))
+    return found
+
+
+def _texts(info: ClassInfo) -> set[str]:
+    """Name and synonyms of a class, in lower case."""
+    return {text.lower() for text in (info.name, *info.synonyms)}
 
 
 def training_templates(config: DataConfig) -> tuple[str, ...]:

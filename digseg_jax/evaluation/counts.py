@@ -45,7 +45,8 @@ def count_image(
 ) -> Counted:
     """Counts an answer against the label, by the metric of the data set.
 
-    A pixel's class is the most probable one of those that were asked for. A class that covers others
+    A pixel's class is the most probable one of those that were asked for, or `EvalExamples.rest` where
+    none is more probable than not. A class that covers others
     (`EvalExamples.covers`: the optic disc contains the cup) wins a pixel only where none of these does.
 
     Args:
@@ -97,6 +98,10 @@ def count_image(
         wins = own > best
         prediction[wins] = c
         best[wins] = own[wins]
+
+    # What no class claims belongs to the rest, where there is one.
+    if examples.rest >= 0:
+        prediction[best <= DEFAULT_THRESHOLD] = examples.rest
 
     # Integer counts, sparse and JSON-ready; their sums over images give the scores of the split.
     row = {

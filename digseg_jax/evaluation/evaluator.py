@@ -238,7 +238,7 @@ class Evaluator:
         Raises:
           ValueError: unknown protocol.
         """
-        every = list(range(len(self.queries)))
+        every = list(self.examples.asked)
         facts: list[dict[str, Any]] = [{} for _ in images]
         if protocol == "exhaustive":
             # slots=0: the segmenter fits them to the number of queries, which is always the same
@@ -253,7 +253,8 @@ class Evaluator:
             slots = self.codec.slots(self.settings.gate_limit)
         elif protocol == "oracle":
             # An image without a single label still needs a query: ask for class 0.
-            present = [np.unique(f["label"][f["label"] >= 0]).tolist() for f in found]
+            shown = [np.unique(f["label"][f["label"] >= 0]).tolist() for f in found]
+            present = [[c for c in classes if c in every] for classes in shown]
             asked = [classes or every[:1] for classes in present]
             slots = self.codec.slots(self.settings.gate_limit)
         else:

@@ -21,7 +21,9 @@ class EvalExamples:
     Attributes:
       rows: indices of the source's examples that are evaluated.
       covers: for each class the ids whose pixels belong to its mask; several where classes are nested.
-      metric, absent, inference, template: see `DatasetSpec`.
+      metric, absent, inference, template: see `DatasetSpec`. A metric "asked" is the mean IoU of the
+        classes that are asked for and occur.
+      rest: id of a class that is never asked for: what no other class claims; -1: none.
     """
 
     source: Any
@@ -33,6 +35,12 @@ class EvalExamples:
     absent: str = "mmseg"
     inference: str = "window"
     template: str = PLACE
+    rest: int = -1
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """Ids of the classes that are asked for."""
+        return tuple(c for c in range(len(self.classes)) if c != self.rest)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,7 +71,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
     return EvalExamples(
         source,
         split,
-        _spread(len(source), num_images),
+        spread(len(source), num_images),
         facts.names,
         tuple(facts.covers(c) for c in range(facts.num_classes)),
         facts.metric,
@@ -73,7 +81,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
     )
 
 
-def _spread(count: int, wanted: int) -> tuple[int, ...]:
+def spread(count: int, wanted: int) -> tuple[int, ...]:
     """`wanted` indices below `count`, evenly spread; all of them if `wanted` is 0 or too large."""
     wanted = wanted if 0 < wanted < count else count
     return tuple(i * count // wanted for i in range(wanted))

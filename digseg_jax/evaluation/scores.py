@@ -107,6 +107,11 @@ class Scores:
         limits = open_vocab.recall_limits(len(self.examples.classes))
         return open_vocab.gate_recall(presence, self.areas, limits)
 
+    def _occurring(self) -> list[int]:
+        """Classes that were asked for and that a label shows."""
+        shown = self.areas.sum(axis=0) > 0
+        return [c for c in self.examples.asked if shown[c]]
+
     def own_metric(self, searching: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Scores of the data set's own metric, beside those of a label map; empty for most data sets.
 
@@ -114,6 +119,10 @@ class Scores:
         """
         if self.examples.metric == "foreground":
             return _foreground(self, searching)
+        if self.examples.metric == "asked":
+            known = metrics.iou_per_class(self.confusion)[self._occurring()]
+            mean = float(known.mean()) if len(known) else math.nan
+            return {"asked_miou": plain(mean), "scored": len(known)}
         if self.examples.metric == "region_dice":
             return binary.mean_scores([row["regions"] for row in self.rows])
         return {}

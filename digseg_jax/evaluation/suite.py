@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's tables for one set of weights: --mode=eval --suite=NAME.
+"""The paper's tables, or the generalist's domains, for one set of weights: --mode=eval --suite=NAME.
 
 Every data set is looked for in config.data.root/NAME, in its official layout or as prepared shards, on
-a disk or in a bucket. The table lists a missing data set as not measured. All devices and processes
-share the work; a killed run continues with the image at which it was stopped.
+a disk or in a bucket. Tables of the paper are scored on the split of its tables, domains
+(`evaluation.domains`) on config.eval.split. The table lists a missing data set as not measured. All
+devices and processes share the work; a killed run continues with the image at which it was stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config, PartConfig
+from digseg_jax.config.schema import Config, DataConfig, PartConfig
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
+from digseg_jax.evaluation import domains
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.job import searched_on
@@ -46,7 +50,7 @@ SUITES = {
     "medical": ("refuge2", "monuseg"),
     "phenobench": ("phenobench",),
 }
-NAMES = (*SUITES, "all")
+NAMES = (*SUITES, domains.SUITE, "all")  # all: the tables of the paper
 
 
 def check_suite(name: str) -> None:
@@ -81,20 +85,13 @@ def run_suite(
     """
     check_suite(name)
 
-    # The headline E-Step comes first, then the sweep's. Weights are fetched once, for all journals.
-    suites = SUITES if name == "all" else {name: SUITES[name]}
-    esteps = [EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)]
-    esteps += [e for e in map(EStep.parse, config.eval.sweep) if e not in esteps]
+    # Weights are fetched once, for all journals.
     weights = fetch_to_main(params)
-
     results: dict[str, Any] = {"suite": name, "seed": config.seed, "rows": []}
     results |= {"weights": about} if about else {}
-    for suite, datasets in suites.items():
-        for dataset in datasets:
-            # The paper states a table of E-Steps for the semantic suite only.
-            for estep in esteps if suite == "semantic" else esteps[:1]:
-                row = {"suite": suite, "dataset": dataset, "estep": str(estep)}
-                results["rows"].append(row | _one(config, segmenter, weights, folder, dataset, estep))
+    for subject in _subjects(config, segmenter, name):
+        row = {"suite": subject.suite, "dataset": subject.name, "estep": str(subject.estep)}
+        results["rows"].append(row | _one(config, subject, weights, folder))
 
     # Nothing was measured: most likely the root is wrong.
     if all("missing" in row for row in results["rows"]):
@@ -111,38 +108,74 @@ def run_suite(
     return results
 
 
-def _one(
-    config: Config,
-    segmenter: Segmenter,
-    weights: Params | None,
-    folder: AnyPath,
-    dataset: str,
-    estep: EStep,
-) -> dict[str, Any]:
-    """Scores of one data set under one E-Step, or {"missing": reason}."""
-    # Evaluate the data set under its own name, whatever the weights were trained on.
-    root = os.path.join(os.path.expanduser(config.data.root), dataset)
-    data = dataclasses.replace(config.data, name=dataset, root=root, split="", mixture=())
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """A row to be of a suite: a data set under one E-Step.
 
+    segmenter: sees images at the data set's scale. examples: opens the split; raises UserError.
+    training: of those examples, the images for a threshold search. facts: JSON-ready, what else
+    changes the counts.
+    """
+
+    suite: str
+    name: str
+    estep: EStep
+    segmenter: Segmenter
+    examples: Callable[[], EvalExamples]
+    training: Callable[[EvalExamples], EvalExamples | None] = lambda examples: None
+    facts: Any = None
+
+
+def _subjects(config: Config, segmenter: Segmenter, name: str) -> Iterator[_Subject]:
+    """Yields the rows to be of a suite in the table's order."""
+    esteps = [EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)]
+    if name == domains.SUITE:
+        split, count = config.eval.split, config.eval.num_images
+        for domain in domains.domains_below(config.data.root):
+            opened = partial(domains.domain_examples, domain, config.data.root, split, count)
+            seen, facts = segmenter.seen_at(domain.short_side), domains.describe_domain(domain)
+            yield _Subject(name, domain.name, esteps[0], seen, opened, facts=facts)
+        return
+
+    # Each data set under its own name, whatever the weights were trained on.
+    esteps += [e for e in map(EStep.parse, config.eval.sweep) if e not in esteps]
+    for suite, datasets in (SUITES if name == "all" else {name: SUITES[name]}).items():
+        for dataset in datasets:
+            root = os.path.join(os.path.expanduser(config.data.root), dataset)
+            data = dataclasses.replace(config.data, name=dataset, root=root, split="", mixture=())
+            opened = partial(_paper_examples, data, config.eval.num_images)
+
+            # The headline E-Step first, then the sweep's: the paper has them for one suite only.
+            for estep in esteps if suite == "semantic" else esteps[:1]:
+                search = partial(searched_on, data)
+                yield _Subject(suite, dataset, estep, segmenter, opened, search)
+
+
+def _paper_examples(data: DataConfig, num_images: int) -> EvalExamples:
+    """Opens the split of a data set that the paper's tables use; raises UserError without it."""
+    return eval_examples(data, spec_of(PartConfig(data.name, data.root)).eval_split, num_images)
+
+
+def _one(config: Config, subject: _Subject, weights: Params | None, folder: AnyPath) -> dict[str, Any]:
+    """Scores of one data set under one E-Step, or {"missing": reason}."""
     # A missing data set is a row of the table, not the end of the suite.
     try:
-        with together(f"the data set {dataset}"):
-            facts = spec_of(PartConfig(dataset, root))
-            examples = eval_examples(data, facts.eval_split, config.eval.num_images)
+        with together(f"the data set {subject.name}"):
+            examples = subject.examples()
     except UserError as error:
-        log.info("%s: not measured (%s)", dataset, error)
+        log.info("%s: not measured (%s)", subject.name, error)
         return {"missing": str(error)}
-    evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
+    evaluator = Evaluator(subject.segmenter, examples, config.eval, seed=config.seed)
 
     # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
     # change the counts as well.
-    settings = [to_dict(config), dataset, str(estep), len(examples), segmenter.scale]
-    settings.append(evaluator.prompts)
+    settings = [to_dict(config), subject.name, str(subject.estep), len(examples)]
+    settings += [subject.segmenter.scale, evaluator.prompts, *filter(None, [subject.facts])]
     identity = identity_of(weights, settings)
-    name = f"{dataset}_{estep}".replace(":", "_")
+    name = f"{subject.name}_{subject.estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)
     try:
-        found = scores_of(evaluator, estep, journal, searched_on(data, examples))
+        found = scores_of(evaluator, subject.estep, journal, subject.training(examples))
     finally:
         journal.close()
     return {"split": examples.split, "num_images": len(examples), **found}

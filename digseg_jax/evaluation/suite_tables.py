@@ -66,8 +66,13 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
             cells.append([protocol, "mIoU", percent(scores["miou"]), stated, *rates])
         return [*cells, [headline, "boundary IoU", percent(row["boundary_iou"]), *"–––"]]
 
-    # A data set with a metric of its own: Dice of nested regions (optic disc and cup) ...
+    # A domain of the generalist: the classes that were asked for, pooled over the split.
     rate = f"{speed:.3g}" if speed else "–"
+    if row["metric"] == "asked":
+        what = f"mIoU of {row['scored']} classes, {row['num_images']} images of {row['split']}"
+        return [[headline, what, percent(row["asked_miou"]), "–", rate, "–"]]
+
+    # A data set with a metric of its own: Dice of nested regions (optic disc and cup) ...
     if row["metric"] == "region_dice":
         names = ("disc_dice", "cup_dice", "cdr_error")
         return [

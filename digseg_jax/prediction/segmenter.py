@@ -12,6 +12,7 @@ others keep the probe's reading.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -97,6 +98,12 @@ class Segmenter:
         # Every call is filled up to this many views, over all processes, so that a device always runs
         # the same program.
         self.views_of_call = self.settings.batch_size * self.programs.shards
+
+    def seen_at(self, short_side: int) -> Segmenter:
+        """The same segmenter for images whose short side is scaled to another number of pixels."""
+        other = copy.copy(self)
+        other.short_side = short_side
+        return other
 
     @property
     def seconds(self) -> float:

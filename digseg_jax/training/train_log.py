@@ -73,6 +73,7 @@ class TrainLog:
         """
         self.check()
         mean = {k: float(np.mean([row[k] for row in self.fetched])) for k in self.fetched[0]}
+        mean = with_part_losses(mean)
 
         # Speed over the wall time, evaluation and saving included; their shares stand beside it.
         seconds, shares = self.watch.read()
@@ -89,3 +90,18 @@ class TrainLog:
         """Closes the files, as `__exit__` would; `Record.leave` says what an exception changes."""
         self.progress.close()
         self.writer.__exit__(kind, None, None)
+
+
+def with_part_losses(mean: dict[str, float]) -> dict[str, float]:
+    """Divides each part's share of the loss by its share of the examples: "loss/NAME".
+
+    A part that no example came from has no loss.
+    """
+    found = {}
+    for key, value in mean.items():
+        kind, _, name = key.partition("/")
+        if kind != "part_loss":
+            found[key] = value
+        elif share := mean[f"share/{name}"]:
+            found[f"loss/{name}"] = value / share
+    return found

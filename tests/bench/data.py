@@ -32,7 +32,7 @@ from digseg_jax.data.datasets.pairs import FileSource, pair_folders
 from digseg_jax.data.datasets.readers.index import IndexLabels
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.statistics import confusable
-from digseg_jax.data.pipeline import CropWithNames
+from digseg_jax.data.pipeline import CropWithNames, NamedQueries
 from digseg_jax.data.queries import QuerySampler
 from digseg_jax.data.shards.records import RecordSource
 from digseg_jax.data.stream import Batches, Part, mixed_stream
@@ -133,7 +133,7 @@ def open_stream(root: Path, workers: int) -> Batches:
     )
     rows = tuple((c,) for c in range(SPEC.num_classes))
     covers = np.arange(SPEC.num_classes, dtype=np.int32)[:, None]
-    make = CropWithNames(CropRules(SIZE), config.num_queries, sampler, rows, covers)
+    make = CropWithNames(CropRules(SIZE), NamedQueries(config.num_queries, sampler, rows, covers))
     parts = [Part(Guarded(source, SPEC.num_classes), make)]
     return mixed_stream(parts, seed=0, batch_size=BATCH, workers=workers)
 

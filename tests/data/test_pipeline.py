@@ -120,6 +120,7 @@ class TestLandCover:
             "query": ((4, 3), np.int32),
             "query_class": ((4, 3), np.int32),
             "query_kind": ((4, 3), np.int32),
+            "part": ((4,), np.int32),
             "index": ((4,), np.uint32),
         }
 

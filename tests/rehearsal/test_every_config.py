@@ -22,8 +22,9 @@ from rehearsal import story
 CONFIGS = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
 ON_LAND_COVER = ("quickstart", "landcover", "landcover_palette")
 NO_MASKS = ("landcover_prior", "landcover_vae")
+MIXED = ("generalist",)
 FIRST_VERSION, FIRST_NAME = "sd15", "phenobench"
-PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS})
+PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS, *MIXED})
 pytestmark = pytest.mark.rehearsal
 
 

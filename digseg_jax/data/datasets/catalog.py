@@ -77,18 +77,18 @@ def _pascal_context_459() -> DatasetSpec:
     )
 
 
-def _pascal_voc() -> DatasetSpec:
-    """PASCAL VOC's 20 classes, with SBD's additional training labels."""
+def _pascal_voc(name: str, title: str, ignore: str, absent: str) -> DatasetSpec:
+    """PASCAL VOC's classes, with SBD's additional training labels."""
     return DatasetSpec(
-        name="pascal_voc",
-        title="PASCAL VOC 2012, 20 classes, background ignored",
+        name=name,
+        title=f"PASCAL VOC 2012, {title}",
         inference="whole",
         splits={"train": 1_464, "val": 1_449, "trainaug": 10_582},
         extra_splits=("trainaug",),
-        ignore="0 (background) and 255 (void)",
+        ignore=ignore,
         licence=_FLICKR,
-        absent="detectron2",
-        **load_classes("pascal_voc"),
+        absent=absent,
+        **load_classes(name),
     )
 
 
@@ -232,7 +232,17 @@ SPECS: dict[str, Callable[[], DatasetSpec]] = {
     "monuseg": _monuseg,
     "pascal_context_59": _pascal_context_59,
     "pascal_context_459": _pascal_context_459,
-    "pascal_voc": _pascal_voc,
+    # open-vocabulary tables leave the background out, supervised ones count it
+    "pascal_voc": functools.partial(
+        _pascal_voc,
+        "pascal_voc",
+        "20 classes, background ignored",
+        "0 (background) and 255 (void)",
+        "detectron2",
+    ),
+    "pascal_voc_21": functools.partial(
+        _pascal_voc, "pascal_voc_21", "background and 20 classes", "255 (void)", "mmseg"
+    ),
     "phenobench": _phenobench,
     "refuge2": _refuge2,
 }

@@ -60,6 +60,7 @@ _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
     "pascal_context_59": pascal.open_pascal_context,
     "pascal_context_459": pascal.open_pascal_context,
     "pascal_voc": pascal.open_pascal_voc,
+    "pascal_voc_21": pascal.open_pascal_voc,
     "phenobench": folders.open_phenobench,
     "refuge2": open_refuge2,
 }

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from digseg_jax.arraytypes import Array, Batch, Bool, Float, Int, Params, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
-from digseg_jax.data.queries import HARD_ABSENT, PRESENT
+from digseg_jax.data.queries import FOREIGN, HARD_ABSENT, PRESENT
+from digseg_jax.data.sources import labels_of
 from digseg_jax.models import functional
 from digseg_jax.models.partition import in_slices
 from digseg_jax.models.unet import UNet2DConditionModel
@@ -156,6 +157,9 @@ class SegmentationTask(Task):
         squared = jnp.square(prediction - self.schedule.target(x0, noise, t)).mean(axis=-1)
         loss = (squared * valid).sum() / cells
         metrics = {"mean_timestep": t.mean()} | negative_shares(batch)
+        if "part" in batch:
+            own = squared.reshape(len(label), -1), valid.reshape(len(label), -1)
+            metrics |= part_losses(*own, batch["part"], labels_of(self.config.data.mixture))
 
         # The auxiliary losses (not in the paper) judge the clean latent that the prediction stands for:
         # by its distance from the true one (SDSeg), and by the mask that is read from it.
@@ -411,6 +415,26 @@ class SegmentationTask(Task):
         save_state(self.codec, folder)
 
 
+def part_losses(
+    squared: Float[Array, "b n"],
+    valid: Bool[Array, "b n"],
+    part: Int[Array, " b"],
+    names: Sequence[str],
+) -> dict[str, Array]:
+    """Shares of a mixture's parts in a batch, and in the mean loss of its images.
+
+    The loss of a part over any number of steps is the mean of its "part_loss" over that of its "share".
+
+    squared, valid: squared errors of each image's latent cells, and which of them carry a label.
+    """
+    each = (squared * valid).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1)
+    metrics = {}
+    for k, name in enumerate(names):
+        metrics[f"share/{name}"] = (part == k).mean()
+        metrics[f"part_loss/{name}"] = ((part == k) * each).mean()
+    return metrics
+
+
 def negative_shares(batch: Batch) -> dict[str, Array]:
     """Shares (0..1) of the batch's queries that name absent classes; empty if their kind is unknown."""
     if "query_kind" not in batch:
@@ -419,4 +443,5 @@ def negative_shares(batch: Batch) -> dict[str, Array]:
     return {
         "negative_share": (kind != PRESENT).mean(),
         "hard_negative_share": (kind == HARD_ABSENT).mean(),
+        "foreign_negative_share": (kind == FOREIGN).mean(),
     }

@@ -281,6 +281,7 @@ LABEL_FILES = {  # by data set: the label file of its evaluation split
     "pascal_context_59": "**/trainval/2008_000003.mat",
     "pascal_context_459": "**/trainval/2008_000003.mat",
     "pascal_voc": "**/SegmentationClass/2007_000033.png",
+    "pascal_voc_21": "**/SegmentationClass/2007_000033.png",
     "phenobench": "*/val/semantics/*.png",
     "refuge2": "REFUGE-Validation400-GT/**/*.bmp",
 }

@@ -30,6 +30,7 @@ LABELS = {
     "pascal_context_59": ("val", grid(-1, 0, -1, -1, -1, 49)),
     "pascal_context_459": ("val", grid(-1, 1, 255, 430, 458, 396)),
     "pascal_voc": ("val", grid(-1, 0, 19, -1, 14)),
+    "pascal_voc_21": ("val", grid(0, 1, 20, -1, 15)),
     "phenobench": ("val", grid(0, 1, 2, 1, 2, 0)),
     "refuge2": ("test", grid(0, 1, 2, 1, 0)),
     # the triangle (0.5, 0.5), (3.5, 0.5), (0.5, 3.5): centres with x, y >= 0.5 and x + y <= 4
@@ -89,6 +90,7 @@ def test_the_unpacked_folder_itself_may_be_named(name, tmp_path, short_lists):
     inner = {"ade20k": "ADEChallengeData2016", "ade20k_847": "ADE20K_2021_17_01", "bdd100k": "bdd100k",
              "coco_stuff": "coco_stuff164k", "pascal_context_59": "VOCdevkit/VOC2010",
              "pascal_context_459": "VOCdevkit/VOC2010", "pascal_voc": "VOCdevkit/VOC2012",
+             "pascal_voc_21": "VOCdevkit/VOC2012",
              "phenobench": "PhenoBench"}.get(name, ".")  # fmt: skip
     assert len(registry.open_source(name, tmp_path / inner, LABELS[name][0])) == 1
 

@@ -33,6 +33,7 @@ KNOWN = {
     "pascal_context_59": (59, 4_998, 5_105),
     "pascal_context_459": (459, 4_998, 5_105),
     "pascal_voc": (20, 1_464, 1_449),
+    "pascal_voc_21": (21, 1_464, 1_449),
     "phenobench": (3, 1_407, 772),
     "refuge2": (3, 400, 400),
 }

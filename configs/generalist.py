@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One set of weights for photographs, streets, cells and land: a mixture of data sets, asked in words.
+
+    python -m digseg_jax.main --config=configs/generalist.py --config.data.root=DIR --workdir=RUN
+
+DIR holds a folder for each data set of digseg_jax/data/datasets/domains.py, where their scales, weights
+and terms stand; the land cover needs none. By default those are trained on whose terms allow to pass on
+works derived from them, so that the weights can be shared; configs/generalist.py:all trains on every
+domain, for research.
+
+The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run can
+go on for as long as there is time.
+"""
+
+from digseg_jax.config import default
+from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
+from digseg_jax.errors import UserError
+
+VERSIONS = {"shareable": shareable_domains(), "all": DOMAINS}
+
+
+def get_config(version: str = "shareable"):
+    if version not in VERSIONS:
+        raise UserError(
+            f"--config: no version {version!r}; legal after the colon: {', '.join(VERSIONS)}"
+        )
+    config = default()
+    config.data.mixture = tuple(domain.part() for domain in VERSIONS[version])
+    config.data.image_size = 96
+    config.data.num_queries = 2
+    config.data.negative_rate = 0.25
+    config.data.foreign_rate = 0.4
+    config.data.text_noise = 0.2
+    config.data.word_dropout = 0.5
+    config.model.unet = "assets:segmenter"
+    config.diffusion.terminal_fraction = 0.7
+    config.loss.mask_weight = 0.2
+    config.optim.learning_rate = 5e-4
+    config.optim.warmup_steps = 500
+    config.optim.schedule = "constant"
+    config.optim.ema_decay = 0.9995
+    config.train.steps = 100_000
+    config.train.batch_size = 8
+    config.logging.every = 50
+    config.checkpoint.every = 250
+    config.checkpoint.keep_every = 5_000
+    config.eval.split = "val"
+    config.eval.calibrate = False
+    config.eval.view_size = (128,)
+    config.eval.short_side = 128  # of a photograph; domains have sizes of their own
+    config.eval.ensemble = 1
+    config.eval.steps = 1
+    return config

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The domains of the generalist: what a mixture and a suite know of each data set beside its files.
+
+One table serves the training (configs/generalist.py) and the evaluation (--suite=domains): where a set
+lies below config.data.root, at which scale its images are seen, which of its classes nobody asks for,
+what its labels leave open, and which of its training images are kept aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+REST = ("background",)  # a class that means "none of the others": the word says nothing of an image
+
+# One tile of each of six organs, as nothing official is set aside.
+_MONUSEG_HELD_OUT = "TCGA-(A7-A13F|49-4488|B0-5711|CH-5767|DK-A2I6|NH-A8F7)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """A data set of the generalist.
+
+    Attributes:
+      name: its folder below config.data.root, and its row in the suite's table.
+      reader: what config.data.name calls data of its layout.
+      group: the kind of things that its classes name; `may_show` refers to it.
+      short_side: pixels of an image's short side at scale 1.
+      scale_min, scale_max: range of the random scale in training.
+      quarter_turns: whether its images have no upright.
+      jitter: strength of color augmentation; 0 where the color is the class.
+      weight: share of the training examples, relative to the other domains.
+      may_show: groups and single names of other domains whose things its images may show without a
+        label: for them they are unknown, for all others they are negatives.
+      held_out: regex on names of training images that are never trained on, for an honest validation
+        by whole scenes; empty: none.
+      val: the split that the suite scores as val.
+      shareable: whether its terms allow to pass on works derived from it, such as trained weights.
+    """
+
+    name: str
+    reader: str = "folder"
+    group: str = ""
+    short_side: int = 128
+    scale_min: float = 0.75
+    scale_max: float = 1.33
+    quarter_turns: bool = False
+    jitter: float = 0.5
+    weight: float = 1.0
+    may_show: tuple[str, ...] = ()
+    held_out: str = ""
+    val: str = "val"
+    shareable: bool = False
+
+    def part(self) -> dict[str, Any]:
+        """The domain as an item of config.data.mixture; its root lies below config.data.root."""
+        shared = {f.name for f in dataclasses.fields(self)} & set(_PART_KEYS)
+        values = {key: getattr(self, key) for key in sorted(shared - {"name"})}
+        folder = "" if self.reader == "landcover" else self.name
+        return values | {"name": self.reader, "folder": folder, "unasked": REST}
+
+
+# Keys of `config.schema.PartConfig` that a domain has under the same name.
+_PART_KEYS = (
+    "name", "group", "short_side", "scale_min", "scale_max", "quarter_turns", "jitter", "weight",
+    "may_show", "held_out",
+)  # fmt: skip
+
+# A photograph may show anything that is seen with the naked eye.
+_ANYTHING = ("thing", "street", "clothing", "field", "pavement", "aerial", "land")
+
+DOMAINS = (
+    # CC BY 4.0 (labels); images under the licences of Flickr's users
+    Domain(
+        "photos_coco128",
+        group="thing",
+        scale_min=0.8,
+        scale_max=1.8,
+        weight=1.5,
+        may_show=_ANYTHING,
+        shareable=True,
+    ),
+    # images under Flickr's terms, labels for research
+    Domain(
+        "photos_voc",
+        "pascal_voc_21",
+        "thing",
+        scale_min=0.8,
+        scale_max=1.8,
+        weight=3.0,
+        may_show=_ANYTHING,
+    ),
+    # photographs of people: research only
+    Domain("fashion_ccp", group="clothing", scale_max=1.8, weight=1.5, may_show=_ANYTHING),
+    # CC BY-NC 4.0; whole frames are seen, every pixel of the eleven classes has its label
+    Domain(
+        "camvid",
+        "camvid",
+        "street",
+        scale_min=0.8,
+        scale_max=1.6,
+        weight=3.0,
+        may_show=("thing", "clothing", "pavement", "urban", "urban area", "town", "buildings"),
+        held_out="^0006R0",  # one of the three videos
+        shareable=True,
+    ),
+    # CC0 1.0
+    Domain(
+        "nuclei_dsb2018",
+        group="cell",
+        short_side=256,
+        scale_min=0.7,
+        quarter_turns=True,
+        weight=2.0,
+        may_show=("cell",),
+        shareable=True,
+    ),
+    # CC BY-NC-SA 4.0
+    Domain(
+        "nuclei_monuseg",
+        "monuseg",
+        "cell",
+        short_side=400,
+        quarter_turns=True,
+        may_show=("cell", "blood vessel", "vessels"),
+        held_out=_MONUSEG_HELD_OUT,
+        val="held_out",
+        shareable=True,
+    ),
+    # research only
+    Domain("cells_wbc", group="cell", quarter_turns=True),
+    # registration with the authors, research
+    Domain(
+        "retina_drishti",
+        group="retina",
+        short_side=256,
+        scale_max=2.0,
+        may_show=("retina",),
+    ),
+    # none stated; research
+    Domain(
+        "retina_disc",
+        group="retina",
+        short_side=160,
+        scale_max=2.0,
+        may_show=("retina",),
+    ),
+    # none stated; research
+    Domain("retina_vessels", group="retina", short_side=480, quarter_turns=True, may_show=("retina",)),
+    # none stated; imagery of Google Maps
+    Domain(
+        "roads_epfl",
+        group="aerial",
+        short_side=240,
+        quarter_turns=True,
+        may_show=("street", "thing", "land", "pavement"),
+    ),
+    # non-commercial research
+    Domain(
+        "crops_cwfid",
+        group="field",
+        short_side=240,
+        quarter_turns=True,
+        may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
+    ),
+    # non-commercial applications
+    Domain(
+        "crops_carrots",
+        group="field",
+        short_side=240,
+        quarter_turns=True,
+        may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
+    ),
+    # non-commercial research
+    Domain(
+        "pavement_cracks",
+        group="pavement",
+        short_side=320,
+        quarter_turns=True,
+        may_show=("street", "aerial"),
+    ),
+    # public domain; a pixel is five kilometers
+    Domain(
+        "landcover",
+        "landcover",
+        "land",
+        scale_min=1.0,
+        scale_max=1.0,
+        quarter_turns=True,
+        jitter=0.0,
+        weight=2.0,
+        may_show=("street", "aerial", "field", "pavement"),
+        shareable=True,
+    ),
+)
+
+
+def shareable_domains() -> tuple[Domain, ...]:
+    """The domains whose terms allow to pass on weights that were trained on them."""
+    return tuple(domain for domain in DOMAINS if domain.shareable)

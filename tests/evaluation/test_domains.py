@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--suite=domains on made-up folders: what is asked, at which scale, and the mean that is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from perfect import Reader
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from digseg_jax.config.parse import parse
+from digseg_jax.data.datasets.domains import DOMAINS
+from digseg_jax.errors import UserError
+from digseg_jax.evaluation import domains, suite, suite_tables
+
+PARAMS = {"weight": np.ones(3, np.float32)}
+CHANNEL = {"cytoplasm": 0, "nucleus": 1, "thing": 0}
+
+
+class Seen(Reader):
+    """A reader that notes what it is asked at which scale."""
+
+    def __init__(self):
+        super().__init__(self.channel)
+        self.queries, self.sides = set(), []
+
+    def channel(self, image, query):
+        self.queries.add(query)
+        return image[..., CHANNEL.get(query, 2)].astype(np.float32) / 255
+
+    def seen_at(self, short_side):
+        self.sides.append(short_side)
+        return self
+
+
+def write(folder, classes, splits=("val",), count=3):
+    """Images whose channels are probabilities of classes 1 and 2; wrong in some pixels."""
+    (folder / "classes.txt").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text(classes)
+    true, found = [], []
+    for split in splits:
+        for side in ("images", "masks"):
+            (folder / side / split).mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng(i)
+            label = rng.integers(0, classes.count("\n"), (8, 9)).astype(np.uint8)
+            image = rng.integers(0, 150, (8, 9, 3)).astype(np.uint8)
+            for c in (1, 2):
+                image[..., c - 1] += 90 * (label == c).astype(np.uint8)
+            Image.fromarray(image).save(folder / f"images/{split}/{i}.png")
+            Image.fromarray(label).save(folder / f"masks/{split}/{i}.png")
+            sure = image[..., :2].astype(np.float32) / 255
+            found.append(np.where(sure.max(-1) > 0.5, sure.argmax(-1) + 1, 0))
+            true.append(label)
+    return np.concatenate(true).ravel(), np.concatenate(found).ravel()
+
+
+def run(root, out, segmenter, **settings):
+    values = {"split": "val", "ensemble": 1, "steps": 1, "calibrate": False} | settings
+    config = parse({"data": {"root": str(root)}, "eval": values})
+    return suite.run_suite(config, segmenter, PARAMS, out, "domains")
+
+
+def test_a_background_is_what_no_class_claims(tmp_path):
+    true, found = write(tmp_path / "cells_wbc", "0: background\n1: cytoplasm\n2: nucleus\n")
+    segmenter = Seen()
+    results = run(tmp_path, tmp_path / "out", segmenter, num_images=3)
+    row = next(row for row in results["rows"] if row["dataset"] == "cells_wbc")
+    expected = jaccard_score(true, found, average=None)
+    assert list(row["per_class"].values()) == pytest.approx(expected.tolist(), abs=1e-9)
+    assert row["asked_miou"] == pytest.approx(expected[1:].mean(), abs=1e-9) and row["scored"] == 2
+    assert {"cytoplasm", "nucleus"} < segmenter.queries
+    assert "background" not in segmenter.queries  # nobody asks for it by name
+    text = (tmp_path / "out" / "suite_domains.md").read_text()
+    assert "mIoU of 2 classes, 3 images of val" in text
+
+
+@pytest.mark.usefixtures("cover")
+def test_each_domain_is_seen_at_its_scale_and_a_missing_one_is_a_row(tmp_path):
+    write(tmp_path / "cells_wbc", "0: background\n1: cytoplasm\n2: nucleus\n")
+    write(tmp_path / "mine", "0: background\n1: thing\n")
+    segmenter = Seen()
+    results = run(tmp_path, tmp_path / "out", segmenter, num_images=1)
+    names = [row["dataset"] for row in results["rows"]]
+    assert names == [*(d.name for d in DOMAINS), "mine"]  # a folder of the user's own comes last
+    assert segmenter.sides == [*(d.short_side for d in DOMAINS), 128]
+    missing = {row["dataset"] for row in results["rows"] if "missing" in row}
+    assert missing == {d.name for d in DOMAINS} - {"cells_wbc", "landcover"}
+    assert "| domains | retina_disc | 1x1 | – | – | – | not measured" in suite_tables.table(results)
+
+
+def test_a_domain_without_held_out_images_says_so(tmp_path):
+    with pytest.raises(UserError, match="cells_wbc: none of its training images are held out"):
+        write(tmp_path / "cells_wbc", "0: background\n1: cytoplasm\n2: nucleus\n", ("train", "val"))
+        domain = next(d for d in DOMAINS if d.name == "cells_wbc")
+        domains.domain_examples(domain, str(tmp_path), "held_out")
+
+
+def test_a_set_without_a_test_split_is_scored_on_its_val(tmp_path):
+    write(tmp_path / "cells_wbc", "0: background\n1: cytoplasm\n2: nucleus\n", ("train", "val"))
+    domain = next(d for d in DOMAINS if d.name == "cells_wbc")
+    assert domains.domain_examples(domain, str(tmp_path), "test").split == "val"
+    write(tmp_path / "new", "0: background\n1: cytoplasm\n2: nucleus\n", ("val", "test"))
+    other = domains.domains_below(str(tmp_path))[-1]
+    assert other.name == "new"
+    assert domains.domain_examples(other, str(tmp_path), "test").split == "test"
