@@ -104,6 +104,13 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
     return spec_of(PartConfig(config.name, config.root)).names
 
 
+def trained_names(config: DataConfig) -> tuple[str, ...]:
+    """Names of the classes that a mixture asks for, without repeats; empty without a mixture."""
+    parts = parts_of(config) if config.mixture else ()
+    names = [name for part in parts for name in spec_of(part).names if name not in part.unasked]
+    return tuple(dict.fromkeys(names))
+
+
 def num_classes(config: DataConfig) -> int:
     """Number of classes of the data set that is evaluated."""
     return len(class_names(config))

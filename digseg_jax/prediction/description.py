@@ -28,8 +28,8 @@ from digseg_jax.config.parse import check_key, flat, parse, to_dict
 from digseg_jax.config.renamed import with_current_names
 from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.config.templates import check_template
-from digseg_jax.data.sources import parts_of
-from digseg_jax.data.vocabulary import class_names, training_templates
+from digseg_jax.data.sources import labels_of, parts_of
+from digseg_jax.data.vocabulary import class_names, trained_names, training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.json_file import read_json
@@ -115,7 +115,8 @@ class Description:
     """The content of segmenter.json.
 
     config: the settings `REQUIRED` and `SUGGESTED`, as sections of a configuration.
-    vae, text: the frozen parts. classes: class names of the data set that the run evaluates.
+    vae, text: the frozen parts. classes: class names of the data set that the run evaluates, or all
+    that a mixture's queries name.
     templates: prompts of the training, {} for a class: the configuration's, or the data sets' own.
     parameters: number of trained parameters. datasets: names of the training data sets.
     steps, checkpoint: finished training steps, and their checkpoint below the working directory.
@@ -212,10 +213,10 @@ def describe(
         config=sections,
         vae=vae,
         text=text,
-        classes=list(class_names(config.data)),
+        classes=list(trained_names(config.data) or class_names(config.data)),
         templates=list(training_templates(config.data)),
         parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract)),
-        datasets=[part.name for part in parts_of(config.data)],
+        datasets=list(labels_of(parts_of(config.data))),
         steps=steps,
         checkpoint=checkpoint,
         started_from=config.init_from or start,

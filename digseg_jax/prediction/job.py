@@ -17,6 +17,7 @@ from digseg_jax.io.progress import Progress
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.files import find_images, find_queries, read_rgb
+from digseg_jax.prediction.known_names import far_queries, told
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
 from digseg_jax.prediction.targets import PredictionFiles, targets
 from digseg_jax.runtime.compile_cache import use_own_compile_cache
@@ -62,6 +63,8 @@ def predict(
         config = with_sampling(config, estep)
     use_own_compile_cache(config.compute.compile_cache)
     segmenter = load_segmenter(folder, config)
+    if far := far_queries(segmenter, texts):
+        log.info("%s", told(far))
 
     # Segment and write one image after the other, so that memory holds one image's masks. A broken one
     # among many costs only its own masks.

@@ -120,7 +120,7 @@ def _training(description: Description) -> str:
     classes = ", ".join(description.classes)
     return (
         "## Training\n\n"
-        f"- data: {', '.join(description.datasets)}; classes of the evaluated set: {classes}\n"
+        f"- data: {', '.join(description.datasets)}; classes: {classes}\n"
         f"- {description.parameters:,} trained parameters, {description.steps:,} steps, "
         f"seed {description.seed}\n"
         f"- started from: {_public(description.started_from)}\n"

@@ -15,7 +15,7 @@ from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
 from digseg_jax.data.pipeline import _rules, training_stream
 from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySampler
 from digseg_jax.data.sources import HELD_OUT, labels_of, open_part, parts_of
-from digseg_jax.data.vocabulary import bank_prompts, foreign_rows
+from digseg_jax.data.vocabulary import bank_prompts, foreign_rows, trained_names
 from digseg_jax.errors import UserError
 
 LISTS = {
@@ -187,3 +187,9 @@ def test_weights_to_share_are_trained_on_terms_that_allow_it():
     assert {domain.name for domain in shareable_domains()} == {
         "photos_coco128", "camvid", "nuclei_dsb2018", "nuclei_monuseg", "landcover",
     }  # fmt: skip
+
+
+def test_the_names_of_a_mixture_are_those_that_are_asked(root):
+    config = mixed(root, unasked=("background",))
+    assert trained_names(config) == ("road", "car", "nucleus", "soil", "crop")
+    assert trained_names(DataConfig()) == ()

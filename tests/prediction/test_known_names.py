@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries that are far from every trained name are told, with the names that are nearest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from digseg_jax import load_segmenter
+from digseg_jax.prediction.known_names import far_queries, told
+
+
+def test_synonyms_are_near_and_other_things_are_far():
+    segmenter = load_segmenter("assets:segmenter")  # trained on the land cover
+    assert far_queries(segmenter, ["water", "ocean", "woodland", "desert"]) == []
+    far = far_queries(segmenter, ["water", "guitar", "kitten"])
+    assert [found.query for found in far] == ["guitar", "kitten"]
+    assert set(far[0].nearest) <= set(segmenter.description.classes)
+    assert "'guitar' (nearest: " in told(far) and "\n" not in told(far)
+
+
+def test_a_closed_list_knows_its_queries():
+    description = SimpleNamespace(classes=["water"])
+    closed = SimpleNamespace(description=description, codec=SimpleNamespace(closed=True))
+    assert far_queries(closed, ["guitar"]) == []
