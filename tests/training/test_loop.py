@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -29,6 +30,7 @@ from digseg_jax.runtime import sharding
 from digseg_jax.tools.replay import replay
 from digseg_jax.training.failure import load_failure
 from digseg_jax.training.loop import Trainer
+from digseg_jax.training.tasks.segmentation import part_losses
 from digseg_jax.training.train_log import NotFinite
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +81,43 @@ def test_a_run_that_stopped_ends_with_the_same_bits(step, config, folders, whole
     rows, expected = (read_metrics(d / "metrics.jsonl") for d in (tmp_path, whole[0]))
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     assert [r["loss"] for r in rows] == [r["loss"] for r in expected]
+
+
+class MixedTask(ToyTask):
+    """A task that also logs the losses of a mixture's parts."""
+
+    def loss(self, params, frozen, batch, keys, whole=None):
+        loss, metrics = super().loss(params, frozen, batch, keys)
+        squared = jnp.square(batch["image"].reshape(len(batch["part"]), -1) / 255.0)
+        valid = jnp.ones(squared.shape, bool)
+        asked = (batch["query"] * 1e-3).mean()  # whatever is asked changes the state
+        return loss * (1 + asked), metrics | part_losses(squared, valid, batch["part"], ("a", "b"))
+
+
+def test_a_stopped_mixture_ends_with_the_same_bits_and_the_same_losses_by_part(folders, tmp_path):
+    parts = (
+        {"name": "landcover", "group": "land", "weight": 2.0},
+        {"name": "landcover_igbp", "group": "igbp", "short_side": 64, "quarter_turns": True},
+    )
+    options = {"data__mixture": parts, "data__foreign_rate": 0.5, "data__negative_rate": 0.4}
+    config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, **options)
+    expected = trainer(config, tmp_path / "whole", MixedTask()).run()
+
+    def on_eval(step, state):
+        if step == 3:
+            raise Stopped
+        return {}
+
+    stopping = dataclasses.replace(config, logging=dataclasses.replace(config.logging, eval_every=1))
+    with pytest.raises(Stopped):
+        trainer(stopping, tmp_path / "stopped", MixedTask()).run(on_eval)
+    assert_same_bits(trainer(config, tmp_path / "stopped", MixedTask()).run(), expected)
+    rows, whole = (read_metrics(tmp_path / d / "metrics.jsonl") for d in ("stopped", "whole"))
+    keys = ("loss", "loss/a", "loss/b", "share/a", "share/b")
+    assert [[r[k] for k in keys if k in r] for r in rows] == [
+        [r[k] for k in keys if k in r] for r in whole
+    ]
+    assert np.mean([r["share/a"] for r in rows]) == pytest.approx(2 / 3, abs=0.05)
 
 
 def test_it_learns_and_the_average_follows(config, whole):
