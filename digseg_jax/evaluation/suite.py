@@ -24,10 +24,12 @@ from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
+from digseg_jax.evaluation.gallery import Shown
 from digseg_jax.evaluation.job import searched_on
 from digseg_jax.evaluation.journal import Journal, identity_of
+from digseg_jax.evaluation.scores import Scores
 from digseg_jax.evaluation.suite_tables import table
-from digseg_jax.io.storage import AnyPath, write_bytes, write_json
+from digseg_jax.io.storage import AnyPath, filled_locally, write_bytes, write_json
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.collectives import fetch_to_main
@@ -50,6 +52,7 @@ SUITES = {
     "medical": ("refuge2", "monuseg"),
     "phenobench": ("phenobench",),
 }
+GALLERY = 8  # images shown of each domain
 NAMES = (*SUITES, domains.SUITE, "all")  # all: the tables of the paper
 
 
@@ -72,6 +75,8 @@ def run_suite(
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores a suite's data sets; writes FOLDER/suite_NAME.json and .md.
+
+    Of domains, images, truth and masks are written too, to FOLDER/domains/NAME.
 
     Args:
       params: the weights; a killed run's journal is only continued for the same weights.
@@ -114,7 +119,7 @@ class _Subject:
 
     segmenter: sees images at the data set's scale. examples: opens the split; raises UserError.
     training: of those examples, the images for a threshold search. facts: JSON-ready, what else
-    changes the counts.
+    changes the counts. shown: images of its gallery.
     """
 
     suite: str
@@ -124,6 +129,7 @@ class _Subject:
     examples: Callable[[], EvalExamples]
     training: Callable[[EvalExamples], EvalExamples | None] = lambda examples: None
     facts: Any = None
+    shown: int = 0
 
 
 def _subjects(config: Config, segmenter: Segmenter, name: str) -> Iterator[_Subject]:
@@ -134,7 +140,8 @@ def _subjects(config: Config, segmenter: Segmenter, name: str) -> Iterator[_Subj
         for domain in domains.domains_below(config.data.root):
             opened = partial(domains.domain_examples, domain, config.data.root, split, count)
             seen, facts = segmenter.seen_at(domain.short_side), domains.describe_domain(domain)
-            yield _Subject(name, domain.name, esteps[0], seen, opened, facts=facts)
+            row = _Subject(name, domain.name, esteps[0], seen, opened, facts=facts)
+            yield dataclasses.replace(row, shown=GALLERY)
         return
 
     # Each data set under its own name, whatever the weights were trained on.
@@ -174,19 +181,41 @@ def _one(config: Config, subject: _Subject, weights: Params | None, folder: AnyP
     identity = identity_of(weights, settings)
     name = f"{subject.name}_{subject.estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)
+    shown = Shown(subject.shown, len(examples), folder / "journal" / f"{name}_masks")
     try:
-        found = scores_of(evaluator, subject.estep, journal, subject.training(examples))
+        training = subject.training(examples)
+        found, headline = scores_of(evaluator, subject.estep, journal, training, shown)
     finally:
         journal.close()
+
+    # The gallery is many small files: filled on a local disk, then moved or uploaded as a whole.
+    if shown.wanted:
+        with (
+            together(f"the gallery of {subject.name}"),
+            filled_locally(folder / subject.suite / subject.name, replace=True) as gallery,
+        ):
+            shown.write(gallery, examples, headline)
     return {"split": examples.split, "num_images": len(examples), **found}
 
 
 def scores_of(
-    evaluator: Evaluator, estep: EStep, journal: Journal, training: EvalExamples | None
-) -> dict[str, Any]:
+    evaluator: Evaluator,
+    estep: EStep,
+    journal: Journal,
+    training: EvalExamples | None,
+    shown: Shown | None = None,
+) -> tuple[dict[str, Any], Scores]:
     """Row of a data set: scores of its own metric, and of its label map under every protocol.
 
-    training: images for the threshold search of a foreground class; None for no search.
+    Args:
+      evaluator: of the data set.
+      estep: members and steps.
+      journal: counts of an earlier, killed run; receives those of every image.
+      training: images for the threshold search of a foreground class; None for no search.
+      shown: the gallery's choice of images.
+
+    Returns:
+      The row, and the scores under the headline's protocol.
     """
     examples = evaluator.examples
     fitted = calibration_lib.identity(len(examples.classes), evaluator.segmenter.scale)
@@ -196,7 +225,13 @@ def scores_of(
     # Protocols differ in the classes that compete for a pixel, which matters to mIoU only.
     protocols = evaluator.protocols if examples.metric == "miou" else (evaluator.protocol,)
     found = {
-        protocol: evaluator.scores(estep, fitted, protocol=protocol, journal=journal)
+        protocol: evaluator.scores(
+            estep,
+            fitted,
+            protocol=protocol,
+            journal=journal,
+            shown=shown if protocol == evaluator.protocol else None,
+        )
         for protocol in protocols
     }
 
@@ -216,4 +251,4 @@ def scores_of(
     # How many of the present classes gates of other sizes would have kept.
     if "gated" in found and (recall := found["gated"].gate_recall()):
         result["gate_recall"] = recall
-    return result
+    return result, headline

@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--suite", default="open_vocab", help="as --mode=eval --suite takes it")
     shared.add_argument("--images", type=int, default=8, help="of every data set")
     shared.add_argument("--sampling", default="2x2", help="members x steps")
+    trip = jobs.add_parser("round_trip", help="each domain's images and masks through an autoencoder")
+    trip.add_argument("--vae", default="assets:vae", help="as --config.model.vae takes it")
+    trip.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
+    trip.add_argument("--images", type=int, default=12, help="of each domain's val, evenly spread")
+    trip.add_argument("--size", type=int, default=96, help="side of the crops, pixels")
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
@@ -227,6 +232,13 @@ def _data(arguments: argparse.Namespace) -> dict[str, Any]:
     return data.run(arguments.torch_python, arguments.crops)
 
 
+def _round_trip(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import round_trip
+
+    _check_counts(arguments, "images", "size")
+    return round_trip.run(arguments.vae, arguments.root, arguments.images, arguments.size)
+
+
 JOBS = {
     "landcover": _landcover,
     "estep": _estep,
@@ -240,6 +252,7 @@ JOBS = {
     "train": _train,
     "sample": _sample,
     "suite_on_two": _suite_on_two,
+    "round_trip": _round_trip,
     "data": _data,
 }
 

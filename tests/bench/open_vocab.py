@@ -30,7 +30,7 @@ def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[s
     data = dataclasses.replace(config.data, name=DATA)
     examples = eval_examples(data, "test", images)
     evaluator = Evaluator(segmenter, examples, evaluation, seed=config.seed)
-    found = scores_of(evaluator, EStep.parse(estep), Journal(None, DATA, ""), None)
+    found, _ = scores_of(evaluator, EStep.parse(estep), Journal(None, DATA, ""), None)
     seconds = {name: 1.0 / row["images_per_second"] for name, row in found["protocols"].items()}
     return {
         "data": DATA,

@@ -69,7 +69,7 @@ def test_perfect_masks_score_one_for_every_class(name):
     assert single["matching_iou"] in (1.0, None)  # None: no class has a hundredth of an image
     assert not single["absent_rate"]
 
-    row = scores_of(evaluator, ONE, Journal(None, "x", ""), None)
+    row, _ = scores_of(evaluator, ONE, Journal(None, "x", ""), None)
     assert row["miou"] == 1.0
     if examples.metric == "foreground":
         assert row["iou_pooled"] == row["f1_per_image"] == 1.0

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from perfect import Reader
@@ -74,6 +76,10 @@ def test_a_background_is_what_no_class_claims(tmp_path):
     assert "background" not in segmenter.queries  # nobody asks for it by name
     text = (tmp_path / "out" / "suite_domains.md").read_text()
     assert "mIoU of 2 classes, 3 images of val" in text
+    gallery = json.loads((tmp_path / "out" / "domains" / "cells_wbc" / "gallery.json").read_text())
+    assert [item["id"] for item in gallery["items"]] == ["0", "1", "2"]
+    again = run(tmp_path, tmp_path / "out", Seen(), num_images=3)  # from the journal
+    assert again == results and (tmp_path / "out/domains/cells_wbc/gallery.json").is_file()
 
 
 @pytest.mark.usefixtures("cover")
