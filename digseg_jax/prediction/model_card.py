@@ -8,11 +8,13 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.prediction.description import Description
 from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.weights import catalog
 
 OWN_LICENSE = "apache-2.0"  # license of the weights that ship with the package
+OWN_DATA = {"landcover", "landcover_igbp"}  # public domain, from packages
 RANDOM = "random weights"  # `Description.started_from` of a run without a checkpoint
 
 # The card's first part; {title} and {words} are filled in.
@@ -78,7 +80,7 @@ def _front_matter(
     license_name = _license(description)[0]
     more: dict[str, Any] = {}
     if license_name == "other":
-        more["license_name"] = "as-the-weights-it-was-derived-from"
+        more["license_name"] = "terms-of-its-data-and-of-the-weights-it-started-from"
 
     # Links to the checkpoint that the training started from, if the hub has it.
     known = catalog.find(description.started_from)
@@ -174,7 +176,16 @@ def _license(description: Description) -> tuple[str, str]:
         said = f"Derived from {known.hub_id}, whose license ({known.license}) binds these weights too."
         return known.license, said
 
-    # The package's own weights, random ones, or a start whose license is unknown.
+    # The package's own weights: where the training's data are not its own too, their terms bind.
+    if start.startswith("assets:") and not set(description.datasets) <= OWN_DATA:
+        known_terms = {domain.name: domain.terms for domain in DOMAINS}
+        listed = ", ".join(
+            f"{name} ({known_terms[name]})" for name in description.datasets if name in known_terms
+        )
+        said = "Started from weights under the Apache License 2.0; the terms of the data bind their use"
+        return "other", f"{said}{': ' if listed else ''}{listed}."
+
+    # Otherwise they inherit it; random ones, or a start whose license is unknown, come last.
     if start.startswith("assets:"):
         return OWN_LICENSE, "Apache License 2.0, as the weights that it started from."
     if start == RANDOM:

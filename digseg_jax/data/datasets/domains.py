@@ -35,7 +35,8 @@ class Domain:
       held_out: regex on names of training images that are never trained on, for an honest validation
         by whole scenes; empty: none.
       val: the split that the suite scores as val.
-      shareable: whether its terms allow to pass on works derived from it, such as trained weights.
+      terms: of its images and labels, in words.
+      shareable: whether these terms allow to pass on works derived from it, such as trained weights.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Domain:
     may_show: tuple[str, ...] = ()
     held_out: str = ""
     val: str = "val"
+    terms: str = ""
     shareable: bool = False
 
     def part(self) -> dict[str, Any]:
@@ -70,9 +72,9 @@ _PART_KEYS = (
 _ANYTHING = ("thing", "street", "clothing", "field", "pavement", "aerial", "land")
 
 DOMAINS = (
-    # CC BY 4.0 (labels); images under the licences of Flickr's users
     Domain(
         "photos_coco128",
+        terms="labels CC BY 4.0, images under the licences of Flickr's users",
         group="thing",
         scale_min=0.8,
         scale_max=1.8,
@@ -80,23 +82,29 @@ DOMAINS = (
         may_show=_ANYTHING,
         shareable=True,
     ),
-    # images under Flickr's terms, labels for research
     Domain(
         "photos_voc",
-        "pascal_voc_21",
-        "thing",
+        terms="images under Flickr's terms, labels for research",
+        reader="pascal_voc_21",
+        group="thing",
         scale_min=0.8,
         scale_max=1.8,
         weight=3.0,
         may_show=_ANYTHING,
     ),
-    # photographs of people: research only
-    Domain("fashion_ccp", group="clothing", scale_max=1.8, weight=1.5, may_show=_ANYTHING),
-    # CC BY-NC 4.0; whole frames are seen, every pixel of the eleven classes has its label
+    Domain(
+        "fashion_ccp",
+        terms="photographs of people, for research",
+        group="clothing",
+        scale_max=1.8,
+        weight=1.5,
+        may_show=_ANYTHING,
+    ),
     Domain(
         "camvid",
-        "camvid",
-        "street",
+        terms="CC BY-NC 4.0",
+        reader="camvid",
+        group="street",
         scale_min=0.8,
         scale_max=1.6,
         weight=3.0,
@@ -104,9 +112,9 @@ DOMAINS = (
         held_out="^0006R0",  # one of the three videos
         shareable=True,
     ),
-    # CC0 1.0
     Domain(
         "nuclei_dsb2018",
+        terms="CC0 1.0",
         group="cell",
         short_side=256,
         scale_min=0.7,
@@ -115,11 +123,11 @@ DOMAINS = (
         may_show=("cell",),
         shareable=True,
     ),
-    # CC BY-NC-SA 4.0
     Domain(
         "nuclei_monuseg",
-        "monuseg",
-        "cell",
+        terms="CC BY-NC-SA 4.0",
+        reader="monuseg",
+        group="cell",
         short_side=400,
         quarter_turns=True,
         may_show=("cell", "blood vessel", "vessels"),
@@ -127,63 +135,68 @@ DOMAINS = (
         val="held_out",
         shareable=True,
     ),
-    # research only
-    Domain("cells_wbc", group="cell", quarter_turns=True),
-    # registration with the authors, research
+    Domain("cells_wbc", terms="research", group="cell", quarter_turns=True),
     Domain(
         "retina_drishti",
+        terms="research, after registration with the authors",
         group="retina",
         short_side=256,
         scale_max=2.0,
         may_show=("retina",),
     ),
-    # none stated; research
     Domain(
         "retina_disc",
+        terms="none stated; research",
         group="retina",
         short_side=160,
         scale_max=2.0,
         may_show=("retina",),
     ),
-    # none stated; research
-    Domain("retina_vessels", group="retina", short_side=480, quarter_turns=True, may_show=("retina",)),
-    # none stated; imagery of Google Maps
+    Domain(
+        "retina_vessels",
+        terms="none stated; research",
+        group="retina",
+        short_side=480,
+        quarter_turns=True,
+        may_show=("retina",),
+    ),
     Domain(
         "roads_epfl",
+        terms="none stated; imagery of Google Maps",
         group="aerial",
         short_side=240,
         quarter_turns=True,
         may_show=("street", "thing", "land", "pavement"),
     ),
-    # non-commercial research
     Domain(
         "crops_cwfid",
+        terms="non-commercial research",
         group="field",
         short_side=240,
         quarter_turns=True,
         may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
     ),
-    # non-commercial applications
     Domain(
         "crops_carrots",
+        terms="non-commercial applications",
         group="field",
         short_side=240,
         quarter_turns=True,
         may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
     ),
-    # non-commercial research
     Domain(
         "pavement_cracks",
+        terms="non-commercial research",
         group="pavement",
         short_side=320,
         quarter_turns=True,
         may_show=("street", "aerial"),
     ),
-    # public domain; a pixel is five kilometers
     Domain(
         "landcover",
-        "landcover",
-        "land",
+        terms="public domain",
+        reader="landcover",
+        group="land",
         scale_min=1.0,
         scale_max=1.0,
         quarter_turns=True,
