@@ -53,7 +53,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8."
 )
 _SUITE = flags.DEFINE_string(
-    "suite", None, "eval: tables of the paper, from the data sets under config.data.root."
+    "suite", None, "eval: domains, or tables of the paper, from the data sets under config.data.root."
 )
 _SAMPLING = flags.DEFINE_string(
     "sampling", None, 'eval, predict, demo: members x steps, such as "8x2" or "20x50:leading".'

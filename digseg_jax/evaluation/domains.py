@@ -3,7 +3,8 @@
 
 Each is seen at its own scale (`data.datasets.domains`) and asked for its own classes, but for a
 background, which is what no class claims. The score is the mean IoU of the classes that were asked for
-and occur; with one class it is that class's IoU.
+and occur; with one class it is that class's IoU. Names of other domains are asked too: what they cover
+is wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 
 from digseg_jax.config.schema import PartConfig
 from digseg_jax.data.checked import Guarded
-from digseg_jax.data.datasets.domains import DOMAINS, REST, Domain
+from digseg_jax.data.datasets.domains import DOMAINS, REST, Domain, wrong_names
 from digseg_jax.data.datasets.readers.folder import CLASSES
 from digseg_jax.data.sources import HELD_OUT, open_part, spec_of
 from digseg_jax.errors import UserError
@@ -67,6 +68,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
         absent="detectron2",
         template=facts.template,
         rest=rest[0] if rest else -1,
+        wrong_names=wrong_names(domain),
     )
 
 

@@ -20,7 +20,12 @@ import numpy as np
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import EvalConfig
 from digseg_jax.config.templates import PLACE, fill
-from digseg_jax.evaluation.counts import Counted, count_foreground, count_image
+from digseg_jax.evaluation.counts import (
+    DEFAULT_THRESHOLD,
+    Counted,
+    count_foreground,
+    count_image,
+)
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.evaluation.gallery import Shown
 from digseg_jax.evaluation.journal import Journal, unpack
@@ -164,6 +169,31 @@ class Evaluator:
         # Read all rows back from the journal, so that counts of this run and an earlier one are alike.
         rows = tuple(journal[f"{name} {i}"] for i in range(len(self.examples)))
         return Scores(self.examples, protocol, rows, self.absent)
+
+    def coverage(self, names: Sequence[str], estep: EStep, journal: Journal) -> dict[str, float]:
+        """Share (0..1) of all images' pixels that the mask of each name covers, judged by itself."""
+
+        def count(images: Sequence[int], found: Sequence[dict[str, Any]]) -> list[Counted]:
+            """Counts the pixels of each mask, and those of the image."""
+            answers = self._segment(images, found, [tuple(names)] * len(images), estep)
+            rows = [
+                {
+                    "covered": [
+                        int((answer.alone(q) > DEFAULT_THRESHOLD).sum()) for q in range(len(names))
+                    ],
+                    "pixels": int(example["label"].size),
+                }
+                for example, answer in zip(found, answers, strict=True)
+            ]
+            return [Counted(row, np.zeros((1, 1)), {}) for row in rows]
+
+        # The generator writes the journal; its items are of no further use.
+        name = f"{estep} wrong names"
+        for _ in self._counted(self.examples, name, journal, count):
+            pass
+        rows = [journal[f"{name} {i}"] for i in range(len(self.examples))]
+        covered = np.sum([row["covered"] for row in rows], axis=0) / sum(row["pixels"] for row in rows)
+        return dict(zip(names, covered.tolist(), strict=True))
 
     def threshold_counts(
         self, estep: EStep, training: EvalExamples, journal: Journal | None = None

@@ -23,6 +23,7 @@ class EvalExamples:
       covers: for each class the ids whose pixels belong to its mask; several where classes are nested.
       metric, absent, inference, template: see `DatasetSpec`. A metric "asked" is the mean IoU of the
         classes that are asked for and occur.
+      wrong_names: words for what no image of the data set can show.
       rest: id of a class that is never asked for: what no other class claims; -1: none.
     """
 
@@ -36,6 +37,7 @@ class EvalExamples:
     inference: str = "window"
     template: str = PLACE
     rest: int = -1
+    wrong_names: tuple[str, ...] = ()
 
     @property
     def asked(self) -> tuple[int, ...]:

@@ -248,6 +248,10 @@ def scores_of(
         "per_class": headline.per_class(),
     }
 
+    # What masks of names cover that no image can show.
+    if examples.wrong_names:
+        result["wrong_names"] = evaluator.coverage(examples.wrong_names, estep, journal)
+
     # How many of the present classes gates of other sizes would have kept.
     if "gated" in found and (recall := found["gated"].gate_recall()):
         result["gate_recall"] = recall

@@ -70,7 +70,12 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
     rate = f"{speed:.3g}" if speed else "–"
     if row["metric"] == "asked":
         what = f"mIoU of {row['scored']} classes, {row['num_images']} images of {row['split']}"
-        return [[headline, what, percent(row["asked_miou"]), "–", rate, "–"]]
+        cells = [[headline, what, percent(row["asked_miou"]), "–", rate, "–"]]
+        if wrong := row.get("wrong_names"):
+            area = sum(wrong.values()) / len(wrong)
+            what = f"mean area of {len(wrong)} names of other domains"
+            cells.append([headline, what, percent(area), *"–––"])
+        return cells
 
     # A data set with a metric of its own: Dice of nested regions (optic disc and cup) ...
     if row["metric"] == "region_dice":

@@ -12,12 +12,12 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from digseg_jax.config.parse import parse
-from digseg_jax.data.datasets.domains import DOMAINS
+from digseg_jax.data.datasets.domains import DOMAINS, WRONG_NAMES, wrong_names
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains, suite, suite_tables
 
 PARAMS = {"weight": np.ones(3, np.float32)}
-CHANNEL = {"cytoplasm": 0, "nucleus": 1, "thing": 0}
+CHANNEL = {"cytoplasm": 0, "nucleus": 1, "thing": 0}  # other names: 2
 
 
 class Seen(Reader):
@@ -74,7 +74,12 @@ def test_a_background_is_what_no_class_claims(tmp_path):
     assert row["asked_miou"] == pytest.approx(expected[1:].mean(), abs=1e-9) and row["scored"] == 2
     assert {"cytoplasm", "nucleus"} < segmenter.queries
     assert "background" not in segmenter.queries  # nobody asks for it by name
+    images = [np.asarray(Image.open(p)) for p in (tmp_path / "cells_wbc/images/val").iterdir()]
+    covered = np.mean([(image[..., 2] / 255 > 0.5).mean() for image in images])
+    assert set(row["wrong_names"]) == set(WRONG_NAMES.values()) - {"nucleus"}
+    assert list(row["wrong_names"].values()) == pytest.approx([covered] * 8) and covered > 0
     text = (tmp_path / "out" / "suite_domains.md").read_text()
+    assert f"| mean area of 8 names of other domains | {100 * covered:.2f} |" in text
     assert "mIoU of 2 classes, 3 images of val" in text
     gallery = json.loads((tmp_path / "out" / "domains" / "cells_wbc" / "gallery.json").read_text())
     assert [item["id"] for item in gallery["items"]] == ["0", "1", "2"]
@@ -111,3 +116,12 @@ def test_a_set_without_a_test_split_is_scored_on_its_val(tmp_path):
     other = domains.domains_below(str(tmp_path))[-1]
     assert other.name == "new"
     assert domains.domain_examples(other, str(tmp_path), "test").split == "test"
+
+
+def test_a_wrong_name_is_of_a_group_that_the_images_cannot_show():
+    street = next(d for d in DOMAINS if d.name == "camvid")
+    assert set(wrong_names(street)) == {
+        "nucleus", "optic disc", "road network", "weed", "wetland",
+    }  # fmt: skip
+    assert {d.group for d in DOMAINS} == WRONG_NAMES.keys()
+    assert wrong_names(domains.Domain("mine")) == ()

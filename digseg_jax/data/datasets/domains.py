@@ -208,6 +208,26 @@ DOMAINS = (
 )
 
 
+# A name of each group that could stand in no image of the others but for what `may_show` says.
+WRONG_NAMES = {
+    "thing": "giraffe",
+    "street": "bicyclist",
+    "clothing": "skirt",
+    "cell": "nucleus",
+    "retina": "optic disc",
+    "aerial": "road network",
+    "field": "weed",
+    "pavement": "crack",
+    "land": "wetland",
+}
+
+
+def wrong_names(domain: Domain) -> tuple[str, ...]:
+    """Names of other domains that a domain's images cannot show; () for a domain without a group."""
+    shown = {domain.group, *domain.may_show}
+    return tuple(w for group, w in WRONG_NAMES.items() if domain.group and group not in shown)
+
+
 def shareable_domains() -> tuple[Domain, ...]:
     """The domains whose terms allow to pass on weights that were trained on them."""
     return tuple(domain for domain in DOMAINS if domain.shareable)
