@@ -21,7 +21,7 @@ from digseg_jax.config.parse import flat, to_dict, with_settings
 from digseg_jax.config.schema import Config, ModelConfig
 from digseg_jax.data.sources import check_splits
 from digseg_jax.errors import UserError
-from digseg_jax.evaluation import autoencoder
+from digseg_jax.evaluation import autoencoder, domains
 from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
 from digseg_jax.evaluation.validation import make_validation
@@ -48,6 +48,7 @@ from digseg_jax.prediction.description import (
 )
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.report import build_report
+from digseg_jax.report.domains import build_domain_pages
 from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
@@ -310,6 +311,10 @@ def evaluate(
     about = description.provenance()
     results = suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite, about)
     log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
+    if suite == domains.SUITE:
+        with together("the pages of the domains"):
+            if is_main():
+                log.info("pages: %s", build_domain_pages(workdir / "eval"))
     return results
 
 

@@ -40,6 +40,12 @@ def lines(results: Mapping[str, Any]) -> list[list[Any]]:
 def note(results: Mapping[str, Any]) -> str:
     """Introduction to the table: how to read its numbers."""
     about = trained_on(results.get("weights"))
+    if results["suite"] == "domains":
+        return (
+            f"Domains, seed {results['seed']}; percent. {about} Each domain is seen at its own scale; its "
+            "score is the mean IoU of the classes that were asked for and occur. A background is what no "
+            "class claims. Names of other domains should cover nothing."
+        )
     return (
         f"Suite {results['suite']}, seed {results['seed']}; percent. {about} Oracle asks only for "
         "classes that the truth contains and does not compare with the other protocols. The paper's "
@@ -69,7 +75,8 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
     # A domain of the generalist: the classes that were asked for, pooled over the split.
     rate = f"{speed:.3g}" if speed else "–"
     if row["metric"] == "asked":
-        what = f"mIoU of {row['scored']} classes, {row['num_images']} images of {row['split']}"
+        images = f"{row['num_images']} of {row['split']}"
+        what = f"mean IoU (classes: {row['scored']}, images: {images})"
         cells = [[headline, what, percent(row["asked_miou"]), "–", rate, "–"]]
         if wrong := row.get("wrong_names"):
             area = sum(wrong.values()) / len(wrong)

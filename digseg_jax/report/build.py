@@ -46,7 +46,7 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     """JSON object of a file.
 
     Raises:
@@ -62,9 +62,9 @@ def _object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     return value
 
 
-def _optional(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+def optional_object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     """JSON object of a file; empty if the file does not exist."""
-    return _object(path, keys) if path.exists() else {}
+    return read_object(path, keys) if path.exists() else {}
 
 
 def _results(workdir: Path) -> dict[str, Any]:
@@ -79,13 +79,13 @@ def _results(workdir: Path) -> dict[str, Any]:
             f"no evaluation at {path}; make it with: python -m digseg_jax.main "
             f"--config=CONFIG --workdir={workdir} --mode=eval"
         )
-    results = _object(path, _REQUIRED)
+    results = read_object(path, _REQUIRED)
     if not isinstance(results["per_class"], dict):
         raise UserError(f"{path}: per_class must be an object of class name to IoU or null")
     return results
 
 
-def _colors(results: Mapping[str, Any], gallery: Mapping[str, Any]) -> dict[str, str]:
+def class_table(results: Mapping[str, Any], gallery: Mapping[str, Any]) -> dict[str, str]:
     """Color (#rrggbb) of each class name: the gallery's own, so that the page agrees with its images.
 
     Raises:
@@ -106,7 +106,7 @@ def _training(workdir: Path) -> str:
     return section("training", "Training", f'<div class="charts">{charts}</div>' if charts else "")
 
 
-def _shaped(path: Path, make: Callable[[], T]) -> T:
+def shaped(path: Path, make: Callable[[], T]) -> T:
     """Calls `make`, which reads one file; a file that is not of the expected form is a UserError."""
     try:
         return make()
@@ -133,32 +133,43 @@ def render(workdir: Path) -> str:
     suite_paths = sorted((workdir / "eval").glob("suite_*.json"))
 
     # Only results.json is required.
-    gallery, estep = _optional(gallery_path), _optional(estep_path)
-    benches = [_object(path, ("title", "columns", "rows")) for path in bench_paths]
+    gallery, estep = optional_object(gallery_path), optional_object(estep_path)
+    benches = [read_object(path, ("title", "columns", "rows")) for path in bench_paths]
     config = _read(config_path) if config_path.exists() else None
-    colors = _shaped(gallery_path, lambda: _colors(results, gallery))
+    colors = shaped(gallery_path, lambda: class_table(results, gallery))
 
     # In the order of the page. Sections are empty strings where there is nothing to show.
     parts = [
         sections.headline(results),
         sections.listening(results),
-        _shaped(gallery_path, lambda: gallery_section(gallery, gallery_path.parent, colors)),
+        shaped(gallery_path, lambda: gallery_section(gallery, gallery_path.parent, colors)),
         sections.class_bars(results["per_class"], colors),
         _training(workdir),
-        _shaped(estep_path, lambda: sections.estep_table(estep)),
-        _shaped(workdir / "eval", lambda: suite_tables([_object(p) for p in suite_paths])),
-        _shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
+        shaped(estep_path, lambda: sections.estep_table(estep)),
+        shaped(workdir / "eval", lambda: suite_tables([read_object(p) for p in suite_paths])),
+        shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
         sections.details(config, results),
     ]
 
-    # Style and script go into the page itself.
+    body = "\n".join(part for part in parts if part)
+    return result_page(results["dataset"], workdir.resolve().name, body)
+
+
+def result_page(name: str, run: str, body: str) -> str:
+    """A whole page of results, its style and script inside.
+
+    Args:
+      name: what the page is about, its heading.
+      run: what it was measured with; empty: nothing.
+      body: ready HTML.
+    """
     return fill_page(packaged("page.html"), {
-        "title": esc(f"{results['dataset']} · {workdir.resolve().name}"),
-        "dataset": esc(results["dataset"]),
-        "run": esc(workdir.resolve().name),
+        "title": esc(f"{name} · {run}" if run else name),
+        "dataset": esc(name),
+        "run": esc(run),
         "style": packaged("page.css"),
         "script": packaged("slider.js") + packaged("page.js"),
-        "body": "\n".join(part for part in parts if part),
+        "body": body,
     })  # fmt: skip
 
 

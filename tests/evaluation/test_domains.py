@@ -80,7 +80,7 @@ def test_a_background_is_what_no_class_claims(tmp_path):
     assert list(row["wrong_names"].values()) == pytest.approx([covered] * 8) and covered > 0
     text = (tmp_path / "out" / "suite_domains.md").read_text()
     assert f"| mean area of 8 names of other domains | {100 * covered:.2f} |" in text
-    assert "mIoU of 2 classes, 3 images of val" in text
+    assert "mean IoU (classes: 2, images: 3 of val)" in text and "own scale" in text
     gallery = json.loads((tmp_path / "out" / "domains" / "cells_wbc" / "gallery.json").read_text())
     assert [item["id"] for item in gallery["items"]] == ["0", "1", "2"]
     again = run(tmp_path, tmp_path / "out", Seen(), num_images=3)  # from the journal

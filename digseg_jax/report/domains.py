@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of --suite=domains: a table of all domains, and a page of each with its images and classes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from digseg_jax.io import storage
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.report.build import class_table, result_page, optional_object, read_object, shaped
+from digseg_jax.report.cards import gallery_section
+from digseg_jax.report.markup import esc, number, section, table
+from digseg_jax.report.sections import class_bars
+
+FOLDER, INDEX = "domains", "index.html"
+_SOURCES = ("suite_domains.json", FOLDER)
+
+
+def build_domain_pages(evaluated: AnyPath | str) -> AnyPath:
+    """Writes EVALUATED/domains/index.html and NAME.html beside it; returns the path of the former.
+
+    Reads EVALUATED/suite_domains.json and the galleries in EVALUATED/domains/NAME.
+
+    Raises:
+      UserError: no results, or a file not of the expected form.
+    """
+    evaluated = storage.as_path(evaluated)
+
+    # The files of a bucket are fetched first: rendering reads local files only.
+    with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
+        source = evaluated
+        if storage.is_remote(evaluated):
+            source = Path(scratch) / "eval"
+            storage.download(evaluated, source, _SOURCES)
+        path = source / "suite_domains.json"
+        rows = read_object(path, ("rows",))["rows"]
+        pages = shaped(
+            path, lambda: {INDEX: _index(rows)} | {_file(r): _page(r, source) for r in _seen(rows)}
+        )
+
+    for name, text in pages.items():
+        storage.write_bytes(evaluated / FOLDER / name, text.encode("utf-8"))
+    return evaluated / FOLDER / INDEX
+
+
+def _seen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the domains that were measured."""
+    return [row for row in rows if "missing" not in row]
+
+
+def _file(row: Mapping[str, Any]) -> str:
+    """File name of a domain's page."""
+    return f"{row['dataset']}.html"
+
+
+def _index(rows: list[dict[str, Any]]) -> str:
+    """The page of all domains: one row each, with a link to its images."""
+    cells = []
+    for row in rows:
+        if "missing" in row:
+            cells.append([esc(row["dataset"]), "–", "–", "not measured: no data", "–"])
+            continue
+        wrong = row.get("wrong_names") or {}
+        area = number(sum(wrong.values()) / len(wrong)) if wrong else "–"
+        link = f'<a href="{esc(_file(row))}">{esc(row["dataset"])}</a>'
+        shown = f"{row['num_images']} of {esc(row['split'])}"
+        cells.append([link, shown, str(row["scored"]), number(row["asked_miou"]), area])
+
+    columns = ("domain", "images", "classes", "mean IoU", "area of wrong names")
+    caption = "Classes that were asked for and occur; wrong names are those of other domains"
+    return result_page("Domains", "", section("domains", "Domains", table(columns, cells, caption)))
+
+
+def _page(row: Mapping[str, Any], source: Path) -> str:
+    """The page of a domain: its images with sliders, and the IoU of its classes."""
+    path = source / FOLDER / row["dataset"] / "gallery.json"
+    gallery = optional_object(path)
+    colors = shaped(path, lambda: class_table(row, gallery))
+    parts = (
+        f'<p class="lead"><a href="{INDEX}">All domains</a></p>',
+        shaped(path, lambda: gallery_section(gallery, path.parent, colors)),
+        class_bars(row["per_class"], colors),
+    )
+    return result_page(row["dataset"], f"{row['estep']}, {row['split']}", "\n".join(parts))
