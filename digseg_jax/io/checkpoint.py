@@ -2,9 +2,11 @@
 """Checkpoints: DIR/checkpoints/STEP/{state,data,meta}, written by orbax in the background.
 
 `state` is the sharded train state (packed as in `packing`), `data` one integer (the next step of the
-stream), `meta` the configuration, the vocabulary and the library versions. An interrupted checkpoint
-never gets its final name (in a bucket: its commit marker), so it is never read. Every process must call
-every method, at the same step.
+stream), `meta` the configuration, the vocabulary, the library versions and the checksums of all three,
+which are compared when it is read. An interrupted checkpoint never gets its final name (in a bucket:
+its commit marker), so it is never read.
+
+Every process must call every method, at the same step.
 """
 
 from __future__ import annotations
@@ -22,9 +24,15 @@ from orbax.checkpoint import checkpoint_managers as policies
 from digseg_jax.config.schema import CheckpointConfig
 from digseg_jax.errors import UserError
 from digseg_jax.io import packing, storage
+from digseg_jax.io.checksums import array_sums, json_sum
+from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.workdir import CHECKPOINTS
+from digseg_jax.log import log
 from digseg_jax.packages import LIBRARIES
 from digseg_jax.runtime import malloc
+
+# Entries of `meta` that only this module uses.
+_OWN = ("small", "sums", "metrics", "checksum")
 
 # Steps that may run while a checkpoint is being written; then the loop waits for it, so that a kill
 # costs at most `every` + OVERLAP - 1 finished steps.
@@ -62,8 +70,16 @@ class Checkpointer:
             "meta": ocp.JsonCheckpointHandler(),
         }
 
+        # Orbax reads the metrics of every checkpoint at once.
         with storage.explained(self.folder, "cannot be read or written"):
-            self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            try:
+                self.manager = ocp.CheckpointManager(
+                    self.folder, options=options, item_handlers=handlers
+                )
+            except ValueError as error:
+                if (damaged := _bad_metrics(self.folder)) is None:
+                    raise
+                raise damaged from error
 
         self._started: tuple[int, float] | None = None  # step and start time of the save under way
 
@@ -93,7 +109,7 @@ class Checkpointer:
         values = {
             step: metrics[self.config.best]
             for step in self.manager.all_steps()
-            if (metrics := self.manager.metrics(step)) and self.config.best in metrics
+            if (metrics := self._metrics(step)) and self.config.best in metrics
         }
         return max(values, key=lambda step: values[step]) if values else None
 
@@ -115,11 +131,17 @@ class Checkpointer:
         if step in self.manager.all_steps():
             return
 
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        packed = packing.pack(state)
+        facts = meta | {
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "small": packing.layout(state),
+            "sums": array_sums(packed),
+            "metrics": metrics or {},
+        }
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(packing.pack(state)),
+            state=ocp.args.PyTreeSave(packed),
             data=ocp.args.JsonSave({"next_step": step}),
-            meta=ocp.args.JsonSave({**meta, "versions": versions, "small": packing.layout(state)}),
+            meta=ocp.args.JsonSave(facts | {"checksum": json_sum(facts)}),
         )
 
         self._started = (step, time.monotonic())
@@ -210,21 +232,45 @@ class Checkpointer:
             raise UserError(f"{self.folder}: no checkpoint here; train first")
 
         # The small entries first: the stored layout tells whether the state fits.
-        facts = self._read(step, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
-        meta = facts["meta"]
-        state = self._read_state(abstract_state, step, meta.pop("small", None))
-        return int(facts["data"]["next_step"]), state, meta
+        facts = self._read(step, data=ocp.args.JsonRestore())["data"]
+        if facts != {"next_step": step}:
+            raise self._unusable(step, f"its data entry is {facts}, not that of step {step}")
+
+        meta = self._read_meta(step)
+        state = self._read_state(abstract_state, step, meta)
+        return step, state, {name: value for name, value in meta.items() if name not in _OWN}
 
     def restore_part(self, abstract_part: dict[str, Any], step: int) -> dict[str, Any]:
         """Reads top-level entries of the state, such as {"ema": tree}; raises what `restore` does."""
+        return self._read_state(abstract_part, step, self._read_meta(step), partial_restore=True)
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        """Reads `meta` and compares its checksum; tells where there is none."""
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        return self._read_state(abstract_part, step, meta.get("small"), partial_restore=True)
+        if not isinstance(meta, dict):
+            raise self._unusable(step, "its meta entry is no JSON object")
+
+        # Two entries tell that there are checksums: a damaged name does not switch the comparison off.
+        if "checksum" not in meta and "sums" not in meta:
+            log.warning("%s: has no checksums, so damage would not show", self.folder / str(step))
+            return meta
+        facts = {name: value for name, value in meta.items() if name != "checksum"}
+        if meta.get("checksum") != json_sum(facts):
+            raise self._unusable(step, "its meta entry does not have the checksum stored with it")
+        return meta
+
+    def _metrics(self, step: int) -> dict[str, float] | None:
+        """Scores that were saved with a checkpoint, compared with those in its `meta`."""
+        metrics, known = self.manager.metrics(step), self._read_meta(step).get("metrics")
+        if known is not None and known != (metrics or {}):
+            raise self._unusable(step, f"its metrics entry is {metrics}, its meta entry has {known}")
+        return metrics
 
     def _read_state(
         self,
         abstract: dict[str, Any],
         step: int,
-        small: dict[str, dict[str, list]] | None,
+        meta: dict[str, Any],
         **options: bool,
     ) -> dict[str, Any]:
         """Reads the state, or entries of it, and splits its joined arrays.
@@ -232,12 +278,13 @@ class Checkpointer:
         Args:
           abstract: shapes, types and shardings of the entries to read.
           step: number of the checkpoint.
-          small: the stored layout (`packing.layout`); None for a checkpoint older than packing.
+          meta: of that checkpoint; an older one may lack the layout ("small") or the checksums.
           **options: options of orbax's restore.
 
         Raises:
           UserError: another layout, or arrays that are missing, damaged or of another shape.
         """
+        small = meta.get("small")
         if small is None:
             return self._read(step, state=_restore_args(abstract, **options))["state"]
 
@@ -248,7 +295,25 @@ class Checkpointer:
 
         packed = packing.abstract_packed(abstract)
         stored = self._read(step, state=_restore_args(packed, **options))["state"]
+        self._compare_sums(step, stored, meta.get("sums"))
         return packing.unpack(stored, abstract)
+
+    def _compare_sums(self, step: int, stored: dict[str, Any], known: dict[str, int] | None) -> None:
+        """Raises UserError, on every process, if an array is not the one that was saved.
+
+        Args:
+          step: number of the checkpoint.
+          stored: the packed entries that were read.
+          known: sums of the saved arrays; None for a checkpoint older than these.
+        """
+        if known is None:
+            return
+        wrong = [path for path, found in array_sums(stored).items() if known.get(path) != found]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise self._unusable(
+                step, f"{wrong[0]}{more}: not the values that were saved, the file is damaged"
+            )
 
     def _read(self, step: int, **items: Any) -> Any:
         """Reads entries of a checkpoint; every error becomes a UserError."""
@@ -265,6 +330,16 @@ class Checkpointer:
         earlier = [s for s in self.manager.all_steps() if s < step]
         advice = f"; to go back to step {max(earlier)}, remove {path}" if earlier else ""
         return UserError(f"{path}: checkpoint cannot be read ({reason}){advice}")
+
+
+def _bad_metrics(folder: epath.Path) -> UserError | None:
+    """The error for the first checkpoint whose metrics are no JSON; None if there is none."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            parse_object(path.read_bytes())
+        except ValueError as error:
+            return UserError(f"{path}: {error}; remove the checkpoint {path.parent.parent}")
+    return None
 
 
 def _difference(entry: str, stored: dict[str, list], wanted: dict[str, list]) -> str:

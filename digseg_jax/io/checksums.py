@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checksums that tell whether what is read is what was written: of arrays on any mesh, and of JSON.
+
+An array's sum is one of integers modulo 2**32: every element's bits times an odd weight that depends on
+the element's place. Integers add up to the same in any order, so the sum is the same on every mesh. A
+weight that is odd has an inverse, so no flipped bit leaves the sum as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from digseg_jax.arraytypes import Array, Integer
+from digseg_jax.trees import flatten
+
+_SPREAD = 0x9E3779B1  # odd, 2**32 over the golden ratio: neighbors get unlike weights
+
+
+def array_sums(tree: dict[str, Any]) -> dict[str, int]:
+    """Sums of the arrays of a tree by their dotted path; every process must call it, and gets all."""
+    sums = {path: _sum_array(x, _strides(x)) for path, x in flatten(tree).items()}
+    return {path: int(x) for path, x in jax.device_get(sums).items()}
+
+
+def _strides(x: Array) -> np.ndarray:
+    """How far apart neighbors along each axis [n] are in the flat array, modulo 2**32; and _SPREAD.
+
+    They are arguments of the compiled program: of constants, XLA would compute all weights to store them.
+    """
+    strides = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+    return np.asarray([s % 2**32 for s in [*strides, 1, _SPREAD]], np.uint32)
+
+
+@jax.jit
+def _sum_array(x: Array, factors: Integer[Array, "n"]) -> Integer[Array, ""]:
+    """The sum of one array of numbers; factors: as `_strides` returns them."""
+    bits = _bits(x)
+
+    # An element's place is its index in the flat array: of the whole one, however it is sharded.
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for dim in range(bits.ndim):
+        place += lax.broadcasted_iota(jnp.uint32, bits.shape, dim) * factors[dim]
+
+    weight = (place * factors[-1]) | np.uint32(1)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
+
+
+def _bits(x: Array) -> Integer[Array, "..."]:
+    """The bits of an array as integers of 32 bits; elements of 64 bits become two, along a last axis."""
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+
+    # Nothing is rounded on the way: not-a-numbers and the sign of zero keep their bits.
+    size = min(x.dtype.itemsize, 4)
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * size}")).astype(jnp.uint32)
+
+
+def json_sum(value: Any) -> int:
+    """CRC-32 of a JSON-ready value, whatever the order of its keys."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
