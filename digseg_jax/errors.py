@@ -4,21 +4,39 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-# Exit statuses of `main`, beside 0; only after PREEMPTED do the scripts of launch/ start a run again. A
-# process that is aborted because another one of its run ended has 134.
+# Exit statuses of `main`, beside 0; after PREEMPTED the scripts of launch/ start the run again, after
+# USER_ERROR and OVER_BUDGET they do not. A process that is aborted because another one of its run ended
+# has 134.
 CRASH = 1
 USER_ERROR = 2  # refused, with one line that says why
 OVER_BUDGET = 3  # does not fit: a program of --mode=compile, or a device's or the host's memory
 INTERRUPTED = 130  # Ctrl-C where nothing is to be saved: 128 + SIGINT, as shells have it
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, the same command goes on from there
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: preempted, or ended by a `Transient`; start it again
+
+# How errors of JAX, tensorstore and the bucket's client say that a service or another process is gone
+# for now: the status codes that mean this, and the words of the libraries that have none.
+_PASSING_CODES = {408, 429, 500, 502, 503, 504}
+_PASSING_WORDS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b"
+    r"|[Cc]onnection (closed by peer|reset by peer|refused)|remote process exited"
+)
 
 
 class UserError(ValueError):
     """Bad input: the message names the thing, the place and the legal values, in one line.
 
     `main` prints it without a traceback and exits with status USER_ERROR.
+    """
+
+
+class Transient(UserError):
+    """A fault that passes by itself: `main` prints it in one line and exits with PREEMPTED.
+
+    These are: a process of the run that is late, was killed or cannot be reached; a bucket or hub that
+    does not answer (statuses 408, 429 and 500 to 504, cut or refused connections, time limits).
     """
 
 
@@ -29,6 +47,27 @@ class Preempted(Exception):
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the host has not enough memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether an error, or the one that caused it, is of the kinds that `Transient` lists."""
+    if error is None:
+        return False
+    if isinstance(error, BrokenPipeError):  # the command's own output, which nobody reads any more
+        return False
+    if isinstance(error, Transient | ConnectionError | TimeoutError):
+        return True
+
+    # A status code says it exactly; without one, the words do.
+    code = getattr(error, "code", None) or getattr(error, "status", None)
+    if str(code).isdigit():
+        return int(str(code)) in _PASSING_CODES
+    return bool(_PASSING_WORDS.search(str(error))) or passes(error.__cause__)
+
+
+def refusal(message: str, cause: BaseException | None) -> UserError:
+    """The error with this message for what a library raised: `Transient` if the cause passes."""
+    return Transient(message) if passes(cause) else UserError(message)
 
 
 def nearest(name: str, legal: Iterable[str], n: int = 3) -> str:

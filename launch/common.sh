@@ -58,6 +58,11 @@ one_line() {
   done
 }
 
+# A secret that the processes of a run share, so that no other program takes part in their roll call.
+new_token() {
+  od -An -N16 -tx1 /dev/urandom | tr -d ' \n'
+}
+
 # Writes the names of this tree's files to the file $1, each ended by a zero byte: what git tracks, as it
 # is here now. Without git (a tree that was copied), the folders and files that a run needs.
 list_tree() {

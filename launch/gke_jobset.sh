@@ -8,8 +8,9 @@
 # HOSTS: hosts of one slice; CHIPS: chips of one host; SLICES (default 1); RESTARTS (default 1000);
 # SERVICE_ACCOUNT: Kubernetes account that may write to the bucket (default "default"). The image is made by
 # docker build -f launch/Dockerfile -t IMAGE . && docker push IMAGE; the cluster needs the JobSet controller.
-# A configuration error (status 2) ends the job; everything else, preemption (75) included, starts it
-# again, and the run goes on from its last checkpoint. --dry-run prints the manifest and the command.
+# A configuration error (status 2) or too little memory (3) ends the job; everything else, preemption (75)
+# included, starts it again, and the run goes on from its last checkpoint. --dry-run prints the manifest and
+# the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -28,6 +29,8 @@ for flag in "$@"; do
   quoted="${flag//\'/\'\'}" # YAML's single quotes
   flags+=$'\n'"                    - '$quoted'"
 done
+
+token="$(new_token)"
 
 manifest() {
   cat << EOF
@@ -54,7 +57,7 @@ spec:
           podFailurePolicy:
             rules:
               - action: FailJob
-                onExitCodes: {containerName: main, operator: In, values: [2]}
+                onExitCodes: {containerName: main, operator: In, values: [2, 3]}
           template:
             spec:
               restartPolicy: Never
@@ -69,6 +72,8 @@ spec:
                   workingDir: /app
                   command: [python, -u, -m, digseg_jax.main, --start_timeout=600]
                   args:$flags
+                  env:
+                    - {name: DIGSEG_JAX_TOKEN, value: "$token"}
                   resources:
                     limits:
                       google.com/tpu: $CHIPS

@@ -6,8 +6,8 @@
 #   launch/local_pod.sh 2 --config=configs/quickstart.py --workdir=/tmp/run --config.mesh.fsdp=2
 #
 # --devices: CPU devices of each process (default 1). Each line of output starts with the process's number.
-# The exit status is 75 if the processes were preempted (run it again to go on), else the first other
-# than 0. SIGTERM is handed on to all processes.
+# The exit status is 2 or 3 if a process ended with it (it would again), else 75 if one did (run it again to
+# go on), else the first other than 0. SIGTERM is handed on to all processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -30,6 +30,8 @@ if [[ -z "$port" ]]; then
 fi
 
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices"
+DIGSEG_JAX_TOKEN="$(new_token)"
+export DIGSEG_JAX_TOKEN
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < count; i++)); do
@@ -50,6 +52,9 @@ for pid in "${pids[@]}"; do
     wait "$pid" || code=$?
     kill -0 "$pid" 2>/dev/null || break # a trapped signal ends `wait` early
   done
-  [[ "$code" -eq 0 || "$status" -eq "$PREEMPTED" ]] || status="$code"
+  case "$code,$status" in
+    *,2 | *,3 | 0,*) ;;
+    2,* | 3,* | "$PREEMPTED",* | *,0) status="$code" ;;
+  esac
 done
 exit "$status"

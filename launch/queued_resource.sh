@@ -8,8 +8,8 @@
 # PROJECT is optional; SPOT=0 asks for capacity that is not taken away; POLL is the time between looks
 # in seconds (default 60); ATTEMPTS how often a slice is asked for (default 1000); MISSES how many looks in
 # a row may fail (default 10). Keep it running where it can stay, such as in tmux on a small VM: it ends when
-# main ends with 0, when main (or gcloud) refuses with 2 (a configuration error would be the same on the next
-# slice), or with 1 when gcloud no longer tells the state.
+# main ends with 0, when main (or gcloud) refuses with 2 or main lacks memory (3), which would be the same on the
+# next slice, or with 1 when gcloud no longer tells the state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -64,7 +64,7 @@ for ((attempt = 1; attempt <= ${ATTEMPTS:-1000}; attempt++)); do
   remove || true
   case "$status" in
     0) exit 0 ;;
-    2) exit 2 ;;
+    2 | 3) exit "$status" ;;
   esac
   echo "attempt $attempt ended with $status; asking for a slice again" >&2
   sleep 10

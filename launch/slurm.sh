@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# A run on the GPUs of a SLURM cluster, one process for each GPU, queued again after a preemption.
+# A run on the GPUs of a SLURM cluster, one process for each GPU, queued again after what passes.
 #
 #   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] FLAGS_OF_MAIN...
 #
@@ -8,7 +8,9 @@
 # knows them. VENV: an environment with the requirements and jax[cuda13], activated on each node.
 # The working directory must be one that all nodes see. SLURM tells main who takes part. 90 s before the
 # time limit or at a preemption SLURM sends SIGTERM: main saves and ends with 75, and the job goes back
-# into the queue; any other failure ends it. --dry-run prints the job script and the command.
+# into the queue. So it does when a process was killed (137), which the others end with 75 or are aborted
+# for (134), but then at most RESTARTS times (default 20). Any other failure ends it. --dry-run prints the
+# job script and the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -18,7 +20,7 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 [[ $# -ge 1 ]] || usage "$0"
-plain NODES GPUS TIME PARTITION ACCOUNT
+plain NODES GPUS TIME PARTITION ACCOUNT RESTARTS
 optional=""
 [[ -z "${PARTITION:-}" ]] || optional+="#SBATCH --partition=$PARTITION"$'\n'
 [[ -z "${ACCOUNT:-}" ]] || optional+="#SBATCH --account=$ACCOUNT"$'\n'
@@ -39,9 +41,15 @@ script() {
 #SBATCH --open-mode=append
 ${optional}cd $(printf '%q' "$PWD")
 $activate
+export DIGSEG_JAX_TOKEN="\$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
 status=0
 srun --kill-on-bad-exit=0 python -u -m digseg_jax.main --start_timeout=300 $flags || status=\$?
-if [ "\$status" -eq $PREEMPTED ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+case "\$status" in
+  $PREEMPTED) again=1 ;;
+  134 | 137) again=\$((\${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-20})) ;;
+  *) again=0 ;;
+esac
+if [ "\$again" -eq 1 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit "\$status"
 EOF
 }

@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from digseg_jax.config.schema import CheckpointConfig
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError, passes, refusal
 from digseg_jax.io import packing, storage
 from digseg_jax.io.checksums import array_sums, json_sum
 from digseg_jax.io.json_file import parse_object
@@ -168,7 +168,7 @@ class Checkpointer:
 
         if self.manager.is_saving_in_progress():
             if time.monotonic() - since > self.config.timeout:
-                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
+                raise self._failed(step, TimeoutError(f"not written after {self.config.timeout:.0f} s"))
             return
 
         # Finished: collects the error of the background thread, if there is one.
@@ -184,7 +184,7 @@ class Checkpointer:
         # Poll, so that a save that hangs ends in an error.
         while self.manager.is_saving_in_progress():
             if time.monotonic() - since > self.config.timeout:
-                raise self._failed(step, f"not written after {self.config.timeout:.0f} s")
+                raise self._failed(step, TimeoutError(f"not written after {self.config.timeout:.0f} s"))
             time.sleep(0.01)
 
         try:
@@ -194,7 +194,7 @@ class Checkpointer:
             raise self._failed(step, error) from error
         self._started = None
 
-    def _failed(self, step: int, why: Exception | str) -> UserError:
+    def _failed(self, step: int, why: Exception) -> UserError:
         """The error for a save that failed: why, and which older checkpoints are complete."""
         # The save is over: waiting for it again would raise this error once more.
         self._started = None
@@ -208,10 +208,11 @@ class Checkpointer:
 
         whole = sorted(s for s in known if s != step)
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none"
-        return UserError(
+        told = (
             f"{self.folder / str(step)}: checkpoint cannot be written ({reason}); of the older ones "
             f"{kept}; make room or access, and the same command goes on from there"
         )
+        return refusal(told, why)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Reads the checkpoint of `step` (default: the latest).
@@ -322,7 +323,11 @@ class Checkpointer:
             with malloc.kept_while_loading():
                 return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises many types; each means an unusable folder
-            raise self._unusable(step, " ".join(str(error).split())[:400]) from error
+            reason = " ".join(str(error).split())[:400]
+            if passes(error) and storage.is_remote(self.folder):
+                told = f"{self.folder / str(step)}: checkpoint cannot be read ({reason})"
+                raise Transient(told) from error
+            raise self._unusable(step, reason) from error
 
     def _unusable(self, step: int, reason: str) -> UserError:
         """The error for a checkpoint that cannot be read, with the way back to the one before it."""

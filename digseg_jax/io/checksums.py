@@ -33,7 +33,7 @@ def array_sums(tree: dict[str, Any]) -> dict[str, int]:
 def _strides(x: Array) -> np.ndarray:
     """How far apart neighbors along each axis [n] are in the flat array, modulo 2**32; and _SPREAD.
 
-    They are arguments of the compiled program: of constants, XLA would compute all weights to store them.
+    They are arguments of the compiled program: of constants, XLA would compute and keep all weights.
     """
     strides = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
     return np.asarray([s % 2**32 for s in [*strides, 1, _SPREAD]], np.uint32)
@@ -54,7 +54,7 @@ def _sum_array(x: Array, factors: Integer[Array, "n"]) -> Integer[Array, ""]:
 
 
 def _bits(x: Array) -> Integer[Array, "..."]:
-    """The bits of an array as integers of 32 bits; elements of 64 bits become two, along a last axis."""
+    """The bits of an array as 32-bit integers; elements of 64 bits become two, along a last axis."""
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)

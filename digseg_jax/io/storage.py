@@ -26,7 +26,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 import fsspec  # noqa: E402
 from etils import epath  # noqa: E402
 
-from digseg_jax.errors import UserError  # noqa: E402
+from digseg_jax.errors import UserError, refusal  # noqa: E402
 
 # No cached listings: other processes write to the bucket too.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -70,7 +70,7 @@ def explained(path: str | os.PathLike, what: str) -> Iterator[None]:
     On a disk only `OSError` is turned; anything else is a defect of the program, and passes.
 
     Raises:
-      UserError: for every error that is turned.
+      UserError: for every error that is turned; `Transient` for one that passes by itself.
     """
     try:
         yield
@@ -78,12 +78,12 @@ def explained(path: str | os.PathLike, what: str) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{path}: {what} ({reason})") from error
+        raise refusal(f"{path}: {what} ({reason})", error) from error
     except Exception as error:  # bucket clients raise errors of many packages
         if not is_remote(path):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{path}: {what} ({reason})") from error
+        raise refusal(f"{path}: {what} ({reason})", error) from error
 
 
 def read_text(path: AnyPath) -> str:

@@ -23,9 +23,9 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import ClusterEnv
 
-from digseg_jax.errors import PREEMPTED, UserError
+from digseg_jax.errors import PREEMPTED, Transient, UserError
 from digseg_jax.log import log
-from digseg_jax.runtime.rendezvous import roll_call, split_address
+from digseg_jax.runtime.rendezvous import TOKEN, roll_call, split_address
 
 START_TIMEOUT = 50.0  # seconds, so that an error comes within a minute; longer if pods start one by one
 BARRIER_TIMEOUT = 600.0  # seconds; the longest wait is for a host that reads weights
@@ -116,7 +116,8 @@ def start(cluster: Cluster | None, timeout: float = START_TIMEOUT) -> None:
     )  # fmt: skip
 
     # First a roll call, whose errors name the process: JAX's own start would abort (see rendezvous).
-    roll_call(cluster.address, cluster.num_processes, cluster.process_id, timeout)
+    token = os.environ.get(TOKEN, "")
+    roll_call(cluster.address, cluster.num_processes, cluster.process_id, timeout, token)
     jax.distributed.initialize(
         cluster.address,
         cluster.num_processes,
@@ -160,7 +161,7 @@ def barrier(name: str, timeout: float = BARRIER_TIMEOUT) -> None:
     """Waits until every process has called it; returns at once for a process on its own.
 
     Raises:
-      UserError: names the processes that did not come within `timeout` seconds.
+      Transient: names the processes that did not come within `timeout` seconds.
     """
     client = jax_distributed.global_state.client
     if client is None:
@@ -171,7 +172,7 @@ def barrier(name: str, timeout: float = BARRIER_TIMEOUT) -> None:
     try:
         client.wait_at_barrier(f"{name}:{_uses[name]}", int(timeout * 1000))
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"waiting for {name}: {_absent(str(error), timeout)}") from error
+        raise Transient(f"waiting for {name}: {_absent(str(error), timeout)}") from error
 
 
 def _absent(message: str, timeout: float) -> str:
@@ -209,10 +210,12 @@ def together(name: str, timeout: float = BARRIER_TIMEOUT) -> Iterator[None]:
     if client is None:
         return
 
-    # Exchange the messages through the coordination service, "" for success.
+    # Exchange the messages through the coordination service, "" for success. The first letter tells
+    # whether the error passes.
     me, _uses[name] = jax.process_index(), _uses.get(name, 0) + 1
     folder = f"together/{name}:{_uses[name]}"
-    client.key_value_set(f"{folder}/{me}", str(problem) if problem else "")
+    kind = "t" if isinstance(problem, Transient) else "u"
+    client.key_value_set(f"{folder}/{me}", f"{kind}{problem}" if problem else "")
     barrier(name, timeout)
 
     said = {key.rsplit("/", 1)[1]: text for key, text in client.key_value_dir_get(folder) if text}
@@ -225,4 +228,5 @@ def together(name: str, timeout: float = BARRIER_TIMEOUT) -> Iterator[None]:
     if problem:
         raise problem
     name, message = next(iter(said.items()))
-    raise UserError(f"process {name}: {message}")
+    kinds = {"t": Transient, "u": UserError}
+    raise kinds[message[0]](f"process {name}: {message[1:]}")

@@ -15,8 +15,10 @@ from digseg_jax.errors import (
     PREEMPTED,
     USER_ERROR,
     Preempted,
+    Transient,
     UserError,
     lacks_memory,
+    passes,
 )
 from digseg_jax.log import log
 
@@ -30,6 +32,8 @@ _REFUSED = (
 def tell(error: BaseException) -> int:
     """Prints what a command raised, in one line if the user can fix it; returns the exit status."""
     # Ends that are no failures of the program.
+    if isinstance(error, Transient):
+        return _one_line(f"{error}; this passes: start the same command again", PREEMPTED)
     if isinstance(error, UserError):
         return _one_line(str(error), USER_ERROR)
     if isinstance(error, Preempted):
@@ -43,6 +47,11 @@ def tell(error: BaseException) -> int:
         return _one_line(f"{error.filename}: {error.strerror}", USER_ERROR)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return _one_line(f"a file cannot be written: {error.strerror}", USER_ERROR)
+
+    # In the middle of a step or a transfer, the libraries' own errors arrive here.
+    if passes(error):
+        why = f"another process of the run, or a service, does not answer ({error})"
+        return _one_line(f"{why[:600]}; this passes: start the same command again", PREEMPTED)
 
     # The rest is for a developer: a traceback, and a hint where memory ran out.
     traceback.print_exception(error)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.log import log
 
 ATTEMPTS = 3  # tries of a download that failed for a reason that may pass by itself
@@ -60,7 +60,8 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
         except Exception as error:
             reason, passing = _explain(error, repository, revision)
             if not passing or attempt == ATTEMPTS:
-                raise UserError(f"cannot get {source!r} from the hub: {reason}") from error
+                kind = Transient if passing else UserError
+                raise kind(f"cannot get {source!r} from the hub: {reason}") from error
             log.warning("%s: %s; attempt %d of %d", source, reason, attempt + 1, ATTEMPTS)
             time.sleep(PAUSE * attempt)
     raise AssertionError("not reached")

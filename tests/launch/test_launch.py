@@ -26,6 +26,7 @@ SETTINGS = {
     },
     "slurm.sh": {"NODES": "2", "GPUS": "4", "VENV": "/opt/a venv"},
 }  # fmt: skip
+TOKEN = "DIGSEG_JAX_TOKEN"
 OTHERS = {"local_pod.sh", "prepare_host.sh", "common.sh"}
 
 
@@ -87,7 +88,7 @@ OPTIONAL = {
     "tpu_vm.sh": ["PROJECT"],
     "queued_resource.sh": ["PROJECT"],
     "gke_jobset.sh": ["SLICES", "RESTARTS", "SERVICE_ACCOUNT"],
-    "slurm.sh": ["TIME", "PARTITION", "ACCOUNT"],
+    "slurm.sh": ["TIME", "PARTITION", "ACCOUNT", "RESTARTS"],
 }
 
 
@@ -295,10 +296,11 @@ def test_the_jobset_manifest_is_what_kubernetes_will_read():
     (container,) = job["template"]["spec"]["containers"]
     assert container["args"] == FLAGS
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    (token,) = container["env"]
+    assert token["name"] == TOKEN and len(token["value"]) == 32
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule == {
-        "action": "FailJob", "onExitCodes": {"containerName": "main", "operator": "In", "values": [2]}
-    }  # fmt: skip
+    codes = {"containerName": "main", "operator": "In", "values": [2, 3]}
+    assert rule == {"action": "FailJob", "onExitCodes": codes}
 
 
 def test_a_flag_of_two_lines_is_refused_where_yaml_would_join_them():
@@ -317,22 +319,44 @@ def test_the_image_holds_what_the_jobset_runs_and_nothing_secret():
     assert {"**/__pycache__", "**/.*"} <= set(rules)
 
 
-def test_the_slurm_script_is_shell_and_goes_back_into_the_queue_after_a_preemption(tmp_path):
+@pytest.mark.parametrize(
+    ("status", "starts", "again"),
+    [(75, 0, True), (75, 99, True), (137, 0, True), (134, 19, True), (134, 20, False), (2, 0, False),
+     (1, 0, False), (0, 0, False)],
+)  # fmt: skip
+def test_the_slurm_script_is_shell_and_goes_back_into_the_queue_after_what_passes(
+    tmp_path, status, starts, again
+):
     text = dry("slurm.sh")
     assert "#SBATCH --ntasks-per-node=4" in text and "--signal=TERM@90" in text
     # run it with the cluster's commands replaced by ones that say how they were called
-    fakes = {"srun": 'printf "%s|" "$@" >> "$OUT"; exit 75', "scontrol": 'echo "$@" >> "$OUT"'}
-    for name, body in fakes.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    path = fake(
+        tmp_path / "bin", srun=f'printf "%s|" "${TOKEN}" "$@" >> "$OUT"; exit {status}',
+        scontrol='echo "$@" >> "$OUT"',
+    )  # fmt: skip
     script = text.replace(". /opt/a\\ venv/bin/activate", "")
     assert script != text
-    env = {**os.environ, "OUT": str(tmp_path / "out"), "SLURM_JOB_ID": "77"}
-    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    env = {**os.environ, "OUT": str(tmp_path / "out"), "SLURM_JOB_ID": "77", "PATH": path}
+    env["SLURM_RESTART_COUNT"] = str(starts)
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
-    assert done.returncode == 75, done.stderr
+    assert done.returncode == status, done.stderr
     out = (tmp_path / "out").read_text()
-    assert out.endswith("requeue 77\n") and all(flag + "|" in out for flag in FLAGS)
+    assert out.endswith("requeue 77\n") == again and all(flag + "|" in out for flag in FLAGS)
+    assert len(out.partition("|")[0]) == 32
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [((0, 0), 0), ((75, 134), 75), ((134, 75), 75), ((137, 75), 75), ((2, 75), 2), ((75, 2), 2),
+     ((134, 1), 134), ((0, 3), 3), ((3, 134), 3)],
+)  # fmt: skip
+def test_local_pod_tells_what_a_launcher_has_to_do(tmp_path, statuses, expected):
+    """Refused beats what passes, which beats the abort of the other processes."""
+    first, second = statuses
+    body = f"for last; do :; done; set {first} {second}; shift ${{last#*=}}; exit $1"
+    path = fake(tmp_path / "bin", python=body)
+    settings = {"PATH": path, "PYTHON": "python"}
+    assert run("local_pod.sh", "--port", "1", "2", *FLAGS, **settings).returncode == expected
 
 
 def test_local_pod_prints_one_command_for_each_process():

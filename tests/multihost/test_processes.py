@@ -180,18 +180,18 @@ def test_a_start_that_cannot_succeed_says_why_within_a_minute(timeout, folders, 
         taken = server.getsockname()[1]
         began = time.monotonic()
         cases = {
-            f"process 1 of 2 did not come to 127.0.0.1:{missing}": (0, missing),
-            f"process 0 cannot be reached at 127.0.0.1:{wrong}": (1, wrong),
-            f"port {taken} is in use": (0, taken),
+            f"process 1 of 2 did not come to 127.0.0.1:{missing}": (0, missing, PREEMPTED),
+            f"process 0 cannot be reached at 127.0.0.1:{wrong}": (1, wrong, PREEMPTED),
+            f"port {taken} is in use": (0, taken, USER_ERROR),
         }
         pods = {
             told: pod.Pod(
                 tmp_path / f"case{i}", command, 2, port=port, only=[name], start_timeout=timeout
             )
-            for i, (told, (name, port)) in enumerate(cases.items())
+            for i, (told, (name, port, _)) in enumerate(cases.items())
         }
         for told, processes in pods.items():
-            assert processes.wait() == [USER_ERROR], processes.text()
+            assert processes.wait() == [cases[told][2]], processes.text()
             (line,) = [x for x in processes.text().splitlines() if x.startswith("error: ")]
             assert told in line
     print(f"told after {time.monotonic() - began:.0f} s")

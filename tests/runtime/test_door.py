@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 
+import jax
 import pytest
 
 from digseg_jax.errors import (
@@ -15,7 +16,10 @@ from digseg_jax.errors import (
     PREEMPTED,
     USER_ERROR,
     Preempted,
+    Transient,
     UserError,
+    passes,
+    refusal,
 )
 from digseg_jax.io.storage import write_json
 from digseg_jax.log import log
@@ -31,6 +35,8 @@ from digseg_jax.tools import convert_weights, performance_page, prepare_data
         (NotADirectoryError(errno.ENOTDIR, "Not one", "a/b"), USER_ERROR, ["error: a/b: Not one"]),
         (KeyboardInterrupt(), INTERRUPTED, ["error: interrupted"]),
         (Preempted("saved"), PREEMPTED, []),
+        (Transient("process 1 is late"), PREEMPTED, ["error: process 1 is late; this passes: start"]),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), PREEMPTED, ["error: another process of the"]),
     ],
 )  # fmt: skip
 def test_one_line(capsys, monkeypatch, error, status, lines):
@@ -40,6 +46,49 @@ def test_one_line(capsys, monkeypatch, error, status, lines):
     assert len(said) == len(lines) and all(
         s.startswith(line) for s, line in zip(said, lines, strict=True)
     )
+
+
+class Answer(Exception):
+    """An answer of a bucket with its HTTP status, as the clients' exceptions have it."""
+
+    def __init__(self, code):
+        super().__init__(f"{code}: the service says so, UNAVAILABLE or not")
+        self.code = code
+
+
+PASSING = [
+    TimeoutError("not written after 600 s"),
+    ConnectionRefusedError("nobody listens"),
+    *(Answer(code) for code in (408, 429, 500, 502, 503, 504)),
+    jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out. Id: checkpoint:3"),
+    jax.errors.JaxRuntimeError("UNAVAILABLE: The following tasks are unhealthy (stopped sending h"),
+    jax.errors.JaxRuntimeError(
+        "INTERNAL: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]"
+    ),
+    ValueError(
+        "UNAVAILABLE: Error writing local file: HTTP response code: 503 [source locations='a.cc']"
+    ),
+]
+FINAL = [
+    UserError("config.train.steps=-1: must be positive"),
+    *(Answer(code) for code in (400, 401, 403, 404, 412)),
+    OSError(errno.ENOSPC, "No space left on device"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"),
+    ValueError("PERMISSION_DENIED: HTTP response code: 403"),
+]
+
+
+@pytest.mark.parametrize("cause", PASSING, ids=repr)
+def test_what_passes_is_told_as_such_by_everybody(cause):
+    assert passes(cause) and isinstance(refusal("not written", cause), Transient)
+    wrapped = RuntimeError("the save failed")
+    wrapped.__cause__ = cause
+    assert passes(wrapped)
+
+
+@pytest.mark.parametrize("cause", FINAL, ids=repr)
+def test_what_stays_is_final(cause):
+    assert not passes(cause) and type(refusal("not written", cause)) is UserError
 
 
 def test_a_defect_keeps_its_traceback(capsys):

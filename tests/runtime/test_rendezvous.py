@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import socket
 import struct
 import threading
@@ -14,9 +15,9 @@ import pytest
 from pod import free_port
 from tiny import one_line
 
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.runtime.distributed import Cluster, find_cluster, start
-from digseg_jax.runtime.rendezvous import roll_call, split_address
+from digseg_jax.runtime.rendezvous import _Call, roll_call, split_address
 
 
 def call(address: str, names: list[int], of: int | list[int], timeout: float = 1.0) -> list[str]:
@@ -96,23 +97,89 @@ def _reply(server: socket.socket, text: bytes) -> None:
     peer.close()
 
 
-def test_strangers_do_not_disturb(address):
-    def scan() -> None:
-        time.sleep(0.2)
-        with socket.create_connection(split_address(address)) as peer:
-            peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
+def connected(address: str) -> socket.socket:
+    """A connection to process 0, as soon as it listens."""
+    for _ in range(1000):
+        with contextlib.suppress(OSError):
+            return socket.create_connection(split_address(address))
+        time.sleep(0.01)
+    raise AssertionError("nobody listens")
 
-    stranger = threading.Thread(target=scan)
+
+def forged(**changes) -> bytes:
+    """A line of somebody who knows the protocol, but not the run's token."""
+    return json.dumps({"process": 1, "of": 2, "proof": "00"} | changes).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"GET / HTTP/1.1\r\n\r\n\n", b"x" * 9000, forged(), forged(process=7), forged(process="a"),
+     forged(of=10**9), b'{"process": 1, "of": 2}\n', b"[" * 4000 + b"\n"],
+    ids=["http", "long", "forged", "number", "text", "count", "no proof", "deep"],
+)  # fmt: skip
+def test_strangers_do_not_disturb(address, text):
+    """They come before process 1, so the roll call cannot be over when they do."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        zero = pool.submit(roll_call, address, 2, 0, 30.0, "secret")
+        with connected(address) as stranger, connected(address), connected(address) as slow:
+            slow.sendall(b"{")  # and no more
+            with contextlib.suppress(OSError):  # it may have been closed
+                stranger.sendall(text)
+                stranger.recv(1000)
+            began = time.monotonic()
+            roll_call(address, 2, 1, 30.0, "secret")
+            assert zero.result() is None
+            assert time.monotonic() - began < 20
+
+
+def test_a_byte_now_and_then_holds_nobody_past_the_deadline(address):
+    over = threading.Event()
+
+    def drip() -> None:
+        with connected(address) as peer:
+            while not over.wait(0.1):
+                with contextlib.suppress(OSError):
+                    peer.sendall(b"x")
+
+    stranger = threading.Thread(target=drip)
     stranger.start()
-    assert call(address, [0, 1], of=2, timeout=10) == ["", ""]
+    began = time.monotonic()
+    (message,) = call(address, [0], of=2, timeout=1.5)
+    assert "process 1 of 2 did not come" in message and time.monotonic() - began < 10
+    over.set()
     stranger.join()
+
+
+def test_a_process_of_another_run_is_told(address):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        zero = pool.submit(roll_call, address, 2, 0, 2.0, "secret")
+        with pytest.raises(UserError, match="process 1 has another DIGSEG_JAX_TOKEN than process 0"):
+            roll_call(address, 2, 1, 10.0, "another")
+        with pytest.raises(Transient, match="process 1 of 2 did not come"):
+            zero.result()
+
+
+def test_process_0_listens_on_the_coordinators_address_only(address):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        zero = pool.submit(call, address, [0], 2, 1.5)
+        connected(address).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", split_address(address)[1]))
+        assert "did not come" in zero.result()[0]
+
+
+def test_what_is_late_passes_and_what_was_typed_wrong_does_not(address):
+    with pytest.raises(Transient):
+        roll_call(address, 2, 0, 0.2)
+    with pytest.raises(Transient):
+        roll_call(address, 2, 1, 0.2)
+    assert not issubclass(UserError, Transient)
 
 
 def test_one_that_died_after_it_came_keeps_nobody_from_being_told(address):
     def come_and_die() -> None:
-        time.sleep(0.2)
-        peer = socket.create_connection(split_address(address))
-        peer.sendall(b'{"process": 1, "of": 4}\n')
+        peer = connected(address)
+        peer.sendall(forged(of=4, proof=_Call(address, "", 0, 4, "", 0.0).proof(1)))
         time.sleep(0.2)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
         peer.close()
