@@ -11,12 +11,15 @@ import socket
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from etils import epath
+
 from digseg_jax.config.parse import flat, parse, to_dict
 from digseg_jax.config.renamed import CONSTANT, with_current_names
 from digseg_jax.config.schema import Config, is_free
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.json_file import read_json
+from digseg_jax.io.lease import leased
 from digseg_jax.io.metric_writer import METRICS_NAME
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.log import log
@@ -95,14 +98,16 @@ def stored_config(workdir: AnyPath) -> Config | None:
 def hold(workdir: AnyPath) -> Iterator[None]:
     """Keeps other processes from training in `workdir`: two would write each file twice.
 
-    The lock is the operating system's, so it ends with the process, however that ends; a lock file left
-    behind has no meaning. Buckets, and disks without locks, are not guarded.
+    On a disk the lock is the operating system's, so it ends with the process, however that ends; a lock
+    file left behind has no meaning. Disks without locks are not guarded. In a bucket it is a `lease`.
 
     Raises:
       UserError: another process trains there; the message has its number and host.
     """
     with contextlib.ExitStack() as stack:
-        if not storage.is_remote(workdir):
+        if storage.is_remote(workdir):
+            stack.enter_context(leased(epath.Path(workdir) / LOCK))
+        else:
             with contextlib.suppress(OSError):  # not a directory: `claim` reports it better
                 workdir.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((workdir / LOCK).open("a+", encoding="utf-8"))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class Server:
         self.mode: str | int = "ok"
         self.only_writes = False  # whether `mode` spares reading
         self.requests = 0
+        self.conditions = threading.Lock()
         self._backend = backend_port
         self._http: http.server.ThreadingHTTPServer | None = None
         self.port = free_port()
@@ -56,6 +58,7 @@ class Server:
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "DIGSEG_JAX_LEASE": "4",  # seconds that a start waits for a run that was killed
         }
 
     def names(self, prefix: str = "") -> list[str]:
@@ -76,6 +79,16 @@ class Server:
         url = f"http://127.0.0.1:{self._backend}/storage/v1/b/{BUCKET}/o/{quoted}?alt=media"
         with urllib.request.urlopen(url) as answer:
             return answer.read()
+
+    def generation(self, name: str) -> str:
+        """Number of the object's last write; "0" if there is none of that name."""
+        quoted = urllib.parse.quote(name, safe="")
+        url = f"http://127.0.0.1:{self._backend}/storage/v1/b/{BUCKET}/o/{quoted}"
+        try:
+            with urllib.request.urlopen(url) as answer:
+                return json.load(answer)["generation"]
+        except urllib.error.HTTPError:
+            return "0"
 
     def steps(self, run: str) -> list[int]:
         """The complete checkpoints: orbax marks them in a bucket with a file written last."""
@@ -110,6 +123,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if mode == "slow":
             time.sleep(1.0)
+
+        # One at a time: the check and the write that it permits are one act, as in a real bucket.
+        with state.conditions if "ifGenerationMatch=" in self.path else contextlib.nullcontext():
+            self._hand_on(body)
+
+    def _hand_on(self, body: bytes) -> None:
+        """Lets the store answer, unless the condition of the request does not hold."""
+        state = self.server_state
+        if not self._condition_holds():
+            text = json.dumps({"error": {"code": 412, "message": "conditionNotMet"}}).encode()
+            self._answer(412, [("Content-Type", "application/json")], text)
+            return
         connection = http.client.HTTPConnection("127.0.0.1", state._backend, timeout=60)
         headers = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
         headers["Content-Length"] = str(len(body))
@@ -121,6 +146,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         length = answer.getheader("Content-Length") if self.command == "HEAD" else None
         self._answer(answer.status, kept, data, length)
         connection.close()
+
+    def _condition_holds(self) -> bool:
+        """Whether the object has the generation asked for; the store itself often ignores it."""
+        url = urllib.parse.urlsplit(self.path)
+        query = urllib.parse.parse_qs(url.query)
+        if "ifGenerationMatch" not in query:
+            return True
+        name = query["name"][0] if "name" in query else urllib.parse.unquote(url.path.rsplit("/", 1)[1])
+        return query["ifGenerationMatch"] == [self.server_state.generation(name)]
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _forward
 
