@@ -12,7 +12,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Real
 from digseg_jax.errors import UserError
-from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.hub_config import HubConfig, check_groups
 from digseg_jax.models.kernels.attention import AttentionFn
 from digseg_jax.models.kernels.feed_forward import FeedForwardFn
 from digseg_jax.models.layers import (
@@ -77,6 +77,7 @@ class UNetConfig(HubConfig):
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "downsample_padding": 1,
         "mid_block_scale_factor": 1,
+        "mid_block_only_cross_attention": False,
         "center_input_sample": False,
         "only_cross_attention": False,
         "dual_cross_attention": False,
@@ -89,7 +90,18 @@ class UNetConfig(HubConfig):
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "attention_type": "default",
     }
+
+    # Of the attention's precision, of embeddings that are off, of training, and the notes of exports.
+    HARMLESS: ClassVar = frozenset({
+        "upcast_attention", "dropout", "addition_embed_type_num_heads",
+        "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+        "class_embeddings_concat", "encoder_hid_dim_type", "digseg", "decay", "inv_gamma",
+        "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+    })  # fmt: skip
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
@@ -110,12 +122,22 @@ class UNetConfig(HubConfig):
                     f"UNet2DConditionModel config: {field}={getattr(self, field)!r}; legal: one number"
                 )
 
+        check_groups("UNet2DConditionModel", self.block_out_channels, self.norm_num_groups)
+
         # One number of heads for all levels, or one for each.
         heads = self.num_attention_heads or self.attention_head_dim
         if isinstance(heads, tuple) and len(heads) != levels:
             raise UserError(
                 f"UNet2DConditionModel config: attention_head_dim={heads!r}; legal: {levels} numbers"
             )
+        attends = [t == DOWN_TYPES[0] for t in self.down_block_types]
+        attends[-1] = True  # the middle has the last level's width
+        for width, count, used in zip(self.block_out_channels, self.heads, attends, strict=True):
+            if used and width % count:
+                raise UserError(
+                    f"UNet2DConditionModel config: attention_head_dim={heads!r}; legal: numbers of "
+                    f"heads that divide block_out_channels={self.block_out_channels!r}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json, made so that diffusers' own class does not misuse the weights.

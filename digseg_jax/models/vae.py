@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, DTypeLike, Float
+from digseg_jax.errors import UserError
 from digseg_jax.models.attention import Attention
-from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.hub_config import HubConfig, check_groups
 from digseg_jax.models.kernels.attention import AttentionFn
 from digseg_jax.models.layers import Compute, Conv, GroupNorm, Shared, WeightsFn, as_it_is
 from digseg_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -41,14 +42,18 @@ class VaeConfig(HubConfig):
         "use_quant_conv": True,
         "use_post_quant_conv": True,
     }
+    HARMLESS: ClassVar = frozenset({"force_upcast", "use_slicing", "use_tiling"})
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-
         # diffusers needs the types of the blocks, of which there is one kind each. The dataclass is
         # frozen, hence `object.__setattr__`.
-        object.__setattr__(self, "down_block_types", ("DownEncoderBlock2D",) * levels)
-        object.__setattr__(self, "up_block_types", ("UpDecoderBlock2D",) * levels)
+        kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+        for field, kind in kinds.items():
+            legal, given = (kind,) * len(self.block_out_channels), getattr(self, field)
+            if given not in (None, legal):
+                raise UserError(f"AutoencoderKL config: {field}={given!r}; legal: {legal!r}")
+            object.__setattr__(self, field, legal)
+        check_groups("AutoencoderKL", self.block_out_channels, self.norm_num_groups)
 
     @property
     def factor(self) -> int:

@@ -48,6 +48,7 @@ class TinyVaeConfig(HubConfig):
         "upsampling_scaling_factor": 2,
         "shift_factor": 0.0,
     }
+    HARMLESS: ClassVar = frozenset({"block_out_channels", "force_upcast"})  # the first: of the encoder
 
     def __post_init__(self):
         sides = {

@@ -20,7 +20,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Int
 from digseg_jax.errors import UserError
 from digseg_jax.models.attention import attention
-from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.hub_config import TRANSFORMERS_HARMLESS, HubConfig
 from digseg_jax.models.text.output import TextOutput
 
 
@@ -47,6 +47,7 @@ class BertConfig(HubConfig):
         "is_decoder": False,
         "add_cross_attention": False,
     }
+    HARMLESS: ClassVar = TRANSFORMERS_HARMLESS
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:

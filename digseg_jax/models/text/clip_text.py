@@ -18,7 +18,7 @@ from flax import nnx
 from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Int
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.hub_config import TRANSFORMERS_HARMLESS, HubConfig
 from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 from digseg_jax.models.text.clip import ClipEncoder, check_tower
 from digseg_jax.models.text.output import TextOutput
@@ -43,6 +43,7 @@ class ClipTextConfig(HubConfig):
     eos_token_id: int = 49407
 
     CLASS_NAME: ClassVar[str] = "CLIPTextModel"
+    HARMLESS: ClassVar = TRANSFORMERS_HARMLESS
 
     def __post_init__(self):
         check_tower(self.CLASS_NAME, self)

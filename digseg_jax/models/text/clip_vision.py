@@ -13,7 +13,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, DTypeLike, Float
 from digseg_jax.errors import UserError
-from digseg_jax.models.hub_config import HubConfig
+from digseg_jax.models.hub_config import TRANSFORMERS_HARMLESS, HubConfig
 from digseg_jax.models.layers import Compute, Shared, layer_norm, linear
 from digseg_jax.models.text.clip import ClipEncoder, check_tower
 from digseg_jax.models.text.clip_text import tower_values
@@ -40,6 +40,7 @@ class ClipVisionConfig(HubConfig):
     layer_norm_eps: float = 1e-5
 
     CLASS_NAME: ClassVar[str] = "CLIPVisionModelWithProjection"
+    HARMLESS: ClassVar = TRANSFORMERS_HARMLESS
 
     def __post_init__(self):
         check_tower(self.CLASS_NAME, self)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from digseg_jax.arraytypes import Array, Bool, DTypeLike, Float, Int
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import check_keys
 from digseg_jax.models.layers import Compute, Linear, Shared, linear
 from digseg_jax.models.text.bert import BertConfig, BertModel, masked_mean
 from digseg_jax.models.text.output import TextOutput
@@ -24,6 +25,10 @@ from digseg_jax.models.text.output import TextOutput
 HEAD_WIDTH = 64  # channels of a head in every BERT of base and large size; open_clip's config lacks it
 POOLERS = ("cls_last_hidden_state_pooler", "cls_pooler", "mean_pooler")
 PROJECTIONS = ("mlp", "linear")
+_TEXT_KEYS = (
+    "hf_model_name", "hf_tokenizer_name", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained",
+    "context_length",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +61,11 @@ class OpenClipTextConfig:
         """Builds from a parsed open_clip_config.json and the stored shape of every key.
 
         Raises:
-            UserError: a pooler or projection that is not implemented, or no BERT under
+            UserError: a setting that is missing, not implemented or not known, or no BERT under
               `text.transformer.`.
         """
-        model = values["model_cfg"]
-        text = model["text_cfg"]
+        model, text = values["model_cfg"], values["model_cfg"]["text_cfg"]
+        _check_types(model)
         _check(text, "hf_pooler_type", POOLERS)
         _check(text, "hf_proj_type", PROJECTIONS)
 
@@ -147,6 +152,24 @@ class HFTextEncoder(nnx.Module):
         if isinstance(self.proj, Linear):
             return self.proj(x)
         return self.proj[2](jax.nn.gelu(self.proj[0](x), approximate=False))
+
+
+def _check_types(model: Mapping[str, Any]) -> None:
+    """Raises UserError for a text encoder's setting that is missing, unknown or of another type."""
+    try:
+        check_keys(model, {"embed_dim": int})
+        check_keys(model["text_cfg"], {"hf_model_name": str})
+        if "context_length" in model["text_cfg"]:
+            check_keys(model["text_cfg"], {"context_length": int})
+    except ValueError as error:
+        raise UserError(f"open_clip_config.json: {error}") from error
+
+    unknown = [k for k, v in model["text_cfg"].items() if k not in _TEXT_KEYS and v is not None]
+    if unknown:
+        raise UserError(
+            f"open_clip_config.json: {unknown[0]}={str(model['text_cfg'][unknown[0]])[:60]!r} is not "
+            "known here, and may change the numbers; weights that need it are not supported"
+        )
 
 
 def _check(text: Mapping[str, Any], key: str, legal: tuple[str, ...]) -> None:
