@@ -28,6 +28,7 @@ COLOR = 1 << 24  # added to a color's number, to distinguish it from a plain val
 FORM = "a line is `name, synonym` or `VALUE: name, synonym`, VALUE a number or #rrggbb"
 # Optional value (decimal or #rrggbb) and colon, then the names.
 _LINE = re.compile(r"(?:(?P<value>\d{1,5}|#[0-9a-fA-F]{6})\s*:)?(?P<names>[^:]+)")
+_LABEL_MAP = re.compile(r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(:[^:]*){0,2}")
 _COMMENT = re.compile(r"#(?![0-9a-fA-F]{6}\b)")
 _HEADINGS = frozenset((
     "id", "index", "value", "number", "name", "names", "class", "classes", "class_name", "label",
@@ -71,7 +72,33 @@ def read_class_list(path: Path) -> ClassList:
     Raises:
       UserError: names the file and the line.
     """
-    rows = [(number, line) for number, line in read_lines(path) if not _COMMENT.match(line)]
+    return _class_list(path, [row for row in read_lines(path) if not _COMMENT.match(row[1])])
+
+
+def read_label_map(path: Path) -> ClassList:
+    """Reads the labelmap.txt of a VOC-style export: lines `NAME:R,G,B:PARTS:ACTIONS` and comments.
+
+    Names and colors are used; parts and actions are other annotations' business.
+
+    Raises:
+      UserError: names the file and the line.
+    """
+    rows = []
+    for number, line in read_lines(path):
+        if line.startswith("#"):
+            continue
+        match = _LABEL_MAP.fullmatch(line)
+        color = [int(match[i]) for i in (2, 3, 4)] if match else [256]
+        if match is None or max(color) > 255:
+            raise UserError(
+                f"{shown(path)}:{number}: {line[:200]!r}; a line is `name:R,G,B:parts:actions`"
+            )
+        rows.append((number, f"#{bytes(color).hex()}: {match[1]}"))
+    return _class_list(path, rows)
+
+
+def _class_list(path: Path, rows: list[tuple[int, str]]) -> ClassList:
+    """Makes the class list of a file's lines, given with their numbers and without comments."""
     classes: list[ClassInfo] = []
     lines: dict[int, int] = {}  # value -> line
     ignored: list[int] = []

@@ -4,6 +4,10 @@
 SPLIT/images and SPLIT/masks are read too. Masks may also be in a folder annotations or labels, in
 subfolders named as those of the images, and be called NAME_mask.png. `class_list` describes the lines
 of classes.txt. 255 is ignored unless a line gives it a meaning.
+
+Exports in Pascal VOC's form, as CVAT makes them, are read as they are: JPEGImages, SegmentationClass,
+labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in
+"default", that is "train").
 """
 
 from __future__ import annotations
@@ -14,31 +18,37 @@ from pathlib import Path
 
 import numpy as np
 
-from digseg_jax.data.datasets.class_list import COLOR, read_class_list, written
+from digseg_jax.data.datasets.class_list import COLOR, read_class_list, read_label_map, written
 from digseg_jax.data.datasets.decode import LabelValueError, read_color_label
-from digseg_jax.data.datasets.pairs import FileSource, list_folders, pair_up, walk_files
+from digseg_jax.data.datasets.pairs import FileSource, list_folders, pair_up, pick, walk_files
 from digseg_jax.data.datasets.readers.index import IndexLabels
 from digseg_jax.data.datasets.spec import IGNORE, DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import shown
+from digseg_jax.io.files import read_lines, shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS
 
 CLASSES = "classes.txt"
 IMAGES = "images"
 MASKS = ("masks", "annotations", "labels")  # the first one that exists is taken
+LABEL_MAP = "labelmap.txt"
+VOC_IMAGES, VOC_MASKS = "JPEGImages", "SegmentationClass"
+VOC_LISTS = "ImageSets/Segmentation"
 VOID = 255  # ignored value of number masks, unless a line of classes.txt gives it a meaning
 _MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 _LOSSY = (".jpg", ".jpeg", ".webp")
 # What labeling tools add to the stem of a mask.
 _MARK = re.compile(r"[_-](masks?|labels?|seg|gt|annotations?)$", re.IGNORECASE)
 _COCO = "an export in COCO's form: export semantic masks (PNG) instead"
-_VOC = "a VOC-style export: move JPEGImages to images/train, SegmentationClass to masks/train"
+_VOC = (
+    "a VOC-style export without labelmap.txt: move JPEGImages to images/train, SegmentationClass to "
+    "masks/train"
+)
 # Files of other layouts -> whose layout it is, and what to do.
 _OTHERS = {
     "**/*annotations.coco.json": _COCO,
     "annotations/instances_*.json": _COCO,
-    "labelmap.txt": "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
+    LABEL_MAP: "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
     "SegmentationClass": _VOC,
     "JPEGImages": _VOC,
     "**/data.yaml": "an export for YOLO, without masks: export semantic masks (PNG) instead",
@@ -51,9 +61,10 @@ def folder_spec(root: Path) -> DatasetSpec:
     Raises:
       UserError: no such files, or a line that cannot be read.
     """
-    if not (root / CLASSES).exists():
+    voc = _is_voc_export(root)
+    if not voc and not (root / CLASSES).exists():
         raise UserError(f"{shown(root / CLASSES)}: no such file{_recognized(root)}")
-    listed = read_class_list(root / CLASSES)
+    listed = read_label_map(root / LABEL_MAP) if voc else read_class_list(root / CLASSES)
 
     # 255 is void by convention; colors have no such convention.
     ignored = listed.ignored
@@ -61,7 +72,7 @@ def folder_spec(root: Path) -> DatasetSpec:
         ignored += (VOID,)
 
     # Only the user knows how many examples there are: 0 here.
-    splits = _splits(root)
+    splits = sorted(_voc_lists(root)) if voc else _splits(root)
     return DatasetSpec(
         name="folder",
         title=f"the user's own data in {shown(root.name)}",
@@ -73,6 +84,42 @@ def folder_spec(root: Path) -> DatasetSpec:
         ignore=", ".join(written(v) for v in ignored) or "none",
         licence="the user's own",
     )
+
+
+def _is_voc_export(root: Path) -> bool:
+    """Whether a folder is an export in Pascal VOC's form, with its own names and colors."""
+    return (
+        not (root / CLASSES).exists() and (root / LABEL_MAP).is_file() and (root / VOC_MASKS).is_dir()
+    )
+
+
+def _voc_lists(root: Path) -> dict[str, Path]:
+    """Files that list a VOC-style export's examples, by split.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = {path.stem: path for path in sorted((root / VOC_LISTS).glob("*.txt"))}
+    if not found:
+        raise UserError(f"{shown(root / VOC_LISTS)}: no lists of examples in it, such as train.txt")
+
+    # CVAT's name for everything that was not divided.
+    return {"train": found["default"]} if set(found) == {"default"} else found
+
+
+def _open_voc_export(spec: DatasetSpec, root: Path, split: str) -> FileSource:
+    """Opens the listed examples of a VOC-style export.
+
+    Raises:
+      UserError: a listed example without its image or mask, or no example.
+    """
+    what = f"folder {split}"
+    stems = [line for _, line in read_lines(_voc_lists(root)[split])]
+    sides = [
+        pick(_side(root, folder, endings), stems, root / folder, what)
+        for folder, endings in ((VOC_IMAGES, IMAGE_ENDINGS), (VOC_MASKS, _MASK_ENDINGS))
+    ]
+    return FileSource(root, pair_up(root, *sides, what), ColorLabels(spec), strict=True)
 
 
 def _splits(root: Path) -> list[str]:
@@ -137,6 +184,9 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     Raises:
       UserError: no such folders, or files without their partner.
     """
+    if _is_voc_export(root):
+        return _open_voc_export(spec, root, split)
+
     what = f"folder {split}"
     images, masks = _places(root, split, what)
     sides = _side(root, images, IMAGE_ENDINGS), _side(root, masks, _MASK_ENDINGS)
