@@ -35,7 +35,7 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.pipeline import cover_tables
 from digseg_jax.data.shards import files
-from digseg_jax.data.shards.fingerprint import KEY, fingerprint
+from digseg_jax.data.shards.fingerprint import KEY, UNTIMED_KEY, fingerprint
 from digseg_jax.data.shards.latents import (
     ABSENT,
     FORMAT,
@@ -95,6 +95,7 @@ def run(config: Config) -> None:
             "split": split,
             "source_examples": len(source),
             KEY: fingerprint(opened),
+            UNTIMED_KEY: fingerprint(opened, times=False),
             "shard_examples": SHARD_EXAMPLES,
             "on_error": config.loading.on_error,
             "class_hash": class_hash(spec),

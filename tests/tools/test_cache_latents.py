@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -352,6 +354,36 @@ def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_p
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
         k: (v.shape, v.dtype) for k, v in described.items()
     }
+
+
+@pytest.fixture
+def copied(cached, folders, data, tmp_path):
+    """The same configuration, with a copy of the data that is as old, so that it may be changed."""
+    shutil.copytree(data, tmp_path / "data")
+    return configured(folders, tmp_path / "data", cached.data.latent_cache)
+
+
+def test_data_that_changed_since_the_cache_was_made_are_told_at_the_start(copied, tmp_path):
+    """The caught mistake: a corrected mask would have been trained with its old latent."""
+    task = load_task(copied)
+    check_cache(task)  # a copy is no change, even with the times of today
+    mask = tmp_path / "data" / "masks" / "train" / "000.png"
+    cache = folder_of(copied)
+    made = (cache / "latents.json").stat().st_mtime
+    os.utime(mask, (made - 100, made - 100))
+    check_cache(task)
+    os.utime(mask, (made + 100, made + 100))
+    with pytest.raises(UserError) as caught:
+        check_cache(task)
+    message = tiny.one_line(caught.value)
+    assert (
+        str(cache) in message and f"1 of its files are newer than the cache, such as {mask}" in message
+    )
+    assert f"touch {cache / 'latents.json'}" in message
+    mask.unlink()
+    (tmp_path / "data" / "images" / "train" / "000.png").unlink()
+    with pytest.raises(UserError, match="the names or sizes of its files are others now"):
+        check_cache(task)
 
 
 def test_a_run_with_another_autoencoder_does_not_start(cached, folders, other_vae, tmp_path):

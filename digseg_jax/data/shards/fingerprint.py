@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.shards.records import RecordSource
 
-KEY = "files (names, sizes, times)"  # its name in a plan; the error about a difference prints it
+# Names of the two kinds in a plan; the error about a difference prints them.
+KEY = "files (names, sizes, times)"
+UNTIMED_KEY = "files (names, sizes)"
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source, *, times: bool = True) -> str:
     """Digest (24 hex digits) of the names, sizes and times of all files of a split, in their order.
 
     Prepared shards enter with their checksums, wherever they lie. A file's time is that of its last
-    change, in whole seconds: a corrected label is another file.
+    change, in whole seconds: a corrected label is another file. Without `times`, a copy is the same.
     """
     digest = hashlib.sha256()
 
@@ -35,9 +38,27 @@ def fingerprint(source: Source) -> str:
             continue
 
         # The folder's own name, but not its path: a data set may move.
-        entry = (path.parent.name, path.name, found.st_size, int(found.st_mtime))
+        entry = (path.parent.name, path.name, found.st_size, int(found.st_mtime) if times else 0)
         digest.update(repr(entry).encode("utf-8", errors="surrogateescape"))
     return digest.hexdigest()[:24]
+
+
+def difference(source: Source, made_from: Mapping[str, Any], since: float) -> str:
+    """Says in words how a split's files differ from those that something was made from; "" if not.
+
+    Args:
+      source: the split as it is now.
+      made_from: manifest with the fingerprints; one of an older version may lack them.
+      since: time of the manifest in seconds: files of the same names and sizes that are older than it
+        were only copied.
+    """
+    if made_from.get(KEY) in (None, fingerprint(source)):
+        return ""
+    if made_from.get(UNTIMED_KEY) != fingerprint(source, times=False):
+        return "the names or sizes of its files are others now"
+
+    newer = [path for path in _files(source) if path.exists() and path.stat().st_mtime > since]
+    return f"{len(newer)} of its files are newer than the cache, such as {newer[0]}" if newer else ""
 
 
 def _files(source: Source) -> Iterator[Path]:

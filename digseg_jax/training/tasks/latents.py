@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +11,25 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import Array, Float, Int, Params, UInt8
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import Config, PartConfig
+from digseg_jax.data.shards.fingerprint import difference
 from digseg_jax.data.shards.latents import (
+    MANIFEST,
+    MODE,
     cache_folders,
     encode_record,
     read_manifest,
     require,
 )
-from digseg_jax.data.sources import training_parts
+from digseg_jax.data.sources import open_part, training_parts
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
+from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.sharding import BATCH, infer_shardings, on_mesh, place
 from digseg_jax.runtime.tpu import compiler_options
 from digseg_jax.segmentation.codecs import make_codec
@@ -193,11 +200,41 @@ class LatentEncoder:
 
 
 def check_cache(task: FrozenParts | SegmentationTask) -> None:
-    """Checks that a latent cache was made with this task's parts; its reader checks the data.
+    """Checks that a latent cache was made with this task's parts, and from the data as they are now.
+
+    Data that are not here, as a cache needs none, are not compared.
 
     Raises:
-      UserError: it is not finished, or made with another autoencoder, size, codec or precision.
+      UserError: it is not finished, or made with another autoencoder, size, codec or precision, or from
+        files that have changed since.
     """
     facts, data = cache_facts(task), task.config.data
-    for folder in cache_folders(data.latent_cache, training_parts(data)):
-        require(folder, read_manifest(folder), facts)
+    parts = training_parts(data)
+    for (part, _, split), folder in zip(parts, cache_folders(data.latent_cache, parts), strict=True):
+        manifest = read_manifest(folder)
+        require(folder, manifest, facts)
+
+        # Process 0 alone looks at every file: on a shared disk that takes its time.
+        with together("the data of the latents"):
+            if is_main():
+                _compare_with_data(folder, manifest, part, split)
+
+
+def _compare_with_data(
+    folder: epath.Path, manifest: dict[str, Any], part: PartConfig, split: str
+) -> None:
+    """Raises UserError if the data of a cache are here, and have changed since it was made."""
+    source = None
+    with contextlib.suppress(UserError):  # not here, or no longer readable
+        source = open_part(part, split)
+    if not source:
+        log.info("%s: the data that it was made from are not here to be compared", folder)
+        return
+
+    since = (folder / MANIFEST).stat().mtime
+    if told := difference(source, manifest, float(since)):
+        raise UserError(
+            f"config.data.latent_cache: {folder} does not fit the data under {part.root}: {told}; make "
+            f"it again in another folder with {MODE} (if the files were only copied: touch "
+            f"{folder / MANIFEST})"
+        )

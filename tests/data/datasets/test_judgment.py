@@ -147,7 +147,6 @@ def test_layouts_that_people_have(tmp_path):
 @pytest.mark.parametrize(
     ("file", "told"),
     [
-        ("train/_annotations.coco.json", "COCO"),
         ("labelmap.txt", "labelmap.txt"),
         ("SegmentationClass/a.png", "VOC-style"),
         ("data.yaml", "YOLO"),

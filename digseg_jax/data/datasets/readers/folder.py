@@ -7,7 +7,7 @@ of classes.txt. 255 is ignored unless a line gives it a meaning.
 
 Exports in Pascal VOC's form, as CVAT makes them, are read as they are: JPEGImages, SegmentationClass,
 labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in
-"default", that is "train").
+"default", that is "train"). Exports in COCO's form are read by `coco_json`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ import numpy as np
 from digseg_jax.data.datasets.class_list import COLOR, read_class_list, read_label_map, written
 from digseg_jax.data.datasets.decode import LabelValueError, read_color_label
 from digseg_jax.data.datasets.pairs import FileSource, list_folders, pair_up, pick, walk_files
+from digseg_jax.data.datasets.readers.coco_json import (
+    annotation_files,
+    coco_classes,
+    open_coco_json,
+)
 from digseg_jax.data.datasets.readers.index import IndexLabels
-from digseg_jax.data.datasets.spec import IGNORE, DatasetSpec
+from digseg_jax.data.datasets.spec import IGNORE, ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import read_lines, shown
@@ -39,15 +44,12 @@ _MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 _LOSSY = (".jpg", ".jpeg", ".webp")
 # What labeling tools add to the stem of a mask.
 _MARK = re.compile(r"[_-](masks?|labels?|seg|gt|annotations?)$", re.IGNORECASE)
-_COCO = "an export in COCO's form: export semantic masks (PNG) instead"
 _VOC = (
     "a VOC-style export without labelmap.txt: move JPEGImages to images/train, SegmentationClass to "
     "masks/train"
 )
 # Files of other layouts -> whose layout it is, and what to do.
 _OTHERS = {
-    "**/*annotations.coco.json": _COCO,
-    "annotations/instances_*.json": _COCO,
     LABEL_MAP: "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
     "SegmentationClass": _VOC,
     "JPEGImages": _VOC,
@@ -62,6 +64,8 @@ def folder_spec(root: Path) -> DatasetSpec:
       UserError: no such files, or a line that cannot be read.
     """
     voc = _is_voc_export(root)
+    if not voc and not (root / CLASSES).exists() and (annotated := annotation_files(root)):
+        return _folder_spec(root, coco_classes(list(annotated.values())), (), list(annotated))
     if not voc and not (root / CLASSES).exists():
         raise UserError(f"{shown(root / CLASSES)}: no such file{_recognized(root)}")
     listed = read_label_map(root / LABEL_MAP) if voc else read_class_list(root / CLASSES)
@@ -71,12 +75,19 @@ def folder_spec(root: Path) -> DatasetSpec:
     if listed.kind != "color" and VOID not in listed.values:
         ignored += (VOID,)
 
-    # Only the user knows how many examples there are: 0 here.
     splits = sorted(_voc_lists(root)) if voc else _splits(root)
+    return _folder_spec(root, listed.classes, ignored, splits)
+
+
+def _folder_spec(
+    root: Path, classes: tuple[ClassInfo, ...], ignored: tuple[int, ...], splits: list[str]
+) -> DatasetSpec:
+    """Spec of a folder with these classes, ignored values and splits."""
+    # Only the user knows how many examples there are: 0 here.
     return DatasetSpec(
         name="folder",
         title=f"the user's own data in {shown(root.name)}",
-        classes=listed.classes,
+        classes=classes,
         ignored_raw=ignored,
         splits=dict.fromkeys(splits, 0),
         train_split=split_called("train", splits),
@@ -186,6 +197,8 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     """
     if _is_voc_export(root):
         return _open_voc_export(spec, root, split)
+    if not (root / CLASSES).exists():
+        return open_coco_json(spec, root, split)
 
     what = f"folder {split}"
     images, masks = _places(root, split, what)

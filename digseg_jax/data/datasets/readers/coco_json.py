@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads exports of labeling tools in COCO's form: polygons and run-length masks in a JSON file.
+
+    SPLIT/_annotations.coco.json           Roboflow; the images lie beside it
+    annotations/instances_SPLIT.json       COCO, CVAT; images in images/SPLIT, images or SPLIT
+    result.json or annotations.json        Label Studio, labelme2coco; the images lie below it
+
+Class 0 is the background: what no annotation covers. Where annotations overlap, the smaller one is on
+top. A pixel belongs to a polygon if its center does. `instances_default` is the split "train".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digseg_jax.data.datasets.decode import SizeError
+from digseg_jax.data.datasets.pairs import FileSource, Pair, walk_files
+from digseg_jax.data.datasets.readers import polygons, rle
+from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
+from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.image_file import IMAGE_ENDINGS
+from digseg_jax.io.json_file import check_keys, read_json
+
+BACKGROUND = "background"
+_ROBOFLOW = "_annotations.coco.json"
+_INSTANCES = "annotations/instances_*.json"
+_SINGLE = ("result.json", "annotations.json", _ROBOFLOW)
+_MOST_POINTS = 1_000_000  # numbers of a polygon
+
+
+def annotation_files(root: Path) -> dict[str, Path]:
+    """The annotation file of each split; empty if the folder is no such export."""
+    found = {path.parent.name: path for path in sorted(root.glob(f"*/{_ROBOFLOW}"))}
+    found = found or {
+        path.stem.removeprefix("instances_"): path for path in sorted(root.glob(_INSTANCES))
+    }
+    single = next((root / name for name in _SINGLE if (root / name).is_file()), None)
+    if not found and single:
+        found = {"train": single}
+
+    # CVAT's name for everything that was not divided.
+    return {"train": found["default"]} if set(found) == {"default"} else found
+
+
+def coco_classes(files: Sequence[Path]) -> tuple[ClassInfo, ...]:
+    """Classes of an export: the background, then the categories by their ids.
+
+    Raises:
+      UserError: no categories, or files that disagree about them.
+    """
+    lists = [_categories(path) for path in files]
+    for path, names in zip(files[1:], lists[1:], strict=True):
+        if names != lists[0]:
+            raise UserError(f"{shown(path)}: other categories than in {shown(files[0])}")
+
+    # The background has no id; COCO's own begin at 1, but Roboflow's at 0.
+    rest = [ClassInfo(name, raw=(number + 1,)) for number, name in sorted(lists[0].items())]
+    return (ClassInfo(BACKGROUND, raw=(0,)), *rest)
+
+
+def _categories(path: Path) -> dict[int, str]:
+    """Names of the categories by id, without the headings above them and without a background.
+
+    Raises:
+      UserError: none, or two of one name.
+    """
+    values, used = _read(path), {row["category_id"] for row in _read(path)["annotations"]}
+    above = {str(row.get("supercategory")) for row in values["categories"]}
+    names = {
+        row["id"]: row["name"].strip()
+        for row in values["categories"]
+        if row["id"] in used or row["name"] not in above  # Roboflow lists its heading as category 0
+    }
+    names = {number: name for number, name in names.items() if name.lower() != BACKGROUND}
+    if not names or len({name.lower() for name in names.values()}) < len(names):
+        raise UserError(f"{shown(path)}: {'two categories of one name' if names else 'no category'}")
+    return names
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: Path) -> dict[str, Any]:
+    """The content of an annotation file.
+
+    Raises:
+      UserError: no JSON of COCO's form; names the entry.
+    """
+    kinds: dict[str, dict[str, Any]] = {
+        "categories": {"id": int, "name": str},
+        "images": {"id": int, "file_name": str, "height": int, "width": int},
+        "annotations": {"image_id": int, "category_id": int, "segmentation": (list, dict)},
+    }
+    values = read_json(path, dict.fromkeys(kinds, list))
+    for key, kind in kinds.items():
+        for place, row in enumerate(values[key]):
+            try:
+                if not isinstance(row, dict):
+                    raise ValueError("is no object")
+                check_keys(row, kind)
+            except ValueError as error:
+                raise UserError(f"{shown(path)}: {key}[{place}]: {error}") from error
+    return values
+
+
+class CocoSource(FileSource):
+    """Examples of one annotation file; labels are painted from its annotations."""
+
+    def __init__(self, spec: DatasetSpec, root: Path, path: Path):
+        values = _read(path)
+        rows = {row["id"]: row for row in values["images"]}
+        self.ids = {c.raw[0] - 1: i for i, c in enumerate(spec.classes) if i}
+        self.annotations: dict[str, list[dict[str, Any]]] = {}
+        for row in values["annotations"]:
+            if row["image_id"] in rows and row["category_id"] in self.ids:
+                name = rows[row["image_id"]]["file_name"]
+                self.annotations.setdefault(name, []).append(row)
+
+        # Images without an annotation are examples too: of the background.
+        self.sizes = {row["file_name"]: (row["height"], row["width"]) for row in rows.values()}
+        places = _find(root, path, sorted(self.sizes))
+        label = path.relative_to(root).as_posix()
+        pairs = [Pair(name, place, label) for name, place in places.items()]
+        super().__init__(root, pairs, None, strict=True)
+
+    def label(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """Ids, int32 [h, w]: 0 where nothing is annotated.
+
+        Raises:
+          SizeError: the file gives another size than the image has.
+          UnreadableError: an annotation that is neither polygons nor runs.
+        """
+        name = self.pairs[index].name
+        where = f"{self.files(index)['label']}: {name}"
+        if self.sizes[name] not in (size, size[::-1]):
+            raise SizeError(f"{where}: (height, width) is {self.sizes[name]}, the image has {size}")
+
+        # The smaller on top: a button on a coat would vanish below it. One mask at a time is in memory.
+        label = np.zeros(self.sizes[name], np.int32)
+        for row in sorted(self.annotations.get(name, []), key=_area, reverse=True):
+            label[_mask(row, label.shape, where)] = self.ids[row["category_id"]]
+        return label
+
+
+def _area(row: dict[str, Any]) -> float:
+    """Pixels of an annotation; 0 for a broken one, about which `_mask` complains."""
+    found = row["segmentation"]
+    try:
+        if isinstance(found, dict):
+            counts = found["counts"]
+            return float(sum((rle.unpack(counts) if isinstance(counts, str) else counts)[1::2]))
+
+        # The shoelace formula.
+        area = 0.0
+        for numbers in found:
+            x, y = np.asarray(numbers, np.float64).reshape(-1, 2).T
+            area += abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+        return float(area)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return 0.0
+
+
+def _mask(row: dict[str, Any], size: tuple[int, ...], where: str) -> np.ndarray:
+    """One annotation as a mask, bool [h, w].
+
+    Raises:
+      UnreadableError: neither polygons nor runs.
+    """
+    found = row["segmentation"]
+    try:
+        if isinstance(found, dict):
+            if tuple(found["size"]) != size:
+                raise ValueError(f"runs for a mask of {found['size']}, the image is {list(size)}")
+            return rle.decode(found["counts"], size[0], size[1])
+
+        # Corners count from the corner of the first pixel, centers lie half a pixel further.
+        mask = np.zeros(size, bool)
+        for numbers in found:
+            if not 6 <= len(numbers) <= _MOST_POINTS or len(numbers) % 2:
+                raise ValueError(f"a polygon of {len(numbers)} numbers")
+            points = np.asarray(numbers, np.float64).reshape(-1, 2)
+            if not (np.abs(points) <= 1e6).all():
+                raise ValueError("a polygon far outside the image")
+            polygons.fill(mask, points - 0.5)
+        return mask
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UnreadableError(f"{where}: annotation {row.get('id')}: {error}") from error
+
+
+def _find(root: Path, path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Places of the images, relative to root, by the names that the annotation file gives them.
+
+    Raises:
+      UserError: an image that is not there, or that is in two places.
+    """
+    # Tools write the bare name, or a path from some folder above: compare the bare names.
+    folder = path.parent if path.parent.name != "annotations" else root
+    split = path.stem.removeprefix("instances_")
+    narrower = [folder / "images" / split, folder / split, folder / "images", folder]
+    base = next(place for place in narrower if place.is_dir())
+    found: dict[str, list[str]] = {}
+    for file in walk_files(base, IMAGE_ENDINGS):
+        found.setdefault(file.name, []).append((base / file).relative_to(root).as_posix())
+
+    places = {}
+    for name in names:
+        own = found.get(name.replace("\\", "/").rsplit("/", 1)[-1], [])
+        own = [place for place in own if len(own) == 1 or place.endswith(name)]
+        if len(own) != 1:
+            what = "is in two places" if own else "is not there"
+            raise UserError(f"{shown(path)}: the image {name!r} {what}, under {shown(base)}")
+        places[name] = own[0]
+    return places
+
+
+def open_coco_json(spec: DatasetSpec, root: Path, split: str) -> CocoSource:
+    """Opens a split of an export in COCO's form."""
+    return CocoSource(spec, root, annotation_files(root)[split])
