@@ -204,19 +204,20 @@ def _collect(call: _Call, servers: list[socket.socket], present: dict[int, socke
 
         while len(present) < call.count - 1 and call.left > 0:
             for key, _ in selector.select(min(call.left, 0.5)):
+                peer: Any = key.fileobj  # a socket
                 if key.data is None:
-                    _accept(key.fileobj, selector)
+                    _accept(peer, selector)
                     continue
 
                 # The line is complete, or will not be.
-                if (line := _heard(key.fileobj, key.data)) is not None:
-                    selector.unregister(key.fileobj)
-                    _admit(call, key.fileobj, line, present)
+                if (line := _heard(peer, key.data)) is not None:
+                    selector.unregister(peer)
+                    _admit(call, peer, line, present)
             _close_slow(selector)
 
         # Those whose lines are not complete did not come in time.
-        for key in [k for k in selector.get_map().values() if k.data is not None]:
-            key.fileobj.close()
+        for peer in [k.fileobj for k in selector.get_map().values() if k.data is not None]:
+            peer.close()
 
 
 def _accept(server: Any, selector: selectors.BaseSelector) -> None:

@@ -158,8 +158,8 @@ def _area(row: dict[str, Any]) -> float:
         area = 0.0
         for numbers in found:
             x, y = np.asarray(numbers, np.float64).reshape(-1, 2).T
-            area += abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
-        return float(area)
+            area += float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+        return area
     except (ValueError, TypeError, KeyError, OverflowError):
         return 0.0
 

@@ -126,11 +126,11 @@ def _open_voc_export(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     """
     what = f"folder {split}"
     stems = [line for _, line in read_lines(_voc_lists(root)[split])]
-    sides = [
+    images, masks = (
         pick(_side(root, folder, endings), stems, root / folder, what)
         for folder, endings in ((VOC_IMAGES, IMAGE_ENDINGS), (VOC_MASKS, _MASK_ENDINGS))
-    ]
-    return FileSource(root, pair_up(root, *sides, what), ColorLabels(spec), strict=True)
+    )
+    return FileSource(root, pair_up(root, images, masks, what), ColorLabels(spec), strict=True)
 
 
 def _splits(root: Path) -> list[str]:

@@ -79,10 +79,21 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
 
     # ... or one JSON file for all. An image without a mask in it has an empty label.
     assert merged is not None and detail is not None
+    _check_in_json(split, stems, detail, merged, what)
     known = pick(dict.fromkeys(detail.phases, str(merged)), stems, merged, what)
     pairs = pair_up(voc, images, known, what)
     masks = [detail.masks.get(p.name, []) for p in pairs]
     return PaintedSource(voc, pairs, masks, LabelTable.of(spec))
+
+
+def _check_in_json(split: str, stems: list[str], detail: DetailJson, merged: Path, what: str) -> None:
+    """Raises UserError where VOC's own list names images that the JSON file leaves out: three do."""
+    missing = [s for s in stems if s not in detail.phases]
+    if missing and split in ("train", "val"):
+        raise UserError(
+            f"{what}: {len(missing)} of VOC's {len(stems)} images are not in {merged}, the first is "
+            f"{missing[0]!r}; its own lists are the splits train_4996 and val_5104"
+        )
 
 
 def _context_stems(
