@@ -147,6 +147,15 @@ class TestPascalContextJson:
         assert (registry.open_source("pascal_context_59", root, "train")[0]["label"] == -1).all()
         assert (registry.open_source("pascal_context_459", root, "train")[0]["label"][:2] == 2).all()
 
+    def test_the_default_splits_tell_which_splits_the_file_has_itself(self, root):
+        """Three of VOC's images are in no annotation of the released file."""
+        trees.image(root / "VOCdevkit/VOC2010/JPEGImages/2008_000009.jpg")
+        listed = root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt"
+        listed.write_text(listed.read_text() + "\n2008_000009\n")
+        with pytest.raises(UserError, match="1 of VOC's 2 images .* '2008_000009'; .* train_4996"):
+            registry.open_source("pascal_context_59", root, "train")
+        assert len(registry.open_source("pascal_context_59", root, "train_4996")) == 1
+
     def test_a_mask_of_another_size_is_refused(self, root):
         path = root / "VOCdevkit/VOC2010/trainval_merged.json"
         path.write_text(path.read_text().replace(f"[{H}, {W}]", "[90000000, 90000000]"))
