@@ -283,8 +283,8 @@ def evaluate(
         raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
     if model is None and not (workdir / EXPORT).is_dir():
         raise UserError(
-            f"{workdir / EXPORT}: no trained weights here; run --mode=train first, or "
-            "--mode=export for the newest checkpoint of a run that is not finished"
+            f"{workdir / EXPORT}: no trained weights; run --mode=train first, or --mode=export for the "
+            "newest checkpoint of a run that is not finished"
         )
     if model is not None and (workdir / CONFIG_NAME).is_file():
         raise UserError(
@@ -308,13 +308,12 @@ def evaluate(
         del segmenter  # frees its frozen parts on the devices: the evaluation places its own
         return evaluate_and_report(config, task, params, mesh, workdir, description, model is None)
 
-    about = description.provenance()
-    results = suite_lib.run_suite(config, segmenter, params, workdir / "eval", suite, about)
-    log.info("suite %s: %s", suite, workdir / "eval" / f"suite_{suite}.md")
-    if suite == domains.SUITE:
-        with together("the pages of the domains"):
-            if is_main():
-                log.info("pages: %s", build_domain_pages(workdir / "eval"))
+    folder, about = workdir / "eval", description.provenance()
+    results = suite_lib.run_suite(config, segmenter, params, folder, suite, about)
+    log.info("suite %s: %s", suite, folder / f"suite_{suite}.md")
+    with together("the pages of the suite"):
+        if suite == domains.SUITE and is_main():
+            log.info("pages: %s", build_domain_pages(folder))
     return results
 
 
@@ -420,15 +419,13 @@ def export_autoencoder(
     factor, data = task.config.factor, config.data
     scaling = autoencoder.measure_scaling(task.graphdef, params, data, factor)
     task.config = dataclasses.replace(task.config, scaling_factor=scaling)
-
     results = autoencoder.round_trip(task.graphdef, params, data, config.eval.split, factor)
     log.info("round trip on held-out images: %s", json.dumps(results))
     with together("the results"):
         if is_main():
             write_json(workdir / "eval" / "results.json", results)
-
-    extra = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
-    write_export(task, params, workdir, provenance(config, **extra))
+    measured = f"{results['mask_iou']:.4f}"
+    write_export(task, params, workdir, provenance(config, round_trip_mask_iou=measured))
     return results
 
 

@@ -45,6 +45,13 @@ def setting(
     return dataclasses.field(default=default, metadata=about)
 
 
+DATASETS = (
+    "landcover", "landcover_igbp", "ade20k", "ade20k_847", "bdd100k", "camvid", "cityscapes",
+    "coco_stuff", "deepglobe", "folder", "monuseg", "pascal_context_59", "pascal_context_459",
+    "pascal_voc", "pascal_voc_21", "phenobench", "refuge2",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
     """A data set of a mixture: where it is, how its images are cropped, what its labels leave open."""
@@ -62,8 +69,7 @@ class PartConfig:
     quarter_turns: bool = False  # turned by 0 to 3 quarters, as config.data.quarter_turns does for all
     jitter: float = setting(-1.0, at_least=-1.0, at_most=1.0)  # -1: config.data.jitter
     unasked: tuple[str, ...] = ()  # classes that nobody asks for by name, such as a background
-    # The kind of things that its classes name. Classes of a part without a group are
-    # never asked about the images of other parts.
+    # Kind of its classes' things; without one they are never asked about other parts' images.
     group: str = ""
     # Groups and single names of other parts whose things its images may show without a label.
     may_show: tuple[str, ...] = ()
@@ -76,25 +82,7 @@ class DataConfig:
 
     name: str = setting(
         "landcover",
-        names=(
-            "landcover",
-            "landcover_igbp",
-            "ade20k",
-            "ade20k_847",
-            "bdd100k",
-            "camvid",
-            "cityscapes",
-            "coco_stuff",
-            "deepglobe",
-            "folder",
-            "monuseg",
-            "pascal_context_59",
-            "pascal_context_459",
-            "pascal_voc",
-            "pascal_voc_21",
-            "phenobench",
-            "refuge2",
-        ),
+        names=DATASETS,
         prefixes=("tfds:",),  # tfds:NAME, prepared as array_record under root
     )
     # Folder of the download as it unpacks, or of shards from
@@ -117,8 +105,7 @@ class DataConfig:
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
     # Share of absent queries that name a class likely to occur in such an image (not in the paper).
     hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)
-    # Share of absent queries that name a class of another part of the mixture, one that
-    # the image cannot show (not in the paper).
+    # Share of absent queries that name a class of another part, which the image cannot show (ours).
     foreign_rate: float = setting(0.0, at_least=0.0, at_most=1.0, tasks=("segmentation",))
     # Scale 1 of a training crop: the image's short side fills it, or its pixels are the image's own
     # (for images of one scale on the ground).
@@ -158,8 +145,8 @@ class ModelConfig:
     # Append the mean token embedding: helps synonyms that were never trained (not in the paper).
     sentence_token: bool = True
     text_adapters: bool = True  # one per resolution, between text tokens and what attends to them
-    # adapter: the cross-attention reads the text. parallel: it goes on reading the empty prompt, and a
-    # second one beside it, which starts without effect, reads the text.
+    # adapter: the cross-attention reads the text. parallel: it reads the empty prompt, and a second one
+    # beside it, which starts without effect, the text.
     text_injection: Literal["adapter", "parallel"] = setting("adapter", tasks=("segmentation",))
     # parallel: the text encoder that the U-Net was trained with; same forms as text. Empty: the one of
     # the U-Net's own pipeline, else that of the queries.
@@ -241,8 +228,7 @@ class OptimConfig:
     ema_decay: float = setting(0.995, at_least=0.0, below=1.0)
     # Type of Adam's first moment. The second stays float32: bfloat16 loses its updates at b2 = 0.999.
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Factor on the learning rate of parameters that the pretrained U-Net lacks: text adapters, and the
-    # parallel text pathway but for its prompt (DiffDIS: 10).
+    # Factor on the learning rate of text adapters and of the parallel text pathway (DiffDIS: 10).
     new_lr_scale: float = setting(1.0, above=0.0, tasks=("segmentation",))
     freeze: tuple[str, ...] = ()  # regexes on paths of parameters that stay fixed: "^down_blocks"
 
@@ -275,8 +261,7 @@ class ComputeConfig:
     unet_batch: int = setting(0, at_least=0)
     # Microbatches that a batch is split into: the same step in less memory.
     accumulation: int = setting(1, at_least=1)
-    # Folder of compiled programs, kept over runs and restarts; "": none. auto: for prediction and the
-    # demo a folder in the user's cache directory, else none.
+    # Folder of compiled programs, kept over runs; "": none. auto: one of the user's for predict and demo.
     compile_cache: str = "auto"
 
 

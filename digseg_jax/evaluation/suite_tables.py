@@ -42,9 +42,9 @@ def note(results: Mapping[str, Any]) -> str:
     about = trained_on(results.get("weights"))
     if results["suite"] == "domains":
         return (
-            f"Domains, seed {results['seed']}; percent. {about} Each domain is seen at its own scale; its "
-            "score is the mean IoU of the classes that were asked for and occur. A background is what no "
-            "class claims. Names of other domains should cover nothing."
+            f"Domains, seed {results['seed']}; percent. {about} Each domain is seen at its own scale; "
+            "its score is the mean IoU of the classes that were asked for and occur. A background is "
+            "what no class claims. Names of other domains should cover nothing."
         )
     return (
         f"Suite {results['suite']}, seed {results['seed']}; percent. {about} Oracle asks only for "

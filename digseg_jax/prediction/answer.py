@@ -8,7 +8,8 @@ the score that a mask image gives a pixel, in [-1, 1]; probability = sigmoid(sca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -35,6 +36,12 @@ class ViewMasks:
     evidence: np.ndarray | None = None
     cells: np.ndarray | None = None
     latents: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[dict[str, np.ndarray]], count: int) -> Self:
+        """Masks of a view whose `count` texts were all decoded; parts: its groups, padding included."""
+        arrays = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+        return cls(np.arange(count), **arrays)
 
 
 class Planes:

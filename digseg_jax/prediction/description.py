@@ -275,7 +275,6 @@ def read_description(folder: AnyPath) -> Description:
     # Keys that were renamed since the file was written get their current names first.
     if isinstance(values.get("config"), dict):
         values["config"] = with_current_names(values["config"])
-        _add_newer(values["config"])
     description = _typed(Description, values, str(path))
     description = dataclasses.replace(
         description, vae=_outside(folder, description.vae), text=_outside(folder, description.text)
@@ -404,19 +403,13 @@ def _recorded(sections: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _add_newer(sections: dict[str, Any]) -> None:
-    """Adds the settings of `NEWER` that an older file lacks."""
-    for key, value in NEWER.items():
-        section, name = key.split(".")
-        if isinstance(sections.get(section), dict):
-            sections[section].setdefault(name, value)
-
-
 def _at(sections: dict[str, Any], key: str) -> Any:
-    """The value of a key such as "data.image_size"; raises UserError if it is missing."""
+    """The value of a key such as "data.image_size", or of `NEWER`; raises UserError without one."""
     section, name = key.split(".")
     values = sections.get(section)
     if not isinstance(values, dict) or name not in values:
+        if key in NEWER:
+            return NEWER[key]
         raise UserError(f"config.{key} is missing; write the file anew with --mode=export")
     return values[name]
 

@@ -162,8 +162,8 @@ class Segmenter:
           evidence: keep each member's evidence in place of probabilities.
           later: sample only; the answers keep latents in place of masks (`ViewMasks.latents`).
           advance: called with the steps done and their total; a step is one group of queries in a call.
-          watch: called after every step of each member of a single request (see `prediction.progress`).
-            Members are then sampled one by one: the same masks, to rounding.
+          watch: called after every step of each member of a single request, which are then sampled one
+            by one: the same masks, to rounding (see `prediction.progress`).
 
         Raises:
           UserError: no queries, a blank or too long one, or some that the codec cannot answer.
@@ -294,7 +294,7 @@ class Segmenter:
         # A view's masks were decoded group by group, or are chosen from all groups' latents now.
         every = np.concatenate(latents, axis=1) if latents else np.empty((rows, 0))  # [n, q, e, ...]
         masks = [
-            _decoded(request, [{name: part[name][row] for name in part} for part in parts])
+            ViewMasks.joined([{k: part[k][row] for k in part} for part in parts], len(request.queries))
             if self._is_decoded(request, job)
             else self._probed(request, every[row])
             for row, request in enumerate(asked)
@@ -409,13 +409,6 @@ class Segmenter:
             self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(missing)}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))
         return tokens, mask
-
-
-def _decoded(request: Request, parts: Sequence[dict[str, np.ndarray]]) -> ViewMasks:
-    """Masks of a view whose texts were all decoded; parts: its groups, padding included."""
-    count = len(request.queries)
-    arrays = {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
-    return ViewMasks(np.arange(count), **arrays)
 
 
 def chooses_masks(settings: EvalConfig, decoder: str, queries: int) -> bool:

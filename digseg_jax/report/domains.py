@@ -10,7 +10,7 @@ from typing import Any
 
 from digseg_jax.io import storage
 from digseg_jax.io.storage import AnyPath
-from digseg_jax.report.build import class_table, result_page, optional_object, read_object, shaped
+from digseg_jax.report.build import class_table, optional_object, read_object, result_page, shaped
 from digseg_jax.report.cards import gallery_section
 from digseg_jax.report.markup import esc, number, section, table
 from digseg_jax.report.sections import class_bars
