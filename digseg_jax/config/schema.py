@@ -261,7 +261,7 @@ class ComputeConfig:
     unet_batch: int = setting(0, at_least=0)
     # Microbatches that a batch is split into: the same step in less memory.
     accumulation: int = setting(1, at_least=1)
-    # Folder of compiled programs, kept over runs; "": none. auto: one of the user's for predict and demo.
+    # Folder of compiled programs; "": none. auto: one of the user's own, for predict and demo only.
     compile_cache: str = "auto"
 
 
