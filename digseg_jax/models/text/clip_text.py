@@ -73,12 +73,12 @@ def tower_values(values: Mapping[str, Any], section: str) -> dict[str, Any]:
       values: the parsed file.
       section: the encoder's section in a CLIPModel's, "text_config" or "vision_config".
     """
-    if section not in values:
+    if not {"text_config", "vision_config"} & values.keys():
         return dict(values)
 
     # Old files have a second copy, `..._config_dict`, which takes precedence in transformers. The width
     # of the projection is written above the sections.
-    own = {**(values[section] or {}), **(values.get(f"{section}_dict") or {})}
+    own = {**(values.get(section) or {}), **(values.get(f"{section}_dict") or {})}
     width = values.get("projection_dim")
     return own if width is None else {**own, "projection_dim": width}
 

@@ -65,9 +65,9 @@ class OpenClipTextConfig:
               `text.transformer.`.
         """
         model, text = values["model_cfg"], values["model_cfg"]["text_cfg"]
-        _check_types(model)
         _check(text, "hf_pooler_type", POOLERS)
         _check(text, "hf_proj_type", PROJECTIONS)
+        _check_types(model)
 
         pooler = text["hf_pooler_type"]
         return cls(
