@@ -41,7 +41,7 @@ def test_queries_of_one_slug_have_files_of_their_own(tmp_path):
     files = PredictionFiles.of(tmp_path / "a", queries)
     write(files, queries)
     written = sorted(p.name for p in tmp_path.iterdir())
-    assert len({key(name) for name in written}) == len(written) == 3 + 2 * len(queries)
+    assert len({key(name) for name in written}) == len(written) == 5 + 2 * len(queries)
     rows = json.loads((tmp_path / "a.json").read_text())["queries"]
     assert [row["mask"] for row in rows] == [
         "a_water_land.png", "a_water_land_2.png", "a_water_land_3.png", "a_water.png", "a_water_2.png",
@@ -75,7 +75,7 @@ def test_the_folder_of_the_images_keeps_its_images(tmp_path):
     count = len(list(tmp_path.iterdir()))
     for source, files in zip(inputs, targets(inputs, tmp_path, ["ice"]), strict=True):
         write(files, ["ice"], source)
-    assert len(list(tmp_path.iterdir())) == count == 3 + 3 * 5
+    assert len(list(tmp_path.iterdir())) == count == 3 + 3 * 7
 
 
 def test_a_link_to_an_image_is_that_image(tmp_path):
