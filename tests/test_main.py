@@ -80,8 +80,8 @@ def test_a_missing_flag_is_named(arguments, missing):
     ("arguments", "expected"),
     [
         (["--image=a.png"], "--image: for --mode=predict only, not --mode=train"),
-        (["--mode=export", "--sampling=8x2"], "--sampling: for --mode=eval or predict only"),
-        (["--template={}"], "--template: for --mode=predict or eval only"),
+        (["--mode=export", "--sampling=8x2"], "--sampling: for --mode=eval or predict or demo only"),
+        (["--template={}"], "--template: for --mode=predict or demo or eval only"),
         (["--suite=semantic"], "--suite: for --mode=eval only"),
         (["--mode=eval", "--topology=cpu:2"], "--topology: for --mode=compile only"),
     ],
@@ -114,7 +114,7 @@ def test_a_config_file_that_cannot_be_imported_is_told_in_one_line(tmp_path, wor
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([QUICKSTART, "--mode=trian"], "one of <train|eval|export|predict|compile|cache_latents>"),
+        ([QUICKSTART, "--mode=trian"], "one of <train|eval|export|predict|demo|compile|cache_latents>"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
         (["--config=configs/camvid.py:sd3"], "no version 'sd3'"),

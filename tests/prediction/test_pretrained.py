@@ -135,7 +135,7 @@ def test_the_command_line_gives_the_same_bits(segment, export, tmp_path):
     masks = segment(tmp_path / "a.png", WORDS, ensemble=2, steps=2, seed=4)
     masks.save(tmp_path / "api", "out")
     files = sorted((tmp_path / "api").iterdir())
-    assert len(files) == 7
+    assert len(files) == 9
     for file in files:
         if file.suffix != ".npz":  # a zip archive holds the time
             assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
