@@ -4,9 +4,9 @@
     python -m digseg_jax.main --config=configs/generalist.py --config.data.root=DIR --workdir=RUN
 
 DIR holds a folder for each data set of digseg_jax/data/datasets/domains.py, where their scales, weights
-and terms stand; the land cover needs none. By default those are trained on whose terms allow to pass on
-works derived from them, so that the weights can be shared; configs/generalist.py:all trains on every
-domain, for research.
+and terms stand; the land cover needs none. Several of them are for research only, and so are weights
+that were trained on them. configs/generalist.py:shareable trains on those alone whose terms allow to
+pass on works derived from them: photographs, streets, cells and land, but no fields, retinas or roads.
 
 The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run can
 go on for as long as there is time.
@@ -16,10 +16,10 @@ from digseg_jax.config import default
 from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
 from digseg_jax.errors import UserError
 
-VERSIONS = {"shareable": shareable_domains(), "all": DOMAINS}
+VERSIONS = {"all": DOMAINS, "shareable": shareable_domains()}
 
 
-def get_config(version: str = "shareable"):
+def get_config(version: str = "all"):
     if version not in VERSIONS:
         raise UserError(
             f"--config: no version {version!r}; legal after the colon: {', '.join(VERSIONS)}"
@@ -35,7 +35,7 @@ def get_config(version: str = "shareable"):
     config.model.unet = "assets:segmenter"
     config.diffusion.terminal_fraction = 0.7
     config.loss.mask_weight = 0.2
-    config.optim.learning_rate = 5e-4
+    config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 500
     config.optim.schedule = "constant"
     config.optim.ema_decay = 0.9995
