@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small weights that ship with the package: vae, prior, segmenter (see each folder's metadata)."""
+"""The small weights that ship with the package: vae, prior, segmenter, generalist.
+
+Each weight file's metadata say how it was made. Weights are under the package's license unless a file
+LICENSE lies beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from digseg_jax.errors import UserError
 
 FOLDER = Path(__file__).parent
 PREFIX = "assets:"
+LICENSE = "LICENSE"  # terms of the weights beside it, in short on its first line
 
 
 def resolve(spec: str) -> str:
@@ -25,3 +30,9 @@ def resolve(spec: str) -> str:
         legal = ", ".join(PREFIX + name for name in names) or "none is present in this checkout"
         raise UserError(f"{spec}: no such shipped weights; legal: {legal}")
     return str(folder)
+
+
+def terms_of(folder: Path) -> str:
+    """Terms of weights with a license of their own, in one sentence; "" for all others."""
+    license_file = folder / LICENSE
+    return license_file.read_text(encoding="utf-8").partition("\n")[0] if license_file.is_file() else ""

@@ -15,6 +15,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+from digseg_jax.assets import LICENSE
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import Config
 from digseg_jax.config.templates import asked_templates
@@ -109,7 +110,7 @@ def copy_export(source: Path, target: Path) -> None:
     storage.write_json(target / UNET / "config.json", load_config(unet_folder(source)).to_dict())
 
     # Calibration and codec state may be absent; the rest is made from the description.
-    beside = (CALIBRATION, state_file(description.recorded_config().model.codec, source).name)
+    beside = (CALIBRATION, LICENSE, state_file(description.recorded_config().model.codec, source).name)
     kept = {name: source / name for name in beside if (source / name).is_file()}
     copy_files(kept, target)
     complete_export(target, description)

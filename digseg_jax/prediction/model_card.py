@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from digseg_jax import assets
 from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.prediction.description import Description
 from digseg_jax.segmentation.codecs import CODECS
@@ -53,7 +54,8 @@ and says so. The code that `trust_remote_code=True` runs is in `pipeline.py`, `u
 def model_card(description: Description, results: dict[str, Any] | None = None) -> str:
     """Builds the card of an export, with the front matter that the hub reads.
 
-    results: content of results.json, from an evaluation of these weights; None: not evaluated.
+    results: content of results.json, from an evaluation of these weights, or of suite_domains.json;
+      None: not evaluated.
     """
     # A closed codec must be asked for all of its classes; else two make a short example.
     codec = CODECS[description.recorded_config().model.codec]
@@ -101,20 +103,32 @@ def _front_matter(
 
 def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """Mean IoU and pixel accuracy (0..1) for the hub; a score that is null or nan is left out."""
+    # Of domains, each has one score; a missing one has none.
+    if "suite" in results:
+        scored = [(row, {"mean_iou": row["asked_miou"]}) for row in _measured(results)]
+    else:
+        values = {"mean_iou": results["miou"], "accuracy": results["accuracy"]}
+        scored = [(results, values)]
+
     # `value == value` below is False for nan, which JSON on the hub cannot hold.
-    values = {"mean_iou": results["miou"], "accuracy": results["accuracy"]}
     return [
         EvalResult(
             task_type="image-segmentation",
-            dataset_type=results["dataset"],
-            dataset_name=results["dataset"],
-            dataset_split=results["split"],
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            dataset_split=row["split"],
             metric_type=name,
             metric_value=round(value, 4),
         )
+        for row, values in scored
         for name, value in values.items()
         if value is not None and value == value
     ]
+
+
+def _measured(suite: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the domains whose data were there."""
+    return [row for row in suite["rows"] if "missing" not in row]
 
 
 def _training(description: Description) -> str:
@@ -136,6 +150,9 @@ def _scores(results: dict[str, Any] | None) -> str:
     if not results:
         return "## Scores\n\nThese weights have not been evaluated yet.\n"
 
+    if "suite" in results:
+        return _domain_scores(results)
+
     # A score means little without its sampling and its view size.
     sampling = f"{results['ensemble']}x{results['steps']} ({results['spacing']} timesteps)"
     views = " x ".join(map(str, results["view_size"]))
@@ -147,6 +164,24 @@ def _scores(results: dict[str, Any] | None) -> str:
         f"{results['miou']:.3f} | {results['accuracy']:.3f} |\n\n"
         f"Protocol: {results['protocol']}. Images were seen as {results['inference']} of {views} "
         "pixels.\n"
+    )
+
+
+def _domain_scores(suite: dict[str, Any]) -> str:
+    """Section on the scores of a suite of domains."""
+    lines = []
+    for row in _measured(suite):
+        wrong = row.get("wrong_names") or {}
+        area = f"{sum(wrong.values()) / len(wrong):.2%}" if wrong else ""
+        images = f"{row['num_images']} of {row['split']}"
+        lines.append(f"| {row['dataset']} | {images} | {row['asked_miou']:.3f} | {area} |")
+    sampling = sorted({row["estep"] for row in _measured(suite)})
+    return (
+        "## Scores\n\n"
+        "| domain | images | mIoU of the classes asked for | area of other domains' names |\n"
+        "|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
+        f"Members x steps: {', '.join(sampling)}; seed {suite['seed']}. Each domain is seen at its own "
+        "scale; a background is what no class claims.\n"
     )
 
 
@@ -175,6 +210,11 @@ def _license(description: Description) -> tuple[str, str]:
     if known and known.license:
         said = f"Derived from {known.hub_id}, whose license ({known.license}) binds these weights too."
         return known.license, said
+
+    # Shipped weights with terms of their own pass them on.
+    own_terms = assets.terms_of(Path(assets.resolve(start))) if start.startswith("assets:") else ""
+    if own_terms:
+        return "other", f"Started from {start}, whose terms bind these weights too: {own_terms}"
 
     # The package's own weights: where the training's data are not its own too, their terms bind.
     if start.startswith("assets:") and not set(description.datasets) <= OWN_DATA:

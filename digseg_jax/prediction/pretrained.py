@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from digseg_jax import assets
 from digseg_jax.arraytypes import Float, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
@@ -23,6 +24,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
 from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.log import log
 from digseg_jax.prediction.answer import Answer, GroupedAnswer, Planes, ViewMasks
 from digseg_jax.prediction.description import (
     Description,
@@ -67,8 +69,12 @@ def load_segmenter(
         >>> segment(image, "water", ensemble=1, steps=1).label.dtype
         dtype('int32')
     """
-    # Settle the configuration before anything is built: a contradiction to the training is an error.
+    # Weights with terms of their own say so before they are used.
     folder = find_export(os.fspath(model))
+    if terms := assets.terms_of(folder):
+        log.info("%s: %s", folder.name, terms)
+
+    # Settle the configuration before anything is built: a contradiction to the training is an error.
     description = read_description(folder)
     if config is None:
         config = description.training_config(folder)

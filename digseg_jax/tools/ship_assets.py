@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy of a finished run's weights into the package, as float16.
+"""Copy of a run's weights into the package, as float16.
 
-    python -m digseg_jax.tools.ship_assets NAME [RUN]
+    python -m digseg_jax.tools.ship_assets NAME [RUN] [--scores=suite_domains.json]
 
-The recipe's command, the main settings and the measured scores go into the metadata. Without RUN,
-segmenter.json is written for the shipped weights, from the recipe that their metadata name.
+The recipe's command, the main settings and the terms go into the metadata. Weights that were trained on
+data with terms of their own get a LICENSE, and a model card with the scores of --scores. Without RUN,
+segmenter.json is written for the shipped segmenter, from the recipe that its metadata name.
 """
 
 from __future__ import annotations
@@ -19,23 +20,54 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from digseg_jax.assets import FOLDER
+from digseg_jax.assets import FOLDER, LICENSE
 from digseg_jax.config.experiment import load_config
 from digseg_jax.config.parse import to_dict
+from digseg_jax.data.datasets.domains import DOMAINS, Domain
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.workdir import CALIBRATION, CONFIG_NAME, EXPORT
 from digseg_jax.models import functional
 from digseg_jax.prediction import description as description_lib
-from digseg_jax.prediction.description import FrozenPart, describe, unet_folder, write_description
+from digseg_jax.prediction import model_card as model_card_lib
+from digseg_jax.prediction.description import (
+    FrozenPart,
+    describe,
+    read_description,
+    unet_folder,
+    write_description,
+)
+from digseg_jax.prediction.export import CARD
+from digseg_jax.prediction.model_card import model_card
 from digseg_jax.runtime.door import run_tool
 from digseg_jax.weights import load_component, read_metadata, save_component
 
 # asset -> the recipe in configs/ that makes it
-RECIPES = {"vae": "landcover_vae", "prior": "landcover_prior", "segmenter": "landcover"}
+RECIPES = {
+    "vae": "landcover_vae",
+    "prior": "landcover_prior",
+    "segmenter": "landcover",
+    "generalist": "generalist",
+}
+OWN_DATA = "NASA Blue Marble and MODIS MCD12C1 2019, training blocks only"
+_TERMS = """\
+For non-commercial research only: several of the data sets of the training allow nothing else.
+
+These weights, and weights derived from them, were trained on the images and labels of
+
+{data}
+
+The code of digseg_jax and its other weights are under the Apache License 2.0. These weights are not:
+they may be used for non-commercial research only. Whoever passes them on does so under the same terms,
+with this file.
+"""
 
 
-def ship(run: Path, name: str) -> Path:
-    """Writes assets/NAME from RUN/export; returns the weight file."""
+def ship(run: Path, name: str, scores: Path | None = None) -> Path:
+    """Writes assets/NAME from RUN/export; returns the weight file.
+
+    scores: suite_domains.json of an evaluation of these weights, for the model card.
+    """
     export = run / EXPORT
     trained = unet_folder(export)
     model = load_component(trained)
@@ -43,11 +75,12 @@ def ship(run: Path, name: str) -> Path:
 
     # Everything that is needed to make the weights again goes into the file itself.
     config = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
+    domains = _domains_of(export)
     metadata = read_metadata(trained) | {
         "command": f"python -m digseg_jax.main --config=configs/{RECIPES[name]}.py --workdir=DIR",
-        "data": "NASA Blue Marble and MODIS MCD12C1 2019, training blocks only",
+        "data": ", ".join(domain.name for domain in domains) or OWN_DATA,
         "train": json.dumps(config["train"]),
-        "license": "Apache-2.0",
+        "license": f"see {LICENSE}" if domains else "Apache-2.0",
     }
     folder = FOLDER / name
     model_config = model.config  # type: ignore[attr-defined]  # every model has one
@@ -57,7 +90,22 @@ def ship(run: Path, name: str) -> Path:
     for beside in (CALIBRATION, description_lib.FILE):
         if (export / beside).is_file():
             shutil.copyfile(export / beside, folder / beside)
+
+    # The terms of the data bind the weights.
+    if domains:
+        listed = "\n".join(f"- {domain.name}: {domain.terms}" for domain in domains)
+        (folder / LICENSE).write_text(_TERMS.format(data=listed), encoding="utf-8")
+        card = model_card(read_description(folder), read_json(scores) if scores else None)
+        (folder / CARD).write_text(card, encoding="utf-8")
     return written
+
+
+def _domains_of(export: Path) -> list[Domain]:
+    """The domains that a segmenter was trained on; none if it knows the package's own data only."""
+    if not (export / description_lib.FILE).is_file():
+        return []
+    trained = set(read_description(export).datasets)
+    return [d for d in DOMAINS if d.name in trained] if trained - model_card_lib.OWN_DATA else []
 
 
 def describe_shipped(name: str) -> Path:
@@ -93,11 +141,12 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.ship_assets", description=__doc__)
     parser.add_argument("name", choices=sorted(RECIPES))
-    parser.add_argument("run", type=Path, nargs="?", help="working directory of a finished run")
+    parser.add_argument("run", type=Path, nargs="?", help="working directory of an exported run")
+    parser.add_argument("--scores", type=Path, help="suite_domains.json of these weights")
     arguments = parser.parse_args()
 
     if arguments.run is not None:
-        sys.exit(run_tool(lambda: print(ship(arguments.run, arguments.name))))
+        sys.exit(run_tool(lambda: print(ship(arguments.run, arguments.name, arguments.scores))))
     elif arguments.name == "segmenter":
         sys.exit(run_tool(lambda: print(describe_shipped(arguments.name))))
     else:
