@@ -89,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     trip.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
     trip.add_argument("--images", type=int, default=12, help="of each domain's val, evenly spread")
     trip.add_argument("--size", type=int, default=96, help="side of the crops, pixels")
+    words = jobs.add_parser("words", help="a generalist's masks by names, unseen synonyms, wrong names")
+    words.add_argument("--weights", default="assets:generalist", help="assets:NAME or DIR/export")
+    words.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
+    words.add_argument("--images", type=int, default=12, help="of each domain's val; 0: all")
+    words.add_argument("--only", default="", help="names of domains, with commas; empty: all")
+    forest = jobs.add_parser("domain_trees", help="boosted trees on the pixels of each domain")
+    forest.add_argument(
+        "--root", required=True, help="folder of all domains, as --suite=domains has it"
+    )
+    forest.add_argument("--split", default="val", help="as the suite takes config.eval.split")
+    forest.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
+    forest.add_argument("--only", default="", help="names of domains, with commas; empty: all")
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
@@ -239,6 +251,20 @@ def _round_trip(arguments: argparse.Namespace) -> dict[str, Any]:
     return round_trip.run(arguments.vae, arguments.root, arguments.images, arguments.size)
 
 
+def _words(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import words
+
+    only = tuple(filter(None, arguments.only.split(",")))
+    return words.run(arguments.weights, arguments.root, arguments.images, only)
+
+
+def _domain_trees(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import domain_trees
+
+    only = tuple(filter(None, arguments.only.split(",")))
+    return domain_trees.run(arguments.root, arguments.split, arguments.images, only)
+
+
 JOBS = {
     "landcover": _landcover,
     "estep": _estep,
@@ -253,6 +279,8 @@ JOBS = {
     "sample": _sample,
     "suite_on_two": _suite_on_two,
     "round_trip": _round_trip,
+    "words": _words,
+    "domain_trees": _domain_trees,
     "data": _data,
 }
 

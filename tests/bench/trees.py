@@ -14,9 +14,9 @@ WINDOWS = (9, 41)  # pixels; the means see beyond the tile's border, the convolu
 TRAIN_PIXELS = 600_000
 
 
-def features(cover: LandCover) -> np.ndarray:
-    """float32 [h, w, 9]: color, and its means over 9 and 41 pixels."""
-    image = cover.image.astype(np.float32)
+def features(image: np.ndarray) -> np.ndarray:
+    """float32 [h, w, 9] of uint8 [h, w, 3]: color, and its means over 9 and 41 pixels."""
+    image = image.astype(np.float32)
     return np.concatenate([image, *(cv2.blur(image, (w, w)) for w in WINDOWS)], axis=-1)
 
 
@@ -29,7 +29,7 @@ def pixels(values: np.ndarray, tiles: list[Tile]) -> np.ndarray:
 def fit_and_count(cover: LandCover, label_set: str, split: str, seed: int = 0) -> np.ndarray:
     """Fits on the training tiles and returns confusion counts [c, c + 1] on the split's."""
     label, n = cover.labels[label_set], len(landcover.LABEL_SETS[label_set])
-    table, train = features(cover), cover.tiles("train")
+    table, train = features(cover.image), cover.tiles("train")
     x, y = pixels(table, train), pixels(label, train)
     chosen = np.random.default_rng(seed).choice(len(y), TRAIN_PIXELS, replace=False)
     model = HistGradientBoostingClassifier(max_iter=150, random_state=seed)

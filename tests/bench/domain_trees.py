@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference for each domain of the generalist: boosted trees on pixels, fitted on its train split.
+
+They see images at the generalist's scale, and are scored as the suite scores: at the labels' own size,
+mean IoU of the classes that are asked for and occur.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from sklearn.ensemble import HistGradientBoostingClassifier
+
+from digseg_jax.config.schema import PartConfig
+from digseg_jax.data.datasets.domains import DOMAINS, Domain
+from digseg_jax.data.sources import spec_of
+from digseg_jax.errors import UserError
+from digseg_jax.evaluation.domains import domain_examples
+from digseg_jax.evaluation.examples import EvalExamples
+from digseg_jax.log import log
+from digseg_jax.metrics import confusion
+from tests.bench.trees import features
+
+TRAIN_PIXELS = 300_000
+ROUNDS = 150  # boosting rounds, each of a tree per class
+MANY = 20  # from so many classes on there are fewer rounds, to end in minutes
+FEW_ROUNDS = 40
+
+
+def run(root: str, split: str, images: int, only: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
+    """Mean IoU of trees on every domain.
+
+    Args:
+      root: folder of all domains.
+      split: as --config.eval.split takes it in the suite.
+      images: of the scored split, evenly spread; 0: all.
+      only: names of domains; empty: all.
+      seed: of the choice of pixels and of the trees.
+    """
+    rows: dict[str, Any] = {}
+    for domain in DOMAINS:
+        if only and domain.name not in only:
+            continue
+        try:
+            rows[domain.name] = _one(domain, root, split, images, seed)
+        except UserError as error:
+            rows[domain.name] = {"missing": str(error)}
+        log.info("%s: %s", domain.name, rows[domain.name])
+    found = [row["asked_miou"] for row in rows.values() if "asked_miou" in row]
+    mean = float(np.mean(found)) if found else math.nan
+    return {"split": split, "pixels": TRAIN_PIXELS, "seed": seed, "domains": rows, "mean": mean}
+
+
+def _one(domain: Domain, root: str, split: str, images: int, seed: int) -> dict[str, Any]:
+    """The row of one domain."""
+    started = time.monotonic()
+    scored = domain_examples(domain, root, split, images)
+    values = domain.part()
+    facts = spec_of(PartConfig(values["name"], values["folder"] and f"{root}/{values['folder']}"))
+    training = domain_examples(domain, root, facts.train_split)
+
+    # The same number of pixels of every training image, ignored ones left out.
+    rng = np.random.default_rng(seed)
+    share = -(-TRAIN_PIXELS // len(training))
+    xs, ys = [], []
+    for i in range(len(training)):
+        table, label = _seen(training, i, domain.short_side)
+        x, y = table.reshape(-1, table.shape[-1]), label.ravel()
+        chosen = rng.permutation(np.flatnonzero(y >= 0))[:share]
+        xs.append(x[chosen])
+        ys.append(y[chosen])
+    x, y = np.concatenate(xs), np.concatenate(ys)
+
+    rounds = ROUNDS if len(np.unique(y)) < MANY else FEW_ROUNDS
+    model = HistGradientBoostingClassifier(max_iter=rounds, early_stopping=False, random_state=seed)
+    model.fit(x, y)
+
+    # Predictions are scaled to the label's own size.
+    classes = len(scored.classes)
+    counts = np.zeros((classes, classes + 1), np.int64)
+    for i in range(len(scored)):
+        label = scored[i]["label"]
+        table, _ = _seen(scored, i, domain.short_side)
+        predicted = model.predict(table.reshape(-1, table.shape[-1])).reshape(table.shape[:2])
+        size = label.shape[::-1]
+        full = cv2.resize(predicted.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        counts += confusion.confusion(label, full.astype(np.int32), classes)
+    occurring = [c for c in scored.asked if counts[c].sum()]
+    iou = confusion.iou_per_class(counts)
+    return {
+        "asked_miou": float(iou[occurring].mean()),
+        "images": len(scored),
+        "split": scored.split,
+        "rounds": rounds,
+        "seconds": round(time.monotonic() - started, 1),
+        "per_class": {scored.classes[c]: float(iou[c]) for c in occurring},
+    }
+
+
+def _seen(examples: EvalExamples, index: int, short_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features [h, w, 9] and label [h, w] of an example, scaled as the generalist sees it."""
+    example = examples[index]
+    image, label = example["image"], example["label"]
+    scale = short_side / min(label.shape)
+    size = tuple(max(1, round(side * scale)) for side in label.shape[::-1])
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    smaller = cv2.resize(label.astype(np.int16), size, interpolation=cv2.INTER_NEAREST)
+    return features(cv2.resize(image, size, interpolation=way)), smaller.astype(np.int32)
