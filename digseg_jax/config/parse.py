@@ -110,7 +110,7 @@ def _lists(value: Any) -> Any:
     """The same values with tuples replaced by lists, because JSON has no tuples."""
     if isinstance(value, dict):
         return {k: _lists(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_lists(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:

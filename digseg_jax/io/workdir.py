@@ -15,7 +15,7 @@ from etils import epath
 
 from digseg_jax.config.parse import flat, parse, to_dict
 from digseg_jax.config.renamed import CONSTANT, with_current_names
-from digseg_jax.config.schema import Config, is_free
+from digseg_jax.config.schema import Config, DataConfig, PartConfig, is_free
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.json_file import read_json
@@ -179,7 +179,28 @@ def differences(stored: dict[str, Any], values: dict[str, Any]) -> list[str]:
     # stand for settings that do not exist any more.
     old, new = flat(to_dict(Config())) | CONSTANT | flat(stored), CONSTANT | flat(values)
     return [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not is_free(key)
+        f"{key}: {was} -> {now}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not is_free(name)
+        for key, was, now in _changed(name, old.get(name, "absent"), new.get(name, "absent"))
     ]
+
+
+def _changed(name: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """Key, old and new value of each change of a setting; of a mixture, one for each changed entry."""
+    if not (_is_mixture(old) and _is_mixture(new)) or len(old) != len(new):
+        return [(name, old, new)]
+
+    # Entries that are newer than the run count as their defaults, as other settings do.
+    default = to_dict(Config(data=DataConfig(mixture=(PartConfig(),))))["data"]["mixture"][0]
+    return [
+        (f"{name}.{index}.{key}", (default | was).get(key), (default | now).get(key))
+        for index, (was, now) in enumerate(zip(old, new, strict=True))
+        for key in sorted(default.keys() | was.keys() | now.keys())
+        if (default | was).get(key) != (default | now).get(key)
+    ]
+
+
+def _is_mixture(value: Any) -> bool:
+    """Whether a setting is a list of data sets, each with keys of its own."""
+    return isinstance(value, list) and all(isinstance(part, dict) for part in value)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import one_line
 
+from digseg_jax.config.experiment import load_config
 from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.errors import UserError
 from digseg_jax.io.workdir import CONFIG_NAME, LOCK, claim, differences, hold
@@ -83,6 +85,29 @@ def test_a_setting_that_the_run_did_not_know_had_its_default():
     assert differences(old, to_dict(parse({}))) == []
     changed = to_dict(parse({"optim": {"clip_norm": 2.0}}))
     assert differences(old, changed) == ["optim.clip_norm: 1.0 -> 2.0"]
+
+
+def test_a_mixture_is_welcome_again_and_its_changed_entries_are_named(tmp_path):
+    config = load_config("generalist")
+    claim(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    claim(tmp_path, config)
+
+    parts = config.data.mixture
+    louder = dataclasses.replace(parts[3], jitter=1.0, may_show=("thing",))
+    data = dataclasses.replace(config.data, mixture=(*parts[:3], louder, *parts[4:]))
+    with pytest.raises(UserError) as caught:
+        claim(tmp_path, dataclasses.replace(config, data=data))
+    told = one_line(caught.value)
+    assert "(data.mixture.3.jitter: 0.5 -> 1.0; data.mixture.3.may_show: [" in told
+
+
+def test_an_entry_of_a_mixture_that_the_run_did_not_know_had_its_default():
+    values = to_dict(load_config("generalist"))
+    old = json.loads(json.dumps(values))
+    for part in old["data"]["mixture"]:
+        del part["root"]
+    assert differences(old, values) == []
 
 
 def test_a_setting_that_is_no_more_is_a_difference():
