@@ -28,9 +28,14 @@
     $("status").classList.toggle("error", isError);
   }
 
-  // Choice of the image: a file, a dropped file, or a sample.
+  // Choice of the image: a file, a dropped file, or a sample. Words that nobody has edited follow it.
+  const first = facts.words.join("\n");
+  const ofSamples = facts.sample_words.join("\n") || first;
   function take(chosen, text) {
     image = chosen;
+    if ([first, ofSamples].includes($("words").value)) {
+      $("words").value = chosen instanceof File ? first : ofSamples;
+    }
     $("chosen").textContent = text;
     for (const button of document.querySelectorAll(".sample")) {
       button.setAttribute("aria-pressed", String(button.dataset.sample === chosen));

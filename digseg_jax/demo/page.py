@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.prediction.pretrained import PretrainedSegmenter
 from digseg_jax.report.build import fill_page, packaged
@@ -44,12 +45,17 @@ class Page:
             "facts": _inline({
                 "classes": self.classes,
                 "words": self.classes if self.closed else self.classes[:FIRST_WORDS],
+                "sample_words": self._sample_words(),
                 "closed": self.closed,
                 "members": sampling.ensemble,
                 "steps": sampling.steps,
                 "vocabularies": {} if self.closed else _vocabularies(),
             }),
         })  # fmt: skip
+
+    def _sample_words(self) -> list[str]:
+        """What the samples show, as far as the model knows it; a closed one is always asked for all."""
+        return [] if self.closed else [name for name in GROUPS if name in self.classes]
 
     def check(self, words: Sequence[str]) -> None:
         """Raises UserError unless the model can be asked these words."""

@@ -173,6 +173,7 @@ def _one(config: Config, subject: _Subject, weights: Params | None, folder: AnyP
         log.info("%s: not measured (%s)", subject.name, error)
         return {"missing": str(error)}
     evaluator = Evaluator(subject.segmenter, examples, config.eval, seed=config.seed)
+    log.info("%s: %d images of %s", subject.name, len(examples), examples.split)
 
     # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
     # change the counts as well.
