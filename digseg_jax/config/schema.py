@@ -101,7 +101,7 @@ class DataConfig:
     word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
     split: str = ""  # the split that is trained on; empty: the data set's training split
     # Trains on these instead; `name` is still the data set that is evaluated.
-    mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder"))
+    mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder", "prior"))
     templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
     # Share of absent queries that name a class likely to occur in such an image (not in the paper).
     hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)

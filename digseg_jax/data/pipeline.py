@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
-from digseg_jax.data.captions import Captions
+from digseg_jax.data.captions import Captions, captions_of
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.crops import CropRules, Example, random_view
 from digseg_jax.data.datasets.registry import Source
@@ -197,6 +197,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
     chosen = training_parts(config)
     words, covers = vocabularies(config), cover_tables([facts for _, facts, _ in chosen])
     foreign = foreign_rows(config) if config.foreign_rate else [()] * len(chosen)
+    captions = captions_of(config) if task == "prior" else []
     folders = cache_folders(config.latent_cache, chosen) if config.latent_cache else []
 
     made = []
@@ -219,7 +220,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
             opened = open_part(part, split, narrow=True)
             source = Guarded(opened, facts.num_classes, on_error, seed)
             if task == "prior":
-                make = CropWithCaption(rules, Captions(facts))
+                make = CropWithCaption(rules, captions[k])
             else:
                 statistics = statistics_of(opened, source)
                 check_labels(facts, split, statistics, len(opened))

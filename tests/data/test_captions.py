@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from digseg_jax.data.captions import Captions
+from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.data.captions import Captions, captions_of
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.landcover import GROUPS
-from digseg_jax.errors import UserError
 
 CAPTIONS = Captions(registry.spec("landcover"))
 
@@ -52,6 +52,26 @@ def test_pixels_without_a_label_are_of_no_class():
     assert CAPTIONS.texts[CAPTIONS.id_of(label)] == "satellite image of cropland"
 
 
-def test_too_many_classes_are_refused():
-    with pytest.raises(UserError, match="its 150 classes make more than"):
-        Captions(registry.spec("ade20k"))
+def test_of_many_classes_a_caption_names_fewer():
+    captions = Captions(registry.spec("pascal_context_59"))
+    assert len(captions.texts) == 59 + 59 * 58 // 2
+    captions = Captions(registry.spec("ade20k"))
+    assert len(captions.texts) == 150
+    label = np.repeat([3, 3, 7], 12).reshape(6, 6)
+    assert captions.id_of(label) == 3
+
+
+def test_a_background_is_named_only_where_there_is_nothing_else():
+    captions = Captions(registry.spec("pascal_voc_21"), unasked=("background",))
+    label = np.zeros((10, 10), int)
+    assert captions.texts[captions.id_of(label)] == "image of background"
+    label[0], label[1] = 8, 8
+    assert captions.texts[captions.id_of(label)] == "image of cat"
+
+
+def test_captions_of_a_mixture_are_numbered_over_its_data_sets():
+    parts = (PartConfig("landcover"), PartConfig("pascal_voc_21", unasked=("background",)))
+    first, second = captions_of(DataConfig(mixture=parts))
+    texts = first.texts + second.texts
+    assert texts[first.id_of(crop(urban=100))] == "satellite image of urban"
+    assert texts[second.id_of(np.full((4, 4), 12))] == "image of dog"

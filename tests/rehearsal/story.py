@@ -53,6 +53,7 @@ CROPS = {
     "logging.eval_images": 2,
 }
 SMALL = ("palette", "binary", "small")  # versions that start from shipped weights
+MIXED = ("generalist", "generalist_prior")  # trained on a mixture of domains
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class Run:
         self.sizes = SIZES | (CROPS if name in DATASETS and version not in SMALL else {})
         self.config = f"--config=configs/{name}.py" + (f":{version}" if version else "")
         self.changes = [f"--config.{key}={value}" for key, value in self.sizes.items()] + list(changes)
-        if name in DATASETS:
+        if name in MIXED:
+            self.root = trees.write_domains(folder / "data")
+        if name in (*DATASETS, *MIXED):
             self.changes.append(f"--config.data.root={self.root}")
         self.workdir = folder / "run"
         self.spent: dict[str, float] = {}
@@ -258,6 +261,22 @@ def evaluate_tables(run: Run) -> None:
     for row in rows:
         assert len(row["per_class"]) == in_tables[row["dataset"]].classes
         assert 0.0 <= row["miou"] <= 1.0 and row["num_images"] >= 1
+
+
+def evaluate_domains(run: Run, *names: str) -> None:
+    """The domains of these names have scores, and so has the land cover; the others are missing."""
+    few = run.folder / "few"
+    few.mkdir()
+    for name in names:
+        (few / name).symlink_to(run.root / name)
+    flags = ("--suite=domains", f"--config.data.root={few}", "--config.eval.split=val")
+    run.do(FOUR, "--mode=eval", *flags, "--accept_changes", name="suite domains")
+    for row in run.results("suite_domains.json")["rows"]:
+        if row["dataset"] in (*names, "landcover"):
+            assert 0.0 <= row["asked_miou"] <= 1.0 and row["num_images"] >= 1
+        else:
+            assert row["missing"]
+    assert (run.workdir / "eval" / "domains" / "index.html").is_file()
 
 
 def paint_palette(run: Run) -> None:

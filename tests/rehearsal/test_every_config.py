@@ -22,9 +22,8 @@ from rehearsal import story
 CONFIGS = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
 ON_LAND_COVER = ("quickstart", "landcover", "landcover_palette")
 NO_MASKS = ("landcover_prior", "landcover_vae")
-MIXED = ("generalist",)
 FIRST_VERSION, FIRST_NAME = "sd15", "phenobench"
-PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS, *MIXED})
+PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS, *story.MIXED})
 pytestmark = pytest.mark.rehearsal
 
 
@@ -83,5 +82,17 @@ def test_a_small_model(request, stage, tmp_path, name, version):
 def test_what_the_small_models_are_made_of(stage, tmp_path, name):
     run = story.Run(stage, tmp_path, name)
     story.kill_and_resume(run)
+    story.export_again(run)
+    played(run)
+
+
+@pytest.mark.parametrize("name", story.MIXED)
+@pytest.mark.usefixtures("cover")
+def test_a_mixture(stage, tmp_path, name):
+    run = story.Run(stage, tmp_path, name)
+    story.kill_and_resume(run)
+    if run.segments:
+        story.predict(run)
+        story.evaluate_domains(run, "camvid", "photos_voc")
     story.export_again(run)
     played(run)

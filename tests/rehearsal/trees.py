@@ -15,6 +15,7 @@ import official_trees
 import scipy.io
 from PIL import Image
 
+from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.data.datasets.spec import shipped_list
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -32,6 +33,15 @@ def write_tree(name: str, root: Path) -> Path:
         _enlarge(root)
     if name in ("deepglobe", "monuseg"):
         _complete(name, root)
+    return root
+
+
+def write_domains(root: Path) -> Path:
+    """Writes a tree for every domain of the generalist, those of one layout alike; returns root."""
+    layouts = {"pascal_voc_21": "pascal_voc"}
+    for domain in DOMAINS:
+        if domain.reader != "landcover":  # which comes from packages
+            write_tree(layouts.get(domain.reader, domain.reader), root / domain.name)
     return root
 
 

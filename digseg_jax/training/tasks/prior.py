@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Batch, Params
 from digseg_jax.config.schema import Config
-from digseg_jax.data.captions import Captions
-from digseg_jax.data.sources import parts_of, spec_of
+from digseg_jax.data.captions import captions_of
 from digseg_jax.models import functional
 from digseg_jax.models.text_branch import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
@@ -39,8 +38,7 @@ class PriorTask(Task):
         self.schedule = schedule_from(config.diffusion)
         self.vae, vae_params = load_vae(model, config.compute)
         tower = load_tower(model)
-        (part,) = parts_of(config.data)
-        self.prompts = Captions(spec_of(part)).texts
+        self.prompts = tuple(text for part in captions_of(config.data) for text in part.texts)
         self.frozen: Params = {
             "vae": vae_params,
             "bank": bank_arrays(encode_bank(tower, self.prompts, model)),
