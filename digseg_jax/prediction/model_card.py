@@ -16,6 +16,7 @@ from digseg_jax.weights import catalog
 
 OWN_LICENSE = "apache-2.0"  # license of the weights that ship with the package
 OWN_DATA = {"landcover", "landcover_igbp"}  # public domain, from packages
+MANY = 3  # from more data sets on, the title says how many
 RANDOM = "random weights"  # `Description.started_from` of a run without a checkpoint
 
 # The card's first part; {title} and {words} are filled in.
@@ -59,7 +60,9 @@ def model_card(description: Description, results: dict[str, Any] | None = None) 
     """
     # A closed codec must be asked for all of its classes; else two make a short example.
     codec = CODECS[description.recorded_config().model.codec]
-    title = f"Segmentation by words, trained on {', '.join(description.datasets)}"
+    trained = description.datasets
+    several = f"{len(trained)} data sets" if len(trained) > MANY else ", ".join(trained)
+    title = f"Segmentation by words, trained on {several}"
     words = description.classes if codec.closed else description.classes[:2]
 
     # Front matter, then the sections in reading order.

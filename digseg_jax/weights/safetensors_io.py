@@ -181,7 +181,11 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
     # number, so that two processes never share it.
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        # With the user's usual permissions, although safetensors writes for the owner alone.
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(permissions)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

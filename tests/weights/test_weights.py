@@ -19,6 +19,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.weights import keymap
+from digseg_jax.weights.safetensors_io import write_component
 
 CONFIG = BertConfig(
     vocab_size=20,
@@ -299,3 +300,9 @@ def test_narrowing_undoes_widening_exactly(conv_in):
 def test_widening_a_wide_kernel_is_an_error(conv_in):
     with pytest.raises(UserError, match="8 inputs, expected 4"):
         weights.widen_conv_in(weights.widen_conv_in(conv_in))
+
+
+def test_others_may_read_the_weights_as_far_as_the_user_lets_them_read_other_files(tmp_path):
+    written = write_component(tmp_path, {"a": 1}, {"x": np.zeros(3)}, "model")
+    (tmp_path / "other").touch()
+    assert written.stat().st_mode == (tmp_path / "other").stat().st_mode
