@@ -34,6 +34,7 @@ class Page:
 
     def __init__(self, name: str, segmenter: PretrainedSegmenter):
         self.classes, self.closed = list(segmenter.description.classes), segmenter.codec.closed
+        self.datasets = tuple(segmenter.description.datasets)
         sampling = segmenter.settings
         self.html = fill_page((FOLDER / "demo.html").read_text(encoding="utf-8"), {
             "title": esc(f"digseg · {name}"),

@@ -32,7 +32,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.image_file import read_image
 from digseg_jax.log import log
 from digseg_jax.prediction.answer import MostProbable
-from digseg_jax.prediction.files import SHOWN, check_queries, query_colors
+from digseg_jax.prediction.files import SHOWN, check_queries
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz import images as viz
 
@@ -229,7 +229,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.page.check(words)
         image = pixels(data, _whole(query, "side", SIDES[-1]))
         members, steps = (_whole(query, name, MAX_SAMPLING) for name in ("members", "steps"))
-        job = self.server.queue.put(Order(image, words, EStep(members, steps)))
+        datasets = self.server.page.datasets
+        job = self.server.queue.put(Order(image, words, EStep(members, steps), datasets))
         return Reply.of(self.server.queue.facts(job))
 
     def facts(self, _: dict, job_id: str) -> Reply:
@@ -254,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         for plane in planes:
             winner.see(plane)
 
-        colors = np.concatenate([query_colors(job.order.words), [viz.IGNORE_COLOR]]).astype(np.uint8)
+        colors = np.concatenate([job.order.colors, [viz.IGNORE_COLOR]]).astype(np.uint8)
         shown = np.dstack([colors[winner.label], np.where(winner.label < 0, 0, 255).astype(np.uint8)])
         return Reply.png(Image.fromarray(shown))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import secrets
 import tempfile
 import threading
@@ -39,11 +40,15 @@ class Canceled(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """An image, at the size at which it is segmented, and what is asked about it."""
+    """An image, at the size at which it is segmented, and what is asked about it.
+
+    datasets: the weights' training data, whose classes have their official colors.
+    """
 
     image: UInt8[np.ndarray, "h w 3"]
     words: tuple[str, ...]
     estep: EStep
+    datasets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises UserError for more masks than are kept in memory."""
@@ -51,6 +56,11 @@ class Order:
             raise UserError(
                 f"{len(self.words)} words for so large an image: name fewer, or a smaller size"
             )
+
+    @functools.cached_property
+    def colors(self) -> UInt8[np.ndarray, "q 3"]:
+        """RGB of each word."""
+        return query_colors(self.words, self.datasets)
 
 
 class Job:
@@ -87,7 +97,7 @@ class Job:
             found |= {name: getattr(self.moment, name) for name in names}
 
         # Each word with its color, and the share of the image that it covers.
-        planes, colors = self.planes, query_colors(self.order.words)
+        planes, colors = self.planes, self.order.colors
         shares = np.zeros(len(colors)) if planes is None else (planes > 0.5).mean(axis=(1, 2))
         rows = zip(self.order.words, colors, shares, strict=True)
         found["words"] = [{"word": w, "color": to_hex(c), "share": float(s)} for w, c, s in rows]

@@ -69,6 +69,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
         template=facts.template,
         rest=rest[0] if rest else -1,
         wrong_names=wrong_names(domain),
+        colors=facts.colors,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.config.templates import PLACE
 from digseg_jax.data.checked import Guarded
+from digseg_jax.data.datasets.spec import Color
 from digseg_jax.data.sources import open_part, spec_of
 
 
@@ -23,6 +24,7 @@ class EvalExamples:
       covers: for each class the ids whose pixels belong to its mask; several where classes are nested.
       metric, absent, inference, template: see `DatasetSpec`. A metric "asked" is the mean IoU of the
         classes that are asked for and occur.
+      colors: official RGB of each class, None for a class without; empty: none has one.
       wrong_names: words for what no image of the data set can show.
       rest: id of a class that is never asked for: what no other class claims; -1: none.
     """
@@ -38,6 +40,7 @@ class EvalExamples:
     template: str = PLACE
     rest: int = -1
     wrong_names: tuple[str, ...] = ()
+    colors: tuple[Color | None, ...] = ()
 
     @property
     def asked(self) -> tuple[int, ...]:
@@ -80,6 +83,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
         facts.absent,
         facts.inference,
         facts.template,
+        colors=facts.colors,
     )
 
 

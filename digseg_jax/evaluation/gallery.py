@@ -16,10 +16,11 @@ from digseg_jax.io.storage import AnyPath, explained, write_bytes
 from digseg_jax.metrics import confusion
 from digseg_jax.runtime.distributed import is_main
 from digseg_jax.segmentation.resize import resize_image
+from digseg_jax.viz.colors import class_colors
 from digseg_jax.viz.gallery import GalleryItem, write_gallery
 
 IMAGES = 24  # images shown in a report
-EXTREMES = 3  # number of worst and of best images shown beside those spread over the split
+EXTREMES = 3  # number of worst, of best and of typical images; the former are shown beside the spread
 LONGEST = 1024  # longer side of a shown image, pixels
 
 
@@ -73,13 +74,20 @@ class Shown:
         """Images of the highest scores so far; ties go to the earlier image."""
         return sorted(self.scores, key=lambda i: (-self.scores[i], i))[: self.extremes]
 
+    def typical(self) -> list[int]:
+        """Images of the spread whose scores are nearest to the median; ties go to the earlier image."""
+        # The median may move until the end, and only the masks of the spread are sure to be kept.
+        known = sorted(self.spread & self.scores.keys())
+        median = float(np.median(list(self.scores.values()))) if self.scores else 0.0
+        return sorted(known, key=lambda i: abs(self.scores[i] - median))[: self.extremes]
+
     def final(self) -> tuple[list[int], dict[int, str]]:
-        """Chosen images in the order of the split, and captions of the worst and best ones."""
-        # In a small split an image may be both; it counts as one of the worst.
+        """Chosen images in the order of the split, and which of them are worst, typical or best."""
+        # In a small split an image may be several; one of the worst counts as such.
         worst, best = self.worst(), self.best()
-        notes = {i: "among the best of the split" for i in best if i not in worst}
-        notes |= {i: "among the worst of the split" for i in worst}
-        return sorted(self.spread | set(worst) | set(best)), notes
+        kinds = {i: "typical" for i in self.typical()}
+        kinds |= {i: "best" for i in best} | {i: "worst" for i in worst}
+        return sorted(self.spread | set(worst) | set(best)), kinds
 
     def write(self, gallery: Path, examples: EvalExamples, scores: Scores) -> None:
         """Writes the gallery on process 0; call once all images have been offered."""
@@ -87,10 +95,11 @@ class Shown:
             return
 
         # An image that was counted before a kill may be an extreme only now; its masks were not kept.
-        chosen, notes = self.final()
+        chosen, kinds = self.final()
         chosen = [i for i in chosen if (self.folder / f"{i}.npz").exists()]
-        items = (_item(i, examples, scores, self.folder, notes.get(i, "")) for i in chosen)
-        write_gallery(gallery, items, examples.classes)
+        items = (_item(i, examples, scores, self.folder, kinds.get(i, "")) for i in chosen)
+        colors = class_colors(len(examples.classes), examples.classes, examples.colors)
+        write_gallery(gallery, items, examples.classes, colors)
 
 
 def _packed(counted: Counted) -> bytes:
@@ -116,7 +125,7 @@ def _packed(counted: Counted) -> bytes:
 
 
 def _item(
-    image: int, examples: EvalExamples, scores: Scores, folder: AnyPath, note: str
+    image: int, examples: EvalExamples, scores: Scores, folder: AnyPath, kind: str
 ) -> GalleryItem:
     """Reads one image's kept masks and makes its gallery item, with IoU per query."""
     path = folder / f"{image}.npz"
@@ -146,5 +155,5 @@ def _item(
         queries=[examples.classes[c] for c in shown],
         ious=[None if np.isnan(iou[c]) else float(iou[c]) for c in shown],
         miou=confusion.mean_iou(row.confusion),
-        note=note,
+        kind=kind,
     )

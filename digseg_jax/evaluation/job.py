@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import platform
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -24,6 +30,7 @@ from digseg_jax.evaluation.scores import COUNTED, Scores
 from digseg_jax.evaluation.tables import results_markdown
 from digseg_jax.io.storage import AnyPath, explained, filled_locally, write_bytes, write_json
 from digseg_jax.log import log
+from digseg_jax.prediction.description import installed_versions
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.collectives import fetch_to_main
 from digseg_jax.runtime.distributed import is_main, together
@@ -46,7 +53,7 @@ def evaluate(
     """Scores weights; writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
 
     A killed evaluation continues where it stopped when the same one is started again, and ends with the
-    same results.json; times, which differ from run to run, are in speed.json.
+    same results.json; times and what else differs from run to run are in speed.json.
 
     Args:
       about: origin of the weights; goes into results.json.
@@ -90,7 +97,8 @@ def evaluate(
     # The journal goes last: until the files are written, a killed run can still make them from it.
     with together("the files of the evaluation"):
         if is_main():
-            _write_files(folder, results, rows, scores, shown, examples)
+            about_run = _circumstances(mesh)
+            _write_files(folder, results, rows, scores, shown, examples, about_run)
     journal.close()
     with together("the end of the evaluation"):
         if is_main():
@@ -228,11 +236,15 @@ def _write_files(
     scores: Scores,
     shown: Shown,
     examples: EvalExamples,
+    circumstances: dict[str, Any],
 ) -> None:
-    """Writes the results, their tables and the gallery to `folder`."""
+    """Writes the results, their tables and the gallery to `folder`.
+
+    circumstances: entries of speed.json, beside the speed.
+    """
     write_json(folder / "results.json", results)
     write_bytes(folder / "results.md", results_markdown(results).encode())
-    write_json(folder / "speed.json", scores.speed())
+    write_json(folder / "speed.json", scores.speed() | circumstances)
 
     # The gallery is many small files: filled on a local disk, then moved or uploaded as a whole.
     with filled_locally(folder / "gallery", replace=True) as gallery:
@@ -240,6 +252,19 @@ def _write_files(
     if rows:
         note = f"Measured by this run on the {results['split']} split of {results['dataset']}."
         write_json(folder / "estep.json", {"rows": rows, "note": note})
+
+
+def _circumstances(mesh: Mesh) -> dict[str, Any]:
+    """Date, devices, versions and command of this program's run."""
+    devices = list(mesh.devices.flat)
+    program = "digseg" if Path(sys.argv[0]).name in ("digseg", "main.py") else sys.argv[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes"),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": {"python": platform.python_version(), **installed_versions()},
+        "command": shlex.join([program, *sys.argv[1:]]),
+    }
 
 
 def _remove(folder: AnyPath) -> None:

@@ -21,6 +21,7 @@ from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.class_list import read_class_list
 from digseg_jax.data.datasets.pairs import is_junk
 from digseg_jax.data.datasets.readers import rle
+from digseg_jax.data.datasets.spec import Color
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS, read_image, upright_rgb
@@ -167,6 +168,7 @@ def write_prediction(
     queries: Sequence[str],
     masks: Iterable[Float[np.ndarray, "h w"]],
     facts: dict[str, Any],
+    colors: UInt8[np.ndarray, "q 3"] | None = None,
 ) -> dict[str, Any]:
     """Writes the files of one image's prediction; returns the content of NAME.json.
 
@@ -180,12 +182,14 @@ def write_prediction(
     one or not at all.
 
     masks: the probabilities of each query, in their order; taken one at a time, so that a large image
-    and many queries need no more memory than one mask.
+    and many queries need no more memory than one mask. colors: of the queries; `query_colors` if left
+    out.
 
     Raises:
       UserError: a file cannot be written, or would replace the image itself.
     """
     folder = files.base.parent
+    colors = query_colors(queries) if colors is None else colors
     if "image" in facts:
         check_not_replaced(files, [Path(facts["image"])], shown(files.base))
 
@@ -193,7 +197,7 @@ def write_prediction(
     try:
         with tempfile.TemporaryDirectory(prefix=".predict_", dir=folder) as scratch:
             made = dataclasses.replace(files, base=Path(scratch) / files.base.name)
-            summary = _write_all(made, image, queries, masks, facts)
+            summary = _write_all(made, image, queries, masks, facts, colors)
             for source, target in zip(made, files, strict=True):
                 source.replace(target)
     except (OSError, ValueError) as error:
@@ -207,6 +211,7 @@ def _write_all(
     queries: Sequence[str],
     masks: Iterable[Float[np.ndarray, "h w"]],
     facts: dict[str, Any],
+    colors: UInt8[np.ndarray, "q 3"],
 ) -> dict[str, Any]:
     """Writes the files of `write_prediction`; returns the summary."""
     height, width = image.shape[:2]
@@ -231,8 +236,7 @@ def _write_all(
             np.lib.format.write_array(stored, np.asarray(queries))
 
     # The images of all queries, in the same colors.
-    colors = query_colors(queries)
-    viz.save_photo(files.overlay, overlay(image, queries, winner.label))
+    viz.save_photo(files.overlay, overlay(image, queries, winner.label, colors))
     viz.save_index(files.labels, winner.label, colors)
 
     # The summary has the legend of the index map; names that are not Unicode are written readably.
@@ -297,16 +301,34 @@ def _write_mask(files: PredictionFiles, place: int, query: str, soft: np.ndarray
     return row | {"highest": float(soft.max())}
 
 
-def query_colors(queries: Sequence[str]) -> UInt8[np.ndarray, "q 3"]:
-    """RGB of each query."""
-    return ONE_COLOR if len(queries) == 1 else viz.class_colors(len(queries), queries)
+def query_colors(
+    queries: Sequence[str], datasets: Sequence[str] = (), vocabulary: str | None = None
+) -> UInt8[np.ndarray, "q 3"]:
+    """RGB of each query: of a class its official color, of other words one far from the others'.
+
+    A class is one of the vocabulary (see `find_queries`), or else of one of the data sets.
+    """
+    # A file comes before a data set of the same name, as in `find_queries`.
+    own: dict[str, Color | None] = {}
+    if vocabulary and (path := Path(vocabulary).expanduser()).is_file():
+        own = {info.name: info.color for info in read_class_list(path).classes}
+    elif vocabulary:
+        datasets = (vocabulary, *datasets)
+
+    named = registry.official_colors(queries, datasets)
+    official = [own.get(q) or color for q, color in zip(queries, named, strict=True)]
+    if len(queries) == 1 and official[0] is None:
+        return ONE_COLOR
+    return viz.class_colors(len(queries), queries, official)
 
 
 def overlay(
-    image: UInt8[np.ndarray, "h w 3"], queries: Sequence[str], label: Int[np.ndarray, "h w"]
+    image: UInt8[np.ndarray, "h w 3"],
+    queries: Sequence[str],
+    label: Int[np.ndarray, "h w"],
+    colors: UInt8[np.ndarray, "q 3"],
 ) -> UInt8[np.ndarray, "h2 w 3"]:
     """The image tinted by a label map of queries (-1: not tinted), with a legend below."""
-    colors = query_colors(queries)
     painted = viz.overlay(image, label, colors, alpha=0.5)
 
     # The legend lists the queries that won some pixel, or all if none did.

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from digseg_jax.arraytypes import UInt8
 from digseg_jax.config.parse import with_sampling, with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
@@ -16,7 +19,7 @@ from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.progress import Progress
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
-from digseg_jax.prediction.files import find_images, find_queries, read_rgb
+from digseg_jax.prediction.files import find_images, find_queries, query_colors, read_rgb
 from digseg_jax.prediction.known_names import far_queries, told
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
 from digseg_jax.prediction.targets import PredictionFiles, targets
@@ -65,6 +68,7 @@ def predict(
     segmenter = load_segmenter(folder, config)
     if far := far_queries(segmenter, texts):
         log.info("%s", told(far))
+    colors = query_colors(texts, segmenter.description.datasets, vocabulary)
 
     # Segment and write one image after the other, so that memory holds one image's masks. A broken one
     # among many costs only its own masks.
@@ -73,7 +77,7 @@ def predict(
     progress = Progress(len(images), label=label, unit="images")
     for done, (source, files) in enumerate(zip(images, planned, strict=True), start=1):
         try:
-            _segment_file(segmenter, config, source, texts, files)
+            _segment_file(segmenter, config, source, texts, colors, files)
         except UnreadableError as error:
             broken.append(source)
             log.error("left out: %s", error)
@@ -91,6 +95,7 @@ def _segment_file(
     config: Config,
     source: Path,
     texts: Sequence[str],
+    colors: UInt8[np.ndarray, "q 3"],
     files: PredictionFiles,
 ) -> None:
     """Segments an image file, writes the files of its prediction, and logs them.
@@ -105,6 +110,7 @@ def _segment_file(
             source, texts, sampling.ensemble, sampling.steps, config.seed,
             spacing=sampling.spacing, advance=windows.update,
         )  # fmt: skip
+        masks.colors = colors
         summary = masks.write(files)  # large masks are computed only now, see `Masks`
     log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
 

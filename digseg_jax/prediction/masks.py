@@ -30,6 +30,7 @@ class Masks:
         image: uint8 [H, W, 3], as it was segmented.
         queries: the texts that were asked, in order.
         facts: sampling, seed and templates, for the JSON file that `save` writes.
+        colors: uint8 [queries, 3], RGB of each query in `overlay` and `save`; may be replaced.
 
     Example:
         >>> masks = dj.load_segmenter()(image, ["water", "forest"], ensemble=1, steps=1)
@@ -45,9 +46,10 @@ class Masks:
         queries: tuple[str, ...],
         answer: Planes,
         facts: dict[str, Any],
+        colors: UInt8[np.ndarray, "q 3"],
     ):
         self.image, self.queries, self.facts = image, queries, facts
-        self._answer = answer
+        self._answer, self.colors = answer, colors
 
     def __len__(self) -> int:
         """Number of queries."""
@@ -93,7 +95,7 @@ class Masks:
         winner = MostProbable(SHOWN)
         for plane in self:
             winner.see(plane.astype(np.float16))
-        return overlay(self.image, self.queries, winner.label)
+        return overlay(self.image, self.queries, winner.label, self.colors)
 
     def save(self, folder: str | os.PathLike, name: str = "mask") -> list[Path]:
         """Writes the files of a prediction, FOLDER/NAME and their endings; returns their paths.
@@ -114,4 +116,4 @@ class Masks:
 
     def write(self, files: PredictionFiles) -> dict[str, Any]:
         """Writes the files of a prediction under the given names; returns the content of NAME.json."""
-        return write_prediction(files, self.image, self.queries, self, self.facts)
+        return write_prediction(files, self.image, self.queries, self, self.facts, self.colors)

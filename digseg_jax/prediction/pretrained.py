@@ -34,7 +34,7 @@ from digseg_jax.prediction.description import (
     unet_folder,
 )
 from digseg_jax.prediction.export import INDEX, copy_export, push_export
-from digseg_jax.prediction.files import check_queries, pixels_of
+from digseg_jax.prediction.files import check_queries, pixels_of, query_colors
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.progress import Watch
 from digseg_jax.prediction.segmenter import Request, Segmenter
@@ -174,7 +174,7 @@ class PretrainedSegmenter(Segmenter):
         facts = {"estep": str(sampling), "seed": seed, "templates": list(words)}
         if isinstance(image, (str, os.PathLike)):
             facts = {"image": os.fspath(image)} | facts
-        return Masks(pixels, texts, answer, facts)
+        return Masks(pixels, texts, answer, facts, query_colors(texts, self.description.datasets))
 
     def _answer(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from digseg_jax.io.metric_writer import METRICS_NAME, read_metrics
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.report import chart, sections
 from digseg_jax.report.cards import gallery_section
+from digseg_jax.report.circumstances import run_section
+from digseg_jax.report.confusions import confusion_section
 from digseg_jax.report.markup import esc, section
 from digseg_jax.report.suites import suite_tables
 from digseg_jax.viz.colors import class_colors, from_hex, to_hex
@@ -98,10 +100,14 @@ def class_table(results: Mapping[str, Any], gallery: Mapping[str, Any]) -> dict[
     return table
 
 
-def _training(workdir: Path) -> str:
-    """Section of the training curves; empty without metrics."""
+def read_training(workdir: Path) -> list[dict[str, Any]]:
+    """The run's metrics; none if it has no record."""
     path = workdir / METRICS_NAME
-    metrics = read_metrics(path) if path.exists() else []
+    return read_metrics(path) if path.exists() else []
+
+
+def training_section(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Section of the training curves; empty without metrics."""
     charts = chart.loss_chart(metrics) + chart.miou_chart(metrics)
     return section("training", "Training", f'<div class="charts">{charts}</div>' if charts else "")
 
@@ -130,6 +136,7 @@ def render(workdir: Path) -> str:
     gallery_path = workdir / "eval" / "gallery" / "gallery.json"
     estep_path, config_path = workdir / "eval" / "estep.json", workdir / "config.json"
     bench_paths = sorted((workdir / "bench").glob("*.json"))
+    run_path, metrics = workdir / "eval" / "speed.json", read_training(workdir)
     suite_paths = sorted((workdir / "eval").glob("suite_*.json"))
 
     # Only results.json is required.
@@ -144,11 +151,12 @@ def render(workdir: Path) -> str:
         sections.listening(results),
         shaped(gallery_path, lambda: gallery_section(gallery, gallery_path.parent, colors)),
         sections.class_bars(results["per_class"], colors),
-        _training(workdir),
+        shaped(workdir / "eval" / "results.json", lambda: confusion_section(results, colors)),
+        training_section(metrics),
         shaped(estep_path, lambda: sections.estep_table(estep)),
         shaped(workdir / "eval", lambda: suite_tables([read_object(p) for p in suite_paths])),
         shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
-        sections.details(config, results),
+        shaped(run_path, lambda: run_section(optional_object(run_path), metrics, config, results)),
     ]
 
     body = "\n".join(part for part in parts if part)
@@ -176,8 +184,8 @@ def result_page(name: str, run: str, body: str) -> str:
 def build_report(workdir: AnyPath | str) -> AnyPath:
     """Writes WORKDIR/report/index.html and returns its path.
 
-    Reads eval/results.json and, where they exist, metrics.jsonl, eval/gallery/gallery.json,
-    eval/estep.json, eval/suite_*.json, bench/*.json and config.json.
+    Reads eval/results.json and, where they exist, eval/speed.json, metrics.jsonl,
+    eval/gallery/gallery.json, eval/estep.json, eval/suite_*.json, bench/*.json and config.json.
 
     Raises:
       UserError: no results (naming the command that makes them), or a file not of the expected form.

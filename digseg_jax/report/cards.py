@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from digseg_jax.errors import UserError
-from digseg_jax.report.markup import esc, is_number, number, section
+from digseg_jax.report.markup import MANY, esc, is_number, number, search_field, section
 from digseg_jax.viz.colors import IGNORE_COLOR
 
 DataImage = tuple[str, int, int]  # data URI, width, height
 
+_KINDS = {"typical": 0, "worst": 1, "best": 2}  # kind of an image -> its place on the page
 QUALITY = 75  # of photos and soft masks, 0..100
 _AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)  # RGB in an error map: pale, vermilion
 
@@ -144,16 +145,17 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
 
     # The script sorts by the score, which may be empty.
     score = item["miou"] if is_number(item.get("miou")) else ""
-    note = f'<p class="note">{esc(item["note"])}</p>' if item.get("note") else ""
+    kind = item.get("kind") or ""
+    badge = f'<span class="kind {esc(kind)}">{esc(kind)}</span>' if kind else ""
     return (
-        f'<article class="card" data-index="{index}" data-miou="{score}"'
+        f'<article class="card" data-index="{index}" data-miou="{score}" data-kind="{esc(kind)}"'
         f' data-classes="{esc(json.dumps(present))}" aria-labelledby="item-{index}">'
-        f'<header><h3 id="item-{index}">{esc(where)}</h3>'
+        f'<header><h3 id="item-{index}">{esc(where)}</h3>{badge}'
         f'<p class="score">mIoU {number(item.get("miou"))}</p></header>'
         f"{stage(photo, prediction, where)}"
         '<p class="under" aria-hidden="true"></p>'
         f'<div role="group" aria-label="Right side of the slider, {esc(where)}">'
-        f'<div class="maps">{maps}</div><div class="masks">{masks}</div></div>{note}</article>'
+        f'<div class="maps">{maps}</div><div class="masks">{masks}</div></div></article>'
     )
 
 
@@ -172,14 +174,18 @@ def _mask(
     return _thumb(load(query["mask"], "mask"), "mask", what, where, extra, False, tint)
 
 
-def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
-    """Legend, filter by class, choice of the compared image, and order."""
+def _toolbar(names: Sequence[str], colors: Mapping[str, str], *, ranked: bool) -> str:
+    """Legend, filter by class, choice of the compared image, opacity, and order.
+
+    ranked: whether some images are known as the typical, worst and best of their split.
+    """
     chips = ['<button type="button" class="chip" data-class="" aria-pressed="true">all</button>']
     chips += [
         f'<button type="button" class="chip" data-class="{esc(name)}" aria-pressed="false">'
         f'<span class="dot" style="background:{colors[name]}"></span>{esc(name)}</button>'
         for name in names
     ]
+    find = search_field(".chip:not([data-class=''])") if len(names) > MANY else ""
 
     # What all sliders show on their right side.
     sides = "".join(
@@ -188,28 +194,39 @@ def _toolbar(names: Sequence[str], colors: Mapping[str, str]) -> str:
         for what, checked in (("prediction", " checked"), ("truth", ""), ("errors", ""))
     )
 
+    # The first order is the one of the page as it is delivered.
+    orders = {"kind": "typical, worst, best"} if ranked else {}
+    orders |= {"given": "as in the split", "worst": "worst first", "best": "best first"}
+    options = "".join(f'<option value="{value}">{text}</option>' for value, text in orders.items())
+
     return (
-        '<div class="toolbar"><div class="chips" role="group" '
+        f'<div class="toolbar">{find}<div class="chips" role="group" '
         f'aria-label="Legend; choose a class to see only images with it">{"".join(chips)}'
         '<span class="key"><span class="dot ignored"></span>not labeled</span></div>'
         f'<div class="controls"><fieldset class="side"><legend>Compare input with</legend>{sides}'
-        '</fieldset><label class="sort">Order <select id="sort" autocomplete="off">'
-        '<option value="given">as drawn</option>'
-        '<option value="worst">worst first</option><option value="best">best first'
-        '</option></select></label><output id="shown" aria-live="polite"></output></div></div>'
+        '</fieldset><label class="sort">Opacity <input type="range" id="opacity" min="10" max="100" '
+        'value="100" autocomplete="off"></label>'
+        f'<label class="sort">Order <select id="sort" autocomplete="off">{options}</select></label>'
+        '<output id="shown" aria-live="polite"></output></div></div>'
     )
 
 
-def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[str, str]) -> str:
+def gallery_section(
+    gallery: Mapping[str, Any], folder: Path, colors: Mapping[str, str], title: str = "Held-out images"
+) -> str:
     """Section of the gallery; empty if it has no items.
 
     Raises:
       UserError: an image is missing.
     """
-    items = gallery.get("items") or []
+    items = list(enumerate(gallery.get("items") or []))
     if not items:
         return ""
-    cards = "".join(card(item, i, folder, colors) for i, item in enumerate(items))
+
+    # Typical images first, as they tell most; the script restores the order of the split.
+    ranked = any(item.get("kind") for _, item in items)
+    items.sort(key=lambda entry: _KINDS.get(entry[1].get("kind"), len(_KINDS)))
+    cards = "".join(card(item, i, folder, colors) for i, item in items)
     names = [entry["name"] for entry in gallery.get("classes", [])]
     lead = (
         "Drag the line, or focus it and use the arrow keys. Point at a place to read its true and its "
@@ -217,5 +234,5 @@ def gallery_section(gallery: Mapping[str, Any], folder: Path, colors: Mapping[st
         "the right: the truth, where the two differ, or the soft mask of one query (bright: "
         "certain) with its IoU; arrow keys move between the small images."
     )
-    return section("gallery", "Held-out images", _toolbar(names, colors)
+    return section("gallery", title, _toolbar(names, colors, ranked=ranked)
                    + f'<div class="cards">{cards}</div>', lead)  # fmt: skip

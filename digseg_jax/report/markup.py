@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+MANY = 16  # classes up to which a list of them needs neither columns nor a search
+
 
 def esc(text: Any) -> str:
     """Text made safe for element content and for quoted attributes."""
@@ -65,6 +67,14 @@ def table(columns: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str) -
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table, scrolls sideways">'
         f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def search_field(finds: str) -> str:
+    """A field that leaves those of many elements whose name contains its text; finds: CSS selector."""
+    return (
+        '<input type="search" class="find" placeholder="find a class" aria-label="Find a class" '
+        f'autocomplete="off" data-finds="{esc(finds)}">'
     )
 
 

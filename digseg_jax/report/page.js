@@ -64,8 +64,20 @@
   cards.forEach(wire);
   cards.forEach(inspect);
 
+  // All stages fade their right side together.
+  const opacity = document.getElementById("opacity");
+  opacity.addEventListener("input", () => {
+    cards[0].parentElement.style.setProperty("--opacity", String(opacity.value / 100));
+  });
+
   const chips = [...document.querySelectorAll(".chip")];
   const shown = document.getElementById("shown");
+
+  // The Tab key stops at the chosen chip, or at the first if a search has hidden that.
+  function stop() {
+    const chosen = chips.find((chip) => chip.getAttribute("aria-pressed") === "true" && !chip.hidden);
+    for (const chip of chips) chip.tabIndex = chip === (chosen ?? chips[0]) ? 0 : -1;
+  }
 
   function filter(name) {
     let count = 0;
@@ -73,10 +85,8 @@
       card.hidden = name !== "" && !JSON.parse(card.dataset.classes).includes(name);
       count += card.hidden ? 0 : 1;
     }
-    for (const chip of chips) {
-      chip.setAttribute("aria-pressed", String(chip.dataset.class === name));
-      chip.tabIndex = chip.dataset.class === name ? 0 : -1;
-    }
+    for (const chip of chips) chip.setAttribute("aria-pressed", String(chip.dataset.class === name));
+    stop();
     shown.textContent = `${count} of ${cards.length} images`;
   }
 
@@ -88,6 +98,7 @@
   }
   filter("");
   rove(document.querySelector(".chips"), ".chip");
+  document.querySelector(".toolbar .find")?.addEventListener("found", stop);
 
   const given = (a, b) => a.dataset.index - b.dataset.index;
   const score = (card) => (card.dataset.miou === "" ? NaN : Number(card.dataset.miou));
@@ -96,7 +107,9 @@
     Number.isNaN(score(a)) - Number.isNaN(score(b)) ||
     sign * (score(a) - score(b)) ||
     given(a, b);
-  const orders = { given, worst: by(1), best: by(-1) };
+  const kinds = ["typical", "worst", "best", ""];
+  const kind = (a, b) => kinds.indexOf(a.dataset.kind) - kinds.indexOf(b.dataset.kind) || given(a, b);
+  const orders = { kind, given, worst: by(1), best: by(-1) };
 
   const sort = document.getElementById("sort");
   const place = () => cards[0].parentElement.append(...[...cards].sort(orders[sort.value]));
@@ -107,6 +120,21 @@
       for (const card of cards) {
         choose(card, card.querySelector(`.thumb[data-what="${radio.value}"]`));
       }
+    });
+  }
+})();
+
+// Search fields: what has the text in its name stays.
+(() => {
+  for (const field of document.querySelectorAll("input[data-finds]")) {
+    const all = [...document.querySelectorAll(field.dataset.finds)];
+    const names = all.map((one) => (one.querySelector(".name") ?? one).textContent.toLowerCase());
+    field.addEventListener("input", () => {
+      const wanted = field.value.trim().toLowerCase();
+      all.forEach((one, i) => {
+        one.hidden = !names[i].includes(wanted);
+      });
+      field.dispatchEvent(new Event("found"));
     });
   }
 })();

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections of the page that state numbers: headline, text test, classes, tables, configuration."""
+"""Sections of the page that state numbers: headline, text test, classes, tables."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from digseg_jax.evaluation.tables import input_size, prompt_forms
 from digseg_jax.report.markup import (
+    MANY,
     esc,
     is_number,
     number,
     percent,
+    search_field,
     section,
     significant,
     table,
@@ -145,9 +146,9 @@ def class_bars(per_class: Mapping[str, Any], colors: Mapping[str, str]) -> str:
             f'<span class="value">{number(iou)}</span></li>'
         )
 
-    # Many classes are set in columns.
-    wide = " many" if len(rows) > 16 else ""
-    body = f'<ul class="bars{wide}">{"".join(rows)}</ul>' if rows else ""
+    # Many classes are set in columns, and can be searched.
+    wide, find = (" many", search_field("#classes .bars li")) if len(rows) > MANY else ("", "")
+    body = f'{find}<ul class="bars{wide}">{"".join(rows)}</ul>' if rows else ""
 
     undefined = any(not is_number(v) for v in per_class.values())
     left_out = " A dash: the class does not occur, so it has no IoU." if undefined else ""
@@ -192,22 +193,3 @@ def bench_tables(tables: Sequence[Mapping[str, Any]]) -> str:
         note = f'<p class="note">{esc(entry["note"])}</p>' if entry.get("note") else ""
         body.append(table(entry["columns"], rows, f"<strong>{esc(entry['title'])}</strong>") + note)
     return section("bench", "Benchmarks", "".join(body))
-
-
-def details(config: Mapping[str, Any] | None, results: Mapping[str, Any]) -> str:
-    """Section of folded blocks: the queries that were asked, and the whole configuration."""
-    blocks = []
-    queries = results.get("queries") or []
-    if queries:
-        chips = "".join(f"<li>{esc(q)}</li>" for q in queries)
-        blocks.append(
-            f'<details><summary>Queries asked</summary><ul class="words">{chips}</ul></details>'
-        )
-
-    if config is not None:
-        text = esc(json.dumps(config, indent=2, ensure_ascii=False))
-        blocks.append(
-            f"<details><summary>Configuration</summary>"
-            f'<pre class="scroll" tabindex="0" aria-label="Configuration">{text}</pre></details>'
-        )
-    return section("run", "The run", "".join(blocks))

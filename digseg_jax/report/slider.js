@@ -60,7 +60,7 @@ window.slider = (() => {
   // One stop of the Tab key for many buttons: arrow keys move between them.
   function rove(group, selector) {
     group.addEventListener("keydown", (event) => {
-      const all = [...group.querySelectorAll(selector)];
+      const all = [...group.querySelectorAll(selector)].filter((one) => !one.hidden);
       const now = all.indexOf(event.target.closest(selector));
       const steps = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1, Home: -now, End: all.length };
       if (now < 0 || !(event.key in steps) || event.altKey || event.ctrlKey || event.metaKey) return;

@@ -28,13 +28,8 @@ class Tile(NamedTuple):
 
 
 def palette(spec: DatasetSpec) -> np.ndarray:
-    """Colors of the classes: uint8 [classes + 1, 3], the last row for ignored pixels (-1).
-
-    Official colors if every class has one and all differ, else this project's own.
-    """
-    official = [c.color for c in spec.classes]
-    distinct = None not in official and len({*official, IGNORE_COLOR}) == len(official) + 1
-    colors = np.array(official, np.uint8) if distinct else class_colors(spec.num_classes, spec.names)
+    """Colors of the classes: uint8 [classes + 1, 3], the last row for ignored pixels (-1)."""
+    colors = class_colors(spec.num_classes, spec.names, spec.colors)
     return np.concatenate([colors, np.array([IGNORE_COLOR], np.uint8)])
 
 

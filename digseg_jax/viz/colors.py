@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class colors: natural ones for land cover, and well-separated ones for any number of classes.
+"""Class colors: official ones of data sets, natural ones for land cover, well-separated ones else.
 
 Separation is measured in CIELAB, as seen with normal vision and with the two common color
 deficiencies (matrices: Machado, Oliveira, Fernandes 2009, severity 1); the smallest of the three
@@ -127,28 +127,38 @@ def _extended(fixed: tuple[str, ...], n: int) -> tuple[str, ...]:
     return tuple(chosen[:n])
 
 
-def class_colors(n: int, names: Sequence[str] | None = None) -> UInt8[np.ndarray, "n 3"]:
+def class_colors(
+    n: int,
+    names: Sequence[str] | None = None,
+    official: Sequence[tuple[int, int, int] | None] = (),
+) -> UInt8[np.ndarray, "n 3"]:
     """Chooses colors for n classes, all different, none of them the gray of ignored pixels.
 
-    With names, the land-cover groups get their natural colors (water is blue) and the others
-    colors far from those. The same arguments always give the same colors.
+    A class gets its official color if it has one. Of the others, with names, the land-cover groups get
+    their natural colors (water is blue), and the rest colors far from those. Of two classes with the
+    same color the first gets it. The same arguments always give the same colors.
+
+    official: RGB of each class, None for a class without; empty: none has one.
 
     Raises:
-      UserError: n is negative, beyond 2000, or not the number of names.
+      UserError: n is negative, beyond 2000, or not the number of names or official colors.
     """
-    if not 0 <= n <= 2000 or (names is not None and len(names) != n):
+    if not 0 <= n <= 2000 or (names is not None and len(names) != n) or len(official) not in (0, n):
         found = "" if names is None else f" with {len(names)} names"
-        raise UserError(f"class_colors({n}){found}: n must be 0..2000 and equal len(names)")
+        found += f" and {len(official)} official colors" if official else ""
+        raise UserError(f"class_colors({n}){found}: n must be 0..2000 and equal their number")
 
-    # Of two names with the same natural color (water, ocean), the first gets it.
+    # The classes whose colors are given, by index.
     table: dict[int, str] = {}
-    for index, name in enumerate(names or ()):
-        color = NATURAL.get(name.strip().lower())
-        if color is not None and color not in table.values():
-            table[index] = color
+    for index in range(n):
+        color = NATURAL.get(names[index].strip().lower()) if names is not None else None
+        if official and (rgb := official[index]) is not None:
+            color = to_hex(rgb)
+        if color not in (None, to_hex(IGNORE_COLOR), *table.values()):
+            table[index] = str(color)
 
     # All other classes, in their order, share the further colors.
-    natural = tuple(table.values())
-    spare = iter(_extended(natural or _FIRST, max(n, len(natural or _FIRST)))[len(natural) :])
+    given = tuple(table.values())
+    spare = iter(_extended(given or _FIRST, max(n, len(given or _FIRST)))[len(given) :])
     rows = [from_hex(table[i] if i in table else next(spare)) for i in range(n)]
     return np.array(rows, np.uint8).reshape(n, 3)

@@ -26,7 +26,8 @@ class GalleryItem:
 
     image: uint8 photo. label, prediction: class indices, -1 = ignored. masks: probabilities 0..1,
     one a query. queries: their texts. ious: IoU of each query on this image, None if undefined.
-    miou: mean IoU on this image; the mean of the defined `ious` if left out. note: shown below.
+    miou: mean IoU on this image; the mean of the defined `ious` if left out. kind: "worst", "typical"
+    or "best" of the split; "" for another one.
     """
 
     id: str
@@ -37,7 +38,7 @@ class GalleryItem:
     queries: Sequence[str]
     ious: Sequence[float | None]
     miou: float | None = None
-    note: str = ""
+    kind: str = ""
 
 
 def write_gallery(
@@ -102,7 +103,7 @@ def _write_item(
         **names,
         "queries": queries,
         "miou": mean if item.miou is None else _number(item.miou),
-        "note": item.note,
+        "kind": item.kind,
         "classes": [classes[int(c)] for c in seen if c >= 0],  # what the page filters by
     }
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
-from synthetic_run import make_run
+from synthetic_run import dump, make_item, make_run, results
 
-from digseg_jax.report import build_report
+from digseg_jax.report import build_report, write_gallery
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 
@@ -138,6 +139,8 @@ def test_the_order_follows_the_scores(page):
     def scores():
         return page.locator(".card").evaluate_all("cards => cards.map(c => +c.dataset.miou)")
 
+    drawn = scores()
+    page.locator("#sort").select_option("given")
     given = scores()
     page.locator("#sort").select_option("worst")
     assert scores() == sorted(given)
@@ -145,6 +148,32 @@ def test_the_order_follows_the_scores(page):
     assert scores() == sorted(given, reverse=True)
     page.locator("#sort").select_option("given")
     assert scores() == given
+    page.locator("#sort").select_option("kind")
+    assert scores() == drawn and page.locator(".card").first.get_attribute("data-kind") == "typical"
+
+
+def test_the_opacity_shows_the_input_below(page):
+    page.locator("#opacity").fill("40")
+    layer = page.locator(".card .layer").first
+    assert float(layer.evaluate("e => getComputedStyle(e).opacity")) == pytest.approx(0.4)
+
+
+def test_of_many_classes_the_search_leaves_those_of_the_name(browser, tmp_path):
+    names = [f"{'tree' if i == 7 else 'thing'} {i}" for i in range(150)]
+    dump(tmp_path / "eval" / "results.json", results(per_class=dict.fromkeys(names, 0.5)))
+    item = dataclasses.replace(make_item(0, 32), queries=tuple(names[:8]))
+    write_gallery(tmp_path / "eval" / "gallery", [item], names)
+    page = browser.new_page()
+    page.goto(build_report(tmp_path).as_uri())
+    chips, stops = page.locator(".chip:visible"), page.locator(".chip:visible:not([tabindex='-1'])")
+    assert chips.count() == 151
+    page.locator(".toolbar .find").fill("Tree")
+    assert chips.all_inner_texts() == ["all", "tree 7"] and stops.count() == 1
+    page.locator("#classes .find").fill("thing 14")
+    assert page.locator("#classes .bars li:visible").count() == 11
+    page.locator(".toolbar .find").fill("")
+    assert chips.count() == 151 and stops.count() == 1
+    page.close()
 
 
 def test_every_card_can_be_compared_with_the_truth(page):

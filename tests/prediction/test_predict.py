@@ -16,7 +16,14 @@ from digseg_jax.data.datasets.readers.rle import decode
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.prediction import job as predict_lib
-from digseg_jax.prediction.files import find_images, find_queries, overlay, read_rgb, write_prediction
+from digseg_jax.prediction.files import (
+    find_images,
+    find_queries,
+    overlay,
+    query_colors,
+    read_rgb,
+    write_prediction,
+)
 from digseg_jax.prediction.job import predict
 from digseg_jax.prediction.targets import targets
 from digseg_jax.viz.colors import to_hex
@@ -254,7 +261,8 @@ def test_the_overlay_shows_each_query_in_its_color_and_leaves_the_rest():
     image = np.full((4, 6, 3), 100, np.uint8)
     label = np.full((4, 6), -1, np.int32)
     label[:, :1], label[:, 1:3] = 0, 1
-    got = overlay(image, ["water", "forest"], label)
+    words = ["water", "forest"]
+    got = overlay(image, words, label, query_colors(words))
     assert (got[:4, 3:] == 100).all()
     assert len({tuple(c) for c in got[0, :3].tolist()}) == 2 and (got[0, 1] == got[0, 2]).all()
 

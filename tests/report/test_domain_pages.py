@@ -28,7 +28,7 @@ def evaluated(tmp_path):
     label[:4] = 1
     item = GalleryItem(
         id="a", image=np.full((8, 8, 3), 90, np.uint8), label=label, prediction=label,
-        masks=np.ones((1, 8, 8), np.float32), queries=[CLASSES[1]], ious=[0.625], miou=0.76, note="",
+        masks=np.ones((1, 8, 8), np.float32), queries=[CLASSES[1]], ious=[0.625], miou=0.76,
     )  # fmt: skip
     write_gallery(tmp_path / "domains" / "cells", [item], CLASSES)
     return tmp_path

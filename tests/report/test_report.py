@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from synthetic_run import CLASSES, dump, make_item, make_run, results, weights
 
 from digseg_jax import jobs
+from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -25,6 +26,8 @@ from digseg_jax.prediction.description import FrozenPart, describe
 from digseg_jax.report import build_report, class_colors, legend, overlay, paint, write_gallery
 from digseg_jax.report.cards import load_image
 from digseg_jax.report.chart import log_ticks, smooth, thin
+from digseg_jax.report.circumstances import training_hours
+from digseg_jax.report.confusions import confusion_section
 from digseg_jax.viz.colors import IGNORE_COLOR, NATURAL, separation, to_hex
 from digseg_jax.viz.gallery import GalleryItem
 
@@ -85,7 +88,17 @@ def minimal(workdir, **changes):
 def test_every_part_is_there_once(run):
     ids = page(run).ids()
     assert len(ids) == len(set(ids))
-    assert {"scores", "text", "gallery", "classes", "training", "estep", "bench", "run"} <= set(ids)
+    assert {
+        "scores",
+        "text",
+        "gallery",
+        "classes",
+        "confusions",
+        "training",
+        "estep",
+        "bench",
+        "run",
+    } <= set(ids)
 
 
 def test_numbers_are_those_of_the_files(run):
@@ -231,7 +244,7 @@ def test_names_are_escaped(tmp_path):
             queries=[evil], seed=evil, weights=facts)  # fmt: skip
     item = make_item(1, 16)
     item = GalleryItem(evil, item.image, item.label, item.prediction, item.masks, (evil,) * 8,
-                       item.ious, note=evil)  # fmt: skip
+                       item.ious, kind=evil)  # fmt: skip
     write_gallery(tmp_path / "eval" / "gallery", [item], [evil + str(i) for i in range(8)])
     dump(tmp_path / "bench" / "a.json",
          {"title": evil, "columns": [evil], "rows": [[evil]], "note": evil})  # fmt: skip
@@ -354,6 +367,48 @@ def test_two_words_for_one_group_still_differ():
     colors = class_colors(3, ["water", "ocean", "lava"])
     assert to_hex(colors[0]) == NATURAL["water"]
     assert len(np.unique(colors, axis=0)) == 3
+
+
+def test_classes_have_their_official_colors_and_all_differ():
+    cityscapes = registry.spec("cityscapes")
+    assert class_colors(19, cityscapes.names, cityscapes.colors)[0].tolist() == [128, 64, 128]
+    for name in ("ade20k", "camvid", "coco_stuff", "pascal_voc_21"):
+        spec = registry.spec(name)
+        colors = [tuple(c) for c in class_colors(spec.num_classes, spec.names, spec.colors).tolist()]
+        assert len({*colors, IGNORE_COLOR}) == spec.num_classes + 1, name
+        own = [c == o for c, o in zip(colors, spec.colors, strict=True) if o]
+        assert sum(own) >= len(own) - 1, name  # one of ADE20K twice; CamVid's and VOC's gray
+    assert registry.official_colors(["road", "giraffe"], ["folder", "cityscapes"])[1] is None
+    assert registry.official_colors(["sky"], ["cityscapes", "ade20k"]) == ((70, 130, 180),)
+
+
+def test_the_confusions_are_those_of_the_counts(run):
+    found = page(run).words
+    start = found.index("Most frequent mistakes")
+    named = [w.strip() for w in found[start:] if w.strip() in CLASSES]
+    assert named[:2] == ["urban", "cropland"]
+    counts = np.array(results()["confusion"])
+    assert any(abs(v - 100 * counts[5, 3] / counts[5].sum()) < 1e-9 for v in page(run).values)
+    assert len(Page(confusion_section(results(), {})).all("td")) == 1 + 8 * 9 + 4 * 12
+    cut = results(per_class={f"class {i}": 0.5 for i in range(40)}, confusion=np.eye(40, 41).tolist())
+    assert confusion_section(cut, {}) == ""  # nothing is wrong
+    assert confusion_section(results(confusion=None), {}) == ""
+
+
+def test_the_page_tells_when_where_and_how_long(run):
+    said = words(run)
+    assert "2026-01-02 03:04+00:00 on 4 x TPU v5 lite" in said and "jax 0.10.0" in said
+    assert "digseg --config=quickstart --workdir=runs/quickstart" in said
+    lines = [{"step": 10, "images_per_second": 2.0}, {"step": 30, "images_per_second": 4.0}]
+    config = {"train": {"batch_size": 8}}
+    assert training_hours(lines, config) == pytest.approx((10 * 8 / 2 + 20 * 8 / 4) / 3600)
+    assert training_hours(lines, None) is None and training_hours([], config) is None
+
+
+def test_typical_images_come_first(run):
+    cards = page(run).all("article")
+    assert [c["data-kind"] for c in cards] == ["worst", "best", ""]
+    assert [c["data-index"] for c in cards] == ["1", "2", "0"]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -8,7 +8,7 @@ open_source("cityscapes", "/data/cityscapes", "val")[0]["label"]
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +20,7 @@ from digseg_jax.data.datasets.readers.folder import folder_spec, open_folder
 from digseg_jax.data.datasets.readers.landcover import open_landcover
 from digseg_jax.data.datasets.readers.monuseg import open_monuseg
 from digseg_jax.data.datasets.readers.refuge import open_refuge2
-from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.spec import Color, DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError, nearest
 from digseg_jax.io.storage import as_path
@@ -86,6 +86,18 @@ def spec(name: str, root: str | Path = "") -> DatasetSpec:
     if name not in _OPEN:
         raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
     return folder_spec(Path(as_path(root))) if name == "folder" else _listed(name)
+
+
+def official_colors(words: Sequence[str], datasets: Sequence[str]) -> tuple[Color | None, ...]:
+    """Official color of each word: that of the class of this name in the first data set that has one.
+
+    None for a word without. Data sets whose classes are listed beside the data have no official colors.
+    """
+    known: dict[str, Color] = {}
+    for name in datasets:
+        listed = _listed(name).classes if name in SPECS else ()
+        known |= {c.name: c.color for c in listed if c.color and c.name not in known}
+    return tuple(known.get(word) for word in words)
 
 
 def open_source(name: str, root: str | Path, split: str) -> Source:

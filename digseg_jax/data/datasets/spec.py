@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+Color = tuple[int, int, int]  # RGB, 0..255
 IGNORE = -1  # the one ignore label of every int32 label map in this package
 
 
@@ -34,7 +35,7 @@ class ClassInfo:
     name: str
     synonyms: tuple[str, ...] = ()
     raw: tuple[int, ...] = ()
-    color: tuple[int, int, int] | None = None
+    color: Color | None = None
     full_name: str = ""
     covers: tuple[int, ...] = ()
 
@@ -92,6 +93,11 @@ class DatasetSpec:
     def names(self) -> tuple[str, ...]:
         """Class names in the order of their ids."""
         return tuple(c.name for c in self.classes)
+
+    @property
+    def colors(self) -> tuple[Color | None, ...]:
+        """Official colors in the order of the classes' ids; None for a class without."""
+        return tuple(c.color for c in self.classes)
 
     def covers(self, class_id: int) -> tuple[int, ...]:
         """Ids whose pixels belong to the mask of a class: its own, and those of nested classes."""
