@@ -24,6 +24,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder, domains
 from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
+from digseg_jax.evaluation.tables import class_lines
 from digseg_jax.evaluation.validation import make_validation
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally, local_copy, write_json
 from digseg_jax.io.workdir import (
@@ -49,6 +50,7 @@ from digseg_jax.prediction.description import (
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.report import build_report
 from digseg_jax.report.domains import build_domain_pages
+from digseg_jax.report.live import LivePage
 from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
@@ -91,8 +93,9 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
 
         # Train, with an evaluation on the validation split every `logging.eval_every` steps.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
-        on_eval = make_validation(config, task, mesh) if config.logging.eval_every else None
-        state = trainer.run(on_eval)
+        looks = config.logging.eval_every
+        on_eval = make_validation(config, task, mesh, workdir) if looks else None
+        state = trainer.run(on_eval, LivePage(workdir, config.data.name, config.train.steps))
 
         # Export the last or the best weights.
         params, source = averaged(state), f"{CHECKPOINTS}/{config.train.steps}"
@@ -397,14 +400,9 @@ def evaluate_and_report(
                 exports.add_results(workdir / EXPORT, results)
             page = build_report(workdir)
 
-    log.info(
-        "mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s",
-        results["miou"],
-        results["accuracy"],
-        results["num_images"],
-        results["split"],
-        page,
-    )
+    log.info("IoU by class, percent:\n%s", class_lines(results["per_class"]))
+    scores = [results[key] for key in ("miou", "accuracy", "num_images", "split")]
+    log.info("mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s", *scores, page)
     return results
 
 

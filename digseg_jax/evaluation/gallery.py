@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,9 +11,9 @@ import numpy as np
 from digseg_jax.evaluation.counts import Counted, covers_matrix
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.evaluation.scores import Scores
-from digseg_jax.io.storage import AnyPath, explained, write_bytes
+from digseg_jax.io.storage import AnyPath, explained, filled_locally, write_bytes
 from digseg_jax.metrics import confusion
-from digseg_jax.runtime.distributed import is_main
+from digseg_jax.runtime.distributed import barrier, is_main, together
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz.colors import class_colors
 from digseg_jax.viz.gallery import GalleryItem, write_gallery
@@ -33,12 +32,13 @@ class Shown:
     Args:
       count: images to show; 0 shows none.
       total: images of the split.
-      folder: scratch folder for the masks; None keeps none.
+      folder: scratch folder for the masks, of all processes; None keeps none.
+      extremes: most of the worst and of the best images; with 0 the choice does not follow the scores.
     """
 
-    def __init__(self, count: int, total: int, folder: AnyPath | None):
+    def __init__(self, count: int, total: int, folder: AnyPath | None, *, extremes: int = EXTREMES):
         count = min(count, total)
-        self.extremes = min(EXTREMES, count // 4)  # at most half of the places go to the extremes
+        self.extremes = min(extremes, count // 4)  # at most half of the places go to the extremes
         spread = count - 2 * self.extremes
         self.spread = {i * total // spread for i in range(spread)} if spread else set()
         self.folder = folder
@@ -89,17 +89,28 @@ class Shown:
         kinds |= {i: "best" for i in best} | {i: "worst" for i in worst}
         return sorted(self.spread | set(worst) | set(best)), kinds
 
-    def write(self, gallery: Path, examples: EvalExamples, scores: Scores) -> None:
-        """Writes the gallery on process 0; call once all images have been offered."""
-        if self.folder is None or not is_main():
+    def write(self, folder: AnyPath, examples: EvalExamples, scores: Scores) -> None:
+        """Replaces the gallery in `folder`, once all images have been offered.
+
+        Every process must call it; process 0 writes.
+        """
+        scratch = self.folder
+        if scratch is None:
             return
 
-        # An image that was counted before a kill may be an extreme only now; its masks were not kept.
-        chosen, kinds = self.final()
-        chosen = [i for i in chosen if (self.folder / f"{i}.npz").exists()]
-        items = (_item(i, examples, scores, self.folder, kinds.get(i, "")) for i in chosen)
-        colors = class_colors(len(examples.classes), examples.classes, examples.colors)
-        write_gallery(gallery, items, examples.classes, colors)
+        # Masks of the last images may still be on their way from other processes.
+        barrier("the masks of a gallery")
+        with together("a gallery"):
+            if is_main():
+                # An image that was counted before a kill may be an extreme only now, without masks.
+                chosen, kinds = self.final()
+                chosen = [i for i in chosen if (scratch / f"{i}.npz").exists()]
+                items = (_item(i, examples, scores, scratch, kinds.get(i, "")) for i in chosen)
+                colors = class_colors(len(examples.classes), examples.classes, examples.colors)
+
+                # Many small files: filled on a local disk, then moved or uploaded as a whole.
+                with filled_locally(folder, replace=True) as local:
+                    write_gallery(local, items, examples.classes, colors)
 
 
 def _packed(counted: Counted) -> bytes:

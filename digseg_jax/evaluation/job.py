@@ -28,7 +28,7 @@ from digseg_jax.evaluation.gallery import IMAGES, Shown
 from digseg_jax.evaluation.journal import Journal, identity_of
 from digseg_jax.evaluation.scores import COUNTED, Scores
 from digseg_jax.evaluation.tables import results_markdown
-from digseg_jax.io.storage import AnyPath, explained, filled_locally, write_bytes, write_json
+from digseg_jax.io.storage import AnyPath, explained, write_bytes, write_json
 from digseg_jax.log import log
 from digseg_jax.prediction.description import installed_versions
 from digseg_jax.prediction.segmenter import Segmenter
@@ -98,7 +98,8 @@ def evaluate(
     with together("the files of the evaluation"):
         if is_main():
             about_run = _circumstances(mesh)
-            _write_files(folder, results, rows, scores, shown, examples, about_run)
+            _write_files(folder, results, rows, scores, about_run)
+    shown.write(folder / "gallery", examples, scores)
     journal.close()
     with together("the end of the evaluation"):
         if is_main():
@@ -234,21 +235,15 @@ def _write_files(
     results: dict[str, Any],
     rows: list[dict[str, Any]],
     scores: Scores,
-    shown: Shown,
-    examples: EvalExamples,
     circumstances: dict[str, Any],
 ) -> None:
-    """Writes the results, their tables and the gallery to `folder`.
+    """Writes the results and their tables to `folder`.
 
     circumstances: entries of speed.json, beside the speed.
     """
     write_json(folder / "results.json", results)
     write_bytes(folder / "results.md", results_markdown(results).encode())
     write_json(folder / "speed.json", scores.speed() | circumstances)
-
-    # The gallery is many small files: filled on a local disk, then moved or uploaded as a whole.
-    with filled_locally(folder / "gallery", replace=True) as gallery:
-        shown.write(gallery, examples, scores)
     if rows:
         note = f"Measured by this run on the {results['split']} split of {results['dataset']}."
         write_json(folder / "estep.json", {"rows": rows, "note": note})

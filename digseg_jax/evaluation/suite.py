@@ -29,7 +29,7 @@ from digseg_jax.evaluation.job import searched_on
 from digseg_jax.evaluation.journal import Journal, identity_of
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.evaluation.suite_tables import table
-from digseg_jax.io.storage import AnyPath, filled_locally, write_bytes, write_json
+from digseg_jax.io.storage import AnyPath, write_bytes, write_json
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.collectives import fetch_to_main
@@ -189,13 +189,8 @@ def _one(config: Config, subject: _Subject, weights: Params | None, folder: AnyP
     finally:
         journal.close()
 
-    # The gallery is many small files: filled on a local disk, then moved or uploaded as a whole.
     if shown.wanted:
-        with (
-            together(f"the gallery of {subject.name}"),
-            filled_locally(folder / subject.suite / subject.name, replace=True) as gallery,
-        ):
-            shown.write(gallery, examples, headline)
+        shown.write(folder / subject.suite / subject.name, examples, headline)
     return {"split": examples.split, "num_images": len(examples), **found}
 
 

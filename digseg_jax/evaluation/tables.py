@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MOST_LINES = 60  # classes that the log lists
+
 
 def percent(value: Any) -> str:
     """A share (0..1) as percent with two decimals; a dash for an undefined value, text unchanged."""
@@ -38,6 +40,17 @@ def trained_on(about: Mapping[str, Any] | None) -> str:
         return "Nothing is known of the weights' training."
     datasets = ", ".join(about["datasets"])
     return f"Weights trained on {datasets}, {about['steps']} steps from {about['started_from']}."
+
+
+def class_lines(per_class: Mapping[str, float | None]) -> str:
+    """Lines of names and IoU in percent, best first; of very many classes the middle is left out."""
+    known = sorted(per_class.items(), key=lambda entry: -1 if entry[1] is None else entry[1])[::-1]
+    width = max(map(len, per_class), default=0)
+    lines = [f"  {name:<{width}} {percent(iou):>6}" for name, iou in known]
+    if len(lines) > MOST_LINES:
+        half = MOST_LINES // 2
+        lines[half:-half] = [f"  ... {len(lines) - 2 * half} more in results.md"]
+    return "\n".join(lines)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

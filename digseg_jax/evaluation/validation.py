@@ -14,18 +14,24 @@ from digseg_jax.data.sources import validation_split
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
+from digseg_jax.evaluation.gallery import Shown
+from digseg_jax.io.storage import AnyPath
+from digseg_jax.io.workdir import VALIDATION
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
+SHOWN = 4  # images whose masks are shown while it trains
 EMPTY_ALARM = 0.5  # warn if more than this share of the present queries has an empty mask
 OnEval = Callable[[int, Mapping[str, Any]], dict[str, float]]
 
 
-def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
+def make_validation(config: Config, task: Task, mesh: Mesh, workdir: AnyPath | None = None) -> OnEval:
     """Builds the evaluation during the training: few images, one member and step, no calibration.
+
+    workdir: the run's; WORKDIR/validation gets a gallery of `SHOWN` fixed images. None: no gallery.
 
     Returns:
       A function of the step and the training state. It returns columns of metrics.jsonl for the
@@ -37,6 +43,7 @@ def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
     if not isinstance(task, SegmentationTask):
         raise UserError("config.logging.eval_every: only for config.task='segmentation'; set it to 0")
     examples = validation_examples(config)
+    folder = workdir / VALIDATION if workdir is not None else None
 
     # Built at the first call and kept, so that its programs are compiled once.
     segmenter: Segmenter | None = None
@@ -50,7 +57,12 @@ def make_validation(config: Config, task: Task, mesh: Mesh) -> OnEval:
 
         # Same shapes, so the compiled programs fit; the old weights are freed.
         segmenter.programs.params = params
-        scores = Evaluator(segmenter, examples, config.eval, seed=config.seed).scores(EStep(1, 1))
+        evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
+        masks = folder / "masks" if folder is not None else None
+        shown = Shown(SHOWN if folder is not None else 0, len(examples), masks, extremes=0)
+        scores = evaluator.scores(EStep(1, 1), shown=shown)
+        if folder is not None:
+            shown.write(folder / "gallery", examples, scores)
 
         # A model that collapses answers every query with an empty mask.
         health = scores.health()

@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
+from digseg_jax.arraytypes import UInt8
 from digseg_jax.log import log
 
 FLUSH_EVERY = 10.0  # seconds
 
 
 class EventFile:
-    """Appends scalars to a new event file in a folder.
+    """Appends scalars and images to a new event file in a folder.
 
     Written by the calling thread: tensorboardX's `SummaryWriter` has a thread of its own, which dies on
     a full disk and leaves the training loop waiting for its queue. Here the first failure is one
@@ -58,6 +61,20 @@ class EventFile:
             # Each flush is a write to the disk: not at every step.
             if time.monotonic() - self._flushed > FLUSH_EVERY:
                 self.flush()
+
+    def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
+        """Appends RGB images of one step, by name."""
+        if self._writer is None:
+            return
+
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import image
+
+        with self._one_warning():
+            for name, pixels in images.items():
+                summary = image(name, pixels, dataformats="HWC")
+                self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self.flush()
 
     def flush(self) -> None:
         """Writes what is still in memory."""

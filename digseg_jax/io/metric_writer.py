@@ -18,7 +18,9 @@ from types import TracebackType
 from typing import Any, Self, SupportsInt
 
 import jax
+import numpy as np
 
+from digseg_jax.arraytypes import UInt8
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.events import EventFile
@@ -124,6 +126,16 @@ class MetricWriter:
         self._events.write(int(step), finite)
         if self._wandb is not None:
             self._wandb.log(finite, step=int(step))
+
+    def write_images(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
+        """Gives RGB images of one step to the viewers, by name; the record has numbers only."""
+        if not self.active:
+            return
+        self._events.write_images(step, images)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(x) for name, x in images.items()}, step=step)
 
     def sync(self) -> None:
         """Returns when all lines are in their final place; raises UserError if a bucket refuses."""

@@ -28,6 +28,7 @@ CONFIG_NAME = "config.json"
 LOCK = "train.lock"  # held while a run trains there; names the process that holds it
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
+VALIDATION = "validation"  # folder of the images that the last validation during training shows
 CALIBRATION = "calibration.json"  # in EXPORT; what an evaluation fitted for these weights
 
 

@@ -106,7 +106,7 @@ def read_training(workdir: Path) -> list[dict[str, Any]]:
     return read_metrics(path) if path.exists() else []
 
 
-def training_section(metrics: Sequence[Mapping[str, Any]]) -> str:
+def training_section(metrics: Sequence[dict[str, Any]]) -> str:
     """Section of the training curves; empty without metrics."""
     charts = chart.loss_chart(metrics) + chart.miou_chart(metrics)
     return section("training", "Training", f'<div class="charts">{charts}</div>' if charts else "")
@@ -163,16 +163,19 @@ def render(workdir: Path) -> str:
     return result_page(results["dataset"], workdir.resolve().name, body)
 
 
-def result_page(name: str, run: str, body: str) -> str:
+def result_page(name: str, run: str, body: str, refresh: int = 0) -> str:
     """A whole page of results, its style and script inside.
 
     Args:
       name: what the page is about, its heading.
       run: what it was measured with; empty: nothing.
       body: ready HTML.
+      refresh: seconds after which a browser loads the page again; 0: never.
     """
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
     return fill_page(packaged("page.html"), {
         "title": esc(f"{name} · {run}" if run else name),
+        "refresh": again,
         "dataset": esc(name),
         "run": esc(run),
         "style": packaged("page.css"),

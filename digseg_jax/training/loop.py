@@ -171,12 +171,17 @@ class Trainer:
         optimizer = make_optimizer(self.config.optim, self.config.train.steps)
         return initial_state(params, optimizer, self.config.optim)
 
-    def run(self, on_eval: Callable[[int, TrainState], dict[str, float]] | None = None) -> TrainState:
+    def run(
+        self,
+        on_eval: Callable[[int, TrainState], dict[str, float]] | None = None,
+        on_logged: Callable[[int, MetricWriter], None] | None = None,
+    ) -> TrainState:
         """Trains until `config.train.steps` and returns the final state.
 
         Args:
           on_eval: called with the step and the state every `config.logging.eval_every` steps; returns
             metrics by name, which are logged and saved with the checkpoint.
+          on_logged: called with the step and the writer once the metrics of `on_eval` are written.
 
         Raises:
           NotFinite: the loss or the gradient norm is not finite; WORKDIR/failure has the step.
@@ -193,7 +198,7 @@ class Trainer:
             log = TrainLog(self.config.train, writer, list(self.mesh.devices.flat))
             stack.push(log.leave)
             try:
-                return self._steps(start, state, checkpointer, log, on_eval)
+                return self._steps(start, state, checkpointer, log, on_eval, on_logged)
             except NotFinite as error:
                 self._save_failure(error, checkpointer)
                 raise
@@ -205,6 +210,7 @@ class Trainer:
         checkpointer: Checkpointer,
         log: TrainLog,
         on_eval: Callable[[int, TrainState], dict[str, float]] | None,
+        on_logged: Callable[[int, MetricWriter], None] | None,
     ) -> TrainState:
         """Trains the steps after `start`; `run` says what it raises."""
         logging, steps = self.config.logging, self.config.train.steps
@@ -251,6 +257,9 @@ class Trainer:
                 # An evaluation gets its own line, also between two logged steps.
                 if step % logging.every == 0 or step == steps or extra:
                     log.write(step, extra)
+                if extra and on_logged:
+                    with log.watch("eval"):
+                        on_logged(step, log.writer)
 
                 # Save. `reached` is collective: every process leaves after the same step.
                 leaving = preemption.reached(step)

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError
 from digseg_jax.viz import images
 
 GALLERY_NAME = "gallery.json"
+EDGE = 6  # pixels of color before a mask of a strip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,33 @@ def _write_item(
         "kind": item.kind,
         "classes": [classes[int(c)] for c in seen if c >= 0],  # what the page filters by
     }
+
+
+def gallery_strips(folder: Path) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+    """One image for each item of a written gallery: photo, truth, prediction and masks, side by side.
+
+    By name "masks/ID"; a mask's left edge is in the color of its query.
+    """
+    path = folder / GALLERY_NAME
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    colors = {entry["name"]: images.from_hex(entry["color"]) for entry in found["classes"]}
+
+    strips = {}
+    for item in found["items"]:
+        parts = [_read(folder / item[kind]) for kind in ("image", "label", "prediction")]
+        for query in item["queries"]:
+            edge = np.full((len(parts[0]), EDGE, 3), colors[query["name"]], np.uint8)
+            parts += [edge, _read(folder / query["mask"])]
+        strips[f"masks/{item['id']}"] = np.concatenate(parts, axis=1)
+    return strips
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels of one of the gallery's PNGs."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _number(value: float | None) -> float | None:

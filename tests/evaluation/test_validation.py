@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 
 import jax
@@ -16,6 +17,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.evaluation import validation
 from digseg_jax.evaluation.validation import make_validation, validation_examples
 from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.viz.gallery import GALLERY_NAME
 
 COLUMNS = {"val_miou", "val_empty_rate", "val_present_dice", "val_absent_area"}
 
@@ -48,10 +50,10 @@ def test_without_val_it_looks_at_the_scored_split_but_chooses_nothing_by_it(tmp_
     assert "config.checkpoint.best='val_miou'" in tiny.one_line(caught.value)
 
 
-def test_its_columns_and_its_alarm(folders, cover, caplog, monkeypatch):
+def test_its_columns_its_alarm_and_its_gallery(folders, cover, caplog, monkeypatch, tmp_path):
     config = tiny.config(folders, eval__view_size=(32,), eval__num_images=1)
     task = load_task(config)
-    look = make_validation(config, task, tiny.mesh())
+    look = make_validation(config, task, tiny.mesh(), tmp_path)
     state = {"params": jax.tree.map(jax.numpy.asarray, task.initial())}
     with caplog.at_level(logging.WARNING):
         found = look(7, state)
@@ -63,6 +65,11 @@ def test_its_columns_and_its_alarm(folders, cover, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         assert look(9, state) == found
     assert "step 9: " in caplog.text
+
+    # The same image each time, with a mask of every class that its label shows.
+    gallery = json.loads((tmp_path / "validation" / "gallery" / GALLERY_NAME).read_text())
+    (item,) = gallery["items"]
+    assert item["queries"] and {q["name"] for q in item["queries"]} <= set(item["classes"])
 
 
 def test_another_task_is_told():
