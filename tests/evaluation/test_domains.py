@@ -125,3 +125,16 @@ def test_a_wrong_name_is_of_a_group_that_the_images_cannot_show():
     }  # fmt: skip
     assert {d.group for d in DOMAINS} == WRONG_NAMES.keys()
     assert wrong_names(domains.Domain("mine")) == ()
+
+
+def test_the_table_ends_with_the_mean_of_the_domains_that_were_there():
+    row = {
+        "suite": "domains", "estep": "1x1", "metric": "asked", "headline_protocol": "exhaustive",
+        "split": "val", "num_images": 3, "scored": 1, "templates": ["{}"], "inference": "window",
+        "view_size": [128, 128], "short_side": 128,
+    }  # fmt: skip
+    rows = [row | {"dataset": "a", "asked_miou": 0.5}, row | {"dataset": "b", "asked_miou": 0.25}]
+    missing = {"suite": "domains", "dataset": "c", "estep": "1x1", "missing": "no such folder"}
+    found = suite_tables.lines({"suite": "domains", "rows": [*rows, missing]})
+    assert found[-1][1] == "mean of 2 domains" and "37.50" in found[-1]
+    assert all(len(line) == len(suite_tables.COLUMNS) for line in found)
