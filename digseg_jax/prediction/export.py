@@ -43,8 +43,7 @@ from digseg_jax.training.tasks.parts import AUTOENCODERS
 from digseg_jax.weights import load_config
 from digseg_jax.weights.load import copy_component, copy_files
 from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, component_files
-from digseg_jax.weights.text_tower import TEXT_CLASSES, tokenizer_folder
-from digseg_jax.weights.tokenizer_files import load_tokenizer
+from digseg_jax.weights.text_tower import TEXT_CLASSES, load_tower_tokenizer
 from digseg_jax.weights.upload import check_target, push_folder
 
 INDEX = "model_index.json"
@@ -79,7 +78,7 @@ def complete_export(folder: Path, description: Description) -> None:
     }
     for key, source in sources.items():
         classes[key] = copy_component(source, folder / OWN[key], expect=legal[key])
-    _write_tokenizer(tokenizer_folder(sources["model.text"]), folder / "tokenizer", config)
+    _write_tokenizer(sources["model.text"], folder / "tokenizer", config)
     write_description(folder, description)
 
     # Write the files for torch, model_index.json last: a folder that has it is complete.
@@ -156,7 +155,7 @@ def push_export(folder: Path, target: str, *, private: bool | None = None) -> st
 
 def _write_tokenizer(source: Path, folder: Path, config: Config) -> None:
     """Writes tokenizer.json and its settings, the format that this program and torch read alike."""
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tower_tokenizer(source)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": tokenizer.pad_token,

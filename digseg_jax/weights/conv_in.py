@@ -8,6 +8,7 @@ inputs and halved, so that the activations keep their scale when both halves see
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import jax.numpy as jnp
 from digseg_jax.arraytypes import Array, DTypeLike, Params
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.weights.hub import resolve
-from digseg_jax.weights.load import Shardings, load_params
-from digseg_jax.weights.safetensors_io import read_config, tensor_infos, weight_files
+from digseg_jax.weights.load import Shardings, load_params, open_component
+from digseg_jax.weights.safetensors_io import CONFIG_FILE, TensorInfo
 
+_CLASS = "UNet2DConditionModel"
 # Config fields in which a checkpoint may differ from the model that it initializes. The heads
 # are compared as numbers per level instead, since one number and a list of it mean the same.
 _FREE_FIELDS = (
@@ -70,8 +71,6 @@ def load_unet_params(
     *,
     subfolder: str = "",
     param_dtype: DTypeLike = jnp.float32,
-    optional_prefixes: tuple[str, ...] = (),
-    initial: Params | None = None,
     shardings: Shardings | None = None,
 ) -> Params:
     """Loads a U-Net's parameters from a checkpoint with as many inputs as `config`, or half as many.
@@ -84,14 +83,14 @@ def load_unet_params(
           checkpoint's, or what `load_params` raises.
     """
     # Check before the weights are read. A wrong number of heads would not show in any shape.
-    folder = resolve(path_or_hub_id, subfolder)
-    stored = _stored_inputs(folder)
+    _, values, infos, folder = open_component(path_or_hub_id, subfolder, (_CLASS,))
+    stored = _stored_inputs(infos, folder)
     if config.in_channels not in (stored, 2 * stored):
         raise UserError(
             f"{folder}: conv_in has {stored} inputs, the config has in_channels="
             f"{config.in_channels}; legal: {stored}, or {2 * stored} by widening"
         )
-    _check_same_computation(folder, config)
+    _check_same_computation(values, config, folder)
 
     # Load at the stored width.
     narrow = dataclasses.replace(config, in_channels=stored)
@@ -99,8 +98,7 @@ def load_unet_params(
         folder,
         _abstract_unet(narrow),
         param_dtype=param_dtype,
-        optional_prefixes=optional_prefixes,
-        initial=initial,
+        expect=_CLASS,
         shardings=shardings,
     )
 
@@ -116,18 +114,16 @@ def _abstract_unet(config: Any) -> Params:
     return functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))[1]
 
 
-def _stored_inputs(folder: Path) -> int:
+def _stored_inputs(infos: Mapping[str, TensorInfo], folder: Path) -> int:
     """Number of inputs of the stored first convolution, read without loading a tensor."""
-    infos = tensor_infos(weight_files(folder))
     if "conv_in.weight" not in infos:
         raise UserError(f"{folder} holds no U-Net: no key 'conv_in.weight'")
     # The hub's layout: [out, in, h, w].
     return infos["conv_in.weight"].shape[1]
 
 
-def _check_same_computation(folder: Path, config: Any) -> None:
+def _check_same_computation(values: Mapping[str, Any], config: Any, folder: Path) -> None:
     """Raises UserError if a field of config.json that changes the computation is not the model's."""
-    values = read_config(folder)
     stored = type(config).from_dict(values)
 
     # Fields that config.json does not have are not compared.
@@ -135,7 +131,8 @@ def _check_same_computation(folder: Path, config: Any) -> None:
     for name in ["heads", *(n for n in names if n not in _FREE_FIELDS)]:
         ours, theirs = getattr(config, name), getattr(stored, name)
         if ours != theirs:
-            raise UserError(f"{folder}/config.json: {name}={theirs!r}; the model has {ours!r}")
+            source = folder if folder.is_file() else folder / CONFIG_FILE
+            raise UserError(f"{source}: {name}={theirs!r}; the model has {ours!r}")
 
 
 def _conv_in_kernel(params: Params, inputs: int) -> Array:

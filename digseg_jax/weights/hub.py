@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from digseg_jax.errors import UserError, nearest
 from digseg_jax.io.storage import as_path, is_remote, local_copy
-from digseg_jax.weights import catalog
+from digseg_jax.weights import catalog, single_file
 from digseg_jax.weights.download import snapshot
 from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, STEMS
 
@@ -22,7 +22,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_PIPELINE_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "image_processor")
+TOKENIZER = "tokenizer"  # a pipeline's folder of it, beside its text_encoder
+_PIPELINE_PARTS = ("unet", "vae", "text_encoder", TOKENIZER, "scheduler", "image_processor")
 _EXPORT_FILES = (  # files of an exported segmenter
     "segmenter.json",
     "palette.json",
@@ -57,12 +58,15 @@ class _Repository(NamedTuple):
 def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
     """Returns the local folder of a component; downloads it if the spec names a hub repository.
 
+    A `.safetensors` file is returned as it is: `single_file` reads components from it.
+
     `huggingface_hub` downloads, so its cache, login or HF_TOKEN, HF_HOME, HF_ENDPOINT and
     HF_HUB_OFFLINE apply here too.
 
     Args:
-        path_or_hub_id: a folder (gs:// too), a hub id `org/name[@revision][:subfolder]`, or a name of
-          `digseg_jax.weights.catalog`. An existing folder takes precedence. A revision is a branch, a
+        path_or_hub_id: a folder (gs:// too), a `.safetensors` file, a hub id
+          `org/name[@revision][:subfolder]`, or a name of `digseg_jax.weights.catalog`. What exists
+          takes precedence. A revision is a branch, a
           tag or a commit; by default the main branch.
         subfolder: inside the folder or repository.
 
@@ -90,6 +94,18 @@ def resolve_pipeline(path_or_hub_id: str | Path) -> Path:
     folders = [found.prefix, *(f"{found.prefix}{part}/" for part in _PIPELINE_PARTS)]
     patterns = [pattern for prefix in folders for pattern in _patterns(prefix, "")]
     return _snapshot(found, [*patterns, f"{found.prefix}*.py", f"{found.prefix}*/*.py"])
+
+
+def resolve_tokenizer(path_or_hub_id: str) -> Path:
+    """Returns the local folder of a hub pipeline's tokenizer, downloaded without the weights.
+
+    Raises:
+      UserError: as for `resolve`.
+    """
+    found = _locate(path_or_hub_id, TOKENIZER)
+    if isinstance(found, Path):
+        return found
+    return _snapshot(found, [f"{found.prefix}{file}" for file in _TOKENIZER_FILES])
 
 
 def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
@@ -140,11 +156,7 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
     local = Path(spec).expanduser()
     if local.exists():
         if local.is_file():
-            raise UserError(
-                f"{local}: a single file; weights are read from folders with a config.json. Diffusers "
-                "makes them: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER); "
-                "then name FOLDER/unet, FOLDER/vae and FOLDER/text_encoder"
-            )
+            return _checked_file(local)
         if not (local / subfolder).is_dir():
             raise UserError(f"no such folder: {local / subfolder}")
         return local / subfolder
@@ -159,6 +171,16 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
 
     inside = "/".join(filter(None, (hub_id["sub"], subfolder)))
     return _Repository(hub_id["repo"], hub_id["revision"], inside)
+
+
+def _checked_file(file: Path) -> Path:
+    """The file, if whole checkpoints are read from such files; raises UserError if not."""
+    if file.suffix == single_file.ENDING:
+        return file
+    raise UserError(
+        f"{file}: not a {single_file.ENDING} file, and pickles are never opened here; where torch is "
+        f"installed, diffusers converts a checkpoint: {single_file.SPLIT}"
+    )
 
 
 def _download(repository: _Repository) -> Path:
@@ -216,7 +238,7 @@ def _patterns(prefix: str, variant: str) -> list[str]:
 
     # A pipeline keeps the tokenizer beside its text encoder.
     beside = prefix.removesuffix("text_encoder/")
-    tokenizer = [f"{beside}tokenizer/{f}" for f in _TOKENIZER_FILES] if beside != prefix else []
+    tokenizer = [f"{beside}{TOKENIZER}/{f}" for f in _TOKENIZER_FILES] if beside != prefix else []
 
     # Its scheduler says how the U-Net beside it was trained.
     above = prefix.removesuffix("unet/")

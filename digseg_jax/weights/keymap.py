@@ -160,7 +160,6 @@ def match(
     stored: Mapping[str, Shape],
     rules: KeyRules,
     source: str,
-    optional_prefixes: tuple[str, ...] = (),
 ) -> dict[str, str]:
     """Pairs each path of the model with exactly one hub key.
 
@@ -169,7 +168,6 @@ def match(
         stored: hub key -> stored shape.
         rules: the model family's spellings.
         source: file or folder, for the error.
-        optional_prefixes: paths under these may be absent from the checkpoint.
 
     Returns:
         hub key as stored -> path.
@@ -179,11 +177,9 @@ def match(
     """
     pairs, faults = _pair(shapes, stored, rules)
 
-    # A path without a key is a fault unless the checkpoint may lack it.
+    # A path without a key is a fault too.
     found = set(pairs.values())
-    faults.missing = [
-        hub_key(path) for path in shapes if path not in found and not path.startswith(optional_prefixes)
-    ]
+    faults.missing = [hub_key(path) for path in shapes if path not in found]
 
     if any(vars(faults).values()):
         known = [hub_key(path) for path in shapes]

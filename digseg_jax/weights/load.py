@@ -16,9 +16,8 @@ from flax import nnx
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import DTypeLike, Params
-from digseg_jax.errors import UserError
 from digseg_jax.models import functional
-from digseg_jax.weights import keymap
+from digseg_jax.weights import keymap, single_file
 from digseg_jax.weights.hub import resolve
 from digseg_jax.weights.registry import Component, component_of, component_of_config, is_exactly
 from digseg_jax.weights.safetensors_io import (
@@ -44,7 +43,7 @@ def load_config(
     Raises:
       UserError: not found, unreadable, or of another class than `expect`.
     """
-    component, values, infos, _ = _open(path_or_hub_id, subfolder, _names(expect))
+    component, values, infos, _ = open_component(path_or_hub_id, subfolder, _names(expect))
     return component.make_config(values, infos)
 
 
@@ -73,7 +72,7 @@ def load_component(
     Raises:
         UserError: not found, unreadable, of another class, or keys that do not fit the class.
     """
-    component, values, infos, folder = _open(path_or_hub_id, subfolder, _names(expect))
+    component, values, infos, folder = open_component(path_or_hub_id, subfolder, _names(expect))
     config = component.make_config(values, infos)
 
     # Structure and shapes only: no random parameters are made.
@@ -82,7 +81,7 @@ def load_component(
         lambda: component.model_class(config, rngs=functional.FixedRngs(), dtype=compute, **options)
     )
 
-    params = _read(component, infos, folder, wanted, param_dtype, shardings=shardings)
+    params = _read(component, infos, folder, wanted, param_dtype, shardings)
     return functional.merge(graphdef, params)
 
 
@@ -92,8 +91,7 @@ def load_params(
     *,
     subfolder: str = "",
     param_dtype: DTypeLike = jnp.float32,
-    optional_prefixes: tuple[str, ...] = (),
-    initial: Params | None = None,
+    expect: str | tuple[str, ...] | None = None,
     shardings: Shardings | None = None,
 ) -> Params:
     """Fills a parameter tree from a checkpoint, tensor by tensor.
@@ -103,26 +101,15 @@ def load_params(
         abstract_params: tree whose leaves have `shape`, such as `functional.abstract` returns.
         subfolder: inside the folder or repository.
         param_dtype: dtype of the loaded leaves, whatever the file stores.
-        optional_prefixes: paths under these, such as "text_adapters.", keep their value from `initial`
-          if the checkpoint lacks them.
-        initial: tree with at least the values of the optional paths.
+        expect: class name that the component must have, see `load_component`.
         shardings: from the shapes to the leaves' shardings; NumPy arrays on the host if None. Each
           process places its own shards only.
 
     Raises:
         UserError: not found, unreadable, or the keys do not match one to one.
     """
-    component, _, infos, folder = _open(path_or_hub_id, subfolder)
-    return _read(
-        component,
-        infos,
-        folder,
-        abstract_params,
-        param_dtype,
-        optional_prefixes,
-        initial,
-        shardings,
-    )
+    component, _, infos, folder = open_component(path_or_hub_id, subfolder, _names(expect))
+    return _read(component, infos, folder, abstract_params, param_dtype, shardings)
 
 
 def save_component(
@@ -169,10 +156,8 @@ def copy_component(path_or_hub_id: str | Path, target: Path, *, expect: str | tu
     Raises:
         UserError: not found, unreadable, or of another class.
     """
-    folder = resolve(path_or_hub_id)
-    values = read_config(folder)
-    component = component_of(values, str(folder), _names(expect))
-    if is_exactly(component, values, str(folder)):
+    component, values, _, folder = open_component(path_or_hub_id, "", _names(expect))
+    if folder.is_dir() and is_exactly(component, values, str(folder)):
         copy_files(component_files(folder), target)
         return component.name
 
@@ -207,11 +192,18 @@ def _names(expect: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (expect,) if isinstance(expect, str) else expect or ()
 
 
-def _open(
+def open_component(
     path_or_hub_id: str | Path, subfolder: str, expect: tuple[str, ...] = ()
 ) -> tuple[Component, dict[str, Any], dict[str, TensorInfo], Path]:
-    """Opens a component: its kind, config values, tensors (file and shape each), and folder."""
+    """Opens a component: its kind, config values, tensors (place and shape each), and its folder.
+
+    The folder is a file if that is a checkpoint of several components (`single_file`).
+    """
     folder = resolve(path_or_hub_id, subfolder)
+    if folder.is_file():
+        values, infos = single_file.read_part(folder, expect)
+        return component_of(values, str(folder), expect), values, infos, folder
+
     values = read_config(folder)
     component = component_of(values, str(folder), expect)
 
@@ -225,8 +217,6 @@ def _read(
     folder: Path,
     abstract_params: Params,
     param_dtype: DTypeLike,
-    optional_prefixes: tuple[str, ...] = (),
-    initial: Params | None = None,
     shardings: Shardings | None = None,
 ) -> Params:
     """Reads a component's tensors into the layout, type and shardings of this program."""
@@ -235,7 +225,7 @@ def _read(
     files = dict.fromkeys(info.file for info in infos.values())
     source = str(next(iter(files))) if len(files) == 1 else f"{folder} ({len(files)} shards)"
     stored = {key: info.shape for key, info in infos.items()}
-    pairs = keymap.match(shapes, stored, component.rules, source, optional_prefixes)
+    pairs = keymap.match(shapes, stored, component.rules, source)
 
     # One tensor at a time, so that the host never holds more than the result and one tensor.
     targets = trees.flatten(shardings(abstract_params)) if shardings else {}
@@ -247,14 +237,8 @@ def _read(
         # Wait: copies still under way would keep their tensors in the host's memory.
         loaded[path] = jax.block_until_ready(_put(leaf, param_dtype, targets.get(path)))
 
-    # Optional parameters that the checkpoint lacks keep their initial value.
-    kept = trees.flatten(initial or {})
-    absent = [path for path in shapes if path not in loaded]
-    if unset := [path for path in absent if path not in kept]:
-        raise UserError(f"{source} lacks {unset[0]!r} and no initial value is given for it")
-
     # In the order of the model, not of the file.
-    return trees.unflatten({p: loaded[p] if p in loaded else kept[p] for p in shapes})
+    return trees.unflatten({path: loaded[path] for path in shapes})
 
 
 def _put(

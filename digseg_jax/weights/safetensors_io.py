@@ -36,10 +36,19 @@ _LFS_HEADER = b"version https://git-lfs"  # how a pointer file begins
 
 
 class TensorInfo(NamedTuple):
-    """A tensor's file, and its shape as stored."""
+    """Where a tensor is, and its shape as stored.
+
+    Attributes:
+        file: that contains it.
+        shape: of the tensor.
+        name: its key in the file; "": the key that it is listed under.
+        rows: first row and the one behind the last, if it is a part of what the file stores; None: all.
+    """
 
     file: Path
     shape: tuple[int, ...]
+    name: str = ""
+    rows: tuple[int, int] | None = None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -61,9 +70,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """Finds the safetensors file of a component, or its shards in the index's order.
 
+    folder: of the component; a file is a checkpoint that holds several components.
+
     Raises:
         UserError: there are none, only pickles, or a shard that the index names is missing.
     """
+    if folder.is_file():
+        return [folder]
     _, entry = _entry(folder)
     return _shards(entry) if entry.suffix == ".json" else [entry]
 
@@ -121,9 +134,17 @@ def iter_tensors(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, np.ndar
             read = 0  # bytes through the mapping that is open
             with _open(file) as handle:
                 while keys and read < _MAPPED_BYTES:
-                    tensor = handle.get_tensor(keys[0])
+                    tensor = _tensor(handle, keys[0], infos[keys[0]])
                     read += tensor.nbytes
                     yield keys.pop(0), tensor
+
+
+def _tensor(handle: Any, key: str, info: TensorInfo) -> np.ndarray:
+    """Reads one tensor, or the rows of it that `info` names."""
+    if info.rows is None:
+        return handle.get_tensor(info.name or key)
+    first, behind = info.rows
+    return handle.get_slice(info.name or key)[first:behind]
 
 
 def read_metadata(folder: str | Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ _CONSTANTS: dict[str, tuple[Any, Any]] = {
     "beta_schedule": ("scaled_linear", "linear"),
     "beta_start": (BETA_START, 0.0001),
     "beta_end": (BETA_END, 0.02),
+    "trained_betas": (None, None),  # a list of them, in place of the four above
 }
 
 
@@ -53,5 +54,5 @@ def schedule_differences(unet: Path, config: DiffusionConfig) -> list[str]:
             told.append(f"config.diffusion.{ours}={wanted!r}, trained with {trained!r}")
     for theirs, (here, default) in _CONSTANTS.items():
         if (trained := stored.get(theirs, default)) != here:
-            told.append(f"{theirs} is {here!r} here, trained with {trained!r}")
+            told.append(f"{theirs} is {here!r} here, trained with {repr(trained)[:60]}")
     return told

@@ -14,12 +14,16 @@ from digseg_jax.models import functional
 from digseg_jax.models.text.clip_text import CLIPTextModel, without_last_layers
 from digseg_jax.models.text.tokenizer import Tokenizer
 from digseg_jax.packages import minilm_folder
-from digseg_jax.weights.hub import resolve
+from digseg_jax.weights.catalog import hub_id
+from digseg_jax.weights.hub import TOKENIZER, resolve, resolve_tokenizer
 from digseg_jax.weights.load import load_component
+from digseg_jax.weights.single_file import is_second_generation
 from digseg_jax.weights.tokenizer_files import has_tokenizer, load_tokenizer
 
 # A CLIPModel, or an encoder with a projection, is read as the plain encoder: only tokens are wanted.
 TEXT_CLASSES = ("CLIPTextModel", "BertModel", "HFTextEncoder")
+# Single files of 1.x and 2.x: a pipeline with the same tokenizer, and the token that pads a text.
+_FAMILIES = (("sd-1.5", "<|endoftext|>"), ("sd-2.1", "!"))
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,9 @@ def load_text_tower(spec: str, *, dtype: DTypeLike | None = None, skip_layers: i
     """Loads a text encoder for inference: CLIP, BERT, or open_clip's BERT (BiomedCLIP).
 
     Args:
-        spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, a hub id such as
-          openai/clip-vit-large-patch14, or a name of `digseg_jax.weights.catalog`. The tokenizer is in
-          the same folder, or in `tokenizer` beside a pipeline's `text_encoder`.
+        spec: "minilm" (the pip package's all-MiniLM-L6-v2), a folder, a single file with a whole Stable
+          Diffusion, a hub id such as openai/clip-vit-large-patch14, or a name of
+          `digseg_jax.weights.catalog`. `load_tower_tokenizer` says where the tokenizer is.
         dtype: compute dtype, float32 if None.
         skip_layers: last layers of a CLIP encoder to leave out, see `without_last_layers`.
 
@@ -73,17 +77,40 @@ def load_text_tower(spec: str, *, dtype: DTypeLike | None = None, skip_layers: i
     return TextTower(
         graphdef,
         params,
-        load_tokenizer(tokenizer_folder(folder)),
+        load_tower_tokenizer(folder),
         width=config.hidden_size,
         max_length=config.max_position_embeddings,
         causal=isinstance(model, CLIPTextModel),
     )
 
 
-def tokenizer_folder(folder: Path) -> Path:
-    """The component's own folder, or a pipeline's `tokenizer` beside its `text_encoder`."""
+def load_tower_tokenizer(folder: Path) -> Tokenizer:
+    """Loads the tokenizer of a text encoder.
+
+    folder: of the encoder; the tokenizer is there, or in `tokenizer` beside a pipeline's
+      `text_encoder`. A single file has one in `tokenizer` beside it, or takes its family's from
+      the hub.
+
+    Raises:
+      UserError: none is found.
+    """
     # Stable Diffusion's pipelines have unet/, vae/, text_encoder/ and tokenizer/ side by side.
-    beside = folder.parent / "tokenizer"
-    if not has_tokenizer(folder) and folder.name == "text_encoder" and beside.is_dir():
-        return beside
-    return folder
+    beside = folder.parent / TOKENIZER
+    if folder.is_file():
+        return _of_family(folder, beside)
+    own = has_tokenizer(folder) or folder.name != "text_encoder" or not beside.is_dir()
+    return load_tokenizer(folder if own else beside)
+
+
+def _of_family(file: Path, beside: Path) -> Tokenizer:
+    """The tokenizer of a single file: both families have the same words, and pad in two ways."""
+    family, pad = _FAMILIES[is_second_generation(file)]
+    if has_tokenizer(beside):
+        return load_tokenizer(beside, pad)
+    try:
+        return load_tokenizer(resolve_tokenizer(hub_id(family)), pad)
+    except UserError as error:
+        raise UserError(
+            f"{file} has no tokenizer, and {error}; or put CLIP's vocab.json and merges.txt into "
+            f"{beside}"
+        ) from error

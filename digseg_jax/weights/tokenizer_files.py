@@ -18,13 +18,14 @@ CLIP_BPE = "bpe_simple_vocab_16e6.txt"  # OpenAI's CLIP and open_clip have it, m
 SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # may name the padding token
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, pad_token: str | None = None) -> Tokenizer:
     """Builds a tokenizer from a folder, or from a vocabulary file with the settings beside it.
 
     The first of these in the folder is taken: tokenizer.json, vocab.json with merges.txt (CLIP),
     vocab.txt (BERT), bpe_simple_vocab_16e6.txt[.gz] (CLIP). The padding token is the one that
     special_tokens_map.json or else tokenizer_config.json names, "!" (id 0) in Stable Diffusion 2.x and
-    the end of text (49407) in 1.x; if they name none, it is the vocabulary's own.
+    the end of text (49407) in 1.x; if they name none, it is the vocabulary's own. `pad_token` replaces
+    what they say.
 
     Raises:
         UserError: none of the files is there, or one is malformed.
@@ -37,7 +38,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in readers:
         if (folder / name).is_file():
             try:
-                return _READERS[name](folder, _pad_token(folder))
+                return _READERS[name](folder, pad_token or _pad_token(folder))
             except (ValueError, OSError) as error:  # UserError, malformed JSON, UTF-8 or gzip
                 raise UserError(f"{folder}: {error}") from error
 

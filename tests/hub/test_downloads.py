@@ -15,6 +15,7 @@ from tiny import one_line
 import hub
 from digseg_jax.errors import UserError
 from digseg_jax.weights import catalog, download, load_config, resolve
+from digseg_jax.weights.hub import resolve_tokenizer
 from digseg_jax.weights.safetensors_io import weight_files
 from hub.client import variables
 from hub.server import sha256
@@ -217,3 +218,12 @@ def test_a_new_process_reads_the_environment(server, tmp_path):
     assert "terms have to be accepted" in found[""].stderr
     folder = Path(found[server.token].stdout.strip().splitlines()[-1])
     assert folder.is_relative_to(tmp_path / "home") and (folder / "config.json").is_file()
+
+
+def test_a_tokenizer_alone_comes_without_weights(online):
+    """For a checkpoint in one file, which has no tokenizer of its own."""
+    folder = resolve_tokenizer(SD15)
+    assert {"vocab.json", "merges.txt"} <= {p.name for p in folder.iterdir()}
+    asked = [path for _, path in online.requests]
+    assert any("vocab.json" in path for path in asked)
+    assert not any("safetensors" in path for path in asked)

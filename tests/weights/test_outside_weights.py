@@ -17,12 +17,12 @@ from digseg_jax.weights import safetensors_io, tokenizer_files
 from digseg_jax.weights.hub import resolve
 
 
-def test_a_single_file_is_told_with_the_tool_that_splits_it(tmp_path):
-    file = tmp_path / "v1-5-pruned-emaonly.safetensors"
+def test_a_pickle_is_told_with_the_tool_that_converts_it(tmp_path):
+    file = tmp_path / "v1-5-pruned-emaonly.ckpt"
     file.write_bytes(b"weights")
     with pytest.raises(UserError) as caught:
         resolve(str(file))
-    assert f"{file}: a single file" in tiny.one_line(caught.value)
+    assert f"{file}: not a .safetensors file, and pickles are" in tiny.one_line(caught.value)
     assert "from_single_file(FILE).save_pretrained(FOLDER)" in str(caught.value)
 
 

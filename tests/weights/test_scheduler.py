@@ -53,11 +53,13 @@ def test_the_second_family_differs_in_the_last_timestep_alone_and_marigold_not_a
 
 
 def test_other_betas_are_named(unet):
-    put(unet, layouts.SD21["scheduler"] | {"beta_schedule": "linear", "beta_end": 0.02})
+    other = {"beta_schedule": "linear", "beta_end": 0.02, "trained_betas": [0.1] * 1000}
+    put(unet, layouts.SD21["scheduler"] | other)
     told = "; ".join(schedule_differences(unet, DiffusionConfig(zero_snr=False)))
     assert (
         "beta_end is 0.012 here, trained with 0.02" in told
         and "'scaled_linear' here, trained with 'linear'" in told
+        and "trained_betas is None here, trained with [0.1, 0.1" in told
     )
 
 

@@ -260,18 +260,6 @@ def test_a_key_in_two_spellings_is_refused(folder):
     assert f"1 stored twice: bert.{QUERY} and {QUERY}" in error_of(folder)
 
 
-def test_optional_prefixes_keep_their_initial_values(folder, params):
-    extra = {"text_adapters": {"0": {"kernel": jnp.ones((2, 2))}}}
-    wanted = {**params, **extra}
-    options = {"optional_prefixes": ("text_adapters.",)}
-    got = weights.load_params(folder, wanted, initial=wanted, **options)
-    assert_same(got, wanted)
-    with pytest.raises(UserError, match=r"1 missing: text_adapters\.0\.weight"):
-        weights.load_params(folder, wanted, initial=wanted)
-    with pytest.raises(UserError, match=r"'text_adapters\.0\.kernel'.*no initial value"):
-        weights.load_params(folder, wanted, **options)
-
-
 def test_load_params_follows_an_abstract_tree(folder, params):
     _, abstract = functional.abstract(lambda: BertModel(CONFIG, rngs=nnx.Rngs(0)))
     assert_same(weights.load_params(folder, abstract), params)

@@ -145,7 +145,7 @@ def load_parts(
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
 
     # The U-Net's architecture is enough here: its weights are the task's to load.
-    stored = load_config(assets.resolve(model.unet))
+    stored = load_config(assets.resolve(model.unet), expect="UNet2DConditionModel")
     unet = adapt_unet(stored, vae, model, tower.width)
     check_sizes(config.data, config.eval, vae, unet)
     check_tokens(tower, unet)

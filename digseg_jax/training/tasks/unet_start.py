@@ -45,11 +45,13 @@ def native_text(model: ModelConfig) -> str:
     if model.unet_text:
         return model.unet_text
 
-    # A pipeline's folders lie side by side, in a repository and on the disk.
+    # A pipeline's folders lie side by side, in a repository and on the disk, or in a single file.
     repository, _, part = model.unet.rpartition(":")
     if part == "unet":
         return f"{repository}:text_encoder"
     folder = Path(assets.resolve(model.unet)).expanduser()
+    if folder.is_file():
+        return str(folder)
     beside = folder.parent / "text_encoder"
     return str(beside) if folder.name == "unet" and beside.is_dir() else model.text
 
@@ -134,7 +136,7 @@ def initial_unet(
     # The checkpoint as it is. Where a parallel pathway starts, adapters that are not wanted any more
     # still adapt the prompt; otherwise nothing may be left over.
     source = assets.resolve(model.unet)
-    stored = load_config(source)
+    stored = load_config(source, expect="UNet2DConditionModel")
     starts = config.prompt_length and not stored.prompt_length
     base = dataclasses.replace(
         config,
