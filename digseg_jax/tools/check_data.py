@@ -51,7 +51,8 @@ def check_split(
 
     sheet: number of tiles.
     """
-    count, official = len(source), spec.splits[split]
+    listed = getattr(source, "listed_as", "") or split
+    count, official = len(source), spec.splits[listed]
     chosen = np.arange(count)
     if 0 < limit < count:
         chosen = np.linspace(0, count - 1, limit).round().astype(int)

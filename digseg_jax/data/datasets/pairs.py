@@ -43,6 +43,9 @@ class FileSource:
       read_label: decodes a label file; None in a subclass that overrides `label`.
       strict: raise on an EXIF orientation that the sizes cannot settle.
 
+    Attributes:
+      listed_as: the split whose list was read, if that is not the one that was asked for.
+
     Raises:
       UnreadableError, SizeError, LabelValueError (all UserErrors): on access, with the file's path.
     """
@@ -53,6 +56,7 @@ class FileSource:
         self, root: Path, pairs: Sequence[Pair], read_label: ReadLabel | None, strict: bool = False
     ):
         self.root, self.pairs, self.read_label, self.strict = root, list(pairs), read_label, strict
+        self.listed_as = ""
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -274,8 +274,37 @@ def test_refuge_is_found_by_name_without_illustrations(tmp_path):
              for s in ("train", "val", "test")}  # fmt: skip
     assert found == {"train": ["g0001", "n0001"], "val": ["V0001"], "test": ["T0001"]}
     trees.image(tmp_path / "copy/V0001.jpg")
-    with pytest.raises(UserError, match="which one is it"):
+    with pytest.raises(UserError, match="V0001.jpg and copy/V0001.jpg: which one is it"):
         registry.open_source("refuge2", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "names", [("Validation/Images", "Test/refuge2-test"), ("Refuge2-Validation", "Refuge2-Test")]
+)
+def test_refuge_of_2020_from_its_top_folder(tmp_path, names):
+    """It holds the images of 2018 and, under the same names, 800 others without masks of the cup."""
+    if "/" in names[0]:
+        places = {
+            "Train/REFUGE1-train": ("Training400/Glaucoma", "Disc_Cup_Masks/Glaucoma", "g0001"),
+            "Train/REFUGE1-val": ("REFUGE-Validation400", "Disc_Cup_Masks", "V0001"),
+            "Train/REFUGE1-test": ("Test400", "Disc_Cup_Masks/G", "T0001"),
+        }
+    else:
+        places = {
+            "": ("Training400/Glaucoma", "Annotation-Training400/Disc_Cup_Masks/Glaucoma", "g0001"),
+            ".": ("REFUGE-Validation400", "REFUGE-Validation400-GT/Disc_Cup_Masks", "V0001"),
+            "./": ("Test400", "REFUGE-Test-GT/Disc_Cup_Masks/G", "T0001"),
+        }
+    for top, (images, masks, stem) in places.items():
+        trees.image(tmp_path / top / images / f"{stem}.jpg")
+        trees.save(tmp_path / top / masks / f"{stem}.bmp", grid(255, 128, 0, 128, 255))
+    for folder, stem in zip(names, ("V0001", "T0001"), strict=True):
+        trees.image(tmp_path / folder / f"{stem}.jpg")
+        trees.save(tmp_path / folder / "../Disc_Masks" / f"{stem}.png", grid(255, 0))
+
+    for split, stem in (("train", "g0001"), ("val", "V0001"), ("test", "T0001")):
+        (pair,) = registry.open_source("refuge2", tmp_path, split).pairs
+        assert pair.name == stem and "400" in pair.image
 
 
 class TestNuclei:

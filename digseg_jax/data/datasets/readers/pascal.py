@@ -15,8 +15,10 @@ from digseg_jax.data.datasets.readers.matfile import label_map, read_mat
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, read_bytes
+from digseg_jax.log import log
 
 _JSON = "trainval_merged.json"  # the labels as PASCAL in Detail distributes them
+_OWN_LISTS = {"train": "train_4996", "val": "val_5104"}  # split -> the name of the JSON file's own list
 
 
 class ContextLabels:
@@ -52,7 +54,8 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
 
     train and val are VOC's own lists (ImageSets/Main); train_4996 and val_5104 the shorter ones of
     PASCAL in Detail, from the JSON file's phases, or for val from pascalcontext_val.txt. The .mat files
-    are read where both are there.
+    are read where both are there. The JSON file alone lacks three images of VOC's lists: its own lists
+    are train and val then.
 
     Raises:
       UserError: neither form of the labels, or listed files that are missing.
@@ -79,21 +82,32 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
 
     # ... or one JSON file for all. An image without a mask in it has an empty label.
     assert merged is not None and detail is not None
-    _check_in_json(split, stems, detail, merged, what)
     known = pick(dict.fromkeys(detail.phases, str(merged)), stems, merged, what)
     pairs = pair_up(voc, images, known, what)
     masks = [detail.masks.get(p.name, []) for p in pairs]
-    return PaintedSource(voc, pairs, masks, LabelTable.of(spec))
+    source = PaintedSource(voc, pairs, masks, LabelTable.of(spec))
+    if stems == _of_phase(detail, split):
+        source.listed_as = _OWN_LISTS.get(split, "")
+    return source
 
 
-def _check_in_json(split: str, stems: list[str], detail: DetailJson, merged: Path, what: str) -> None:
-    """Raises UserError where VOC's own list names images that the JSON file leaves out: three do."""
+def _listed(path: Path, split: str, detail: DetailJson, what: str) -> list[str]:
+    """The names in VOC's list if the JSON file has all of them; else its own list, told in a line."""
+    stems = read_list(path) if path.is_file() else []
     missing = [s for s in stems if s not in detail.phases]
-    if missing and split in ("train", "val"):
-        raise UserError(
-            f"{what}: {len(missing)} of VOC's {len(stems)} images are not in {merged}, the first is "
-            f"{missing[0]!r}; its own lists are the splits train_4996 and val_5104"
-        )
+    if stems and not missing:
+        return stems
+
+    own = _of_phase(detail, split)
+    reason = f"{_JSON} lacks {len(missing)} of its {len(stems)} images" if stems else "is not there"
+    log.info("%s: %s: %s; read is the JSON file's own list of %d images", what, path, reason, len(own))
+    return own
+
+
+def _of_phase(detail: DetailJson, split: str) -> list[str]:
+    """The JSON file's own list of a split, whose name begins with that of a phase: train or val."""
+    phase = split.partition("_")[0]
+    return [stem for stem, found in detail.phases.items() if found == phase]
 
 
 def _context_stems(
@@ -101,19 +115,21 @@ def _context_stems(
 ) -> list[str]:
     """Names of the images of a split, from the file that defines it.
 
+    detail: the JSON file, if the labels come from it.
+
     Raises:
       UserError: no such file.
     """
     if split in ("train", "val"):
-        return read_list(voc / "ImageSets" / "Main" / f"{split}.txt")
+        path = voc / "ImageSets" / "Main" / f"{split}.txt"
+        return read_list(path) if detail is None else _listed(path, split, detail, what)
 
     listed = voc / "pascalcontext_val.txt"
     if split == "val_5104" and listed.is_file():
         return read_list(listed)
     if merged is None:
         raise UserError(f"{what}: the list is in {_JSON}, which is not in {voc} or beside it")
-    phase = split.partition("_")[0]
-    return [s for s, p in (detail or DetailJson(merged)).phases.items() if p == phase]
+    return _of_phase(detail or DetailJson(merged), split)
 
 
 def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:

@@ -7,6 +7,7 @@ sets, and nothing is ignored. The disc's mask contains the cup (`covers` in the 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from digseg_jax.errors import UserError
 STEMS = {"train": r"[gn]\d{4}", "val": r"V\d{4}", "test": r"T\d{4}"}
 TOLERANCE = 30  # gray levels, for files that went through lossy tools
 MASK_FOLDERS = frozenset(("disc_cup_masks", "mask", "masks"))  # the release's, and Kaggle's
+_OF_2020 = re.compile(r"refuge-?2[-_ ]?(val|test)", re.IGNORECASE)  # folders of the images of 2020
 
 
 class DiscCupLabels:
@@ -57,16 +59,17 @@ class DiscCupLabels:
 def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     """Opens a split: names g0001.. and n0001.. are train, V0001.. val, T0001.. test.
 
-    Illustrations and __MACOSX are left alone. As Kaggle packs it: SPLIT/images/NAME.jpg and
-    SPLIT/mask/NAME.bmp or .png, with the names of the release.
+    These are the 1200 images of 2018, which the release of 2020 has in Train/REFUGE1-*; its own 800, in
+    Validation and Test under the same names, are left alone, as are illustrations and __MACOSX. As
+    Kaggle packs it: SPLIT/images/NAME.jpg and SPLIT/mask/NAME.bmp or .png, with the same names.
 
     Raises:
       UserError: a name that occurs twice, or files without their partner.
     """
     # The name alone tells the split, whatever the folders are called.
     what, stem = f"{spec.name} {split}", re.compile(STEMS[split])
-    images: dict[str, str] = {}
-    labels: dict[str, str] = {}
+    images: dict[str, list[Path]] = {}
+    labels: dict[str, list[Path]] = {}
     for file in walk_files(root, (".jpg", ".bmp", ".png")):
         parts = [p.lower() for p in file.parts]
         if not stem.fullmatch(file.stem) or any("illustration" in p for p in parts):
@@ -75,11 +78,33 @@ def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         # Other releases hold BMPs of other kinds; only the folder of disc and cup masks counts.
         is_mask = file.suffix.lower() != ".jpg" and not MASK_FOLDERS.isdisjoint(parts[:-1])
         side = labels if is_mask else images if file.suffix.lower() == ".jpg" else None
-        if side is None:
-            continue
+        if side is not None:
+            side.setdefault(file.stem, []).append(file)
 
-        # Two files of one name: only the user can say which one belongs to the release.
-        if file.stem in side:
-            raise UserError(f"{what}: {side[file.stem]} and {file} under {root}: which one is it?")
-        side[file.stem] = str(file)
-    return FileSource(root, pair_up(root, images, labels, what), DiscCupLabels(spec))
+    masks = {name: _only(found, f"{what}: under {root}") for name, found in labels.items()}
+    chosen = {
+        name: _only(_nearest(found, masks.get(name)), f"{what}: under {root}")
+        for name, found in images.items()
+    }
+    return FileSource(root, pair_up(root, _texts(chosen), _texts(masks), what), DiscCupLabels(spec))
+
+
+def _texts(files: dict[str, Path]) -> dict[str, str]:
+    """The paths as texts, by name."""
+    return {name: str(path) for name, path in files.items()}
+
+
+def _only(files: list[Path], where: str) -> Path:
+    """The single file of a name; of two only the user can say which belongs to the release."""
+    if len(files) > 1:
+        raise UserError(f"{where}: {files[0]} and {files[1]}: which one is it?")
+    return files[0]
+
+
+def _nearest(files: list[Path], mask: Path | None) -> list[Path]:
+    """The images of one name that are of the mask's release: not of 2020, and beside it if one is."""
+    first = [f for f in files if not _OF_2020.search(f.parent.as_posix())] or files
+    if mask is None:
+        return first
+    shared = [len(os.path.commonpath([f.parent, mask.parent])) for f in first]
+    return [f for f, n in zip(first, shared, strict=True) if n == max(shared)]
