@@ -23,12 +23,13 @@ from digseg_jax.data.datasets.statistics import (
 )
 from digseg_jax.data.queries import NOWHERE, QuerySampler
 from digseg_jax.data.shards.latents import LatentSource, cache_folders
-from digseg_jax.data.shards.records import class_hash
+from digseg_jax.data.shards.records import RecordSource, class_hash
 from digseg_jax.data.sources import (
     check_labels,
     open_part,
     parts_of,
     statistics_of,
+    title_of,
     training_parts,
 )
 from digseg_jax.data.stream import Batches, MakeExample, Part, mixed_stream
@@ -39,6 +40,7 @@ from digseg_jax.log import log
 
 # Reading threads of a worker (grain's default): a bucket takes tens of milliseconds to send a record.
 BUCKET_THREADS = 16
+SAMPLED = "class frequencies: from a sample; digseg_jax.tools.prepare_data counts them once for all"
 
 
 class CropWithCaption:
@@ -200,7 +202,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
     captions = captions_of(config) if task == "prior" else []
     folders = cache_folders(config.latent_cache, chosen) if config.latent_cache else []
 
-    made = []
+    made, told = [], False
     for k, (part, facts, split) in enumerate(chosen):
         asked = partial(_asked, config, part, facts, words[k].rows, covers[k], foreign[k])
         rules = _rules(config, part)
@@ -222,8 +224,11 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
             if task == "prior":
                 make = CropWithCaption(rules, captions[k])
             else:
+                if not (told or isinstance(opened, RecordSource)):
+                    log.info("%s", SAMPLED)
+                    told = True
                 statistics = statistics_of(opened, source)
-                check_labels(facts, split, statistics, len(opened))
+                check_labels(facts, title_of(part), split, statistics, len(opened))
                 make = CropWithNames(rules, asked(statistics), k if config.mixture else None)
 
             # Repeat examples of rare classes (LVIS); the guard goes around the repeated source, so
@@ -234,7 +239,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
                 source = Guarded(Repeated(opened, counts), facts.num_classes, on_error, seed)
 
         made.append(Part(source, make, part.weight))
-        log.info("training data: %s %s, %d examples", part.name, split, len(source))
+        log.info("training data: %s %s, %d examples", title_of(part), split, len(source))
     return made
 
 

@@ -22,6 +22,7 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
+from digseg_jax.data.shards.fingerprint import difference
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
@@ -33,15 +34,29 @@ def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
     """Data sets that training draws from; a single one of weight 1 if there is no mixture.
 
     A part's folder is looked for below config.root; the root that comes back is a path.
+
+    Raises:
+      UserError: parts have folders, and config.root is not set.
     """
     if not config.mixture:
         return (PartConfig(config.name, config.root, split=config.split),)
+
+    below = [part.folder for part in config.mixture if part.folder and not part.root]
+    if below and not config.root:
+        more = f" and {len(below) - 1} more" if len(below) > 1 else ""
+        raise UserError(f"config.data.root is not set: name the folder that holds {below[0]}{more}")
     return tuple(
         dataclasses.replace(part, root=os.path.join(os.path.expanduser(config.root), part.folder))
         if part.folder and not part.root
         else part
         for part in config.mixture
     )
+
+
+def title_of(part: PartConfig) -> str:
+    """Name of a part's data set for a person: several parts may be folders of the user's own."""
+    place = part.folder or os.path.basename(os.path.normpath(part.root))
+    return f"{part.name} {place}" if part.name == "folder" else part.name
 
 
 def labels_of(parts: Sequence[PartConfig]) -> tuple[str, ...]:
@@ -174,14 +189,20 @@ def statistics_of(source: Source, guarded: Guarded) -> ClassStatistics:
     """
     if isinstance(source, records.RecordSource):
         return source.statistics()
-    log.info("class frequencies: from a sample; digseg_jax.tools.prepare_data counts them once for all")
     return sampled(guarded, guarded.num_classes)
 
 
-def check_labels(spec: DatasetSpec, split: str, statistics: ClassStatistics, count: int) -> None:
+def check_labels(
+    spec: DatasetSpec, title: str, split: str, statistics: ClassStatistics, count: int
+) -> None:
     """Logs what is odd about the labels of a training split; see `judge`.
 
-    count: number of the split's examples; the statistics may come from a sample of them.
+    Args:
+      spec: the data set's classes and ignore rule.
+      title: what the data set is called in the log.
+      split: name of the split.
+      statistics: what was counted in all or some of its labels.
+      count: number of the split's examples.
 
     Raises:
       UserError: a run on them would be pointless.
@@ -189,7 +210,7 @@ def check_labels(spec: DatasetSpec, split: str, statistics: ClassStatistics, cou
     # A sample may lack what the rest shows, so its findings are warnings only.
     whole = statistics.examples == count
     for finding in judge(spec, statistics.pixels, statistics.ignored, statistics.examples):
-        text = f"{spec.name} {split}: {finding.text}"
+        text = f"{title} {split}: {finding.text}"
         if finding.wrong and whole:
             raise UserError(text)
         log.warning("%s%s", text, "" if whole else f" (of {count})")
@@ -205,6 +226,7 @@ def check_splits(config: Config) -> None:
         _check_classes(facts)
         if not config.data.latent_cache:  # a cache replaces the images and labels
             open_part(part, split)
+            _tell_changes(part, facts, split)
     if config.task != "segmentation":
         return
 
@@ -216,6 +238,27 @@ def check_splits(config: Config) -> None:
     splits += [validation_split(config)] if config.logging.eval_every else []
     for split in dict.fromkeys(splits):
         open_part(part, split)
+        _tell_changes(part, spec_of(part), split)
+
+
+def _tell_changes(part: PartConfig, facts: DatasetSpec, split: str) -> None:
+    """Logs that the files beside prepared shards are not those that the shards were made from."""
+    split = split_called(split, records.prepared_splits(part.root))
+    if part.name.startswith(TFDS) or not records.is_prepared(part.root, split):
+        return
+    try:
+        files = registry.open_source(part.name, part.root, split)
+    except UserError:
+        return  # nothing but shards there
+
+    shards = records.RecordSource(part.root, split, facts)
+    since = (shards.folder / records.MANIFEST).stat().mtime
+    if told := difference(files, shards.manifest, float(since)):
+        log.warning(
+            "%s %s: %s; the shards in %s hold them as they were: remove that folder and run "
+            "digseg_jax.tools.prepare_data again",
+            *(title_of(part), split, told, shards.folder),
+        )
 
 
 def validation_split(config: Config) -> str:

@@ -26,7 +26,7 @@ from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards import files, records
-from digseg_jax.data.shards.fingerprint import KEY, fingerprint
+from digseg_jax.data.shards.fingerprint import KEY, UNTIMED_KEY, fingerprint
 from digseg_jax.errors import UserError
 from digseg_jax.log import log, setup
 from digseg_jax.runtime.door import run_tool
@@ -69,6 +69,7 @@ def prepare_split(
         "spec": records.facts_of(spec),
         "source_examples": len(source),
         KEY: fingerprint(source),
+        UNTIMED_KEY: fingerprint(source, times=False),
         "shard_examples": shard_examples,
         "on_error": on_error,
     }
@@ -192,6 +193,10 @@ def run(arguments: argparse.Namespace) -> int:
     spec = registry.spec(arguments.dataset, arguments.root)
     if arguments.shard_examples < 1:
         raise UserError(f"--shard-examples={arguments.shard_examples}: must be at least 1")
+    if arguments.workers < 0:
+        raise UserError(f"--workers={arguments.workers}: must be at least 0 (in this process)")
+    if not arguments.out:
+        raise UserError("--out: no folder is named")
 
     # By default the two splits that training and evaluation use.
     for split in arguments.split or dict.fromkeys((spec.train_split, spec.eval_split)):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySamp
 from digseg_jax.data.sources import HELD_OUT, labels_of, open_part, parts_of
 from digseg_jax.data.vocabulary import bank_prompts, foreign_rows, trained_names
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
 
 LISTS = {
     "street": "0: background\n1: road, street\n2: car\n",
@@ -193,3 +195,18 @@ def test_the_names_of_a_mixture_are_those_that_are_asked(root):
     config = mixed(root, unasked=("background",))
     assert trained_names(config) == ("road", "car", "nucleus", "soil", "crop")
     assert trained_names(DataConfig()) == ()
+
+
+def test_folders_of_a_mixture_need_their_root(root):
+    with pytest.raises(UserError, match="^config.data.root is not set: .* street and 2 more$"):
+        parts_of(mixed(""))
+
+
+def test_the_log_names_every_folder_and_tells_of_samples_once(root, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level(logging.INFO, "digseg_jax"):
+        batches(mixed(root), count=1)
+    lines = [record.getMessage() for record in caplog.records]
+    found = [line for line in lines if line.startswith("training data: ")]
+    assert found == [f"training data: folder {name} train, 6 examples" for name in LISTS]
+    assert sum(line.startswith("class frequencies: from a sample") for line in lines) == 1

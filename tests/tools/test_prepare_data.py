@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import official_trees as trees
 import pytest
 import tiny
 from PIL import Image
@@ -344,9 +345,21 @@ def test_a_foreign_record_is_an_error():
             records.decode_record(data, lambda: "here, record 3")
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatch):
-    arguments = ["prepare", "--dataset=camvit", f"--root={tmp_path}", f"--out={tmp_path}"]
-    monkeypatch.setattr("sys.argv", arguments)
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dataset": "camvit"}, "camvit"),
+        ({"root": ""}, "folder: no folder is named; --config.data.root=DIR (or --root) does it"),
+        ({"out": ""}, "--out: no folder is named"),  # not the current one
+        ({"workers": -3}, "--workers=-3: must be at least 0"),
+        ({"shard-examples": 0}, "--shard-examples=0: must be at least 1"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys, monkeypatch, changes, told):
+    trees.folder(tmp_path)
+    options = {"dataset": "folder", "root": tmp_path, "out": tmp_path} | changes
+    monkeypatch.setattr("sys.argv", ["prepare", *(f"--{k}={v}" for k, v in options.items())])
     monkeypatch.setattr(prepare_data, "setup", lambda: None)  # its log handler would outlive this test
     assert prepare_data.main() == 2
-    assert "camvit" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line

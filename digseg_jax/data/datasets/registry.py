@@ -85,7 +85,13 @@ def spec(name: str, root: str | Path = "") -> DatasetSpec:
     """
     if name not in _OPEN:
         raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
-    return folder_spec(Path(as_path(root))) if name == "folder" else _listed(name)
+    if name != "folder":
+        return _listed(name)
+
+    # An empty root would mean the current folder; the class list of a user's own folder lies in it.
+    if str(root) == "":
+        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+    return folder_spec(Path(as_path(root)))
 
 
 def official_colors(words: Sequence[str], datasets: Sequence[str]) -> tuple[Color | None, ...]:
@@ -106,11 +112,7 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     Raises:
       UserError: no such data set, split or folder, or files without their partner.
     """
-    # An empty root would mean the current folder; the class list of a user's own folder lies in it.
-    if name == "folder" and str(root) == "":
-        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
-
-    # Other data sets need a folder too, unless they come with Python packages.
+    # Data sets need a folder unless they come with Python packages.
     facts = spec(name, root)
     if str(root) == "" and not facts.from_package:
         raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")

@@ -54,11 +54,15 @@ def difference(source: Source, made_from: Mapping[str, Any], since: float) -> st
     """
     if made_from.get(KEY) in (None, fingerprint(source)):
         return ""
-    if made_from.get(UNTIMED_KEY) != fingerprint(source, times=False):
+    if made_from.get(UNTIMED_KEY) not in (None, fingerprint(source, times=False)):
         return "the names or sizes of its files are others now"
 
     newer = [path for path in _files(source) if path.exists() and path.stat().st_mtime > since]
-    return f"{len(newer)} of its files are newer than the cache, such as {newer[0]}" if newer else ""
+    return (
+        f"{len(newer)} of its files are newer than what was made from them, such as {newer[0]}"
+        if newer
+        else ""
+    )
 
 
 def _files(source: Source) -> Iterator[Path]:

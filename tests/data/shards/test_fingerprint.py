@@ -12,10 +12,14 @@ import pytest
 import tiny
 from official_trees import grid
 
+from digseg_jax.config import default
+from digseg_jax.config.parse import parse, with_settings
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.shards.fingerprint import fingerprint
 from digseg_jax.data.shards.records import RecordSource
+from digseg_jax.data.sources import check_splits
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
 from digseg_jax.tools.prepare_data import prepare_split
 
 
@@ -63,3 +67,34 @@ def test_shards_are_known_by_their_checksums(tmp_path):
     spec = registry.spec("folder", root)
     a, b = (fingerprint(RecordSource(tmp_path / name, "train", spec)) for name in "ab")
     assert a == b and len(a) == 24
+
+
+def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog, monkeypatch):
+    """The shards are what is trained on: a corrected mask would be left out without a word."""
+    trees.folder(tmp_path)
+    prepare(tmp_path, tmp_path)
+    monkeypatch.setattr(log, "propagate", True)
+    settings = {"data.name": "folder", "data.root": str(tmp_path), "eval.calibrate": False}
+    config = with_settings(parse(default()), settings | {"eval.split": "train"})
+
+    def told() -> list[str]:
+        caplog.clear()
+        check_splits(config)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    # A copy of later times, as `cp` makes it, is the same before the shards were made.
+    manifest, mask = tmp_path / "train" / "manifest.json", tmp_path / "masks" / "train" / "a.png"
+    os.utime(mask, (0, mask.stat().st_mtime - 60))
+    assert told() == []
+
+    os.utime(mask, (0, manifest.stat().st_mtime + 60))
+    line, *rest = told()
+    assert f"folder {tmp_path.name} train: 1 of its files are newer than what was made" in line
+    assert str(mask) in line and str(manifest.parent) in line
+    trees.image(tmp_path / "images" / "train" / "new.jpg")
+    trees.save(tmp_path / "masks" / "train" / "new.png", grid(1, 0))
+    assert "the names or sizes of its files are others now" in told()[0]
+
+    # Only shards are there: nothing is known of the files.
+    shutil.rmtree(tmp_path / "images")
+    assert told() == []
