@@ -42,11 +42,10 @@ from digseg_jax.segmentation.codecs import make_codec, state_file
 from digseg_jax.training.tasks.parts import AUTOENCODERS
 from digseg_jax.weights import load_config
 from digseg_jax.weights.load import copy_component, copy_files
-from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, component_files
+from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, PIPELINE_FILE, component_files
 from digseg_jax.weights.text_tower import TEXT_CLASSES, load_tower_tokenizer
 from digseg_jax.weights.upload import check_target, push_folder
 
-INDEX = "model_index.json"
 CARD = "README.md"
 OLD_WEIGHTS = ("config.json", f"{DIFFUSERS_STEM}.safetensors")  # weight files of exports without unet/
 SCALE = 2.0  # scale of the evidence if no evaluation has fitted one
@@ -87,7 +86,7 @@ def complete_export(folder: Path, description: Description) -> None:
     for name, place in _FILES.items():
         copy_files({f"{name}.py": _CODE / f"{name}.py"}, folder / place)
     storage.write_bytes(folder / CARD, model_card(description).encode())
-    storage.write_json(folder / INDEX, _index(config, description, classes, folder))
+    storage.write_json(folder / PIPELINE_FILE, _index(config, description, classes, folder))
 
 
 def copy_export(source: Path, target: Path) -> None:
@@ -97,7 +96,7 @@ def copy_export(source: Path, target: Path) -> None:
       UserError: a frozen part of the older export is missing.
     """
     # A whole pipeline is copied file by file.
-    if (source / INDEX).is_file():
+    if (source / PIPELINE_FILE).is_file():
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             copy_files({file.name: file}, target / file.relative_to(source).parent)
         return
@@ -119,15 +118,15 @@ def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
     """Adds an evaluation's results to an export: the calibration, and the scores in the model card."""
     # Exports of older versions have neither a card nor a list of components.
     storage.write_json(folder / CALIBRATION, results["calibration"])
-    if not (folder / INDEX).is_file():
+    if not (folder / PIPELINE_FILE).is_file():
         return
 
     # Torch reads the fitted scale too; a palette has a scale of its own and keeps it.
     storage.write_bytes(folder / CARD, model_card(read_description(folder), results).encode())
-    index = read_json(folder / INDEX)
+    index = read_json(folder / PIPELINE_FILE)
     if not index["settings"]["prototypes"]:
         index["settings"]["scale"] = results["calibration"]["scale"]
-        storage.write_json(folder / INDEX, index)
+        storage.write_json(folder / PIPELINE_FILE, index)
 
 
 def keep_results(folder: AnyPath, path: AnyPath) -> None:

@@ -33,7 +33,7 @@ from digseg_jax.prediction.description import (
     read_description,
     unet_folder,
 )
-from digseg_jax.prediction.export import INDEX, copy_export, push_export
+from digseg_jax.prediction.export import copy_export, push_export
 from digseg_jax.prediction.files import check_queries, pixels_of, query_colors
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.progress import Watch
@@ -45,6 +45,7 @@ from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_params
+from digseg_jax.weights.safetensors_io import PIPELINE_FILE
 from digseg_jax.weights.upload import check_target
 
 SHIPPED = "assets:segmenter"
@@ -331,7 +332,7 @@ class PretrainedSegmenter(Segmenter):
         check_target(repository)
         with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
             whole = self.folder
-            if not (whole / INDEX).is_file():
+            if not (whole / PIPELINE_FILE).is_file():
                 whole = Path(scratch)
                 copy_export(self.folder, whole)
             return push_export(whole, repository, private=private)

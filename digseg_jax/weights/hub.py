@@ -11,7 +11,7 @@ from digseg_jax.errors import UserError, nearest
 from digseg_jax.io.storage import as_path, is_remote, local_copy
 from digseg_jax.weights import catalog, single_file
 from digseg_jax.weights.download import snapshot
-from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, STEMS
+from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, PIPELINE_FILE, STEMS
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<sub>[\w./-]+))?")
 _TOKENIZER_FILES = (
@@ -28,7 +28,7 @@ _EXPORT_FILES = (  # files of an exported segmenter
     "segmenter.json",
     "palette.json",
     "calibration.json",
-    "model_index.json",
+    PIPELINE_FILE,
     "scheduler_config.json",
     "preprocessor_config.json",
     "README.md",
@@ -150,6 +150,8 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
       UserError: neither a folder nor a hub id.
     """
     spec = str(path_or_hub_id)
+    if not spec:
+        raise UserError("no weights are named: a folder, a file or a hub id such as sd-1.5:unet")
     if is_remote(spec):
         return local_copy(as_path(spec) / subfolder)
 
@@ -161,12 +163,16 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
             raise UserError(f"no such folder: {local / subfolder}")
         return local / subfolder
 
-    # A spec that begins like a path was meant as one, though `./x` also has the form of a hub id.
+    # A spec that looks like a path was meant as one, though `./x` also has the form of a hub id.
     hub_id = _HUB_ID.fullmatch(catalog.expand(spec))
-    if hub_id is None or spec.startswith((".", "/", "~")):
-        hint = nearest(spec, catalog.names())
+    is_path = spec.startswith((".", "/", "~")) or single_file.ENDING in spec
+    written = spec.replace("/", ":", 1)  # sd-1.5/unet was meant as sd-1.5:unet
+    if hub_id is None or is_path or (written != spec and written in catalog.names()):
+        hint = nearest(written, catalog.names())
+        kind = "file" if single_file.ENDING in spec else "folder"
         raise UserError(
-            f"no such folder: {local}; legal: a folder, or a hub id such as org/name:subfolder{hint}"
+            f"no such {kind}: {spec}; legal: a folder, a Stable Diffusion's {single_file.ENDING} file "
+            f"without a part, or a hub id such as org/name:subfolder{hint}"
         )
 
     inside = "/".join(filter(None, (hub_id["sub"], subfolder)))

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import check_keys
 from digseg_jax.weights.keymap import (
     BERT_RULES,
     CLIP_TEXT_PROJECTION_RULES,
@@ -169,6 +170,8 @@ def _class_of(config: Mapping[str, Any], source: str) -> str:
     Raises:
       UserError: no known class.
     """
+    _check_types(config, source)
+
     # open_clip's config has no class name: only the encoders that it takes from transformers are known.
     if "model_cfg" in config:
         if "hf_model_name" not in config["model_cfg"].get("text_cfg", {}):
@@ -190,6 +193,22 @@ def _class_of(config: Mapping[str, Any], source: str) -> str:
 
     found = next((n for n in (*named, model_type) if n), None)
     raise UserError(f"{source}/config.json names the class {found!r}; legal: {', '.join(COMPONENTS)}")
+
+
+def _check_types(config: Mapping[str, Any], source: str) -> None:
+    """Raises UserError for entries that name the class and are of another type than the hub's."""
+    kinds: dict[str, type] = {
+        "_class_name": str, "architectures": list, "model_type": str, "model_cfg": dict,
+    }  # fmt: skip
+    names = config.get("architectures") or []
+    try:
+        check_keys(config, {k: kind for k, kind in kinds.items() if config.get(k) is not None})
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"'architectures' is {names!r:.60}, expected names")
+        if "model_cfg" in config:
+            check_keys({"text_cfg": {}, **config["model_cfg"]}, {"text_cfg": dict})
+    except ValueError as error:
+        raise UserError(f"{source}: the config's {error}") from error
 
 
 def component_of_config(config: Any) -> Component:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import MAX_TEXT, read_bytes
+from digseg_jax.io.files import LFS_POINTER, MAX_TEXT, read_bytes
 from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.storage import inside
 
@@ -28,11 +28,11 @@ OPEN_CLIP_STEM = "open_clip_model"
 STEMS = (DIFFUSERS_STEM, TRANSFORMERS_STEM, OPEN_CLIP_STEM, "open_clip_pytorch_model")
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
+PIPELINE_FILE = "model_index.json"  # lists the components of a pipeline, in the folder above them
 _VARIANTS = ("", ".fp16")  # full precision first
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")  # named in the error, never opened
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 _MAPPED_BYTES = 2**24  # bytes read before a file is reopened (`iter_tensors`)
-_LFS_HEADER = b"version https://git-lfs"  # how a pointer file begins
 
 
 class TensorInfo(NamedTuple):
@@ -55,7 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Parses `folder`/config.json, or open_clip_config.json if the former is missing.
 
     Raises:
-        UserError: no such folder or file, or not a JSON object.
+        UserError: no such folder or file, a pipeline's folder, or not a JSON object.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (expected config.json and a .safetensors file)")
@@ -64,6 +64,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     open_clip = folder / OPEN_CLIP_CONFIG_FILE
     if open_clip.is_file() and not (folder / CONFIG_FILE).is_file():
         return _read_json(open_clip)
+    if (folder / PIPELINE_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{folder}: a whole pipeline; name one of its folders, such as {folder / 'unet'}"
+        )
     return _read_json(folder / CONFIG_FILE)
 
 
@@ -285,8 +289,8 @@ def _why_unreadable(file: Path, error: Exception) -> str:
 
     # A clone without git-LFS has small text files in place of the weights.
     with file.open("rb") as handle:
-        head = handle.read(len(_LFS_HEADER))
-    if head == _LFS_HEADER:
+        head = handle.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
         return f"{file} is a git-LFS pointer, not the weights; fetch them with `git lfs pull`"
 
     size = file.stat().st_size

@@ -89,8 +89,10 @@ def read_part(file: Path, expect: tuple[str, ...]) -> tuple[dict[str, Any], Info
         if inside and not any(key.startswith(_XL) for key in infos):
             try:
                 values, tensors = read(inside)
-            except (KeyError, IndexError) as error:
+            except KeyError as error:
                 raise UserError(f"{file}: its {title} is not complete: no {error}") from error
+            except (IndexError, ValueError) as error:
+                raise UserError(f"{file}: its {title} has tensors of other shapes") from error
             return {"_class_name": part, **values}, tensors
     raise UserError(f"{file}: {_why_not(file, infos, title)}")
 
@@ -105,7 +107,7 @@ def _why_not(file: Path, infos: Iterable[str], title: str) -> str:
     if (file.parent / CONFIG_FILE).is_file():
         return f"weights of a folder with a {CONFIG_FILE}; name the folder, {file.parent}"
     if any(key.startswith(_XL) for key in infos):
-        return "a Stable Diffusion XL; legal: 1.x and 2.x"
+        return "a Stable Diffusion XL or unCLIP; legal: 1.x and 2.x"
     if _VAE_ALONE in infos:
         return (
             "an autoencoder alone, which does not say the scale of its latents; name a folder with its "
@@ -128,7 +130,7 @@ def _below(infos: Infos, prefix: str) -> Infos:
 
 def _renamed(infos: Infos, rules: Iterable[tuple[str, str]]) -> Infos:
     """Tensors by new names; each rule is a pattern and its replacement, applied in order."""
-    found = {}
+    found: Infos = {}
     for key, info in infos.items():
         for pattern, replacement in rules:
             key = re.sub(pattern, replacement, key)
@@ -148,10 +150,10 @@ def _widths(infos: Infos, prefix: str) -> list[int]:
     return [infos[f"{prefix}{level}.resnets.0.conv1.weight"].shape[0] for level in levels]
 
 
-def _unet(infos: Infos) -> tuple[dict[str, Any], Infos]:
-    """The U-Net: its blocks are one list for each half, split into levels by the resamplers in it."""
+def _unet_tensors(infos: Infos) -> Infos:
+    """The U-Net's tensors by diffusers' names, where its two lists of blocks are cut into levels."""
     modules = _UNET | _halves(infos)
-    found = {}
+    found: Infos = {}
     for key, info in infos.items():
         # A module's name is three or four words long, but for those outside of the blocks.
         words = key.split(".")
@@ -159,8 +161,12 @@ def _unet(infos: Infos) -> tuple[dict[str, Any], Infos]:
         name = next((name for name in names if name in modules), None)
         rest = key if name is None else f"{modules[name]}{key.removeprefix(name)}"
         found[rest] = info
+    return _renamed(found, [(rf"(resnets\.\d+\.){old}", rf"\g<1>{new}") for old, new in _RESNET])
 
-    found = _renamed(found, [(rf"(resnets\.\d+\.){old}", rf"\g<1>{new}") for old, new in _RESNET])
+
+def _unet(infos: Infos) -> tuple[dict[str, Any], Infos]:
+    """The U-Net, with 4 inputs or those of a checkpoint that was widened."""
+    found = _unet_tensors(infos)
     widths = _widths(found, "down_blocks.")
     attends = [f"down_blocks.{i}.attentions.0.norm.weight" in found for i in range(len(widths))]
     query = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -215,7 +221,7 @@ def _vae(infos: Infos) -> tuple[dict[str, Any], Infos]:
         return f"decoder.up_blocks.{last - int(match[1])}."
 
     upward = ((r"\.block\.", ".resnets."), (r"\.upsample\.", ".upsamplers.0."))
-    found = {}
+    found: Infos = {}
     for key, info in _renamed(infos, _VAE).items():
         turned = re.sub(r"^decoder\.up\.(\d+)\.", from_below, key)
         found |= {turned: info} if turned == key else _renamed({turned: info}, upward)
@@ -239,7 +245,7 @@ def _text_2x(infos: Infos) -> tuple[dict[str, Any], Infos]:
     """OpenCLIP's text encoder without its last layer: Stable Diffusion 2.x reads the one before."""
     last = f"encoder.layers.{_count(infos, 'transformer.resblocks.') - 1}."
     dropped = ("text_projection", "logit_scale", "attn_mask", last)
-    found = {}
+    found: Infos = {}
     for key, info in _renamed(infos, _TEXT_2X).items():
         # Query, key and value are the thirds of one tensor.
         whole = re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", key)

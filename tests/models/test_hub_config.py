@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hub import layouts
 from tiny import one_line
@@ -116,3 +122,51 @@ def test_settings_of_open_clip_are_judged_too(section, key, value):
         OpenClipTextConfig.from_checkpoint({"model_cfg": model}, {})
     with pytest.raises(UserError, match="no key 'text.transformer"):  # the real one: up to the weights
         OpenClipTextConfig.from_checkpoint(layouts.BIOMEDCLIP, {})
+
+
+PLACES = {  # classes of diffusers whose files are read here
+    "UNet2DConditionModel": "models/unets/unet_2d_condition.py",
+    "AutoencoderKL": "models/autoencoders/autoencoder_kl.py",
+    "AutoencoderTiny": "models/autoencoders/autoencoder_tiny.py",
+}
+CONFIGS = {  # and of transformers
+    "CLIPTextModel": "CLIPTextConfig",
+    "CLIPTextModelWithProjection": "CLIPTextConfig",
+    "CLIPVisionModelWithProjection": "CLIPVisionConfig",
+    "BertModel": "BertConfig",
+}
+
+
+def installed_defaults(name: str) -> dict[str, Any]:
+    """What the installed library writes into config.json if nothing is chosen; no torch is needed."""
+    if name in CONFIGS:
+        import transformers
+
+        return getattr(transformers, CONFIGS[name])().to_dict() | {"architectures": [name]}
+
+    # diffusers imports torch with its models: only the text of the constructor is read.
+    spec = importlib.util.find_spec("diffusers")
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse((Path(spec.origin).parent / PLACES[name]).read_text())
+    (model,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    (init,) = [n for n in model.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    keys = [argument.arg for argument in init.args.args][1:]
+    values = [ast.literal_eval(default) for default in init.args.defaults]
+    return {"_class_name": name, **dict(zip(keys, values, strict=True))}
+
+
+@pytest.mark.parametrize("name", [*PLACES, *CONFIGS])
+def test_what_the_installed_libraries_write_by_default_is_taken(name):
+    values = installed_defaults(name)
+    kind = type(read(values))
+    known = {field.name for field in dataclasses.fields(kind)}
+    known |= kind.HARMLESS | {"_class_name", "architectures"}
+
+    # Any other value of a setting that is neither read nor harmless may change the numbers.
+    judged = [key for key in values if key not in known and not key.startswith("_")]
+    for key in judged:
+        default = values[key]
+        other: Any = "another" if isinstance(default, str) else 3.5
+        with pytest.raises(UserError, match=key):
+            read(values | {key: not default if isinstance(default, bool) else other})
+    assert len(judged) > 2 or name in CONFIGS

@@ -16,10 +16,10 @@ from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config
 from digseg_jax.diffusion.ddim import timesteps
 from digseg_jax.models.unet import NOTE
-from digseg_jax.prediction.export import INDEX
 from digseg_jax.prediction.pretrained import PretrainedSegmenter, load_segmenter
 from digseg_jax.recipes import stable_diffusion
 from digseg_jax.segmentation.sampling import member_noise
+from digseg_jax.weights.safetensors_io import PIPELINE_FILE
 
 WORDS = ["water", "snow and ice"]
 LIMIT = 1e-4  # of a probability, any pixel's
@@ -178,6 +178,6 @@ def test_trusting_no_code_opens_nothing(shipped):
 def test_the_pipeline_is_short_and_its_index_names_what_is_there(shipped):
     folder = shipped[1]
     assert len((folder / "pipeline.py").read_text().splitlines()) < 150
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / PIPELINE_FILE).read_text())
     parts = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_"]
     assert sorted(parts) == sorted(path.name for path in folder.iterdir() if path.is_dir())

@@ -5,6 +5,7 @@ without end."""
 from __future__ import annotations
 
 import gzip
+import json
 import time
 
 import numpy as np
@@ -13,7 +14,7 @@ import tiny
 
 from digseg_jax.data.datasets.readers import polygons
 from digseg_jax.errors import UserError
-from digseg_jax.weights import safetensors_io, tokenizer_files
+from digseg_jax.weights import load_config, safetensors_io, tokenizer_files
 from digseg_jax.weights.hub import resolve
 
 
@@ -24,6 +25,43 @@ def test_a_pickle_is_told_with_the_tool_that_converts_it(tmp_path):
         resolve(str(file))
     assert f"{file}: not a .safetensors file, and pickles are" in tiny.one_line(caught.value)
     assert "from_single_file(FILE).save_pretrained(FOLDER)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("", "no weights are named"),
+        ("sd-1.5/unet", "no such folder: sd-1.5/unet; .* did you mean 'sd-1.5:unet'"),
+        ("models/sd.safetensors", "no such file: models/sd.safetensors; legal: a folder"),
+        ("https://huggingface.co/org/name", "no such folder: https://huggingface.co/org/name; legal"),
+    ],
+)
+def test_names_that_people_type_are_not_asked_of_the_hub(spec, told):
+    with pytest.raises(UserError, match=told):
+        resolve(spec)
+
+
+def test_a_whole_pipelines_folder_is_told_its_parts(tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=f"a whole pipeline; .* such as {tmp_path / 'unet'}"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"_class_name": ["UNet2DConditionModel"]}, "'_class_name' is .* expected str"),
+        ({"architectures": "CLIPTextModel"}, "'architectures' is 'CLIPTextModel', expected list"),
+        ({"architectures": [["BertModel"]]}, "'architectures' is .* expected names"),
+        ({"model_cfg": []}, "'model_cfg' is .* expected dict"),
+        ({"model_cfg": {"text_cfg": []}}, "'text_cfg' is .* expected dict"),
+    ],
+)
+def test_a_config_that_names_no_class_is_one_line(tmp_path, values, told):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=told) as caught:
+        load_config(tmp_path)
+    assert tiny.one_line(caught.value).startswith(str(tmp_path))
 
 
 def test_a_vocabulary_that_unpacks_without_end(tmp_path, monkeypatch):

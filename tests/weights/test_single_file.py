@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_text_towers import END, write_tokenizer
 
@@ -246,7 +247,11 @@ CONV = np.zeros((4, 4, 3, 3), np.float32)
 @pytest.mark.parametrize(
     ("name", "keys", "told"),
     [
-        ("xl", ["model.diffusion_model.label_emb.0.0.weight"], "a Stable Diffusion XL; legal: 1.x"),
+        (
+            "xl",
+            ["model.diffusion_model.label_emb.0.0.weight"],
+            "a Stable Diffusion XL or unCLIP",
+        ),
         ("xl", ["conditioner.embedders.0.x", "first_stage_model.quant_conv.weight"], "a Stable"),
         ("vae", ["decoder.up.0.block.0.conv1.weight"], "an autoencoder alone, which does not say"),
         ("lora", ["lora_unet_mid.alpha"], "no U-Net of a Stable Diffusion 1.x or 2.x in it"),
@@ -259,6 +264,16 @@ def test_other_files_are_told(tmp_path, name, keys, told):
     with pytest.raises(UserError) as caught:
         weights.load_config(file, expect=CLASSES["unet"])
     assert f"{file}: {told}" in tiny.one_line(caught.value)
+
+
+def test_tensors_of_other_shapes_are_told(checkpoint, tmp_path):
+    _, file, _ = checkpoint
+    with safe_open(file, "numpy") as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    flat = {k: v.ravel() if "token_embedding" in k else v for k, v in tensors.items()}
+    save_file(flat, tmp_path / "flat.safetensors")
+    with pytest.raises(UserError, match="its text encoder has tensors of other shapes"):
+        weights.load_config(tmp_path / "flat.safetensors", expect=CLASSES["text"])
 
 
 def test_the_weights_of_a_folder_are_told_by_their_folder(tmp_path):
