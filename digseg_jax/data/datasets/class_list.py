@@ -23,6 +23,7 @@ from pathlib import Path
 from digseg_jax.data.datasets.spec import ClassInfo
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import read_lines, shown
+from digseg_jax.io.names import UNSEEN
 
 COLOR = 1 << 24  # added to a color's number, to distinguish it from a plain value
 FORM = "a line is `name, synonym` or `VALUE: name, synonym`, VALUE a number or #rrggbb"
@@ -37,12 +38,12 @@ _HEADINGS = frozenset((
 _ALONE = frozenset(("class", "classes", "name", "names", "class_name"))  # a heading of one column
 # What no name contains, and the advice for such a line.
 _FOREIGN = (
-    (re.compile(r"\d+\s*[,;=\t .)]|\d+$"), "a value is followed by a colon, as in `0: soil`"),
+    (re.compile(r"\d+\s*[,;=\t .)：]|\d+$"), "a value is followed by a colon, as in `0: soil`"),
     (re.compile(r".*,\s*\d+\s*(,|$)"), "a number among names; the value comes first, as in `0: soil`"),
     (re.compile(r".*[\"`]|'.*'$"), "names have no quotes around them"),
     (re.compile(r".*[\[\]{}<>|;=\t#]"), "a name has none of []{}<>|;=# and no tab"),
     (re.compile(r"[-*+]\s"), "a list of names has no bullets"),
-    (re.compile(r".*[\x00-\x1f\x7f]"), "a name has no control characters"),
+    (re.compile(f".*{UNSEEN.pattern}"), "a name has no control or invisible characters: type it anew"),
 )
 
 

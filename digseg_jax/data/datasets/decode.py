@@ -31,12 +31,18 @@ class LabelValueError(UserError):
 
 
 def read_index_image(path: Path) -> np.ndarray:
-    """Reads class indices [h, w], uint8 or wider, from a one-channel or palette file.
+    """Reads class indices [h, w], uint8 or wider, from a gray or palette file.
 
     Raises:
-      UnreadableError: also for more than one channel: `convert("L")` would invent values.
+      UnreadableError: also for colors or transparency: `convert("L")` would invent values.
     """
     image, bits = _decode_label_and_bits(path)
+
+    # Painting programs store gray as RGB: three equal channels, and an opaque fourth.
+    if image.mode in ("RGB", "RGBA", "LA"):
+        rgba = np.asarray(image.convert("RGBA"))
+        if (rgba[..., :3] == rgba[..., :1]).all() and (rgba[..., 3] == 255).all():
+            return rgba[..., 0]
     if image.mode not in _INDEX_MODES:
         raise UnreadableError(
             f"{path}: mode {image.mode}; a label has one channel of class indices (or a palette)"

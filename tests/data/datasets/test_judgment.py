@@ -18,7 +18,14 @@ from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics
-from digseg_jax.data.sources import check_labels, check_splits, open_part, spec_of, statistics_of
+from digseg_jax.data.sources import (
+    check_labels,
+    check_splits,
+    open_part,
+    spec_of,
+    statistics_of,
+    title_of,
+)
 from digseg_jax.errors import UserError
 from digseg_jax.tools import check_data
 
@@ -50,7 +57,8 @@ def start(root) -> None:
     part = PartConfig("folder", str(root))
     source = open_part(part, "train")
     facts = spec_of(part)
-    check_labels(facts, "train", statistics_of(source, Guarded(source, facts.num_classes)), len(source))
+    statistics = statistics_of(source, Guarded(source, facts.num_classes))
+    check_labels(facts, title_of(part), "train", statistics, len(source))
 
 
 CURE = "255 is ignored: if it is 'road' in the masks, write `255: road` into classes.txt"
@@ -84,7 +92,7 @@ def test_what_is_odd_and_may_be_right_is_a_note(tmp_path, capsys, caplog):
     logging.getLogger("digseg_jax").propagate = True
     with caplog.at_level(logging.WARNING, "digseg_jax"):
         start(root)
-    assert "folder train: no pixel in 1 examples: sky" in caplog.text
+    assert f"folder {root.name} train: no pixel in 1 examples: sky" in caplog.text
 
 
 def test_the_line_that_was_told_cures_it(tmp_path, capsys):
@@ -97,9 +105,9 @@ def test_a_sample_is_no_proof():
     spec = registry.spec("camvid")
     statistics = ClassStatistics.empty(spec.num_classes)
     statistics.add(np.full((2, 2), 3, np.int32))
-    check_labels(spec, "train", statistics, 300)
+    check_labels(spec, spec.name, "train", statistics, 300)
     with pytest.raises(UserError, match="every pixel of 1 examples that counts is 'road'"):
-        check_labels(spec, "train", statistics, 1)
+        check_labels(spec, spec.name, "train", statistics, 1)
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])
@@ -145,9 +153,50 @@ def test_layouts_that_people_have(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("Images/Train/0.jpg", "Labels/Train/0.png"),
+        ("img_dir/train2017/0.jpg", "ann_dir/train2017/0.png"),
+        ("train/image/0.jpg", "train/gt/0.png"),
+        ("images/train/0.jpg", "masks/train/0.jpg.png"),
+        ("images/train/0.jpg", "masks/train/mask_0.png"),
+        ("images/train/img_0.jpg", "masks/train/label_0.png"),
+        ("images/train/0.png", "masks/train/0_L.png"),
+        ("images/train/more/0.jpg", "masks/train/more/GT-0.png"),
+    ],
+)
+def test_names_of_folders_and_masks_that_people_have(tmp_path, image, label):
+    (tmp_path / "classes.txt").write_text("soil\nroad\n")
+    trees.image(tmp_path / image, H, W)
+    trees.save(tmp_path / label, mask(0, 1))
+    (example,) = registry.open_source("folder", tmp_path, "train")
+    np.testing.assert_array_equal(example["label"], mask(0, 1))
+
+
+def test_two_masks_of_one_image_are_told(tmp_path):
+    """The first was replaced by the second, without a word."""
+    root = folder(tmp_path, [mask(0, 1)])
+    trees.save(root / "masks/train/0_mask.png", mask(0, 1))
+    with pytest.raises(UserError, match="0.png and masks/train/0_mask.png are masks of one image"):
+        registry.open_source("folder", root, "train")
+    trees.image(root / "images/train/0_mask.jpg", H, W)  # an image of that very name
+    assert len(registry.open_source("folder", root, "train")) == 2
+
+
+def test_a_folder_above_the_data_is_told(tmp_path):
+    root = folder(tmp_path / "mine", [mask(0, 1)])
+    with pytest.raises(UserError, match="name the folder that holds classes.txt"):
+        registry.spec("folder", tmp_path)
+    (root / "classes.txt").rename(tmp_path / "classes.txt")
+    with pytest.raises(UserError, match=f"holds splits: name {root} as the data"):
+        registry.spec("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
     ("file", "told"),
     [
         ("labelmap.txt", "labelmap.txt"),
+        ("train_masks/a.png", "move train to images/train, and train_masks to masks/train"),
         ("SegmentationClass/a.png", "VOC-style"),
         ("data.yaml", "YOLO"),
     ],
@@ -165,8 +214,24 @@ def test_jpeg_masks_are_told(tmp_path):
     root = folder(tmp_path, [mask(0, 1)])
     (root / "masks/train/0.png").unlink()
     trees.image(root / "masks/train/0.jpg", H, W)
-    with pytest.raises(UserError, match="are JPEG or WebP, which changes values at edges"):
+    with pytest.raises(UserError, match="end in .jpg .JPEG and WebP change values at edges.; save"):
         registry.open_source("folder", root, "train")
+    (root / "masks/train/0.jpg").rename(root / "masks/train/0.npy")
+    with pytest.raises(UserError, match="masks/train end in .npy; save the masks as PNG"):
+        registry.open_source("folder", root, "train")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA"])
+def test_indices_are_read_from_gray_in_any_mode_and_from_no_color(tmp_path, mode):
+    root, file = folder(tmp_path, [mask(0)], splits=("train",)), tmp_path / "masks/train/0.png"
+    gray = Image.fromarray(mask(0, 1).astype(np.uint8)).convert(mode)
+    gray.save(file)
+    np.testing.assert_array_equal(registry.open_source("folder", root, "train")[0]["label"], mask(0, 1))
+    if mode != "L":
+        gray.putpixel((0, 0), {"RGB": (1, 0, 0), "RGBA": (1, 1, 1, 9), "LA": (1, 9)}[mode])
+        gray.save(file)
+        with pytest.raises(UserError, match=f"mode {mode}; a label has one channel"):
+            _ = registry.open_source("folder", root, "train")[0]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "RGBA"])

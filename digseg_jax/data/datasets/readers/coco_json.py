@@ -26,6 +26,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS
 from digseg_jax.io.json_file import check_keys, read_json
+from digseg_jax.io.names import UNSEEN
 
 BACKGROUND = "background"
 _ROBOFLOW = "_annotations.coco.json"
@@ -104,7 +105,38 @@ def _read(path: Path) -> dict[str, Any]:
                 check_keys(row, kind)
             except ValueError as error:
                 raise UserError(f"{shown(path)}: {key}[{place}]: {error}") from error
+    _check_references(path, values)
     return values
+
+
+def _check_references(path: Path, values: dict[str, Any]) -> None:
+    """Checks that numbers and names occur once, and that annotations name what is listed.
+
+    Otherwise one entry would silently replace another, or its pixels become background.
+
+    Raises:
+      UserError: names the entry.
+    """
+    unique = (("categories", "id"), ("images", "id"), ("images", "file_name"))
+    for key, field in unique:
+        seen = set()
+        for place, row in enumerate(values[key]):
+            if row[field] in seen:
+                raise UserError(f"{shown(path)}: {key}[{place}]: a second {field} {row[field]!r}")
+            seen.add(row[field])
+
+    for place, row in enumerate(values["categories"]):
+        if not row["name"].strip() or UNSEEN.search(row["name"]):
+            raise UserError(f"{shown(path)}: categories[{place}]: {row['name']!r} is no name")
+
+    listed = {key: {row["id"] for row in values[key]} for key in ("images", "categories")}
+    for place, row in enumerate(values["annotations"]):
+        for field, key in (("image_id", "images"), ("category_id", "categories")):
+            if listed[key] and row[field] not in listed[key]:
+                raise UserError(
+                    f"{shown(path)}: annotations[{place}]: no entry of {key} has the {field} "
+                    f"{row[field]}"
+                )
 
 
 class CocoSource(FileSource):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a user's own data: images/SPLIT/NAME.jpg, masks/SPLIT/NAME.png and classes.txt.
 
-SPLIT/images and SPLIT/masks are read too. Masks may also be in a folder annotations or labels, in
-subfolders named as those of the images, and be called NAME_mask.png. `class_list` describes the lines
-of classes.txt. 255 is ignored unless a line gives it a meaning.
+SPLIT/images and SPLIT/masks are read too, as are the other names of the two folders in `IMAGES` and
+`MASKS`, in capitals or not. Masks may be in subfolders named as those of the images, and be called
+NAME_mask.png, mask_NAME.png or NAME.jpg.png. `class_list` describes the lines of classes.txt. 255 is
+ignored unless a line gives it a meaning.
 
 Exports in Pascal VOC's form, as CVAT makes them, are read as they are: JPEGImages, SegmentationClass,
 labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in
@@ -34,25 +35,39 @@ from digseg_jax.io.files import read_lines, shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS
 
 CLASSES = "classes.txt"
-IMAGES = "images"
-MASKS = ("masks", "annotations", "labels")  # the first one that exists is taken
+# Names of the two folders, in small letters; the first that exists is taken.
+IMAGES = ("images", "image", "imgs", "img", "img_dir")
+MASKS = (
+    "masks", "mask", "annotations", "annotation", "labels", "label", "ann_dir", "gt", "groundtruth",
+)  # fmt: skip
 LABEL_MAP = "labelmap.txt"
 VOC_IMAGES, VOC_MASKS = "JPEGImages", "SegmentationClass"
 VOC_LISTS = "ImageSets/Segmentation"
 VOID = 255  # ignored value of number masks, unless a line of classes.txt gives it a meaning
 _MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp")
 _LOSSY = (".jpg", ".jpeg", ".webp")
-# What labeling tools add to the stem of a mask.
-_MARK = re.compile(r"[_-](masks?|labels?|seg|gt|annotations?)$", re.IGNORECASE)
+# What tools add to the stem of a mask or of an image: behind it, before it, or the image's own ending.
+_MASK_WORDS = r"(?:masks?|labels?|seg|gt|annotations?)"
+_MARKS = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"[_-]{_MASK_WORDS}$", rf"(?<![^/]){_MASK_WORDS}[_-]", r"(?<![^/])(?:images?|imgs?)[_-]",
+        r"_L$", r"\.(?:jpe?g|png|tiff?|bmp|webp)$",
+    )
+)  # fmt: skip
 _VOC = (
     "a VOC-style export without labelmap.txt: move JPEGImages to images/train, SegmentationClass to "
     "masks/train"
 )
+_BESIDE = "train beside {0}: move train to images/train, and {0} to masks/train"
 # Files of other layouts -> whose layout it is, and what to do.
 _OTHERS = {
     LABEL_MAP: "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
     "SegmentationClass": _VOC,
     "JPEGImages": _VOC,
+    "train_masks": _BESIDE.format("train_masks"),
+    "trainannot": _BESIDE.format("trainannot"),
+    f"*/{CLASSES}": f"a folder above the data: name the folder that holds {CLASSES}",
     "**/data.yaml": "an export for YOLO, without masks: export semantic masks (PNG) instead",
 }
 
@@ -133,23 +148,35 @@ def _open_voc_export(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     return FileSource(root, pair_up(root, images, masks, what), ColorLabels(spec), strict=True)
 
 
+def _named(folder: Path, names: tuple[str, ...]) -> str:
+    """The subfolder that has the first of the names that is there, in capitals or not; "" for none."""
+    there = {name.lower(): name for name in list_folders(folder)}
+    return next((there[name] for name in names if name in there), "")
+
+
 def _splits(root: Path) -> list[str]:
     """Names of the splits: folders in images/, or folders that hold images/.
 
     Raises:
-      UserError: there are none.
+      UserError: there are none, or the data set is one folder further down.
     """
-    if (root / IMAGES).is_dir():
-        found = list_folders(root / IMAGES)
-        where = f"{shown(root / IMAGES)}: no folders of splits in it"
+    if images := _named(root, IMAGES):
+        found = list_folders(root / images)
+        where = f"{shown(root / images)}: no folders of splits in it"
     else:
-        found = [name for name in list_folders(root) if (root / name / IMAGES).is_dir()]
+        found = [name for name in list_folders(root) if _named(root / name, IMAGES)]
         where = f"{shown(root)}: neither images/SPLIT nor SPLIT/images{_recognized(root)}"
     if not found:
         raise UserError(
             f"{where}; images belong to images/train and images/val, their masks to masks/train and "
             "masks/val"
         )
+
+    # DIR/NAME/images/train has the form of SPLIT/images, but NAME is the data set.
+    if not images and len(found) == 1:
+        inside = root / found[0] / _named(root / found[0], IMAGES)
+        if split_called("train", splits := list_folders(inside)) in splits:
+            raise UserError(f"{shown(inside)} holds splits: name {shown(root / found[0])} as the data")
     return found
 
 
@@ -204,16 +231,15 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     images, masks = _places(root, split, what)
     sides = _side(root, images, IMAGE_ENDINGS), _side(root, masks, _MASK_ENDINGS)
 
-    # Lossy masks deserve an error of their own, before every image lacks its mask.
-    if sides[0] and not sides[1] and _side(root, masks, _LOSSY):
+    # Masks of other formats deserve an error of their own, before every image lacks its mask.
+    if sides[0] and not sides[1] and (others := _side(root, masks, ("",))):
+        endings = ", ".join(sorted({Path(path).suffix for path in others.values()})[:5])
+        why = " (JPEG and WebP change values at edges)" if _side(root, masks, _LOSSY) else ""
         raise UserError(
-            f"{what}: the masks in {shown(root / masks)} are JPEG or WebP, which changes values at "
-            "edges; save them as PNG"
+            f"{what}: the files in {shown(root / masks)} end in {endings}{why}; save the masks as PNG"
         )
 
-    # Some tools mark masks: NAME_mask.png belongs to NAME unless an image has that very name.
-    labels = {_unmarked(stem, sides[0]): path for stem, path in sides[1].items()}
-    pairs = pair_up(root, sides[0], labels, what)
+    pairs = pair_up(root, sides[0], _by_image(sides[1], sides[0], what), what)
 
     # All values of a list have one form, so the first tells which. Strict about EXIF, because no
     # convention says how masks of a user's own data were drawn.
@@ -227,12 +253,21 @@ def _places(root: Path, split: str, what: str) -> tuple[str, str]:
     Raises:
       UserError: no folder of masks.
     """
-    by_split = (root / IMAGES).is_dir()
-    images, *places = (f"{n}/{split}" if by_split else f"{split}/{n}" for n in (IMAGES, *MASKS))
-    masks = next((place for place in places if (root / place).is_dir()), None)
-    if masks is None:
-        raise UserError(f"{what}: {shown(root)} has none of the folders {', '.join(places)}")
-    return images, masks
+    # Either the two folders hold the splits, or the split holds the two.
+    by_split = bool(_named(root, IMAGES))
+    above = root if by_split else root / split
+    images, masks = _named(above, IMAGES), _named(above, MASKS)
+    sides = (
+        (f"{images}/{split}", f"{masks}/{split}")
+        if by_split
+        else (f"{split}/{images}", f"{split}/{masks}")
+    )
+    if not masks or not (root / sides[1]).is_dir():
+        form = f"NAME/{split}" if by_split else f"{split}/NAME"
+        raise UserError(
+            f"{what}: {shown(root)} has no folder {form} of masks; legal: {', '.join(MASKS)}"
+        )
+    return sides
 
 
 def _side(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
@@ -251,7 +286,31 @@ def _side(root: Path, folder: str, endings: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _unmarked(stem: str, images: dict[str, str]) -> str:
-    """Stem of the image that a mask belongs to: the mask's own, or without its mark."""
-    plain = _MARK.sub("", stem)
-    return plain if stem not in images and plain in images else stem
+def _by_image(masks: dict[str, str], images: dict[str, str], what: str) -> dict[str, str]:
+    """Masks by the stem of the image that each belongs to; others keep their own stem.
+
+    A mask belongs to the image of its stem, or to the one that differs from it in marks alone.
+
+    Raises:
+      UserError: two masks of one image.
+    """
+    plain = {_unmarked(stem): stem for stem in images}
+    if len(plain) < len(images):  # image_1 and img_1: only whole stems tell them apart
+        plain = {}
+
+    found: dict[str, str] = {}
+    for stem, path in masks.items():
+        whole = _MARKS[0].sub("", stem)
+        owners = (stem, whole, plain.get(_unmarked(stem), stem))
+        owner = next((name for name in owners if name in images), stem)
+        if owner in found:
+            raise UserError(f"{what}: {found[owner]} and {path} are masks of one image; keep one")
+        found[owner] = path
+    return found
+
+
+def _unmarked(stem: str) -> str:
+    """A stem without the marks of masks and images."""
+    for mark in _MARKS:
+        stem = mark.sub("", stem)
+    return stem
