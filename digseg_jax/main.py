@@ -258,6 +258,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         _fail(f"--config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
         _fail(f"--config: {explained(error)}")
+    except Exception as error:  # a config file is a program: it may raise anything
+        _fail(f"--config: {type(error).__name__}: {explained(error)}")
 
 
 def _check_repeats(argv: list[str]) -> None:

@@ -68,11 +68,13 @@ def find_config(path_or_name: str | os.PathLike) -> str:
     A file at that path takes precedence over configs/NAME.py of the package.
 
     Raises:
-      UserError: there is neither.
+      UserError: there is neither, or the file is no Python.
     """
     text = os.fspath(path_or_name)
     place, colon, variant = text.partition(":")
     if Path(place).expanduser().is_file():
+        if not place.endswith(".py"):
+            raise UserError(f"--config={text}: an experiment is a Python file with get_config()")
         return f"{Path(place).expanduser()}{colon}{variant}"
 
     # configs/quickstart.py works like quickstart, so that a command can be typed outside the checkout.

@@ -11,6 +11,7 @@ from pathlib import Path
 from digseg_jax.errors import UserError
 
 MAX_BYTES = 512 * 2**20
+LFS_POINTER = b"version https://git-lfs"  # begins what a clone without git-LFS has in place of files
 MAX_TEXT = 16 * 2**20  # bytes; for lists that people write: names, queries, splits
 # Byte-order marks of text that is not UTF-8. The longer ones go first: UTF-32's begins like UTF-16's.
 _OTHER_ENCODINGS = {

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from digseg_jax.arraytypes import UInt8
-from digseg_jax.io.files import UnreadableError, read_bytes, shown
+from digseg_jax.io.files import LFS_POINTER, UnreadableError, read_bytes, shown
 
 MAX_PIXELS = 178_956_970  # Pillow rejects more, too
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
@@ -48,6 +48,8 @@ _STARTS = {
     b"\xff\x4f\xff\x51": "JPEG 2000",
     b"\x89HDF": "HDF5",
     b"\x93NUMPY": "a NumPy array",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive, perhaps NIfTI",
     b"<svg": "SVG",
     b"<?xml": "XML",
     b"<": "a page of HTML",
@@ -121,6 +123,10 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableError(f"{shown(path)}: {error}") from error
     except Image.UnidentifiedImageError as error:
+        if data.startswith(LFS_POINTER):
+            raise UnreadableError(
+                f"{shown(path)}: a pointer of git-LFS; `git lfs pull` fetches the image itself"
+            ) from error
         known = f", but {kind}: convert it" if (kind := _kind_of(data)) else ""
         raise UnreadableError(
             f"{shown(path)}: cannot be decoded, not one of {', '.join(formats)}{known}"
@@ -140,6 +146,8 @@ def _kind_of(data: bytes) -> str:
     """Name of a format that people have and this module does not read; empty if it is none of them."""
     if data[4:8] == b"ftyp":  # the container of these three, and of videos
         return _BRANDS.get(data[8:12], "a video or another file of its container")
+    if data[128:132] == b"DICM":  # after a preamble of any content
+        return "DICOM"
     return next((kind for start, kind in _STARTS.items() if data.startswith(start)), "")
 
 

@@ -3,10 +3,18 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
 LONGEST = 100  # bytes of a part of a file name; most file systems allow 255 for the whole name
+
+
+# Control characters, and those that look like nothing but make another text: soft hyphens, spaces
+# without width, marks of direction, byte-order marks. Joiners are legal, as some scripts need them.
+UNSEEN = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\u00ad\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060\\u2066-\\u2069\\ufeff]"
+)
 
 
 def slug(text: str) -> str:

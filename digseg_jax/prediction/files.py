@@ -25,6 +25,7 @@ from digseg_jax.data.datasets.spec import Color
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.image_file import IMAGE_ENDINGS, read_image, upright_rgb
+from digseg_jax.io.names import UNSEEN
 from digseg_jax.prediction.answer import MostProbable
 from digseg_jax.prediction.targets import PredictionFiles, check_not_replaced
 from digseg_jax.viz import images as viz
@@ -73,6 +74,8 @@ def _images_of(text: str) -> list[Path]:
 
     # A single file, whatever its ending.
     if not path.exists() or not text:
+        if "://" in text or text.startswith("data:"):
+            raise UserError(f"--image={shown(text)[:200]}: an address; download it and name the file")
         raise UserError(f"--image={shown(text)}: no such file")
     return [path]
 
@@ -146,20 +149,23 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
 
 
 def check_queries(queries: Sequence[str], name: str = "--query") -> None:
-    """Checks that no query is blank and none is asked twice.
+    """Checks that no query is blank, none has characters that cannot be seen, and none is asked twice.
 
     name: the flag or argument that an error names.
 
     Raises:
-      UserError: a blank or repeated query.
+      UserError: such a query; spaces around and between words do not make another one.
     """
     seen = set[str]()
     for query in queries:
-        if not query.strip():
+        words = " ".join(query.split())
+        if not words:
             raise UserError(f"{name}: empty; name what to segment, such as 'snow and ice'")
-        if query in seen:
+        if UNSEEN.search(query):
+            raise UserError(f"{name}={query!r}: has a control or invisible character; type it anew")
+        if words in seen:
             raise UserError(f"{name}={query!r}: asked twice")
-        seen.add(query)
+        seen.add(words)
 
 
 def write_prediction(

@@ -22,7 +22,7 @@ from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.files import find_images, find_queries, query_colors, read_rgb
 from digseg_jax.prediction.known_names import far_queries, told
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
-from digseg_jax.prediction.targets import PredictionFiles, targets
+from digseg_jax.prediction.targets import PredictionFiles, no_empty_folder, targets
 from digseg_jax.runtime.compile_cache import use_own_compile_cache
 
 
@@ -54,25 +54,58 @@ def predict(
     # Check all input and output before the slow part: queries, images and file names.
     texts = find_queries(queries, vocabulary)
     images = find_images(image)
-    planned = targets(images, out, texts)
-    if len(images) == 1:
-        read_rgb(images[0])  # an unreadable image is reported before the models are built
+    with no_empty_folder(out):
+        planned = targets(images, out, texts)
+        if len(images) == 1:
+            read_rgb(images[0])  # an unreadable image is reported before the models are built
 
-    # Load the weights with the settings of their training, or with those of the configuration.
+        segmenter, chosen = _load(config, model, estep, settings or {})
+        if far := far_queries(segmenter, texts):
+            log.info("%s", told(far))
+        colors = query_colors(texts, segmenter.description.datasets, vocabulary)
+        broken = _segment_files(segmenter, chosen, images, texts, colors, planned)
+
+    if broken:
+        names = ", ".join(shown(path) for path in broken[:5])
+        more = ", ..." if len(broken) > 5 else ""
+        raise UserError(f"{len(broken)} of {len(images)} images could not be read: {names}{more}")
+
+
+def _load(
+    config: Config | None, model: str | None, estep: str | None, settings: Mapping[str, Any]
+) -> tuple[PretrainedSegmenter, Config]:
+    """Loads the weights with the settings of their training, or with those of the configuration.
+
+    Raises:
+      UserError: missing weights, or weights that were trained with another configuration.
+    """
     folder = find_export(model or SHIPPED)
     if config is None:
-        config = with_settings(read_description(folder).training_config(folder), settings or {})
+        config = with_settings(read_description(folder).training_config(folder), settings)
     if estep:
         config = with_sampling(config, estep)
     use_own_compile_cache(config.compute.compile_cache)
-    segmenter = load_segmenter(folder, config)
-    if far := far_queries(segmenter, texts):
-        log.info("%s", told(far))
-    colors = query_colors(texts, segmenter.description.datasets, vocabulary)
+    return load_segmenter(folder, config), config
 
-    # Segment and write one image after the other, so that memory holds one image's masks. A broken one
-    # among many costs only its own masks.
-    sampling, started, broken = config.eval, time.monotonic(), []
+
+def _segment_files(
+    segmenter: PretrainedSegmenter,
+    config: Config,
+    images: Sequence[Path],
+    texts: Sequence[str],
+    colors: UInt8[np.ndarray, "q 3"],
+    planned: Sequence[PredictionFiles],
+) -> list[Path]:
+    """Segments one image after the other, so that memory holds one image's masks.
+
+    Returns:
+      The images that cannot be read: a broken one among many costs only its own masks.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    sampling, started = config.eval, time.monotonic()
+    broken: list[Path] = []
     label = f"predict {sampling.ensemble}x{sampling.steps}"
     progress = Progress(len(images), label=label, unit="images")
     for done, (source, files) in enumerate(zip(images, planned, strict=True), start=1):
@@ -83,11 +116,7 @@ def predict(
             log.error("left out: %s", error)
         progress.update(done, done / (time.monotonic() - started))
     progress.close()
-
-    if broken:
-        names = ", ".join(shown(path) for path in broken[:5])
-        more = ", ..." if len(broken) > 5 else ""
-        raise UserError(f"{len(broken)} of {len(images)} images could not be read: {names}{more}")
+    return broken
 
 
 def _segment_file(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -83,6 +84,19 @@ class PredictionFiles:
     def _file(self, part: str, ending: str) -> Path:
         """FOLDER/NAME + part + ending; NAME itself may have dots."""
         return self.base.parent / f"{self.base.name}{part}{ending}"
+
+
+@contextlib.contextmanager
+def no_empty_folder(out: str | Path) -> Iterator[None]:
+    """Removes the folder `out` at the end if the block made it and wrote nothing to it."""
+    folder = Path(out).expanduser()
+    there = folder.exists()
+    try:
+        yield
+    finally:
+        if not there:
+            with contextlib.suppress(OSError):  # something is in it, or it was not made
+                folder.rmdir()
 
 
 def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[PredictionFiles]:

@@ -54,3 +54,9 @@ def test_a_file_that_raises_is_one_line(tmp_path):
         load_config(tmp_path / "bad.py")
     tiny.one_line(caught.value)
     assert "bad" not in names()
+
+
+def test_a_file_that_is_no_program_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json: an experiment is a Python file"):
+        find_config(tmp_path / "config.json")

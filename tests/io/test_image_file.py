@@ -109,6 +109,9 @@ def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
         (b"\0\0\0\x20ftypisom", "but a video"),
         (b"<!DOCTYPE html>", "but a page of HTML"),  # a download that failed
         (b"%PDF-1.7", "but PDF"),
+        (bytes(128) + b"DICM", "but DICOM"),
+        (b"PK\x03\x04", "but a ZIP archive"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-LFS; `git lfs pull`"),
     ],
 )
 def test_other_kinds_of_files_are_named(tmp_path, start, kind):

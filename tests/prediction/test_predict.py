@@ -176,6 +176,16 @@ def test_a_folder_and_a_vocabulary_file_give_files_for_every_image_and_query(con
             assert Image.open(out / f"{stem}_{query}.png").size == size
 
 
+def test_unreadable_images_leave_no_empty_folder(config, tmp_path):
+    broken, out = tmp_path / "a.png", tmp_path / "out"
+    broken.write_bytes(b"\x89PNG")
+    refused(config, None, str(broken), ["water"], out)
+    assert not out.exists()
+    out.mkdir()
+    refused(config, None, str(broken), ["water"], out)
+    assert out.is_dir()
+
+
 def test_a_broken_image_among_others_is_named_and_the_others_are_segmented(
     config, workdir, tmp_path, caplog, monkeypatch
 ):
@@ -345,3 +355,29 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         tmp_path / "file",
     ):
         assert f"--out={out}" in refused(config, str(workdir), image, ["water"], out)
+
+
+@pytest.mark.parametrize(
+    ("queries", "told"),
+    [
+        (["water", "water "], "'water ': asked twice"),
+        (["snow and ice", "snow  and ice"], "asked twice"),
+        (["wat\u200ber"], "has a control or invisible character"),
+        (["water\nice"], "has a control or invisible character"),
+    ],
+)
+def test_queries_that_look_the_same_are_told(queries, told):
+    with pytest.raises(UserError) as caught:
+        find_queries(queries, None)
+    assert told in tiny.one_line(caught.value)
+    assert find_queries(
+        ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"], None
+    )  # a joiner of Persian
+
+
+@pytest.mark.parametrize(
+    "place", ["https://example.org/a.png", "gs://bucket/a.png", "data:image/png;,"]
+)
+def test_an_address_is_no_file(place):
+    with pytest.raises(UserError, match="an address; download it and name the file"):
+        find_images(place)
