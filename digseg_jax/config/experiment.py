@@ -73,7 +73,7 @@ def find_config(path_or_name: str | os.PathLike) -> str:
     text = os.fspath(path_or_name)
     place, colon, variant = text.partition(":")
     if Path(place).expanduser().is_file():
-        if not place.endswith(".py"):
+        if Path(place).suffix not in ("", ".py"):
             raise UserError(f"--config={text}: an experiment is a Python file with get_config()")
         return f"{Path(place).expanduser()}{colon}{variant}"
 

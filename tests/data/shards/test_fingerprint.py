@@ -23,9 +23,9 @@ from digseg_jax.log import log
 from digseg_jax.tools.prepare_data import prepare_split
 
 
-def prepare(root, out):
+def prepare(root, out, split="train"):
     spec = registry.spec("folder", root)
-    return prepare_split(partial(registry.open_source, "folder", root, "train"), spec, "train", out)
+    return prepare_split(partial(registry.open_source, "folder", root, split), spec, split, out)
 
 
 def test_a_corrected_mask_is_not_complete_already(tmp_path):
@@ -72,10 +72,11 @@ def test_shards_are_known_by_their_checksums(tmp_path):
 def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog, monkeypatch):
     """The shards are what is trained on: a corrected mask would be left out without a word."""
     trees.folder(tmp_path)
-    prepare(tmp_path, tmp_path)
+    for split in ("train", "val"):
+        prepare(tmp_path, tmp_path, split)
     monkeypatch.setattr(log, "propagate", True)
     settings = {"data.name": "folder", "data.root": str(tmp_path), "eval.calibrate": False}
-    config = with_settings(parse(default()), settings | {"eval.split": "train"})
+    config = with_settings(parse(default()), settings | {"eval.split": "val"})
 
     def told() -> list[str]:
         caplog.clear()

@@ -232,11 +232,12 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     sides = _side(root, images, IMAGE_ENDINGS), _side(root, masks, _MASK_ENDINGS)
 
     # Masks of other formats deserve an error of their own, before every image lacks its mask.
-    if sides[0] and not sides[1] and (others := _side(root, masks, ("",))):
-        endings = ", ".join(sorted({Path(path).suffix for path in others.values()})[:5])
-        why = " (JPEG and WebP change values at edges)" if _side(root, masks, _LOSSY) else ""
+    if sides[0] and not sides[1] and (others := walk_files(root / masks, ("",))):
+        endings = sorted({path.suffix.lower() for path in others})
+        why = " (JPEG and WebP change values at edges)" if set(endings) & set(_LOSSY) else ""
         raise UserError(
-            f"{what}: the files in {shown(root / masks)} end in {endings}{why}; save the masks as PNG"
+            f"{what}: the files in {shown(root / masks)} end in {', '.join(endings[:5])}{why}; save "
+            "the masks as PNG"
         )
 
     pairs = pair_up(root, sides[0], _by_image(sides[1], sides[0], what), what)
