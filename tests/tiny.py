@@ -179,7 +179,7 @@ def export(
     change: applied to the weights of step 0.
     """
     task = load_task(config, prompts)
-    if task.codec.closed:  # its colors are chosen before the training
+    if not task.codec.one_by_one:  # its colors are chosen before the training
         task.prepare()
     task.export(change(jax.device_get(task.initial())), folder, {"task": "test"})
     parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)

@@ -19,7 +19,7 @@ from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
 from digseg_jax.segmentation.codec import Codec
-from digseg_jax.segmentation.codecs import make_codec
+from digseg_jax.segmentation.codecs import CODECS, make_codec
 from digseg_jax.training.tasks.base import Trainable
 from digseg_jax.training.tasks.parts import (
     ANCHORS,
@@ -167,7 +167,8 @@ class UNetTask(Trainable):
 
 def bank_shapes(prompts: int, model: ModelConfig, architecture: Architecture) -> Params:
     """Shapes of a prompt bank: tokens [prompts, length, width] and mask [prompts, length]."""
-    length = model.max_tokens + int(model.sentence_token)
+    pooled = CODECS[model.codec].pooled
+    length = 1 if pooled else model.max_tokens + int(model.sentence_token)
     return {
         "tokens": jax.ShapeDtypeStruct((prompts, length, architecture.text_width), jnp.float32),
         "mask": jax.ShapeDtypeStruct((prompts, length), jnp.bool_),
@@ -206,7 +207,13 @@ def train_batch(data: DataConfig, codec: Codec, architecture: Architecture, imag
 def unet_batch(data: DataConfig, model: ModelConfig, architecture: Architecture, images: int) -> Shapes:
     """Shapes of a batch for `UNetTask`: one latent per image."""
     side, _, channels = _latent_shape(data, architecture)
-    tokens = bank_shapes(images, model, architecture)["tokens"]
+
+    # As many tokens as the codec makes of the texts about an image.
+    codec = make_codec(model.codec, data)
+    codec.assume(channels)
+    bank = bank_shapes(len(codec.texts(("",) * data.num_queries)), model, architecture)
+    made, _ = jax.eval_shape(lambda b: codec.context(b["tokens"][None], b["mask"][None]), bank)
+    tokens = _float(images, *made.shape[2:])
     return {
         "latent": _float(images, side, side, 2 * channels),
         "target": _float(images, side, side, channels),

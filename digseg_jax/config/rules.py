@@ -134,7 +134,18 @@ def _check_eval(c: Config) -> None:
 
 
 def _check_data(c: Config) -> None:
-    """Checks that each query keeps some text."""
+    """Checks that each query keeps some text, and that a codec uses what drops texts or words."""
+    codec, lists = c.model.codec, c.model.codec == "prompted"
+    if c.data.name_dropout and not lists:
+        raise UserError(
+            f"config.data.name_dropout={c.data.name_dropout}: config.model.codec={codec!r} does not "
+            "use it, only prompted; leave it at 0.0"
+        )
+    if c.data.word_dropout and lists:
+        raise UserError(
+            f"config.data.word_dropout={c.data.word_dropout}: config.model.codec={codec!r} reads a "
+            "name as one token; leave it at 0.0"
+        )
     if c.data.word_dropout and not c.model.sentence_token:
         raise UserError(
             f"config.data.word_dropout={c.data.word_dropout} leaves queries without any text unless "

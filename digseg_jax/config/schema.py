@@ -80,11 +80,8 @@ class PartConfig:
 class DataConfig:
     """Data sets, the crops and queries of training, and augmentation."""
 
-    name: str = setting(
-        "landcover",
-        names=DATASETS,
-        prefixes=("tfds:",),  # tfds:NAME, prepared as array_record under root
-    )
+    # tfds:NAME is one of TensorFlow Datasets, prepared as array_record under root.
+    name: str = setting("landcover", names=DATASETS, prefixes=("tfds:",))
     # Folder of the download as it unpacks, or of shards from
     # digseg_jax.tools.prepare_data; the land cover needs none.
     root: str = ""
@@ -99,6 +96,8 @@ class DataConfig:
     text_noise: float = setting(0.0, at_least=0.0)
     # Share of training queries whose words are hidden, so that only the sentence token is left.
     word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
+    # model.codec=prompted: share of images whose names are thinned out to a random number.
+    name_dropout: float = setting(0.0, at_least=0.0, at_most=1.0, tasks=("segmentation",))
     split: str = ""  # the split that is trained on; empty: the data set's training split
     # Trains on these instead; `name` is still the data set that is evaluated.
     mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder", "prior"))
@@ -152,9 +151,9 @@ class ModelConfig:
     # the U-Net's own pipeline, else that of the queries.
     unet_text: str = setting("", tasks=("segmentation",))
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights stay float32
-    # binary: one query, one mask (open vocabulary; the paper does not say which
-    # it uses). palette: all classes of a closed set in one pass, as colors.
-    codec: Literal["binary", "palette"] = setting("binary", tasks=("segmentation",))
+    # binary: one query, one mask (open vocabulary; the paper does not say which it uses). palette: all
+    # classes of a closed set in one pass, as colors. prompted: any data.num_queries names in one pass.
+    codec: Literal["binary", "palette", "prompted"] = setting("binary", tasks=("segmentation",))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,8 @@ from digseg_jax.io.progress import Progress
 from digseg_jax.metrics import confusion
 from digseg_jax.metrics import presence as open_vocab
 from digseg_jax.prediction.answer import Answer
-from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.collectives import gather_all
 from digseg_jax.runtime.distributed import together
 from digseg_jax.segmentation import calibration as calibration_lib
@@ -248,9 +249,8 @@ class Evaluator:
         tables = [_decoded(merged[str(i)]) for i in every]
         evidence = np.concatenate([evidence for evidence, _ in tables])
         label = np.concatenate([label for _, label in tables])
-        return calibration_lib.fit(
-            evidence, label, examples.split, self.codec.scale, exclusive=self.codec.exclusive
-        )
+        kind = {"exclusive": self.codec.exclusive, "background": self.codec.background}
+        return calibration_lib.fit(evidence, label, examples.split, self.codec.scale, **kind)
 
     def _ask(
         self,

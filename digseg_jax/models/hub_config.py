@@ -21,7 +21,7 @@ MOST_LAYERS = 64  # of a level or a tower; the largest CLIP has 48
 MOST_LEVELS = 8  # entries of a list
 LARGEST = 2**20  # any other number: widths, vocabularies, image sizes
 # other whole numbers begin at 1
-_FROM_ZERO = ("freq_shift", "pad_token_id", "eos_token_id", "prompt_length")
+_FROM_ZERO = ("freq_shift", "pad_token_id", "eos_token_id", "prompt_length", "mark_width")
 
 # Settings that every class of transformers writes and that concern generating text, training, other
 # heads or the form of the output.

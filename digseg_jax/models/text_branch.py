@@ -2,7 +2,7 @@
 """What a U-Net has for text beyond Stable Diffusion's: which parameters, and where they start.
 
 Text enters through adapters before the cross-attention (`models.text_adapters`), through a second
-cross-attention beside it (`models.attention.ParallelAttention`), or both.
+cross-attention beside it (`models.attention.ParallelAttention`), or both. Its tokens may be marked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from digseg_jax.models.unet import UNetConfig
 ADAPTERS = r"^text_adapters\."
 BRANCH = r"\.attn2\.(text\.|scale$)"
 PROMPT = r"\.attn2\.prompt\."
+MARKS = r"^mark_embedding\."
 
 # Parameters that start at zero: an adapter between equal widths then starts as the identity, and the
 # second attention adds nothing.
@@ -29,7 +30,7 @@ ZERO_INIT = r"text_adapters\.\d+\.fc2\.kernel$|\.attn2\.text\.to_out\.0\.kernel$
 def lacking(stored: UNetConfig, wanted: UNetConfig) -> tuple[str, ...]:
     """Regexes of the paths of new parameters: those of `wanted` that a checkpoint of `stored` lacks.
 
-    Adapters of text tokens of another width count as lacking.
+    Adapters and marks of text tokens of another width count as lacking.
     """
     adapters = stored.text_adapters and stored.text_width == wanted.text_width
     found = []
@@ -37,6 +38,9 @@ def lacking(stored: UNetConfig, wanted: UNetConfig) -> tuple[str, ...]:
         found.append(ADAPTERS)
     if wanted.prompt_length and not stored.prompt_length:
         found.append(BRANCH)
+    marks = stored.mark_width == wanted.mark_width and stored.text_width == wanted.text_width
+    if wanted.mark_width and not marks:
+        found.append(MARKS)
     return tuple(found)
 
 

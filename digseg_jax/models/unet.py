@@ -49,6 +49,8 @@ class UNetConfig(HubConfig):
       prompt_length: tokens of the prompt that every cross-attention keeps for itself while a second one
         beside it reads the text, see `models.attention.ParallelAttention`; 0: there is only one, which
         reads the text (not in diffusers).
+      mark_width: features that follow those of the text in every token, such as the color that a text
+        is painted in; a linear map of them is added to the text (not in diffusers).
     """
 
     sample_size: int = 64
@@ -70,6 +72,7 @@ class UNetConfig(HubConfig):
     text_adapters: bool = False
     text_dim: int | None = None
     prompt_length: int = 0
+    mark_width: int = 0
 
     CLASS_NAME: ClassVar[str] = "UNet2DConditionModel"
     REQUIRED_VALUES: ClassVar = {
@@ -142,12 +145,12 @@ class UNetConfig(HubConfig):
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json, made so that diffusers' own class does not misuse the weights.
 
-        With adapters or a parallel attention to the text, which that class would drop, a key that it
+        With adapters, a parallel attention to the text or marks, which that class would drop, a key it
         checks makes it raise, and NOTE is in the message. Without them it computes the same from both
         latents; there NOTE is a key that it does not know, about which it warns.
         """
         values = super().to_dict()
-        if self.text_adapters or self.prompt_length:
+        if self.text_adapters or self.prompt_length or self.mark_width:
             return values | {"_class_name": OWN_CLASS, "encoder_hid_dim_type": NOTE}
         if self.in_channels != self.out_channels:
             return values | {"_class_name": OWN_CLASS, "digseg": NOTE}
@@ -211,6 +214,8 @@ class UNet2DConditionModel(nnx.Module):
         # Inputs: latent, timestep, text; one text adapter per resolution.
         self.conv_in = Conv(config.in_channels, widths[0], **options)
         self.time_embedding = TimestepEmbedding(widths[0], time_features, **options)
+        if config.mark_width:
+            self.mark_embedding = linear(config.mark_width, config.text_width, **options)
         if config.text_adapters:
             self.text_adapters = nnx.List(
                 [TextAdapter(config.text_width, config.text_features, **options) for _ in widths]
@@ -278,7 +283,7 @@ class UNet2DConditionModel(nnx.Module):
         Args:
           sample: latents; height and width are multiples of 2 ** (levels - 1).
           timestep: one per example, 0 to T - 1.
-          context: text tokens.
+          context: text tokens, with the features of their marks behind them if there are any.
           context_mask: True (or non-zero) where a text token is real; None: all are.
         """
         mask = None if context_mask is None else context_mask.astype(bool)
@@ -315,6 +320,9 @@ class UNet2DConditionModel(nnx.Module):
 
     def _contexts(self, context: Array) -> list[Array]:
         """The text tokens for each level, the highest resolution first."""
+        if self.config.mark_width:
+            width = self.config.text_width
+            context = context[..., :width] + self.mark_embedding(context[..., width:])
         if self.config.text_adapters:
             return [adapter(context) for adapter in self.text_adapters]
         return [context] * len(self.down_blocks)

@@ -15,6 +15,8 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from digseg_jax.assets import LICENSE
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import Config
@@ -239,10 +241,14 @@ def _settings(config: Config, description: Description, tower: str, folder: Path
         "decoder": config.eval.decoder,
         "ensemble_rule": config.eval.ensemble_rule,
         "scale": scale,
-        # how queries become texts; "prompt", "classes" and "prototypes" are for closed codecs
+        # how queries become texts; "prompt" and "classes" are for closed codecs. "marks" are for those
+        # whose texts are one token each, all in one context
         "templates": list(asked_templates(config.eval.templates, description.templates)),
         "prompt": codec.texts(description.classes)[0] if codec.closed else None,
         "classes": description.classes if codec.closed else None,
+        "marks": None if (marks := codec.marks()) is None else np.round(marks, 4).tolist(),
+        # how a mask image shows several classes: their colors, the last one for none of them
         "prototypes": state.get("prototypes"),
+        "background": codec.background,
         "limit": config.eval.decode_limit if limited else 0,
     }

@@ -37,7 +37,8 @@ from digseg_jax.prediction.export import copy_export, push_export
 from digseg_jax.prediction.files import check_queries, pixels_of, query_colors
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.progress import Watch
-from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.prediction.request import Request, filled
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import count_views
@@ -191,7 +192,7 @@ class PretrainedSegmenter(Segmenter):
         own, a group is sampled when it is asked for. If a mask image shows several queries, it is
         sampled once and read again for every group.
         """
-        count, ways = len(request.queries), max(1, len(request.templates))
+        count, ways = len(request.queries), self.ways(request)
         slots = self.codec.slots(count * ways)
         options: dict[str, Any] = {"key": seed, "mode": self.mode}
 
@@ -280,12 +281,11 @@ class PretrainedSegmenter(Segmenter):
         slots = self.codec.slots(answer.num_queries)
         groups = range(first // slots, -(-(first + count) // slots))
 
-        # Read whole groups with their biases, zero in the last group's empty places.
+        # Read whole groups with their biases.
         parts = []
         for group in groups:
-            bias = np.zeros((len(latents), slots), np.float32)
-            own = answer.bias[group * slots : (group + 1) * slots]
-            bias[:, : len(own)] = own
+            own = filled(answer.bias[group * slots : (group + 1) * slots], slots)
+            bias = np.broadcast_to(own, (len(latents), slots))
             parts.append(self.read(latents[:, group], bias, answer.scale, biased=answer.biased))
 
         # Cut the wanted queries out of the groups.

@@ -141,7 +141,7 @@ class Programs:
 
         Args:
           latents: of k mask images, which show the q queries (see `segmentation.codec`).
-          bias: added to the logits of each query.
+          bias: added to the logits of each query; -inf in empty places.
           scale: factor from evidence to logits.
           size: height and width of the masks, pixels.
           decoder: "vae" or "probe" (see `SegmentationTask.read`).
@@ -269,7 +269,8 @@ def read_masks(
 
     def combined(evidence: Array, bias: Array) -> Array:
         """Probabilities [n, q, h, w] from the evidence of the members [n, q, e, h, w]."""
-        return ensemble.probabilities(evidence, scale, bias, exclusive=task.codec.exclusive, rule=rule)
+        kind = {"exclusive": task.codec.exclusive, "background": task.codec.background}
+        return ensemble.probabilities(evidence, scale, bias, **kind, rule=rule)
 
     # A mask image that shows many queries: add up one member at a time if the rule is the mean, as the
     # evidence of all members together would take e times the memory.
@@ -281,7 +282,7 @@ def read_masks(
             return {name: total[name] + combined(evidence, b) for name, b in biases.items()}, None
 
         # `scan` runs over the leading axis, so the members go there.
-        biases = {"probability": bias} | ({"alone": jnp.zeros_like(bias)} if biased else {})
+        biases = {"probability": bias} | ({"alone": _without(bias)} if biased else {})
         empty = jnp.zeros((*bias.shape, *size), jnp.float32)
         members = jnp.moveaxis(latents, 2, 0)
         total, _ = jax.lax.scan(add, dict.fromkeys(biases, empty), members)
@@ -291,8 +292,13 @@ def read_masks(
     evidence = read(latents)
     masks = {"probability": combined(evidence, bias)}
     if biased:
-        masks["alone"] = combined(evidence, jnp.zeros_like(bias))
+        masks["alone"] = combined(evidence, _without(bias))
     return masks
+
+
+def _without(bias: Array) -> Array:
+    """Biases of zero; empty places stay empty."""
+    return jnp.where(jnp.isneginf(bias), bias, 0.0)
 
 
 def _placed(tree: Params, mesh: Mesh) -> Params:

@@ -13,7 +13,6 @@ others keep the probe's reading.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -29,6 +28,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.prediction.answer import Answer, ViewMasks, empty_answer
 from digseg_jax.prediction.programs import Programs
 from digseg_jax.prediction.progress import Job, Watch, Watcher
+from digseg_jax.prediction.request import Request, filled
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import Views, make_views
 from digseg_jax.training.tasks.parts import encode_bank
@@ -37,31 +37,6 @@ from digseg_jax.training.tasks.segmentation import SegmentationTask
 VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # crops, index, tokens and mask
 NOTHING = ("any",)  # queries of a process that has no views in a call
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """An image and its queries.
-
-    index: identifies the image in the draws of the noise. queries: texts, or the class names of a
-    closed codec in their order. bias: added to each query's logits (see `segmentation.calibration`).
-    templates: prompts for each query, whose probabilities are averaged; empty: the bare query.
-    """
-
-    image: UInt8[np.ndarray, "h w 3"]
-    index: int
-    queries: tuple[str, ...]
-    bias: tuple[float, ...] | None = None
-    templates: tuple[str, ...] = ()
-
-    def in_texts(self) -> Request:
-        """The same request with one text per query and template, the texts of a query side by side."""
-        if not self.templates:
-            return self
-        # A query's bias goes to each of its texts.
-        texts = tuple(fill(t, query) for query in self.queries for t in self.templates)
-        bias = None if self.bias is None else np.repeat(self.bias, len(self.templates)).tolist()
-        return Request(self.image, self.index, texts, None if bias is None else tuple(bias))
 
 
 class Segmenter:
@@ -168,11 +143,12 @@ class Segmenter:
         Raises:
           UserError: no queries, a blank or too long one, or some that the codec cannot answer.
         """
-        # From here on a request's queries are texts: one for each of its templates.
+        # From here on a request's queries are texts, one for each of its templates; or each is the mean
+        # of its texts' features.
         for request in requests:
             self._check(request.queries)
-        ways = [max(1, len(request.templates)) for request in requests]
-        requests = [request.in_texts() for request in requests]
+        ways = [self.ways(request) for request in requests]
+        requests = [r if self.codec.pooled else r.in_texts() for r in requests]
         job = Job(
             estep=estep,
             root=jax.random.key(key) if isinstance(key, int) else key,
@@ -202,7 +178,7 @@ class Segmenter:
         agreed = self.programs.agree_on_largest(max(decoded, default=0), int(others))
         job.decoded, job.chooses = agreed[0], bool(agreed[1])
         if watch:
-            room = empty_answer(views[0], self.size, job.scale, _bias_of(requests[0]), ways[0])
+            room = empty_answer(views[0], self.size, job.scale, requests[0].biases, ways[0])
             job.watcher = Watcher(watch, room, job.total * estep.ensemble * estep.steps)
 
         found: dict[tuple[int, int], ViewMasks] = {}  # by request and view
@@ -216,7 +192,7 @@ class Segmenter:
                 tuple(found[r, k] for k in range(len(view.crops))),
                 self.size,
                 job.scale,
-                _bias_of(request),
+                request.biases,
                 ways[r],
             )
             for r, (request, view) in enumerate(zip(requests, views, strict=True))
@@ -244,6 +220,10 @@ class Segmenter:
             return True
         filled = -(-queries // slots) * slots  # empty places of the last call are decoded as well
         return decoder != "probe" and not chooses_masks(self.settings, decoder, filled)
+
+    def ways(self, request: Request) -> int:
+        """Masks per query before they are averaged: one for each template, unless texts are pooled."""
+        return 1 if self.codec.pooled else max(1, len(request.templates))
 
     def _is_decoded(self, request: Request, job: Job) -> bool:
         """Whether every mask of the request is decoded."""
@@ -360,9 +340,9 @@ class Segmenter:
         for row, (request, mask) in enumerate(zip(asked, masks, strict=True)):
             if mask.cells is None:
                 continue
-            first = first_queries(mask.cells[:, 0], _bias_of(request) / job.scale, limit)
+            first = first_queries(mask.cells[:, 0], request.biases / job.scale, limit)
             chosen[row, : len(first)] = first
-            bias[row, : len(first)] = _bias_of(request)[first]
+            bias[row, : len(first)] = request.biases[first]
             mask.slot[first] = np.arange(len(first))
 
         # One call for all views; the arrays of the others are not touched.
@@ -378,33 +358,43 @@ class Segmenter:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One group of each view's queries: tokens and masks [rows, t, ...], biases [rows, slots]."""
         # Views with the same texts share their arrays. Padding repeats the last view and query.
-        made: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
-        tokens, masks, bias = [], [], np.zeros((rows, slots), np.float32)
+        made: dict[tuple[tuple[str, ...], ...], tuple[np.ndarray, np.ndarray]] = {}
+        tokens, masks, biases = [], [], []
         for row in range(rows):
             request = asked[min(row, len(asked) - 1)] if asked else None
             queries = request.queries if request else NOTHING
             part = queries[group * slots : (group + 1) * slots] or queries[:1]
 
             texts = self.codec.texts(part + part[-1:] * (slots - len(part)))
-            if texts not in made:
-                made[texts] = self._encoded(texts)
-            tokens.append(made[texts][0])
-            masks.append(made[texts][1])
+            templates = request.templates if request else ()
+            if (texts, templates) not in made:
+                made[texts, templates] = self._encoded(texts, templates)
+            tokens.append(made[texts, templates][0])
+            masks.append(self.codec.hide_empty(made[texts, templates][1], len(part)))
 
-            if request:  # empty places keep bias 0
-                own = _bias_of(request)[group * slots : (group + 1) * slots]
-                bias[row, : len(own)] = own
-        return np.stack(tokens), np.stack(masks), bias
+            own = request.biases[group * slots : (group + 1) * slots] if request else ()
+            biases.append(filled(own, slots))
+        return np.stack(tokens), np.stack(masks), np.stack(biases)
 
-    def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded only once."""
+    def _encoded(
+        self, texts: Sequence[str], templates: Sequence[str] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded only once.
+
+        templates: the tokens are the mean over the texts in them, of a codec that is `pooled`.
+        """
+        if templates:
+            ways = [self._encoded([fill(way, text) for text in texts]) for way in templates]
+            return np.mean([tokens for tokens, _ in ways], axis=0), ways[0][1]
+
         tower = self.task.parts.tower
         assert tower is not None  # only parts that are mere shapes have none
 
         # One text per batch: in a larger one its last digits would depend on the other texts.
         missing = [t for t in dict.fromkeys(texts) if t not in self._texts]
         if missing:
-            bank = encode_bank(tower, missing, self.task.config.model, batch_size=1)
+            model, pooled = self.task.config.model, self.codec.pooled
+            bank = encode_bank(tower, missing, model, batch_size=1, pooled=pooled)
             tokens, mask = np.asarray(bank.tokens), np.asarray(bank.mask)
             self._texts |= {text: (tokens[i], mask[i]) for i, text in enumerate(missing)}
         tokens, mask = (np.stack(x) for x in zip(*(self._texts[t] for t in texts), strict=True))
@@ -439,10 +429,3 @@ def first_queries(
     won = np.bincount(biased.argmax(axis=0).ravel(), minlength=len(cells))
     highest = cells.max(axis=(1, 2))
     return np.sort(np.lexsort((-highest, -won))[:limit])
-
-
-def _bias_of(request: Request) -> Float[np.ndarray, " q"]:
-    """Bias of each query, 0 by default."""
-    if request.bias is None:
-        return np.zeros(len(request.queries), np.float32)
-    return np.asarray(request.bias, np.float32)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,7 @@ def fit(
     scale: float | None = None,
     *,
     exclusive: bool = False,
+    background: bool = False,
 ) -> Calibration:
     """Fits the scale by cross-entropy of the members' masks, and biases by mIoU of the argmax.
 
@@ -64,7 +65,10 @@ def fit(
       scale: a known scale (a palette's follows from its autoencoder); only biases are fitted then.
       exclusive: True if a member's probabilities are a softmax over the classes, rather than one
         sigmoid for each class (`Codec.exclusive`).
+      background: True if it is a softmax over the classes and none of them (`Codec.background`).
     """
+    kind = _Kind(exclusive, background)
+
     # Classes first, because a trial changes the values of one class only: [classes, pixels, members].
     evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
     members = np.ascontiguousarray(np.moveaxis(evidence.reshape(*evidence.shape[:2], -1), 1, 0))
@@ -72,13 +76,13 @@ def fit(
     # The scale that makes the probabilities fit best, before any bias.
     if scale is None:
         true = np.eye(len(members), dtype=np.float32)[label].T[..., None]
-        scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true, softmax=exclusive))
+        scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true, kind))
 
     # Coordinate ascent on mIoU, which has no gradient: one class at a time, a few steps each way. The
     # least gain keeps a bias from drifting for a handful of pixels.
     logits = scale * members
     bias = np.zeros(len(members), np.float32)
-    values = _values(logits, bias, softmax=exclusive)
+    values = _values(logits, bias, kind)
     best = _argmax_miou(values, label)
     for _ in range(SWEEPS):
         before = best
@@ -87,7 +91,7 @@ def fit(
             for delta in BIAS_STEPS:
                 trial = bias.copy()
                 trial[c] = np.clip(trial[c] + delta, -MAX_BIAS, MAX_BIAS)
-                tried = _rebiased(values, logits, trial, c, softmax=exclusive)
+                tried = _rebiased(values, logits, trial, c, kind)
                 found = _argmax_miou(tried, label)
                 if found > best + 1e-5:
                     best, bias, values = found, trial, tried
@@ -97,24 +101,31 @@ def fit(
     return Calibration(scale, tuple(float(b) for b in bias), split)
 
 
-def _values(logits: np.ndarray, bias: np.ndarray, *, softmax: bool) -> np.ndarray:
+class _Kind(NamedTuple):
+    """How logits become probabilities; see `fit`."""
+
+    softmax: bool
+    background: bool = False
+
+
+def _values(logits: np.ndarray, bias: np.ndarray, kind: _Kind) -> np.ndarray:
     """Values that the argmax compares, [classes, pixels], from logits [classes, pixels, members]."""
     biased = logits + bias[:, None, None]
     if biased.shape[2] == 1:  # one member's argmax needs no probabilities
         return biased[..., 0]
-    return (_softmax(biased) if softmax else _sigmoid(biased)).mean(axis=2)
+    return (_softmax(biased, kind) if kind.softmax else _sigmoid(biased)).mean(axis=2)
 
 
 def _rebiased(
-    values: np.ndarray, logits: np.ndarray, bias: np.ndarray, c: int, *, softmax: bool
+    values: np.ndarray, logits: np.ndarray, bias: np.ndarray, c: int, kind: _Kind
 ) -> np.ndarray:
     """`_values` where only the bias of class c has changed since `values`."""
-    if softmax and logits.shape[2] > 1:  # all classes of a softmax share a denominator
-        return _values(logits, bias, softmax=True)
+    if kind.softmax and logits.shape[2] > 1:  # all classes of a softmax share a denominator
+        return _values(logits, bias, kind)
 
     # A copy: the caller keeps the old values if the trial is no better.
     values = values.copy()
-    values[c] = _values(logits[c : c + 1], bias[c : c + 1], softmax=softmax)[0]
+    values[c] = _values(logits[c : c + 1], bias[c : c + 1], kind)[0]
     return values
 
 
@@ -122,16 +133,20 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the classes, axis 0."""
-    weights = np.exp(logits - logits.max(axis=0))
-    return weights / weights.sum(axis=0)
+def _softmax(logits: np.ndarray, kind: _Kind) -> np.ndarray:
+    """Softmax over the classes, axis 0, and the background with its logit 0 if there is one."""
+    largest = logits.max(axis=0)
+    if kind.background:
+        largest = np.maximum(largest, 0.0)
+    weights = np.exp(logits - largest)
+    return weights / (weights.sum(axis=0) + (np.exp(-largest) if kind.background else 0.0))
 
 
-def _cross_entropy(logits: np.ndarray, true: np.ndarray, *, softmax: bool) -> float:
+def _cross_entropy(logits: np.ndarray, true: np.ndarray, kind: _Kind) -> float:
     """Mean cross-entropy of [classes, pixels, members] with the one-hot labels [classes, pixels, 1]."""
-    if softmax:
-        return float(-np.log(np.maximum((true * _softmax(logits)).sum(axis=0), 1e-12)).mean())
+    if kind.softmax:
+        found = (true * _softmax(logits, kind)).sum(axis=0)
+        return float(-np.log(np.maximum(found, 1e-12)).mean())
     return float((np.logaddexp(0.0, logits) - true * logits).mean())
 
 

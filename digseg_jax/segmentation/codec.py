@@ -55,6 +55,10 @@ class Codec(Protocol):
         one_by_one: every query has a mask image and a text of its own (k = t = q), so that single ones
             can be cached, chosen and decoded.
         exclusive: a pixel belongs to one query (softmax over them) rather than to any number.
+        background: a pixel may also belong to none of the queries; evidence is then measured against
+            that, which has the evidence 0. For codecs that are `exclusive`.
+        redrawn: mask images of an example differ from one draw to the next, so they cannot be cached.
+        pooled: a text enters as one token, its sentence feature, rather than word by word.
         scale: factor from evidence to logits; None if it is fitted to a split instead.
     """
 
@@ -62,6 +66,9 @@ class Codec(Protocol):
     closed: ClassVar[bool] = False
     one_by_one: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
+    background: ClassVar[bool] = False
+    redrawn: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
 
     @property
     def scale(self) -> float | None:
@@ -77,6 +84,15 @@ class Codec(Protocol):
         Raises:
           UserError: the codec cannot represent them.
         """
+
+    @classmethod
+    def mark_width(cls, latent_channels: int) -> int:
+        """Features that `context` appends to every token; 0 by default."""
+        return 0
+
+    def marks(self) -> Float[np.ndarray, "k m"] | None:
+        """Those features of the token in each place of a prediction; None if tokens are not marked."""
+        return None
 
     def cell_probe(self) -> LatentProbe:
         """The linear reading of a latent cell, which codecs that are `one_by_one` have."""
@@ -105,7 +121,14 @@ class Codec(Protocol):
         """Raises UserError for queries that the codec cannot answer together."""
         return  # by default it answers any
 
-    def draw(self, keys: Array) -> Any:
+    def hide_empty(self, mask: Bool[np.ndarray, "t l"], asked: int) -> Bool[np.ndarray, "t l"]:
+        """Hides the texts of a call's empty places, which repeat the last of the `asked` queries.
+
+        By default none are hidden: where each query has an image of its own, they do no harm.
+        """
+        return mask
+
+    def draw(self, keys: Array, query_class: Int[Array, "b q"] | Int[Array, "b q m"]) -> Any:
         """Random choices for each of b training examples, from one key each; None if there are none.
 
         They are passed to `encode`, `context` and `mask_loss`. Prediction passes None.
@@ -125,8 +148,11 @@ class Codec(Protocol):
 
     def context(
         self, tokens: Float[Array, "b t l d"], mask: Bool[Array, "b t l"], drawn: Any = None
-    ) -> tuple[Float[Array, "b k l2 d"], Bool[Array, "b k l2"]]:
-        """Gives the tokens that cross-attention sees for each mask image; by default its own text's."""
+    ) -> tuple[Float[Array, "b k l2 d2"], Bool[Array, "b k l2"]]:
+        """Gives the tokens that the U-Net reads for each mask image; by default its own text's.
+
+        Each is d features wide, and `mark_width` wider if the codec marks them.
+        """
         return tokens, mask
 
     def decode(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n s h w"]:

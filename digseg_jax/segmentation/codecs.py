@@ -12,17 +12,30 @@ from digseg_jax.io.json_file import read_json
 from digseg_jax.segmentation.binary import BinaryCodec
 from digseg_jax.segmentation.codec import Codec
 from digseg_jax.segmentation.palette import PaletteCodec
+from digseg_jax.segmentation.prompted import PromptedCodec
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (BinaryCodec, PaletteCodec)}
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (BinaryCodec, PaletteCodec, PromptedCodec)}
 
 
 def make_codec(name: str, data: DataConfig, classes: int | None = None) -> Codec:
     """The codec of that name (`config.model.codec`) for the data; `classes` as in `Codec.for_data`.
 
     Raises:
-      UserError: the codec cannot carry those data.
+      UserError: the codec cannot carry those data, or not their cached latents.
     """
+    if data.latent_cache:
+        check_cacheable(name)
     return CODECS[name].for_data(data, classes)
+
+
+def check_cacheable(name: str) -> None:
+    """Raises UserError if the codec draws mask images anew for every example."""
+    if CODECS[name].redrawn:
+        legal = ", ".join(codec.name for codec in CODECS.values() if not codec.redrawn)
+        raise UserError(
+            f"config.model.codec={name!r}: its masks are drawn anew for every example and cannot be "
+            f"cached; with cached latents legal are {legal}"
+        )
 
 
 def save_state(codec: Codec, folder: Path) -> None:

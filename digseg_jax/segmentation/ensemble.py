@@ -17,6 +17,7 @@ def member_probabilities(
     bias: Float[Array, "*n q"],
     *,
     exclusive: bool = False,
+    background: bool = False,
 ) -> Float[Array, "n q e h w"]:
     """Probabilities of each member on its own.
 
@@ -25,18 +26,27 @@ def member_probabilities(
       scale: factor from evidence to logits.
       bias: added to each query's logits; the same for all images, or with a leading axis one for each.
       exclusive: a pixel belongs to exactly one query: softmax over the queries instead of sigmoids.
+      background: or to none of them, which takes part in the softmax with the logit 0.
     """
     logits = scale * evidence + bias[..., None, None, None]
-    return jax.nn.softmax(logits, axis=1) if exclusive else jax.nn.sigmoid(logits)
+    if not exclusive:
+        return jax.nn.sigmoid(logits)
+    if background:
+        logits = jnp.pad(logits, ((0, 0), (0, 1), *[(0, 0)] * 3))
+    return jax.nn.softmax(logits, axis=1)[:, : evidence.shape[1]]
 
 
 def combine(
-    members: Float[Array, "n q e h w"], rule: str = "mean", *, exclusive: bool = False
+    members: Float[Array, "n q e h w"],
+    rule: str = "mean",
+    *,
+    exclusive: bool = False,
+    background: bool = False,
 ) -> Float[Array, "n q h w"]:
     """Combines the members' probabilities by a rule of `ENSEMBLE_RULES`.
 
     vote: the share of members that chose the query. A member chooses the pixel's most probable query
-    if they are `exclusive`, and otherwise each query above 0.5.
+    if they are `exclusive`, unless the `background` is more probable; otherwise each query above 0.5.
     """
     if rule == "mean":
         return members.mean(axis=2)
@@ -49,7 +59,10 @@ def combine(
 
     chosen = jnp.argmax(members, axis=1)[:, None]
     queries = jnp.arange(members.shape[1])[None, :, None, None, None]
-    return (chosen == queries).astype(members.dtype).mean(axis=2)
+    votes = chosen == queries
+    if background:
+        votes &= members >= 1.0 - members.sum(axis=1, keepdims=True)
+    return votes.astype(members.dtype).mean(axis=2)
 
 
 def probabilities(
@@ -58,8 +71,9 @@ def probabilities(
     bias: Float[Array, "*n q"],
     *,
     exclusive: bool = False,
+    background: bool = False,
     rule: str = "mean",
 ) -> Float[Array, "n q h w"]:
     """`member_probabilities`, combined over the members."""
-    members = member_probabilities(evidence, scale, bias, exclusive=exclusive)
-    return combine(members, rule, exclusive=exclusive)
+    kind = {"exclusive": exclusive, "background": background}
+    return combine(member_probabilities(evidence, scale, bias, **kind), rule, **kind)

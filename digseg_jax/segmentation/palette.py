@@ -165,9 +165,7 @@ class PaletteCodec(Codec):
         if self._palette is None:
             self._palette = build_palette(self.classes, autoencoder.round_trip, autoencoder.encode)
         if self._latents is None:
-            size = PATCH_CELLS * autoencoder.factor
-            flat = np.broadcast_to(self._palette.colors[:, None, None], (self.classes, size, size, 3))
-            self._latents = autoencoder.encode(flat.astype(np.float32)).mean(axis=(1, 2))
+            self._latents = flat_latents(self._palette.colors, autoencoder)
 
     def assume(self, latent_channels: int) -> None:
         """Sets made-up colors of the right shapes; their latents differ, as real ones do."""
@@ -203,6 +201,15 @@ def decode_palette(
     squares = jnp.square(image).sum(axis=-1)[..., None, :, :]
     own = jnp.square(prototypes).sum(axis=-1)[:, None, None]
     return jnp.minimum(cross - 0.5 * (squares + own), 0.0)
+
+
+def flat_latents(
+    colors: Float[np.ndarray, "s 3"], autoencoder: HostAutoencoder
+) -> Float[np.ndarray, "s c"]:
+    """Mean latent of a flat image of each color."""
+    size = PATCH_CELLS * autoencoder.factor
+    flat = np.broadcast_to(colors[:, None, None], (len(colors), size, size, 3))
+    return autoencoder.encode(flat.astype(np.float32)).mean(axis=(1, 2))
 
 
 def build_palette(num_classes: int, round_trip: ImageMap, encode: ImageMap) -> Palette:

@@ -24,7 +24,7 @@ class PromptBank:
 
     Attributes:
         prompts: the texts.
-        tokens: [n, l, d] last hidden states, as the tower gives them (not normalized).
+        tokens: [n, l, d] last hidden states, as the tower gives them (not normalized), or one vector.
         mask: [n, l] True on real tokens.
     """
 
@@ -42,6 +42,7 @@ def encode_prompts(
     max_length: int,
     batch_size: int = 64,
     mask_padding: bool = True,
+    pooled: bool = False,
 ) -> PromptBank:
     """Encodes prompts in batches of one static shape, so the tower compiles once.
 
@@ -55,6 +56,7 @@ def encode_prompts(
         max_length: tokens per row, padding included.
         batch_size: prompts per call of the tower; fewer prompts make a smaller batch.
         mask_padding: False: padding counts as text, in the tower and in the bank's mask.
+        pooled: keep one token for each prompt, the vector that the tower makes of a text.
 
     Raises:
         UserError: no prompts, or one that is empty, blank or longer than `max_length` tokens.
@@ -71,9 +73,11 @@ def encode_prompts(
         # The last batch is shifted back to stay full; its first rows are computed twice.
         begin = min(start, len(prompts) - size)
         rows = slice(begin, begin + size)
-        out = _last_hidden_state(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]))
+        out = _encode(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), pooled)
         parts.append(np.asarray(out)[start - begin :])
 
+    if pooled:
+        mask = np.ones((len(mask), 1), bool)
     return PromptBank(tuple(prompts), np.concatenate(parts), np.asarray(mask, bool))
 
 
@@ -92,8 +96,20 @@ def with_sentence_token(bank: PromptBank) -> PromptBank:
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _last_hidden_state(
-    graphdef: nnx.GraphDef, params: Params, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
-) -> Float[Array, "b l d"]:
-    return merge(graphdef, params)(ids, mask).last_hidden_state
+def only_sentence_token(bank: PromptBank) -> PromptBank:
+    """Leaves of every prompt the token that `with_sentence_token` appends."""
+    bank = with_sentence_token(bank)
+    return PromptBank(bank.prompts, bank.tokens[:, -1:], bank.mask[:, -1:])
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _encode(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    ids: Int[Array, "b l"],
+    mask: Bool[Array, "b l"],
+    pooled: bool,
+) -> Float[Array, "b l2 d"]:
+    """Hidden states of each token, or one vector for each text."""
+    out = merge(graphdef, params)(ids, mask)
+    return out.pooled[:, None] if pooled else out.last_hidden_state

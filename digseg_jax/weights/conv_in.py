@@ -28,6 +28,7 @@ _FREE_FIELDS = (
     "sample_size",
     "text_adapters",
     "text_dim",
+    "mark_width",
     "attention_head_dim",
     "num_attention_heads",
 )

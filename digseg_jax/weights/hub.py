@@ -27,6 +27,7 @@ _PIPELINE_PARTS = ("unet", "vae", "text_encoder", TOKENIZER, "scheduler", "image
 _EXPORT_FILES = (  # files of an exported segmenter
     "segmenter.json",
     "palette.json",
+    "prompted.json",
     "calibration.json",
     PIPELINE_FILE,
     "scheduler_config.json",

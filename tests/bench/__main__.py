@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     pathway.add_argument("--seeds", type=int, default=3)
     pathway.add_argument("--steps", type=int, default=300)
     pathway.add_argument("--scales", default="1,10", help="optim.new_lr_scale, with commas")
+    named = jobs.add_parser("prompted", help="the prompted codec against the binary one, equal FLOPs")
+    named.add_argument("--seeds", type=int, default=3)
+    named.add_argument("--steps", type=int, default=300, help="of the binary codec")
+    named.add_argument("--images", type=int, default=0, help="tiles, evenly spread; 0: all")
     step = jobs.add_parser("step", help="one step of the full-size Stable Diffusion 1.5 model")
     step.add_argument("--size", type=int, default=256, help="pixels of a side of the one image")
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -172,6 +176,13 @@ def _pathway(arguments: argparse.Namespace) -> dict[str, Any]:
     return pathway.run(arguments.seeds, arguments.steps, scales)
 
 
+def _prompted(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import prompted
+
+    _check_counts(arguments, "seeds", "steps")
+    return prompted.run(arguments.seeds, arguments.steps, arguments.images)
+
+
 def _step(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import step
 
@@ -272,6 +283,7 @@ JOBS = {
     "stamps": _stamps,
     "prior": _prior,
     "pathway": _pathway,
+    "prompted": _prompted,
     "step": _step,
     "checkpoint": _checkpoint,
     "models": _models,

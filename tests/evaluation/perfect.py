@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.prediction.answer import Answer
-from digseg_jax.prediction.segmenter import Request
+from digseg_jax.prediction.request import Request
 from digseg_jax.segmentation.binary import BinaryCodec
 from digseg_jax.segmentation.codec import Codec
 from digseg_jax.segmentation.views import Views

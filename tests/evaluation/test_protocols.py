@@ -16,7 +16,8 @@ from digseg_jax.data.datasets import registry
 from digseg_jax.evaluation.evaluator import COARSE, Evaluator
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.metrics.presence import presence
-from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.palette import PaletteCodec
 from digseg_jax.training.tasks.segmentation import load_task
 

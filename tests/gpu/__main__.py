@@ -169,7 +169,7 @@ def predict(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
 
     from digseg_jax.config.sampling import EStep
     from digseg_jax.prediction.pretrained import load_segmenter
-    from digseg_jax.prediction.segmenter import Request
+    from digseg_jax.prediction.request import Request
 
     segmenter = load_segmenter(workdir / "export", config)
     rng = np.random.default_rng(1)

@@ -9,7 +9,8 @@ import tiny
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.templates import PLACE
-from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.training.tasks.segmentation import load_task
 
 ROUNDING = 2e-5  # of a probability

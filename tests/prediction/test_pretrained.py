@@ -18,7 +18,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.metrics import confusion
 from digseg_jax.prediction.job import predict
 from digseg_jax.prediction.pretrained import load_segmenter
-from digseg_jax.prediction.segmenter import Request
+from digseg_jax.prediction.request import Request
 
 WORDS = ["water", "snow and ice"]
 

@@ -104,7 +104,7 @@ def test_the_shipped_model(shipped, shape, members, steps):
     compare(segmenter, opened(folder), image(*shape), WORDS, members, steps)
 
 
-@pytest.mark.parametrize("codec", ["binary", "palette"])
+@pytest.mark.parametrize("codec", ["binary", "palette", "prompted"])
 @pytest.mark.parametrize("version", ["sd15", "sd21"])
 def test_structure_true_stable_diffusion(repositories, tmp_path, version, codec):
     tiny.export(miniature(repositories, version, codec), tmp_path, ("road",))
@@ -177,7 +177,7 @@ def test_trusting_no_code_opens_nothing(shipped):
 
 def test_the_pipeline_is_short_and_its_index_names_what_is_there(shipped):
     folder = shipped[1]
-    assert len((folder / "pipeline.py").read_text().splitlines()) < 150
+    assert len((folder / "pipeline.py").read_text().splitlines()) < 165
     index = json.loads((folder / PIPELINE_FILE).read_text())
     parts = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_"]
     assert sorted(parts) == sorted(path.name for path in folder.iterdir() if path.is_dir())

@@ -20,7 +20,7 @@ from digseg_jax.segmentation.palette import MAX_CLASSES
 from rehearsal import story
 
 CONFIGS = {path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py")}
-ON_LAND_COVER = ("quickstart", "landcover", "landcover_palette")
+ON_LAND_COVER = ("quickstart", "landcover", "landcover_palette", "landcover_prompted")
 NO_MASKS = ("landcover_prior", "landcover_vae")
 FIRST_VERSION, FIRST_NAME = "sd15", "phenobench"
 PUBLIC = sorted(CONFIGS - {*ON_LAND_COVER, *NO_MASKS, *story.MIXED})

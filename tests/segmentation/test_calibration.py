@@ -130,13 +130,14 @@ def test_biases_are_fitted_to_the_mean_of_the_members_probabilities():
     assert score(both) > score(calibration.Calibration(both.scale, mean.bias, "val"))
 
 
-@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize(("softmax", "background"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("members", [1, 3])
-def test_a_bias_tried_alone_gives_the_values_of_all(softmax, members):
+def test_a_bias_tried_alone_gives_the_values_of_all(softmax, background, members):
     rng = np.random.default_rng(0)
     logits, bias = rng.normal(size=(N, 50, members)), rng.normal(size=N)
     other = bias + np.eye(N)[2]
-    before = calibration._values(logits, bias, softmax=softmax)
-    after = calibration._rebiased(before, logits, other, 2, softmax=softmax)
-    np.testing.assert_array_equal(after, calibration._values(logits, other, softmax=softmax))
+    kind = calibration._Kind(softmax, background)
+    before = calibration._values(logits, bias, kind)
+    after = calibration._rebiased(before, logits, other, 2, kind)
+    np.testing.assert_array_equal(after, calibration._values(logits, other, kind))
     assert not np.array_equal(before, after)

@@ -17,7 +17,8 @@ import tiny
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.metrics.presence import presence
-from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation import codecs
 from digseg_jax.segmentation.codec import Codec
 from digseg_jax.training.tasks.base import example_keys
@@ -50,7 +51,7 @@ class PairCodec(Codec):
     def slots(self, count):
         return 2
 
-    def draw(self, keys):
+    def draw(self, keys, query_class):
         return jax.vmap(lambda key: jax.random.permutation(jax.random.fold_in(key, 7), 2))(keys)
 
     def _order(self, drawn, count):
@@ -93,9 +94,8 @@ def test_it_is_trained_with_the_colors_of_each_sample(task):
     assert np.isfinite(loss) and metrics["mask_loss"] > 0
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
-    orders = {
-        tuple(row) for row in np.asarray(task.codec.draw(example_keys(0, jnp.arange(20)))).tolist()
-    }
+    drawn = task.codec.draw(example_keys(0, jnp.arange(20)), jnp.zeros((20, 2), int))
+    orders = {tuple(row) for row in np.asarray(drawn).tolist()}
     assert orders == {(0, 1), (1, 0)}
 
 

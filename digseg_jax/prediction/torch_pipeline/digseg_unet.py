@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable Diffusion's U-Net with text adapters, parallel attentions to the text, or both."""
+"""Stable Diffusion's U-Net with text adapters, parallel attentions to the text, or marked texts."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 # keys that diffusers lacks
-OURS = ("encoder_hid_dim_type", "digseg", "text_adapters", "text_dim", "prompt_length")
+OURS = ("encoder_hid_dim_type", "digseg", "text_adapters", "text_dim", "prompt_length", "mark_width")
 
 
 class TextAdapter(nn.Module):
@@ -65,6 +65,10 @@ class DigsegUNet2DConditionModel(UNet2DConditionModel):
             for block in [m for m in model.modules() if isinstance(m, BasicTransformerBlock)]:
                 block.attn2 = ParallelAttention(block.attn2, length, read)
 
+        # Features behind those of a text are mapped to its width and added to it.
+        if width_of_marks := ours.get("mark_width"):
+            model.mark_embedding = nn.Linear(width_of_marks, features)
+
         # Adapters map tokens of width text_dim to the width of cross-attention.
         if ours.get("text_adapters"):
             levels = len(model.down_blocks)
@@ -77,6 +81,19 @@ class DigsegUNet2DConditionModel(UNet2DConditionModel):
                 block.register_forward_pre_hook(partial(_adapt, adapter), with_kwargs=True)
         model.register_to_config(**ours)
         return model
+
+    def marked(self, texts, marks):
+        """One context [1, q, d] of q texts, each with the features of its mark behind it; its mask."""
+        marks = torch.tensor(marks[: len(texts)]).to(texts)
+        return torch.cat([texts, marks], 1)[None], torch.ones(1, len(texts), device=texts.device)
+
+    def forward(self, sample, timestep, encoder_hidden_states, **options):
+        """As diffusers has it; tokens [n, l, d] may have their marks behind the text's features."""
+        if hasattr(self, "mark_embedding"):
+            width = self.mark_embedding.out_features
+            text, marks = encoder_hidden_states[..., :width], encoder_hidden_states[..., width:]
+            encoder_hidden_states = text + self.mark_embedding(marks)
+        return super().forward(sample, timestep, encoder_hidden_states, **options)
 
 
 def _adapt(adapter, _block, arguments, options):

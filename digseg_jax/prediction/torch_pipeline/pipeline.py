@@ -48,7 +48,11 @@ class DigsegPipeline(DiffusionPipeline):
         self._check(words)
         s = self.config.settings
         texts = [way.replace("{}", word) for word in words for way in s["templates"]]
-        tokens, mask = self._encode([s["prompt"]] if s["prompt"] else texts)
+        contexts = [self._encode([s["prompt"]] if s["prompt"] else texts)]
+        if s["marks"]:
+            # one context for as many words as there are marks; a word is the mean of its texts
+            whole = contexts[0][0][:, 0].unflatten(0, (len(words), -1)).mean(1)
+            contexts = [self.unet.marked(part, s["marks"]) for part in whole.split(len(s["marks"]))]
         crops, assemble = self.image_processor.views(_pixels(image))
 
         planes = []
@@ -58,8 +62,11 @@ class DigsegPipeline(DiffusionPipeline):
                 noise = self.scheduler.initial_noise(seed, view, ensemble, encoded.shape[1:])
             else:
                 noise = torch.tensor(np.asarray(latents[view]))
-            members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
-            read = self._read(torch.stack(members))  # of each text; a word is the mean of its texts
+            found = []
+            for tokens, mask in contexts:
+                members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
+                found.append(self._read(torch.stack(members), mask.shape[1]))
+            read = np.concatenate(found)  # of each text; a word is the mean of its texts
             planes.append(read.reshape(len(words), -1, *read.shape[1:]).mean(axis=1))
 
         # Join the views of one word at a time to a mask of the image's size.
@@ -93,11 +100,17 @@ class DigsegPipeline(DiffusionPipeline):
         if s["text_skip_layers"]:
             tower = getattr(self.text_encoder, "text_model", self.text_encoder)
             tokens = tower.final_layer_norm(out.hidden_states[-1 - s["text_skip_layers"]])
-        if s["sentence_token"]:  # append the mean of the real tokens
+        if s["marks"] and self.text_encoder.config.model_type.startswith("clip"):
+            # the token that ends the text: of those of the largest id in old files the first
+            last = self.text_encoder.config.eos_token_id
+            ends = ids.argmax(1) if last == 2 else (ids == last).int().argmax(1)
+            return tokens[torch.arange(len(ids)), ends][:, None].to(self.unet.dtype), mask[:, :1]
+        if s["sentence_token"] or s["marks"]:  # append the mean of the real tokens
             weight = mask[..., None].to(tokens)
             mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             tokens, mask = torch.cat([tokens, mean], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
-        return tokens.to(self.unet.dtype), mask
+        keep = slice(-1 if s["marks"] else 0, None)
+        return tokens[:, keep].to(self.unet.dtype), mask[:, keep]
 
     def _encode_image(self, crop):
         """The scaled latent [1, c, h, w] of a view."""
@@ -117,28 +130,28 @@ class DigsegPipeline(DiffusionPipeline):
             x = self.scheduler.step(torch.cat(out), t, x).prev_sample
         return x
 
-    def _read(self, latents):
-        """Probabilities [q, h, w] of the members' latents [e, k, c, h, w]."""
+    def _read(self, latents, asked):
+        """Probabilities [q, h, w] of the members' latents [e, k, c, h, w], for `asked` texts."""
         s = self.config.settings
         if s["decoder"] == "latent_mean":
             latents = latents.mean(0, keepdim=True)
 
         rows = latents.flatten(0, 1) / self.vae.config.scaling_factor
         images = torch.cat([self.vae.decode(part).sample for part in rows.split(BATCH)]).float()
-        if s["prototypes"]:  # a palette: minus half the squared distance to each class's color
-            colors = torch.tensor(s["prototypes"], device=images.device)[None, ..., None, None]
+        if table := s["prototypes"]:  # minus half the squared distance to each class's color
+            table = [*table[:asked], table[-1]] if s["background"] else table
+            colors = torch.tensor(table, device=images.device)[None, ..., None, None]
             evidence = -0.5 * (images[:, None] - colors).square().sum(2)
             members = (s["scale"] * evidence).softmax(1)
         else:
             evidence = images.mean(1).clip(-1, 1).unflatten(0, latents.shape[:2])
             members = (s["scale"] * evidence).sigmoid()
 
-        if s["ensemble_rule"] == "median":
-            return members.quantile(0.5, dim=0).cpu().numpy()
         if s["ensemble_rule"] == "vote":
             best = members == members.amax(1, keepdim=True)
             members = (best if s["prototypes"] else members > 0.5).float()
-        return members.mean(0).cpu().numpy()
+        members = members.quantile(0.5, dim=0) if s["ensemble_rule"] == "median" else members.mean(0)
+        return members[: -1 if s["background"] else None].cpu().numpy()
 
 
 def _pixels(image):

@@ -32,7 +32,7 @@ from digseg_jax.log import log
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.sharding import BATCH, infer_shardings, on_mesh, place
 from digseg_jax.runtime.tpu import compiler_options
-from digseg_jax.segmentation.codecs import make_codec
+from digseg_jax.segmentation.codecs import check_cacheable, make_codec
 from digseg_jax.training.tasks.base import to_unit
 from digseg_jax.training.tasks.parts import Vae, load_vae
 from digseg_jax.training.tasks.segmentation import SegmentationTask
@@ -54,10 +54,12 @@ class FrozenParts:
     """A configuration's autoencoder and codec, without the text tower and the U-Net.
 
     Raises:
-      UserError: the autoencoder is missing, or cannot take images of this size.
+      UserError: the autoencoder is missing or cannot take images of this size, or the codec's masks
+        cannot be cached.
     """
 
     def __init__(self, config: Config):
+        check_cacheable(config.model.codec)
         self.config = config
         self.codec = make_codec(config.model.codec, config.data)
         self.vae, params = load_vae(config.model, config.compute)

@@ -37,8 +37,13 @@ from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
 from digseg_jax.segmentation.codec import Codec, HostAutoencoder
-from digseg_jax.segmentation.codecs import make_codec
-from digseg_jax.segmentation.prompt_bank import PromptBank, encode_prompts, with_sentence_token
+from digseg_jax.segmentation.codecs import CODECS, make_codec
+from digseg_jax.segmentation.prompt_bank import (
+    PromptBank,
+    encode_prompts,
+    only_sentence_token,
+    with_sentence_token,
+)
 from digseg_jax.training.tasks.unet_start import PromptShape, empty_shape, prompt_length
 from digseg_jax.weights import TextTower, load_component, load_config, load_text_tower
 
@@ -139,7 +144,8 @@ def load_parts(
 
     # Frozen arrays: the autoencoder, the encoded prompts, and what a cache of latents cannot give.
     prompts = codec.texts(bank_prompts(config.data) if prompts is None else prompts)
-    frozen: Params = {"vae": vae_params, "bank": bank_arrays(encode_bank(tower, prompts, model))}
+    bank = encode_bank(tower, prompts, model, pooled=codec.pooled)
+    frozen: Params = {"vae": vae_params, "bank": bank_arrays(bank)}
     anchors = anchors_for_cache(codec, config.data, config.loss)
     if anchors is not None:
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
@@ -180,6 +186,7 @@ def adapt_unet(
         text_adapters=model.text_adapters,
         text_dim=text_width,
         prompt_length=prompt_length(model, unet, empty),
+        mark_width=CODECS[model.codec].mark_width(vae.config.latent_channels),
     )
 
 
@@ -257,11 +264,18 @@ def load_tower(config: ModelConfig) -> TextTower:
 
 
 def encode_bank(
-    tower: TextTower, prompts: Sequence[str], config: ModelConfig, batch_size: int = 64
+    tower: TextTower,
+    prompts: Sequence[str],
+    config: ModelConfig,
+    batch_size: int = 64,
+    *,
+    pooled: bool = False,
 ) -> PromptBank:
     """Encodes prompts to tokens, with a sentence token behind them if the configuration has one.
 
     batch_size: prompts per call of the tower; with 1, a prompt's tokens do not depend on the others'.
+    pooled: one token for each prompt, its sentence feature: of a causal encoder (CLIP's) the token that
+      ends the text, of others the mean of the tokens.
 
     Raises:
       UserError: an empty prompt or one of too many tokens, or too large a length.
@@ -280,7 +294,10 @@ def encode_bank(
         batch_size=batch_size,
         # Text towers other than CLIP were trained with their padding masked, whatever the U-Net saw.
         mask_padding=config.mask_padding or not tower.causal,
+        pooled=pooled and tower.causal,
     )
+    if pooled:
+        return bank if tower.causal else only_sentence_token(bank)
     return with_sentence_token(bank) if config.sentence_token else bank
 
 

@@ -126,7 +126,7 @@ class SegmentationTask(Task):
           whole: the full batch if `batch` is a microbatch of it; see `Trainable.loss`.
         """
         label, rows = batch["label"], self.codec.text_rows(batch["query"])
-        drawn = self.codec.draw(keys)
+        drawn = self.codec.draw(keys, batch["query_class"])
 
         # Encode each image once and its k mask images: n = b * k pairs of latents.
         latents, x0 = self._latents(frozen, batch, drawn)

@@ -141,8 +141,9 @@ def initial_unet(
     base = dataclasses.replace(
         config,
         prompt_length=stored.prompt_length,
+        mark_width=stored.mark_width,
         text_adapters=stored.text_adapters and bool(starts or config.text_adapters),
-        text_dim=stored.text_width if stored.text_adapters else config.text_width,
+        text_dim=(stored if stored.text_adapters or stored.mark_width else config).text_width,
     )
     loaded = load_unet_params(source, base)
     new = lacking(stored, config)

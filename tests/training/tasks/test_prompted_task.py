@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompted codec in the one engine: trained on any mesh, exported, asked for many names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from digseg_jax import trees
+from digseg_jax.config.sampling import EStep
+from digseg_jax.errors import UserError
+from digseg_jax.evaluation.job import evaluate
+from digseg_jax.models.text_branch import MARKS
+from digseg_jax.prediction.pretrained import load_segmenter
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.runtime import sharding
+from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
+from digseg_jax.training.loop import Trainer
+from digseg_jax.training.optim import make_optimizer
+from digseg_jax.training.step import averaged, initial_state, make_train_step
+from digseg_jax.training.tasks.segmentation import load_task
+
+NAMES = 3
+CODEC = {"model__codec": "prompted", "data__num_queries": NAMES}
+
+
+@pytest.fixture(scope="module")
+def config(folders):
+    return tiny.config(
+        folders, **CODEC, data__name_dropout=0.5, loss__mask_weight=0.3, data__text_noise=0.1,
+        eval__num_images=1, eval__batch_size=1, eval__ensemble=2, eval__decoder="vae",
+        train__batch_size=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def task(config):
+    task = load_task(config)
+    task.prepare()
+    return task
+
+
+def losses(task, config, mesh, steps=2):
+    """Losses of the first steps on a mesh."""
+    task.prepare()
+    optimizer = make_optimizer(config.optim, config.train.steps, task.new)
+    state = initial_state(task.initial(), optimizer, config.optim)
+    shardings = infer_shardings((state, task.frozen), mesh)
+    state, frozen = place(state, shardings[0]), place(task.frozen, shardings[1])
+    step = make_train_step(task, config, mesh, *shardings)
+    found = []
+    for number in range(steps):
+        batch = tiny.batch(4, NAMES, seed=number) | {
+            "index": np.arange(4, dtype=np.uint32) + 4 * number
+        }
+        state, metrics = step(state, frozen, place_batch(batch, mesh))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def test_two_steps_on_four_devices_have_the_loss_of_one(config, task, monkeypatch):
+    monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 1)
+    alone = losses(task, config, tiny.mesh())
+    shared = losses(task, config, tiny.mesh(fsdp=2, tensor=2))
+    assert alone[0] != alone[1]
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)
+
+
+def test_only_what_the_colors_are_mapped_by_is_new_and_it_learns(task):
+    assert MARKS in task.new and task.unet_config.mark_width == 3 + tiny.VAE.latent_channels
+    marks = [path for path in trees.flatten(task.abstract) if path.startswith("mark_embedding")]
+    assert marks == ["mark_embedding.bias", "mark_embedding.kernel"]
+    assert task.frozen["bank"]["tokens"].shape[1:] == (1, tiny.TEXT_WIDTH)
+
+
+def test_more_names_than_colors_are_asked_in_groups(config, task):
+    segmenter = Segmenter(task, task.initial(), mesh=tiny.mesh())
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    words = ("water", "forest", "snow and ice", "cropland")
+    requests = [Request(image, 0, words), Request(image, 0, words[:2])]
+    whole, few = (answer.stack() for answer in segmenter.segment(requests, EStep(1, 1)))
+    assert whole.shape == (4, 128, 128) and whole.std() > 0
+    assert (whole[:3].sum(axis=0) <= 1 + 1e-5).all() and np.isfinite(whole).all()
+
+    # Empty places change nothing: neither as texts nor as colors.
+    alone = segmenter.segment([Request(image, 0, words[3:])], EStep(1, 1))[0].stack()
+    np.testing.assert_allclose(whole[3], alone[0], atol=1e-6)
+    changed = segmenter.segment([Request(image, 0, ("water", "tundra"))], EStep(1, 1))[0].stack()
+    assert np.abs(changed[0] - few[0]).max() > 1e-6  # but the other names do: they share an image
+    assert segmenter.programs.compiled == 2
+
+    # Templates are averaged as features: still one color for a query.
+    request = Request(image, 0, words[:2], templates=("{}", "a {}"))
+    ways = segmenter.segment([request], EStep(1, 1))[0].stack()
+    assert ways.shape == (2, 128, 128) and np.abs(ways - few).max() > 1e-6
+
+
+def test_an_export_gives_the_same_masks(config, task, tmp_path):
+    # Random biases, so that the map of the marks matters.
+    params = tiny.without_zeros(jax.device_get(task.initial()))
+    tiny.export(config, tmp_path, change=lambda _: params)
+    assert len(json.loads((tmp_path / "prompted.json").read_text())["latents"]) == NAMES + 1
+    again = load_segmenter(tmp_path)
+    assert again.codec.names == NAMES
+
+    image = np.random.default_rng(1).integers(0, 256, (128, 128, 3), np.uint8)
+    ours = Segmenter(task, params, mesh=again.mesh)
+    words = ("water", "forest", "snow and ice", "cropland")
+    request = Request(image, 0, words, templates=again.asks_in())
+    (wanted,) = ours.segment([request], EStep(2, 1))
+    found = again(image, words, 2, 1)
+    np.testing.assert_allclose(found.probability, wanted.stack(), atol=1e-6)
+
+    (tmp_path / "prompted.json").unlink()
+    with pytest.raises(UserError, match="not trained with the prompted codec"):
+        load_segmenter(tmp_path)
+
+
+def test_it_is_evaluated_like_the_other_codecs(config, task, cover, tmp_path):
+    calibrated = dataclasses.replace(config, eval=dataclasses.replace(config.eval, calibrate=True))
+    results = evaluate(
+        calibrated, task, jax.tree.map(jnp.asarray, task.initial()), tiny.mesh(), tmp_path
+    )
+    assert np.sum(results["confusion"]) == 128 * 128
+    assert results["calibration"]["scale"] == pytest.approx(task.codec.scale)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_checkpoint_bit_by_bit(folders, cover, tmp_path):
+    def run(folder, steps):
+        config = tiny.config(folders, **CODEC, data__name_dropout=0.5, train__steps=steps,
+                             optim__schedule="constant", checkpoint__every=2)  # fmt: skip
+        return averaged(Trainer(config, load_task(config), tiny.mesh(), str(folder)).run())
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "halves", 2)
+    halves = run(tmp_path / "halves", 4)
+    assert all(map(np.array_equal, jax.tree.leaves(whole), jax.tree.leaves(halves)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data__word_dropout": 0.5}, "config.data.word_dropout=0.5"),
+        ({"model__codec": "binary", "data__name_dropout": 0.5}, "config.data.name_dropout=0.5"),
+    ],
+)
+def test_what_it_does_not_use_is_told(folders, change, named):
+    with pytest.raises(UserError) as caught:
+        tiny.config(folders, **(CODEC | change))
+    assert named in tiny.one_line(caught.value)
