@@ -101,7 +101,7 @@ class DigsegPipeline(DiffusionPipeline):
             tower = getattr(self.text_encoder, "text_model", self.text_encoder)
             tokens = tower.final_layer_norm(out.hidden_states[-1 - s["text_skip_layers"]])
         if s["marks"] and self.text_encoder.config.model_type.startswith("clip"):
-            # the token that ends the text: of those of the largest id in old files the first
+            # the token that ends the text: the largest id where an old file names a wrong one
             last = self.text_encoder.config.eos_token_id
             ends = ids.argmax(1) if last == 2 else (ids == last).int().argmax(1)
             return tokens[torch.arange(len(ids)), ends][:, None].to(self.unet.dtype), mask[:, :1]
