@@ -134,6 +134,7 @@ def test_an_export_gives_the_same_masks(config, params, segmenter, tmp_path):
         load_segmenter(tmp_path)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_like_the_other_codecs(config, task, params, cover, tmp_path):
     calibrated = dataclasses.replace(config, eval=dataclasses.replace(config.eval, calibrate=True))
     on_device = jax.tree.map(jnp.asarray, params)
