@@ -25,7 +25,8 @@ from digseg_jax.evaluation.domains import domain_examples
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.io.progress import Progress
 from digseg_jax.prediction.pretrained import load_segmenter
-from digseg_jax.prediction.segmenter import Request, Segmenter
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
 
 ESTEP = EStep(1, 1)
 # domain -> {trained name: synonym that no training uses}

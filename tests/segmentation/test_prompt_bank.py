@@ -14,7 +14,11 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.text.tokenizer import Tokenizer
-from digseg_jax.segmentation.prompt_bank import encode_prompts, with_sentence_token
+from digseg_jax.segmentation.prompt_bank import (
+    encode_prompts,
+    only_sentence_token,
+    with_sentence_token,
+)
 from digseg_jax.weights import load_text_tower, save_component
 from digseg_jax.weights.text_tower import load_tokenizer
 
@@ -104,6 +108,20 @@ def test_bank_rows_are_the_towers_last_hidden_states(tower, tokenizer):
     out = functional.merge(graphdef, params)(ids, mask).last_hidden_state
     np.testing.assert_allclose(bank.tokens, out, atol=1e-5)
     np.testing.assert_array_equal(bank.mask, mask)
+
+
+def test_a_text_as_one_token_is_the_towers_own_vector_or_the_mean_of_its_words(tower, tokenizer):
+    ids, mask = tokenizer(PROMPTS, 6)
+    out = functional.merge(*tower)(ids, mask)
+    own = encode_prompts(*tower, tokenizer, PROMPTS, max_length=6, pooled=True)
+    assert own.mask.shape == (len(PROMPTS), 1) and own.mask.all()
+    np.testing.assert_allclose(own.tokens[:, 0], out.pooled, atol=1e-5)
+
+    mean = only_sentence_token(encode_prompts(*tower, tokenizer, PROMPTS, max_length=6))
+    words = [
+        hidden[real].mean(axis=0) for hidden, real in zip(out.last_hidden_state, mask, strict=True)
+    ]
+    np.testing.assert_allclose(mean.tokens[:, 0], words, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
