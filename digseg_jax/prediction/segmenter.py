@@ -368,7 +368,7 @@ class Segmenter:
             texts = self.codec.texts(part + part[-1:] * (slots - len(part)))
             templates = request.templates if request else ()
             if (texts, templates) not in made:
-                made[texts, templates] = self._encoded(texts, templates)
+                made[texts, templates] = self._tokens(texts, templates)
             tokens.append(made[texts, templates][0])
             masks.append(self.codec.hide_empty(made[texts, templates][1], len(part)))
 
@@ -376,17 +376,15 @@ class Segmenter:
             biases.append(filled(own, slots))
         return np.stack(tokens), np.stack(masks), np.stack(biases)
 
-    def _encoded(
-        self, texts: Sequence[str], templates: Sequence[str] = ()
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded only once.
+    def _tokens(self, texts: Sequence[str], templates: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [n, l, d] and masks [n, l] of texts; with templates, the mean of those in them."""
+        if not templates:  # or they are in the texts already: only a pooled text can be averaged
+            return self._encoded(texts)
+        ways = [self._encoded([fill(way, text) for text in texts]) for way in templates]
+        return np.mean([tokens for tokens, _ in ways], axis=0), ways[0][1]
 
-        templates: the tokens are the mean over the texts in them, of a codec that is `pooled`.
-        """
-        if templates:
-            ways = [self._encoded([fill(way, text) for text in texts]) for way in templates]
-            return np.mean([tokens for tokens, _ in ways], axis=0), ways[0][1]
-
+    def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [n, l, d] and masks [n, l] of texts, each of which is encoded only once."""
         tower = self.task.parts.tower
         assert tower is not None  # only parts that are mere shapes have none
 
