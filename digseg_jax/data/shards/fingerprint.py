@@ -57,12 +57,11 @@ def difference(source: Source, made_from: Mapping[str, Any], since: float) -> st
     if made_from.get(UNTIMED_KEY) not in (None, fingerprint(source, times=False)):
         return "the names or sizes of its files are others now"
 
-    newer = [path for path in _files(source) if path.exists() and path.stat().st_mtime > since]
-    return (
-        f"{len(newer)} of its files are newer than what was made from them, such as {newer[0]}"
-        if newer
-        else ""
-    )
+    # Whole seconds, which are all that some stores keep of a manifest's time.
+    newer = [p for p in _files(source) if p.exists() and int(p.stat().st_mtime) > int(since)]
+    if not newer:
+        return ""
+    return f"{len(newer)} of its files are newer than what was made from them, such as {newer[0]}"
 
 
 def _files(source: Source) -> Iterator[Path]:
