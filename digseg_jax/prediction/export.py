@@ -5,8 +5,8 @@ model_index.json, pipeline.py       list of the components, and torch code that 
 unet/ vae/ text_encoder/            trained weights, and copies of the frozen parts
 tokenizer/ scheduler/               in the formats of transformers and diffusers
 image_processor/                    settings for cutting an image of any size into views
-segmenter.json, palette.json,       settings, codec state and calibration for this program;
-calibration.json, README.md         the model card for people
+segmenter.json, calibration.json,   settings, calibration and codec state (palette.json, prompted.json)
+README.md                           for this program; the model card for people
 """
 
 from __future__ import annotations
