@@ -58,7 +58,7 @@ def configuration(data: str, codec: str, seed: int, steps: int, images: int) -> 
         values.data.negative_rate, values.data.word_dropout = 0.25, 0.5
     else:
         values.data.num_queries = num_classes(parse(values).data)
-        values.data.negative_rate, values.data.name_dropout = 0.5, 0.25
+        values.data.negative_rate, values.data.name_dropout = 0.5, 1.0
     return for_devices(parse(values), jax.devices())
 
 
