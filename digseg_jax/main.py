@@ -46,6 +46,10 @@ _TEMPLATE = flags.DEFINE_multi_string(
     "template", None, 'eval, predict, demo: what to ask in, such as "a photo of a {}"; may be repeated.'
 )
 _OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
+_FORMAT = flags.DEFINE_multi_enum(
+    "format", None, ["coco", "label_studio"],
+    "predict: one file of all images for a labeling tool, OUT/all.FORMAT.json; may be repeated.",
+)  # fmt: skip
 _PORT = flags.DEFINE_integer("port", 0, "demo: port on 127.0.0.1; 0 takes a free one.")
 _NO_BROWSER = flags.DEFINE_bool("no_browser", False, "demo: do not open the page in a browser.")
 _HUB = flags.DEFINE_string("hub", None, "export: repository to push to, org/name[@branch].")
@@ -74,6 +78,7 @@ _FOR_MODES = {
     "vocabulary": ("predict",),
     "template": ("predict", "demo", "eval"),
     "out": ("predict",),
+    "format": ("predict",),
     "port": ("demo",),
     "no_browser": ("demo",),
     "hub": ("export",),
@@ -188,8 +193,8 @@ def _predict(config: Config | None) -> None:
     from digseg_jax.prediction.job import predict
 
     weights, queries, out = _MODEL.value or _WORKDIR.value, _QUERY.value or [], Path(_OUT.value)
-    settings = _settings() | _chosen()
-    predict(config, weights, _IMAGE.value, queries, out, _VOCABULARY.value, settings=settings)
+    options = {"settings": _settings() | _chosen(), "formats": _FORMAT.value or ()}
+    predict(config, weights, _IMAGE.value, queries, out, _VOCABULARY.value, **options)
 
 
 def _run_on_all_processes(mode: str, config: Config | None) -> None:
@@ -270,7 +275,7 @@ def _check_repeats(argv: list[str]) -> None:
         if not argument.startswith("-") or not name:
             continue
 
-        # Some flags may be repeated: --query, --image and --template.
+        # Some flags may be repeated: --query, --image, --template and --format.
         several = name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
         if name in seen and not several:
             raise UserError(f"--{name}: given twice, {seen[name]} and {argument}; name one")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads image files as RGB of 8 bits, by one rule for training, evaluation and prediction.
 
+TIFFs that Pillow does not read are read by rasterio, if that is installed (see `georeference`).
+
 Transparent pixels are laid over white. In files of more than 8 bits, whole numbers or floats, the
 smallest value becomes 0 and the largest 255; if all values are equal, the upper 8 of 16 bits are taken.
 Of several frames or pages the first one is read.
@@ -11,8 +13,10 @@ opened that runs a program (EPS) or reads other files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import logging
 import warnings
 import zlib
 from pathlib import Path
@@ -23,12 +27,15 @@ from PIL import Image
 
 from digseg_jax.arraytypes import UInt8
 from digseg_jax.io.files import LFS_POINTER, UnreadableError, read_bytes, shown
+from digseg_jax.io.georeference import INSTALL, has_rasterio, read_bands
 
 MAX_PIXELS = 178_956_970  # Pillow rejects more, too
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 # Pillow warns from half of MAX_PIXELS on, which is legal here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What it logs of a file that it cannot read is an error of this module, in one line.
+logging.getLogger("PIL.TiffImagePlugin").disabled = True
 
 _ORIENTATION = 0x0112  # the EXIF tag
 # EXIF orientation -> the transposition that shows the image upright; 1 needs none.
@@ -55,6 +62,7 @@ _STARTS = {
     b"<": "a page of HTML",
 }
 _BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two of more than 4 GiB
 _TIFF_BITS = 258  # the TIFF tag BitsPerSample
 
 
@@ -79,13 +87,28 @@ def read_image(path: Path) -> StoredImage:
       UnreadableError: not an image, damaged, too many pixels, or without any number in it.
     """
     data = read_bytes(path)
-    image = decode(path, data, IMAGE_FORMATS)
+    try:
+        image = decode(path, data, IMAGE_FORMATS)
+    except UnreadableError as error:
+        if (pixels := _raster_rgb(data)) is not None:
+            return StoredImage(pixels)
+        raster = data.startswith(_TIFF_STARTS) and not has_rasterio()
+        hint = f"; rasters of more bands or other types: {INSTALL}" if raster else ""
+        raise UnreadableError(f"{error}{hint}") from error
     orientation = orientation_of(image)
 
     try:
         return StoredImage(_deep_rgb(image, data, orientation), orientation)
     except (ValueError, OSError, cv2.error) as error:  # faults that the decoder did not see
         raise UnreadableError(f"{shown(path)}: cannot be decoded: {_reason(error)}") from error
+
+
+def _raster_rgb(data: bytes) -> UInt8[np.ndarray, "h w 3"] | None:
+    """RGB of a TIFF that Pillow does not read, such as 13 bands of 16 bits; None if rasterio cannot."""
+    bands = read_bands(data, MAX_PIXELS) if data.startswith(_TIFF_STARTS) else None
+    with contextlib.suppress(ValueError):  # no finite number in it
+        return None if bands is None else _eight_bits(bands)
+    return None
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:

@@ -24,6 +24,7 @@ from digseg_jax.data.datasets.readers import rle
 from digseg_jax.data.datasets.spec import Color
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.georeference import write_raster
 from digseg_jax.io.image_file import IMAGE_ENDINGS, read_image, upright_rgb
 from digseg_jax.io.names import UNSEEN
 from digseg_jax.prediction.answer import MostProbable
@@ -182,10 +183,11 @@ def write_prediction(
     NAME_QUERY.probability.png: the soft mask. NAME.overlay.png: every query in its color over the
     image, with a legend below. NAME.labels.png: of each pixel the index of the most probable query, in
     the same colors; the highest number where no query exceeds 0.5. NAME.coco.json: the masks as COCO
-    annotations. NAME.npz: "probability" float16 [q, h, w] and "queries".
+    annotations. NAME.npz: "probability" float16 [q, h, w] and "queries". Of a georeferenced image,
+    NAME.labels.tif and NAME.probability.tif are the same at its place, the soft masks times 255.
 
     All files are made in a scratch folder and then moved: an existing file is replaced by a complete
-    one or not at all.
+    one or not at all. NAME.json says "complete" once all of them are there.
 
     masks: the probabilities of each query, in their order; taken one at a time, so that a large image
     and many queries need no more memory than one mask. colors: of the queries; `query_colors` if left
@@ -206,6 +208,11 @@ def write_prediction(
             summary = _write_all(made, image, queries, masks, facts, colors)
             for source, target in zip(made, files, strict=True):
                 source.replace(target)
+
+            # The summary came first, as it tells whose the files are; now it tells that all are there.
+            summary["complete"] = True
+            _write_json(made.summary, summary)
+            made.summary.replace(files.summary)
     except (OSError, ValueError) as error:
         raise UserError(f"--out={shown(files.base)}: cannot be written ({error})") from error
     return summary
@@ -245,6 +252,10 @@ def _write_all(
     viz.save_photo(files.overlay, overlay(image, queries, winner.label, colors))
     viz.save_index(files.labels, winner.label, colors)
 
+    # The same at the image's place on the earth.
+    if files.georeferenced:
+        _write_rasters(files, Path(facts["image"]), queries, winner.label, colors)
+
     # The summary has the legend of the index map; names that are not Unicode are written readably.
     rows = [{**row, "index": k, "color": viz.to_hex(colors[k])} for k, row in enumerate(rows)]
     facts = {key: shown(value) if key == "image" else value for key, value in facts.items()}
@@ -255,6 +266,28 @@ def _write_all(
     name = Path(facts["image"]).name if "image" in facts else files.base.name
     _write_json(files.coco, coco_file(name, (height, width), queries, annotations))
     return summary
+
+
+def _write_rasters(
+    files: PredictionFiles,
+    source: Path,
+    queries: Sequence[str],
+    label: Int[np.ndarray, "h w"],
+    colors: UInt8[np.ndarray, "q 3"],
+) -> None:
+    """Writes the GeoTIFFs: `label` as one band, and a band of every query's probability PNG."""
+    labels, soft_masks = files.rasters
+    small = len(queries) <= 255
+    index = np.where(label < 0, 255 if small else 65535, label)
+    meaning = ", ".join(f"{k} {query}" for k, query in enumerate(queries))
+    write_raster(
+        labels, source, [index.astype(np.uint8 if small else np.uint16)], [meaning],
+        nothing=255 if small else 65535, colors=colors if small else None,
+    )  # fmt: skip
+
+    # The PNGs are read back one at a time.
+    planes = (np.asarray(Image.open(files.probability(k))) for k in range(len(queries)))
+    write_raster(soft_masks, source, planes, queries)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

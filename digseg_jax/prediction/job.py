@@ -16,12 +16,15 @@ from digseg_jax.config.parse import with_sampling, with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.georeference import INSTALL, has_rasterio, is_georeferenced
 from digseg_jax.io.progress import Progress
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.files import find_images, find_queries, query_colors, read_rgb
 from digseg_jax.prediction.known_names import far_queries, told
+from digseg_jax.prediction.labeling import labeling_file, write_labeling
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
+from digseg_jax.prediction.resume import identity_of, is_done, marks_of
 from digseg_jax.prediction.targets import PredictionFiles, no_empty_folder, targets
 from digseg_jax.runtime.compile_cache import use_own_compile_cache
 
@@ -35,8 +38,11 @@ def predict(
     vocabulary: str | None = None,
     estep: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    formats: Sequence[str] = (),
 ) -> None:
     """Segments every image that is named, and writes the files of `write_prediction` for each.
+
+    In a folder, images are left out whose prediction is complete and would be the same again.
 
     Args:
       config: None takes every setting from the weights' own description.
@@ -46,24 +52,37 @@ def predict(
       out: a folder, or a PNG for a single image.
       estep: members x steps, such as "8x2"; by default the configuration's.
       settings: values by key such as "eval.decoder", in place of the description's.
+      formats: kinds of `labeling.KINDS`; the folder gets a file of each.
 
     Raises:
       UserError: unreadable images (the others are segmented first), empty query, missing weights,
         weights that were trained with another configuration, unwritable output.
     """
     # Check all input and output before the slow part: queries, images and file names.
-    texts = find_queries(queries, vocabulary)
+    texts, out = find_queries(queries, vocabulary), Path(out).expanduser()
     images = find_images(image)
     with no_empty_folder(out):
-        planned = targets(images, out, texts)
+        planned = targets(images, out, texts, _placed(images))
+        labeled = {kind: labeling_file(kind, out, planned) for kind in formats}
         if len(images) == 1:
             read_rgb(images[0])  # an unreadable image is reported before the models are built
 
-        segmenter, chosen = _load(config, model, estep, settings or {})
-        if far := far_queries(segmenter, texts):
-            log.info("%s", told(far))
-        colors = query_colors(texts, segmenter.description.datasets, vocabulary)
-        broken = _segment_files(segmenter, chosen, images, texts, colors, planned)
+        # What is done already needs no weights.
+        folder, chosen = _chosen(config, model, estep, settings or {})
+        colors = query_colors(texts, read_description(folder).datasets, vocabulary)
+        identity = identity_of(folder, chosen, texts, colors.tolist())
+        jobs, broken = _unfinished(images, planned, identity, resumes=out.suffix.lower() != ".png")
+        if jobs:
+            segmenter = load_segmenter(folder, chosen)
+            if far := far_queries(segmenter, texts):
+                log.info("%s", told(far))
+            broken += _segment_files(segmenter, chosen, jobs, texts, colors, identity)
+
+        # One file for a labeling tool, of all images whose masks are there.
+        complete = [files for image, files in zip(images, planned, strict=True) if image not in broken]
+        for kind, path in labeled.items():
+            write_labeling(kind, path, complete)
+            log.info("%d images -> %s", len(complete), shown(path))
 
     if broken:
         names = ", ".join(shown(path) for path in broken[:5])
@@ -71,13 +90,13 @@ def predict(
         raise UserError(f"{len(broken)} of {len(images)} images could not be read: {names}{more}")
 
 
-def _load(
+def _chosen(
     config: Config | None, model: str | None, estep: str | None, settings: Mapping[str, Any]
-) -> tuple[PretrainedSegmenter, Config]:
-    """Loads the weights with the settings of their training, or with those of the configuration.
+) -> tuple[Path, Config]:
+    """The folder of the weights, and the settings of their training or of the configuration.
 
     Raises:
-      UserError: missing weights, or weights that were trained with another configuration.
+      UserError: missing weights.
     """
     folder = find_export(model or SHIPPED)
     if config is None:
@@ -85,32 +104,64 @@ def _load(
     if estep:
         config = with_sampling(config, estep)
     use_own_compile_cache(config.compute.compile_cache)
-    return load_segmenter(folder, config), config
+    return folder, config
+
+
+Job = tuple[Path, PredictionFiles]  # an image, and the files of its prediction
+
+
+def _placed(images: Sequence[Path]) -> list[Path]:
+    """The images that tell their place on the earth; none, and a hint, without rasterio."""
+    placed = [image for image in images if is_georeferenced(image)]
+    if placed and not has_rasterio():
+        log.info("georeferenced images: %d; to get masks at their place: %s", len(placed), INSTALL)
+        return []
+    return placed
+
+
+def _unfinished(
+    images: Sequence[Path], planned: Sequence[PredictionFiles], identity: str, *, resumes: bool
+) -> tuple[list[Job], list[Path]]:
+    """The images still to be segmented with their files, and those that cannot be read.
+
+    resumes: leave out what is complete and would be the same, and say so.
+    """
+    jobs: list[Job] = []
+    broken = []
+    for image, files in zip(images, planned, strict=True):
+        try:
+            if not (resumes and is_done(files, image, identity)):
+                jobs.append((image, files))
+        except UnreadableError as error:
+            broken.append(image)
+            log.error("left out: %s", error)
+
+    if done := len(images) - len(jobs) - len(broken):
+        where = shown(planned[0].base.parent)
+        log.info("%d of %d images are done: the same model and settings made them, in %s; remove their "
+                 "files to make them again", done, len(images), where)  # fmt: skip
+    return jobs, broken
 
 
 def _segment_files(
     segmenter: PretrainedSegmenter,
     config: Config,
-    images: Sequence[Path],
+    jobs: Sequence[Job],
     texts: Sequence[str],
     colors: UInt8[np.ndarray, "q 3"],
-    planned: Sequence[PredictionFiles],
+    identity: str,
 ) -> list[Path]:
-    """Segments one image after the other, so that memory holds one image's masks.
+    """Segments image files and writes the files of their predictions; returns the unreadable ones.
 
-    Returns:
-      The images that cannot be read: a broken one among many costs only its own masks.
-
-    Raises:
-      UserError: a file cannot be written.
+    One image after the other, so that memory holds one image's masks. A broken one among many costs
+    only its own masks.
     """
-    sampling, started = config.eval, time.monotonic()
-    broken: list[Path] = []
+    sampling, started, broken = config.eval, time.monotonic(), []
     label = f"predict {sampling.ensemble}x{sampling.steps}"
-    progress = Progress(len(images), label=label, unit="images")
-    for done, (source, files) in enumerate(zip(images, planned, strict=True), start=1):
+    progress = Progress(len(jobs), label=label, unit="images")
+    for done, (source, files) in enumerate(jobs, start=1):
         try:
-            _segment_file(segmenter, config, source, texts, colors, files)
+            _segment_file(segmenter, config, source, texts, colors, files, identity)
         except UnreadableError as error:
             broken.append(source)
             log.error("left out: %s", error)
@@ -126,6 +177,7 @@ def _segment_file(
     texts: Sequence[str],
     colors: UInt8[np.ndarray, "q 3"],
     files: PredictionFiles,
+    identity: str,
 ) -> None:
     """Segments an image file, writes the files of its prediction, and logs them.
 
@@ -140,6 +192,7 @@ def _segment_file(
             spacing=sampling.spacing, advance=windows.update,
         )  # fmt: skip
         masks.colors = colors
+        masks.facts |= marks_of(source, identity)
         summary = masks.write(files)  # large masks are computed only now, see `Masks`
     log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
 
@@ -152,7 +205,8 @@ def _told(summary: Mapping[str, Any]) -> str:
 
 def _beside(files: PredictionFiles) -> str:
     """The other files of a prediction, abbreviated as NAME{ENDING,...}."""
-    ends = ("*.probability.png", ".overlay.png", ".labels.png", ".coco.json", ".npz", ".json")
+    ends = ["*.probability.png", ".overlay.png", ".labels.png", ".coco.json", ".npz", ".json"]
+    ends += [path.name.removeprefix(files.base.name) for path in files.rasters]
     return f"{shown(files.base)}{{{','.join(ends)}}}"
 
 

@@ -8,8 +8,9 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, read_bytes, shown
@@ -26,20 +27,26 @@ class PredictionFiles:
       base: FOLDER/NAME.
       parts: for each query, what follows NAME in its files: "" for a single query, else _QUERY.
       ending: ending of the mask files.
+      georeferenced: whether there are GeoTIFFs, as of an image that tells its place on the earth.
     """
 
     base: Path
     parts: tuple[str, ...]
     ending: str = ".png"
+    georeferenced: bool = False
 
     @classmethod
-    def of(cls, base: Path, queries: Sequence[str], ending: str = ".png") -> PredictionFiles:
+    def of(
+        cls, base: Path, queries: Sequence[str], ending: str = ".png", *, georeferenced: bool = False
+    ) -> PredictionFiles:
         """The files for a list of queries; different queries get different files."""
         if len(queries) == 1:
-            return cls(base, ("",), ending)
+            return cls(base, ("",), ending, georeferenced)
 
         # Slugs have no dots, so a query called "overlay" or "a.probability" hits no other file.
-        return cls(base, tuple(f"_{part}" for part in distinct(map(slug, queries))), ending)
+        return cls(
+            base, tuple(f"_{part}" for part in distinct(map(slug, queries))), ending, georeferenced
+        )
 
     @property
     def archive(self) -> Path:
@@ -66,6 +73,12 @@ class PredictionFiles:
         """File of the masks as COCO annotations, NAME.coco.json."""
         return self._file("", ".coco.json")
 
+    @property
+    def rasters(self) -> tuple[Path, ...]:
+        """GeoTIFFs of query indices and of soft masks: NAME.labels.tif, NAME.probability.tif."""
+        ends = (".labels.tif", ".probability.tif") if self.georeferenced else ()
+        return tuple(self._file("", end) for end in ends)
+
     def mask(self, query: int) -> Path:
         """File of a query's mask, by the query's index."""
         return self._file(self.parts[query], self.ending)
@@ -76,7 +89,7 @@ class PredictionFiles:
 
     def __iter__(self) -> Iterator[Path]:
         """Yields every file, the summary first."""
-        yield from (self.summary, self.archive, self.overlay, self.labels, self.coco)
+        yield from (self.summary, self.archive, self.overlay, self.labels, self.coco, *self.rasters)
         for query in range(len(self.parts)):
             yield self.mask(query)
             yield self.probability(query)
@@ -99,11 +112,18 @@ def no_empty_folder(out: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[PredictionFiles]:
+def targets(
+    images: Sequence[Path],
+    out: Path,
+    queries: Sequence[str],
+    placed: Collection[Path] = (),
+) -> list[PredictionFiles]:
     """Chooses the file names of every image's prediction; creates the folder that --out names.
 
     In a folder, the files of an image begin with its stem; with its whole name if two images share the
     stem; and with a number added if they would replace a file that no earlier prediction wrote.
+
+    placed: those of the images that get GeoTIFFs, too.
 
     Raises:
       UserError: an illegal name, one file for several images, or a file that must not be replaced.
@@ -111,7 +131,7 @@ def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[P
     # A name that ends in .png is the mask of a single image; any other name is a folder.
     out = Path(out).expanduser()
     if out.suffix.lower() == ".png":
-        return [_named(images, out, queries)]
+        return [_named(images, out, queries, bool(placed))]
     if out.suffix and not out.is_dir():
         raise UserError(f"--out={out}: must be a folder or the name of a file that ends in .png")
 
@@ -132,7 +152,7 @@ def targets(images: Sequence[Path], out: Path, queries: Sequence[str]) -> list[P
     planned, taken = [], set[str]()
     for image in images:
         for name in _candidates(image, alone=stems[key(image.stem)] == 1):
-            files = PredictionFiles.of(out / name, queries)
+            files = PredictionFiles.of(out / name, queries, georeferenced=image in placed)
             keys = {key(file.name) for file in files}
             if not keys & taken and (not keys & there or _replaceable(files, inputs)):
                 break
@@ -155,7 +175,9 @@ def check_not_replaced(files: PredictionFiles, images: Sequence[Path], name: str
             raise UserError(f"{name}: would replace the image {shown(file)}; choose another name")
 
 
-def _named(images: Sequence[Path], out: Path, queries: Sequence[str]) -> PredictionFiles:
+def _named(
+    images: Sequence[Path], out: Path, queries: Sequence[str], georeferenced: bool
+) -> PredictionFiles:
     """The files of a single prediction whose mask the user named with --out=FILE.png.
 
     Raises:
@@ -170,7 +192,7 @@ def _named(images: Sequence[Path], out: Path, queries: Sequence[str]) -> Predict
         raise UserError(f"--out={out}: one file for {len(images)} images; name a folder")
 
     # The mask itself may be replaced, because the user named it; the files beside it were not named.
-    files = PredictionFiles.of(out.with_suffix(""), queries, out.suffix)
+    files = PredictionFiles.of(out.with_suffix(""), queries, out.suffix, georeferenced=georeferenced)
     check_not_replaced(files, images, f"--out={out}")
     if not _ours(files):
         beside = next((f for f in files if f != out and os.path.lexists(f)), None)
@@ -209,15 +231,21 @@ def _replaceable(files: PredictionFiles, inputs: set[FileId]) -> bool:
 
 def _ours(files: PredictionFiles) -> bool:
     """Whether NAME.json was written by a prediction: labeling tools write files of that name too."""
+    return read_summary(files) is not None
+
+
+def read_summary(files: PredictionFiles) -> dict[str, Any] | None:
+    """Content of NAME.json; None if no prediction wrote such a file."""
     if not files.summary.is_file():
-        return False
+        return None
 
     # A summary is small: beyond 64 MiB the file is somebody else's, and is not read.
     try:
         found = json.loads(read_bytes(files.summary, limit=2**26))
     except (UnreadableError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and {"estep", "queries", "height", "width"} <= found.keys()
+        return None
+    ours = isinstance(found, dict) and {"estep", "queries", "height", "width"} <= found.keys()
+    return found if ours else None
 
 
 def _ids(paths: Sequence[Path]) -> set[FileId]:

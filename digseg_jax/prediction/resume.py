@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images of a folder need no second prediction: theirs is complete, and would be the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import digseg_jax
+from digseg_jax.config.parse import to_dict
+from digseg_jax.config.schema import Config
+from digseg_jax.io.files import read_bytes
+from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.prediction.description import FILE, unet_folder
+from digseg_jax.prediction.targets import PredictionFiles, read_summary
+from digseg_jax.weights.safetensors_io import weight_files
+
+
+def identity_of(folder: Path, config: Config, queries: Sequence[str], colors: Sequence[Any]) -> str:
+    """Tells predictions apart whose files differ: by weights, settings, queries, colors or version.
+
+    Weights are told by their description, sizes and times, as reading them would take longer than an
+    image; a copy of them counts as another model.
+
+    Args:
+      folder: the exported weights.
+      config: the settings they are asked with.
+      queries, colors: the words and their RGB.
+    """
+    files = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in weight_files(unet_folder(folder))
+    ]
+    small = [(folder / name) for name in (FILE, CALIBRATION)]
+    texts = [path.read_text(encoding="utf-8") for path in small if path.is_file()]
+    values = to_dict(config)
+    settings = [values[section] for section in ("model", "diffusion", "eval")] + [config.seed]
+    colors = [[int(c) for c in color] for color in colors]
+    facts = [digseg_jax.__version__, files, texts, settings, list(queries), colors]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def marks_of(image: Path, identity: str) -> dict[str, Any]:
+    """Entries of NAME.json by which `is_done` knows a prediction again.
+
+    Raises:
+      UnreadableError: the image's file cannot be read.
+    """
+    return {"made_with": identity, "image_crc32": zlib.crc32(read_bytes(image))}
+
+
+def is_done(files: PredictionFiles, image: Path, identity: str) -> bool:
+    """Whether a prediction is complete, and of this image with this identity.
+
+    Raises:
+      UnreadableError: the image's file cannot be read.
+    """
+    found = read_summary(files)
+    if found is None or found.get("made_with") != identity or not found.get("complete"):
+        return False
+    return all(file.is_file() for file in files) and found | marks_of(image, identity) == found

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of a prediction: resumed, labeled by tools, and at their place on the earth."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from digseg_jax.errors import UserError
+from digseg_jax.io.image_file import read_image
+from digseg_jax.log import log
+from digseg_jax.prediction import job
+from digseg_jax.prediction.files import pixels_of
+from digseg_jax.prediction.labeling import brush_rle
+from digseg_jax.prediction.masks import Masks
+
+WORDS = ["water", "forest"]
+
+
+class Halves:
+    """Answers with the left half for the first word and the right half for the second."""
+
+    def __init__(self):
+        self.seen = []
+        self.description = types.SimpleNamespace(datasets=[])
+
+    def __call__(self, source, texts, ensemble, steps, seed, **_):
+        self.seen.append(source.name)
+        pixels = pixels_of(source)
+        left = np.arange(pixels.shape[1]) < pixels.shape[1] // 2
+        planes = [np.where(left == (k == 0), 0.75, 0.25) for k in range(len(texts))]
+        planes = [np.broadcast_to(p.astype(np.float32), pixels.shape[:2]) for p in planes]
+        answer = types.SimpleNamespace(probability=planes.__getitem__)
+        colors = np.zeros((len(texts), 3), np.uint8)
+        return Masks(pixels, tuple(texts), answer, {"image": str(source), "estep": "1x1"}, colors)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    found = Halves()
+    monkeypatch.setattr(job, "load_segmenter", lambda *_: found)
+    monkeypatch.setattr(job, "far_queries", lambda *_: {})
+    monkeypatch.setattr(job, "use_own_compile_cache", lambda _: None)
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, name in enumerate(("a.png", "b.png", "c.png")):
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def predict(photos, **options):
+    options = {"queries": WORDS, "out": photos.parent / "out", "estep": "1x1"} | options
+    job.predict(None, None, str(photos), **options)
+    return options["out"]
+
+
+def test_a_second_call_makes_only_what_is_missing_or_would_differ(model, photos, monkeypatch):
+    told = []
+    monkeypatch.setattr(log, "info", lambda text, *a, **_: told.append(text % a))
+    out = predict(photos)
+    assert model.seen == ["a.png", "b.png", "c.png"] and not [t for t in told if "are done" in t]
+
+    # A lost file, a prediction that was killed while its files were moved, another image.
+    (out / "a.npz").unlink()
+    summary = json.loads((out / "b.json").read_text())
+    (out / "b.json").write_text(json.dumps({k: v for k, v in summary.items() if k != "complete"}))
+    model.seen.clear()
+    predict(photos)
+    assert model.seen == ["a.png", "b.png"]
+    assert [t for t in told if t.startswith("1 of 3 images are done")]
+    (photos / "c.png").write_bytes((photos / "a.png").read_bytes())
+    model.seen.clear()
+    predict(photos)
+    assert model.seen == ["c.png"]
+
+    # With nothing left to do no weights are loaded; other settings make everything again.
+    monkeypatch.setattr(job, "load_segmenter", None)
+    predict(photos)
+    monkeypatch.setattr(job, "load_segmenter", lambda *_: model)
+    for changed in (
+        {"estep": "2x1"},
+        {"settings": {"seed": 3}},
+        {"vocabulary": "camvid", "queries": []},
+    ):
+        model.seen.clear()
+        predict(photos, **changed)
+        assert model.seen == ["a.png", "b.png", "c.png"], changed
+
+
+def decoded(data):
+    """Values of @thi.ng/rle-pack: an independent, bit by bit, decoder."""
+    bits = "".join(f"{byte:08b}" for byte in data)
+    at = 0
+
+    def read(count):
+        nonlocal at
+        at += count
+        return int(bits[at - count : at], 2)
+
+    total, word = read(32), read(5) + 1
+    sizes = [read(4) + 1 for _ in range(4)]
+    values = []
+    while len(values) < total:
+        run = read(1)
+        count = read(sizes[read(2)]) + 1
+        values += [read(word)] * count if run else [read(word) for _ in range(count)]
+    return values
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_brush_runs_hold_the_mask(share):
+    mask = np.random.default_rng(0).random((160, 150)) < share  # long runs are split
+    assert decoded(brush_rle(mask)) == np.repeat(255 * mask.ravel(), 4).tolist()
+
+
+def test_one_file_of_all_images_for_each_tool(model, photos):
+    out = predict(photos, formats=["coco", "label_studio"])
+    coco = json.loads((out / "all.coco.json").read_text())
+    assert [(i["id"], i["file_name"]) for i in coco["images"]] == [
+        (1, "a.png"),
+        (2, "b.png"),
+        (3, "c.png"),
+    ]
+    assert [a["id"] for a in coco["annotations"]] == [1, 2, 3, 4, 5, 6]
+    assert [a["image_id"] for a in coco["annotations"]] == [1, 1, 2, 2, 3, 3]
+
+    tasks = json.loads((out / "all.label_studio.json").read_text())
+    assert [t["data"]["image"] for t in tasks] == [f"/data/local-files/?d={n}.png" for n in "abc"]
+    for result, left in zip(tasks[1]["predictions"][0]["result"], (True, False), strict=True):
+        assert result["value"]["brushlabels"] == ["water" if left else "forest"]
+        plane = np.reshape(decoded(result["value"]["rle"]), (6, 8, 4))[..., 3] > 0
+        assert plane[:, :4].all() == left and plane[:, 4:].any() != left
+
+
+@pytest.mark.parametrize(
+    ("out", "name", "message"), [("a.png", "a", "needs a folder"), ("out", "all", "rename the image")]
+)
+def test_a_file_of_all_images_needs_a_place(model, tmp_path, out, name, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.jpg")
+    with pytest.raises(UserError, match=message) as caught:
+        predict(tmp_path / f"{name}.jpg", out=tmp_path / out, formats=["coco"])
+    assert "--format=coco" in tiny.one_line(caught.value) and not model.seen
+
+
+class TestGeoTiff:
+    @pytest.fixture
+    def rasterio(self):
+        return pytest.importorskip("rasterio", reason="needs: pip install rasterio")
+
+    def save(self, rasterio, path, bands, **options):
+        place = rasterio.transform.from_origin(500_000, 4_600_000, 10, 10)
+        options = {"crs": "EPSG:32633", "transform": place} | options
+        count, height, width = bands.shape
+        with rasterio.open(
+            path, "w", driver="GTiff", dtype=bands.dtype.name, count=count, height=height, width=width,
+            **options,
+        ) as out:  # fmt: skip
+            out.write(bands)
+
+    @pytest.mark.parametrize("count", [3, 4, 13])
+    def test_bands_of_16_bits_are_seen_as_their_8_bit_rendering(self, rasterio, tmp_path, count):
+        bands = np.random.default_rng(0).integers(300, 4000, (count, 20, 30)).astype(np.uint16)
+        self.save(rasterio, tmp_path / "a.tif", bands, tiled=True, blockxsize=16, blockysize=16)
+        rgb = np.moveaxis(bands[:3], 0, -1).astype(np.float32)
+        expected = (rgb - rgb.min()) * (255 / (rgb.max() - rgb.min()))
+        seen = read_image(tmp_path / "a.tif").upright().astype(np.float32)
+        assert np.abs(seen - expected).max() <= 1
+
+    def test_masks_keep_the_place_of_the_image(self, rasterio, model, tmp_path):
+        bands = np.random.default_rng(0).integers(0, 255, (3, 6, 8)).astype(np.uint8)
+        self.save(rasterio, tmp_path / "a.tif", bands)
+        out = predict(tmp_path / "a.tif")
+        with rasterio.open(tmp_path / "a.tif") as source:
+            place = source.crs, source.transform
+        with rasterio.open(out / "a.labels.tif") as labels:
+            assert (labels.crs, labels.transform) == place and labels.nodata == 255
+            assert (labels.read(1)[:, :4] == 0).all() and (labels.read(1)[:, 4:] == 1).all()
+        with rasterio.open(out / "a.probability.tif") as soft:
+            assert (soft.crs, soft.transform) == place and soft.descriptions == ("water", "forest")
+            np.testing.assert_array_equal(soft.read(1)[:, :4], round(255 * 0.75))
+
+    def test_without_rasterio_masks_are_made_and_a_hint_is_given(self, model, tmp_path, monkeypatch):
+        image = Image.fromarray(np.zeros((6, 8, 3), np.uint8))
+        tags = {33550: (10.0, 10.0, 0.0), 33922: (0.0, 0.0, 0.0, 5e5, 4.6e6, 0.0)}
+        image.save(tmp_path / "a.tif", tiffinfo=tags)
+        monkeypatch.setattr(job, "has_rasterio", lambda: False)
+        told = []
+        monkeypatch.setattr(log, "info", lambda text, *a, **_: told.append(text % a))
+        out = predict(tmp_path / "a.tif")
+        assert (out / "a.npz").is_file() and not (out / "a.labels.tif").exists()
+        assert [t for t in told if "georeferenced images: 1" in t and "pip install rasterio" in t]
