@@ -57,7 +57,8 @@ def write_labeling(kind: str, path: Path, predictions: Sequence[PredictionFiles]
 
 def coco_of(found: Sequence[Content]) -> Content:
     """One COCO file of many: their images and annotations under new numbers."""
-    images, annotations = [], []
+    images: list[Content] = []
+    annotations: list[Content] = []
     for number, one in enumerate(found, start=1):
         images += [image | {"id": number} for image in one["images"]]
         for annotation in one["annotations"]:

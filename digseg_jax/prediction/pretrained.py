@@ -49,7 +49,7 @@ from digseg_jax.weights import load_params
 from digseg_jax.weights.safetensors_io import PIPELINE_FILE
 from digseg_jax.weights.upload import check_target
 
-SHIPPED = "assets:segmenter"
+SHIPPED = "assets:generalist"
 HELD = 2**31  # bytes of decoded masks that are kept at a time
 
 
