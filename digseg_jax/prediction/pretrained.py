@@ -71,17 +71,17 @@ def load_segmenter(
         >>> segment(image, "water", ensemble=1, steps=1).label.dtype
         dtype('int32')
     """
-    # Weights with terms of their own say so before they are used.
-    folder = find_export(os.fspath(model))
-    if terms := assets.terms_of(folder):
-        log.info("%s: %s", folder.name, terms)
-
     # Settle the configuration before anything is built: a contradiction to the training is an error.
+    folder = find_export(os.fspath(model))
     description = read_description(folder)
     if config is None:
         config = description.training_config(folder)
     check_agreement(description, config, folder)
     config = description.with_pinned_parts(config, folder)
+
+    # Weights with terms of their own say so before they are used.
+    if terms := assets.terms_of(folder):
+        log.info("%s: %s", folder.name, terms)
 
     # The architecture comes with the weights, so the checkpoint they started from is not needed.
     unet = str(unet_folder(folder))
