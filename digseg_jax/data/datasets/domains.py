@@ -108,7 +108,16 @@ DOMAINS = (
         scale_min=0.8,
         scale_max=1.6,
         weight=3.0,
-        may_show=("thing", "clothing", "pavement", "urban", "urban area", "town", "buildings"),
+        may_show=(
+            "thing",
+            "clothing",
+            "pavement",
+            "urban",
+            "urban area",
+            "town",
+            "buildings",
+            "road network",
+        ),  # fmt: skip
         held_out="^0006R0",  # one of the three videos
         shareable=True,
     ),
@@ -225,7 +234,8 @@ WRONG_NAMES = {
 def wrong_names(domain: Domain) -> tuple[str, ...]:
     """Names of other domains that a domain's images cannot show; () for a domain without a group."""
     shown = {domain.group, *domain.may_show}
-    return tuple(w for group, w in WRONG_NAMES.items() if domain.group and group not in shown)
+    wrong = {word for group, word in WRONG_NAMES.items() if not {group, word} & shown}
+    return tuple(w for w in WRONG_NAMES.values() if domain.group and w in wrong)
 
 
 def shareable_domains() -> tuple[Domain, ...]:
