@@ -19,6 +19,7 @@ from digseg_jax.metrics import confusion
 from digseg_jax.prediction.job import predict
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.resume import marks_of
 
 WORDS = ["water", "snow and ice"]
 
@@ -137,8 +138,16 @@ def test_the_command_line_gives_the_same_bits(segment, export, tmp_path):
     files = sorted((tmp_path / "api").iterdir())
     assert len(files) == 9
     for file in files:
-        if file.suffix != ".npz":  # a zip archive holds the time
+        if file.suffix not in (".npz", ".json"):  # a zip archive holds the time
             assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+
+    # Only the command notes what its next call needs in order to go on.
+    image = tmp_path / "a.png"
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert all(told.pop(key) for key in marks_of(image, "any"))
+    assert told == json.loads((tmp_path / "api" / "out.json").read_text())
+    coco = [folder / "out.coco.json" for folder in (tmp_path, tmp_path / "api")]
+    assert coco[0].read_bytes() == coco[1].read_bytes()
     with np.load(tmp_path / "out.npz") as ours, np.load(tmp_path / "api" / "out.npz") as theirs:
         np.testing.assert_array_equal(ours["probability"], theirs["probability"])
 
