@@ -120,7 +120,7 @@ def test_a_set_without_a_test_split_is_scored_on_its_val(tmp_path):
 
 def test_a_wrong_name_is_of_a_group_that_the_images_cannot_show():
     street = next(d for d in DOMAINS if d.name == "camvid")
-    # A street shows neither fields nor cells, but it may show what an aerial image calls a road network.
+    # It may show what an aerial image calls a road network.
     assert set(wrong_names(street)) == {"nucleus", "optic disc", "weed", "wetland"}
     assert {d.group for d in DOMAINS} == WRONG_NAMES.keys()
     assert wrong_names(domains.Domain("mine")) == ()
