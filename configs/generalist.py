@@ -7,25 +7,13 @@ DIR holds a folder for each data set of digseg_jax/data/datasets/domains.py, whe
 and terms stand; the land cover needs none. Several of them are for research only, and so are weights
 that were trained on them. configs/generalist.py:shareable trains on those alone whose terms allow to
 pass on works derived from them: photographs, streets, cells and land, but no fields, retinas or roads.
-
-The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run can
-go on for as long as there is time.
 """
 
-from digseg_jax.config import default
-from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
-from digseg_jax.errors import UserError
-
-VERSIONS = {"all": DOMAINS, "shareable": shareable_domains()}
+from digseg_jax.recipes import on_domains
 
 
 def get_config(version: str = "all"):
-    if version not in VERSIONS:
-        raise UserError(
-            f"--config: no version {version!r}; legal after the colon: {', '.join(VERSIONS)}"
-        )
-    config = default()
-    config.data.mixture = tuple(domain.part() for domain in VERSIONS[version])
+    config = on_domains(version)
     config.data.image_size = 96
     config.data.num_queries = 2
     config.data.negative_rate = 0.25
@@ -35,15 +23,7 @@ def get_config(version: str = "all"):
     config.model.unet = "assets:segmenter"
     config.diffusion.terminal_fraction = 0.7
     config.loss.mask_weight = 0.2
-    config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 500
-    config.optim.schedule = "constant"
-    config.optim.ema_decay = 0.9995
-    config.train.steps = 100_000
     config.train.batch_size = 8
-    config.logging.every = 50
-    config.checkpoint.every = 250
-    config.checkpoint.keep_every = 5_000
     config.eval.split = "val"
     config.eval.calibrate = False
     config.eval.view_size = (128,)

@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from digseg_jax.config.parse import default
+from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
 from digseg_jax.errors import UserError, nearest
 
 MARIGOLD = {"timestep_sampling": "uniform", "noise": "multires"}  # annealed, strength 0.9
@@ -178,3 +179,32 @@ def _training(config: ml_collections.ConfigDict) -> None:
     config.logging.eval_every = 500  # Marigold's interval; ours: 16 images, to see empty masks early
     config.checkpoint.every = 1_000  # ours
     config.mesh.fsdp = 0  # ours: chosen from the chips and their number
+
+
+def on_domains(version: str) -> ml_collections.ConfigDict:
+    """Data and optimization of a training on the generalist's domains.
+
+    The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run
+    can go on for as long as there is time.
+
+    version: "all", or "shareable" for the domains whose terms allow to pass on weights trained on them.
+
+    Raises:
+      UserError: another version.
+    """
+    versions = {"all": DOMAINS, "shareable": shareable_domains()}
+    if version not in versions:
+        raise UserError(
+            f"--config: no version {version!r}; legal after the colon: {', '.join(versions)}"
+        )
+    config = default()
+    config.data.mixture = tuple(domain.part() for domain in versions[version])
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 500
+    config.optim.schedule = "constant"
+    config.optim.ema_decay = 0.9995
+    config.train.steps = 100_000
+    config.logging.every = 50
+    config.checkpoint.every = 250
+    config.checkpoint.keep_every = 5_000
+    return config

@@ -69,7 +69,45 @@ class Palette:
         return cls(colors, prototypes, float(values["sigma"]))
 
 
-class PaletteCodec(Codec):
+class ColorCodec(Codec):
+    """Base of the codecs that paint all answers into a single mask image, in colors of a palette."""
+
+    exclusive: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._palette: Palette | None = None
+        self._latents: np.ndarray | None = None
+
+    @property
+    def palette(self) -> Palette:
+        """The colors, chosen with this autoencoder or restored."""
+        return require_prepared(self._palette, f"{type(self).__name__}.palette")
+
+    @property
+    def color_latents(self) -> Float[np.ndarray, "s c"]:
+        """Mean latents of flat images, one for each of the palette's colors."""
+        return require_prepared(self._latents, f"{type(self).__name__}.color_latents")
+
+    @property
+    def scale(self) -> float:
+        return self.palette.scale
+
+    def num_images(self, queries: int) -> int:
+        return 1
+
+    def color_logits(self, latent: Float[Array, "*b h w c"]) -> Float[Array, "*b h w s"]:
+        """Logit of each color by a latent cell's distance to the color's own latent."""
+        return palette_logits(latent, jnp.asarray(self.color_latents))
+
+    def assume_colors(self, count: int, latent_channels: int) -> None:
+        """Sets made-up colors of the right shapes; their latents differ, as real ones do."""
+        table = np.zeros((count, 3), np.float32)
+        self._palette = Palette(table, table, 1.0)
+        values = np.arange(count * latent_channels, dtype=np.float32)
+        self._latents = values.reshape(count, latent_channels)
+
+
+class PaletteCodec(ColorCodec):
     """Paints and reads all classes of one data set in a single mask image.
 
     classes: of the data set.
@@ -77,12 +115,10 @@ class PaletteCodec(Codec):
 
     name: ClassVar[str] = "palette"
     closed: ClassVar[bool] = True
-    exclusive: ClassVar[bool] = True
 
     def __init__(self, classes: int):
+        super().__init__()
         self.classes = classes
-        self._palette: Palette | None = None
-        self._latents: np.ndarray | None = None
 
     @classmethod
     def for_data(cls, data: DataConfig, classes: int | None = None) -> Self:
@@ -92,23 +128,6 @@ class PaletteCodec(Codec):
                 "config.model.codec='palette' train on one data set"
             )
         return cls(num_classes(data) if classes is None else classes)
-
-    @property
-    def palette(self) -> Palette:
-        """The colors of the classes, chosen with this autoencoder or restored."""
-        return require_prepared(self._palette, "PaletteCodec.palette")
-
-    @property
-    def color_latents(self) -> Float[np.ndarray, "s c"]:
-        """Mean latents of flat images, one for each of the palette's colors."""
-        return require_prepared(self._latents, "PaletteCodec.color_latents")
-
-    @property
-    def scale(self) -> float:
-        return self.palette.scale
-
-    def num_images(self, queries: int) -> int:
-        return 1
 
     def texts(self, queries: Sequence[str]) -> tuple[str, ...]:
         """The constant prompt: all classes are asked for at once."""
@@ -143,8 +162,7 @@ class PaletteCodec(Codec):
 
         The auxiliary loss trains just these distances.
         """
-        logits = palette_logits(latents[:, 0], jnp.asarray(self.color_latents))
-        return jnp.moveaxis(logits, -1, 1) / self.scale
+        return jnp.moveaxis(self.color_logits(latents[:, 0]), -1, 1) / self.scale
 
     def mask_loss(
         self,
@@ -157,8 +175,7 @@ class PaletteCodec(Codec):
     ) -> Float[Array, " n"]:
         """Balanced cross-entropy plus Dice over the distances to the colors' latents."""
         shares = class_shares(label, label.shape[1] // latent.shape[1], self.classes)
-        logits = palette_logits(latent, jnp.asarray(self.color_latents))
-        return balanced_ce_and_dice(logits, shares, valid)
+        return balanced_ce_and_dice(self.color_logits(latent), shares, valid)
 
     def prepare(self, autoencoder: HostAutoencoder) -> None:
         # A palette that was restored with trained weights stays as it is.
@@ -168,11 +185,7 @@ class PaletteCodec(Codec):
             self._latents = flat_latents(self._palette.colors, autoencoder)
 
     def assume(self, latent_channels: int) -> None:
-        """Sets made-up colors of the right shapes; their latents differ, as real ones do."""
-        table = np.zeros((self.classes, 3), np.float32)
-        self._palette = Palette(table, table, 1.0)
-        count = self.classes * latent_channels
-        self._latents = np.arange(count, dtype=np.float32).reshape(self.classes, latent_channels)
+        self.assume_colors(self.classes, latent_channels)
 
     def state(self) -> dict[str, Any]:
         return self.palette.to_dict()

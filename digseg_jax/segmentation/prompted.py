@@ -21,10 +21,11 @@ from digseg_jax.arraytypes import Array, Bool, Float, Int
 from digseg_jax.config.schema import DataConfig
 from digseg_jax.data.queries import NOWHERE
 from digseg_jax.errors import UserError
-from digseg_jax.segmentation.codec import Codec, HostAutoencoder, require_prepared
-from digseg_jax.segmentation.mask_loss import balanced_ce_and_dice, class_shares, palette_logits
+from digseg_jax.segmentation.codec import HostAutoencoder
+from digseg_jax.segmentation.mask_loss import balanced_ce_and_dice, class_shares
 from digseg_jax.segmentation.palette import (
     MAX_CLASSES,
+    ColorCodec,
     Palette,
     build_palette,
     decode_palette,
@@ -46,7 +47,7 @@ class Drawn(NamedTuple):
     named: Bool[Array, "b k"]
 
 
-class PromptedCodec(Codec):
+class PromptedCodec(ColorCodec):
     """Paints any named classes into a single mask image and reads each by its color.
 
     Args:
@@ -56,15 +57,13 @@ class PromptedCodec(Codec):
     """
 
     name: ClassVar[str] = "prompted"
-    exclusive: ClassVar[bool] = True
     background: ClassVar[bool] = True
     redrawn: ClassVar[bool] = True
     pooled: ClassVar[bool] = True
 
     def __init__(self, names: int, dropout: float = 0.0):
+        super().__init__()
         self.names, self.dropout = names, dropout
-        self._palette: Palette | None = None
-        self._latents: np.ndarray | None = None
 
     @classmethod
     def for_data(cls, data: DataConfig, classes: int | None = None) -> Self:
@@ -83,23 +82,6 @@ class PromptedCodec(Codec):
     def marks(self) -> Float[np.ndarray, "k m"]:
         """Color and latent of each name, in the order of the palette."""
         return np.concatenate([self.palette.colors, self.color_latents], axis=1)[: self.names]
-
-    @property
-    def palette(self) -> Palette:
-        """The K colors of names and, as the last, the background's."""
-        return require_prepared(self._palette, "PromptedCodec.palette")
-
-    @property
-    def color_latents(self) -> Float[np.ndarray, "s c"]:
-        """Mean latents of flat images, one for each of the palette's colors."""
-        return require_prepared(self._latents, "PromptedCodec.color_latents")
-
-    @property
-    def scale(self) -> float:
-        return self.palette.scale
-
-    def num_images(self, queries: int) -> int:
-        return 1
 
     def texts(self, queries: Sequence[str]) -> tuple[str, ...]:
         return tuple(queries)
@@ -144,8 +126,7 @@ class PromptedCodec(Codec):
 
     def read_latents(self, latents: Float[Array, "n 1 e h w c"]) -> Float[Array, "n k e h w"]:
         """Reads each cell by its distances to the colors' latents, in the units of `decode`."""
-        logits = palette_logits(latents[:, 0], jnp.asarray(self.color_latents))
-        return against_last(jnp.moveaxis(logits, -1, 1)) / self.scale
+        return against_last(jnp.moveaxis(self.color_logits(latents[:, 0]), -1, 1)) / self.scale
 
     def mask_loss(
         self,
@@ -159,8 +140,7 @@ class PromptedCodec(Codec):
         """Balanced cross-entropy plus Dice over the distances to the colors' latents."""
         colors = self._colors(label, query_class, drawn)
         shares = class_shares(colors, label.shape[1] // latent.shape[1], self.names + 1)
-        logits = palette_logits(latent, jnp.asarray(self.color_latents))
-        return balanced_ce_and_dice(logits, shares, valid)
+        return balanced_ce_and_dice(self.color_logits(latent), shares, valid)
 
     def prepare(self, autoencoder: HostAutoencoder) -> None:
         # What was restored with trained weights stays as it is.
@@ -173,11 +153,7 @@ class PromptedCodec(Codec):
             self._latents = latents[order].round(4)
 
     def assume(self, latent_channels: int) -> None:
-        """Sets made-up colors of the right shapes; their latents differ, as real ones do."""
-        table = np.zeros((self.names + 1, 3), np.float32)
-        self._palette = Palette(table, table, 1.0)
-        count = (self.names + 1) * latent_channels
-        self._latents = np.arange(count, dtype=np.float32).reshape(-1, latent_channels)
+        self.assume_colors(self.names + 1, latent_channels)
 
     def state(self) -> dict[str, Any]:
         return self.palette.to_dict() | {"latents": self.color_latents.tolist()}
@@ -185,6 +161,7 @@ class PromptedCodec(Codec):
     def restore(self, state: dict[str, Any]) -> None:
         if not state:
             raise UserError("missing; these weights were not trained with the prompted codec")
+
         # The weights know how many names they were trained with.
         self._palette = Palette.from_dict(state)
         self._latents = np.asarray(state["latents"], np.float32)

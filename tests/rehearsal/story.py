@@ -293,6 +293,21 @@ def paint_palette(run: Run) -> None:
     predict(run)
 
 
+def paint_names(run: Run) -> None:
+    """The prompted codec, two names a pass: trained, evaluated, asked for words; torch reads it."""
+    named = ("--config.model.codec=prompted", "--config.data.num_queries=2")
+    short = ("--config.train.steps=2", "--config.checkpoint.every=2", "--config.logging.eval_every=0")
+    run.do(FOUR, *named, *short, "--config.eval.decoder=probe", name="prompted")
+    check_results(run, "probe")
+    colors = json.loads((run.workdir / "export/prompted.json").read_text())["colors"]
+    assert len(colors) == 3  # and one for what nobody named
+    decoded = ("--config.eval.decoder=vae", "--accept_changes")
+    run.do(FOUR, "--mode=eval", *named, *short, *decoded, name="prompted, eval vae")
+    check_results(run, "vae")
+    predict(run)
+    check_export(run.workdir / "export")
+
+
 def predict(run: Run) -> None:
     """Two queries on an image larger than a crop: masks of the image's own size.
 

@@ -57,6 +57,13 @@ def test_a_palette(stage, tmp_path, version, name):
     played(run)
 
 
+@pytest.mark.parametrize("version", ["sd15", "sd21", "biomedclip"])
+def test_names_in_colors(stage, tmp_path, version):
+    run = story.Run(stage, tmp_path, FIRST_NAME, version)
+    story.paint_names(run)
+    played(run)
+
+
 def test_the_papers_tables(stage, tmp_path):
     run = story.Run(stage, tmp_path, "coco_stuff", "sd15")
     run.do(story.FOUR, name="train")

@@ -117,7 +117,7 @@ DOMAINS = (
             "town",
             "buildings",
             "road network",
-        ),  # fmt: skip
+        ),
         held_out="^0006R0",  # one of the three videos
         shareable=True,
     ),
