@@ -300,6 +300,8 @@ def evaluate(
     description = read_description(folder)
     config = with_settings(config or description.training_config(folder), settings or {})
     check_agreement(description, config, folder)
+    if suite is not None:
+        suite_lib.check_root(suite, config.data.root)
 
     use_compile_cache(config.compute.compile_cache)
     if model is None and suite is None:

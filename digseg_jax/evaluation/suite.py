@@ -29,7 +29,7 @@ from digseg_jax.evaluation.job import searched_on
 from digseg_jax.evaluation.journal import Journal, identity_of
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.evaluation.suite_tables import table
-from digseg_jax.io.storage import AnyPath, write_bytes, write_json
+from digseg_jax.io.storage import AnyPath, as_path, is_remote, write_bytes, write_json
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.collectives import fetch_to_main
@@ -64,6 +64,17 @@ def check_suite(name: str) -> None:
     """
     if name not in NAMES:
         raise UserError(f"--suite={name}: legal values are {', '.join(NAMES)}")
+
+
+def check_root(name: str, root: str) -> None:
+    """Checks that a suite's folder of data sets is there; one in a bucket is asked for its data only.
+
+    Raises:
+      UserError: no such folder. Unchecked, the suite of the domains would score the land cover alone,
+        which needs no data.
+    """
+    if root and not is_remote(root) and not as_path(root).is_dir():
+        raise UserError(f"--suite={name}: config.data.root={root!r}: no such folder")
 
 
 def run_suite(

@@ -165,6 +165,15 @@ def test_an_unknown_suite_is_told(tmp_path, name):
     assert "legal values are open_vocab" in tiny.one_line(caught.value)
 
 
+def test_a_folder_of_data_sets_that_is_not_there_is_told_at_once(tmp_path):
+    """Of the domains the land cover needs no data: it alone would be scored."""
+    with pytest.raises(UserError, match="gone': no such folder") as caught:
+        suite.check_root("domains", str(tmp_path / "gone"))
+    tiny.one_line(caught.value)
+    for root in ("", str(tmp_path), "gs://bucket/data"):
+        suite.check_root("domains", root)
+
+
 def test_a_suite_without_any_data_is_told(tmp_path):
     with pytest.raises(UserError) as caught:
         run(config(tmp_path), colors(), tmp_path, "driving")

@@ -26,7 +26,7 @@ def check_export(folder: Path, cells: int = 8) -> bool:
     if importlib.util.find_spec("torch") is None:
         return False
     ours, theirs = load_component(folder / "unet"), opened(folder).unet.eval()
-    width = ours.config.text_dim or ours.config.cross_attention_dim
+    width = (ours.config.text_dim or ours.config.cross_attention_dim) + ours.config.mark_width
     sample = seeded_input("sample", (2, ours.config.in_channels, cells, cells))
     timestep, text = np.array([981, 17]), seeded_input("text", (2, 77, width))
     expected = nhwc(torch_unet_output(theirs, sample, timestep, text))
