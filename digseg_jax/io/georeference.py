@@ -22,6 +22,7 @@ INSTALL = "pip install rasterio"
 _PLACE = (33550, 34264)  # TIFF tags ModelPixelScale and ModelTransformation: one of them is there
 _ORIENTATION = 274  # TIFF tag; a turned image has no place that this module would know
 _COLORS = ("red", "green", "blue")
+_DRIVER = "GTiff"  # the only one: others follow names in a file to other files, and to the network
 
 Place = dict[str, Any]  # "crs" and "transform", as rasterio takes them
 
@@ -52,7 +53,7 @@ def _place_of(path: Path) -> Place | None:
     import rasterio
 
     try:
-        with _quiet(), rasterio.open(path) as raster:
+        with _quiet(), rasterio.open(path, driver=_DRIVER) as raster:
             known = raster.crs is not None or not raster.transform.is_identity
             return {"crs": raster.crs, "transform": raster.transform} if known else None
     except rasterio.errors.RasterioError:
@@ -72,7 +73,7 @@ def read_bands(data: bytes, most: int) -> np.ndarray | None:
     import rasterio
 
     try:
-        with _quiet(), rasterio.MemoryFile(data) as memory, memory.open() as raster:
+        with _quiet(), rasterio.MemoryFile(data) as memory, memory.open(driver=_DRIVER) as raster:
             if raster.width * raster.height > most:
                 return None
             named = [color.name for color in raster.colorinterp]
@@ -109,7 +110,7 @@ def write_raster(
     rest = iter(planes)
     first = next(rest)
     profile = {
-        "driver": "GTiff", "compress": "deflate", "nodata": nothing, "dtype": first.dtype.name,
+        "driver": _DRIVER, "compress": "deflate", "nodata": nothing, "dtype": first.dtype.name,
         "height": first.shape[0], "width": first.shape[1], "count": len(names),
     }  # fmt: skip
     with _quiet(), rasterio.open(path, "w", **profile, **(_place_of(source) or {})) as out:
