@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -43,6 +44,18 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)  # before any backend starts
 flags.FLAGS.mark_as_parsed()  # grain's worker processes look flags up
+
+
+@pytest.fixture(autouse=True)
+def _untouched_log() -> None:
+    """Hands every test the package's logger as it is before `log.setup`, whatever ran before.
+
+    pytest reads the lines of a logger that does not propagate by a handler of its own, so that a test
+    that switched propagation on saw each line twice, if an earlier test had called `log.setup`.
+    """
+    log = logging.getLogger("digseg_jax")
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import pytest
 from digseg_jax import log as logs
 
 
-def test_a_heartbeat_beats_until_the_work_is_done(caplog, monkeypatch):
-    monkeypatch.setattr(logs.log, "propagate", True)
+def test_a_heartbeat_beats_until_the_work_is_done(caplog):
     with caplog.at_level(logging.INFO, "digseg_jax"), logs.heartbeat("compiling", every=0.01):
         while len(caplog.records) < 2:
             time.sleep(0.01)
@@ -32,8 +31,6 @@ def test_it_ends_with_an_error_too():
 
 def test_lines_go_to_the_stderr_of_the_moment(capsys, monkeypatch):
     """A process may change its stderr, as every test under pytest does."""
-    for name in ("handlers", "propagate", "level"):
-        monkeypatch.setattr(logs.log, name, getattr(logs.log, name))  # put back at the end
     closed = io.StringIO()
     with monkeypatch.context() as before:
         before.setattr("sys.stderr", closed)

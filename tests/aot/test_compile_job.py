@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 
 import jax
@@ -279,8 +278,7 @@ def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):
         topology.prepare("v5e:4x4")
 
 
-def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
+def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog):
     made = config(folders, train__batch_size=12)
     assert programs.train_images(made, make_mesh(made.mesh)) == 16
     assert "config.train.batch_size=12 does not divide 8 devices: compiled is 16" in caplog.text

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +60,7 @@ def test_the_error_names_the_files_and_the_reason_in_one_line(failure):
 
 
 @pytest.mark.parametrize("failure", WRONG.values(), ids=WRONG)
-def test_a_skip_gives_another_whole_example_counts_and_logs_it(failure, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
+def test_a_skip_gives_another_whole_example_counts_and_logs_it(failure, caplog):
     example = Guarded(Source({7: failure}), 3, "skip")[7]
     assert example["name"] != "7" and example["label"].shape == (4, 5)
     assert example["skipped"] == 1 and example["skipped"].dtype == np.int32

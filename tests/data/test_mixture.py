@@ -18,7 +18,6 @@ from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySamp
 from digseg_jax.data.sources import HELD_OUT, labels_of, open_part, parts_of
 from digseg_jax.data.vocabulary import bank_prompts, foreign_rows, trained_names
 from digseg_jax.errors import UserError
-from digseg_jax.log import log
 
 LISTS = {
     "street": "0: background\n1: road, street\n2: car\n",
@@ -202,8 +201,7 @@ def test_folders_of_a_mixture_need_their_root(root):
         parts_of(mixed(""))
 
 
-def test_the_log_names_every_folder_and_tells_of_samples_once(root, caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)
+def test_the_log_names_every_folder_and_tells_of_samples_once(root, caplog):
     with caplog.at_level(logging.INFO, "digseg_jax"):
         batches(mixed(root), count=1)
     lines = [record.getMessage() for record in caplog.records]

@@ -60,7 +60,6 @@ def test_a_worker_does_not_outlive_a_kill_of_its_parent():
 
 
 def test_little_shared_memory_is_told_with_its_cure(caplog, monkeypatch):
-    logging.getLogger("digseg_jax").propagate = True
     docker = SimpleNamespace(f_frsize=4096, f_blocks=2**14)  # 64 MiB
     monkeypatch.setattr(os, "statvfs", lambda place: docker)
     with caplog.at_level(logging.WARNING, "digseg_jax"):

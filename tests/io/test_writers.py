@@ -17,7 +17,6 @@ from tensorboardX import event_file_writer
 from digseg_jax.errors import UserError
 from digseg_jax.io.metric_writer import MetricWriter, read_metrics
 from digseg_jax.io.progress import Progress, format_duration
-from digseg_jax.log import log
 
 
 def steps(path):
@@ -185,7 +184,6 @@ def test_a_disk_that_refuses_events_is_one_warning_and_the_record_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(event_file_writer.EventsWriter, fails, refuse)
-    monkeypatch.setattr(log, "propagate", True)
     with MetricWriter(tmp_path, active=True) as writer:
         for step in range(1, 40):
             writer.write(step, {"loss": 0.5})

@@ -14,7 +14,6 @@ from PIL import Image
 from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.data.datasets.readers.rle import decode
 from digseg_jax.errors import UserError
-from digseg_jax.log import log
 from digseg_jax.prediction import job as predict_lib
 from digseg_jax.prediction.files import (
     find_images,
@@ -187,9 +186,8 @@ def test_unreadable_images_leave_no_empty_folder(config, tmp_path):
 
 
 def test_a_broken_image_among_others_is_named_and_the_others_are_segmented(
-    config, workdir, tmp_path, caplog, monkeypatch
+    config, workdir, tmp_path, caplog
 ):
-    monkeypatch.setattr(log, "propagate", True)
     pictures, out = tmp_path / "in", tmp_path / "out"
     pictures.mkdir()
     for name in ("a.png", "c.png"):

@@ -13,7 +13,6 @@ import pytest
 import tiny
 
 from digseg_jax.errors import UserError
-from digseg_jax.log import log
 from digseg_jax.runtime.compile_cache import AUTO, own_folder, use_compile_cache, use_own_compile_cache
 
 
@@ -62,7 +61,6 @@ def test_the_environments_folder_goes_before_auto(monkeypatch, tmp_path):
 def test_an_own_folder_that_cannot_be_made_costs_one_warning(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(log, "propagate", True)
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
     use_own_compile_cache(AUTO)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import jax
 import pytest
 
@@ -36,7 +34,6 @@ def test_what_it_refuses_is_left_out_and_said(monkeypatch, caplog):
     gone = "xla_tpu_run_space_to_batch"
     why = f"No such compile option: {gone!r}"
     monkeypatch.setattr(tpu, "refusal", lambda options: why if gone in options else None)
-    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
     kept = {name: value for name, value in tpu.OPTIONS.items() if name != gone}
     assert tpu.compiler_options("tpu") == kept
     assert tpu.untuned("tpu") == tpu.UNTUNED

@@ -89,8 +89,7 @@ def test_links_join_a_slice_or_a_host():
         ("NVIDIA H100 80GB HBM3", "gpu", 1, 1, 1),
     ],
 )
-def test_the_users_own_command(sd15, caplog, monkeypatch, kind, platform, count, group, wanted):
-    monkeypatch.setattr(logging.getLogger("digseg_jax"), "propagate", True)
+def test_the_users_own_command(sd15, caplog, kind, platform, count, group, wanted):
     caplog.set_level(logging.INFO, "digseg_jax")
     there = devices(count, kind, platform, group, "slice_index")
     assert choose_mesh(*sd15, there) == MeshConfig(data=-1, fsdp=wanted, tensor=1)

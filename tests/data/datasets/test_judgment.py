@@ -89,7 +89,6 @@ def test_what_is_odd_and_may_be_right_is_a_note(tmp_path, capsys, caplog):
     status, out = checked(root, capsys)
     assert status == 0 and "no pixel in 1 examples: sky; 255 is ignored: if it is 'sky'" in out
     assert "60 % of the pixels are ignored (255)" in out
-    logging.getLogger("digseg_jax").propagate = True
     with caplog.at_level(logging.WARNING, "digseg_jax"):
         start(root)
     assert f"folder {root.name} train: no pixel in 1 examples: sky" in caplog.text

@@ -153,7 +153,6 @@ class TestPascalContextJson:
         trees.image(root / "VOCdevkit/VOC2010/JPEGImages/2008_000009.jpg")
         listed = root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt"
         listed.write_text(listed.read_text() + "\n2008_000009\n")
-        logging.getLogger("digseg_jax").propagate = True
         with caplog.at_level(logging.INFO, "digseg_jax"):
             found = registry.open_source("pascal_context_59", root, "train")
         own = registry.open_source("pascal_context_59", root, "train_4996")

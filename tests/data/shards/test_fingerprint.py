@@ -19,7 +19,6 @@ from digseg_jax.data.shards.fingerprint import fingerprint
 from digseg_jax.data.shards.records import RecordSource
 from digseg_jax.data.sources import check_splits
 from digseg_jax.errors import UserError
-from digseg_jax.log import log
 from digseg_jax.tools.prepare_data import prepare_split
 
 
@@ -69,12 +68,11 @@ def test_shards_are_known_by_their_checksums(tmp_path):
     assert a == b and len(a) == 24
 
 
-def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog, monkeypatch):
+def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog):
     """The shards are what is trained on: a corrected mask would be left out without a word."""
     trees.folder(tmp_path)
     for split in ("train", "val"):
         prepare(tmp_path, tmp_path, split)
-    monkeypatch.setattr(log, "propagate", True)
     settings = {"data.name": "folder", "data.root": str(tmp_path), "eval.calibrate": False}
     config = with_settings(parse(default()), settings | {"eval.split": "val"})
 
