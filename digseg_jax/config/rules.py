@@ -56,6 +56,12 @@ def _check_train(c: Config) -> None:
             "1 <= first <= last"
         )
 
+    if c.optim.cooldown_steps and c.optim.schedule != "constant":
+        raise UserError(
+            f"config.optim.cooldown_steps={c.optim.cooldown_steps}: config.optim.schedule="
+            f"{c.optim.schedule!r} falls to its end by itself; legal: 0, or schedule='constant'"
+        )
+
     # That the regex matches a parameter is checked later (`training.optim.check_freeze`).
     for pattern in c.optim.freeze:
         try:

@@ -220,6 +220,8 @@ class OptimConfig:
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     # Learning rate at the end, as a share of the peak.
     final_scale: float = setting(0.01, at_least=0.0, at_most=1.0)
+    # constant: steps at the end over which the rate falls in a line to its final share; 0: none.
+    cooldown_steps: int = setting(0, at_least=0)
     b2: float = setting(0.99, at_least=0.0, below=1.0)
     weight_decay: float = setting(0.0, at_least=0.0)
     clip_norm: float = setting(1.0, above=0.0)

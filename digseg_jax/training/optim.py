@@ -22,7 +22,8 @@ B1 = 0.9  # decay of Adam's first moment
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then the configured decay to the end of the run.
 
-    Cosine and exponential decays reach `final_scale` times the peak at `steps`.
+    Cosine and exponential decays reach `final_scale` times the peak at `steps`, and so does a constant
+    rate with `cooldown_steps`: a line down over that many steps at the end (Hägele et al., 2024).
     """
     # A run shorter than its warm-up still reaches the peak, at its last step.
     peak, warmup = config.learning_rate, min(config.warmup_steps, max(steps - 1, 0))
@@ -32,6 +33,9 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
     elif config.schedule == "exponential":
         decay = optax.exponential_decay(peak, rest, config.final_scale)
+    elif config.cooldown_steps:
+        line = min(config.cooldown_steps, rest)
+        decay = optax.linear_schedule(peak, config.final_scale * peak, line, rest - line)
     else:
         decay = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])

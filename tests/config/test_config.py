@@ -131,6 +131,10 @@ def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
     [
         ({"model": {"unet_text": "clip-l14"}}, "does not use it, only parallel; leave it at ''"),
         (
+            {"optim": {"cooldown_steps": 5}},
+            "config.optim.cooldown_steps=5: config.optim.schedule='cosine' falls to its end by itself",
+        ),
+        (
             {"model": {"unet_init": "random"}, "optim": {"new_lr_scale": 10.0}},
             "config.optim.new_lr_scale=10.0: config.model.unet_init='random' makes all parameters new",
         ),

@@ -34,6 +34,14 @@ def test_it_ends_at_its_final_share(schedule, end):
     assert (np.diff(got[10:]) <= 1e-7).all()
 
 
+def test_a_constant_rate_falls_in_a_line_at_the_end():
+    got = rates(schedule="constant", cooldown_steps=20)
+    assert (got[10:81] == 1).all()
+    np.testing.assert_allclose(got[80:], np.linspace(1, 0.01, 21), rtol=1e-5)
+    short = rates(schedule="constant", cooldown_steps=1000)
+    assert short[10] == 1 and short[-1] == pytest.approx(0.01, rel=1e-4)
+
+
 def test_halfway_down_the_cosine():
     assert rates()[55] == pytest.approx(0.01 + 0.99 / 2, abs=1e-5)
 
