@@ -16,6 +16,7 @@ from digseg_jax.training.tasks.parts import encode_bank
 # 0.86 ("automobile", "car"); unrelated words mostly less.
 FAR = 0.54
 NEAREST = 3  # names that are told for a query
+MOST = 5  # queries that are told with their nearest names; of others only the number
 
 
 class Far(NamedTuple):
@@ -44,8 +45,10 @@ def far_queries(segmenter: PretrainedSegmenter, queries: Sequence[str]) -> list[
 
 
 def told(far: Sequence[Far]) -> str:
-    """One line about the queries that are far from the training."""
-    listed = "; ".join(f"{f.query!r} (nearest: {', '.join(f.nearest)})" for f in far)
+    """One line about the queries that are far from the training, the first few by name."""
+    listed = "; ".join(f"{f.query!r} (nearest: {', '.join(f.nearest)})" for f in far[:MOST])
+    if len(far) > MOST:
+        listed += f"; and {len(far) - MOST} more of the queries"
     return f"far from every name that these weights were trained on, so masks may mean little: {listed}"
 
 

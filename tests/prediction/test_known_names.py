@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from digseg_jax import load_segmenter
-from digseg_jax.prediction.known_names import far_queries, told
+from digseg_jax.prediction.known_names import Far, far_queries, told
 
 
 def test_synonyms_are_near_and_other_things_are_far():
@@ -16,6 +16,11 @@ def test_synonyms_are_near_and_other_things_are_far():
     assert [found.query for found in far] == ["guitar", "kitten"]
     assert set(far[0].nearest) <= set(segmenter.description.classes)
     assert "'guitar' (nearest: " in told(far) and "\n" not in told(far)
+
+
+def test_the_line_stays_short_for_a_long_vocabulary():
+    line = told([Far(f"word {i}", ("water",)) for i in range(90)])
+    assert line.endswith("'word 4' (nearest: water); and 85 more of the queries")
 
 
 def test_a_closed_list_knows_its_queries():
