@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,7 @@ def write_prediction(
     masks: Iterable[Float[np.ndarray, "h w"]],
     facts: dict[str, Any],
     colors: UInt8[np.ndarray, "q 3"] | None = None,
+    advance: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the files of one image's prediction; returns the content of NAME.json.
 
@@ -191,7 +192,7 @@ def write_prediction(
 
     masks: the probabilities of each query, in their order; taken one at a time, so that a large image
     and many queries need no more memory than one mask. colors: of the queries; `query_colors` if left
-    out.
+    out. advance: told after each query how many of how many are written.
 
     Raises:
       UserError: a file cannot be written, or would replace the image itself.
@@ -205,7 +206,7 @@ def write_prediction(
     try:
         with tempfile.TemporaryDirectory(prefix=".predict_", dir=folder) as scratch:
             made = dataclasses.replace(files, base=Path(scratch) / files.base.name)
-            summary = _write_all(made, image, queries, masks, facts, colors)
+            summary = _write_all(made, image, queries, masks, facts, colors, advance)
             for source, target in zip(made, files, strict=True):
                 source.replace(target)
 
@@ -225,13 +226,14 @@ def _write_all(
     masks: Iterable[Float[np.ndarray, "h w"]],
     facts: dict[str, Any],
     colors: UInt8[np.ndarray, "q 3"],
+    advance: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Writes the files of `write_prediction`; returns the summary."""
     height, width = image.shape[:2]
     winner, rows, annotations = MostProbable(SHOWN), [], []
 
     # NAME.npz is written by hand, plane by plane: `np.savez` would need all planes in memory.
-    with zipfile.ZipFile(files.archive, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(files.archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("probability.npy", "w", force_zip64=True) as stored:
             shape = (len(queries), height, width)
             header = {"descr": "<f2", "fortran_order": False, "shape": shape}
@@ -245,6 +247,8 @@ def _write_all(
                 rows.append(_write_mask(files, place, query, soft))
                 annotations += coco_annotation(place, soft)
                 winner.see(soft)
+                if advance is not None:
+                    advance(place + 1, len(queries))
         with archive.open("queries.npy", "w") as stored:
             np.lib.format.write_array(stored, np.asarray(queries))
 

@@ -186,14 +186,17 @@ def _segment_file(
       UserError: a file cannot be written.
     """
     sampling = config.eval
-    with contextlib.closing(_Windows(source)) as windows:
+    with contextlib.closing(_ImageProgress(source)) as sampled:
         masks = segmenter(
             source, texts, sampling.ensemble, sampling.steps, config.seed,
-            spacing=sampling.spacing, advance=windows.update,
+            spacing=sampling.spacing, advance=sampled.update,
         )  # fmt: skip
         masks.colors = colors
         masks.facts |= marks_of(source, identity)
-        summary = masks.write(files)  # large masks are computed only now, see `Masks`
+
+        # Large masks are computed only now, see `Masks`.
+        with contextlib.closing(_ImageProgress(source, "masks", quiet=5.0)) as written:
+            summary = masks.write(files, written.update)
     log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
 
 
@@ -210,22 +213,27 @@ def _beside(files: PredictionFiles) -> str:
     return f"{shown(files.base)}{{{','.join(ends)}}}"
 
 
-class _Windows:
-    """Progress within one image; an image that takes a single step shows none."""
+class _ImageProgress:
+    """Progress within one image; an image that takes a single step shows none.
 
-    def __init__(self, image: Path):
-        self.image, self.started = image, time.monotonic()
+    unit: what is counted. quiet: seconds without a line, for work that is mostly short.
+    """
+
+    def __init__(self, image: Path, unit: str = "steps", quiet: float = 0.0):
+        self.image, self.unit, self.quiet = image, unit, quiet
+        self.started = time.monotonic()
         self.progress: Progress | None = None
 
     def update(self, done: int, steps: int) -> None:
         """Shows that `done` of the image's `steps` are done."""
-        if steps == 1:
+        seconds = time.monotonic() - self.started
+        if steps == 1 or seconds < self.quiet:
             return
 
         # Made at the first call, which tells the number of steps.
         if self.progress is None:
-            self.progress = Progress(steps, label=f"  {shown(self.image.name)}", unit="steps")
-        self.progress.update(done, done / (time.monotonic() - self.started))
+            self.progress = Progress(steps, label=f"  {shown(self.image.name)}", unit=self.unit)
+        self.progress.update(done, done / seconds)
 
     def close(self) -> None:
         """Ends the progress line, if there is one."""

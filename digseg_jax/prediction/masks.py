@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.prediction.answer import MostProbable, Planes
+from digseg_jax.prediction.answer import GroupedAnswer, MostProbable, Planes
 from digseg_jax.prediction.files import SHOWN, overlay, write_prediction
 from digseg_jax.prediction.targets import PredictionFiles
 
@@ -114,6 +114,13 @@ class Masks:
         self.write(files)
         return list(files)
 
-    def write(self, files: PredictionFiles) -> dict[str, Any]:
-        """Writes the files of a prediction under the given names; returns the content of NAME.json."""
-        return write_prediction(files, self.image, self.queries, self, self.facts, self.colors)
+    def write(
+        self, files: PredictionFiles, advance: Callable[[int, int], None] | None = None
+    ) -> dict[str, Any]:
+        """Writes the files of a prediction under the given names; returns the content of NAME.json.
+
+        advance: told how many of how many masks are written, unless the network runs between them: that
+        progress has been asked for already.
+        """
+        told = None if isinstance(self._answer, GroupedAnswer) else advance
+        return write_prediction(files, self.image, self.queries, self, self.facts, self.colors, told)
