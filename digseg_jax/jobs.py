@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from clu import parameter_overview
 from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import flat, to_dict, with_settings
-from digseg_jax.config.schema import Config, ModelConfig
-from digseg_jax.data.sources import check_splits
+from digseg_jax.config.parse import to_dict, with_settings
+from digseg_jax.config.schema import Config, DataConfig, EvalConfig, ModelConfig
+from digseg_jax.data.sources import check_scored_splits, check_training_data
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder, domains
 from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
 from digseg_jax.evaluation.tables import class_lines
-from digseg_jax.evaluation.validation import make_validation
+from digseg_jax.evaluation.validation import make_validation, validation_examples
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally, local_copy, write_json
 from digseg_jax.io.workdir import (
     CALIBRATION,
@@ -55,7 +53,7 @@ from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.training.loop import Trainer
-from digseg_jax.training.setup import set_up
+from digseg_jax.training.setup import log_summary, set_up
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
@@ -81,20 +79,27 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
     workdir = as_path(workdir)
     use_compile_cache(config.compute.compile_cache)
     with together("the data"):
-        check_splits(config)
+        check_training_data(config.data)
+        if config.task == "segmentation":
+            looks, best = bool(config.logging.eval_every), config.checkpoint.best
+            check_scored_splits(config.data, config.eval, while_training=looks, chosen_by=best)
     with exclusive_run(workdir):
-        claim_workdir(workdir, config, accept_changes)
+        claim_workdir(workdir, to_dict(config), accept_changes)
         setup = set_up(config)
         config, task, mesh = setup.config, setup.task, setup.mesh
-        log_summary(config, task, mesh)
+        log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
+        log_summary(task, mesh)
 
         # Record revisions and checksums now, while the hub can be reached.
         parts = find_parts(config.task, config.model)
 
         # Train, with an evaluation on the validation split every `logging.eval_every` steps.
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
-        looks = config.logging.eval_every
-        on_eval = make_validation(config, task, mesh, workdir) if looks else None
+        on_eval = None
+        if config.logging.eval_every and isinstance(task, SegmentationTask):
+            limit, best = config.logging.eval_images, config.checkpoint.best
+            examples = validation_examples(config.data, config.eval, limit, best)
+            on_eval = make_validation(examples, config.eval, config.seed, task, mesh, workdir)
         state = trainer.run(on_eval, LivePage(workdir, config.data.name, config.train.steps))
 
         # Export the last or the best weights.
@@ -108,25 +113,22 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         # Free the trainer's frozen parts on the devices: the evaluation places its own.
         del trainer, on_eval
         if isinstance(task, SegmentationTask):
-            evaluate_and_report(config, task, params, mesh, workdir)
+            evaluate_and_report(config.data, config.eval, config.seed, task, params, mesh, workdir)
 
 
 # settings that may differ between hosts: folders on their disks, and their worker processes
 PER_HOST = ("data.root", "data.mixture", "loading.workers", "compute.compile_cache")
 
 
-def check_processes(
-    config: Config | None, settings: Mapping[str, Any], flags: Mapping[str, Any]
-) -> None:
+def check_processes(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     """Checks that all processes of the run have the same flags, configuration and code.
 
-    settings: values by key that stand in for a configuration that is not known yet.
+    settings: values of the configuration by key; those that are known already.
 
     Raises:
       UserError: on every process: names the processes that differ, and in what.
     """
-    keys = settings if config is None else flat(to_dict(config))
-    values = {f"config.{key}": value for key, value in keys.items()}
+    values = {f"config.{key}": value for key, value in settings.items()}
     for key in PER_HOST:
         values.pop(f"config.{key}", None)
     check_all_agree({**flags, **values, "the code's checksum": _checksum_of_the_code()})
@@ -170,13 +172,14 @@ def export(
 
     # A run that is still training will export newer weights, which these must not replace.
     with exclusive_run(workdir):
-        claim_workdir(workdir, stored, accept_changes)
+        claim_workdir(workdir, to_dict(stored), accept_changes)
         setup = set_up(stored)
         config, task, mesh = setup.config, setup.task, setup.mesh
         trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
 
         params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
-        check_not_older(config, workdir, source)
+        if not config.checkpoint.best:  # the best weights replace any others, even newer ones
+            check_not_older(workdir, source)
         export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
         if isinstance(task, SegmentationTask):
             with together("the scores of the exported weights"):
@@ -191,12 +194,9 @@ def export(
     return workdir / EXPORT
 
 
-def check_not_older(config: Config, workdir: AnyPath, source: str) -> None:
-    """Raises UserError if the existing export has more training steps than the checkpoint `source`.
-
-    With `checkpoint.best` the best weights replace any others, even newer ones.
-    """
-    if config.checkpoint.best or not (workdir / EXPORT / DESCRIPTION).exists():
+def check_not_older(workdir: AnyPath, source: str) -> None:
+    """Raises UserError if the existing export has more training steps than the checkpoint `source`."""
+    if not (workdir / EXPORT / DESCRIPTION).exists():
         return
     there = read_description(workdir / EXPORT).steps
     if there > (step := int(source.rsplit("/", 1)[-1])):
@@ -232,8 +232,9 @@ def export_run(
       source: path of their checkpoint; its last component is the step.
       parts: autoencoder and text encoder, as `find_parts` returns them.
     """
+    metadata = provenance(config.task, config.seed, config.train.steps)
     if isinstance(task, AutoencoderTask):
-        export_autoencoder(config, task, params, workdir)
+        export_autoencoder(config.data, config.eval.split, task, params, workdir, metadata)
         return
 
     # Only a segmenter has a description, as only its export depends on the parts of its training.
@@ -243,7 +244,7 @@ def export_run(
         checkpoint = f"{CHECKPOINTS}/{step}"
         description = describe(config, parts, task.abstract, int(step), checkpoint)
 
-    write_export(task, params, workdir, provenance(config), description)
+    write_export(task, params, workdir, metadata, description)
 
 
 def evaluate(
@@ -305,13 +306,16 @@ def evaluate(
 
     use_compile_cache(config.compute.compile_cache)
     if model is None and suite is None:
-        claim_workdir(workdir, config, accept_changes)
+        claim_workdir(workdir, to_dict(config), accept_changes)
 
     segmenter = load_segmenter(folder, config)
     task, params, mesh = segmenter.task, segmenter.programs.params, segmenter.mesh
     if suite is None:
         del segmenter  # frees its frozen parts on the devices: the evaluation places its own
-        return evaluate_and_report(config, task, params, mesh, workdir, description, model is None)
+        return evaluate_and_report(
+            config.data, config.eval, config.seed, task, params, mesh, workdir,
+            description=description, own=model is None,
+        )  # fmt: skip
 
     folder, about = workdir / "eval", description.provenance()
     results = suite_lib.run_suite(config, segmenter, params, folder, suite, about)
@@ -336,7 +340,7 @@ def exclusive_run(workdir: AnyPath) -> Iterator[None]:
         yield
 
 
-def claim_workdir(workdir: AnyPath, config: Config, accept_changes: bool) -> None:
+def claim_workdir(workdir: AnyPath, values: dict[str, Any], accept_changes: bool) -> None:
     """Claims the working directory on process 0, and checks that all processes see it.
 
     Raises:
@@ -344,7 +348,7 @@ def claim_workdir(workdir: AnyPath, config: Config, accept_changes: bool) -> Non
     """
     with together("the working directory"):
         if is_main():
-            claim(workdir, config, accept_changes=accept_changes)
+            claim(workdir, values, accept_changes=accept_changes)
 
     with together("a look at the working directory"):
         if not (workdir / CONFIG_NAME).exists():
@@ -378,11 +382,14 @@ def write_export(
 
 
 def evaluate_and_report(
-    config: Config,
+    data: DataConfig,
+    settings: EvalConfig,
+    seed: int,
     task: SegmentationTask,
     params: Params,
     mesh: Mesh,
     workdir: AnyPath,
+    *,
     description: Description | None = None,
     own: bool = True,
 ) -> dict[str, Any]:
@@ -392,7 +399,7 @@ def evaluate_and_report(
     """
     description = description or read_description(workdir / EXPORT)
     about, templates = description.provenance(), description.templates
-    results = evaluation.evaluate(config, task, params, mesh, workdir, about, templates)
+    results = evaluation.evaluate(data, settings, seed, task, params, mesh, workdir, about, templates)
 
     page = workdir
     with together("the report"):
@@ -409,42 +416,29 @@ def evaluate_and_report(
 
 
 def export_autoencoder(
-    config: Config, task: AutoencoderTask, params: Params, workdir: AnyPath
+    data: DataConfig,
+    split: str,
+    task: AutoencoderTask,
+    params: Params,
+    workdir: AnyPath,
+    metadata: dict[str, str],
 ) -> dict[str, Any]:
-    """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval."""
+    """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval.
+
+    split: the held-out images of the round trip. metadata: of the exported weights.
+    """
     # An autoencoder fits into the host's memory; every process measures by itself.
     params = jax.tree.map(fetch, params)
 
     # Diffusion needs latents of unit variance: the scale goes into the exported config.
-    factor, data = task.config.factor, config.data
+    factor = task.config.factor
     scaling = autoencoder.measure_scaling(task.graphdef, params, data, factor)
     task.config = dataclasses.replace(task.config, scaling_factor=scaling)
-    results = autoencoder.round_trip(task.graphdef, params, data, config.eval.split, factor)
+    results = autoencoder.round_trip(task.graphdef, params, data, split, factor)
     log.info("round trip on held-out images: %s", json.dumps(results))
     with together("the results"):
         if is_main():
             write_json(workdir / "eval" / "results.json", results)
-    measured = f"{results['mask_iou']:.4f}"
-    write_export(task, params, workdir, provenance(config, round_trip_mask_iou=measured))
+    metadata = metadata | {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
+    write_export(task, params, workdir, metadata)
     return results
-
-
-def log_summary(config: Config, task: Task, mesh: Mesh) -> None:
-    """Logs the task, its trainable and frozen parameters, and the mesh."""
-    log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
-    log.info("trainable parameters:\n%s", _overview(task.abstract))
-    sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
-    log.info("frozen, in millions: %s", sizes or "nothing")
-    log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
-
-
-def _overview(params: Params) -> str:
-    """Table of parameters by top-level module, as the full table of a U-Net has 700 rows."""
-    groups = {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
-    rows = [f"  {name:<20} {count:>12,}" for name, count in groups.items()]
-    return "\n".join([*rows, f"  {'total':<20} {sum(groups.values()):>12,}"])
-
-
-def _millions(tree: Params) -> float:
-    """Number of elements of a tree, in millions, to two decimals."""
-    return round(sum(np.size(x) for x in jax.tree.leaves(tree)) / 1e6, 2)

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digseg_jax.config.experiment import NO_FILE, with_config_file
-from digseg_jax.config.parse import parse, sampling_settings, with_settings
+from digseg_jax.config.parse import flat, parse, sampling_settings, to_dict, with_settings
 from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import OVER_BUDGET, USER_ERROR, UserError
@@ -214,7 +214,7 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
     told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
     told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value, "--hub": _HUB.value}
     told |= {"--template": _TEMPLATE.value}
-    jobs.check_processes(config, _settings(), told)
+    jobs.check_processes(_settings() if config is None else flat(to_dict(config)), told)
 
     if mode == "cache_latents":
         from digseg_jax.tools import cache_latents

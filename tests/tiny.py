@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import Params
@@ -28,6 +29,8 @@ from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.prediction.description import FrozenPart, describe
 from digseg_jax.prediction.export import complete_export
 from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.step import make_train_step
+from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.segmentation import load_task
 from digseg_jax.weights import save_component
 
@@ -184,6 +187,12 @@ def export(
     task.export(change(jax.device_get(task.initial())), folder, {"task": "test"})
     parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
     complete_export(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))
+
+
+def train_step(task: Task, config: Config, mesh: Mesh, shardings: tuple[Any, Any]) -> Any:
+    """The configuration's train step. shardings: of the state and of the frozen parts."""
+    options = {"steps": config.train.steps, "accumulation": config.compute.accumulation}
+    return make_train_step(task, mesh, *shardings, config.optim, seed=config.seed, **options)
 
 
 def without_zeros(params: Params) -> Params:

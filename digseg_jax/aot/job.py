@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from digseg_jax.io.storage import AnyPath, write_bytes, write_json
 from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime import tpu
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.mesh_choice import choose_mesh
+from digseg_jax.training.mesh_choice import choose_mesh, needs_of
 from digseg_jax.training.tasks.parts import for_devices
 
 # Suffixes of bytes in the compiler's messages, and two forms of its message about too little memory.
@@ -54,7 +55,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     config = for_devices(config, target.meant)
     architecture = Architecture.of(config.model)
     task, _ = programs.train_task(config, architecture, 1)
-    choice = choose_mesh(config, task, target.devices, target.hbm_bytes, target.chip)
+    needs = partial(needs_of, config, task)
+    choice = choose_mesh(config.mesh, needs, target.devices, target.hbm_bytes, target.chip)
     mesh = make_mesh(choice, target.devices)
 
     # Lower: JAX's own part, which needs no device.

@@ -136,7 +136,10 @@ def lower_step(
     """Lowers the very step that `Trainer` runs."""
     state = abstract_state(task.abstract, config.optim)
     state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
-    step = make_train_step(task, config, mesh, state_shardings, frozen_shardings)
+    step = make_train_step(
+        task, mesh, state_shardings, frozen_shardings, config.optim,
+        steps=config.train.steps, seed=config.seed, accumulation=config.compute.accumulation,
+    )  # fmt: skip
 
     platforms = _platforms(mesh, platform)
     return step.trace(state, task.frozen, batch).lower(lowering_platforms=platforms)

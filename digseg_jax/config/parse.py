@@ -36,8 +36,11 @@ def parse(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Converts a configuration to values that JSON can store; `parse` reads them back."""
+def to_dict(config: Any) -> dict[str, Any]:
+    """Converts a configuration, or one of its sections, to values that JSON can store.
+
+    `parse` reads those of a whole configuration.
+    """
     return _lists(dataclasses.asdict(config))
 
 
@@ -50,15 +53,6 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = value
     return found
-
-
-def with_sampling(config: Config, text: str) -> Config:
-    """A copy of the configuration with the ensemble, steps and spacing of a text such as "8x2".
-
-    Raises:
-      UserError: another form, or more steps than there are timesteps.
-    """
-    return with_settings(config, sampling_settings(text))
 
 
 def sampling_settings(text: str) -> dict[str, Any]:

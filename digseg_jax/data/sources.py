@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.config.schema import Config, DataConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.judgment import judge
@@ -216,26 +216,34 @@ def check_labels(
         log.warning("%s%s", text, "" if whole else f" (of {count})")
 
 
-def check_splits(config: Config) -> None:
-    """Opens every split that a run reads, before anything expensive is loaded.
+def check_training_data(data: DataConfig) -> None:
+    """Opens every data set that is trained on, before anything expensive is loaded.
 
     Raises:
       UserError: no such data set, split or folder, or one class alone.
     """
-    for part, facts, split in training_parts(config.data):
+    for part, facts, split in training_parts(data):
         _check_classes(facts)
-        if not config.data.latent_cache:  # a cache replaces the images and labels
+        if not data.latent_cache:  # a cache replaces the images and labels
             open_part(part, split)
             _tell_changes(part, facts, split)
-    if config.task != "segmentation":
-        return
 
-    # The splits that are evaluated after training, and during it.
-    part = PartConfig(config.data.name, config.data.root)
+
+def check_scored_splits(
+    data: DataConfig, evaluation: EvalConfig, *, while_training: bool = False, chosen_by: str = ""
+) -> None:
+    """Opens every split that a run evaluates, before anything expensive is loaded.
+
+    while_training: also during the training. chosen_by: see `validation_split`.
+
+    Raises:
+      UserError: no such data set, split or folder, or one class alone.
+    """
+    part = PartConfig(data.name, data.root)
     _check_classes(spec_of(part))
-    splits: list[str] = [config.eval.split]
-    splits += [config.eval.calibrate_split] if config.eval.calibrate else []
-    splits += [validation_split(config)] if config.logging.eval_every else []
+    splits: list[str] = [evaluation.split]
+    splits += [evaluation.calibrate_split] if evaluation.calibrate else []
+    splits += [validation_split(data, evaluation.split, chosen_by)] if while_training else []
     for split in dict.fromkeys(splits):
         open_part(part, split)
         _tell_changes(part, spec_of(part), split)
@@ -261,22 +269,25 @@ def _tell_changes(part: PartConfig, facts: DatasetSpec, split: str) -> None:
         )
 
 
-def validation_split(config: Config) -> str:
+def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:
     """Chooses the split of the evaluations during training: val, or the scored one without a val.
+
+    scored: the split of the final evaluation. chosen_by: the metric that chooses the exported weights;
+    "" if they are the last ones.
 
     Raises:
       UserError: there is no val, and the best checkpoint would be chosen on the scored split.
     """
     try:
-        open_part(PartConfig(config.data.name, config.data.root), "val")
+        open_part(PartConfig(data.name, data.root), "val")
     except UserError as error:
         # The scored split may be looked at, but must not choose the weights that are scored on it.
-        if config.checkpoint.best:
+        if chosen_by:
             raise UserError(
-                f"config.checkpoint.best={config.checkpoint.best!r}: without val it would be chosen on "
+                f"config.checkpoint.best={chosen_by!r}: without val it would be chosen on "
                 f"the scored split ({error})"
             ) from error
-        return config.eval.split
+        return scored
     return "val"
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config, DataConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
@@ -42,7 +42,9 @@ UNFINISHED = "unfinished"  # folder with the counts and masks of an evaluation t
 
 
 def evaluate(
-    config: Config,
+    data: DataConfig,
+    settings: EvalConfig,
+    seed: int,
     task: SegmentationTask,
     params: Params,
     mesh: Mesh,
@@ -56,6 +58,8 @@ def evaluate(
     same results.json; times and what else differs from run to run are in speed.json.
 
     Args:
+      data, settings: what is scored, and how.
+      seed: of the initial noise.
       about: origin of the weights; goes into results.json.
       templates: prompts of the weights' training; by default those of the configuration's data sets.
 
@@ -66,17 +70,16 @@ def evaluate(
       UserError: no such data set, split or folder, or a file that cannot be written.
     """
     # Open every split before the first image is segmented, so that a missing one is reported early.
-    segmenter = Segmenter(task, params, config.eval, mesh=mesh, templates=templates)
-    examples = eval_examples(config.data, config.eval.split, config.eval.num_images)
-    evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
-    training = searched_on(config.data, examples)
-    fitted_on = _calibrated_on(config)
-    _tell_scale(config, examples, evaluator)
+    segmenter = Segmenter(task, params, settings, mesh=mesh, templates=templates)
+    examples = eval_examples(data, settings.split, settings.num_images)
+    evaluator = Evaluator(segmenter, examples, settings, seed=seed)
+    training = searched_on(data, examples)
+    fitted_on = _calibrated_on(data, settings)
+    _tell_scale(data, examples, evaluator)
 
     # Counts are only continued for the same weights, data, settings and seed.
     folder = workdir / "eval"
-    values = to_dict(config)
-    facts = (values["data"], values["eval"], config.seed, len(examples), evaluator.prompts)
+    facts = (to_dict(data), to_dict(settings), seed, len(examples), evaluator.prompts)
     identity = identity_of(fetch_to_main(params), *facts)
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)
     shown = Shown(IMAGES, len(examples), folder / UNFINISHED)
@@ -87,12 +90,12 @@ def evaluate(
         return evaluator.scores(estep, fitted, journal=journal, shown=shown), fitted
 
     # The headline E-Step is shown in the gallery; the sweep only gives rows of a table.
-    estep = EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)
+    estep = EStep(settings.ensemble, settings.steps, settings.spacing)
     scores, fitted = scored(estep, shown)
     searching = evaluator.threshold_counts(estep, training, journal) if training else []
-    results = results_of(scores, evaluator, config, fitted, estep, searching)
+    results = results_of(scores, evaluator, data.name, fitted, estep, searching)
     results |= {"weights": about} if about else {}
-    rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, config.eval.sweep)]
+    rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, settings.sweep)]
 
     # The journal goes last: until the files are written, a killed run can still make them from it.
     with together("the files of the evaluation"):
@@ -110,22 +113,22 @@ def evaluate(
 def results_of(
     scores: Scores,
     evaluator: Evaluator,
-    config: Config,
+    dataset: str,
     calibration: Calibration,
     estep: EStep,
     searching: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Content of results.json; scores are unrounded shares (0..1), nan is written as null."""
-    settings = config.eval
+    settings = evaluator.settings
     return {
         # what was evaluated, and by which rules
-        "dataset": config.data.name,
+        "dataset": dataset,
         "split": settings.split,
-        "protocol": f"{config.data.name}: held-out images, counts pooled over the split, mean over "
+        "protocol": f"{dataset}: held-out images, counts pooled over the split, mean over "
         f"{COUNTED[scores.absent_rule]}, {scores.protocol} queries",
         "num_images": len(scores.rows),
         "absent_rule": scores.absent_rule,
-        "codec": config.model.codec,
+        "codec": evaluator.segmenter.codec.name,
         "ensemble_rule": settings.ensemble_rule,
         "decoder": settings.decoder,
         "decode_limit": settings.decode_limit,
@@ -138,7 +141,7 @@ def results_of(
         "ensemble": estep.ensemble,
         "steps": estep.steps,
         "spacing": estep.spacing,
-        "seed": config.seed,
+        "seed": evaluator.seed,
         "calibration": calibration.to_dict(),
         # queries: the classes, and the texts that the text encoder read
         "queries": list(evaluator.queries),
@@ -161,13 +164,12 @@ def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[st
     }
 
 
-def _calibrated_on(config: Config) -> EvalExamples | None:
+def _calibrated_on(data: DataConfig, settings: EvalConfig) -> EvalExamples | None:
     """Examples for fitting scale and biases; None if config.eval.calibrate is off."""
-    settings = config.eval
     if not settings.calibrate:
         return None
     count = settings.calibrate_images or settings.num_images
-    return eval_examples(config.data, settings.calibrate_split, count)
+    return eval_examples(data, settings.calibrate_split, count)
 
 
 def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None:
@@ -187,13 +189,13 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
         return None
 
 
-def _tell_scale(config: Config, examples: EvalExamples, evaluator: Evaluator) -> None:
+def _tell_scale(data: DataConfig, examples: EvalExamples, evaluator: Evaluator) -> None:
     """Logs the scale at which the first image is seen; warns if training never saw that scale."""
     with together("the first image"):
         height, width = examples[0]["image"].shape[:2]
 
     # Windows keep the image's scale or its configured short side; "whole" squeezes it into one view.
-    segmenter, data = evaluator.segmenter, config.data
+    segmenter = evaluator.segmenter
     if evaluator.mode == "window":
         side = segmenter.short_side or min(height, width)
     else:

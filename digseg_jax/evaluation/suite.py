@@ -18,7 +18,7 @@ from typing import Any
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config, DataConfig, PartConfig
+from digseg_jax.config.schema import Config, DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains
@@ -105,9 +105,11 @@ def run_suite(
     weights = fetch_to_main(params)
     results: dict[str, Any] = {"suite": name, "seed": config.seed, "rows": []}
     results |= {"weights": about} if about else {}
-    for subject in _subjects(config, segmenter, name):
+    for subject in _subjects(config.data, config.eval, segmenter, name):
         row = {"suite": subject.suite, "dataset": subject.name, "estep": str(subject.estep)}
-        results["rows"].append(row | _one(config, subject, weights, folder))
+        results["rows"].append(
+            row | _one(subject, config.eval, config.seed, to_dict(config), weights, folder)
+        )
 
     # Nothing was measured: most likely the root is wrong.
     if all("missing" in row for row in results["rows"]):
@@ -143,29 +145,31 @@ class _Subject:
     shown: int = 0
 
 
-def _subjects(config: Config, segmenter: Segmenter, name: str) -> Iterator[_Subject]:
+def _subjects(
+    data: DataConfig, settings: EvalConfig, segmenter: Segmenter, name: str
+) -> Iterator[_Subject]:
     """Yields the rows to be of a suite in the table's order."""
-    esteps = [EStep(config.eval.ensemble, config.eval.steps, config.eval.spacing)]
+    esteps = [EStep(settings.ensemble, settings.steps, settings.spacing)]
     if name == domains.SUITE:
-        split, count = config.eval.split, config.eval.num_images
-        for domain in domains.domains_below(config.data.root):
-            opened = partial(domains.domain_examples, domain, config.data.root, split, count)
+        split, count = settings.split, settings.num_images
+        for domain in domains.domains_below(data.root):
+            opened = partial(domains.domain_examples, domain, data.root, split, count)
             seen, facts = segmenter.seen_at(domain.short_side), domains.describe_domain(domain)
             row = _Subject(name, domain.name, esteps[0], seen, opened, facts=facts)
             yield dataclasses.replace(row, shown=GALLERY)
         return
 
     # Each data set under its own name, whatever the weights were trained on.
-    esteps += [e for e in map(EStep.parse, config.eval.sweep) if e not in esteps]
+    esteps += [e for e in map(EStep.parse, settings.sweep) if e not in esteps]
     for suite, datasets in (SUITES if name == "all" else {name: SUITES[name]}).items():
         for dataset in datasets:
-            root = os.path.join(os.path.expanduser(config.data.root), dataset)
-            data = dataclasses.replace(config.data, name=dataset, root=root, split="", mixture=())
-            opened = partial(_paper_examples, data, config.eval.num_images)
+            root = os.path.join(os.path.expanduser(data.root), dataset)
+            own = dataclasses.replace(data, name=dataset, root=root, split="", mixture=())
+            opened = partial(_paper_examples, own, settings.num_images)
 
             # The headline E-Step first, then the sweep's: the paper has them for one suite only.
             for estep in esteps if suite == "semantic" else esteps[:1]:
-                search = partial(searched_on, data)
+                search = partial(searched_on, own)
                 yield _Subject(suite, dataset, estep, segmenter, opened, search)
 
 
@@ -174,8 +178,18 @@ def _paper_examples(data: DataConfig, num_images: int) -> EvalExamples:
     return eval_examples(data, spec_of(PartConfig(data.name, data.root)).eval_split, num_images)
 
 
-def _one(config: Config, subject: _Subject, weights: Params | None, folder: AnyPath) -> dict[str, Any]:
-    """Scores of one data set under one E-Step, or {"missing": reason}."""
+def _one(
+    subject: _Subject,
+    settings: EvalConfig,
+    seed: int,
+    values: dict[str, Any],
+    weights: Params | None,
+    folder: AnyPath,
+) -> dict[str, Any]:
+    """Scores of one data set under one E-Step, or {"missing": reason}.
+
+    values: the whole configuration, for the journal's identity.
+    """
     # A missing data set is a row of the table, not the end of the suite.
     try:
         with together(f"the data set {subject.name}"):
@@ -183,14 +197,14 @@ def _one(config: Config, subject: _Subject, weights: Params | None, folder: AnyP
     except UserError as error:
         log.info("%s: not measured (%s)", subject.name, error)
         return {"missing": str(error)}
-    evaluator = Evaluator(subject.segmenter, examples, config.eval, seed=config.seed)
+    evaluator = Evaluator(subject.segmenter, examples, settings, seed=seed)
     log.info("%s: %d images of %s", subject.name, len(examples), examples.split)
 
     # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
     # change the counts as well.
-    settings = [to_dict(config), subject.name, str(subject.estep), len(examples)]
-    settings += [subject.segmenter.scale, evaluator.prompts, *filter(None, [subject.facts])]
-    identity = identity_of(weights, settings)
+    facts = [values, subject.name, str(subject.estep), len(examples)]
+    facts += [subject.segmenter.scale, evaluator.prompts, *filter(None, [subject.facts])]
+    identity = identity_of(weights, facts)
     name = f"{subject.name}_{subject.estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)
     shown = Shown(subject.shown, len(examples), folder / "journal" / f"{name}_masks")

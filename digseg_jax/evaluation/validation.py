@@ -9,9 +9,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import DataConfig, EvalConfig
 from digseg_jax.data.sources import validation_split
-from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.gallery import Shown
@@ -20,7 +19,6 @@ from digseg_jax.io.workdir import VALIDATION
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.training.step import averaged
-from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 SHOWN = 4  # images whose masks are shown while it trains
@@ -28,21 +26,25 @@ EMPTY_ALARM = 0.5  # warn if more than this share of the present queries has an 
 OnEval = Callable[[int, Mapping[str, Any]], dict[str, float]]
 
 
-def make_validation(config: Config, task: Task, mesh: Mesh, workdir: AnyPath | None = None) -> OnEval:
+def make_validation(
+    examples: EvalExamples,
+    settings: EvalConfig,
+    seed: int,
+    task: SegmentationTask,
+    mesh: Mesh,
+    workdir: AnyPath | None = None,
+) -> OnEval:
     """Builds the evaluation during the training: few images, one member and step, no calibration.
 
-    workdir: the run's; WORKDIR/validation gets a gallery of `SHOWN` fixed images. None: no gallery.
+    Args:
+      examples: as `validation_examples` opens them.
+      settings, seed: of the evaluation.
+      workdir: the run's; WORKDIR/validation gets a gallery of `SHOWN` fixed images. None: no gallery.
 
     Returns:
       A function of the step and the training state. It returns columns of metrics.jsonl for the
       averaged weights, as shares (0..1): val_miou, and val_NAME for each entry of `Scores.health`.
-
-    Raises:
-      UserError: a task other than segmentation, or what `validation_examples` raises.
     """
-    if not isinstance(task, SegmentationTask):
-        raise UserError("config.logging.eval_every: only for config.task='segmentation'; set it to 0")
-    examples = validation_examples(config)
     folder = workdir / VALIDATION if workdir is not None else None
 
     # Built at the first call and kept, so that its programs are compiled once.
@@ -53,11 +55,11 @@ def make_validation(config: Config, task: Task, mesh: Mesh, workdir: AnyPath | N
         nonlocal segmenter
         params = averaged(dict(state))
         if segmenter is None:
-            segmenter = Segmenter(task, params, config.eval, mesh=mesh)
+            segmenter = Segmenter(task, params, settings, mesh=mesh)
 
         # Same shapes, so the compiled programs fit; the old weights are freed.
         segmenter.programs.params = params
-        evaluator = Evaluator(segmenter, examples, config.eval, seed=config.seed)
+        evaluator = Evaluator(segmenter, examples, settings, seed=seed)
         masks = folder / "masks" if folder is not None else None
         shown = Shown(SHOWN if folder is not None else 0, len(examples), masks, extremes=0)
         scores = evaluator.scores(EStep(1, 1), shown=shown)
@@ -76,16 +78,20 @@ def make_validation(config: Config, task: Task, mesh: Mesh, workdir: AnyPath | N
     return on_eval
 
 
-def validation_examples(config: Config) -> EvalExamples:
-    """Opens `logging.eval_images` evenly spread examples of `validation_split`.
+def validation_examples(
+    data: DataConfig, settings: EvalConfig, limit: int, chosen_by: str = ""
+) -> EvalExamples:
+    """Opens up to `limit` evenly spread examples of `validation_split`, and up to `eval.num_images`.
+
+    limit: 0 stands for all. chosen_by: see `validation_split`.
 
     Raises:
       UserError: the split cannot be opened, or what `validation_split` raises.
     """
     # 0 means all images in both settings, so only positive limits count.
-    limits = (config.logging.eval_images, config.eval.num_images)
-    count = min((limit for limit in limits if limit), default=0)
+    limits = (limit, settings.num_images)
+    count = min((each for each in limits if each), default=0)
 
-    split = validation_split(config)
+    split = validation_split(data, settings.split, chosen_by)
     log.info("validation during training: %s of the split %r", count or "all images", split)
-    return eval_examples(config.data, split, count)
+    return eval_examples(data, split, count)

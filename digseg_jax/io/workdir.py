@@ -32,14 +32,14 @@ VALIDATION = "validation"  # folder of the images that the last validation durin
 CALIBRATION = "calibration.json"  # in EXPORT; what an evaluation fitted for these weights
 
 
-def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> None:
+def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = False) -> None:
     """Writes DIR/config.json, or checks that the stored one trains the same weights.
 
     A run that ended before it made anything, say because of a wrong path, does not bind the directory.
 
     Args:
       workdir: the run's directory; made if missing.
-      config: configuration of the run that begins.
+      values: configuration of the run that begins, as `to_dict` gives it.
       accept_changes: continue a run despite a changed configuration, and store the new one.
 
     Raises:
@@ -47,7 +47,6 @@ def claim(workdir: AnyPath, config: Config, *, accept_changes: bool = False) -> 
         keys), or it cannot be read or written.
     """
     path = workdir / CONFIG_NAME
-    values = to_dict(config)
 
     with storage.explained(path, "cannot be read"):
         known = path.exists()

@@ -26,7 +26,7 @@ from digseg_jax import assets
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import check_key, flat, parse, to_dict
 from digseg_jax.config.renamed import with_current_names
-from digseg_jax.config.schema import Config, EvalConfig
+from digseg_jax.config.schema import Config, EvalConfig, ModelConfig
 from digseg_jax.config.templates import check_template
 from digseg_jax.data.sources import labels_of, parts_of
 from digseg_jax.data.vocabulary import class_names, trained_names, training_templates
@@ -166,19 +166,19 @@ class Description:
         values = _recorded(self.config) | {key: part.pinned for key, part in parts.items()} | own
         return dataclasses.replace(_config_of(values), seed=self.seed)
 
-    def with_pinned_parts(self, config: Config, folder: Path | None = None) -> Config:
-        """The configuration with the frozen parts of the training.
+    def with_pinned_parts(self, model: ModelConfig, folder: Path | None = None) -> ModelConfig:
+        """The settings of a model with the frozen parts of the training.
 
         They are the copies in the folder of the weights, or the hub's parts at their recorded commits.
         """
-        model, own = config.model, own_parts(folder)
+        own = own_parts(folder)
 
         # A part that the user replaced keeps its name: `check_agreement` has compared its weights.
         for name, part in (("vae", self.vae), ("text", self.text)):
             if catalog.expand(getattr(model, name)) == catalog.expand(part.reference):
                 pinned: dict[str, Any] = {name: own.get(f"model.{name}", part.pinned)}
                 model = dataclasses.replace(model, **pinned)
-        return dataclasses.replace(config, model=model)
+        return model
 
     def provenance(self) -> dict[str, Any]:
         """The facts about the weights that go beside a table of scores."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from digseg_jax.assets import LICENSE
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import DataConfig, DiffusionConfig, EvalConfig, ModelConfig
 from digseg_jax.config.templates import asked_templates
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START
 from digseg_jax.io import storage
@@ -79,16 +79,20 @@ def complete_export(folder: Path, description: Description) -> None:
     }
     for key, source in sources.items():
         classes[key] = copy_component(source, folder / OWN[key], expect=legal[key])
-    _write_tokenizer(sources["model.text"], folder / "tokenizer", config)
+    _write_tokenizer(sources["model.text"], folder / "tokenizer", config.model.max_tokens)
     write_description(folder, description)
 
     # Write the files for torch, model_index.json last: a folder that has it is complete.
-    storage.write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(config))
-    storage.write_json(folder / "image_processor" / "preprocessor_config.json", _views(config))
+    data, model, evaluation = config.data, config.model, config.eval
+    scheduler = _scheduler(config.diffusion, evaluation.spacing)
+    storage.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    views = _views(data, evaluation)
+    storage.write_json(folder / "image_processor" / "preprocessor_config.json", views)
     for name, place in _FILES.items():
         copy_files({f"{name}.py": _CODE / f"{name}.py"}, folder / place)
     storage.write_bytes(folder / CARD, model_card(description).encode())
-    storage.write_json(folder / PIPELINE_FILE, _index(config, description, classes, folder))
+    settings = _settings(data, model, evaluation, description, classes["model.text"], folder)
+    storage.write_json(folder / PIPELINE_FILE, _index(classes, settings))
 
 
 def copy_export(source: Path, target: Path) -> None:
@@ -154,21 +158,20 @@ def push_export(folder: Path, target: str, *, private: bool | None = None) -> st
     return f"{check_target(target)[0]}@{commit}"
 
 
-def _write_tokenizer(source: Path, folder: Path, config: Config) -> None:
+def _write_tokenizer(source: Path, folder: Path, max_tokens: int) -> None:
     """Writes tokenizer.json and its settings, the format that this program and torch read alike."""
     tokenizer = load_tower_tokenizer(source)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": tokenizer.pad_token,
-        "model_max_length": config.model.max_tokens,
+        "model_max_length": max_tokens,
     }
     storage.write_bytes(folder / "tokenizer.json", tokenizer.to_json().encode())
     storage.write_json(folder / "tokenizer_config.json", settings)
 
 
-def _scheduler(config: Config) -> dict[str, Any]:
+def _scheduler(diffusion: DiffusionConfig, spacing: str) -> dict[str, Any]:
     """Content of scheduler_config.json: the training's noise schedule and the evaluation's spacing."""
-    diffusion = config.diffusion
     return {
         "_class_name": "DigsegScheduler",
         "_diffusers_version": importlib.metadata.version("diffusers"),
@@ -178,27 +181,25 @@ def _scheduler(config: Config) -> dict[str, Any]:
         "beta_schedule": "scaled_linear",
         "prediction_type": diffusion.prediction_type,
         "rescale_betas_zero_snr": diffusion.zero_snr,
-        "timestep_spacing": config.eval.spacing,
+        "timestep_spacing": spacing,
         "set_alpha_to_one": True,
         "steps_offset": 1,  # of leading timesteps only, as diffusion.ddim has it
         "clip_sample": False,
     }
 
 
-def _views(config: Config) -> dict[str, Any]:
+def _views(data: DataConfig, evaluation: EvalConfig) -> dict[str, Any]:
     """Content of preprocessor_config.json: size of a view in pixels, and the way of cutting views."""
-    inference = config.eval.inference
+    inference = evaluation.inference
     return {
         "_class_name": "DigsegViews",
-        "size": list(view_size(config.eval, config.data)),
+        "size": list(view_size(evaluation, data)),
         "inference": "window" if inference == "auto" else inference,
-        "short_side": config.eval.short_side or trained_short_side(config.data),
+        "short_side": evaluation.short_side or trained_short_side(data),
     }
 
 
-def _index(
-    config: Config, description: Description, classes: dict[str, str], folder: Path
-) -> dict[str, Any]:
+def _index(classes: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
     """Content of model_index.json: component -> [library or module, class], and the settings."""
     return {
         "_class_name": ["pipeline", "DigsegPipeline"],
@@ -209,14 +210,21 @@ def _index(
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "scheduler": ["digseg_scheduler", "DigsegScheduler"],
         "image_processor": ["digseg_views", "DigsegViews"],
-        "settings": _settings(config, description, classes["model.text"], folder),
+        "settings": settings,
     }
 
 
-def _settings(config: Config, description: Description, tower: str, folder: Path) -> dict[str, Any]:
+def _settings(
+    data: DataConfig,
+    model: ModelConfig,
+    evaluation: EvalConfig,
+    description: Description,
+    tower: str,
+    folder: Path,
+) -> dict[str, Any]:
     """Settings of pipeline.py beyond its components: text, decoding, scale, templates and limits."""
     # A palette's state: its colors, and the scale that belongs to them.
-    codec = make_codec(config.model.codec, config.data, len(description.classes))
+    codec = make_codec(model.codec, data, len(description.classes))
     path = state_file(codec.name, folder)
     state = read_json(path) if path.is_file() else {}
 
@@ -230,25 +238,25 @@ def _settings(config: Config, description: Description, tower: str, folder: Path
 
     # Above `decode_limit` queries this program reads masks with its linear probe. The torch pipeline
     # has no probe and would give other masks, so it takes no more queries than that.
-    limited = codec.one_by_one and config.eval.decoder == "latent_mean"
+    limited = codec.one_by_one and evaluation.decoder == "latent_mean"
     return {
         # how a text becomes tokens; only a causal text encoder (CLIP's) may see its padding
-        "max_tokens": config.model.max_tokens,
-        "mask_padding": config.model.mask_padding or tower != "CLIPTextModel",
-        "sentence_token": config.model.sentence_token,
-        "text_skip_layers": config.model.text_skip_layers,
+        "max_tokens": model.max_tokens,
+        "mask_padding": model.mask_padding or tower != "CLIPTextModel",
+        "sentence_token": model.sentence_token,
+        "text_skip_layers": model.text_skip_layers,
         # how latents become probabilities
-        "decoder": config.eval.decoder,
-        "ensemble_rule": config.eval.ensemble_rule,
+        "decoder": evaluation.decoder,
+        "ensemble_rule": evaluation.ensemble_rule,
         "scale": scale,
         # how queries become texts; "prompt" and "classes" are for closed codecs. "marks" are for those
         # whose texts are one token each, all in one context
-        "templates": list(asked_templates(config.eval.templates, description.templates)),
+        "templates": list(asked_templates(evaluation.templates, description.templates)),
         "prompt": codec.texts(description.classes)[0] if codec.closed else None,
         "classes": description.classes if codec.closed else None,
         "marks": None if (marks := codec.marks()) is None else np.round(marks, 4).tolist(),
         # how a mask image shows several classes: their colors, the last one for none of them
         "prototypes": state.get("prototypes"),
         "background": codec.background,
-        "limit": config.eval.decode_limit if limited else 0,
+        "limit": evaluation.decode_limit if limited else 0,
     }

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.arraytypes import UInt8
-from digseg_jax.config.parse import with_sampling, with_settings
-from digseg_jax.config.schema import Config
+from digseg_jax.config.parse import to_dict, with_settings
+from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.georeference import INSTALL, has_rasterio, is_georeferenced
@@ -36,7 +36,6 @@ def predict(
     queries: Sequence[str],
     out: Path,
     vocabulary: str | None = None,
-    estep: str | None = None,
     settings: Mapping[str, Any] | None = None,
     formats: Sequence[str] = (),
 ) -> None:
@@ -50,7 +49,6 @@ def predict(
       image: files, folders or globs.
       queries, vocabulary: see `find_queries`.
       out: a folder, or a PNG for a single image.
-      estep: members x steps, such as "8x2"; by default the configuration's.
       settings: values by key such as "eval.decoder", in place of the description's.
       formats: kinds of `labeling.KINDS`; the folder gets a file of each.
 
@@ -68,15 +66,21 @@ def predict(
             read_rgb(images[0])  # an unreadable image is reported before the models are built
 
         # What is done already needs no weights.
-        folder, chosen = _chosen(config, model, estep, settings or {})
+        folder = find_export(model or SHIPPED)
+        if config is None:
+            config = read_description(folder).training_config(folder)
+            config = with_settings(config, settings or {})
+        use_own_compile_cache(config.compute.compile_cache)
+        sampling, seed = config.eval, config.seed
         colors = query_colors(texts, read_description(folder).datasets, vocabulary)
-        identity = identity_of(folder, chosen, texts, colors.tolist())
+        asked = [*map(to_dict, (config.model, config.diffusion, sampling)), seed]
+        identity = identity_of(folder, asked, texts, colors.tolist())
         jobs, broken = _unfinished(images, planned, identity, resumes=out.suffix.lower() != ".png")
         if jobs:
-            segmenter = load_segmenter(folder, chosen)
+            segmenter = load_segmenter(folder, config)
             if far := far_queries(segmenter, texts):
                 log.info("%s", told(far))
-            broken += _segment_files(segmenter, chosen, jobs, texts, colors, identity)
+            broken += _segment_files(segmenter, sampling, seed, jobs, texts, colors, identity)
 
         # One file for a labeling tool, of all images whose masks are there.
         complete = [files for image, files in zip(images, planned, strict=True) if image not in broken]
@@ -88,23 +92,6 @@ def predict(
         names = ", ".join(shown(path) for path in broken[:5])
         more = ", ..." if len(broken) > 5 else ""
         raise UserError(f"{len(broken)} of {len(images)} images could not be read: {names}{more}")
-
-
-def _chosen(
-    config: Config | None, model: str | None, estep: str | None, settings: Mapping[str, Any]
-) -> tuple[Path, Config]:
-    """The folder of the weights, and the settings of their training or of the configuration.
-
-    Raises:
-      UserError: missing weights.
-    """
-    folder = find_export(model or SHIPPED)
-    if config is None:
-        config = with_settings(read_description(folder).training_config(folder), settings)
-    if estep:
-        config = with_sampling(config, estep)
-    use_own_compile_cache(config.compute.compile_cache)
-    return folder, config
 
 
 Job = tuple[Path, PredictionFiles]  # an image, and the files of its prediction
@@ -145,7 +132,8 @@ def _unfinished(
 
 def _segment_files(
     segmenter: PretrainedSegmenter,
-    config: Config,
+    sampling: EvalConfig,
+    seed: int,
     jobs: Sequence[Job],
     texts: Sequence[str],
     colors: UInt8[np.ndarray, "q 3"],
@@ -156,12 +144,12 @@ def _segment_files(
     One image after the other, so that memory holds one image's masks. A broken one among many costs
     only its own masks.
     """
-    sampling, started, broken = config.eval, time.monotonic(), []
+    started, broken = time.monotonic(), []
     label = f"predict {sampling.ensemble}x{sampling.steps}"
     progress = Progress(len(jobs), label=label, unit="images")
     for done, (source, files) in enumerate(jobs, start=1):
         try:
-            _segment_file(segmenter, config, source, texts, colors, files, identity)
+            _segment_file(segmenter, sampling, seed, source, texts, colors, files, identity)
         except UnreadableError as error:
             broken.append(source)
             log.error("left out: %s", error)
@@ -172,7 +160,8 @@ def _segment_files(
 
 def _segment_file(
     segmenter: PretrainedSegmenter,
-    config: Config,
+    sampling: EvalConfig,
+    seed: int,
     source: Path,
     texts: Sequence[str],
     colors: UInt8[np.ndarray, "q 3"],
@@ -185,10 +174,9 @@ def _segment_file(
       UnreadableError: the image cannot be read.
       UserError: a file cannot be written.
     """
-    sampling = config.eval
     with contextlib.closing(_ImageProgress(source)) as sampled:
         masks = segmenter(
-            source, texts, sampling.ensemble, sampling.steps, config.seed,
+            source, texts, sampling.ensemble, sampling.steps, seed,
             spacing=sampling.spacing, advance=sampled.update,
         )  # fmt: skip
         masks.colors = colors

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import count_views
-from digseg_jax.training.mesh_choice import choose_mesh
+from digseg_jax.training.mesh_choice import choose_mesh, needs_of
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_params
@@ -77,7 +78,7 @@ def load_segmenter(
     if config is None:
         config = description.training_config(folder)
     check_agreement(description, config, folder)
-    config = description.with_pinned_parts(config, folder)
+    parts = description.with_pinned_parts(config.model, folder)
 
     # Weights with terms of their own say so before they are used.
     if terms := assets.terms_of(folder):
@@ -85,7 +86,7 @@ def load_segmenter(
 
     # The architecture comes with the weights, so the checkpoint they started from is not needed.
     unet = str(unet_folder(folder))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, unet=unet))
+    config = dataclasses.replace(config, model=dataclasses.replace(parts, unet=unet))
 
     # One prompt stands in for the prompt bank: the segmenter encodes its own queries.
     config = for_devices(config, jax.devices())
@@ -115,7 +116,8 @@ class PretrainedSegmenter(Segmenter):
         scale = read_json(calibration, {"scale": float})["scale"] if calibration.is_file() else 2.0
 
         # Queries are asked in the templates that the weights were trained with.
-        mesh = make_mesh(choose_mesh(task.config, task, jax.devices()))
+        needs = partial(needs_of, task.config, task)
+        mesh = make_mesh(choose_mesh(task.config.mesh, needs, jax.devices()))
         params, words = load_params(unet_folder(folder), task.abstract), description.templates
         super().__init__(task, params, mesh=mesh, scale=float(scale), templates=words)
         self.folder, self.description = folder, description

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import digseg_jax
-from digseg_jax.config.parse import to_dict
-from digseg_jax.config.schema import Config
 from digseg_jax.io.files import read_bytes
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.prediction.description import FILE, unet_folder
@@ -20,7 +18,9 @@ from digseg_jax.prediction.targets import PredictionFiles, read_summary
 from digseg_jax.weights.safetensors_io import weight_files
 
 
-def identity_of(folder: Path, config: Config, queries: Sequence[str], colors: Sequence[Any]) -> str:
+def identity_of(
+    folder: Path, settings: Sequence[Any], queries: Sequence[str], colors: Sequence[Any]
+) -> str:
     """Tells predictions apart whose files differ: by weights, settings, queries, colors or version.
 
     Weights are told by their description, sizes and times, as reading them would take longer than an
@@ -28,7 +28,7 @@ def identity_of(folder: Path, config: Config, queries: Sequence[str], colors: Se
 
     Args:
       folder: the exported weights.
-      config: the settings they are asked with.
+      settings: what else changes the masks, JSON-ready.
       queries, colors: the words and their RGB.
     """
     files = [
@@ -36,10 +36,8 @@ def identity_of(folder: Path, config: Config, queries: Sequence[str], colors: Se
     ]
     small = [(folder / name) for name in (FILE, CALIBRATION)]
     texts = [path.read_text(encoding="utf-8") for path in small if path.is_file()]
-    values = to_dict(config)
-    settings = [values[section] for section in ("model", "diffusion", "eval")] + [config.seed]
     colors = [[int(c) for c in color] for color in colors]
-    facts = [digseg_jax.__version__, files, texts, settings, list(queries), colors]
+    facts = [digseg_jax.__version__, files, texts, list(settings), list(queries), colors]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 

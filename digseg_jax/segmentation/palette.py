@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.config.codecs import QUERY_FORMS
 from digseg_jax.config.schema import DataConfig
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.errors import UserError
@@ -114,7 +115,7 @@ class PaletteCodec(ColorCodec):
     """
 
     name: ClassVar[str] = "palette"
-    closed: ClassVar[bool] = True
+    closed: ClassVar[bool] = QUERY_FORMS[name].closed
 
     def __init__(self, classes: int):
         super().__init__()

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digseg_jax.arraytypes import Array, Bool, Float, Int
+from digseg_jax.config.codecs import QUERY_FORMS
 from digseg_jax.config.schema import DataConfig
 from digseg_jax.data.queries import NOWHERE
 from digseg_jax.errors import UserError
@@ -59,7 +60,7 @@ class PromptedCodec(ColorCodec):
     name: ClassVar[str] = "prompted"
     background: ClassVar[bool] = True
     redrawn: ClassVar[bool] = True
-    pooled: ClassVar[bool] = True
+    pooled: ClassVar[bool] = QUERY_FORMS[name].pooled
 
     def __init__(self, names: int, dropout: float = 0.0):
         super().__init__()

@@ -80,7 +80,10 @@ class Trainer:
         frozen_shardings = infer_shardings(task.frozen, mesh)
         self.frozen = place(task.frozen, frozen_shardings)
         log.info("state: %s", describe_memory(abstract, self.state_shardings))
-        self.step_fn = make_train_step(task, config, mesh, self.state_shardings, frozen_shardings)
+        self.step_fn = make_train_step(
+            task, mesh, self.state_shardings, frozen_shardings, config.optim,
+            steps=train.steps, seed=config.seed, accumulation=config.compute.accumulation,
+        )  # fmt: skip
 
     def start_state(self, checkpointer: Checkpointer) -> tuple[int, TrainState]:
         """Restores the run's newest checkpoint, or else makes the state of step 0.

@@ -15,13 +15,14 @@ import collections
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.config.schema import Config, DataConfig, MeshConfig
 from digseg_jax.log import log
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.runtime.hardware import Chip, chip_of
@@ -62,25 +63,24 @@ class Needs:
 
 
 def choose_mesh(
-    config: Config,
-    task: Trainable,
+    mesh: MeshConfig,
+    needs_on: Callable[[int], Needs],
     devices: list[jax.Device],
     memory: float | None = None,
     chip: Chip | None = None,
 ) -> MeshConfig:
-    """The configuration's mesh with a chosen fsdp in place of 0; logs in one line which and why.
+    """The mesh with a chosen fsdp in place of 0; logs in one line which and why.
 
     Every process must call it: all get the same answer.
 
     Args:
-      config: `mesh.fsdp` other than 0 is returned as it is.
-      task: its shapes are what has to fit.
+      mesh: one whose fsdp is not 0 is returned as it is.
+      needs_on: what has to fit, by the number of parts that the batch is split into.
       devices: all devices of the mesh.
       memory: bytes of one device. By default the chip's, or for an unknown chip the least that any
         process finds.
       chip: the kind of the devices, to plan for another kind than theirs. By default that of the first.
     """
-    mesh = config.mesh
     if mesh.fsdp != 0:
         return mesh
     if mesh.data != -1:
@@ -90,7 +90,7 @@ def choose_mesh(
     # are known before fsdp is.
     chip = chip or chip_of(devices[0].device_kind)
     memory = memory or (chip.hbm_bytes if chip else least_memory(devices))
-    needs = needs_of(config, task, max(len(devices) // mesh.tensor, 1))
+    needs = needs_on(max(len(devices) // mesh.tensor, 1))
     group = count_joined(devices) // mesh.tensor
     fsdp = fsdp_for(needs, chip, group, memory * USABLE)
 
@@ -134,10 +134,11 @@ def needs_of(config: Config, task: Trainable, shards: int) -> Needs:
     # Gradients have the parameters' shapes, so parameters count twice.
     state, params = _bytes(abstract_state(task.abstract, config.optim)), _bytes(task.abstract)
     images = math.ceil(config.train.batch_size / (shards * config.compute.accumulation))
-    return Needs(state + params, _bytes(task.frozen), images * activation_bytes(config, task))
+    each = activation_bytes(config.data, config.model.dtype, config.compute.remat, task)
+    return Needs(state + params, _bytes(task.frozen), images * each)
 
 
-def activation_bytes(config: Config, task: Trainable) -> float:
+def activation_bytes(data: DataConfig, dtype: str, remat: str, task: Trainable) -> float:
     """Estimated bytes of activations per image of the train step.
 
     0 for a task without a U-Net, whose activations are small.
@@ -149,12 +150,12 @@ def activation_bytes(config: Config, task: Trainable) -> float:
 
     # Latent cells of an image: those of its mask images.
     codec: Codec | None = getattr(task, "codec", None)
-    masks = codec.num_images(config.data.num_queries) if codec else 1
-    cells = masks * (config.data.image_size // vae.config.factor) ** 2
+    masks = codec.num_images(data.num_queries) if codec else 1
+    cells = masks * (data.image_size // vae.config.factor) ** 2
 
     # Bytes per cell grow with the channels and the size of a number, measured at 320 and bfloat16.
-    width = unet.block_out_channels[0] / CELL_CHANNELS * np.dtype(config.model.dtype).itemsize / 2
-    return CELL_BYTES * cells * width * KEPT[config.compute.remat]
+    width = unet.block_out_channels[0] / CELL_CHANNELS * np.dtype(dtype).itemsize / 2
+    return CELL_BYTES * cells * width * KEPT[remat]
 
 
 def count_joined(devices: list[jax.Device]) -> int:

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
+import numpy as np
+from clu import parameter_overview
 from jax.sharding import Mesh
 
+from digseg_jax.arraytypes import Params
 from digseg_jax.config.schema import Config
+from digseg_jax.log import log
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.mesh_choice import choose_mesh
+from digseg_jax.training.mesh_choice import choose_mesh, needs_of
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.parts import for_devices
@@ -52,4 +57,25 @@ def set_up(config: Config) -> Setup:
     # The task first: the choice of the mesh needs the shapes of its state.
     task: Task = TASKS[config.task](config)
     check_interrupts()
-    return Setup(config, task, make_mesh(choose_mesh(config, task, devices)))
+    mesh = make_mesh(choose_mesh(config.mesh, partial(needs_of, config, task), devices))
+    return Setup(config, task, mesh)
+
+
+def log_summary(task: Task, mesh: Mesh) -> None:
+    """Logs the task's trainable and frozen parameters, and the mesh."""
+    log.info("trainable parameters:\n%s", _overview(task.abstract))
+    sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
+    log.info("frozen, in millions: %s", sizes or "nothing")
+    log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+
+
+def _overview(params: Params) -> str:
+    """Table of parameters by top-level module, as the full table of a U-Net has 700 rows."""
+    groups = {name: parameter_overview.count_parameters(tree) for name, tree in params.items()}
+    rows = [f"  {name:<20} {count:>12,}" for name, count in groups.items()]
+    return "\n".join([*rows, f"  {'total':<20} {sum(groups.values()):>12,}"])
+
+
+def _millions(tree: Params) -> float:
+    """Number of elements of a tree, in millions, to two decimals."""
+    return round(sum(np.size(x) for x in jax.tree.leaves(tree)) / 1e6, 2)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from digseg_jax.arraytypes import Array, Batch, Params
-from digseg_jax.config.schema import Config, OptimConfig
+from digseg_jax.config.schema import OptimConfig
 from digseg_jax.runtime.sharding import BATCH, on_mesh
 from digseg_jax.runtime.tpu import compiler_options
 from digseg_jax.training.optim import (
@@ -55,29 +55,42 @@ def averaged(state: TrainState) -> Params:
 
 
 def make_train_step(
-    task: Trainable, config: Config, mesh: Mesh, state_shardings: Any, frozen_shardings: Any
+    task: Trainable,
+    mesh: Mesh,
+    state_shardings: Any,
+    frozen_shardings: Any,
+    optim: OptimConfig,
+    *,
+    steps: int,
+    seed: int,
+    accumulation: int = 1,
 ) -> jax.stages.Wrapped:
     """Builds the train step (state, frozen, batch) -> (state, metrics), jitted for the mesh.
 
     The state is donated. The batch is sharded along its examples; metrics are scalars, the same on
     every device: the task's, "loss", "grad_norm" (before clipping) and "learning_rate".
+
+    Args:
+      steps: length of the training, for the schedule of the learning rate.
+      seed: of everything that is drawn.
+      accumulation: microbatches that the batch is split into.
     """
     task.prepare()
 
     # The optimizer sees only the parameters that learn; `like` are their shardings.
-    optimizer = make_optimizer(config.optim, config.train.steps, task.new)
-    rate = learning_rate(config.optim, config.train.steps)
-    like, _ = split_frozen(state_shardings["params"], config.optim.freeze)
+    optimizer = make_optimizer(optim, steps, task.new)
+    rate = learning_rate(optim, steps)
+    like, _ = split_frozen(state_shardings["params"], optim.freeze)
 
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         """One step; traced once."""
-        trainable, fixed = split_frozen(state["params"], config.optim.freeze)
+        trainable, fixed = split_frozen(state["params"], optim.freeze)
 
         def gradient(part: Batch, *whole: Batch) -> LossAndGrads:
             """((loss, metrics), gradients) of (batch), or of (microbatch, full batch)."""
             # One key per example, a function of (seed, example index): neither the number of devices
             # nor accumulation changes what is drawn.
-            keys = example_keys(config.seed, part["index"])
+            keys = example_keys(seed, part["index"])
 
             def loss(learned: Params) -> tuple[Array, dict[str, Array]]:
                 return task.loss(join_frozen(learned, fixed), frozen, part, keys, *whole)
@@ -85,13 +98,11 @@ def make_train_step(
             return jax.value_and_grad(loss, has_aux=True)(trainable)
 
         # Loss and gradients; the sum of an accumulation starts from zeros sharded like the parameters.
-        if config.compute.accumulation == 1:
+        if accumulation == 1:
             (loss, metrics), grads = gradient(batch)
         else:
             zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), like)
-            (loss, metrics), grads = accumulate(
-                gradient, zeros, batch, config.compute.accumulation, mesh
-            )
+            (loss, metrics), grads = accumulate(gradient, zeros, batch, accumulation, mesh)
 
         # Update what learns.
         updates, opt = optimizer.update(grads, state["opt"], trainable)
@@ -106,8 +117,8 @@ def make_train_step(
 
         # Moving average of all parameters.
         average = {}
-        if config.optim.ema_decay:
-            decay = config.optim.ema_decay
+        if optim.ema_decay:
+            decay = optim.ema_decay
             average["ema"] = update_ema(state["ema"], params, state["step"], decay)
         return {"step": state["step"] + 1, "params": params, "opt": opt} | average, metrics
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from digseg_jax.config.parse import with_sampling
+from digseg_jax.config.parse import sampling_settings, with_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import eval_examples
@@ -21,7 +21,8 @@ DATA = "landcover_igbp"
 def run(weights: str, estep: str, images: int, limit: int, cut: float) -> dict[str, Any]:
     """Scores without calibration: a class nobody fitted a bias for is what open vocabulary means."""
     folder = find_export(weights)
-    base = with_sampling(read_description(folder).training_config(folder), estep)
+    trained = read_description(folder).training_config(folder)
+    base = with_settings(trained, sampling_settings(estep))
     evaluation = dataclasses.replace(
         base.eval, num_images=images, gate_limit=limit, gate_cut=cut, inference="whole"
     )

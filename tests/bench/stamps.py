@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from digseg_jax.config.parse import with_sampling
+from digseg_jax.config.parse import sampling_settings, with_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import PartConfig
 from digseg_jax.data.datasets.registry import Source
@@ -49,7 +49,8 @@ def run(
         raise UserError(f"--images={images}: must be at least 1, or 0 for all")
     opened = {part: _open(root, part) for part in PARTS}  # told before the models are built
     folder = find_export(weights)
-    config = with_sampling(read_description(folder).training_config(folder), estep)
+    trained = read_description(folder).training_config(folder)
+    config = with_settings(trained, sampling_settings(estep))
     segmenter = load_segmenter(folder, config)
     ask = _asker(segmenter, EStep.parse(estep), config.seed)
     rows: dict[str, list[Row]] = {}

@@ -103,7 +103,8 @@ def run(
 
     abstract = abstract_state(task.abstract, config.optim)
     shardings, frozen_shardings = infer_shardings((abstract, task.frozen), mesh)
-    step = make_train_step(task, config, mesh, shardings, frozen_shardings)
+    options = {"steps": config.train.steps, "seed": config.seed}
+    step = make_train_step(task, mesh, shardings, frozen_shardings, config.optim, **options)
     batch = place_batch(made_up_batch(size), mesh)
     start = time.monotonic()
     lowered = step.lower(abstract, task.frozen, batch)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import one_line
 
-from digseg_jax.config.parse import default, parse, to_dict, with_sampling
+from digseg_jax.config.parse import default, parse, sampling_settings, to_dict, with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 
@@ -174,10 +174,10 @@ def test_a_config_is_immutable():
 
 
 def test_an_estep_on_the_command_line_sets_its_three_settings():
-    config = with_sampling(parse({}), "20x50:leading")
+    config = with_settings(parse({}), sampling_settings("20x50:leading"))
     assert (config.eval.ensemble, config.eval.steps, config.eval.spacing) == (20, 50, "leading")
-    assert with_sampling(parse({}), "8x2").eval.spacing == "trailing"
+    assert sampling_settings("8x2")["eval.spacing"] == "trailing"
     for wrong in ("8", "1x2000"):
         with pytest.raises(UserError) as caught:
-            with_sampling(parse({}), wrong)
+            with_settings(parse({}), sampling_settings(wrong))
         assert "\n" not in str(caught.value)

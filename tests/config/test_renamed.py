@@ -53,7 +53,7 @@ def test_an_earlier_runs_configuration_is_read(tmp_path):
 def test_an_earlier_run_goes_on_and_gets_the_new_names(tmp_path):
     stored(tmp_path, OLD)
     now = with_settings(parse(with_current_names(OLD)), {"logging.every": 100})
-    claim(tmp_path, now)
+    claim(tmp_path, to_dict(now))
     assert json.loads((tmp_path / CONFIG_NAME).read_text()) == to_dict(now)
 
 
@@ -61,13 +61,13 @@ def test_a_change_of_an_earlier_run_is_told_under_the_new_name(tmp_path):
     stored(tmp_path, OLD)
     now = with_settings(parse(with_current_names(OLD)), {"loss.mask_weight": 0.3})
     with pytest.raises(UserError, match="loss.mask_weight: 0.2 -> 0.3"):
-        claim(tmp_path, now)
+        claim(tmp_path, to_dict(now))
 
 
 def test_a_run_with_another_value_of_a_constant_is_another_run(tmp_path):
     stored(tmp_path, OLD | {"optim": {"b1": 0.8}})
     with pytest.raises(UserError, match="optim.b1: 0.8 -> 0.9"):
-        claim(tmp_path, parse(with_current_names(OLD)))
+        claim(tmp_path, to_dict(parse(with_current_names(OLD))))
     with pytest.raises(UserError, match="config.optim.b1 is no setting any more: it is 0.9"):
         stored_config(tmp_path)
 

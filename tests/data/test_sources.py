@@ -9,7 +9,7 @@ from experiments import CONFIGS, get_config
 from rehearsal import trees
 
 from digseg_jax.config.parse import parse
-from digseg_jax.data.sources import check_splits, validation_split
+from digseg_jax.data.sources import check_scored_splits, check_training_data, validation_split
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ def test_every_public_configuration_finds_its_splits(name, tmp_path):
     config = get_config(name)
     config.data.root = str(trees.write_tree(name, tmp_path / name))
     config = parse(config)
-    check_splits(config)
+    check_training_data(config.data)
+    check_scored_splits(config.data, config.eval, while_training=bool(config.logging.eval_every))
     without_val = {"deepglobe": "test", "monuseg": "test"}
-    assert validation_split(config) == without_val.get(name, "val")
+    assert validation_split(config.data, config.eval.split) == without_val.get(name, "val")

@@ -165,7 +165,7 @@ def test_a_class_without_a_score_is_null_not_nan(config, one_device, scores):
 
     Absent.confusion[5] = Absent.confusion[:, 5] = 0
     absent = Absent(scores.examples, scores.protocol, scores.rows)
-    results = results_of(absent, one_device, config, identity(8), ONE)
+    results = results_of(absent, one_device, "landcover", identity(8), ONE)
     assert results["per_class"]["urban"] is None
     json.dumps(results, allow_nan=False)
 
@@ -177,7 +177,7 @@ def run(folders, task, params, tmp_path_factory):
         folders, eval__num_images=3, eval__ensemble=2,
         eval__sweep=("1x1", "2x1:leading"), eval__calibrate=True, eval__decoder="vae", seed=0,
     )  # fmt: skip
-    return workdir, evaluate(config, task, params, tiny.mesh(), workdir)
+    return workdir, evaluate(config.data, config.eval, config.seed, task, params, tiny.mesh(), workdir)
 
 
 class TestFiles:
@@ -255,7 +255,9 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
     folders, task, params, tmp_path, monkeypatch, survived
 ):
     config = tiny.config(folders, eval__num_images=3, eval__batch_size=1)
-    whole = evaluate(config, task, params, tiny.mesh(), tmp_path / "whole")
+    whole = evaluate(
+        config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path / "whole"
+    )
     add, finished = Journal.add, []
 
     def dies(self, key, value):
@@ -266,12 +268,15 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
 
     monkeypatch.setattr(Journal, "add", dies)
     with pytest.raises(Killed):
-        evaluate(config, task, params, tiny.mesh(), tmp_path / "killed")
+        evaluate(config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path / "killed")
     assert not (tmp_path / "killed" / "eval" / "results.json").exists()
     monkeypatch.setattr(
         Journal, "add", lambda self, key, value: (finished.append(key), add(self, key, value))
     )
-    assert evaluate(config, task, params, tiny.mesh(), tmp_path / "killed") == whole
+    assert (
+        evaluate(config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path / "killed")
+        == whole
+    )
     counted = [key for key in finished if key != "prompts"]
     assert len(counted) == len(set(counted)) == 3, "no image is counted twice"
     assert files(tmp_path / "killed") == files(tmp_path / "whole")

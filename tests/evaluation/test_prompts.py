@@ -26,6 +26,7 @@ from digseg_jax.segmentation.palette import PROMPT
 from digseg_jax.training.tasks.segmentation import load_task
 
 START, END = "A photo of a ", " in the scene"  # COCO-Stuff's template
+ONE = {"eval.ensemble": 1, "eval.steps": 1}
 DATASETS = sorted({name for names in SUITES.values() for name in names})
 
 
@@ -105,15 +106,15 @@ def test_a_suite_reads_them_and_its_files_say_so(export, tmp_path, read):
 
 def test_prediction_reads_them_and_a_flag_asks_otherwise(export, tmp_path, read):
     source = str(image(tmp_path))
-    predict(None, str(export), source, ["road", "a {} b"], tmp_path / "a.png", estep="1x1")
+    predict(None, str(export), source, ["road", "a {} b"], tmp_path / "a.png", settings=ONE)
     assert set(read) == {f"{START}road{END}", f"{START}a {{}} b{END}"}
     assert json.loads((tmp_path / "a.json").read_text())["templates"] == [f"{START}{{}}{END}"]
     read.clear()
-    own = {"eval.templates": ("{}",)}
-    predict(None, str(export), source, ["road"], tmp_path / "b.png", estep="1x1", settings=own)
+    own = ONE | {"eval.templates": ("{}",)}
+    predict(None, str(export), source, ["road"], tmp_path / "b.png", settings=own)
     assert set(read) == {"road"}
     read.clear()
-    predict(None, str(export), source, [], tmp_path / "c", "phenobench", estep="1x1")
+    predict(None, str(export), source, [], tmp_path / "c", "phenobench", settings=ONE)
     assert set(read) == {f"{START}{n}{END}" for n in ("soil", "crop", "weed")}
 
 

@@ -139,7 +139,9 @@ def test_an_evaluation_after_training_counts_what_the_suite_counts(
     spread, suites, made, tmp_path, devices
 ):
     config, each = made("pascal_voc", eval__split="val"), spread[devices]
-    results = evaluate(config, each.task, each.programs.params, each.mesh, tmp_path)
+    results = evaluate(
+        config.data, config.eval, config.seed, each.task, each.programs.params, each.mesh, tmp_path
+    )
     rows = [suites[1]["pascal_voc"][f"{TWO} exhaustive {i}"] for i in range(results["num_images"])]
     expected = sum(unpack(row["confusion"]) for row in rows)
     np.testing.assert_array_equal(results["confusion"], expected)

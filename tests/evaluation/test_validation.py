@@ -22,38 +22,32 @@ from digseg_jax.viz.gallery import GALLERY_NAME
 COLUMNS = {"val_miou", "val_empty_rate", "val_present_dice", "val_absent_area"}
 
 
-def with_limits(config: Config, eval_images: int, num_images: int) -> Config:
-    logs = dataclasses.replace(config.logging, eval_images=eval_images)
-    return dataclasses.replace(
-        config, logging=logs, eval=dataclasses.replace(config.eval, num_images=num_images)
-    )
-
-
 @pytest.mark.parametrize(
     ("eval_images", "num_images", "count"), [(16, 0, 16), (16, 2, 2), (0, 3, 3), (4, 9, 4), (0, 0, 55)]
 )
 def test_it_looks_at_a_few_images_of_val(eval_images, num_images, count, cover):
-    examples = validation_examples(with_limits(Config(), eval_images, num_images))
+    settings = dataclasses.replace(Config().eval, num_images=num_images)
+    examples = validation_examples(Config().data, settings, eval_images)
     assert len(examples) == count and examples.split == "val"
-    assert examples.rows == validation_examples(with_limits(Config(), eval_images, num_images)).rows
+    assert examples.rows == validation_examples(Config().data, settings, eval_images).rows
 
 
 def test_without_val_it_looks_at_the_scored_split_but_chooses_nothing_by_it(tmp_path):
     for kind, mode, ending in (("images", "RGB", "jpg"), ("annotations", "L", "png")):
         (tmp_path / kind / "test").mkdir(parents=True)
         Image.new(mode, (24, 16)).save(tmp_path / kind / "test" / f"0.{ending}")
-    config = Config(data=dataclasses.replace(Config().data, name="camvid", root=str(tmp_path)))
-    assert validation_examples(config).split == "test"
-    best = dataclasses.replace(Config().checkpoint, best="val_miou")
+    data = dataclasses.replace(Config().data, name="camvid", root=str(tmp_path))
+    assert validation_examples(data, Config().eval, 0).split == "test"
     with pytest.raises(UserError, match="on the scored split") as caught:
-        validation_examples(dataclasses.replace(config, checkpoint=best))
+        validation_examples(data, Config().eval, 0, chosen_by="val_miou")
     assert "config.checkpoint.best='val_miou'" in tiny.one_line(caught.value)
 
 
 def test_its_columns_its_alarm_and_its_gallery(folders, cover, caplog, monkeypatch, tmp_path):
     config = tiny.config(folders, eval__view_size=(32,), eval__num_images=1)
     task = load_task(config)
-    look = make_validation(config, task, tiny.mesh(), tmp_path)
+    examples = validation_examples(config.data, config.eval, config.logging.eval_images)
+    look = make_validation(examples, config.eval, config.seed, task, tiny.mesh(), tmp_path)
     state = {"params": jax.tree.map(jax.numpy.asarray, task.initial())}
     with caplog.at_level(logging.WARNING):
         found = look(7, state)
@@ -70,8 +64,3 @@ def test_its_columns_its_alarm_and_its_gallery(folders, cover, caplog, monkeypat
     gallery = json.loads((tmp_path / "validation" / "gallery" / GALLERY_NAME).read_text())
     (item,) = gallery["items"]
     assert item["queries"] and {q["name"] for q in item["queries"]} <= set(item["classes"])
-
-
-def test_another_task_is_told():
-    with pytest.raises(UserError, match="config.logging.eval_every"):
-        make_validation(Config(), object(), tiny.mesh())

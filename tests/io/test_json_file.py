@@ -8,7 +8,7 @@ import json
 import pytest
 import tiny
 
-from digseg_jax.config.parse import parse
+from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.data.shards import files, latents, records
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.journal import Journal
@@ -26,7 +26,7 @@ BAD = {
     "object": '{"format": 1}',
 }
 READERS = {
-    "a run's configuration": (CONFIG_NAME, lambda folder: claim(folder, parse({}))),
+    "a run's configuration": (CONFIG_NAME, lambda folder: claim(folder, to_dict(parse({})))),
     "shards": (records.MANIFEST, records.read_manifest),
     "latents": (latents.MANIFEST, latents.read_manifest),
     "a plan": (files.PLAN, lambda folder: files.claim(folder, {"format": 2}, "--out")),

@@ -24,24 +24,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_new_directory_is_made_and_the_config_written_down(tmp_path):
     config = parse({"seed": 3})
-    claim(tmp_path / "a" / "b", config)
+    claim(tmp_path / "a" / "b", to_dict(config))
     assert parse(json.loads((tmp_path / "a" / "b" / CONFIG_NAME).read_text())) == config
     assert contents(tmp_path / "a" / "b").keys() == {CONFIG_NAME}
 
 
 def test_the_same_config_is_welcome_again(tmp_path):
-    claim(tmp_path, parse({}))
+    claim(tmp_path, to_dict(parse({})))
     before = contents(tmp_path)
-    claim(tmp_path, parse({}))
+    claim(tmp_path, to_dict(parse({})))
     assert contents(tmp_path) == before
 
 
 def test_another_config_is_refused_with_the_differing_keys_and_nothing_is_touched(tmp_path):
-    claim(tmp_path, parse({"train": {"steps": 600}}))
+    claim(tmp_path, to_dict(parse({"train": {"steps": 600}})))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = contents(tmp_path)
     with pytest.raises(UserError) as caught:
-        claim(tmp_path, parse({"train": {"steps": 700}, "optim": {"b2": 0.8}}))
+        claim(tmp_path, to_dict(parse({"train": {"steps": 700}, "optim": {"b2": 0.8}})))
     message = one_line(caught.value)
     assert "train.steps: 600 -> 700" in message and "optim.b2: 0.99 -> 0.8" in message
     assert str(tmp_path) in message and "seed" not in message
@@ -50,14 +50,14 @@ def test_another_config_is_refused_with_the_differing_keys_and_nothing_is_touche
 
 def test_a_run_that_made_nothing_leaves_no_claim(tmp_path):
     wrong, right = parse({"data": {"root": "/nowhere"}}), parse({"data": {"root": "/data"}})
-    claim(tmp_path, wrong)
+    claim(tmp_path, to_dict(wrong))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    claim(tmp_path, right)
+    claim(tmp_path, to_dict(right))
     assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == right
     (tmp_path / "checkpoints" / "100").mkdir()
     with pytest.raises(UserError, match="data.root: /data -> /nowhere"):
-        claim(tmp_path, wrong)
+        claim(tmp_path, to_dict(wrong))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_a_run_that_made_nothing_leaves_no_claim(tmp_path):
     ids=lambda v: "-".join(v),
 )
 def test_what_does_not_change_the_training_may_differ_and_is_updated(tmp_path, free):
-    claim(tmp_path, parse({}))
-    claim(tmp_path, parse(free))
+    claim(tmp_path, to_dict(parse({})))
+    claim(tmp_path, to_dict(parse(free)))
     assert parse(json.loads((tmp_path / CONFIG_NAME).read_text())) == parse(free)
 
 
@@ -89,15 +89,15 @@ def test_a_setting_that_the_run_did_not_know_had_its_default():
 
 def test_a_mixture_is_welcome_again_and_its_changed_entries_are_named(tmp_path):
     config = load_config("generalist")
-    claim(tmp_path, config)
+    claim(tmp_path, to_dict(config))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    claim(tmp_path, config)
+    claim(tmp_path, to_dict(config))
 
     parts = config.data.mixture
     louder = dataclasses.replace(parts[3], jitter=1.0, may_show=("thing",))
     data = dataclasses.replace(config.data, mixture=(*parts[:3], louder, *parts[4:]))
     with pytest.raises(UserError) as caught:
-        claim(tmp_path, dataclasses.replace(config, data=data))
+        claim(tmp_path, to_dict(dataclasses.replace(config, data=data)))
     told = one_line(caught.value)
     assert "(data.mixture.3.jitter: 0.5 -> 1.0; data.mixture.3.may_show: [" in told
 
@@ -120,7 +120,7 @@ def test_a_setting_that_is_no_more_is_a_difference():
 def test_a_config_file_that_is_no_config_is_one_clear_error(tmp_path, text):
     (tmp_path / CONFIG_NAME).write_text(text)
     with pytest.raises(UserError) as caught:
-        claim(tmp_path, parse({}))
+        claim(tmp_path, to_dict(parse({})))
     assert str(tmp_path) in one_line(caught.value)
     assert (tmp_path / CONFIG_NAME).read_text() == text
 
@@ -128,7 +128,7 @@ def test_a_config_file_that_is_no_config_is_one_clear_error(tmp_path, text):
 def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
-        claim(tmp_path / "file", parse({}))
+        claim(tmp_path / "file", to_dict(parse({})))
     assert f"--workdir={tmp_path / 'file'}" in one_line(caught.value)
 
 
@@ -157,11 +157,11 @@ def test_one_run_at_a_time_until_it_ends_however_it_ends(tmp_path):
         other.wait()
         other.stdout.close()
     with hold(workdir):
-        claim(workdir, parse({}))
+        claim(workdir, to_dict(parse({})))
     assert contents(workdir).keys() == {CONFIG_NAME, LOCK}
 
 
 def test_what_cannot_be_locked_is_for_the_claim_to_explain(tmp_path):
     (tmp_path / "file").write_text("")
     with hold(tmp_path / "file" / "run"), pytest.raises(UserError, match="--workdir="):
-        claim(tmp_path / "file" / "run", parse({}))
+        claim(tmp_path / "file" / "run", to_dict(parse({})))

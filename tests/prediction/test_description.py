@@ -166,9 +166,9 @@ def test_a_hub_part_is_asked_for_at_its_commit():
 def test_the_part_that_a_configuration_names_is_the_commit_of_the_training(config, made):
     commit = "0123456789" * 4
     hub = dataclasses.replace(made, vae=FrozenPart("sd-1.5:vae", commit, ""))
-    pinned = hub.with_pinned_parts(changed(config, "model.vae", catalog.expand("sd-1.5:vae")))
-    assert pinned.model.vae == f"{catalog.hub_id('sd-1.5')}@{commit}:vae"
-    assert hub.with_pinned_parts(config).model == config.model  # another one stays as it is
+    pinned = hub.with_pinned_parts(changed(config, "model.vae", catalog.expand("sd-1.5:vae")).model)
+    assert pinned.vae == f"{catalog.hub_id('sd-1.5')}@{commit}:vae"
+    assert hub.with_pinned_parts(config.model) == config.model  # another one stays as it is
 
 
 def test_the_configuration_of_the_training_comes_back(config, made):

@@ -288,7 +288,8 @@ def test_without_a_configuration_the_weights_tell_everything(folders, workdir, t
     image = saved(tmp_path, noise(32, 32))
     predict(tiny.config(folders), str(workdir), image, ["water"], tmp_path / "a.png")
     predict(None, str(workdir), image, ["water"], tmp_path / "b.png")
-    predict(None, str(workdir / "export"), image, ["water"], tmp_path / "c.png", estep="1x1")
+    once = {"eval.ensemble": 1, "eval.steps": 1}
+    predict(None, str(workdir / "export"), image, ["water"], tmp_path / "c.png", settings=once)
     a, b, c = (np.load(tmp_path / f"{name}.npz")["probability"] for name in "abc")
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, c)

@@ -60,7 +60,8 @@ def photos(tmp_path):
 
 
 def predict(photos, **options):
-    options = {"queries": WORDS, "out": photos.parent / "out", "estep": "1x1"} | options
+    once = {"eval.ensemble": 1, "eval.steps": 1}
+    options = {"queries": WORDS, "out": photos.parent / "out", "settings": once} | options
     job.predict(None, None, str(photos), **options)
     return options["out"]
 
@@ -89,8 +90,8 @@ def test_a_second_call_makes_only_what_is_missing_or_would_differ(model, photos,
     predict(photos)
     monkeypatch.setattr(job, "load_segmenter", lambda *_: model)
     for changed in (
-        {"estep": "2x1"},
-        {"settings": {"seed": 3}},
+        {"settings": {"eval.ensemble": 2, "eval.steps": 1}},
+        {"settings": {"eval.ensemble": 1, "eval.steps": 1, "seed": 3}},
         {"vocabulary": "camvid", "queries": []},
     ):
         model.seen.clear()

@@ -13,6 +13,7 @@ import tiny
 from PIL import Image
 
 from digseg_jax import jobs
+from digseg_jax.config.parse import sampling_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.errors import UserError
 from digseg_jax.metrics import confusion
@@ -132,7 +133,8 @@ class TestAsking:
 
 def test_the_command_line_gives_the_same_bits(segment, export, tmp_path):
     Image.fromarray(noise(40, 52)).save(tmp_path / "a.png")
-    predict(None, str(export), str(tmp_path / "a.png"), WORDS, tmp_path / "out.png", estep="2x2")
+    settings = sampling_settings("2x2")
+    predict(None, str(export), str(tmp_path / "a.png"), WORDS, tmp_path / "out.png", settings=settings)
     masks = segment(tmp_path / "a.png", WORDS, ensemble=2, steps=2, seed=4)
     masks.save(tmp_path / "api", "out")
     files = sorted((tmp_path / "api").iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -38,6 +39,11 @@ def sd15():
     config = parse(stable_diffusion("sd15", "ade20k"))
     task, _ = programs.train_task(config, Architecture.of(config.model), 1)
     return config, task
+
+
+def chosen(config, task, devices):
+    """The mesh for the configuration's train step."""
+    return choose_mesh(config.mesh, partial(mesh_choice.needs_of, config, task), devices)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def test_links_join_a_slice_or_a_host():
 def test_the_users_own_command(sd15, caplog, kind, platform, count, group, wanted):
     caplog.set_level(logging.INFO, "digseg_jax")
     there = devices(count, kind, platform, group, "slice_index")
-    assert choose_mesh(*sd15, there) == MeshConfig(data=-1, fsdp=wanted, tensor=1)
+    assert chosen(*sd15, there) == MeshConfig(data=-1, fsdp=wanted, tensor=1)
     (line,) = [r.getMessage() for r in caplog.records]
     assert f"{wanted} chosen for {count} x {kind[:6]}" in line and "\n" not in line
 
@@ -109,15 +115,15 @@ def test_what_is_set_stays(sd15):
     config, task = sd15
     there = devices(16, "TPU v5 lite", "tpu", 16, "slice_index")
     for mesh in (MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=-1)):
-        assert choose_mesh(dataclasses.replace(config, mesh=mesh), task, there) == mesh
+        assert chosen(dataclasses.replace(config, mesh=mesh), task, there) == mesh
     asked = dataclasses.replace(config, mesh=MeshConfig(data=4, fsdp=0))
-    assert choose_mesh(asked, task, there) == MeshConfig(data=4, fsdp=-1)
+    assert chosen(asked, task, there) == MeshConfig(data=4, fsdp=-1)
 
 
 def test_simulated_devices_hold_small_models_whole(folders):
     config = tiny.config(folders, mesh__fsdp=0)
     task, _ = programs.train_task(config, Architecture.of(config.model), 1)
-    mesh = make_mesh(choose_mesh(config, task, jax.devices()))
+    mesh = make_mesh(chosen(config, task, jax.devices()))
     assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
@@ -128,13 +134,11 @@ def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_p
     config = tiny.config(folders, mesh__fsdp=0)
     tiny.export(config, tmp_path / "export")
     task, _ = programs.train_task(config, Architecture.of(config.model), 1)
-    trained = make_mesh(choose_mesh(config, task, jax.devices()))
+    trained = make_mesh(chosen(config, task, jax.devices()))
     assert trained.shape["fsdp"] == len(jax.devices()) > 1
 
     meshes = []
-    monkeypatch.setattr(
-        jobs, "evaluate_and_report", lambda config, task, params, mesh, *_: meshes.append(mesh)
-    )
+    monkeypatch.setattr(jobs, "evaluate_and_report", lambda *parts, **_: meshes.append(parts[5]))
     jobs.evaluate(tmp_path, config=config)
     segmenter = load_segmenter(tmp_path / "export", config)
     assert [*meshes, segmenter.mesh] == [trained, trained]

@@ -16,7 +16,7 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import B1, make_optimizer
-from digseg_jax.training.step import averaged, initial_state, make_train_step
+from digseg_jax.training.step import averaged, initial_state
 from digseg_jax.training.tasks.base import example_keys
 from digseg_jax.training.tasks.segmentation import load_task
 
@@ -38,7 +38,7 @@ def one_step(config, mesh=None, batch=None, task=None):
     state = initial_state(task.initial(), optimizer, config.optim)
     shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
     state = place(state, shardings)
-    step = make_train_step(task, config, mesh, shardings, frozen)
+    step = tiny.train_step(task, config, mesh, (shardings, frozen))
     batch = place_batch(uneven_batch() if batch is None else batch, mesh)
     state, metrics = step(state, place(task.frozen, frozen), batch)
     return jax.device_get(metrics), jax.device_get(state)
@@ -50,7 +50,7 @@ def abstract_step(config):
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer, config.optim), task.abstract)
     shardings = infer_shardings((state, task.frozen), mesh)
-    step = make_train_step(task, config, mesh, *shardings)
+    step = tiny.train_step(task, config, mesh, shardings)
     return jax.eval_shape(step, state, task.frozen, tiny.batch())
 
 

@@ -386,6 +386,6 @@ def check_tokens(tower: TextTower, unet: UNetConfig) -> None:
         )
 
 
-def provenance(config: Config, **extra: str) -> dict[str, str]:
-    """Metadata of exported weights: task, seed, number of steps, and `extra`."""
-    return {"task": config.task, "seed": str(config.seed), "steps": str(config.train.steps)} | extra
+def provenance(task: str, seed: int, steps: int) -> dict[str, str]:
+    """Metadata of exported weights."""
+    return {"task": task, "seed": str(seed), "steps": str(steps)}

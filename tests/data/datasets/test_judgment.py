@@ -20,7 +20,8 @@ from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.sources import (
     check_labels,
-    check_splits,
+    check_scored_splits,
+    check_training_data,
     open_part,
     spec_of,
     statistics_of,
@@ -246,14 +247,17 @@ def test_every_split_of_a_job_is_opened_first(tmp_path):
     config = parse(default())
     settings = {"data.name": "folder", "data.root": str(root), "eval.split": "val"}
     config = with_settings(config, settings | {"eval.calibrate_split": "train"})
-    check_splits(config)
+    check_training_data(config.data)
+    check_scored_splits(config.data, config.eval)
     with pytest.raises(UserError, match="folder has no split 'test'; legal: train, val"):
-        check_splits(with_settings(config, {"eval.split": "test"}))
+        check_scored_splits(config.data, with_settings(config, {"eval.split": "test"}).eval)
     with pytest.raises(UserError, match="no such file"):
-        check_splits(with_settings(config, {"data.root": str(tmp_path / "none")}))
+        check_training_data(with_settings(config, {"data.root": str(tmp_path / "none")}).data)
     (root / "classes.txt").write_text("0: soil\n1: ignore\n")
     with pytest.raises(UserError, match="'soil' is the only class"):
-        check_splits(config)
+        check_training_data(config.data)
+    with pytest.raises(UserError, match="'soil' is the only class"):
+        check_scored_splits(config.data, config.eval)
 
 
 def test_a_relative_root_is_one_folder(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from digseg_jax.config.parse import parse, with_settings
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.shards.fingerprint import fingerprint
 from digseg_jax.data.shards.records import RecordSource
-from digseg_jax.data.sources import check_splits
+from digseg_jax.data.sources import check_scored_splits, check_training_data
 from digseg_jax.errors import UserError
 from digseg_jax.tools.prepare_data import prepare_split
 
@@ -78,7 +78,8 @@ def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog):
 
     def told() -> list[str]:
         caplog.clear()
-        check_splits(config)
+        check_training_data(config.data)
+        check_scored_splits(config.data, config.eval)
         return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
     # A copy of later times, as `cp` makes it, is the same before the shards were made.

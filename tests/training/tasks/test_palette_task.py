@@ -98,7 +98,7 @@ def test_the_palette_is_stored_with_the_weights_and_adopted(config, task, tmp_pa
 
 
 def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_path):
-    results = evaluate(config, task, params, tiny.mesh(), tmp_path)
+    results = evaluate(config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path)
     assert np.sum(results["confusion"]) == 128 * 128
     assert results["calibration"]["scale"] == pytest.approx(task.codec.scale)
 

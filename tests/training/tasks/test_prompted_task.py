@@ -24,7 +24,7 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import make_optimizer
-from digseg_jax.training.step import averaged, initial_state, make_train_step
+from digseg_jax.training.step import averaged, initial_state
 from digseg_jax.training.tasks.segmentation import load_task
 
 NAMES = 3
@@ -69,7 +69,7 @@ def losses(task, config, mesh, steps=2):
     state = initial_state(task.initial(), optimizer, config.optim)
     shardings = infer_shardings((state, task.frozen), mesh)
     state, frozen = place(state, shardings[0]), place(task.frozen, shardings[1])
-    step = make_train_step(task, config, mesh, *shardings)
+    step = tiny.train_step(task, config, mesh, shardings)
     found = []
     for number in range(steps):
         batch = tiny.batch(4, NAMES, seed=number) | {
@@ -138,7 +138,9 @@ def test_an_export_gives_the_same_masks(config, params, segmenter, tmp_path):
 def test_it_is_evaluated_like_the_other_codecs(config, task, params, cover, tmp_path):
     calibrated = dataclasses.replace(config, eval=dataclasses.replace(config.eval, calibrate=True))
     on_device = jax.tree.map(jnp.asarray, params)
-    results = evaluate(calibrated, task, on_device, tiny.mesh(), tmp_path)
+    results = evaluate(
+        calibrated.data, calibrated.eval, calibrated.seed, task, on_device, tiny.mesh(), tmp_path
+    )
     assert np.sum(results["confusion"]) == 128 * 128
     assert results["calibration"]["scale"] == pytest.approx(task.codec.scale)
 

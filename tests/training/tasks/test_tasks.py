@@ -24,7 +24,7 @@ from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.setup import set_up
-from digseg_jax.training.step import initial_state, make_train_step
+from digseg_jax.training.step import initial_state
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask, binary_iou, color_error, mask_error
 from digseg_jax.training.tasks.base import example_keys, to_unit
 from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_from
@@ -53,7 +53,7 @@ def train(config, task, mesh, steps):
     state = initial_state(task.initial(), optimizer, config.optim)
     shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
     state, frozen_arrays = place(state, shardings), place(task.frozen, frozen)
-    step = make_train_step(task, config, mesh, shardings, frozen)
+    step = tiny.train_step(task, config, mesh, (shardings, frozen))
     losses = []
     for i in range(steps):
         batch = place_batch(tiny.batch(seed=i), mesh)

@@ -28,7 +28,7 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import make_optimizer
-from digseg_jax.training.step import initial_state, make_train_step
+from digseg_jax.training.step import initial_state
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.training.tasks.unet_start import encode_empty, native_text
 from digseg_jax.weights import catalog, load_config, load_text_tower, load_unet_params
@@ -185,7 +185,7 @@ def test_four_devices_train_as_one_does(small, monkeypatch):
         optimizer = make_optimizer(config.optim, config.train.steps, task.new)
         state = initial_state(task.initial(), optimizer, config.optim)
         shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
-        step = make_train_step(task, config, mesh, shardings, frozen)
+        step = tiny.train_step(task, config, mesh, (shardings, frozen))
         state, arrays = place(state, shardings), place(task.frozen, frozen)
         losses = []
         for i in range(3):
