@@ -300,7 +300,7 @@ def evaluate(
     folder = find_export(model or str(workdir / EXPORT))
     description = read_description(folder)
     config = with_settings(config or description.training_config(folder), settings or {})
-    check_agreement(description, config, folder)
+    check_agreement(description, to_dict(config), folder)
     if suite is not None:
         suite_lib.check_root(suite, config.data.root)
 

@@ -167,7 +167,11 @@ def run() -> None:
     gpu.tune()
 
     if mode == "compile":
-        _compile(config)
+        from digseg_jax.aot import job
+        from digseg_jax.io.storage import as_path
+
+        if not job.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
+            _leave(OVER_BUDGET)
     elif mode == "predict":
         _predict(config)
     elif mode == "demo":
@@ -177,15 +181,6 @@ def run() -> None:
         demo(weights, _PORT.value, settings, browser=not _NO_BROWSER.value)
     else:
         _run_on_all_processes(mode, config)
-
-
-def _compile(config: Config) -> None:
-    """--mode=compile: exits with OVER_BUDGET if the program does not fit the devices."""
-    from digseg_jax.aot import job
-    from digseg_jax.io.storage import as_path
-
-    if not job.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
-        _leave(OVER_BUDGET)
 
 
 def _predict(config: Config | None) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from digseg_jax import jobs
-from digseg_jax.config.parse import parse
+from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.errors import UserError
 from digseg_jax.io.workdir import claim
 

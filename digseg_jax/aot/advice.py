@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,21 @@ def advise(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs)
     """One line for each setting that would help, with the memory that it would need."""
     lines = [_batch(needs)]
     if config.compile.program == "train":
-        lines += [*_fsdp(config, architecture, mesh, needs), *_remat(config, architecture, needs)]
+        task, _ = programs.train_task(config, architecture, 1)
+        state = abstract_state(task.abstract, config.optim)
+        lines += _fsdp(state, mesh, config.mesh.tensor, needs)
+
+    if config.compile.program == "train" and config.compile.advice:
+
+        def kept(mode: str) -> float:
+            """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
+            changed: dict[str, Any] = {"remat": mode}
+            compute = dataclasses.replace(config.compute, **changed)
+            other = dataclasses.replace(config, compute=compute)
+            made = partial(programs.train_task, other, architecture)
+            return programs.kept_bytes(made) * needs.images
+
+        lines += _remat(config.compute.remat, kept, needs)
     return [line for line in lines if line]
 
 
@@ -68,15 +84,16 @@ def _batch(needs: Needs) -> str:
     )
 
 
-def _fsdp(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs) -> list[str]:
-    """Memory if the state were split over all data-parallel devices; exact for the state."""
+def _fsdp(state: object, mesh: Mesh, tensor: int, needs: Needs) -> list[str]:
+    """Memory if the state, of shapes, were split over all data-parallel devices; exact for it.
+
+    tensor: devices that share a weight matrix.
+    """
     if mesh.shape["data"] == 1:
         return []
 
-    # Shapes only: the state is laid out on this mesh, and on one that splits it over all devices.
-    task, _ = programs.train_task(config, architecture, 1)
-    state = abstract_state(task.abstract, config.optim)
-    wide = MeshConfig(data=1, fsdp=mesh.shape["data"] * mesh.shape["fsdp"], tensor=config.mesh.tensor)
+    # The state is laid out on this mesh, and on one that splits it over all devices.
+    wide = MeshConfig(data=1, fsdp=mesh.shape["data"] * mesh.shape["fsdp"], tensor=tensor)
     now, then = (state_bytes(state, m) for m in (mesh, make_mesh(wide, list(mesh.devices.flat))))
     total = needs.arguments + needs.temporaries - now + then
     return [
@@ -95,23 +112,16 @@ def state_bytes(state: object, mesh: Mesh) -> float:
     return float(sum(np.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs))
 
 
-def _remat(config: Config, architecture: Architecture, needs: Needs) -> list[str]:
-    """Other modes of rematerialization, by what the traced program keeps for the backward pass."""
-    if not config.compile.advice:
-        return []
+def _remat(remat: str, kept: Callable[[str], float], needs: Needs) -> list[str]:
+    """Other modes of rematerialization, by what the traced program keeps for the backward pass.
 
-    def kept(mode: str) -> float:
-        """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
-        changed: dict[str, Any] = {"remat": mode}
-        compute = dataclasses.replace(config.compute, **changed)
-        kept = programs.kept_bytes(dataclasses.replace(config, compute=compute), architecture)
-        return kept * needs.images
-
+    remat: the mode that was compiled. kept: the bytes that a mode keeps, on one device.
+    """
     # Only what is kept changes by the mode; other temporaries are taken to stay.
-    now = kept(config.compute.remat)
+    now = kept(remat)
     lines = []
     for mode in MODES:
-        then = now if mode == config.compute.remat else kept(mode)
+        then = now if mode == remat else kept(mode)
         if then < now:
             total = needs.arguments + max(needs.temporaries - now, 0.0) + then
             lines.append(

@@ -54,20 +54,15 @@ def stand_in(config: Config, architecture: Architecture, mesh: Mesh) -> list[Pro
 
 
 def estimates(
-    config: Config,
-    architecture: Architecture,
-    mesh: Mesh,
-    measured: list[dict[str, Any]],
-    budget: float,
+    measured: list[dict[str, Any]], temporaries: list[float], budget: float
 ) -> list[dict[str, Any]]:
     """Memory of `stand_in`'s compiled programs, with the temporaries of a GPU in place of a CPU's.
 
     Args:
       measured: per program, as `compile_and_measure` returns it.
+      temporaries: per program, bytes on one device as `programs.temporary_bytes` returns them.
       budget: bytes of one GPU.
     """
-    with assumed_cudnn():
-        temporaries = programs.temporary_bytes(config, architecture, mesh)
     found = []
     for values, stored in zip(measured, temporaries, strict=True):
         # The CPU's own temporaries stay in the result, for comparison.

@@ -28,6 +28,7 @@ from digseg_jax.io.storage import AnyPath, write_bytes, write_json
 from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime import tpu
 from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.flops import step_flops
 from digseg_jax.training.mesh_choice import choose_mesh, needs_of
 from digseg_jax.training.tasks.parts import for_devices
 
@@ -55,8 +56,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     config = for_devices(config, target.meant)
     architecture = Architecture.of(config.model)
     task, _ = programs.train_task(config, architecture, 1)
-    needs = partial(needs_of, config, task)
-    choice = choose_mesh(config.mesh, needs, target.devices, target.hbm_bytes, target.chip)
+    needs_on = partial(needs_of, config, task)
+    choice = choose_mesh(config.mesh, needs_on, target.devices, target.hbm_bytes, target.chip)
     mesh = make_mesh(choice, target.devices)
 
     # Lower: JAX's own part, which needs no device.
@@ -82,7 +83,9 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         more |= cuda.OPTIONS
     each = [compile_and_measure(p, target, more) for p in lowered]
     if target.place_of:
-        each = cuda.estimates(config, architecture, mesh, each, target.hbm_bytes)
+        with cuda.assumed_cudnn():
+            temporaries = programs.temporary_bytes(config, architecture, mesh)
+        each = cuda.estimates(each, temporaries, target.hbm_bytes)
 
     # Everything in bytes and seconds, per device unless the key says otherwise.
     result = {
@@ -111,8 +114,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         result["calls"] = {p.name: p.calls for p in lowered}
         result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
     else:
-        per_chip = programs.model_flops(config, architecture, images) / len(target.devices)
-        result["model_flops"] = per_chip
+        whole = step_flops(*programs.train_task(config, architecture, images))
+        result["model_flops"] = whole / len(target.devices)
         # Another number than `images` where the devices do not divide the recipe's batch.
         given = config.compile.per_device_batch
         result["images_configured"] = images if given else config.train.batch_size

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,12 @@ from digseg_jax.aot.liveness import peak_bytes
 from digseg_jax.aot.shapes import Architecture, UNetTask, abstract_parts
 from digseg_jax.arraytypes import Batch, Shapes
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.config.schema import Config, MeshConfig, OptimConfig
 from digseg_jax.data.vocabulary import num_classes
 from digseg_jax.log import log
 from digseg_jax.prediction import programs as prediction
 from digseg_jax.prediction.segmenter import chooses_masks, view_size
 from digseg_jax.runtime.sharding import check_batch, infer_shardings, make_mesh, nearest_batches
-from digseg_jax.training.flops import step_flops
 from digseg_jax.training.step import abstract_state, make_train_step
 from digseg_jax.training.tasks.base import example_keys
 from digseg_jax.training.tasks.segmentation import SegmentationTask
@@ -67,14 +67,21 @@ def lower(
     Raises:
       UserError: a batch that the devices do not divide.
     """
-    if config.compile.program == "eval":
-        return evaluation_programs(config, architecture, mesh, platform)
+    options = config.compile
+    if options.program == "eval":
+        evaluated = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
+        views = options.per_device_batch or config.eval.batch_size
+        return evaluation_programs(evaluated, architecture, mesh, views, options.eval_queries, platform)
 
-    images = train_images(config, mesh)
+    accumulation = config.compute.accumulation
+    images = train_images(config.train.batch_size, options.per_device_batch, accumulation, mesh)
     task, batch = train_task(config, architecture, images)
-    lowered = lower_step(config, task, batch, mesh, platform)
+    lowered = lower_step(
+        task, batch, mesh, config.optim, platform,
+        steps=config.train.steps, seed=config.seed, accumulation=accumulation,
+    )  # fmt: skip
     name, queries = "train", images * config.data.num_queries
-    if config.compile.unet_only:
+    if options.unet_only:
         name, queries = "unet", images
 
     # While a step runs, the next batch is already on its way to the devices.
@@ -87,7 +94,7 @@ def shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def train_images(config: Config, mesh: Mesh) -> int:
+def train_images(batch_size: int, per_device: int, accumulation: int, mesh: Mesh) -> int:
     """Images of a train step, on all devices.
 
     A `config.train.batch_size` that they do not divide, which a run rejects, becomes the next larger
@@ -96,21 +103,20 @@ def train_images(config: Config, mesh: Mesh) -> int:
     Raises:
       UserError: `config.compile.per_device_batch` does not divide.
     """
-    parts = shards(mesh) * config.compute.accumulation
+    parts = shards(mesh) * accumulation
 
     # A batch given per device goes before the recipe's.
-    if each := config.compile.per_device_batch:
-        key = f"config.compile.per_device_batch={each} makes a batch"
-        check_batch(key, each * shards(mesh), mesh, config.compute.accumulation)
-        return each * shards(mesh)
+    if per_device:
+        key = f"config.compile.per_device_batch={per_device} makes a batch"
+        check_batch(key, per_device * shards(mesh), mesh, accumulation)
+        return per_device * shards(mesh)
 
-    images = nearest_batches(config.train.batch_size, parts)[-1]
-    if config.train.batch_size % parts == 0:
-        return config.train.batch_size
+    images = nearest_batches(batch_size, parts)[-1]
+    if batch_size % parts == 0:
+        return batch_size
     log.warning(
         "config.train.batch_size=%d does not divide %d devices%s: compiled is %d, and a run needs that",
-        config.train.batch_size, shards(mesh),
-        f" in {config.compute.accumulation} parts" if config.compute.accumulation > 1 else "", images,
+        batch_size, shards(mesh), f" in {accumulation} parts" if accumulation > 1 else "", images,
     )  # fmt: skip
     return images
 
@@ -127,19 +133,17 @@ def train_task(
 
 
 def lower_step(
-    config: Config,
     task: SegmentationTask | UNetTask,
     batch: Shapes,
     mesh: Mesh,
+    optim: OptimConfig,
     platform: str | None = None,
+    **options: int,
 ) -> jax.stages.Lowered:
-    """Lowers the very step that `Trainer` runs."""
-    state = abstract_state(task.abstract, config.optim)
+    """Lowers the very step that `Trainer` runs; options: those of `make_train_step`."""
+    state = abstract_state(task.abstract, optim)
     state_shardings, frozen_shardings = infer_shardings((state, task.frozen), mesh)
-    step = make_train_step(
-        task, mesh, state_shardings, frozen_shardings, config.optim,
-        steps=config.train.steps, seed=config.seed, accumulation=config.compute.accumulation,
-    )  # fmt: skip
+    step = make_train_step(task, mesh, state_shardings, frozen_shardings, optim, **options)
 
     platforms = _platforms(mesh, platform)
     return step.trace(state, task.frozen, batch).lower(lowering_platforms=platforms)
@@ -151,22 +155,30 @@ def _platforms(mesh: Mesh, platform: str | None) -> tuple[str, ...]:
 
 
 def evaluation_programs(
-    config: Config, architecture: Architecture, mesh: Mesh, platform: str | None = None
+    task: SegmentationTask,
+    architecture: Architecture,
+    mesh: Mesh,
+    views: int,
+    classes: int = 0,
+    platform: str | None = None,
 ) -> list[Program]:
     """Programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
 
     All classes are asked for, or, beyond `eval.exhaustive_limit`, those that a coarse pass finds.
+
+    Args:
+      task: of mere shapes.
+      views: of a call on each device.
+      classes: of the vocabulary; 0: those of the task's data.
+      platform: as in `lower`.
     """
     # Sizes as the segmenter chooses them.
-    settings = config.eval
-    each = config.compile.per_device_batch or settings.batch_size
-    views = each * shards(mesh)
-    classes = config.compile.eval_queries or num_classes(config.data)
+    settings, codec = task.config.eval, task.codec
+    views *= shards(mesh)
+    classes = classes or num_classes(task.config.data)
+    size = view_size(settings, task.config.data)
 
     # Shapes of the arguments, with their places on the mesh.
-    task = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
-    codec = task.codec
-    size = view_size(settings, config.data)
     params = _placed(task.abstract, infer_shardings(task.abstract, mesh))
     vae = _placed(task.frozen["vae"], infer_shardings(task.frozen["vae"], mesh))
     estep = EStep(settings.ensemble, settings.steps, settings.spacing)
@@ -187,7 +199,7 @@ def evaluation_programs(
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
         texts = len(codec.texts(("",) * slots))
-        batch = shapes.view_batch(config.model, architecture, views, size, texts)
+        batch = shapes.view_batch(task.config.model, architecture, views, size, texts)
         return made(name, program, (params, vae, root), batch, queries, slots)
 
     def read(name: str, queries: int, slots: int) -> Program:
@@ -239,20 +251,17 @@ def _placed(tree: Any, shardings: Any) -> Any:
     )
 
 
-def model_flops(config: Config, architecture: Architecture, images: int) -> float:
-    """FLOPs of a train step on `images` as the model is written; see `digseg_jax.training.flops`."""
-    return step_flops(*train_task(config, architecture, images))
-
-
-def kept_bytes(config: Config, architecture: Architecture) -> float:
+def kept_bytes(make: Callable[[int], tuple[SegmentationTask | UNetTask, Shapes]]) -> float:
     """Bytes per image that the forward pass keeps for the backward pass, as the program is written.
 
     Traced, not compiled: the growth from one image to two. XLA may keep less, or other dtypes.
+
+    make: gives the task and the shapes of its batch for a number of images.
     """
 
     def residuals(images: int) -> int:
         """Bytes of everything that the backward pass closes over."""
-        task, batch = train_task(config, architecture, images)
+        task, batch = make(images)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
 
         def pullback(params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
@@ -272,10 +281,20 @@ def temporary_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> l
     Split kernels are added as if all were gathered at once: fetched ahead, many of
     them are there together.
     """
-    if config.compile.program == "eval":
-        needed = _evaluation_bytes(config, architecture, mesh)
+    options, accumulation = config.compile, config.compute.accumulation
+    if options.program == "eval":
+        # Traced for one device with its share of the views; their results are not counted.
+        alone = make_mesh(MeshConfig(1, 1, 1), [mesh.devices.flat[0]])
+        evaluated = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
+        views = options.per_device_batch or config.eval.batch_size
+        made = evaluation_programs(evaluated, architecture, alone, views, options.eval_queries, "cuda")
+        traced = [program.traced.jaxpr.jaxpr for program in made if program.traced is not None]
+        needed = [peak_bytes(jaxpr, output_share=0.0) for jaxpr in traced]
     else:
-        needed = [_gradient_bytes(config, architecture, mesh)]
+        # One device's images, a microbatch of them at a time.
+        images = train_images(config.train.batch_size, options.per_device_batch, accumulation, mesh)
+        local = images // shards(mesh) // accumulation
+        needed = [_gradient_bytes(*train_task(config, architecture, local), accumulation, mesh)]
 
     # With FSDP, layers gather their kernels in the model's dtype.
     gathered = 0.0
@@ -285,26 +304,13 @@ def temporary_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> l
     return [each + gathered for each in needed]
 
 
-def _evaluation_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> list[float]:
-    """Temporaries of the evaluation's programs on one device's own images, without their results."""
-    local = config.compile.per_device_batch or config.eval.batch_size
-    compiled = dataclasses.replace(config.compile, per_device_batch=local)
-    config = dataclasses.replace(config, compile=compiled, mesh=MeshConfig(1, 1, 1))
-
-    # Traced for one device with its share of the views.
-    alone = make_mesh(config.mesh, [mesh.devices.flat[0]])
-    made = evaluation_programs(config, architecture, alone, "cuda")
-    traced = [program.traced.jaxpr.jaxpr for program in made if program.traced is not None]
-    return [peak_bytes(jaxpr, output_share=0.0) for jaxpr in traced]
-
-
-def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> float:
-    """Temporaries of loss and gradients for one device's images.
+def _gradient_bytes(
+    task: SegmentationTask | UNetTask, batch: Shapes, accumulation: int, mesh: Mesh
+) -> float:
+    """Temporaries of loss and gradients for a microbatch of one device.
 
     The optimizer's update is fused and takes nothing.
     """
-    local = train_images(config, mesh) // shards(mesh)
-    task, batch = train_task(config, architecture, local // config.compute.accumulation)
 
     def loss(params: Any, frozen: Any, batch: Batch) -> Any:
         return task.loss(params, frozen, batch, example_keys(0, batch["index"]))
@@ -314,7 +320,7 @@ def _gradient_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> f
     traced = jax.make_jaxpr(gradient)(task.abstract, task.frozen, batch)
     share = _stored_share(task.abstract, mesh)
     needed = peak_bytes(traced.jaxpr, output_share=share)
-    if config.compute.accumulation > 1:
+    if accumulation > 1:
         needed += 4 * count(task.abstract) * share  # float32 sum of the microbatches' gradients
     return needed
 

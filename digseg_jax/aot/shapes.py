@@ -27,7 +27,6 @@ from digseg_jax.training.tasks.parts import (
     Vae,
     adapt_unet,
     anchors_for_cache,
-    check_sizes,
     compute_options,
     new_parameters,
 )
@@ -139,7 +138,6 @@ def abstract_parts(
         frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config.data, architecture))
     stored, width = architecture.unet, architecture.text_width
     unet = adapt_unet(stored, vae, model, width, lambda _: architecture.empty or empty_shape(model))
-    check_sizes(config.data, config.eval, vae, unet)
     new = new_parameters(model, stored, unet)
     return Parts(vae, codec, unet, ("",) * prompts, frozen, new=new)
 

@@ -312,14 +312,15 @@ def unet_folder(folder: Path) -> Path:
     return folder / UNET if (folder / UNET).is_dir() else folder
 
 
-def check_agreement(description: Description, config: Config, folder: AnyPath | str) -> None:
+def check_agreement(description: Description, values: dict[str, Any], folder: AnyPath | str) -> None:
     """Checks that a configuration agrees with the one that the weights were trained with.
+
+    values: the configuration, as `to_dict` gives it.
 
     Raises:
       UserError: it contradicts the training; names every such key with both values.
     """
-    values = to_dict(config)
-    closed = CODECS[config.model.codec].closed
+    closed = CODECS[_at(values, "model.codec")].closed
     different = []
     for key in (*BINDING, *(CLOSED_BINDING if closed else ())):
         trained, asked = _at(description.config, key), _at(values, key)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Float, UInt8
+from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.config.templates import check_template
@@ -77,7 +78,7 @@ def load_segmenter(
     description = read_description(folder)
     if config is None:
         config = description.training_config(folder)
-    check_agreement(description, config, folder)
+    check_agreement(description, to_dict(config), folder)
     parts = description.with_pinned_parts(config.model, folder)
 
     # Weights with terms of their own say so before they are used.

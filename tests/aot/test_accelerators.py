@@ -58,7 +58,8 @@ def test_the_train_step(version, platform):
     parts, mesh = Architecture.of(config.model), make_mesh(config.mesh)
     task, batch = programs.train_task(config, parts, config.train.batch_size)
     with assumed_cudnn():
-        step = programs.lower_step(config, task, batch, mesh, platform)
+        options = {"steps": config.train.steps, "seed": 0, "accumulation": config.compute.accumulation}
+        step = programs.lower_step(task, batch, mesh, config.optim, platform, **options)
     assert CALLS[platform] in step.as_text()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from functools import partial
 
 import jax
 import pytest
@@ -25,6 +26,7 @@ from digseg_jax.runtime import gpu, tpu
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.tools import performance_page
+from digseg_jax.training.flops import step_flops
 from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 
@@ -207,7 +209,7 @@ def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path)
 def test_rematerialisation_is_no_part_of_the_models_flops(folders):
     parts = Architecture.of(config(folders).model)
     counted = [
-        programs.model_flops(config(folders, compute__remat=mode), parts, 8)
+        step_flops(*programs.train_task(config(folders, compute__remat=mode), parts, 8))
         for mode in ("none", "block")
     ]
     assert counted[0] == counted[1] > 0
@@ -215,7 +217,10 @@ def test_rematerialisation_is_no_part_of_the_models_flops(folders):
 
 def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
     parts = Architecture.of(config(folders).model)
-    kept = {m: programs.kept_bytes(config(folders, compute__remat=m), parts) for m in ("none", "block")}
+    kept = {}
+    for mode in ("none", "block"):
+        made = config(folders, compute__remat=mode)
+        kept[mode] = programs.kept_bytes(partial(programs.train_task, made, parts))
     assert 0 < kept["block"] < kept["none"]
 
 
@@ -279,12 +284,11 @@ def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog):
-    made = config(folders, train__batch_size=12)
-    assert programs.train_images(made, make_mesh(made.mesh)) == 16
+    mesh = make_mesh(config(folders).mesh)
+    assert programs.train_images(12, 0, 1, mesh) == 16
     assert "config.train.batch_size=12 does not divide 8 devices: compiled is 16" in caplog.text
-    made = config(folders, compute__accumulation=3, compile__per_device_batch=2)
     with pytest.raises(UserError, match="makes a batch=16: must be a multiple of 24.*nearest: 24"):
-        programs.train_images(made, make_mesh(made.mesh))
+        programs.train_images(12, 2, 3, mesh)
 
 
 def test_known_repositories_need_no_network():

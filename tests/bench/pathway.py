@@ -101,7 +101,8 @@ def configuration(seed: int, steps: int, injection: str, scale: float) -> Config
 
 def one(config: Config, encoder: str) -> dict[str, float]:
     """Trains in a scratch directory; mIoU on test at 1x1 without calibration."""
-    parts, mesh = load_parts(config), make_mesh(config.mesh)
+    parts = load_parts(config.data, config.model, config.compute, config.loss)
+    mesh = make_mesh(config.mesh)
     if encoder == "other":
         assert parts.tower is not None
         parts = with_tower(parts, config, rotated(parts.tower))

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from digseg_jax.aot.programs import model_flops
+from digseg_jax.aot.programs import train_task
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import parse
@@ -34,6 +34,7 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.recipes import land_cover
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.prompted import PromptedCodec
+from digseg_jax.training.flops import step_flops
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.parts import for_devices
@@ -119,7 +120,8 @@ def equal_steps(data: str, steps: int) -> int:
     costs = []
     for codec in ("binary", "prompted"):
         config = configuration(data, codec, 0, steps, 1)
-        costs.append(model_flops(config, Architecture.of(config.model), config.train.batch_size))
+        made = train_task(config, Architecture.of(config.model), config.train.batch_size)
+        costs.append(step_flops(*made))
     return max(1, round(steps * costs[0] / costs[1]))
 
 

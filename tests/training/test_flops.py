@@ -71,7 +71,8 @@ def segmentation(folders):
 def test_a_step_is_counted_as_xla_counts_it(folders, segmentation):
     """Where XLA can: the model as it is written, on a CPU."""
     config = tiny.config(folders, compute__conv="xla")
-    step = programs.lower_step(config, segmentation, tiny.batch(), tiny.mesh())
+    options = {"steps": config.train.steps, "seed": config.seed}
+    step = programs.lower_step(segmentation, tiny.batch(), tiny.mesh(), config.optim, **options)
     assert step_flops(segmentation, tiny.batch()) == pytest.approx(
         step.cost_analysis()["flops"], rel=0.25
     )
@@ -91,7 +92,7 @@ def test_a_step_is_counted_as_xla_counts_it(folders, segmentation):
 def test_no_kernel_and_no_rematerialization_changes_them(folders, segmentation, changes):
     config = tiny.config(folders, **changes)
     parts = Architecture.of(config.model)
-    assert programs.model_flops(config, parts, 8) == step_flops(segmentation, tiny.batch())
+    assert step_flops(*programs.train_task(config, parts, 8)) == step_flops(segmentation, tiny.batch())
 
 
 def test_they_grow_with_the_batch(segmentation):

@@ -86,7 +86,7 @@ def test_the_final_evaluation_finds_only_the_weights_on_the_devices(
     """No moments, and no frozen parts beside those that the segmenter places for itself."""
     found = []
 
-    def look(config, task, params, mesh, workdir):
+    def look(data, settings, seed, task, params, mesh, workdir):
         found.append((held() - before, tiny.bytes_on_a_device(params)))
 
     monkeypatch.setattr(jobs, "evaluate_and_report", look)

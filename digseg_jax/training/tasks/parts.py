@@ -128,7 +128,12 @@ class Parts:
 
 
 def load_parts(
-    config: Config, prompts: Sequence[str] | None = None, classes: int | None = None
+    data: DataConfig,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    loss: LossConfig,
+    prompts: Sequence[str] | None = None,
+    classes: int | None = None,
 ) -> Parts:
     """Loads the frozen parts and encodes the prompts, by default those of the training queries.
 
@@ -137,23 +142,21 @@ def load_parts(
     Raises:
       UserError: weights are missing, or parts do not fit together or to the configuration.
     """
-    model = config.model
-    codec = make_codec(model.codec, config.data, classes)
-    vae, vae_params = load_vae(model, config.compute)
+    codec = make_codec(model.codec, data, classes)
+    vae, vae_params = load_vae(model, compute)
     tower = load_tower(model)
 
     # Frozen arrays: the autoencoder, the encoded prompts, and what a cache of latents cannot give.
-    prompts = codec.texts(bank_prompts(config.data) if prompts is None else prompts)
+    prompts = codec.texts(bank_prompts(data) if prompts is None else prompts)
     bank = encode_bank(tower, prompts, model, pooled=codec.pooled)
     frozen: Params = {"vae": vae_params, "bank": bank_arrays(bank)}
-    anchors = anchors_for_cache(codec, config.data, config.loss)
+    anchors = anchors_for_cache(codec, data, loss)
     if anchors is not None:
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
 
     # The U-Net's architecture is enough here: its weights are the task's to load.
     stored = load_config(assets.resolve(model.unet), expect="UNet2DConditionModel")
     unet = adapt_unet(stored, vae, model, tower.width)
-    check_sizes(config.data, config.eval, vae, unet)
     check_tokens(tower, unet)
     return Parts(vae, codec, unet, prompts, frozen, tower, new_parameters(model, stored, unet))
 

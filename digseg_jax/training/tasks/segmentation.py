@@ -32,6 +32,7 @@ from digseg_jax.training.tasks.parts import (
     ANCHORS,
     Parts,
     bank_rows,
+    check_sizes,
     draw_noise_and_timestep,
     load_parts,
     schedule_from,
@@ -52,7 +53,8 @@ def load_task(
     Raises:
       UserError: what `load_parts` raises.
     """
-    return SegmentationTask(load_parts(config, prompts, classes), config)
+    sections = config.data, config.model, config.compute, config.loss
+    return SegmentationTask(load_parts(*sections, prompts, classes), config)
 
 
 class SegmentationTask(Task):
@@ -65,6 +67,7 @@ class SegmentationTask(Task):
     """
 
     def __init__(self, parts: Parts, config: Config):
+        check_sizes(config.data, config.eval, parts.vae, parts.unet)
         self.parts, self.config = parts, config
         self.schedule = schedule_from(config.diffusion)
         self.vae, self.codec, self.frozen = parts.vae, parts.codec, parts.frozen

@@ -29,7 +29,7 @@ from digseg_jax.training.tasks.autoencoder import AutoencoderTask, binary_iou, c
 from digseg_jax.training.tasks.base import example_keys, to_unit
 from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_from
 from digseg_jax.training.tasks.prior import PriorTask
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_component, load_params
 
 TASKS = {"segmentation": load_task, "prior": PriorTask, "autoencoder": AutoencoderTask}
@@ -395,7 +395,7 @@ def test_views_that_cannot_be_halved_are_refused_before_the_training(folders, si
         set_up(config)
     tiny.one_line(caught.value)
     with pytest.raises(UserError, match=told):
-        abstract_parts(config)  # of --mode=compile
+        SegmentationTask(abstract_parts(config), config)  # of --mode=compile
 
 
 def test_tokens_that_do_not_fit_the_cross_attention_need_adapters(folders):
