@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floors of the house: a folder imports from its own floor and those below, and nothing imports in
-a circle."""
+"""The floors of the house: a folder imports from its own floor and those below, nothing imports in a
+circle, and few functions know the whole configuration."""
 
 from __future__ import annotations
 
 import ast
+import collections
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -71,3 +73,36 @@ def test_nothing_imports_in_a_circle() -> None:
 
 def test_the_package_root_has_room_for_nine_modules() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 9
+
+
+# by room, the functions that may take the whole configuration: they read most sections of it, or hand
+# it on to one that does; all others take the sections that they read
+WHOLE = {
+    "config": 2,  # the rules between sections, and a copy with other values
+    "training": 9,  # the tasks, the trainer, kernels for the devices, memory of a step
+    "prediction": 3,  # load a segmenter, predict, describe a run's weights
+    "evaluation": 1,  # a suite, whose counts are continued for an equal configuration only
+    "aot": 7,  # what a run compiles, from any of its sections
+    "tools": 1,  # the mode that caches latents
+    "jobs": 4,  # train, export (and its last step), evaluate
+    "main": 2,  # the modes
+}
+
+
+def takes_whole_config(path: Path) -> list[str]:
+    """Names of a module's functions with a parameter of the type Config, optional or not."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for argument in (*node.args.args, *node.args.kwonlyargs)
+        if argument.annotation and "Config" in re.findall(r"\w+", ast.unparse(argument.annotation))
+    ]
+
+
+def test_few_functions_take_the_whole_configuration() -> None:
+    found = collections.Counter[str]()
+    for name, path in modules().items():
+        found[name.split(".")[1] if "." in name else name] += len(takes_whole_config(path))
+    more = {room: count for room, count in found.items() if count > WHOLE.get(room, 0)}
+    assert more == {}, "take the sections that are read instead"

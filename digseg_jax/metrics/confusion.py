@@ -103,12 +103,6 @@ def frequency_weighted_iou(counts: np.ndarray) -> float:
     return float((iou * true).sum() / true.sum())
 
 
-def dice_per_class(counts: np.ndarray) -> np.ndarray:
-    """2 TP / (P + G) of each class, pooled; nan where it neither occurs nor is predicted."""
-    hit, true, predicted = _marginals(counts)
-    return _ratio(2 * hit, true + predicted)
-
-
 def closed_set_scores(counts: np.ndarray, rule: str = "mmseg") -> dict[str, float]:
     """Computes every closed-set score of confusion counts [c, c + 1]; values in 0..1."""
     return {

@@ -11,7 +11,6 @@ from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,
     confusion_matrix,
-    f1_score,
     jaccard_score,
 )
 
@@ -231,15 +230,6 @@ def test_the_rules_differ_by_points_without_a_wrong_pixel_more():
     assert confusion.mean_iou(counts, "detectron2") == pytest.approx(
         confusion.mean_iou(counts, "mmseg") * 5 / 3
     )
-
-
-def test_dice_is_scikit_learns_f1():
-    label, prediction = case("random")
-    keep = label >= 0
-    true, predicted = label[keep], np.where(prediction[keep] < 0, N, prediction[keep])
-    expected = f1_score(true, predicted, labels=range(N), average=None, zero_division=0)
-    got = confusion.dice_per_class(confusion.confusion(label, prediction, N))
-    np.testing.assert_allclose(got, expected, atol=1e-9)
 
 
 def test_mean_accuracy_is_scikit_learns_balanced_accuracy():
