@@ -284,7 +284,7 @@ def evaluate(
     if config is None and model is None:
         config = stored_config(workdir)
     if config is not None and config.task != "segmentation":
-        raise UserError(f"--mode=eval: config.task={config.task!r} has no evaluation mode; train it")
+        raise UserError(f"--mode=eval: only for config.task='segmentation', not {config.task!r}")
     if model is None and not (workdir / EXPORT).is_dir():
         raise UserError(
             f"{workdir / EXPORT}: no trained weights; run --mode=train first, or --mode=export for the "
@@ -292,7 +292,7 @@ def evaluate(
         )
     if model is not None and (workdir / CONFIG_NAME).is_file():
         raise UserError(
-            f"--workdir={workdir}: a run lives there, whose results would be replaced; name another "
+            f"--workdir={workdir}: it holds a run, whose results would be replaced; choose another "
             "folder for those of --model"
         )
 

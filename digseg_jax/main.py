@@ -26,26 +26,32 @@ from digseg_jax.runtime.interrupts import remember_interrupts
 
 MODES = ("train", "eval", "export", "predict", "demo", "compile", "cache_latents")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment: a Python file, or a name in configs/.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
 _ACCEPT_CHANGES = flags.DEFINE_bool(
-    "accept_changes", False, "Go on with a run although its configuration was changed."
+    "accept_changes", False, "Continue a run although its configuration has changed."
 )
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "train: fine-tune, evaluate and report.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; train also evaluates and reports.")
 _MODEL = flags.DEFINE_string(
     "model", None, "predict, demo, eval: a run, its export, assets:NAME, gs://FOLDER or a hub id."
 )
 _IMAGE = flags.DEFINE_multi_string(
-    "image", None, "predict: image, folder or glob; any size and mode; may be repeated."
+    "image", None, "predict: an image of any size and mode, a folder or a glob; may be repeated."
 )
 _QUERY = flags.DEFINE_multi_string("query", None, "predict: what to segment; may be repeated.")
 _VOCABULARY = flags.DEFINE_string(
-    "vocabulary", None, "predict: a file of one query a line, or a data set whose classes to ask."
+    "vocabulary",
+    None,
+    "predict: a file with one query per line, or a data set whose classes are the queries.",
 )
 _TEMPLATE = flags.DEFINE_multi_string(
-    "template", None, 'eval, predict, demo: what to ask in, such as "a photo of a {}"; may be repeated.'
+    "template",
+    None,
+    'eval, predict, demo: text around each query, such as "a photo of a {}"; may be repeated.',
 )
-_OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG to write, or a folder.")
+_OUT = flags.DEFINE_string("out", "mask.png", "predict: PNG file or folder to write.")
 _FORMAT = flags.DEFINE_multi_enum(
     "format", None, ["coco", "label_studio"],
     "predict: one file of all images for a labeling tool, OUT/all.FORMAT.json; may be repeated.",
@@ -54,10 +60,14 @@ _PORT = flags.DEFINE_integer("port", 0, "demo: port on 127.0.0.1; 0 takes a free
 _NO_BROWSER = flags.DEFINE_bool("no_browser", False, "demo: do not open the page in a browser.")
 _HUB = flags.DEFINE_string("hub", None, "export: repository to push to, org/name[@branch].")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "compile: what for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8."
+    "topology",
+    None,
+    "compile: devices to compile for, such as v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8 or cpu:8.",
 )
 _SUITE = flags.DEFINE_string(
-    "suite", None, "eval: domains, or tables of the paper, from the data sets under config.data.root."
+    "suite",
+    None,
+    "eval: score many data sets under config.data.root: domains, or a table of the paper.",
 )
 _SAMPLING = flags.DEFINE_string(
     "sampling", None, 'eval, predict, demo: members x steps, such as "8x2" or "20x50:leading".'

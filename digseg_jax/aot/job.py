@@ -263,7 +263,7 @@ def over_budget(message: str) -> dict[str, Any]:
     """
     used = next(filter(None, (re.search(form, message) for form in TOO_MUCH)), None)
     if not used:
-        raise UserError(f"the compiler refuses the program: {' '.join(message.split())[:600]}")
+        raise UserError(f"the compiler rejects the program: {' '.join(message.split())[:600]}")
 
     # The message states the total and the arguments; the rest are temporaries.
     needed = float(used[1]) * UNITS[used[2]]

@@ -115,7 +115,8 @@ def train_images(batch_size: int, per_device: int, accumulation: int, mesh: Mesh
     if batch_size % parts == 0:
         return batch_size
     log.warning(
-        "config.train.batch_size=%d does not divide %d devices%s: compiled is %d, and a run needs that",
+        "config.train.batch_size=%d is no multiple of %d devices%s: compiling for %d, as a run would "
+        "need",
         batch_size, shards(mesh), f" in {accumulation} parts" if accumulation > 1 else "", images,
     )  # fmt: skip
     return images

@@ -126,7 +126,7 @@ def open_topology(text: str) -> Topology:
     except Exception as error:  # libtpu's own errors have no common type
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--topology={text}: the TPU compiler refuses it ({reason}); legal: {LEGAL}"
+            f"--topology={text}: the TPU compiler rejects it ({reason}); legal: {LEGAL}"
         ) from error
 
     devices = list(found.devices)[: 1 if one else None]

@@ -86,7 +86,7 @@ def hint(key: str) -> str:
             return f"config.{old} is now config.{new}"
 
     if key in CONSTANT:
-        return f"config.{key} is no setting any more: it is {CONSTANT[key]} in every run"
+        return f"config.{key} is no longer a setting: it is {CONSTANT[key]} in every run"
     return ""
 
 

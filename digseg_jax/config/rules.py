@@ -81,7 +81,7 @@ def _check_train(checkpoint: CheckpointConfig, logging: LoggingConfig, optim: Op
             re.compile(pattern)
         except re.error as error:
             raise UserError(
-                f"config.optim.freeze: {pattern!r} is no regular expression ({error})"
+                f"config.optim.freeze: {pattern!r} is not a regular expression ({error})"
             ) from error
 
 

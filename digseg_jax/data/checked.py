@@ -54,7 +54,7 @@ class Guarded:
             at = int(np.random.default_rng([self.seed, index, skipped]).integers(len(self)))
 
         raise UserError(
-            f"example {index} and {TRIES - 1} drawn in its place are all broken: see the lines above"
+            f"example {index} and {TRIES - 1} drawn in its place are all broken: see the messages above"
         )
 
     def _read(self, index: int) -> dict[str, Any]:

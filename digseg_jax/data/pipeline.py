@@ -291,7 +291,9 @@ def _askable(part: PartConfig, facts: DatasetSpec) -> np.ndarray | None:
     """
     asked = np.array([name not in part.unasked for name in facts.names])
     if not asked.any():
-        raise UserError(f"config.data.mixture: {part.name} has no class but {', '.join(facts.names)}")
+        raise UserError(
+            f"config.data.mixture: {part.name} has only the classes {', '.join(facts.names)}"
+        )
     return None if asked.all() else asked
 
 

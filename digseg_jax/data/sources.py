@@ -263,7 +263,7 @@ def _tell_changes(part: PartConfig, facts: DatasetSpec, split: str) -> None:
     since = (shards.folder / records.MANIFEST).stat().mtime
     if told := difference(files, shards.manifest, float(since)):
         log.warning(
-            "%s %s: %s; the shards in %s hold them as they were: remove that folder and run "
+            "%s %s: %s; the shards in %s hold the earlier files: remove that folder and run "
             "digseg_jax.tools.prepare_data again",
             *(title_of(part), split, told, shards.folder),
         )

@@ -54,7 +54,8 @@ class Order:
         """Raises UserError for more masks than are kept in memory."""
         if self.image[..., 0].size * len(self.words) > MAX_VALUES:
             raise UserError(
-                f"{len(self.words)} words for so large an image: name fewer, or a smaller size"
+                f"{len(self.words)} words are too many for an image of this size: use fewer, or a "
+                "smaller size"
             )
 
     @functools.cached_property

@@ -81,7 +81,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
     # UTF-16 without a mark, or a binary file: NUL bytes are valid UTF-8.
     if lines and "\0" in lines[0]:
-        raise UnreadableError(f"{shown(path)}: not a text; save it as UTF-8")
+        raise UnreadableError(f"{shown(path)}: not a text file; save it as UTF-8")
     return [(number, text) for number, line in enumerate(lines, start=1) if (text := line.strip())]
 
 

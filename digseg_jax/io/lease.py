@@ -106,7 +106,7 @@ def _acquire(path: epath.Path, mine: _Claim) -> _Claim:
 
         if not free and not told:
             log.info(
-                "%s: claimed by %s since %s; taken over if it gives no sign of life for %.0f s",
+                "%s: claimed by %s since %s; it will be taken over after %.0f s without a sign of life",
                 path, found.holder, found.since, found.seconds,
             )  # fmt: skip
             told = True

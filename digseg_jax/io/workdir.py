@@ -58,14 +58,14 @@ def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = Fa
 
         # Correcting a mistake of the first start, say in a flag, needs no confirmation.
         if changes and _unused(workdir) and _ours(stored):
-            log.info("%s: nothing was trained there yet, taken with another configuration", workdir)
+            log.info("%s: nothing was trained there yet, so its configuration is replaced", workdir)
             changes = []
 
         if changes and not accept_changes:
             raise UserError(
                 f"{workdir} holds a run of another configuration ({'; '.join(changes)}); "
                 "nothing was touched: use another --workdir, the configuration it was made with, or "
-                "--accept_changes to go on with the new one"
+                "--accept_changes to continue with the new one"
             )
 
         # The run continues with the new configuration; the log keeps the old values.

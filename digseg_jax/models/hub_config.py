@@ -103,7 +103,7 @@ class HubConfig:
         if key.startswith("_") or key in cls.HARMLESS or value is None or value in ((), {}, ""):
             return
         raise UserError(
-            f"{cls.CLASS_NAME} config: {key}={repr(value)[:60]} is not known here, and may change the "
+            f"{cls.CLASS_NAME} config: {key}={repr(value)[:60]} is unknown, and may change the "
             "numbers; weights that need it are not supported"
         )
 

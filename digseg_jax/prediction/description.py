@@ -265,11 +265,11 @@ def read_description(folder: AnyPath) -> Description:
         )
 
     # The file's form: JSON, an object, and a schema that this version knows.
-    values = read_json(path, remedy="write it anew with --mode=export")
+    values = read_json(path, remedy="write it again with --mode=export")
     if values.get("schema") != SCHEMA:
         raise UserError(
-            f"{path}: schema={values.get('schema')!r}, this program reads {SCHEMA}; write it anew with "
-            "--mode=export, or use the version that wrote it"
+            f"{path}: schema={values.get('schema')!r}, this program reads {SCHEMA}; write it again "
+            "with --mode=export, or use the version that wrote it"
         )
 
     # Keys that were renamed since the file was written get their current names first.
@@ -339,7 +339,7 @@ def check_agreement(description: Description, values: dict[str, Any], folder: An
     if different:
         raise UserError(
             f"{folder}: {'; '.join(different)}; the masks would be wrong: use the configuration of the "
-            "training, or none: the weights know theirs"
+            "training, or leave it out: the weights bring their own"
         )
 
 
@@ -411,7 +411,7 @@ def _at(sections: dict[str, Any], key: str) -> Any:
     if not isinstance(values, dict) or name not in values:
         if key in NEWER:
             return NEWER[key]
-        raise UserError(f"config.{key} is missing; write the file anew with --mode=export")
+        raise UserError(f"config.{key} is missing; write the file again with --mode=export")
     return values[name]
 
 
@@ -432,9 +432,11 @@ def _typed(cls: type, values: dict[str, Any], path: str) -> Any:
     """
     hints = typing.get_type_hints(cls)
     if missing := sorted(hints.keys() - values.keys()):
-        raise UserError(f"{path}: {', '.join(missing)} missing; write the file anew with --mode=export")
+        raise UserError(
+            f"{path}: {', '.join(missing)} missing; write the file again with --mode=export"
+        )
     if unknown := sorted(values.keys() - hints.keys()):
-        raise UserError(f"{path}: {unknown[0]!r} is no key of it; legal: {', '.join(hints)}")
+        raise UserError(f"{path}: {unknown[0]!r} is not one of its keys; legal: {', '.join(hints)}")
 
     # Check types, nested dataclasses included; JSON's true and false are no integers here.
     made = {}

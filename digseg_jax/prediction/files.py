@@ -76,7 +76,9 @@ def _images_of(text: str) -> list[Path]:
     # A single file, whatever its ending.
     if not path.exists() or not text:
         if "://" in text or text.startswith("data:"):
-            raise UserError(f"--image={shown(text)[:200]}: an address; download it and name the file")
+            raise UserError(
+                f"--image={shown(text)[:200]}: a web address; download the image and name the file"
+            )
         raise UserError(f"--image={shown(text)}: no such file")
     return [path]
 
@@ -138,7 +140,7 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
             texts += registry.spec(vocabulary).names
         else:
             raise UserError(
-                f"--vocabulary={vocabulary}: neither a file of one name a line nor a data set; "
+                f"--vocabulary={vocabulary}: neither a file with one name per line nor a data set; "
                 f"legal: {', '.join(registry.names())}"
             )
 
@@ -163,7 +165,7 @@ def check_queries(queries: Sequence[str], name: str = "--query") -> None:
         if not words:
             raise UserError(f"{name}: empty; name what to segment, such as 'snow and ice'")
         if UNSEEN.search(query):
-            raise UserError(f"{name}={query!r}: has a control or invisible character; type it anew")
+            raise UserError(f"{name}={query!r}: has a control or invisible character; type it again")
         if words in seen:
             raise UserError(f"{name}={query!r}: asked twice")
         seen.add(words)

@@ -101,7 +101,7 @@ def _placed(images: Sequence[Path]) -> list[Path]:
     """The images that tell their place on the earth; none, and a hint, without rasterio."""
     placed = [image for image in images if is_georeferenced(image)]
     if placed and not has_rasterio():
-        log.info("georeferenced images: %d; to get masks at their place: %s", len(placed), INSTALL)
+        log.info("georeferenced images: %d; for georeferenced masks, %s", len(placed), INSTALL)
         return []
     return placed
 
@@ -125,8 +125,11 @@ def _unfinished(
 
     if done := len(images) - len(jobs) - len(broken):
         where = shown(planned[0].base.parent)
-        log.info("%d of %d images are done: the same model and settings made them, in %s; remove their "
-                 "files to make them again", done, len(images), where)  # fmt: skip
+        log.info(
+            "%d of %d images already have masks of this model and these settings, in %s; remove their "
+            "files to make them again",
+            done, len(images), where,
+        )  # fmt: skip
     return jobs, broken
 
 

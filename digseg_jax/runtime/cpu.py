@@ -29,5 +29,8 @@ def tune() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}".strip()
     else:
         log.info(
-            "jaxlib %s: %s is left out, which matters on CPUs: tried with %s", version, FLAG, TRIED
+            "jaxlib %s: %s, which CPUs need for speed, is left out: it is known to work with %s only",
+            version,
+            FLAG,
+            TRIED,
         )

@@ -92,8 +92,8 @@ def _detect(timeout: float) -> Cluster | None:
         )
     except Exception as error:  # each kind of cluster raises its own exceptions
         raise UserError(
-            f"this looks like one process of several, but the others are not known ({error}); "
-            "tell with --coordinator=HOST:PORT --num_processes=N --process_id=I"
+            f"this looks like one process of several, but the others were not found ({error}); "
+            "name them with --coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from error
 
     if address is None or count is None or index is None or count == 1:

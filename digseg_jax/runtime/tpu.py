@@ -68,7 +68,9 @@ def refusals() -> dict[str, str]:
     refused = {name: why for name, why in said.items() if why is not None}
 
     for name, why in refused.items():
-        log.warning("the TPU compiler does without %s=%s: %s", name, wanted[name], why)
+        log.warning(
+            "left out, as the TPU compiler does not take it: %s=%s (%s)", name, wanted[name], why
+        )
     return refused
 
 

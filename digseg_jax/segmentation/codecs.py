@@ -33,7 +33,7 @@ def check_cacheable(name: str) -> None:
     if CODECS[name].redrawn:
         legal = ", ".join(codec.name for codec in CODECS.values() if not codec.redrawn)
         raise UserError(
-            f"config.model.codec={name!r}: its masks are drawn anew for every example and cannot be "
+            f"config.model.codec={name!r}: its masks are drawn again for every example and cannot be "
             f"cached; with cached latents legal are {legal}"
         )
 

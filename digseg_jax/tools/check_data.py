@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split", action="append", default=[], help="may be repeated; default: all but the extra ones"
     )
-    parser.add_argument("--limit", type=int, default=0, help="read only so many images of a split")
+    parser.add_argument("--limit", type=int, default=0, help="read only this many images of each split")
     parser.add_argument("--sheet", type=Path, help="contact sheet; default: NAME_check.png; '-': none")
     parser.add_argument("--json", action="store_true", help="print JSON alone on stdout")
     return parser

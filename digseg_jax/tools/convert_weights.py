@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m digseg_jax.tools.convert_weights")
     parser.add_argument("source", help="folder, hub id[:subfolder] or known name with a pickle")
     parser.add_argument(
-        "out", nargs="?", help="folder to write; by default one where the source's name finds it"
+        "out", nargs="?", help="folder to write; by default the one where the source's name finds it"
     )
     args = parser.parse_args(argv)
     return run_tool(lambda: print(f"wrote {convert(args.source, args.out)}"))

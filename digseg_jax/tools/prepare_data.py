@@ -196,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.workers < 0:
         raise UserError(f"--workers={arguments.workers}: must be at least 0 (in this process)")
     if not arguments.out:
-        raise UserError("--out: no folder is named")
+        raise UserError("--out: no folder given")
 
     # By default the two splits that training and evaluation use.
     for split in arguments.split or dict.fromkeys((spec.train_split, spec.eval_split)):

@@ -160,8 +160,8 @@ class Trainer:
         new = [text for text in self.vocabulary if text not in stored]
         raise UserError(
             f"{self.workdir}: its checkpoint has another vocabulary (gone: {gone[:5]}, new: {new[:5]}"
-            f"{', another order' if not gone and not new else ''}); --accept_changes goes on with the "
-            "new one"
+            f"{', another order' if not gone and not new else ''}); --accept_changes continues with "
+            "the new one"
         )
 
     @property

@@ -264,7 +264,7 @@ def test_over_the_budget_of_the_compiler():
     )
     found = compiling.over_budget(other)
     assert found["fits"] is False and found["hbm_temp_bytes"] == 23.6 * 2**30
-    with pytest.raises(UserError, match="refuses the program: INTERNAL"):
+    with pytest.raises(UserError, match="rejects the program: INTERNAL"):
         compiling.over_budget("INTERNAL: something else")
 
 
@@ -286,7 +286,7 @@ def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):
 def test_a_batch_that_does_not_divide_becomes_the_next_that_does(folders, caplog):
     mesh = make_mesh(config(folders).mesh)
     assert programs.train_images(12, 0, 1, mesh) == 16
-    assert "config.train.batch_size=12 does not divide 8 devices: compiled is 16" in caplog.text
+    assert "config.train.batch_size=12 is no multiple of 8 devices: compiling for 16" in caplog.text
     with pytest.raises(UserError, match="makes a batch=16: must be a multiple of 24.*nearest: 24"):
         programs.train_images(12, 2, 3, mesh)
 

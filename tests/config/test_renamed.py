@@ -68,7 +68,7 @@ def test_a_run_with_another_value_of_a_constant_is_another_run(tmp_path):
     stored(tmp_path, OLD | {"optim": {"b1": 0.8}})
     with pytest.raises(UserError, match="optim.b1: 0.8 -> 0.9"):
         claim(tmp_path, to_dict(parse(with_current_names(OLD))))
-    with pytest.raises(UserError, match="config.optim.b1 is no setting any more: it is 0.9"):
+    with pytest.raises(UserError, match="config.optim.b1 is no longer a setting: it is 0.9"):
         stored_config(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_what_was_read_stays_as_it_was(stored):
         ("train.log_every", "config.train.log_every is now config.logging.every"),
         ("model.vae_arch.kl_weight", "config.model.vae_arch is now config.vae_arch"),
         ("segmentation.codec", "config.segmentation.codec is now config.model.codec"),
-        ("optim.b1", "config.optim.b1 is no setting any more: it is 0.9 in every run"),
+        ("optim.b1", "config.optim.b1 is no longer a setting: it is 0.9 in every run"),
     ],
 )
 def test_an_old_key_on_the_command_line_is_answered_with_the_new_one(key, expected):
@@ -103,7 +103,10 @@ def test_an_old_key_on_the_command_line_is_answered_with_the_new_one(key, expect
             "config.segmentation.codec = 'palette'",
             "config.segmentation.codec is now config.model.codec",
         ),
-        ("config.diffusion.update(high_noise_a=1.0)", "config.diffusion.high_noise_a is no setting"),
+        (
+            "config.diffusion.update(high_noise_a=1.0)",
+            "config.diffusion.high_noise_a is no longer a setting",
+        ),
         ("config.train.stepz = 1", 'Key "stepz" does not exist'),
     ],
 )

@@ -163,7 +163,7 @@ def test_folders_lie_below_the_root_and_name_the_parts(root):
 
 def test_a_part_whose_classes_are_all_unasked_is_told(root):
     part = PartConfig("folder", folder="cells", unasked=("background", "nucleus"))
-    with pytest.raises(UserError, match="has no class but background, nucleus"):
+    with pytest.raises(UserError, match="has only the classes background, nucleus"):
         batches(DataConfig(root=root, image_size=32, mixture=(part,)), 1)
 
 

@@ -156,7 +156,7 @@ def test_others_queue_see_their_place_and_are_refused_when_it_is_full(demo, gate
 def test_a_large_image_is_made_smaller_and_too_many_masks_are_refused(demo):
     _, job = order(demo, png(30, 600), members=1, steps=1, side=256)
     assert (job["width"], job["height"]) == (256, 13)
-    with pytest.raises(UserError, match="for so large an image"):
+    with pytest.raises(UserError, match="too many for an image of this size"):
         Order(np.zeros((1000, MAX_VALUES // 2000 + 1, 3), np.uint8), ("a", "b"), None)
 
 

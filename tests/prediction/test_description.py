@@ -204,7 +204,7 @@ def test_an_earlier_versions_file_of_another_schedule_is_refused(made, tmp_path)
     values = earlier(made)
     values["config"]["diffusion"]["beta_end"] = 0.02
     (tmp_path / FILE).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="diffusion.beta_end is no setting any more: it is 0.012"):
+    with pytest.raises(UserError, match="diffusion.beta_end is no longer a setting: it is 0.012"):
         read_description(tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_a_suggestion_may_be_absent(made, tmp_path):
     [
         (lambda v: v.pop("parameters"), "parameters missing"),
         (lambda v: v.update(schema=2), "schema=2, this program reads 1"),
-        (lambda v: v.update(extra=1), "'extra' is no key"),
+        (lambda v: v.update(extra=1), "'extra' is not one of its keys"),
         (lambda v: v.update(steps="7"), "steps='7': expected int"),
         (lambda v: v.update(seed=True), "seed=True: expected int"),
         (lambda v: v["vae"].pop("sha256"), "vae: sha256 missing"),

@@ -378,5 +378,5 @@ def test_queries_that_look_the_same_are_told(queries, told):
     "place", ["https://example.org/a.png", "gs://bucket/a.png", "data:image/png;,"]
 )
 def test_an_address_is_no_file(place):
-    with pytest.raises(UserError, match="an address; download it and name the file"):
+    with pytest.raises(UserError, match="a web address; download the image and name the file"):
         find_images(place)

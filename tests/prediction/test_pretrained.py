@@ -199,7 +199,7 @@ class TestACopiedExport:
         stored = json.loads((tmp_path / "alone" / "eval" / "results.json").read_text())
         assert stored == whole
 
-        with pytest.raises(UserError, match="a run lives there"):
+        with pytest.raises(UserError, match="it holds a run"):
             jobs.evaluate(run, model=str(copy))
         with pytest.raises(UserError, match=r"config.data.image_size=64, trained with 32"):
             jobs.evaluate(tmp_path / "other", model=str(copy), settings={"data.image_size": 64})

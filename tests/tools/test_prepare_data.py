@@ -349,8 +349,8 @@ def test_a_foreign_record_is_an_error():
     ("changes", "told"),
     [
         ({"dataset": "camvit"}, "camvit"),
-        ({"root": ""}, "folder: no folder is named; --config.data.root=DIR (or --root) does it"),
-        ({"out": ""}, "--out: no folder is named"),  # not the current one
+        ({"root": ""}, "folder: no folder given; set --config.data.root=DIR (or --root)"),
+        ({"out": ""}, "--out: no folder given"),  # not the current one
         ({"workers": -3}, "--workers=-3: must be at least 0"),
         ({"shard-examples": 0}, "--shard-examples=0: must be at least 1"),
     ],

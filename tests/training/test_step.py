@@ -280,7 +280,7 @@ class TestFreezing:
             Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
 
     def test_a_pattern_that_is_none_is_refused_with_the_configuration(self, folders):
-        with pytest.raises(UserError, match="config.optim.freeze.*no regular expression"):
+        with pytest.raises(UserError, match="config.optim.freeze.*not a regular expression"):
             tiny.config(folders, optim__freeze=("(",))
 
 

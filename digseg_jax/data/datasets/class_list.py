@@ -43,7 +43,7 @@ _FOREIGN = (
     (re.compile(r".*[\"`]|'.*'$"), "names have no quotes around them"),
     (re.compile(r".*[\[\]{}<>|;=\t#]"), "a name has none of []{}<>|;=# and no tab"),
     (re.compile(r"[-*+]\s"), "a list of names has no bullets"),
-    (re.compile(f".*{UNSEEN.pattern}"), "a name has no control or invisible characters: type it anew"),
+    (re.compile(f".*{UNSEEN.pattern}"), "a name has no control or invisible characters: type it again"),
 )
 
 
@@ -186,7 +186,7 @@ def _check(path: Path, classes: list[ClassInfo], kinds: set[str]) -> None:
         raise UserError(f"{shown(path)}: names no class")
     if len(kinds) > 1:
         raise UserError(
-            f"{shown(path)}: lines with {' and with '.join(sorted(kinds))}; one form for all"
+            f"{shown(path)}: lines with {' and with '.join(sorted(kinds))}; use one form for all lines"
         )
 
     # A word with two meanings cannot be a query.

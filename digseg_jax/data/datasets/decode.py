@@ -127,7 +127,7 @@ class LabelTable:
             count = len(np.unique(raw[unknown]))
             more = f" ({count - 1} other unknown values)" if count > 1 else ""
             raise LabelValueError(
-                f"{path}: label value {raw[y, x]} at row {y}, column {x} is no class of "
+                f"{path}: label value {raw[y, x]} at row {y}, column {x} is not a class of "
                 f"{self.what}{more}; legal: {self._legal()}"
             )
         return label

@@ -90,7 +90,7 @@ def spec(name: str, root: str | Path = "") -> DatasetSpec:
 
     # An empty root would mean the current folder; the class list of a user's own folder lies in it.
     if str(root) == "":
-        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+        raise UserError(f"{name}: no folder given; set --config.data.root=DIR (or --root)")
     return folder_spec(Path(as_path(root)))
 
 
@@ -115,7 +115,7 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     # Data sets need a folder unless they come with Python packages.
     facts = spec(name, root)
     if str(root) == "" and not facts.from_package:
-        raise UserError(f"{name}: no folder is named; --config.data.root=DIR (or --root) does it")
+        raise UserError(f"{name}: no folder given; set --config.data.root=DIR (or --root)")
 
     # "val" may be asked for where the data set says "validation".
     split = split_called(split, facts.splits)

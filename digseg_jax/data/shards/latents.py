@@ -186,7 +186,7 @@ def _unfinished(folder: epath.Path) -> str:
     facts = read_json(plan, {"source_examples": int, "shard_examples": int})
     shards = -(-facts["source_examples"] // facts["shard_examples"])
     left = len(files.missing(folder, shards))
-    return f"{folder}: not finished, {left} of {shards} shards are missing; {MODE} goes on with it"
+    return f"{folder}: not finished, {left} of {shards} shards are missing; {MODE} continues it"
 
 
 def require(folder: epath.Path, manifest: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -241,7 +241,7 @@ def check_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
         )
         for name, synonyms, covers in manifest["spec"]["classes"]:
             if not (isinstance(name, str) and isinstance(synonyms, list) and isinstance(covers, list)):
-                raise ValueError(f"{name!r} is no class with its synonyms")
+                raise ValueError(f"{name!r} is not a class with its synonyms")
         for row in manifest["shards"]:
             check_keys(row, {"file": str, "bytes": int, "sha256": str, "examples": int})
 

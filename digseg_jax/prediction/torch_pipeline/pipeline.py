@@ -78,7 +78,7 @@ class DigsegPipeline(DiffusionPipeline):
         s = self.config.settings
         classes, limit = s["classes"], s["limit"] and max(1, s["limit"] // len(s["templates"]))
         if s["decoder"] not in ("latent_mean", "vae"):
-            raise ValueError(f"decoder={s['decoder']!r}: not here; legal: latent_mean, vae")
+            raise ValueError(f"decoder={s['decoder']!r}: not supported here; legal: latent_mean, vae")
         if not words or not all(word.strip() for word in words):
             raise ValueError(f"words={words}: name what to segment, without blank words")
         if classes and len(words) != len(classes):

@@ -97,7 +97,7 @@ def test_encodings(tmp_path):
     for data, told in (
         ("grün\n".encode("latin-1"), ":1: byte 0xfc is not UTF-8 text; save the file as UTF-8"),
         ("water\n".encode("utf-16"), ": UTF-16 text; save it as UTF-8"),
-        ("water\n".encode("utf-16-le"), ": not a text; save it as UTF-8"),
+        ("water\n".encode("utf-16-le"), ": not a text file; save it as UTF-8"),
     ):
         with pytest.raises(UserError) as caught:
             read_class_list(write(tmp_path, data))

@@ -188,7 +188,7 @@ def test_a_folder_above_the_data_is_told(tmp_path):
     with pytest.raises(UserError, match="name the folder that holds classes.txt"):
         registry.spec("folder", tmp_path)
     (root / "classes.txt").rename(tmp_path / "classes.txt")
-    with pytest.raises(UserError, match=f"holds splits: name {root} as the data"):
+    with pytest.raises(UserError, match=f"holds splits: use {root} as the data set"):
         registry.spec("folder", tmp_path)
 
 

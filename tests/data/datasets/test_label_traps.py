@@ -274,7 +274,7 @@ def test_refuge_is_found_by_name_without_illustrations(tmp_path):
              for s in ("train", "val", "test")}  # fmt: skip
     assert found == {"train": ["g0001", "n0001"], "val": ["V0001"], "test": ["T0001"]}
     trees.image(tmp_path / "copy/V0001.jpg")
-    with pytest.raises(UserError, match="V0001.jpg and copy/V0001.jpg: which one is it"):
+    with pytest.raises(UserError, match="V0001.jpg and copy/V0001.jpg; keep one"):
         registry.open_source("refuge2", tmp_path, "val")
 
 

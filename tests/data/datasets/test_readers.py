@@ -288,7 +288,7 @@ class TestFolder:
         ("lines", "message"),
         [
             (("a: b: c",), "classes.txt:1"),
-            (("0: a", "b"), "one form for all"),
+            (("0: a", "b"), "use one form for all lines"),
             (("0: a", "0: b"), "line 1's already"),
             (("a", "b, a"), "'a' is named twice"),
             (("0: ignore",), "names no class"),

@@ -176,7 +176,7 @@ class TestRefused:
         shards = -(-COUNT // SHARD)
         (folder / files.sidecar(1, shards)).unlink()
         message = self.refusal(folder)
-        assert "not finished, 1 of 3 shards are missing; --mode=cache_latents goes on" in message
+        assert "not finished, 1 of 3 shards are missing; --mode=cache_latents continues it" in message
         (folder / files.PLAN).unlink()
         assert "no cached latents here; --mode=cache_latents makes them" in self.refusal(folder)
 

@@ -58,7 +58,7 @@ def coco_classes(files: Sequence[Path]) -> tuple[ClassInfo, ...]:
     lists = [_categories(path) for path in files]
     for path, names in zip(files[1:], lists[1:], strict=True):
         if names != lists[0]:
-            raise UserError(f"{shown(path)}: other categories than in {shown(files[0])}")
+            raise UserError(f"{shown(path)}: its categories differ from those of {shown(files[0])}")
 
     # The background has no id; COCO's own begin at 1, but Roboflow's at 0.
     rest = [ClassInfo(name, raw=(number + 1,)) for number, name in sorted(lists[0].items())]
@@ -80,7 +80,9 @@ def _categories(path: Path) -> dict[int, str]:
     }
     names = {number: name for number, name in names.items() if name.lower() != BACKGROUND}
     if not names or len({name.lower() for name in names.values()}) < len(names):
-        raise UserError(f"{shown(path)}: {'two categories of one name' if names else 'no category'}")
+        raise UserError(
+            f"{shown(path)}: {'two categories have one name' if names else 'no categories'}"
+        )
     return names
 
 
@@ -101,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
         for place, row in enumerate(values[key]):
             try:
                 if not isinstance(row, dict):
-                    raise ValueError("is no object")
+                    raise ValueError("is not an object")
                 check_keys(row, kind)
             except ValueError as error:
                 raise UserError(f"{shown(path)}: {key}[{place}]: {error}") from error
@@ -127,7 +129,7 @@ def _check_references(path: Path, values: dict[str, Any]) -> None:
 
     for place, row in enumerate(values["categories"]):
         if not row["name"].strip() or UNSEEN.search(row["name"]):
-            raise UserError(f"{shown(path)}: categories[{place}]: {row['name']!r} is no name")
+            raise UserError(f"{shown(path)}: categories[{place}]: {row['name']!r} is not a name")
 
     listed = {key: {row["id"] for row in values[key]} for key in ("images", "categories")}
     for place, row in enumerate(values["annotations"]):

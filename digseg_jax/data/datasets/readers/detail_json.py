@@ -52,7 +52,7 @@ class DetailJson:
             # `_elements` has raised its own, more precise error.
             if isinstance(error, UnreadableError):
                 raise
-            raise UnreadableError(f"{path}: an entry is not as it should be: {error!r}") from error
+            raise UnreadableError(f"{path}: an entry has an unexpected form: {error!r}") from error
 
 
 def paint(masks: Masks, size: tuple[int, int], where: str) -> np.ndarray:
@@ -117,7 +117,7 @@ def _elements(path: Path, text: str, key: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise UnreadableError(f"{path}: the JSON is damaged: {error}") from error
         if not isinstance(element, dict):
-            raise UnreadableError(f"{path}: {key!r} holds something else than objects")
+            raise UnreadableError(f"{path}: {key!r} holds something other than objects")
         yield element
         position = skip(position)
         if text[position : position + 1] == ",":

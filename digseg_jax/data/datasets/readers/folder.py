@@ -176,7 +176,9 @@ def _splits(root: Path) -> list[str]:
     if not images and len(found) == 1:
         inside = root / found[0] / _named(root / found[0], IMAGES)
         if split_called("train", splits := list_folders(inside)) in splits:
-            raise UserError(f"{shown(inside)} holds splits: name {shown(root / found[0])} as the data")
+            raise UserError(
+                f"{shown(inside)} holds splits: use {shown(root / found[0])} as the data set"
+            )
     return found
 
 
@@ -210,7 +212,7 @@ class ColorLabels:
         if unknown.any():
             y, x = np.argwhere(unknown)[0]
             raise LabelValueError(
-                f"{path}: color #{code[y, x]:06x} at row {y}, column {x} is no class; legal: "
+                f"{path}: color #{code[y, x]:06x} at row {y}, column {x} is not a class; legal: "
                 + ", ".join(f"#{c:06x}" for c in self.codes)
             )
         return self.ids[place]

@@ -94,7 +94,7 @@ def open_monuseg(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     for file in walk_files(root, (".tif", ".tiff", ".xml")):
         side = labels if file.suffix.lower() == ".xml" else images
         if file.stem in side:
-            raise UserError(f"{what}: {side[file.stem]} and {file} under {root}: which one is it?")
+            raise UserError(f"{what}: found both {side[file.stem]} and {file} under {root}; keep one")
         side[file.stem] = str(file)
 
     # train: the 30 images of Kumar et al. 2017 that the challenge had; the archive holds 7 more.

@@ -100,7 +100,7 @@ def _listed(path: Path, split: str, detail: DetailJson, what: str) -> list[str]:
 
     own = _of_phase(detail, split)
     reason = f"{_JSON} lacks {len(missing)} of its {len(stems)} images" if stems else "is not there"
-    log.info("%s: %s: %s; read is the JSON file's own list of %d images", what, path, reason, len(own))
+    log.info("%s: %s: %s; reading the JSON file's own list of %d images", what, path, reason, len(own))
     return own
 
 
@@ -220,7 +220,7 @@ def read_list(path: Path) -> list[str]:
 
     # Names become paths: none may lead out of the data set's folder.
     if any("/" in w or "\\" in w or w.startswith(".") for w in words):
-        raise UnreadableError(f"{path}: lists something else than image names")
+        raise UnreadableError(f"{path}: lists something other than image names")
     return words
 
 

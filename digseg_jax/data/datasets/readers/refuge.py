@@ -97,7 +97,7 @@ def _texts(files: dict[str, Path]) -> dict[str, str]:
 def _only(files: list[Path], where: str) -> Path:
     """The single file of a name; of two only the user can say which belongs to the release."""
     if len(files) > 1:
-        raise UserError(f"{where}: {files[0]} and {files[1]}: which one is it?")
+        raise UserError(f"{where}: found both {files[0]} and {files[1]}; keep one")
     return files[0]
 
 
