@@ -33,7 +33,7 @@ class UserError(ValueError):
 
 
 class Transient(UserError):
-    """A fault that passes by itself: `main` prints it in one line and exits with PREEMPTED.
+    """A temporary fault: `main` prints it in one line and exits with PREEMPTED.
 
     These are: a process of the run that is late, was killed or cannot be reached; a bucket or hub that
     does not answer (statuses 408, 429 and 500 to 504, cut or refused connections, time limits).

@@ -185,7 +185,7 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     """Data and optimization of a training on the generalist's domains.
 
     The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run
-    can go on for as long as there is time.
+    can continue for as long as there is time.
 
     version: "all", or "shareable" for the domains whose terms allow to pass on weights trained on them.
 

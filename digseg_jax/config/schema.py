@@ -246,8 +246,7 @@ class TrainConfig:
 class ComputeConfig:
     """How the networks are computed: kernels, memory, compiled programs. Equal results to rounding."""
 
-    # cpu: fewer products, see models/kernels/conv.py; xla: XLA's own
-    # convolution; auto: by platform. All give the same result up to rounding.
+    # cpu: fewer products (models/kernels/conv.py); xla: XLA's own convolution; auto: by platform.
     conv: Literal["auto", "xla", "cpu"] = "auto"
     # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn:
     # NVIDIA GPU; auto: by platform. All give the same result up to rounding.

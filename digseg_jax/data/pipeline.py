@@ -127,7 +127,7 @@ class CropWithNames:
 
     The result is {"image" uint8 [s, s, 3], "label" [s, s] (int32 in a batch), "query", "query_class"
     and "query_kind" int32 [q]}, and what `Guarded` counts. "query" is a row of the run's prompt bank;
-    "query_kind" tells whether the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one
+    "query_kind" says whether the crop shows the class (queries.PRESENT, ABSENT, HARD_ABSENT). If one
     of the run's data sets has nested classes, "query_class" is [q, m]: the ids that a mask covers,
     repeated to m of them. Crops of a mixture also have "part" int32, their data set's place in it.
 
@@ -245,7 +245,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
 
 def _rules(config: DataConfig, part: PartConfig) -> CropRules:
     """Rules of a data set's training crops: its own where it has some, else those for all."""
-    # A part's scale 1 is told in pixels of the short side; the rules count in crops.
+    # A part's scale 1 is given in pixels of the short side; the rules count in crops.
     unit = part.short_side / config.image_size if part.short_side else 1.0
     return CropRules(
         size=config.image_size,

@@ -292,7 +292,7 @@ def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:
 
 
 def _check_classes(facts: DatasetSpec) -> None:
-    """Raises UserError for a single class: a query has nothing to tell it apart from."""
+    """Raises UserError for a single class: a query needs something to separate it from."""
     if facts.num_classes == 1:
         (finding,) = judge(facts, np.ones(1, int), 0, 1)
         raise UserError(f"{facts.name}: {finding.text}")

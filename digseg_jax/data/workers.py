@@ -13,7 +13,7 @@ import cv2
 from digseg_jax.log import log
 from digseg_jax.runtime.malloc import keep_freed_memory
 
-SHARED_MEMORY = "/dev/shm"  # through which workers hand over their batches
+SHARED_MEMORY = "/dev/shm"  # through which workers pass their batches
 ENOUGH = 256 * 2**20  # bytes; Docker's default is 64 MiB
 WATCH_EVERY = 5.0  # seconds
 

@@ -19,7 +19,7 @@ from digseg_jax.report.markup import esc
 FOLDER = Path(__file__).parent
 # Held-out squares of the shipped weights' land cover (NASA Blue Marble, public domain).
 SAMPLES = {path.stem: path for path in sorted((FOLDER / "samples").glob("*.jpg"))}
-FIRST_WORDS = 6  # of the model's classes that are in the field at first
+FIRST_WORDS = 6  # of the model's classes that the field shows at first
 # A transparent pixel: the images come later.
 _EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7", 4, 3
 
@@ -29,7 +29,7 @@ class Page:
 
     Args:
       name: of the model, as the user knows it.
-      segmenter: tells its classes, and whether it takes any word.
+      segmenter: knows its classes, and whether it takes any word.
     """
 
     def __init__(self, name: str, segmenter: PretrainedSegmenter):

@@ -35,7 +35,7 @@ Segment = Callable[..., Masks]  # as `PretrainedSegmenter.__call__`
 
 
 class Canceled(Exception):
-    """Somebody does not want the masks any more."""
+    """The masks are no longer wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Job:
         """Watches the segmentation: keeps its masks as often as a share of the time allows.
 
         Raises:
-          Canceled: nobody wants the masks any more.
+          Canceled: the masks are no longer wanted.
         """
         if not self.wanted:
             raise Canceled
@@ -158,7 +158,7 @@ class Queue:
         return job
 
     def get(self, job_id: str) -> Job | None:
-        """The order of an identity; None if there is none, or not any more."""
+        """The order with this identity; None if there is none, or no longer."""
         return self._jobs.get(job_id)
 
     def facts(self, job: Job) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generalist's domains as data to score: --suite=domains, from folders below config.data.root.
 
-Each is seen at its own scale (`data.datasets.domains`) and asked for its own classes, but for a
-background, which is what no class claims. The score is the mean IoU of the classes that were asked for
-and occur; with one class it is that class's IoU. Names of other domains are asked too: what they cover
-is wrong.
+Each is seen at its own scale (`data.datasets.domains`) and queried for its own classes; a background is
+what no class claims. The score is the mean IoU of the queried classes that occur; with one class it is
+that class's IoU. Names of other domains are queried too, and whatever they cover is an error.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def check_suite(name: str) -> None:
 
 
 def check_root(name: str, root: str) -> None:
-    """Checks that a suite's folder of data sets is there; one in a bucket is asked for its data only.
+    """Checks that a suite's folder of data sets is there; one in a bucket is not checked.
 
     Raises:
       UserError: no such folder. Unchecked, the suite of the domains would score the land cover alone,
@@ -128,7 +128,7 @@ def run_suite(
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """A row to be of a suite: a data set under one E-Step.
+    """A row of a suite before it is scored: a data set under one E-Step.
 
     segmenter: sees images at the data set's scale. examples: opens the split; raises UserError.
     training: of those examples, the images for a threshold search. facts: JSON-ready, what else
@@ -148,7 +148,7 @@ class _Subject:
 def _subjects(
     data: DataConfig, settings: EvalConfig, segmenter: Segmenter, name: str
 ) -> Iterator[_Subject]:
-    """Yields the rows to be of a suite in the table's order."""
+    """Yields the rows of a suite, not scored yet, in the table's order."""
     esteps = [EStep(settings.ensemble, settings.steps, settings.spacing)]
     if name == domains.SUITE:
         split, count = settings.split, settings.num_images
@@ -269,7 +269,7 @@ def scores_of(
         "per_class": headline.per_class(),
     }
 
-    # What masks of names cover that no image can show.
+    # What is covered by masks of names that no image can show.
     if examples.wrong_names:
         result["wrong_names"] = evaluator.coverage(examples.wrong_names, estep, journal)
 

@@ -210,7 +210,7 @@ class Checkpointer:
         kept = f"those of steps {', '.join(map(str, whole))} are whole" if whole else "there is none"
         told = (
             f"{self.folder / str(step)}: checkpoint cannot be written ({reason}); of the older ones "
-            f"{kept}; make room or access, and the same command goes on from there"
+            f"{kept}; make room or access, and the same command continues from there"
         )
         return refusal(told, why)
 
@@ -232,7 +232,7 @@ class Checkpointer:
         if step is None:
             raise UserError(f"{self.folder}: no checkpoint here; train first")
 
-        # The small entries first: the stored layout tells whether the state fits.
+        # The small entries first: the stored layout shows whether the state fits.
         facts = self._read(step, data=ocp.args.JsonRestore())["data"]
         if facts != {"next_step": step}:
             raise self._unusable(step, f"its data entry is {facts}, not that of step {step}")
@@ -246,12 +246,12 @@ class Checkpointer:
         return self._read_state(abstract_part, step, self._read_meta(step), partial_restore=True)
 
     def _read_meta(self, step: int) -> dict[str, Any]:
-        """Reads `meta` and compares its checksum; tells where there is none."""
+        """Reads `meta` and compares its checksum; logs a line if there is none."""
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         if not isinstance(meta, dict):
             raise self._unusable(step, "its meta entry is no JSON object")
 
-        # Two entries tell that there are checksums: a damaged name does not switch the comparison off.
+        # Two entries say that there are checksums: a damaged name does not switch the comparison off.
         if "checksum" not in meta and "sums" not in meta:
             log.warning("%s: has no checksums, so damage would not show", self.folder / str(step))
             return meta
@@ -390,7 +390,7 @@ def _policy(config: CheckpointConfig) -> policies.AnyPreservationPolicy:
 
 
 def abstract_with_shardings(tree: Any, shardings: Any) -> Any:
-    """Makes the ShapeDtypeStructs that tell orbax where each leaf goes."""
+    """Makes the ShapeDtypeStructs from which orbax knows where each leaf goes."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )

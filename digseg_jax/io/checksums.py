@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checksums that tell whether what is read is what was written: of arrays on any mesh, and of JSON.
+"""Checksums of arrays on any mesh and of JSON, to find out whether what is read is what was written.
 
 An array's sum is one of integers modulo 2**32: every element's bits times an odd weight that depends on
 the element's place in the whole array. Integers add up to the same in any order, so the sum is the same

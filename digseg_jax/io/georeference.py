@@ -33,7 +33,7 @@ def has_rasterio() -> bool:
 
 
 def is_georeferenced(path: Path) -> bool:
-    """Whether a file is a TIFF that tells its place; False for what cannot be opened."""
+    """Whether a file is a georeferenced TIFF; False for what cannot be opened."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -44,7 +44,7 @@ def is_georeferenced(path: Path) -> bool:
                 return any(tag in tags for tag in _PLACE) and tags.get(_ORIENTATION, 1) == 1
     except Image.UnidentifiedImageError:
         return has_rasterio() and _place_of(path) is not None  # more bands than Pillow reads
-    except Exception:  # a damaged file can raise anything; its reader tells it
+    except Exception:  # a damaged file can raise anything; its reader reports that
         return False
 
 
@@ -63,7 +63,7 @@ def _place_of(path: Path) -> Place | None:
 def read_bands(data: bytes, most: int) -> np.ndarray | None:
     """Red, green and blue of a raster in memory, [h, w, 3] of its own type.
 
-    The bands that say so, else the first three, else the first one three times.
+    The bands that are marked so, else the first three, else the first one three times.
 
     Returns:
       None without rasterio, for what is no raster, and for more than `most` pixels.
@@ -106,7 +106,7 @@ def write_raster(
     """
     import rasterio
 
-    # The first plane tells the type and size of all.
+    # The first plane has the type and size of all.
     rest = iter(planes)
     first = next(rest)
     profile = {

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A claim on a folder in a bucket, which knows no locks: an object that its holder renews.
+"""A claim on a folder in a bucket, which has no locks: an object that its holder renews.
 
 An object there has a generation, a number that every write changes, and the bucket accepts a write on
 the condition that the generation is a certain one. So of two runs only one can make the object, or take
 it over. Clocks of different hosts are never compared: a claim is dead if its generation has stayed the
-same for as long as it says, by the clock of the one who waits.
+same for as long as it says, by the waiting process's clock.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _acquire(path: epath.Path, mine: _Claim) -> _Claim:
 def _renew(path: epath.Path, held: _Claim, ended: threading.Event) -> None:
     """Writes the claim again and again until `ended`; ends the process if another run has taken it."""
     while not ended.wait(held.seconds / _RENEWALS):
-        # A bucket that does not answer for a while takes the claim from nobody.
+        # A bucket that does not answer for a while does not end the claim.
         with contextlib.suppress(Exception):
             if written := _write(path, held, held.generation):
                 held = written
@@ -188,7 +188,7 @@ def _request(method: str, path: epath.Path, generation: str = "", data: bytes | 
     condition = {"ifGenerationMatch": generation} if generation else {}
     client = fsspec.filesystem("gs")
 
-    # The client's own paths know no conditions; its `call` adds address, credentials and repeats.
+    # The client's own paths have no conditions; its `call` adds address, credentials and repeats.
     if method == "POST":
         place = f"{client._location}/upload/storage/v1/b/{bucket}/o"
         options = {"uploadType": "media", "name": name, "json_out": True}

@@ -96,7 +96,7 @@ class Attention(nnx.Module):
 class ParallelAttention(Attention):
     """Cross-attention to a prompt of its own, and beside it a second one to the text of the query.
 
-    The first is a checkpoint's, which goes on reading the prompt that it knows. The second has
+    The first is a checkpoint's, which keeps reading the prompt that it knows. The second has
     projections and a scale of its own, after IP-Adapter (arXiv 2308.06721). While its output projection
     is zero, as at the start of training (`models.text_branch`), both compute what the first does alone.
     The prompt is a parameter and learns with the rest.

@@ -58,7 +58,7 @@ class Planes:
 
     def stack(self) -> Float[np.ndarray, "q h w"]:
         """All probabilities at once, 4 * q * h * w bytes: large for a large image and vocabulary."""
-        # The first plane tells the size; filling one array avoids a second copy of all planes.
+        # The first plane has the size; filling one array avoids a second copy of all planes.
         first = self.probability(0)
         planes = np.empty((self.num_queries, *first.shape), np.float32)
         planes[0] = first
@@ -229,7 +229,7 @@ class MostProbable:
 
     def see(self, mask: Float[np.ndarray, "h w"]) -> None:
         """Takes the mask of the next query."""
-        # Allocate at the first mask, which tells the size and the type.
+        # Allocate at the first mask, which has the size and the type.
         if self._label is None or self._best is None:
             least = -np.inf if self.floor is None else self.floor
             self._best = np.full(mask.shape, least, mask.dtype)

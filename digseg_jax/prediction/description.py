@@ -313,9 +313,7 @@ def unet_folder(folder: Path) -> Path:
 
 
 def check_agreement(description: Description, values: dict[str, Any], folder: AnyPath | str) -> None:
-    """Checks that a configuration agrees with the one that the weights were trained with.
-
-    values: the configuration, as `to_dict` gives it.
+    """Checks that a configuration's `to_dict` agrees with the one that the weights were trained with.
 
     Raises:
       UserError: it contradicts the training; names every such key with both values.
@@ -432,9 +430,7 @@ def _typed(cls: type, values: dict[str, Any], path: str) -> Any:
     """
     hints = typing.get_type_hints(cls)
     if missing := sorted(hints.keys() - values.keys()):
-        raise UserError(
-            f"{path}: {', '.join(missing)} missing; write the file again with --mode=export"
-        )
+        raise UserError(f"{path}: {', '.join(missing)} missing; write it again with --mode=export")
     if unknown := sorted(values.keys() - hints.keys()):
         raise UserError(f"{path}: {unknown[0]!r} is not one of its keys; legal: {', '.join(hints)}")
 

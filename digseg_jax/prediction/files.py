@@ -212,7 +212,7 @@ def write_prediction(
             for source, target in zip(made, files, strict=True):
                 source.replace(target)
 
-            # The summary came first, as it tells whose the files are; now it tells that all are there.
+            # Written first to mark whose files these are, the summary now says that all are there.
             summary["complete"] = True
             _write_json(made.summary, summary)
             made.summary.replace(files.summary)

@@ -98,7 +98,7 @@ Job = tuple[Path, PredictionFiles]  # an image, and the files of its prediction
 
 
 def _placed(images: Sequence[Path]) -> list[Path]:
-    """The images that tell their place on the earth; none, and a hint, without rasterio."""
+    """The georeferenced images; without rasterio none, and a hint in the log."""
     placed = [image for image in images if is_georeferenced(image)]
     if placed and not has_rasterio():
         log.info("georeferenced images: %d; for georeferenced masks, %s", len(placed), INSTALL)
@@ -221,7 +221,7 @@ class _ImageProgress:
         if steps == 1 or seconds < self.quiet:
             return
 
-        # Made at the first call, which tells the number of steps.
+        # Made at the first call, which knows the number of steps.
         if self.progress is None:
             self.progress = Progress(steps, label=f"  {shown(self.image.name)}", unit=self.unit)
         self.progress.update(done, done / seconds)

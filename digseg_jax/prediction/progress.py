@@ -17,7 +17,7 @@ Read = Callable[[np.ndarray], np.ndarray]  # latents [n k e h w c] -> probabilit
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What a watcher is told after a step of a member.
+    """What a watcher receives after a step of a member.
 
     Attributes:
       done, total: steps, over the views, groups of queries and members of the image.
@@ -37,7 +37,7 @@ Watch = Callable[[Moment], None]
 
 
 class Watcher:
-    """Keeps the masks of an image while they are sampled, and tells a watcher of every step.
+    """Keeps the masks of an image while they are sampled, and calls a watcher after every step.
 
     Args:
       watch: called with each `Moment`; what it raises ends the segmentation.

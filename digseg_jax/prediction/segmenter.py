@@ -101,7 +101,7 @@ class Segmenter:
         """Probabilities (0..1) of every query on every image, at the image's own resolution.
 
         Queries are asked in the templates of `asks_in`. first: index of the first image in the draws of
-        the noise, for a list handed over in parts. Other arguments: see `Request` and `segment`.
+        the noise, for a list passed in parts. Other arguments: see `Request` and `segment`.
         """
         shift, templates = None if bias is None else tuple(bias), self.asks_in()
         requests = [
@@ -244,7 +244,7 @@ class Segmenter:
         job: Job,
     ) -> list[ViewMasks]:
         """Masks of all queries for one call's views; places: (request, view) of each of them."""
-        # Padding repeats the last view; a process without any views hands over black ones.
+        # Padding repeats the last view; a process without any views passes black ones.
         blank = np.zeros((*self.size, 3), np.uint8)
         shown = [views[r].crops[k] for r, k in places]
         crops = np.stack([*shown, *[shown[-1] if shown else blank] * (rows - len(shown))])
@@ -286,7 +286,7 @@ class Segmenter:
     def _sample(
         self, rows: Rows, bias: np.ndarray, seen: tuple[list[int], int], job: Job
     ) -> Float[np.ndarray, "n k e h w c"]:
-        """Samples one group of queries of a call's views; a watcher is told of every step.
+        """Samples one group of queries of a call's views; a watcher is called after every step.
 
         rows: see `Programs.sample`. seen: the views, and the first query.
         """

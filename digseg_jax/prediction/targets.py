@@ -27,7 +27,7 @@ class PredictionFiles:
       base: FOLDER/NAME.
       parts: for each query, what follows NAME in its files: "" for a single query, else _QUERY.
       ending: ending of the mask files.
-      georeferenced: whether there are GeoTIFFs, as of an image that tells its place on the earth.
+      georeferenced: whether there are GeoTIFFs, which a georeferenced image gets.
     """
 
     base: Path

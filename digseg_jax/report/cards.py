@@ -223,7 +223,7 @@ def gallery_section(
     if not items:
         return ""
 
-    # Typical images first, as they tell most; the script restores the order of the split.
+    # Typical images first, as they show most; the script restores the order of the split.
     ranked = any(item.get("kind") for _, item in items)
     items.sort(key=lambda entry: _KINDS.get(entry[1].get("kind"), len(_KINDS)))
     cards = "".join(card(item, i, folder, colors) for i, item in items)

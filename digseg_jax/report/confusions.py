@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which classes are taken for which: the most frequent mistakes, and the confusion matrix."""
+"""Which classes are confused: the most frequent mistakes, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _mistakes(
     order = np.argsort(-wrong, axis=None, kind="stable")[:LISTED]
     pairs = [divmod(int(i), wrong.shape[1]) for i in order]
 
-    # The share of a rare class tells that it is lost; the share of all mistakes, what it costs.
+    # The share of a rare class shows that it is lost; the share of all mistakes, what that costs.
     total = max(wrong.sum(), 1.0)
     rows = [
         [_named(names[t], colors), _named(names[p], colors), _percent(shares[t, p]),

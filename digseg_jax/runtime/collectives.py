@@ -77,7 +77,7 @@ def tell_all(value: Any) -> Any:
 def check_all_agree(values: Mapping[str, Any]) -> None:
     """Checks that every process has the same JSON-ready values; every process must call it.
 
-    A process with other settings computes other gradients, silently, or waits for ever in a step that
+    A process with other settings computes other gradients, silently, or waits forever in a step that
     the others never take.
 
     Raises:

@@ -210,8 +210,8 @@ def together(name: str, timeout: float = BARRIER_TIMEOUT) -> Iterator[None]:
     if client is None:
         return
 
-    # Exchange the messages through the coordination service, "" for success. The first letter tells
-    # whether the error passes.
+    # Exchange the messages through the coordination service, "" for success. The first letter says
+    # whether the error is transient.
     me, _uses[name] = jax.process_index(), _uses.get(name, 0) + 1
     folder = f"together/{name}:{_uses[name]}"
     kind = "t" if isinstance(problem, Transient) else "u"

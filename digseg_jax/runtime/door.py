@@ -31,13 +31,13 @@ _REFUSED = (
 
 def tell(error: BaseException) -> int:
     """Prints what a command raised, in one line if the user can fix it; returns the exit status."""
-    # Ends that are no failures of the program.
+    # Ends that are not failures of the program.
     if isinstance(error, Transient):
-        return _one_line(f"{error}; this passes: start the same command again", PREEMPTED)
+        return _one_line(f"{error}; this is temporary: start the same command again", PREEMPTED)
     if isinstance(error, UserError):
         return _one_line(str(error), USER_ERROR)
     if isinstance(error, Preempted):
-        log.info("%s; the same command goes on from there", error)
+        log.info("%s; the same command continues from there", error)
         return PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return _one_line("interrupted", INTERRUPTED)
@@ -51,7 +51,7 @@ def tell(error: BaseException) -> int:
     # In the middle of a step or a transfer, the libraries' own errors arrive here.
     if passes(error):
         why = f"another process of the run, or a service, does not answer ({error})"
-        return _one_line(f"{why[:600]}; this passes: start the same command again", PREEMPTED)
+        return _one_line(f"{why[:600]}; this is temporary: start the same command again", PREEMPTED)
 
     # The rest is for a developer: a traceback, and a hint where memory ran out.
     traceback.print_exception(error)

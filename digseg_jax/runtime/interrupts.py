@@ -14,7 +14,7 @@ def remember_interrupts() -> None:
     """Makes Ctrl-C leave a mark beside raising KeyboardInterrupt.
 
     While libraries load, an exception may be raised in a callback of C code or in a destructor, where
-    it is printed or lost, and the program goes on. `check_interrupts` raises it once more.
+    it is printed or lost, and the program continues. `check_interrupts` raises it once more.
     """
     global _remembered
     _remembered = False

@@ -88,13 +88,13 @@ class _Call:
         return self.began + self.timeout - time.monotonic()
 
     def proof(self, sender: int) -> str:
-        """Shows that process `sender` knows the token, without telling it."""
+        """Proves that process `sender` knows the token, without revealing it."""
         text = f"{_GREETING} process {sender} of {self.count}"
         return hmac.new(self.token.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
 def _listen(call: _Call) -> None:
-    """Process 0: collects the others and tells each of them the outcome."""
+    """Process 0: collects the others and sends each of them the outcome."""
     present: dict[int, socket.socket] = {}
     try:
         with contextlib.ExitStack() as stack:
@@ -253,7 +253,7 @@ def _close_slow(selector: selectors.BaseSelector) -> None:
 
 
 def _admit(call: _Call, caller: socket.socket, line: bytes, present: dict[int, socket.socket]) -> None:
-    """Registers the caller that said `line`, or tells it why it cannot take part."""
+    """Registers the caller that sent `line`, or answers why it cannot take part."""
     caller.setblocking(True)
     caller.settimeout(_PATIENCE)
     try:
@@ -286,7 +286,7 @@ def _admit(call: _Call, caller: socket.socket, line: bytes, present: dict[int, s
 
 
 def _tell(call: _Call, caller: socket.socket, problem: str, *, passes: bool = False) -> None:
-    """Sends the outcome, "" if all is well; one caller that died keeps it from nobody else."""
+    """Sends the outcome, "" if all is well; a caller that has died does not keep it from the others."""
     said = {"is": _GREETING, "problem": problem, "passes": passes, "proof": call.proof(0)}
     with contextlib.suppress(OSError):
         caller.sendall(json.dumps(said).encode() + b"\n")

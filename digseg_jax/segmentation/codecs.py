@@ -29,12 +29,12 @@ def make_codec(name: str, data: DataConfig, classes: int | None = None) -> Codec
 
 
 def check_cacheable(name: str) -> None:
-    """Raises UserError if the codec draws mask images anew for every example."""
+    """Raises UserError if the codec draws mask images at random for every example."""
     if CODECS[name].redrawn:
         legal = ", ".join(codec.name for codec in CODECS.values() if not codec.redrawn)
         raise UserError(
-            f"config.model.codec={name!r}: its masks are drawn again for every example and cannot be "
-            f"cached; with cached latents legal are {legal}"
+            f"config.model.codec={name!r}: its masks are drawn at random for every example and cannot "
+            f"be cached; with cached latents legal are {legal}"
         )
 
 

@@ -4,7 +4,7 @@
 The context of an image is a list of up to K names, one token each: the text's sentence feature, marked
 with a color. The U-Net paints every named class in its color, and what nobody named in one more color,
 the background's. The colors are a fixed set, chosen for the autoencoder as a palette's are; which name
-gets which is drawn anew for every training example, so that the network must read it from the context.
+gets which color is drawn for every training example, so that the network must read it from the context.
 Ours: the paper says neither how its colored masks are asked for nor how they are read.
 """
 
@@ -52,9 +52,9 @@ class PromptedCodec(ColorCodec):
     """Paints any named classes into a single mask image and reads each by its color.
 
     Args:
-      names: K, most names of an image; larger vocabularies are asked in groups of K.
-      dropout: share of training examples whose names are thinned out to a random number, so that
-        classes that are there also go unnamed.
+      names: K, the most names of one image; larger vocabularies are split into groups of K.
+      dropout: share of training examples that keep only a random number of their names, so that
+        some classes in the image are unnamed.
     """
 
     name: ClassVar[str] = "prompted"
@@ -91,7 +91,7 @@ class PromptedCodec(ColorCodec):
         return query
 
     def slots(self, count: int) -> int:
-        """K, however many are asked: one program serves every vocabulary."""
+        """K, whatever the number of queries: one program serves every vocabulary."""
         return self.names
 
     def hide_empty(self, mask: Bool[np.ndarray, "t l"], asked: int) -> Bool[np.ndarray, "t l"]:

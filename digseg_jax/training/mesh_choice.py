@@ -187,7 +187,7 @@ def least_memory(devices: list[jax.Device]) -> float:
     own = [d for d in devices if d.process_index == jax.process_index()] or devices
     stats = own[0].memory_stats() or {}
 
-    # Devices that do not tell (CPUs) get their share of the host's memory.
+    # Devices that do not report it (CPUs) get their share of the host's memory.
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(own)
     found = float(stats.get("bytes_limit", host))
 

@@ -14,7 +14,7 @@ from digseg_jax.io.metric_writer import MetricWriter
 from digseg_jax.io.progress import Progress
 from digseg_jax.runtime.profiling import Stopwatch, speed
 
-GUARDED = ("loss", "grad_norm")  # metrics that must be finite for the run to go on
+GUARDED = ("loss", "grad_norm")  # metrics that must be finite for the run to continue
 
 
 class NotFinite(FloatingPointError):

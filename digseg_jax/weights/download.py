@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads from the hub with `huggingface_hub`: limited in time, checked, faults told in one line.
+"""Downloads from the hub with `huggingface_hub`: limited in time, checked, and with errors of one line.
 
 The client resumes a file whose connection ends early, and retries for a while. The rest is done here:
 API calls without a time limit get one, connections that were reset are tried again, and weights are

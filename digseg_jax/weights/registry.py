@@ -65,7 +65,7 @@ class Component:
         return getattr(import_module(f"digseg_jax.models.{self.module}"), self.config_name)
 
     def make_config(self, values: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> Any:
-        """Makes the config from config.json and what only weights tell, such as a missing pooler."""
+        """Makes the config from config.json and what only weights show, such as a missing pooler."""
         # open_clip's config names another repository; sizes come from the tensors.
         if hasattr(self.config_class, "from_checkpoint"):
             shapes = {key: info.shape for key, info in infos.items()}

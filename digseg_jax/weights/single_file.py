@@ -155,7 +155,7 @@ def _unet_tensors(infos: Infos) -> Infos:
     modules = _UNET | _halves(infos)
     found: Infos = {}
     for key, info in infos.items():
-        # A module's name is three or four words long, but for those outside of the blocks.
+        # A module's name is three or four words long, except outside of the blocks.
         words = key.split(".")
         names = (".".join(words[:n]) for n in (4, 3, 2))
         name = next((name for name in names if name in modules), None)

@@ -69,7 +69,7 @@ def push_folder(
 
             # The last attempt, or a reason that no attempt would change.
             if not passing or attempt == download.ATTEMPTS:
-                again = "; the same command goes on where it ended" if passing else ""
+                again = "; the same command continues where it ended" if passing else ""
                 raise UserError(f"cannot push {target!r} to the hub: {reason}{again}") from error
             log.warning("%s: %s; attempt %d of %d", target, reason, attempt + 1, download.ATTEMPTS)
             time.sleep(download.PAUSE * attempt)

@@ -108,7 +108,7 @@ def test_another_model_is_not_replaced(server, export, tmp_path):
 def test_a_connection_that_is_cut_is_one_line_and_the_second_call_completes(server, export):
     server.fail("PUT", "cut", times=1_000_000)
     message = refusal(export, NAME)
-    assert f"cannot push {NAME!r} to the hub" in message and "goes on where it ended" in message
+    assert f"cannot push {NAME!r} to the hub" in message and "continues where it ended" in message
     assert not server.commits and files_of(server.folder / NAME / "main") == {}
     server.faults.clear()
     push_export(export, NAME)
@@ -117,7 +117,7 @@ def test_a_connection_that_is_cut_is_one_line_and_the_second_call_completes(serv
 
 def test_a_commit_that_is_cut_leaves_nothing_and_sends_no_weights_again(server, export):
     server.fail("/commit/main", "cut")
-    assert "goes on where it ended" in refusal(export, NAME)
+    assert "continues where it ended" in refusal(export, NAME)
     sent = len(server.received)
     assert sent and files_of(server.folder / NAME / "main") == {}
     server.faults.clear()

@@ -70,7 +70,9 @@ def test_a_second_call_makes_only_what_is_missing_or_would_differ(model, photos,
     told = []
     monkeypatch.setattr(log, "info", lambda text, *a, **_: told.append(text % a))
     out = predict(photos)
-    assert model.seen == ["a.png", "b.png", "c.png"] and not [t for t in told if "are done" in t]
+    assert model.seen == ["a.png", "b.png", "c.png"] and not [
+        t for t in told if "already have masks" in t
+    ]
 
     # A lost file, a prediction that was killed while its files were moved, another image.
     (out / "a.npz").unlink()
@@ -79,7 +81,7 @@ def test_a_second_call_makes_only_what_is_missing_or_would_differ(model, photos,
     model.seen.clear()
     predict(photos)
     assert model.seen == ["a.png", "b.png"]
-    assert [t for t in told if t.startswith("1 of 3 images are done")]
+    assert [t for t in told if t.startswith("1 of 3 images already have masks")]
     (photos / "c.png").write_bytes((photos / "a.png").read_bytes())
     model.seen.clear()
     predict(photos)

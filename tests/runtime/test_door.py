@@ -35,7 +35,7 @@ from digseg_jax.tools import convert_weights, performance_page, prepare_data
         (NotADirectoryError(errno.ENOTDIR, "Not one", "a/b"), USER_ERROR, ["error: a/b: Not one"]),
         (KeyboardInterrupt(), INTERRUPTED, ["error: interrupted"]),
         (Preempted("saved"), PREEMPTED, []),
-        (Transient("process 1 is late"), PREEMPTED, ["error: process 1 is late; this passes: start"]),
+        (Transient("process 1 is late"), PREEMPTED, ["error: process 1 is late; this is temp"]),
         (ConnectionResetError(errno.ECONNRESET, "reset"), PREEMPTED, ["error: another process of the"]),
     ],
 )  # fmt: skip

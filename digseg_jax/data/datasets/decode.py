@@ -120,7 +120,7 @@ class LabelTable:
         outside = (raw < 0) | (raw >= len(self.lookup))
         label = self.lookup[np.where(outside, 0, raw)] if outside.any() else self.lookup[raw]
 
-        # Name the first unknown pixel: it tells a wrong file, a lossy copy or another release.
+        # Name the first unknown pixel: it hints at a wrong file, a lossy copy or another release.
         unknown = outside | (label == self.UNKNOWN)
         if unknown.any():
             y, x = np.argwhere(unknown)[0]

@@ -32,11 +32,11 @@ class Domain:
       weight: share of the training examples, relative to the other domains.
       may_show: groups and single names of other domains whose things its images may show without a
         label: for them they are unknown, for all others they are negatives.
-      held_out: regex on names of training images that are never trained on, for an honest validation
-        by whole scenes; empty: none.
+      held_out: regex on names of training images that are kept out of the training, whole scenes for
+        an honest validation; empty: none.
       val: the split that the suite scores as val.
       terms: of its images and labels, in words.
-      shareable: whether these terms allow to pass on works derived from it, such as trained weights.
+      shareable: whether these terms allow derived works, such as trained weights, to be passed on.
     """
 
     name: str
@@ -217,7 +217,7 @@ DOMAINS = (
 )
 
 
-# A name of each group that could stand in no image of the others but for what `may_show` says.
+# For each group, a name that no image of another group can show, except as `may_show` says.
 WRONG_NAMES = {
     "thing": "giraffe",
     "street": "bicyclist",
@@ -239,5 +239,5 @@ def wrong_names(domain: Domain) -> tuple[str, ...]:
 
 
 def shareable_domains() -> tuple[Domain, ...]:
-    """The domains whose terms allow to pass on weights that were trained on them."""
+    """The domains whose terms allow weights trained on them to be passed on."""
     return tuple(domain for domain in DOMAINS if domain.shareable)

@@ -74,6 +74,6 @@ def _hint(spec: DatasetSpec, absent: list[str]) -> str:
 
 
 def _list(names: list[str], most: int = 8) -> str:
-    """Joins names for a message; of many only the first `most`, and how many more there are."""
+    """Joins names for a message; of many only the first `most`, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

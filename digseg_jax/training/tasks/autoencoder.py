@@ -91,7 +91,7 @@ def color_error(error: Float[Array, "b h w 3"], cell: int) -> Array:
     """Mean absolute error of the mean color of cells of `cell` pixels, along opponent axes.
 
     Pixel errors are dominated by texture that latents of four channels cannot carry; left alone they
-    crowd out small differences of hue, which is what tells cropland from grass.
+    crowd out small differences of hue, which is what separates cropland from grass.
     """
     b, h, w, _ = error.shape
     mean = error.reshape(b, h // cell, cell, w // cell, cell, 3).mean(axis=(2, 4))

@@ -45,7 +45,7 @@ def annotation_files(root: Path) -> dict[str, Path]:
     if not found and single:
         found = {"train": single}
 
-    # CVAT's name for everything that was not divided.
+    # CVAT's name for what was not split.
     return {"train": found["default"]} if set(found) == {"default"} else found
 
 

@@ -109,7 +109,7 @@ def _elements(path: Path, text: str, key: str) -> Iterator[dict[str, Any]]:
     if opening < 0 or text[opening : opening + 1] != "[":
         raise UnreadableError(f"{path}: holds no list {key!r}")
 
-    # `raw_decode` reads one element and tells where it ends; the commas between are skipped here.
+    # `raw_decode` reads one element and returns where it ends; the commas between are skipped here.
     position = skip(opening + 1)
     while text[position : position + 1] != "]":
         try:

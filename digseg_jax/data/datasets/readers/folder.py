@@ -129,7 +129,7 @@ def _voc_lists(root: Path) -> dict[str, Path]:
     if not found:
         raise UserError(f"{shown(root / VOC_LISTS)}: no lists of examples in it, such as train.txt")
 
-    # CVAT's name for everything that was not divided.
+    # CVAT's name for what was not split.
     return {"train": found["default"]} if set(found) == {"default"} else found
 
 
@@ -244,7 +244,7 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
 
     pairs = pair_up(root, sides[0], _by_image(sides[1], sides[0], what), what)
 
-    # All values of a list have one form, so the first tells which. Strict about EXIF, because no
+    # All values of a list have one form, so the first shows which. Strict about EXIF, because no
     # convention says how masks of a user's own data were drawn.
     colored = spec.classes[0].raw[0] >= COLOR
     return FileSource(root, pairs, ColorLabels(spec) if colored else IndexLabels(spec), strict=True)

@@ -92,7 +92,7 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
 
 
 def _listed(path: Path, split: str, detail: DetailJson, what: str) -> list[str]:
-    """The names in VOC's list if the JSON file has all of them; else its own list, told in a line."""
+    """The names in VOC's list if the JSON file has all of them; else its own list, which is logged."""
     stems = read_list(path) if path.is_file() else []
     missing = [s for s in stems if s not in detail.phases]
     if stems and not missing:

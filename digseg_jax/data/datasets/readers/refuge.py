@@ -66,7 +66,7 @@ def open_refuge2(spec: DatasetSpec, root: Path, split: str) -> FileSource:
     Raises:
       UserError: a name that occurs twice, or files without their partner.
     """
-    # The name alone tells the split, whatever the folders are called.
+    # The name alone determines the split, whatever the folders are called.
     what, stem = f"{spec.name} {split}", re.compile(STEMS[split])
     images: dict[str, list[Path]] = {}
     labels: dict[str, list[Path]] = {}
