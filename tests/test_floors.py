@@ -79,7 +79,7 @@ def test_the_package_root_has_room_for_nine_modules() -> None:
 # it on to one that does; all others take the sections that they read
 WHOLE = {
     "config": 2,  # the rules between sections, and a copy with other values
-    "training": 9,  # the tasks, the trainer, kernels for the devices, memory of a step
+    "training": 8,  # the tasks, the trainer, kernels for the devices, memory of a step
     "prediction": 3,  # load a segmenter, predict, describe a run's weights
     "evaluation": 1,  # a suite, whose counts are continued for an equal configuration only
     "aot": 7,  # what a run compiles, from any of its sections

@@ -27,8 +27,11 @@ from digseg_jax.training.tasks.segmentation import load_task
 TASKS: dict[str, Callable[[Config], Task]] = {
     "segmentation": load_task,
     "prior": PriorTask,
-    "autoencoder": AutoencoderTask,
-}
+    "autoencoder": lambda config: AutoencoderTask(
+        config.vae_arch, config.compute,
+        dtype=config.model.dtype, size=config.data.image_size, seed=config.seed,
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Batch, Float, Params
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import ComputeConfig, VaeArch
 from digseg_jax.models import functional
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.models.vae_init import carry_colors
@@ -21,26 +21,28 @@ MASK_SHARPNESS = 4.0  # turns a decoded mask in [-1, 1] into logits; only the si
 
 
 class AutoencoderTask(Task):
-    """Absolute and squared error on images, cross-entropy on masks, a little KL."""
+    """Absolute and squared error on images, cross-entropy on masks, a little KL.
 
-    def __init__(self, config: Config):
-        arch = config.vae_arch
-        self.seed, self.kl_weight = config.seed, arch.kl_weight
+    dtype: of activations. size: pixels of a crop's side. seed: of the initial weights.
+    """
+
+    def __init__(self, arch: VaeArch, compute: ComputeConfig, *, dtype: str, size: int, seed: int):
+        self.seed, self.kl_weight = seed, arch.kl_weight
         self.color_weight, self.carry_colors = arch.color_weight, arch.carry_colors
         self.config = VaeConfig(
             block_out_channels=arch.block_out_channels,
             layers_per_block=arch.layers_per_block,
             norm_num_groups=arch.norm_num_groups,
             mid_block_add_attention=arch.mid_block_add_attention,
-            sample_size=config.data.image_size,
+            sample_size=size,
         )
         self.graphdef, self.abstract = functional.abstract(
             lambda: AutoencoderKL(
                 self.config,
                 rngs=functional.FixedRngs(),
-                dtype=jnp.dtype(config.model.dtype),
-                conv="cpu" if config.compute.conv == "cpu" else "xla",
-                remat=config.compute.remat,
+                dtype=jnp.dtype(dtype),
+                conv="cpu" if compute.conv == "cpu" else "xla",
+                remat=compute.remat,
             )
         )
         self.frozen: Params = {}

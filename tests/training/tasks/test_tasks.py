@@ -23,16 +23,13 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.training.optim import make_optimizer
-from digseg_jax.training.setup import set_up
+from digseg_jax.training.setup import TASKS, set_up
 from digseg_jax.training.step import initial_state
-from digseg_jax.training.tasks.autoencoder import AutoencoderTask, binary_iou, color_error, mask_error
+from digseg_jax.training.tasks.autoencoder import binary_iou, color_error, mask_error
 from digseg_jax.training.tasks.base import example_keys, to_unit
 from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_from
-from digseg_jax.training.tasks.prior import PriorTask
 from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
 from digseg_jax.weights import load_component, load_params
-
-TASKS = {"segmentation": load_task, "prior": PriorTask, "autoencoder": AutoencoderTask}
 
 
 @pytest.fixture(scope="module", params=TASKS)
