@@ -185,7 +185,7 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     """Data and optimization of a training on the generalist's domains.
 
     The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run
-    can continue for as long as there is time.
+    can be extended. `optim.cooldown_steps` lets the rate fall over the last steps.
 
     version: "all", or "shareable" for the domains whose terms allow to pass on weights trained on them.
 
