@@ -148,6 +148,7 @@ def _model(config: ml_collections.ConfigDict, version: Version) -> None:
     # Computation: what fits in memory, and is fast there.
     config.model.dtype = "bfloat16"  # ours: activations only, the weights stay float32
     config.compute.attention = "auto"
+    config.compute.accumulation = 0  # ours: as few microbatches as fit, on a single GPU more than one
     config.compute.remat = "block"  # ours: a tenth more FLOPs, half the temporaries (aot/RECORD.md)
     config.compute.vae_batch = 4  # ours: at 512 px an image's maps take a quarter of a GB each
     config.compute.unet_batch = 32  # ours: an 8x2 ensemble for 16 queries takes 24 GB at once

@@ -21,7 +21,7 @@ from digseg_jax.aot.programs import FILES, Program
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.aot.table import as_text
 from digseg_jax.aot.topology import Topology, open_topology
-from digseg_jax.config.parse import to_dict
+from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import AnyPath, write_bytes, write_json
@@ -29,7 +29,7 @@ from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime import tpu
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.flops import step_flops
-from digseg_jax.training.mesh_choice import choose_mesh, needs_of
+from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
 from digseg_jax.training.tasks.parts import for_devices
 
 # Suffixes of bytes in the compiler's messages, and two forms of its message about too little memory.
@@ -59,6 +59,10 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     needs_on = partial(needs_of, config, task)
     choice = choose_mesh(config.mesh, needs_on, target.devices, target.hbm_bytes, target.chip)
     mesh = make_mesh(choice, target.devices)
+    if not (config.compute.accumulation or config.compile.per_device_batch):
+        size, memory = config.train.batch_size, target.hbm_bytes
+        parts = choose_accumulation(size, needs_on, mesh, memory, target.chip)
+        config = with_settings(config, {"compute.accumulation": parts})
 
     # Lower: JAX's own part, which needs no device.
     start = time.monotonic()

@@ -73,7 +73,7 @@ def lower(
         views = options.per_device_batch or config.eval.batch_size
         return evaluation_programs(evaluated, architecture, mesh, views, options.eval_queries, platform)
 
-    accumulation = config.compute.accumulation
+    accumulation = config.compute.accumulation or 1
     images = train_images(config.train.batch_size, options.per_device_batch, accumulation, mesh)
     task, batch = train_task(config, architecture, images)
     lowered = lower_step(
@@ -282,7 +282,7 @@ def temporary_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> l
     Split kernels are added as if all were gathered at once: fetched ahead, many of
     them are there together.
     """
-    options, accumulation = config.compile, config.compute.accumulation
+    options, accumulation = config.compile, config.compute.accumulation or 1
     if options.program == "eval":
         # Traced for one device with its share of the views; their results are not counted.
         alone = make_mesh(MeshConfig(1, 1, 1), [mesh.devices.flat[0]])

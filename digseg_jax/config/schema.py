@@ -259,8 +259,8 @@ class ComputeConfig:
     vae_batch: int = setting(0, at_least=0)
     # Masks that a device denoises at a time in evaluation; 0: all.
     unet_batch: int = setting(0, at_least=0)
-    # Microbatches that a batch is split into: the same step in less memory.
-    accumulation: int = setting(1, at_least=1)
+    # Microbatches that a batch is split into: the same step in less memory. 0: as few as fit.
+    accumulation: int = setting(1, at_least=0)
     # Folder of compiled programs; "": none. auto: one of the user's own, for predict and demo only.
     compile_cache: str = "auto"
 

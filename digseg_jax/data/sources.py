@@ -247,6 +247,8 @@ def check_scored_splits(
     for split in dict.fromkeys(splits):
         open_part(part, split)
         _tell_changes(part, spec_of(part), split)
+    if spec_of(part).undivided:
+        log.info("data: %s", spec_of(part).title)
 
 
 def _tell_changes(part: PartConfig, facts: DatasetSpec, split: str) -> None:

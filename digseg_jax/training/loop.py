@@ -64,7 +64,7 @@ class Trainer:
         train = config.train
 
         # Bad input is answered before anything is placed on a device.
-        check_batch("config.train.batch_size", train.batch_size, mesh, config.compute.accumulation)
+        check_batch("config.train.batch_size", train.batch_size, mesh, config.compute.accumulation or 1)
         require_wandb(config.logging.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):

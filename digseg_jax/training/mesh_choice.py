@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.mesh.fsdp=0`: chooses over how many devices the state is split, by chip and device count.
+"""`config.mesh.fsdp=0` and `config.compute.accumulation=0`: chooses over how many devices the state is
+split, by chip and device count, and into how many parts a batch, by what is left of their memory.
 
 The rule comes from measured compilations (aot/RECORD.md). Where fast links join the devices (a TPU
 slice, or the GPUs of a host), a state of a gigabyte or more is split over up to 16 of them: an update
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from digseg_jax.config.schema import Config, DataConfig, MeshConfig
 from digseg_jax.log import log
@@ -51,11 +53,13 @@ class Needs:
     state: parameters, moments and moving average, with gradients; split over fsdp.
     frozen: autoencoder and prompts; split over fsdp.
     temporaries: estimated activations of one device's images; not split.
+    gradients: what microbatches need in addition, the sum of their gradients; split over fsdp.
     """
 
     state: float
     frozen: float
     temporaries: float
+    gradients: float = 0.0
 
     def on_a_device(self, fsdp: int) -> float:
         """Bytes on one of `fsdp` devices that share the state."""
@@ -88,15 +92,14 @@ def choose_mesh(
 
     # What a device has, and what the step needs. Data and fsdp together split the batch, so its shards
     # are known before fsdp is.
-    chip = chip or chip_of(devices[0].device_kind)
-    memory = memory or (chip.hbm_bytes if chip else least_memory(devices))
+    chip, memory = _facts(devices, memory, chip)
     needs = needs_on(max(len(devices) // mesh.tensor, 1))
     group = count_joined(devices) // mesh.tensor
     fsdp = fsdp_for(needs, chip, group, memory * USABLE)
 
     # Say what was chosen, from what.
     share, held = needs.on_a_device(fsdp), needs.state + needs.frozen
-    over = "" if share <= USABLE * memory else "; it may not fit: raise config.compute.accumulation"
+    over = "" if share <= USABLE * memory else "; smaller parts of a batch: config.compute.accumulation"
     log.info(
         "config.mesh.fsdp=0: %d chosen for %d x %s: of %.2f GB (state, gradients, frozen parts) a "
         "device holds %.2f GB, about %.2f GB with activations, of %.1f GB%s",
@@ -104,6 +107,55 @@ def choose_mesh(
         held / GB, held / fsdp / GB, share / GB, memory / GB, over,
     )  # fmt: skip
     return dataclasses.replace(mesh, fsdp=fsdp)
+
+
+def choose_accumulation(
+    batch_size: int,
+    needs_on: Callable[[int], Needs],
+    mesh: Mesh,
+    memory: float | None = None,
+    chip: Chip | None = None,
+) -> int:
+    """The fewest microbatches with which a batch fits; logs in one line if there is more than one.
+
+    Every process must call it: all get the same answer.
+
+    Args:
+      batch_size: images of a step, on all devices.
+      needs_on: what has to fit, as in `choose_mesh`; without microbatches.
+      mesh: the chosen one.
+      memory, chip: as in `choose_mesh`.
+    """
+    shards, fsdp = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["fsdp"]
+    _, memory = _facts(list(mesh.devices.flat), memory, chip)
+    needs = needs_on(shards)
+
+    def held(parts: int) -> float:
+        """Bytes on a device."""
+        split = dataclasses.replace(needs, temporaries=needs.temporaries / parts)
+        return split.on_a_device(fsdp) + (needs.gradients / fsdp if parts > 1 else 0.0)
+
+    # A batch that the devices do not divide is refused elsewhere.
+    each = max(batch_size // shards, 1)
+    sizes = [parts for parts in range(1, each + 1) if each % parts == 0]
+    parts = next((size for size in sizes if held(size) <= USABLE * memory), sizes[-1])
+
+    over = "" if held(parts) <= USABLE * memory else "; it may not fit: see --mode=compile"
+    if parts > 1 or over:
+        log.info(
+            "config.compute.accumulation=0: %d chosen, %d of %d images at a time on a device: about "
+            "%.1f of %.1f GB%s",
+            parts, each // parts, each, held(parts) / GB, memory / GB, over,
+        )  # fmt: skip
+    return parts
+
+
+def _facts(
+    devices: list[jax.Device], memory: float | None, chip: Chip | None
+) -> tuple[Chip | None, float]:
+    """Chip and memory of devices, as far as they are not given."""
+    chip = chip or chip_of(devices[0].device_kind)
+    return chip, memory or (chip.hbm_bytes if chip else least_memory(devices))
 
 
 def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
@@ -133,9 +185,9 @@ def needs_of(config: Config, task: Trainable, shards: int) -> Needs:
     """Bytes that the train step needs; its batch is split into `shards` equal parts."""
     # Gradients have the parameters' shapes, so parameters count twice.
     state, params = _bytes(abstract_state(task.abstract, config.optim)), _bytes(task.abstract)
-    images = math.ceil(config.train.batch_size / (shards * config.compute.accumulation))
+    images = math.ceil(config.train.batch_size / (shards * (config.compute.accumulation or 1)))
     each = activation_bytes(config.data, config.model.dtype, config.compute.remat, task)
-    return Needs(state + params, _bytes(task.frozen), images * each)
+    return Needs(state + params, _bytes(task.frozen), images * each, params)
 
 
 def activation_bytes(data: DataConfig, dtype: str, remat: str, task: Trainable) -> float:

@@ -13,11 +13,12 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
+from digseg_jax.config.parse import with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.log import log
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.mesh_choice import choose_mesh, needs_of
+from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.parts import for_devices
@@ -38,7 +39,7 @@ TASKS: dict[str, Callable[[Config], Task]] = {
 class Setup:
     """A configuration made concrete: the start of training, evaluation, export and replay.
 
-    config: with the kernels that `auto` stands for on these devices.
+    config: with the kernels that `auto` stands for on these devices, and a chosen accumulation.
     task: with its frozen parts loaded.
     mesh: of all devices.
     """
@@ -60,7 +61,11 @@ def set_up(config: Config) -> Setup:
     # The task first: the choice of the mesh needs the shapes of its state.
     task: Task = TASKS[config.task](config)
     check_interrupts()
-    mesh = make_mesh(choose_mesh(config.mesh, partial(needs_of, config, task), devices))
+    needs_on = partial(needs_of, config, task)
+    mesh = make_mesh(choose_mesh(config.mesh, needs_on, devices))
+    if not config.compute.accumulation:
+        parts = choose_accumulation(config.train.batch_size, needs_on, mesh)
+        config = with_settings(config, {"compute.accumulation": parts})
     return Setup(config, task, mesh)
 
 

@@ -98,7 +98,7 @@ def make_train_step(
             return jax.value_and_grad(loss, has_aux=True)(trainable)
 
         # Loss and gradients; the sum of an accumulation starts from zeros sharded like the parameters.
-        if accumulation == 1:
+        if accumulation <= 1:
             (loss, metrics), grads = gradient(batch)
         else:
             zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), like)

@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -22,7 +23,13 @@ from digseg_jax.recipes import stable_diffusion
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training import mesh_choice
-from digseg_jax.training.mesh_choice import Needs, choose_mesh, count_joined, fsdp_for
+from digseg_jax.training.mesh_choice import (
+    Needs,
+    choose_accumulation,
+    choose_mesh,
+    count_joined,
+    fsdp_for,
+)
 
 SD = Needs(state=17.3e9, frozen=0.4e9, temporaries=2.8e9)  # two images a device
 
@@ -109,6 +116,27 @@ def test_the_estimate_is_near_what_was_compiled(sd15):
     train = dataclasses.replace(config.train, batch_size=64)
     needs = mesh_choice.needs_of(dataclasses.replace(config, train=train), task, 16)
     assert 6e9 < needs.on_a_device(16) < 8e9
+
+
+@pytest.mark.parametrize(
+    ("memory", "shape", "wanted", "told"),
+    [
+        (80e9, (1, 1), 2, "16 of 32 images at a time"),
+        (40e9, (1, 1), 8, "4 of 32 images"),
+        (24e9, (1, 1), 32, "it may not fit: see --mode=compile"),
+        (16e9, (1, 16), 1, ""),
+    ],
+)
+def test_a_batch_is_split_into_the_fewest_parts_that_fit(sd15, caplog, memory, shape, wanted, told):
+    caplog.set_level(logging.INFO, "digseg_jax")
+    config, task = sd15
+    mesh = SimpleNamespace(
+        shape={"data": shape[0], "fsdp": shape[1]}, devices=np.array(devices(1, "x", "gpu", 1, "slice"))
+    )
+    needs_on = partial(mesh_choice.needs_of, config, task)
+    assert choose_accumulation(config.train.batch_size, needs_on, mesh, memory) == wanted
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == bool(told) and told in "".join(lines)
 
 
 def test_what_is_set_stays(sd15):

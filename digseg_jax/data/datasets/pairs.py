@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,11 @@ ReadLabel = Callable[[Path, tuple[int, int]], np.ndarray]
 
 # Names of what archives and desktops leave behind.
 _JUNK = ("__MACOSX", "Thumbs.db", ".ipynb_checkpoints")
+
+
+# Splits of images that nobody divided.
+DIVIDED = ("train", "val")
+_ONE_IN = 5  # of them is for validation
 
 
 class Pair(NamedTuple):
@@ -116,6 +122,22 @@ def orient(image: StoredImage, size: tuple[int, int], path: Path, strict: bool) 
             "mask was drawn on the turned image: save the image upright"
         )
     return image.pixels
+
+
+def divide(pairs: Sequence[Pair], split: str) -> list[Pair]:
+    """The part of undivided examples that is a split: "val" is a fifth of them, "train" the rest.
+
+    Checksums of the names choose, so that it is the same part everywhere, in every order.
+
+    Raises:
+      UserError: one example alone, for "val".
+    """
+    ranked = sorted(pairs, key=lambda pair: zlib.crc32(os.fsencode(pair.name)))
+    count = max(len(pairs) // _ONE_IN, 1) if len(pairs) > 1 else 0
+    if split == "val" and not count:
+        raise UserError("folder: one image alone, and no val split: label another one")
+    held_out = {pair.name for pair in ranked[:count]}
+    return [pair for pair in pairs if (pair.name in held_out) == (split == "val")]
 
 
 def is_junk(name: str) -> bool:

@@ -61,9 +61,12 @@ def test_polygons_and_runs_of_each_tool_become_a_label_map(tmp_path, name):
     spec = registry.spec("folder", tmp_path)
     assert spec.names == ("background", "coat", "button")
     wanted = {"roboflow": ["train", "valid"], "coco": ["train", "val"],
-              "coco2017": ["train2017", "val2017"]}.get(name, ["train"])  # fmt: skip
-    assert sorted(spec.splits) == wanted
-    first, second = registry.open_source("folder", tmp_path, wanted[-1])
+              "coco2017": ["train2017", "val2017"]}.get(name, [])  # fmt: skip
+    assert spec.undivided == (not wanted) and sorted(spec.splits) == (wanted or ["train", "val"])
+    opened = [registry.open_source("folder", tmp_path, split) for split in spec.splits]
+    assert [len(source) for source in opened] == ([2, 2] if wanted else [1, 1])
+    examples = opened[-1] if wanted else [source[0] for source in opened]
+    first, second = sorted(examples, key=lambda example: str(example["name"]))
     np.testing.assert_array_equal(first["label"], EXPECTED)
     assert not second["label"].any() and first["image"].shape == (H, W, 3)
 

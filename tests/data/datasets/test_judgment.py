@@ -130,6 +130,16 @@ def test_flat_folders_are_told(tmp_path):
     )
 
 
+def test_flat_folders_with_masks_are_divided(tmp_path):
+    root = folder(tmp_path / "split", [mask(0, 1)] * 3, splits=("train",))
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        for file in (root / part / "train").iterdir():
+            file.rename(tmp_path / part / file.name)
+    (root / "classes.txt").rename(tmp_path / "classes.txt")
+    assert [len(registry.open_source("folder", tmp_path, s)) for s in ("train", "val")] == [2, 1]
+
+
 def test_layouts_that_people_have(tmp_path):
     """Split first; masks of another stem; folders below a split; names in both of Unicode's forms."""
     root = folder(tmp_path / "a", [mask(0, 1)], layout="{split}/{part}")

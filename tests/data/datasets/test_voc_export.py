@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.pairs import Pair, divide
 from digseg_jax.errors import UserError
 
 COLORS = {"background": (0, 0, 0), "road": (128, 64, 128), "sky": (70, 130, 180)}
@@ -44,10 +45,22 @@ def test_the_splits_and_colors_of_the_export_are_used(tmp_path):
     )
 
 
-def test_what_was_not_divided_is_for_training(tmp_path):
+def test_what_nobody_divided_is_divided_by_the_names(tmp_path):
     write(tmp_path, {"default": ["0", "1", "2"]})
-    assert registry.spec("folder", tmp_path).splits == {"train": 0}
-    assert len(registry.open_source("folder", tmp_path, "train")) == 3
+    assert dict(registry.spec("folder", tmp_path).splits) == {"train": 0, "val": 0}
+    sources = [registry.open_source("folder", tmp_path, split) for split in ("train", "val")]
+    assert [len(source) for source in sources] == [2, 1]
+    assert sorted(pair.name for source in sources for pair in source.pairs) == ["0", "1", "2"]
+
+
+def test_a_fifth_is_for_validation_in_every_order():
+    pairs = [Pair(f"image {i}", "", "") for i in range(12)]
+    val, train = divide(pairs, "val"), divide(pairs, "train")
+    assert len(val) == 2 and sorted(val + train) == sorted(pairs)
+    assert sorted(divide(pairs[::-1], "val")) == sorted(val)
+    assert divide(pairs[:1], "train") == pairs[:1]
+    with pytest.raises(UserError, match="one image alone"):
+        divide(pairs[:1], "val")
 
 
 @pytest.mark.parametrize(

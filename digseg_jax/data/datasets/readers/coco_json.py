@@ -6,7 +6,8 @@
     result.json or annotations.json        Label Studio, labelme2coco; the images lie below it
 
 Class 0 is the background: what no annotation covers. Where annotations overlap, the smaller one is on
-top. A pixel belongs to a polygon if its center does. `instances_default` is the split "train".
+top. A pixel belongs to a polygon if its center does. A single file, and `instances_default`, is of
+images that nobody divided: its splits are `pairs.DIVIDED`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.data.datasets.decode import SizeError
-from digseg_jax.data.datasets.pairs import FileSource, Pair, walk_files
+from digseg_jax.data.datasets.pairs import DIVIDED, FileSource, Pair, walk_files
 from digseg_jax.data.datasets.readers import polygons, rle
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
 from digseg_jax.errors import UserError
@@ -43,10 +44,10 @@ def annotation_files(root: Path) -> dict[str, Path]:
     }
     single = next((root / name for name in _SINGLE if (root / name).is_file()), None)
     if not found and single:
-        found = {"train": single}
+        found = {"default": single}
 
     # CVAT's name for what was not split.
-    return {"train": found["default"]} if set(found) == {"default"} else found
+    return dict.fromkeys(DIVIDED, found["default"]) if set(found) == {"default"} else found
 
 
 def coco_classes(files: Sequence[Path]) -> tuple[ClassInfo, ...]:

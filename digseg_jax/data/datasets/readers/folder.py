@@ -4,11 +4,12 @@
 SPLIT/images and SPLIT/masks are read too, as are the other names of the two folders in `IMAGES` and
 `MASKS`, in capitals or not. Masks may be in subfolders named as those of the images, and be called
 NAME_mask.png, mask_NAME.png or NAME.jpg.png. `class_list` describes the lines of classes.txt. 255 is
-ignored unless a line gives it a meaning.
+ignored unless a line gives it a meaning. Of images/NAME.jpg and masks/NAME.png, which nobody divided,
+a fifth is "val" and the rest "train".
 
 Exports in Pascal VOC's form, as CVAT makes them, are read as they are: JPEGImages, SegmentationClass,
-labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in
-"default", that is "train"). Exports in COCO's form are read by `coco_json`.
+labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in "default", nobody
+divided them). Exports in COCO's form are read by `coco_json`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ import numpy as np
 
 from digseg_jax.data.datasets.class_list import COLOR, read_class_list, read_label_map, written
 from digseg_jax.data.datasets.decode import LabelValueError, read_color_label
-from digseg_jax.data.datasets.pairs import FileSource, list_folders, pair_up, pick, walk_files
+from digseg_jax.data.datasets.pairs import (
+    DIVIDED,
+    FileSource,
+    divide,
+    list_folders,
+    pair_up,
+    pick,
+    walk_files,
+)
 from digseg_jax.data.datasets.readers.coco_json import (
     annotation_files,
     coco_classes,
@@ -60,6 +69,7 @@ _VOC = (
     "masks/train"
 )
 _BESIDE = "train beside {0}: move train to images/train, and {0} to masks/train"
+_NOT_DIVIDED = ", which nobody divided: a fifth, chosen by the names, is val"
 # Files of other layouts -> whose layout it is, and what to do.
 _OTHERS = {
     LABEL_MAP: "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
@@ -80,7 +90,10 @@ def folder_spec(root: Path) -> DatasetSpec:
     """
     voc = _is_voc_export(root)
     if not voc and not (root / CLASSES).exists() and (annotated := annotation_files(root)):
-        return _folder_spec(root, coco_classes(list(annotated.values())), (), list(annotated))
+        undivided = len({*annotated.values()}) < len(annotated)
+        return _folder_spec(
+            root, coco_classes(list(annotated.values())), (), list(annotated), undivided
+        )
     if not voc and not (root / CLASSES).exists():
         raise UserError(f"{shown(root / CLASSES)}: no such file{_recognized(root)}")
     listed = read_label_map(root / LABEL_MAP) if voc else read_class_list(root / CLASSES)
@@ -90,18 +103,28 @@ def folder_spec(root: Path) -> DatasetSpec:
     if listed.kind != "color" and VOID not in listed.values:
         ignored += (VOID,)
 
-    splits = sorted(_voc_lists(root)) if voc else _splits(root)
-    return _folder_spec(root, listed.classes, ignored, splits)
+    lists = _voc_lists(root) if voc else {}
+    undivided = len({*lists.values()}) < len(lists) if voc else _is_undivided(root)
+    splits = sorted(lists) if voc else list(DIVIDED) if undivided else _splits(root)
+    return _folder_spec(root, listed.classes, ignored, splits, undivided)
 
 
 def _folder_spec(
-    root: Path, classes: tuple[ClassInfo, ...], ignored: tuple[int, ...], splits: list[str]
+    root: Path,
+    classes: tuple[ClassInfo, ...],
+    ignored: tuple[int, ...],
+    splits: list[str],
+    undivided: bool,
 ) -> DatasetSpec:
-    """Spec of a folder with these classes, ignored values and splits."""
+    """Spec of a folder with these classes, ignored values and splits.
+
+    undivided: whether `divide` makes the splits.
+    """
     # Only the user knows how many examples there are: 0 here.
     return DatasetSpec(
         name="folder",
-        title=f"the user's own data in {shown(root.name)}",
+        title=f"the user's own data in {shown(root.name)}{_NOT_DIVIDED if undivided else ''}",
+        undivided=undivided,
         classes=classes,
         ignored_raw=ignored,
         splits=dict.fromkeys(splits, 0),
@@ -130,7 +153,15 @@ def _voc_lists(root: Path) -> dict[str, Path]:
         raise UserError(f"{shown(root / VOC_LISTS)}: no lists of examples in it, such as train.txt")
 
     # CVAT's name for what was not split.
-    return {"train": found["default"]} if set(found) == {"default"} else found
+    return dict.fromkeys(DIVIDED, found["default"]) if set(found) == {"default"} else found
+
+
+def _is_undivided(root: Path) -> bool:
+    """Whether images and masks lie directly in their two folders."""
+    images, masks = _named(root, IMAGES), _named(root, MASKS)
+    if not images or not masks or list_folders(root / images):
+        return False
+    return any(path.suffix.lower() in IMAGE_ENDINGS for path in (root / images).iterdir())
 
 
 def _open_voc_export(spec: DatasetSpec, root: Path, split: str) -> FileSource:
@@ -219,7 +250,19 @@ class ColorLabels:
 
 
 def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
-    """Opens the images and masks of a split, paired by their stems at any depth.
+    """Opens the images and masks of a split.
+
+    Raises:
+      UserError: no such folders, files without their partner, or one image alone to be divided.
+    """
+    source = _open_listed(spec, root, split)
+    if spec.undivided:
+        source.pairs = divide(source.pairs, split)
+    return source
+
+
+def _open_listed(spec: DatasetSpec, root: Path, split: str) -> FileSource:
+    """Opens all examples of the list or folder that a split is in, paired by their stems at any depth.
 
     Raises:
       UserError: no such folders, or files without their partner.
@@ -230,7 +273,8 @@ def open_folder(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         return open_coco_json(spec, root, split)
 
     what = f"folder {split}"
-    images, masks = _places(root, split, what)
+    flat = _named(root, IMAGES), _named(root, MASKS)
+    images, masks = flat if spec.undivided else _places(root, split, what)
     sides = _side(root, images, IMAGE_ENDINGS), _side(root, masks, _MASK_ENDINGS)
 
     # Masks of other formats deserve an error of their own, before every image lacks its mask.
