@@ -19,7 +19,7 @@ from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config, DataConfig, EvalConfig, ModelConfig
 from digseg_jax.data.sources import check_scored_splits, check_training_data
 from digseg_jax.errors import UserError
-from digseg_jax.evaluation import autoencoder, domains
+from digseg_jax.evaluation import autoencoder, domains, plan
 from digseg_jax.evaluation import job as evaluation
 from digseg_jax.evaluation import suite as suite_lib
 from digseg_jax.evaluation.tables import class_lines
@@ -87,7 +87,9 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         claim_workdir(workdir, to_dict(config), accept_changes)
         setup = set_up(config)
         config, task, mesh = setup.config, setup.task, setup.mesh
-        log.info("task %s, seed %d, %s", config.task, config.seed, config.train)
+        log.info("%s", plan.length(config.train, config.task, config.seed))
+        if isinstance(task, SegmentationTask):
+            log.info("%s", plan.cost(config.eval, config.data, config.train.batch_size, task.codec))
         log_summary(task, mesh)
 
         # Record revisions and checksums now, while the hub can be reached.

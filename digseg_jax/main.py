@@ -244,6 +244,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     argv: with the program's name first. Returns the arguments that are not flags.
     """
+    if sys.platform == "win32":
+        _fail("this runs on Linux; on Windows install and start it inside WSL2 (wsl --install)")
     if {"--help", "-h", "-?"} & set(argv):
         print(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[__name__])}")
         sys.exit(0)

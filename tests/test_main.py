@@ -165,6 +165,14 @@ def test_a_device_without_memory_says_so_in_words_that_are_understood():
     assert not lacks_memory(ValueError("shapes differ"))
 
 
+def test_windows_is_told_where_it_runs(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with mock.patch.object(main, "_fail", side_effect=UserError) as told, pytest.raises(UserError):
+        main.parse_flags(["digseg", "demo"])
+    (line,) = told.call_args.args
+    assert "inside WSL2" in line
+
+
 class TestTheCommand:
     """`digseg`, as pip installs it: the same as python -m digseg_jax.main, from any folder."""
 

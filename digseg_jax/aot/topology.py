@@ -111,12 +111,12 @@ def open_topology(text: str) -> Topology:
     # Simulated CPUs, also in the place of GPUs.
     if kind == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Topology(text, _simulated(text, int(shape)), None, memory / int(shape))
+        return Topology(text, simulated(text, int(shape)), None, memory / int(shape))
     chip = CHIPS[kind]
     if kind in GPUS:
         meant = Described("cuda", chip.kind, chip.capability)
         budget = chip.hbm_bytes * gpu.memory_share()
-        return Topology(text, _simulated(text, int(shape)), chip, budget, meant)
+        return Topology(text, simulated(text, int(shape)), chip, budget, meant)
 
     # The compiler has no slice of one chip: take one of the smallest slice.
     one = set(shape) <= {"1", "x"}
@@ -133,7 +133,7 @@ def open_topology(text: str) -> Topology:
     return Topology(text, devices, chip, chip.hbm_bytes - RESERVED)
 
 
-def _simulated(text: str, count: int) -> list[jax.Device]:
+def simulated(text: str, count: int) -> list[jax.Device]:
     """Simulated CPU devices.
 
     Raises:

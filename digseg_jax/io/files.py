@@ -26,11 +26,15 @@ class UnreadableError(UserError):
     """A file that is missing, damaged, too large or of the wrong kind."""
 
 
+class TooLargeError(UnreadableError):
+    """A file of more bytes than are read."""
+
+
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes.
 
     Raises:
-      UnreadableError: missing, empty, too large, or a folder, pipe or device.
+      UnreadableError: missing, empty, too large (`TooLargeError`), or a folder, pipe or device.
     """
     try:
         # Kind and size first: reading a pipe would wait forever, and /dev/zero has no end.
@@ -38,7 +42,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableError(f"{shown(path)}: not a regular file")
         if found.st_size > limit:
-            raise UnreadableError(
+            raise TooLargeError(
                 f"{shown(path)}: {found.st_size} bytes, more than the {limit} that are read"
             )
 

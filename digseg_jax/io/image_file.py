@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import warnings
 import zlib
 from pathlib import Path
@@ -26,10 +27,11 @@ import numpy as np
 from PIL import Image
 
 from digseg_jax.arraytypes import UInt8
-from digseg_jax.io.files import LFS_POINTER, UnreadableError, read_bytes, shown
+from digseg_jax.io.files import LFS_POINTER, TooLargeError, UnreadableError, read_bytes, shown
 from digseg_jax.io.georeference import INSTALL, has_rasterio, read_bands
 
 MAX_PIXELS = 178_956_970  # Pillow rejects more, too
+TILES = "cut it into tiles and name their folder: gdal_retile.py -ps 8192 8192 -targetDir TILES FILE"
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 # Pillow warns from half of MAX_PIXELS on, which is legal here.
@@ -86,7 +88,10 @@ def read_image(path: Path) -> StoredImage:
     Raises:
       UnreadableError: not an image, damaged, too many pixels, or without any number in it.
     """
-    data = read_bytes(path)
+    try:
+        data = read_bytes(path)
+    except TooLargeError as error:
+        raise UnreadableError(f"{error}; {TILES}") from error
     try:
         image = decode(path, data, IMAGE_FORMATS)
     except UnreadableError as error:
@@ -143,8 +148,9 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
         width, height = image.size
         if width * height <= MAX_PIXELS:
             image.load()
-    except Image.DecompressionBombError as error:
-        raise UnreadableError(f"{shown(path)}: {error}") from error
+    except Image.DecompressionBombError as error:  # "Image size (N pixels) exceeds ..."
+        found = re.search(r"\d+", str(error))
+        raise _too_large(path, int(found[0]) if found else MAX_PIXELS + 1) from error
     except Image.UnidentifiedImageError as error:
         if data.startswith(LFS_POINTER):
             raise UnreadableError(
@@ -161,8 +167,14 @@ def decode(path: Path, data: bytes, formats: tuple[str, ...]) -> Image.Image:
         ) from error
 
     if width * height > MAX_PIXELS:
-        raise UnreadableError(f"{shown(path)}: {width}x{height} pixels, more than {MAX_PIXELS} in all")
+        raise _too_large(path, width * height)
     return image
+
+
+def _too_large(path: Path, pixels: int) -> UnreadableError:
+    """The error about an image of more than MAX_PIXELS."""
+    most = f"{pixels:,} pixels, more than the {MAX_PIXELS:,} that are read at a time"
+    return UnreadableError(f"{shown(path)}: {most}; {TILES}")
 
 
 def _kind_of(data: bytes) -> str:

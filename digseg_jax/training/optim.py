@@ -96,6 +96,7 @@ def update_ema(ema: Params, params: Params, step: Array, decay: float) -> Params
     The decay is min(decay, (1 + step) / (10 + step)): short at first, so that the average forgets the
     initial weights.
     """
+    # Not optax.incremental_update: its sum of two parts changes what is equal, as frozen weights are.
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema, params)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 from digseg_jax.arraytypes import Array
 from digseg_jax.config.schema import TrainConfig
 from digseg_jax.io.metric_writer import MetricWriter
-from digseg_jax.io.progress import Progress
+from digseg_jax.io.progress import Progress, format_duration
+from digseg_jax.log import log
 from digseg_jax.runtime.profiling import Stopwatch, speed
 
 GUARDED = ("loss", "grad_norm")  # metrics that must be finite for the run to continue
@@ -36,6 +38,7 @@ class TrainLog:
         self.config, self.devices, self.flops = config, devices, 0.0
         self.writer = writer
         self.progress = Progress(config.steps)
+        self.lines = 0  # written so far
 
         # Metrics that are still on the devices, and those fetched since the last line.
         self.pending: list[tuple[int, dict[str, Array]]] = []
@@ -85,6 +88,23 @@ class TrainLog:
         self.writer.write(step, mean | shares | extra)
         self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **extra)
         self.fetched = []
+
+        # The first line's time includes the compilation.
+        self.lines += 1
+        if self.lines == 2 and step < self.config.steps:
+            self.progress.clear()
+            log.info("%s", self._expected(step, mean["images_per_second"]))
+
+    def _expected(self, step: int, rate: float) -> str:
+        """When the last step is due at `rate` images per second, and the memory that a device takes."""
+        seconds = (self.config.steps - step) * self.config.batch_size / rate
+        due = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+        line = f"the last step is due in {format_duration(seconds)}, at {due:%Y-%m-%d %H:%M}"
+        stats = self.devices[0].memory_stats() or {}  # CPUs tell nothing
+        if "peak_bytes_in_use" in stats and "bytes_limit" in stats:
+            used, limit = (stats[key] / 1e9 for key in ("peak_bytes_in_use", "bytes_limit"))
+            line += f"; a device had at most {used:.1f} of {limit:.1f} GB in use"
+        return line
 
     def leave(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Closes the files, as `__exit__` would; `Record.leave` says what an exception changes."""
