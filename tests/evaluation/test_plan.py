@@ -3,26 +3,28 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from digseg_jax.config.parse import default, parse, with_settings
-from digseg_jax.evaluation.plan import _evaluation, unet_calls
+import pytest
+import tiny
+
+from digseg_jax.config.schema import EvalConfig
+from digseg_jax.evaluation.plan import cost, masks_of_a_view
 from digseg_jax.segmentation.codecs import make_codec
 
+SETTINGS = EvalConfig(ensemble=8, steps=2, exhaustive_limit=200, gate_limit=16)
 
-@pytest.mark.parametrize(("classes", "calls"), [(150, 150 * 16), (847, 847 + 16 * 16)])
-def test_masks_are_counted_as_the_evaluation_asks_for_them(classes, calls):
-    settings = {
-        "eval.ensemble": 8,
-        "eval.steps": 2,
-        "eval.exhaustive_limit": 200,
-        "eval.gate_limit": 16,
-    }
-    config = with_settings(parse(default()), settings | {"eval.split": "val"})
-    codec = make_codec("binary", config.data)
-    assert unet_calls(config, codec, classes) == calls
 
-    told = _evaluation(config, codec, 2_000, classes)
-    step = 3 * config.train.batch_size * config.data.num_queries
-    assert f"2,000 images of 'val', {classes} classes, 8 members x 2 steps" in told
-    assert f"{2_000 * calls:,} masks" in told and f"of {round(2_000 * calls / step):,} training" in told
+@pytest.mark.parametrize(("classes", "masks"), [(150, 150 * 16), (847, 847 + 16 * 16)])
+def test_masks_are_counted_as_the_evaluation_asks_for_them(folders, classes, masks):
+    codec = make_codec("binary", tiny.config(folders).data)
+    assert masks_of_a_view(SETTINGS, codec, classes) == masks
+
+
+def test_the_cost_is_told_in_training_steps(folders):
+    data = tiny.config(folders).data
+    settings = dataclasses.replace(SETTINGS, split="test", num_images=10)
+    told = cost(settings, data, 4, make_codec("binary", data))
+    masks = 10 * 8 * 16
+    assert "10 images of 'test', 8 classes, 8 members x 2 steps: 1,280 passes" in told
+    assert f"about {round(masks / (3 * 4 * data.num_queries))} training steps" in told

@@ -4,12 +4,12 @@
 SPLIT/images and SPLIT/masks are read too, as are the other names of the two folders in `IMAGES` and
 `MASKS`, in capitals or not. Masks may be in subfolders named as those of the images, and be called
 NAME_mask.png, mask_NAME.png or NAME.jpg.png. `class_list` describes the lines of classes.txt. 255 is
-ignored unless a line gives it a meaning. Of images/NAME.jpg and masks/NAME.png, which nobody divided,
-a fifth is "val" and the rest "train".
+ignored unless a line gives it a meaning. Of images/NAME.jpg and masks/NAME.png, which have no
+splits, a fifth is "val" and the rest "train".
 
 Exports in Pascal VOC's form, as CVAT makes them, are read as they are: JPEGImages, SegmentationClass,
-labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in "default", nobody
-divided them). Exports in COCO's form are read by `coco_json`.
+labelmap.txt with names and colors, ImageSets/Segmentation/SPLIT.txt (if all are in "default", they
+have no splits). Exports in COCO's form are read by `coco_json`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _VOC = (
     "masks/train"
 )
 _BESIDE = "train beside {0}: move train to images/train, and {0} to masks/train"
-_NOT_DIVIDED = ", which nobody divided: a fifth, chosen by the names, is val"
+_NOT_SPLIT = ", without splits: a fifth of its images, chosen by their names, are val"
 # Files of other layouts -> whose layout it is, and what to do.
 _OTHERS = {
     LABEL_MAP: "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
@@ -123,7 +123,7 @@ def _folder_spec(
     # Only the user knows how many examples there are: 0 here.
     return DatasetSpec(
         name="folder",
-        title=f"the user's own data in {shown(root.name)}{_NOT_DIVIDED if undivided else ''}",
+        title=f"the user's own data in {shown(root.name)}{_NOT_SPLIT if undivided else ''}",
         undivided=undivided,
         classes=classes,
         ignored_raw=ignored,
