@@ -37,6 +37,7 @@ NATURAL = {
     "city": _CITY,
     "ice sheet": _ICE,
     "desert": _BARE,
+    "background": "#cfd4d9",  # what is not asked for: pale, and no hue
 }
 
 # Okabe and Ito's set without black, and without the two that resemble the gray of ignored pixels

@@ -28,7 +28,7 @@ from digseg_jax.report.cards import load_image
 from digseg_jax.report.chart import log_ticks, smooth, thin
 from digseg_jax.report.circumstances import training_hours
 from digseg_jax.report.confusions import confusion_section
-from digseg_jax.viz.colors import IGNORE_COLOR, NATURAL, separation, to_hex
+from digseg_jax.viz.colors import IGNORE_COLOR, NATURAL, seen_lab, separation, to_hex
 from digseg_jax.viz.gallery import GalleryItem
 
 VOID = {"meta", "link", "img", "input", "line", "circle", "br"}
@@ -361,6 +361,13 @@ def test_colors_of_any_number_of_classes(n, least):
     assert len(np.unique(everything, axis=0)) == n + 1
     assert (separation(everything, everything) + 1000 * np.eye(n + 1)).min() > least
     np.testing.assert_array_equal(colors, class_colors(n))
+
+
+def test_a_background_is_pale_and_its_things_are_not():
+    colors = class_colors(6, ["background", "crop", "weed", "nucleus", "crack", "road"])
+    lightness = seen_lab(colors)[0, :, 0]
+    assert lightness[0] > 80 and np.abs(seen_lab(colors)[0, 0, 1:]).max() < 5
+    assert (separation(colors, colors) + 1000 * np.eye(6)).min() > 15
 
 
 def test_two_words_for_one_group_still_differ():
