@@ -83,7 +83,7 @@ WHOLE = {
     "prediction": 3,  # load a segmenter, predict, describe a run's weights
     "evaluation": 1,  # a suite, whose counts are continued for an equal configuration only
     "aot": 7,  # what a run compiles, from any of its sections
-    "tools": 1,  # the mode that caches latents
+    "tools": 3,  # the mode that caches latents, and a table of what whole experiments need
     "jobs": 4,  # train, export (and its last step), evaluate
     "main": 2,  # the modes
 }

@@ -16,17 +16,18 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from digseg_jax.aot import cuda, programs, topology
 from digseg_jax.aot.advice import state_bytes
-from digseg_jax.aot.shapes import Architecture
+from digseg_jax.aot.shapes import Architecture, abstract_parts
 from digseg_jax.config.experiment import load_config
-from digseg_jax.config.schema import Config
+from digseg_jax.config.parse import with_settings
+from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
@@ -35,10 +36,11 @@ from digseg_jax.runtime import gpu
 from digseg_jax.runtime.door import run_tool
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
-from digseg_jax.training.flops import traced_flops
-from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh
+from digseg_jax.training.flops import step_flops, traced_flops
+from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
 from digseg_jax.training.step import abstract_state
 from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 # Columns of the table: title, chip, number of chips.
 DEVICES = (
@@ -92,59 +94,58 @@ class Counter:
         # Configuration, mesh and microbatches as a run chooses them.
         chip, devices = CHIPS[kind], self.devices[:count]
         meant = topology.Described("cuda" if chip.capability else "tpu", chip.kind, chip.capability)
-        reserved = (
-            topology.RESERVED if not chip.capability else chip.hbm_bytes * (1 - gpu.memory_share())
-        )
-        budget = chip.hbm_bytes - reserved
+        budget = chip.hbm_bytes - topology.RESERVED
+        if chip.capability:
+            budget = chip.hbm_bytes * gpu.memory_share()
         config = for_devices(config, [meant])
         architecture = Architecture.of(config.model)
         task, _ = programs.train_task(config, architecture, 1)
-        mesh = make_mesh(choose_mesh(config, task, devices, budget, chip), devices)
-        config = choose_accumulation(config, task, mesh, budget, chip)
+        needs_on = partial(needs_of, config, task)
+        mesh = make_mesh(choose_mesh(config.mesh, needs_on, devices, budget, chip), devices)
+        size, compute = config.train.batch_size, config.compute
+        parts = compute.accumulation or choose_accumulation(size, needs_on, mesh, budget, chip)
+        config = with_settings(config, {"compute.accumulation": parts})
 
-        rate, train, settings = count * chip.flops, config.train, config.eval
-        views = registry.spec(config.data.name).splits[settings.split]
-        return Needs(
-            memory=self._memory(config, architecture, mesh),
-            budget=budget,
-            microbatches=config.compute.accumulation,
-            training=train.steps * train.batch_size * self._image_flops(config, architecture) / rate,
-            evaluation=views * self._view_flops(config, architecture) / rate,
-        )
+        # What the cost of an image depends on, beside how it is computed.
+        data, rate = config.data, count * chip.flops
+        model = (config.model, config.diffusion, config.loss, data.image_size, data.num_queries)
 
-    def _memory(self, config: Config, architecture: Architecture, mesh: Mesh) -> float:
-        """Bytes of the train step on one device: state, frozen parts, two batches, temporaries."""
-        task, batch = programs.train_task(config, architecture, programs.train_images(config, mesh))
-        state = abstract_state(task.abstract, config.optim)
+        # Memory: state, frozen parts, this batch and the next one, and the step's own results.
+        _, batch = programs.train_task(config, architecture, size)
         rows = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
-        stored = state_bytes(state, mesh) + state_bytes(task.frozen, mesh)
-
-        def temporaries() -> float:
-            with cuda.assumed_cudnn():
-                return programs.temporary_bytes(config, architecture, mesh)[0]
-
-        key = ("memory", *_model(config), config.compute, config.train.batch_size, mesh.shape)
-        return stored + 2 * rows / programs.shards(mesh) + self._once(key, temporaries)
-
-    def _image_flops(self, config: Config, architecture: Architecture) -> float:
-        """FLOPs of a train step for one image."""
-        key = ("image", *_model(config))
-        return self._once(key, lambda: programs.model_flops(config, architecture, 1))
-
-    def _view_flops(self, config: Config, architecture: Architecture) -> float:
-        """FLOPs of the evaluation's programs for one view, without kernels, whose FLOPs do not show."""
-        changed: dict[str, Any] = {"attention": "plain", "feed_forward": "plain", "conv": "xla"}
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changed))
-
-        def count() -> float:
-            alone = make_mesh(dataclasses.replace(config.mesh, fsdp=1), self.devices[:1])
-            made = programs.evaluation_programs(config, architecture, alone)
-            return sum(
-                traced_flops(p.traced.jaxpr.jaxpr) * p.calls / p.images for p in made if p.traced
+        state = abstract_state(task.abstract, config.optim)
+        memory = state_bytes(state, mesh) + state_bytes(task.frozen, mesh)
+        memory += 2 * rows / programs.shards(mesh)
+        with cuda.assumed_cudnn():
+            memory += self._once(
+                ("memory", *model, config.compute, size, mesh.shape),
+                lambda: programs.temporary_bytes(config, architecture, mesh)[0],
             )
 
-        classes = registry.spec(config.data.name).num_classes
-        return self._once(("view", *_model(config), config.eval, classes), count)
+        # Time: a train step's FLOPs grow with its images.
+        one = partial(programs.train_task, config, architecture, 1)
+        image = self._once(("image", *model), lambda: step_flops(*one()))
+        classes = registry.spec(data.name).num_classes
+        view = self._once(("view", *model, config.eval, classes), lambda: self._view_flops(config))
+        views = registry.spec(data.name).splits[config.eval.split]
+        return Needs(
+            memory=memory,
+            budget=budget,
+            microbatches=parts,
+            training=config.train.steps * size * image / rate,
+            evaluation=views * view / rate,
+        )
+
+    def _view_flops(self, config: Config) -> float:
+        """FLOPs of the evaluation's programs for one view, without kernels, whose FLOPs do not show."""
+        plain = {"compute.attention": "plain", "compute.feed_forward": "plain", "compute.conv": "xla"}
+        config = with_settings(config, plain)
+        architecture = Architecture.of(config.model)
+        task = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
+        alone = make_mesh(MeshConfig(1, 1, 1), self.devices[:1])
+        made = programs.evaluation_programs(task, architecture, alone, 1)
+        called = ((p.traced.jaxpr.jaxpr, p.calls / p.images) for p in made if p.traced)
+        return sum(traced_flops(jaxpr) * calls for jaxpr, calls in called)
 
     def _once(self, key: Sequence[Any], count: Callable[[], float]) -> float:
         """A number, counted at the first call with this key."""
@@ -152,11 +153,6 @@ class Counter:
         if name not in self._known:
             self._known[name] = count()
         return self._known[name]
-
-
-def _model(config: Config) -> tuple[Any, ...]:
-    """What the cost of an image depends on, beside how it is computed."""
-    return config.model, config.diffusion, config.loss, config.data.image_size, config.data.num_queries
 
 
 def table(paths: Sequence[str]) -> str:

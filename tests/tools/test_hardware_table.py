@@ -12,13 +12,14 @@ from digseg_jax.aot.shapes import Architecture
 from digseg_jax.errors import UserError
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.tools.hardware_table import BEGIN, END, Counter, Needs, insert
+from digseg_jax.training.flops import step_flops
 
 
 def test_time_and_memory_are_those_of_the_run(folders):
     config = tiny.config(folders, train__steps=10, train__batch_size=8, eval__split="test")
     counter = Counter(jax.devices())
     needs = counter.needs(config, "a100", 1)
-    flops = programs.model_flops(config, Architecture.of(config.model), 8)
+    flops = step_flops(*programs.train_task(config, Architecture.of(config.model), 8))
     assert needs.training == pytest.approx(10 * flops / CHIPS["a100"].flops)
     assert needs.budget == 0.9 * CHIPS["a100"].hbm_bytes and needs.microbatches == 1
 

@@ -23,7 +23,7 @@ ReadLabel = Callable[[Path, tuple[int, int]], np.ndarray]
 _JUNK = ("__MACOSX", "Thumbs.db", ".ipynb_checkpoints")
 
 
-# Splits of images that nobody divided.
+# Splits that images without splits get.
 DIVIDED = ("train", "val")
 _ONE_IN = 5  # of them is for validation
 
@@ -125,7 +125,7 @@ def orient(image: StoredImage, size: tuple[int, int], path: Path, strict: bool) 
 
 
 def divide(pairs: Sequence[Pair], split: str) -> list[Pair]:
-    """The part of undivided examples that is a split: "val" is a fifth of them, "train" the rest.
+    """The part of examples without splits that becomes one: "val" is a fifth of them, "train" the rest.
 
     Checksums of the names choose, so that it is the same part everywhere, in every order.
 

@@ -58,7 +58,7 @@ class DatasetSpec:
       template: prompt of a class in training, with {} for its name.
       caption: description of an image, with {} for its classes.
       licence: what the user has to know before using the data; the data themselves are not shipped.
-      undivided: the user did not divide the images, so that the reader does.
+      undivided: the images come without splits, so that the reader splits them.
       from_package: the data come with Python packages, so the user names no folder.
       metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
         "region_dice" (Dice of each class's region, per image, then the mean over images).

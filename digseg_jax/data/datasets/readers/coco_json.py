@@ -6,8 +6,8 @@
     result.json or annotations.json        Label Studio, labelme2coco; the images lie below it
 
 Class 0 is the background: what no annotation covers. Where annotations overlap, the smaller one is on
-top. A pixel belongs to a polygon if its center does. A single file, and `instances_default`, is of
-images that nobody divided: its splits are `pairs.DIVIDED`.
+top. A pixel belongs to a polygon if its center does. The images of a single file, and of
+`instances_default`, have no splits: they are split into `pairs.DIVIDED`.
 """
 
 from __future__ import annotations
