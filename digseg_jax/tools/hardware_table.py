@@ -75,8 +75,13 @@ class Needs:
         if self.memory > self.budget:
             return f"{memory} of {self.budget / GB:.1f} GB"
         parts = f" in {self.microbatches} parts" if self.microbatches > 1 else ""
-        hours = f"{self.training / HOUR:.2g} + {self.evaluation / HOUR:.2g} h"
+        hours = f"{_hours(self.training)} + {_hours(self.evaluation)} h"
         return f"{memory} GB{parts}, {hours}"
+
+
+def _hours(seconds: float) -> str:
+    """Hours with two digits; less than a hundredth is told as such."""
+    return f"{seconds / HOUR:.2g}" if seconds >= 36 else "<0.01"
 
 
 class Counter:
