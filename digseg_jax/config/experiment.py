@@ -18,6 +18,7 @@ from digseg_jax.config.parse import check_key, default, parse, with_settings
 from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError, nearest
+from digseg_jax.io.files import expanded
 
 # A checkout comes first, so that its files are used rather than those of an older installation.
 FOLDERS = (
@@ -72,10 +73,10 @@ def find_config(path_or_name: str | os.PathLike) -> str:
     """
     text = os.fspath(path_or_name)
     place, colon, variant = text.partition(":")
-    if Path(place).expanduser().is_file():
+    if expanded(place).is_file():
         if Path(place).suffix not in ("", ".py"):
             raise UserError(f"--config={text}: an experiment is a Python file with get_config()")
-        return f"{Path(place).expanduser()}{colon}{variant}"
+        return f"{expanded(place)}{colon}{variant}"
 
     # configs/quickstart.py works like quickstart, so that a command can be typed outside the checkout.
     name = place.removeprefix("configs/").removesuffix(".py")
@@ -121,7 +122,7 @@ def load_config(path_or_name: str | os.PathLike, **settings: Any) -> Config:
         values = module.get_config(*([variant] if variant else []))
     except UserError:
         raise
-    except Exception as error:  # an experiment file is a program: it may raise anything
+    except (Exception, SystemExit) as error:  # the file is a program: it may raise anything
         reason = f"{type(error).__name__}: {explained(error)}"
         raise UserError(f"--config={path_or_name}: cannot be loaded ({reason})") from error
 

@@ -89,6 +89,16 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, text) for number, line in enumerate(lines, start=1) if (text := line.strip())]
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """The path with ~ and ~NAME replaced; raises UserError where nobody knows that home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{shown(path)}: the home folder of {Path(path).parts[0]} is not known"
+        ) from error
+
+
 def shown(path: str | os.PathLike) -> str:
     """A path as text that can be printed and stored: bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(os.fspath(path)).decode("utf-8", errors="replace")

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ import fsspec  # noqa: E402
 from etils import epath  # noqa: E402
 
 from digseg_jax.errors import UserError, refusal  # noqa: E402
+from digseg_jax.io.files import expanded  # noqa: E402
 
 # No cached listings: other processes write to the bucket too.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -44,11 +46,12 @@ def as_path(place: str | os.PathLike) -> AnyPath:
     """
     text = os.fspath(place)
     if not is_remote(text):
-        if "://" in text:
+        # gs:/BUCKET is what a path makes of gs://BUCKET; no folder has such a name.
+        if "://" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
             raise UserError(f"{text}: legal are a folder on a disk and gs://BUCKET/FOLDER")
-        return Path(text).expanduser().absolute()
+        return expanded(text).absolute()
 
-    if not text.split("://", 1)[1].strip("/"):
+    if not text.split("://", 1)[1].partition("/")[0]:
         raise UserError(f"{text}: names no bucket; legal is gs://BUCKET/FOLDER")
 
     try:
@@ -213,23 +216,28 @@ def download(folder: epath.Path, local: Path, names: tuple[str, ...]) -> None:
                 fsspec.filesystem("gs").get_file(os.fspath(source), str(target))
 
 
-def local_copy(folder: AnyPath) -> Path:
-    """Returns `folder` itself, or a local copy of a bucket's folder that lasts as long as this process.
+def local_copy(place: AnyPath, beside: tuple[str, ...] = ()) -> Path:
+    """Returns `place` itself, or a local copy of a bucket's folder or file.
+
+    A copy lasts as long as this process.
+
+    Args:
+      place: a folder or a file.
+      beside: names of files and folders next to it that are copied too, if they are there.
 
     Raises:
-      UserError: no such folder in the bucket, or it cannot be read.
+      UserError: nothing of that name in the bucket, or it cannot be read.
     """
-    if not is_remote(folder):
-        return Path(folder)
+    if not is_remote(place):
+        return Path(place)
 
-    with explained(folder, "cannot be read"):
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}")
-        names = tuple(p.name for p in folder.iterdir())
+    # A bucket has no folders: they are what the names of objects begin with.
+    with explained(place, "cannot be read"):
+        if not place.exists():
+            raise UserError(f"no such folder or file: {place}")
 
     # Removed at exit: weights may be loaded from it at any time until then.
     scratch = Path(tempfile.mkdtemp(prefix="digseg_jax_"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    local = scratch / folder.name
-    download(folder, local, names)
-    return local
+    download(epath.Path(place).parent, scratch, (place.name, *beside))
+    return scratch / place.name

@@ -32,6 +32,7 @@ from digseg_jax.data.sources import labels_of, parts_of
 from digseg_jax.data.vocabulary import class_names, trained_names, training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
+from digseg_jax.io.files import expanded
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import EXPORT
@@ -93,9 +94,8 @@ class FrozenPart:
     def find(cls, reference: str) -> FrozenPart:
         """Finds a part here or on the hub and computes its checksum; UserError if it is missing."""
         # A relative path must mean the same from another working directory.
-        folder = part_folder(reference)
-        if Path(reference).expanduser().exists():
-            reference = str(Path(reference).expanduser().absolute())
+        folder, place = part_folder(reference), expanded(reference)
+        reference = str(place.absolute()) if place.exists() else reference
 
         # The hub's cache names the folder of a download after its commit.
         commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
@@ -351,7 +351,7 @@ def find_export(model: str) -> Path:
     """
     # A working directory holds its export in a folder of its own.
     spec = assets.resolve(model)
-    if storage.is_remote(spec) or Path(spec).expanduser().exists():
+    if storage.is_remote(spec) or expanded(spec).exists():
         place = storage.as_path(spec)
         with storage.explained(place, "cannot be read"):
             inside = place / EXPORT

@@ -15,7 +15,7 @@ from digseg_jax.arraytypes import UInt8
 from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.files import UnreadableError, expanded, shown
 from digseg_jax.io.georeference import INSTALL, has_rasterio, is_georeferenced
 from digseg_jax.io.progress import Progress
 from digseg_jax.log import log
@@ -57,7 +57,7 @@ def predict(
         weights that were trained with another configuration, unwritable output.
     """
     # Check all input and output before the slow part: queries, images and file names.
-    texts, out = find_queries(queries, vocabulary), Path(out).expanduser()
+    texts, out = find_queries(queries, vocabulary), expanded(out)
     images = find_images(image)
     with no_empty_folder(out):
         planned = targets(images, out, texts, _placed(images))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from digseg_jax.errors import UserError, nearest
-from digseg_jax.io.storage import as_path, is_remote, local_copy
+from digseg_jax.errors import Transient, UserError, nearest
+from digseg_jax.io.files import expanded
+from digseg_jax.io.storage import AnyPath, SomePath, as_path, explained, is_remote, local_copy
 from digseg_jax.weights import catalog, single_file
 from digseg_jax.weights.download import snapshot
 from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, PIPELINE_FILE, STEMS
@@ -23,7 +26,8 @@ _TOKENIZER_FILES = (
     "merges.txt",
 )
 TOKENIZER = "tokenizer"  # a pipeline's folder of it, beside its text_encoder
-_PIPELINE_PARTS = ("unet", "vae", "text_encoder", TOKENIZER, "scheduler", "image_processor")
+SCHEDULER = "scheduler"  # the same, beside its unet
+_PIPELINE_PARTS = ("unet", "vae", "text_encoder", TOKENIZER, SCHEDULER, "image_processor")
 _EXPORT_FILES = (  # files of an exported segmenter
     "segmenter.json",
     "palette.json",
@@ -34,7 +38,7 @@ _EXPORT_FILES = (  # files of an exported segmenter
     "preprocessor_config.json",
     "README.md",
 )
-SCHEDULER_FILE = "scheduler/scheduler_config.json"  # in a pipeline, whose U-Net is in unet/
+SCHEDULER_FILE = f"{SCHEDULER}/scheduler_config.json"  # in a pipeline, whose U-Net is in unet/
 # Small files to download beside the weights.
 COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FILES)
 
@@ -65,10 +69,9 @@ def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
     HF_HUB_OFFLINE apply here too.
 
     Args:
-        path_or_hub_id: a folder (gs:// too), a `.safetensors` file, a hub id
+        path_or_hub_id: a folder or a `.safetensors` file (gs:// too), a hub id
           `org/name[@revision][:subfolder]`, or a name of `digseg_jax.weights.catalog`. What exists
-          takes precedence. A revision is a branch, a
-          tag or a commit; by default the main branch.
+          takes precedence. A revision is a branch, a tag or a commit; by default the main branch.
         subfolder: inside the folder or repository.
 
     Raises:
@@ -151,12 +154,12 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
       UserError: neither a folder nor a hub id.
     """
     spec = str(path_or_hub_id)
-    if not spec:
+    if not spec.strip():
         raise UserError("no weights are named: a folder, a file or a hub id such as sd-1.5:unet")
     if is_remote(spec):
-        return local_copy(as_path(spec) / subfolder)
+        return _copied(as_path(spec) / subfolder)
 
-    local = Path(spec).expanduser()
+    local = expanded(spec)
     if local.exists():
         if local.is_file():
             return _checked_file(local)
@@ -180,7 +183,33 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
     return _Repository(hub_id["repo"], hub_id["revision"], inside)
 
 
-def _checked_file(file: Path) -> Path:
+def _copied(place: AnyPath) -> Path:
+    """A local copy of a component in a bucket, with what a pipeline has beside it.
+
+    Raises:
+      UserError: nothing there, a file of another kind, or it cannot be read.
+    """
+    beside = tuple(name for name in (TOKENIZER, SCHEDULER) if name != place.name)
+    with explained(place, "cannot be read"):
+        if place.is_dir() or not place.exists():
+            return local_copy(place, beside)
+        _checked_file(place)
+        found = place.stat()
+
+    # A whole Stable Diffusion is asked for three times, for its U-Net, autoencoder and text encoder.
+    return _copied_file(os.fspath(place), found.length, found.mtime, beside)
+
+
+@functools.lru_cache(maxsize=1)
+def _copied_file(place: str, length: int, mtime: float, beside: tuple[str, ...]) -> Path:
+    """`local_copy` of a file of this size and time, made once."""
+    copy = local_copy(as_path(place), beside)
+    if (copied := copy.stat().st_size) != length:
+        raise Transient(f"{place}: {copied} bytes came, of {length}")
+    return copy
+
+
+def _checked_file(file: SomePath) -> SomePath:
     """The file, if whole checkpoints are read from such files; raises UserError if not."""
     if file.suffix == single_file.ENDING:
         return file

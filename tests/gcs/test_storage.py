@@ -89,7 +89,7 @@ def test_weights_are_loaded_from_where_they_were_exported(folder, folders):
     np.testing.assert_array_equal(model.encoder.conv_in.kernel[...], expected)
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/run", "gs://", "http://x/y"])
+@pytest.mark.parametrize("place", ["s3://bucket/run", "gs://", "http://x/y", "gs:/b/x", "gs:///x"])
 def test_other_places_are_refused(place):
     with pytest.raises(UserError) as caught:
         storage.as_path(place)

@@ -9,6 +9,9 @@ import pytest
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import as_path, filled_locally
+from digseg_jax.prediction.files import find_images
+from digseg_jax.prediction.targets import targets
+from digseg_jax.weights import resolve
 
 
 def names(folder: Path) -> set[str]:
@@ -47,6 +50,12 @@ def test_what_a_killed_run_left_beside_is_removed(tmp_path):
     with filled_locally(tmp_path / "out") as folder:
         (folder / "whole").write_text("whole")
     assert names(tmp_path) == {"out/whole"}
+
+
+def test_the_home_of_nobody_is_told(tmp_path):
+    for take in (as_path, find_images, resolve, lambda out: targets([Path("a")], out, ["ice"])):
+        with pytest.raises(UserError, match="~nobody77/data: the home folder of ~nobody77 is not"):
+            take("~nobody77/data")
 
 
 def test_home_and_relative_paths_mean_one_place(tmp_path, monkeypatch):

