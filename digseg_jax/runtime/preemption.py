@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns SIGTERM and Ctrl-C into a request: after which step all processes save and leave.
+"""Turns SIGTERM, Ctrl-C and their like into a request: after which step all processes save and leave.
 
 Of several processes, each may get the signal at another step, or only one of them; JAX's coordination
 service, which handles SIGTERM from the start, then finds the first step that all can still reach. A
@@ -19,9 +19,12 @@ from jax.experimental import multihost_utils
 from digseg_jax.log import log
 from digseg_jax.runtime.interrupts import check_interrupts
 
+# A closed terminal, SLURM's early warning as many scripts ask for it, and a limit of processor time.
+ALIKE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
 
 class PreemptionWatch:
-    """A context manager around the training loop; outside of it both signals end the process."""
+    """A context manager around the training loop; outside of it the signals end the process."""
 
     def __init__(self) -> None:
         self._alone = jax.process_count() == 1
@@ -34,6 +37,9 @@ class PreemptionWatch:
         # Python accepts signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            for number in ALIKE:  # but nohup's, which are to be ignored
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    self._before[number] = signal.signal(number, self._like_sigterm)
             if self._alone:
                 self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
         return self
@@ -45,6 +51,11 @@ class PreemptionWatch:
     def _note(self, *_: Any) -> None:
         """Signal handler: remembers the request until the step is done."""
         self._asked = True
+
+    def _like_sigterm(self, number: int, _: Any) -> None:
+        """Signal handler: hands a request on as the one that all processes understand."""
+        log.warning("%s: saving after this step", signal.Signals(number).name)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _interrupt(self, *_: Any) -> None:
         """Handles the first Ctrl-C as SIGTERM; the second one interrupts at once."""

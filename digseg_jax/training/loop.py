@@ -19,7 +19,7 @@ from digseg_jax.data.stream import Batches
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.io.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.io.metric_writer import MetricWriter, require_wandb
-from digseg_jax.io.storage import as_path
+from digseg_jax.io.storage import as_path, explained
 from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime.distributed import barrier
 from digseg_jax.runtime.preemption import PreemptionWatch
@@ -203,8 +203,8 @@ class Trainer:
             try:
                 return self._steps(start, state, checkpointer, log, on_eval, on_logged)
             except NotFinite as error:
-                self._save_failure(error, checkpointer)
-                raise
+                advice = self._save_failure(error, checkpointer)
+                raise NotFinite(error.step, error.metrics, advice) from None
 
     def _steps(
         self,
@@ -313,15 +313,26 @@ class Trainer:
             meta["constants"] = constants
         checkpointer.save(step, state, meta, extra or None)
 
-    def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> None:
-        """Saves the batch of the step that failed, drawn once more from the stream."""
+    def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> str:
+        """Saves the batch of the step that failed, drawn once more; returns advice for a person."""
         with self.batches(error.step - 1) as stream:
             batch = next(stream)
 
         # The replay starts from the newest checkpoint; 0 stands for the initial state.
         last = checkpointer.latest_step() or 0
-        folder = save_failure(self.workdir, error, batch, self.config.seed, last)
-        log.info("%s: saved %s; %s", error, folder, REPLAY.format(workdir=self.workdir))
+        kept = f"step {last} is saved in {checkpointer.folder}" if last else "no step is saved"
+        try:
+            with explained(f"{self.workdir}/failure", "cannot be written"):
+                folder = save_failure(self.workdir, error, batch, self.config.seed, last)
+            kept += f", the batch in {folder}; {REPLAY.format(workdir=self.workdir)}"
+        except UserError as failed:  # such as a full disk: the loss is still what must be told
+            kept += f", the batch is not: {failed}"
+
+        optim = self.config.optim
+        return (
+            f"; {kept}; or try a lower config.optim.learning_rate (now {optim.learning_rate:g}) or "
+            f"more config.optim.warmup_steps (now {optim.warmup_steps}), here with --accept_changes"
+        )
 
     def batches(self, start: int) -> Batches:
         """This host's rows of the batches after step `start`; close the stream when done."""

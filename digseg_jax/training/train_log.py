@@ -11,6 +11,7 @@ import numpy as np
 
 from digseg_jax.arraytypes import Array
 from digseg_jax.config.schema import TrainConfig
+from digseg_jax.errors import UserError
 from digseg_jax.io.metric_writer import MetricWriter
 from digseg_jax.io.progress import Progress, format_duration
 from digseg_jax.log import log
@@ -19,13 +20,16 @@ from digseg_jax.runtime.profiling import Stopwatch, speed
 GUARDED = ("loss", "grad_norm")  # metrics that must be finite for the run to continue
 
 
-class NotFinite(FloatingPointError):
-    """A step whose loss or gradient norm is not finite."""
+class NotFinite(UserError):
+    """A step whose loss or gradient norm is not finite; the same command would meet it again.
 
-    def __init__(self, step: int, metrics: dict[str, float]):
+    advice: what is saved, and what to change.
+    """
+
+    def __init__(self, step: int, metrics: dict[str, float], advice: str = ""):
         self.step, self.metrics = step, metrics
         values = ", ".join(f"{name} {metrics[name]}" for name in GUARDED)
-        super().__init__(f"{values} at step {step}")
+        super().__init__(f"{values} at step {step}{advice}")
 
 
 class TrainLog:

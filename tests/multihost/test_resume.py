@@ -8,6 +8,8 @@ All runs have four devices, shared by 1, 2 or 4 processes. Every step's loss, th
 from __future__ import annotations
 
 import random
+import signal
+import time
 
 import numpy as np
 import pod
@@ -15,8 +17,11 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
+from digseg_jax.errors import PREEMPTED
+
 pytestmark = pytest.mark.usefixtures("cover")
 STEPS, INTERVAL = 40, 4
+HEARTBEAT = 300.0  # seconds after which JAX has noticed that a process is gone
 WEIGHTS = "export/diffusion_pytorch_model.safetensors"
 
 
@@ -84,6 +89,28 @@ def test_killed_in_a_save_on_two_processes_and_finished_on_one(folders, tmp_path
     killed.kill(2, random.SystemRandom().randint(1, INTERVAL), while_saving=True)
     killed.finish(1)
     assert_same_run(killed, whole, bits=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_process_left_alone_in_a_save_asks_to_be_started_again(victim, folders, tmp_path):
+    """Status 75, or 134 where the coordinator itself is gone: the launchers restart after both."""
+    run = Run(tmp_path / "run", folders, 3 * INTERVAL)
+    processes = run.start(2)
+    processes.when(lambda: bool(pod.checkpoints(run.run)))
+    processes.when(run.is_saving)
+    processes.processes[victim].kill()
+    began = time.monotonic()
+
+    # In a save it waits for the other's heartbeat.
+    statuses = processes.wait(HEARTBEAT)
+    left = statuses[1 - victim]
+    print(f"left alone, it ended with {left} after {time.monotonic() - began:.0f} s")
+    assert left in (PREEMPTED, *((-signal.SIGABRT,) if victim == 0 else ())), processes.text()
+    if left == PREEMPTED:
+        assert "this passes: start the same command again" in processes.logs[1 - victim].read_text()
+    run.finish(2)
+    assert list(pod.losses(run.run)) == list(range(1, 3 * INTERVAL + 1))
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C that Python drops is raised once more."""
+"""Ctrl-C that Python drops is raised once more; what else asks a run to leave is heard."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
+from digseg_jax.runtime.preemption import ALIKE, PreemptionWatch
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,23 @@ def test_an_interrupt_elsewhere_is_raised_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):
             pass
+
+
+def test_what_schedulers_and_terminals_send_is_like_sigterm():
+    for number in ALIKE:
+        before = signal.getsignal(number)
+        with PreemptionWatch() as watch:
+            assert not watch.reached(1)
+            os.kill(os.getpid(), number)
+            assert watch.reached(2)
+        assert signal.getsignal(number) == before
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with PreemptionWatch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not watch.reached(1)
+    finally:
+        signal.signal(signal.SIGHUP, before)

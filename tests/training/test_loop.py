@@ -23,10 +23,11 @@ from safetensors.numpy import load_file
 from same import assert_same_bits
 from toy import ToyTask
 
-from digseg_jax.errors import UserError
+from digseg_jax.errors import USER_ERROR, UserError
 from digseg_jax.io.metric_writer import read_metrics
 from digseg_jax.prediction.description import unet_folder
 from digseg_jax.runtime import sharding
+from digseg_jax.runtime.door import tell
 from digseg_jax.tools.replay import replay
 from digseg_jax.training.failure import load_failure
 from digseg_jax.training.loop import Trainer
@@ -229,8 +230,12 @@ def stopped(folders, tmp_path_factory):
     """It logs only at the end, so that it is the checkpoint at step 4 that looks first."""
     workdir = tmp_path_factory.mktemp("poisoned")
     config = tiny.config(folders, train__steps=STEPS, optim__learning_rate=0.1, logging__every=100)
-    with pytest.raises(NotFinite, match="loss nan, grad_norm nan at step 3"):
+    with pytest.raises(NotFinite, match="loss nan, grad_norm nan at step 3") as caught:
         trainer(config, workdir, Poisoned()).run()
+    line = tiny.one_line(caught.value)
+    assert f"step 2 is saved in {workdir}/checkpoints, the batch in {workdir}/failure/3; repeat" in line
+    assert "a lower config.optim.learning_rate (now 0.1)" in line
+    assert tell(caught.value) == USER_ERROR  # no traceback; the launchers do not start it again
     return config, workdir
 
 
@@ -285,7 +290,8 @@ class TestNotFinite:
         workdir = tmp_path / "run"
         command = TestKill.command(config_file, workdir)
         failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert failed.returncode != 0
+        assert failed.returncode == USER_ERROR and "Traceback" not in failed.stderr
+        assert "no step is saved, the batch in" in failed.stderr
         again = f"python -m digseg_jax.tools.replay --workdir={workdir}"
         assert "at step 2" in failed.stderr and again in failed.stderr
         replayed = subprocess.run(
