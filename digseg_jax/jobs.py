@@ -130,9 +130,7 @@ def check_processes(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> No
     Raises:
       UserError: on every process: names the processes that differ, and in what.
     """
-    values = {f"config.{key}": value for key, value in settings.items()}
-    for key in PER_HOST:
-        values.pop(f"config.{key}", None)
+    values = {f"config.{key}": value for key, value in settings.items() if key not in PER_HOST}
     check_all_agree({**flags, **values, "the code's checksum": _checksum_of_the_code()})
 
 
@@ -303,7 +301,9 @@ def evaluate(
     description = read_description(folder)
     config = with_settings(config or description.training_config(folder), settings or {})
     check_agreement(description, to_dict(config), folder)
-    if suite is not None:
+    if suite is None:
+        check_scored_splits(config.data, config.eval)
+    else:
         suite_lib.check_root(suite, config.data.root)
 
     use_compile_cache(config.compute.compile_cache)

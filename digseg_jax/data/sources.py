@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
-from digseg_jax.data.shards.fingerprint import difference
+from digseg_jax.data.shards.fingerprint import check_unchanged
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
@@ -220,13 +221,13 @@ def check_training_data(data: DataConfig) -> None:
     """Opens every data set that is trained on, before anything expensive is loaded.
 
     Raises:
-      UserError: no such data set, split or folder, or one class alone.
+      UserError: no such data set, split or folder, one class alone, or shards that are older than the
+        files beside them.
     """
     for part, facts, split in training_parts(data):
         _check_classes(facts)
         if not data.latent_cache:  # a cache replaces the images and labels
-            open_part(part, split)
-            _tell_changes(part, facts, split)
+            _check_split(part, facts, split)
 
 
 def check_scored_splits(
@@ -237,22 +238,23 @@ def check_scored_splits(
     while_training: also during the training. chosen_by: see `validation_split`.
 
     Raises:
-      UserError: no such data set, split or folder, or one class alone.
+      UserError: as for `check_training_data`.
     """
     part = PartConfig(data.name, data.root)
-    _check_classes(spec_of(part))
+    facts = spec_of(part)
+    _check_classes(facts)
     splits: list[str] = [evaluation.split]
     splits += [evaluation.calibrate_split] if evaluation.calibrate else []
     splits += [validation_split(data, evaluation.split, chosen_by)] if while_training else []
     for split in dict.fromkeys(splits):
-        open_part(part, split)
-        _tell_changes(part, spec_of(part), split)
-    if spec_of(part).undivided:
-        log.info("data: %s", spec_of(part).title)
+        _check_split(part, facts, split)
+    if facts.undivided:
+        log.info("data: %s", facts.title)
 
 
-def _tell_changes(part: PartConfig, facts: DatasetSpec, split: str) -> None:
-    """Logs that the files beside prepared shards are not those that the shards were made from."""
+def _check_split(part: PartConfig, facts: DatasetSpec, split: str) -> None:
+    """Opens a split; raises UserError if it is not there, or its shards are older than their files."""
+    open_part(part, split)
     split = split_called(split, records.prepared_splits(part.root))
     if part.name.startswith(TFDS) or not records.is_prepared(part.root, split):
         return
@@ -261,14 +263,15 @@ def _tell_changes(part: PartConfig, facts: DatasetSpec, split: str) -> None:
     except UserError:
         return  # nothing but shards there
 
+    # A corrected label would be left out of the training, and nobody would see it.
     shards = records.RecordSource(part.root, split, facts)
-    since = (shards.folder / records.MANIFEST).stat().mtime
-    if told := difference(files, shards.manifest, float(since)):
-        log.warning(
-            "%s %s: %s; the shards in %s hold the earlier files: remove that folder and run "
-            "digseg_jax.tools.prepare_data again",
-            *(title_of(part), split, told, shards.folder),
-        )
+    title = f"{title_of(part)} {split}: the shards in {shards.folder} are read instead of its files"
+    root = shlex.quote(part.root)
+    renewal = (
+        f"renew them: python -m digseg_jax.tools.prepare_data --dataset={part.name} --root={root} "
+        f"--out={root} --split={split} --renew"
+    )
+    check_unchanged(files, shards.manifest, shards.folder / records.MANIFEST, title, renewal)
 
 
 def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:

@@ -18,6 +18,7 @@ from digseg_jax.data.datasets.readers import rle
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import shown
 from digseg_jax.io.names import key
+from digseg_jax.io.storage import write_bytes
 from digseg_jax.prediction.targets import PredictionFiles
 
 Content = dict[str, Any]  # of a COCO file of one image
@@ -43,16 +44,17 @@ def labeling_file(kind: str, out: Path, planned: Sequence[PredictionFiles]) -> P
 
 
 def write_labeling(kind: str, path: Path, predictions: Sequence[PredictionFiles]) -> None:
-    """Writes the file of a kind from the COCO files of some predictions.
+    """Writes the file of a kind, whole or not at all, from the COCO files of some predictions.
 
     Raises:
       UserError: a file cannot be read or written.
     """
     try:
         found = [json.loads(files.coco.read_text(encoding="utf-8")) for files in predictions]
-        path.write_text(json.dumps(KINDS[kind](found), ensure_ascii=False), encoding="utf-8")
+        made = json.dumps(KINDS[kind](found), ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--format={kind}: {shown(path)} cannot be made ({error})") from error
+    write_bytes(path, made)
 
 
 def coco_of(found: Sequence[Content]) -> Content:

@@ -132,7 +132,7 @@ class SplitWriter:
             if is_main():
                 with explained(self.folder, "cannot be written"):
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    files.claim(self.folder, self.plan, "config.data.latent_cache")
+                    files.claim(self.folder, self.plan, "another config.data.latent_cache")
 
         # All processes look before one of them writes; afterwards they would
         # see different numbers of shards.

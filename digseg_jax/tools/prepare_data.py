@@ -2,7 +2,8 @@
 """python -m digseg_jax.tools.prepare_data --dataset=NAME --root=DIR --out=gs://BUCKET/DIR | DIR
 
 Packs a download into ArrayRecord shards (for their format see data/shards/records.py). A killed job
-continues with the missing shards. Train from the result with --config.data.root=OUT.
+continues with the missing shards; --renew makes those of changed files again. Train from the result
+with --config.data.root=OUT.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards import files, records
 from digseg_jax.data.shards.fingerprint import KEY, UNTIMED_KEY, fingerprint
 from digseg_jax.errors import UserError
+from digseg_jax.io.storage import as_path
 from digseg_jax.log import log, setup
 from digseg_jax.runtime.door import run_tool
 
@@ -44,6 +46,7 @@ def prepare_split(
     shard_examples: int = SHARD_EXAMPLES,
     workers: int = 0,
     on_error: str = "raise",
+    renew: bool = False,
 ) -> dict[str, Any]:
     """Writes the missing shards of a split and its manifest; returns the manifest.
 
@@ -51,11 +54,12 @@ def prepare_split(
       open_split: opens the source; called in every worker process.
       workers: number of worker processes; 0 works in this process.
       on_error: "skip" leaves broken examples out and counts them; "raise" stops at the first one.
+      renew: replace shards of other examples, classes or shard sizes.
 
     Raises:
       UserError: a broken example; or OUT holds shards of other examples, classes or shard sizes.
     """
-    folder = epath.Path(out).expanduser() / split
+    folder = epath.Path(as_path(out)) / split
     folder.mkdir(parents=True, exist_ok=True)
     source = open_split()
 
@@ -73,7 +77,9 @@ def prepare_split(
         "shard_examples": shard_examples,
         "on_error": on_error,
     }
-    files.claim(folder, plan, "--out")
+    if renew:
+        files.clear(folder, plan, records.MANIFEST)
+    files.claim(folder, plan, "another --out, or replace them with --renew")
 
     # The manifest is written last, so its presence means that nothing is left to do.
     if (folder / records.MANIFEST).exists():
@@ -180,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-examples", type=int, default=SHARD_EXAMPLES)
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise")
+    parser.add_argument("--renew", action="store_true", help="replace shards of files as they were")
     parser.add_argument("--verify", action="store_true", help="only check the checksums of --out")
     return parser
 
@@ -195,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--shard-examples={arguments.shard_examples}: must be at least 1")
     if arguments.workers < 0:
         raise UserError(f"--workers={arguments.workers}: must be at least 0 (in this process)")
-    if not arguments.out:
+    if not arguments.out.strip():
         raise UserError("--out: no folder given")
 
     # By default the two splits that training and evaluation use.
@@ -213,6 +220,7 @@ def run(arguments: argparse.Namespace) -> int:
             shard_examples=arguments.shard_examples,
             workers=arguments.workers,
             on_error=arguments.on_error,
+            renew=arguments.renew,
         )
         for line in manifest["broken"]:
             log.warning("left out: %s", line)

@@ -27,6 +27,7 @@ from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import explained, inside
 
 PLAN = "plan.json"  # settings that all shards of a folder share
+_OWN = "shard-*-of-*.array_record*"  # shards, sidecars, and what a killed job left of them
 # Records are compressed already, or do not compress. One record per group for random access.
 _WRITER = "group_size:1,uncompressed"
 
@@ -59,7 +60,7 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
     Args:
       folder: where the shards go.
       plan: settings that all of them share, JSON-ready.
-      remedy: how to name another folder, for the message.
+      remedy: what to choose instead, for the message.
 
     Raises:
       UserError: the folder holds shards of another plan.
@@ -71,14 +72,36 @@ def claim(folder: epath.Path, plan: dict[str, Any], remedy: str) -> None:
 
     # A continued run has the same plan; name the first setting that differs. An older plan may lack a
     # setting, and then says nothing about it.
-    found = read_json(path, remedy=f"choose another {remedy} or remove that folder")
-    differs = [key for key in plan if key in found and found[key] != plan[key]]
-    if differs:
-        key = differs[0]
+    found = read_json(path, remedy=f"choose {remedy}")
+    if key := _first_difference(plan, found):
         raise UserError(
             f"{folder}: holds shards made with {key}={_short(found.get(key))}, now "
-            f"{_short(plan[key])}: choose another {remedy} or remove it"
+            f"{_short(plan[key])}: choose {remedy}"
         )
+
+
+def clear(folder: epath.Path, plan: dict[str, Any], manifest: str) -> None:
+    """Removes the shards of another plan, with what describes them; other files stay.
+
+    manifest: name of the file that makes them a data set.
+    """
+    # With this very plan they are not old, though perhaps not finished.
+    try:
+        found = read_json(folder / PLAN)
+    except UserError:
+        found = {}
+    if found and not _first_difference(plan, found):
+        return
+
+    # The manifest goes first, so that what is left is never taken for a whole data set.
+    with explained(folder, "cannot be emptied"):
+        for path in (folder / manifest, *sorted(folder.glob(_OWN)), folder / PLAN):
+            path.unlink(missing_ok=True)
+
+
+def _first_difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
+    """The first setting that two plans have both, with other values; "" if there is none."""
+    return next((key for key in plan if key in found and found[key] != plan[key]), "")
 
 
 def _short(value: Any, limit: int = 80) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.shards.records import RecordSource
+from digseg_jax.errors import UserError
 
 # Names of the two kinds in a plan; the error about a difference prints them.
 KEY = "files (names, sizes, times)"
@@ -62,6 +63,27 @@ def difference(source: Source, made_from: Mapping[str, Any], since: float) -> st
     if not newer:
         return ""
     return f"{len(newer)} of its files are newer than what was made from them, such as {newer[0]}"
+
+
+def check_unchanged(
+    source: Source, made_from: Mapping[str, Any], manifest: Any, title: str, renewal: str
+) -> None:
+    """Refuses what was made from files that have changed since: it still holds the old labels.
+
+    Args:
+      source: the split as it is now.
+      made_from: content of the manifest.
+      manifest: path of the manifest.
+      title: names the split and what was made from it.
+      renewal: says how to make it again.
+
+    Raises:
+      UserError: a file was changed, added or removed.
+    """
+    if told := difference(source, made_from, float(manifest.stat().mtime)):
+        raise UserError(
+            f"{title}: {told}; {renewal} (if only the times of the files are new: touch {manifest})"
+        )
 
 
 def _files(source: Source) -> Iterator[Path]:

@@ -136,7 +136,7 @@ def cache_folders(cache: str, parts: Sequence[tuple[PartConfig, DatasetSpec, str
     Raises:
       UserError: a path that is neither a folder nor gs://.
     """
-    root = epath.Path(as_path(cache)).expanduser()
+    root = epath.Path(as_path(cache))
     seen = Counter[tuple[str, str]]()
     folders = []
     for part, _, split in parts:

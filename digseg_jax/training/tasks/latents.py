@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from digseg_jax import trees
 from digseg_jax.arraytypes import Array, Float, Int, Params, UInt8
 from digseg_jax.config.schema import Config, PartConfig
-from digseg_jax.data.shards.fingerprint import difference
+from digseg_jax.data.shards.fingerprint import check_unchanged
 from digseg_jax.data.shards.latents import (
     MANIFEST,
     MODE,
@@ -233,10 +233,6 @@ def _compare_with_data(
         log.info("%s: the data that it was made from are not here to be compared", folder)
         return
 
-    since = (folder / MANIFEST).stat().mtime
-    if told := difference(source, manifest, float(since)):
-        raise UserError(
-            f"config.data.latent_cache: {folder} does not fit the data under {part.root}: {told}; make "
-            f"it again in another folder with {MODE} (if the files were only copied: touch "
-            f"{folder / MANIFEST})"
-        )
+    title = f"config.data.latent_cache: {folder} does not fit the data under {part.root}"
+    renewal = f"make it again in another folder with {MODE}"
+    check_unchanged(source, manifest, folder / MANIFEST, title, renewal)

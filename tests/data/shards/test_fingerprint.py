@@ -22,9 +22,10 @@ from digseg_jax.errors import UserError
 from digseg_jax.tools.prepare_data import prepare_split
 
 
-def prepare(root, out, split="train"):
+def prepare(root, out, split="train", **options):
     spec = registry.spec("folder", root)
-    return prepare_split(partial(registry.open_source, "folder", root, split), spec, split, out)
+    opened = partial(registry.open_source, "folder", root, split)
+    return prepare_split(opened, spec, split, out, **options)
 
 
 def test_a_corrected_mask_is_not_complete_already(tmp_path):
@@ -40,7 +41,18 @@ def test_a_corrected_mask_is_not_complete_already(tmp_path):
     os.utime(mask, (before.st_atime, before.st_mtime + 5))
     with pytest.raises(UserError) as caught:
         prepare(root, out)
-    assert "holds shards made with files (names, sizes, times)=" in tiny.one_line(caught.value)
+    line = tiny.one_line(caught.value)
+    assert "holds shards made with files (names, sizes, times)=" in line and "with --renew" in line
+
+    # Renewed, they have the new label; files that the tool did not make stay.
+    (out / "train" / "notes.txt").write_text("mine")
+    prepare(root, out, renew=True)
+    spec = registry.spec("folder", root)
+    assert RecordSource(out, "train", spec)[0]["label"].ravel()[:2].tolist() == [1, 0]
+    assert (out / "train" / "notes.txt").read_text() == "mine"
+    shards = [p.stat().st_mtime_ns for p in (out / "train").glob("shard-*")]
+    prepare(root, out, renew=True)  # nothing is old: nothing is made again
+    assert [p.stat().st_mtime_ns for p in (out / "train").glob("shard-*")] == shards
 
 
 def test_a_copy_with_its_times_is_the_same_data_and_another_set_is_not(tmp_path):
@@ -68,7 +80,7 @@ def test_shards_are_known_by_their_checksums(tmp_path):
     assert a == b and len(a) == 24
 
 
-def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog):
+def test_shards_beside_changed_files_are_refused_at_the_start(tmp_path):
     """The shards are what is trained on: a corrected mask would be left out without a word."""
     trees.folder(tmp_path)
     for split in ("train", "val"):
@@ -76,25 +88,36 @@ def test_shards_beside_changed_files_are_told_at_the_start(tmp_path, caplog):
     settings = {"data.name": "folder", "data.root": str(tmp_path), "eval.calibrate": False}
     config = with_settings(parse(default()), settings | {"eval.split": "val"})
 
-    def told() -> list[str]:
-        caplog.clear()
-        check_training_data(config.data)
-        check_scored_splits(config.data, config.eval)
-        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    def told(training: bool = True) -> str:
+        try:
+            if training:
+                check_training_data(config.data)
+            check_scored_splits(config.data, config.eval)
+        except UserError as error:
+            return tiny.one_line(error)
+        return ""
 
     # A copy of later times, as `cp` makes it, is the same before the shards were made.
     manifest, mask = tmp_path / "train" / "manifest.json", tmp_path / "masks" / "train" / "a.png"
     os.utime(mask, (0, mask.stat().st_mtime - 60))
-    assert told() == []
+    assert told() == ""
 
     os.utime(mask, (0, manifest.stat().st_mtime + 60))
-    line, *rest = told()
-    assert f"folder {tmp_path.name} train: 1 of its files are newer than what was made" in line
-    assert str(mask) in line and str(manifest.parent) in line
+    line = told()
+    assert f"folder {tmp_path.name} train: the shards in {manifest.parent} are read instead" in line
+    assert f"1 of its files are newer than what was made from them, such as {mask}" in line
+    assert f"--out={tmp_path} --split=train --renew (if only the times of the files are new" in line
+    assert told(training=False) == "", "the evaluated split's files are as they were"
+    os.utime(manifest, (0, mask.stat().st_mtime + 1))  # as `touch` does
+    assert told() == ""
     trees.image(tmp_path / "images" / "train" / "new.jpg")
     trees.save(tmp_path / "masks" / "train" / "new.png", grid(1, 0))
-    assert "the names or sizes of its files are others now" in told()[0]
+    assert "the names or sizes of its files are others now" in told()
+    prepare(tmp_path, tmp_path, renew=True)
+    assert told() == ""
 
-    # Only shards are there: nothing is known of the files.
+    # The evaluated split is judged in the same way; files that are not there are not.
+    os.utime(tmp_path / "masks" / "val" / "a.png", (0, manifest.stat().st_mtime + 9e3))
+    assert "val: the shards" in told(training=False)
     shutil.rmtree(tmp_path / "images")
-    assert told() == []
+    assert told() == ""
