@@ -270,6 +270,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         _fail(f"--config: {' '.join(str(error).split())}")
     except (AttributeError, KeyError, TypeError, OSError) as error:  # a bad or missing config file
         _fail(f"--config: {explained(error)}")
+    except SystemExit as error:  # raised in a config file: nothing would be done, with status 0
+        _fail(f"--config: the file ends the program (sys.exit({error.code}))")
     except Exception as error:  # a config file is a program: it may raise anything
         _fail(f"--config: {type(error).__name__}: {explained(error)}")
 

@@ -104,7 +104,9 @@ def test_a_config_file_that_sets_an_unknown_key_is_told_so(tmp_path, workdir):
     assert "stepz" in message and "steps" in message
 
 
-@pytest.mark.parametrize("line", ["from digseg_jax.config import defaults", "import no", "def get("])
+@pytest.mark.parametrize(
+    "line", ["from digseg_jax.config import defaults", "import no", "def get(", "exit(0)"]
+)
 def test_a_config_file_that_cannot_be_imported_is_told_in_one_line(tmp_path, workdir, line):
     (tmp_path / "experiment.py").write_text(f"{line}\n")
     message = refused(f"--config={tmp_path / 'experiment.py'}", workdir)

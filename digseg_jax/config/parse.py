@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import typing
 from collections.abc import Iterable, Mapping
@@ -158,6 +159,10 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
     names, kind = about.get("names", ()), hint
     if typing.get_origin(hint) is Literal:
         names, kind = typing.get_args(hint), str
+
+    # No setting has a meaning at infinity, and JSON has neither infinity nor nan.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}={value}: must be a finite number")
 
     # Whole numbers stand for floats, but bools never for numbers, though Python's bool is an int.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -388,7 +388,7 @@ class Config:
     """
 
     task: Literal["segmentation", "prior", "autoencoder"] = "segmentation"
-    seed: int = 0
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     init_from: str = ""  # another run's working directory: start from its newest checkpoint's weights
 
     # What is trained: changing it makes another run.

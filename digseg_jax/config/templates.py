@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from digseg_jax.errors import UserError
+from digseg_jax.io.names import UNSEEN
 
 PLACE = "{}"  # where the name goes
 
@@ -28,12 +29,14 @@ def check_template(template: Any, where: str) -> str:
       where: what the error calls it, such as "config.data.templates".
 
     Raises:
-      UserError: it is none.
+      UserError: it is none, or has characters that cannot be seen.
     """
     # Other braces are most likely format codes, such as {name} or {0:>5}, which are not supported.
     text = template if isinstance(template, str) else ""
     if text.count(PLACE) != 1 or text.count("{") + text.count("}") != 2:
         raise UserError(f"{where}: {template!r} needs one {{}} for the class, and no other brace")
+    if UNSEEN.search(text):
+        raise UserError(f"{where}: {template!r} has a control or invisible character; type it anew")
     return text
 
 

@@ -59,9 +59,22 @@ _STARTS = {
     b"\x93NUMPY": "a NumPy array",
     b"PK\x03\x04": "a ZIP archive",
     b"\x1f\x8b": "a gzip archive, perhaps NIfTI",
+    b"8BPS": "Photoshop",
+    b"gimp xcf": "GIMP's XCF",
+    b"\x00\x00\x00\x0cJXL": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"\x00\x00\x01\x00": "ICO",
+    b"P5": "PGM",
+    b"P6": "PPM",
+    b"SIMPLE": "FITS",
+    b"v/1\x01": "OpenEXR",
+    b"#?RADIANCE": "Radiance HDR",
+    b"\x1aE\xdf\xa3": "a video",
+    b"\x5c\x01\x00\x00": "NIfTI",
     b"<svg": "SVG",
     b"<?xml": "XML",
     b"<": "a page of HTML",
+    b"{": "JSON",
 }
 _BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two of more than 4 GiB
@@ -183,7 +196,8 @@ def _kind_of(data: bytes) -> str:
         return _BRANDS.get(data[8:12], "a video or another file of its container")
     if data[128:132] == b"DICM":  # after a preamble of any content
         return "DICOM"
-    return next((kind for start, kind in _STARTS.items() if data.startswith(start)), "")
+    starts = (data[:64], data[:64].lstrip())  # a page may begin with blank lines
+    return next((k for start, k in _STARTS.items() if any(s.startswith(start) for s in starts)), "")
 
 
 def check_dimensions(data: bytes | memoryview) -> None:

@@ -11,9 +11,13 @@ LONGEST = 100  # bytes of a part of a file name; most file systems allow 255 for
 
 
 # Control characters, and those that look like nothing but make another text: soft hyphens, spaces
-# without width, marks of direction, byte-order marks. Joiners are legal, as some scripts need them.
+# without width, marks of direction, fillers, tags, byte-order marks, variants of letters. Also halves
+# of characters, which no file can hold. Joiners are legal, as some scripts need them, and so are the
+# marks of variants behind the symbols that emoji are made of.
 UNSEEN = re.compile(
-    "[\\x00-\\x1f\\x7f-\\x9f\\u00ad\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060\\u2066-\\u2069\\ufeff]"
+    "[\\x00-\\x1f\\x7f-\\x9f\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b\\u200e\\u200f"
+    "\\u2028-\\u202e\\u2060-\\u206f\\u3164\\ud800-\\udfff\\ufeff\\uffa0\\ufff9-\\ufffb\\U000e0000-\\U000e0fff]"
+    "|(?<![#*0-9\\u203c-\\u3299\\U0001f000-\\U0001faff])[\\ufe00-\\ufe0f]"
 )
 
 

@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import tempfile
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from digseg_jax.data.datasets.pairs import is_junk
 from digseg_jax.data.datasets.readers import rle
 from digseg_jax.data.datasets.spec import Color
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.files import UnreadableError, expanded, shown
 from digseg_jax.io.georeference import write_raster
 from digseg_jax.io.image_file import IMAGE_ENDINGS, read_image, upright_rgb
 from digseg_jax.io.names import UNSEEN
@@ -53,21 +54,23 @@ def _images_of(text: str) -> list[Path]:
       UserError: no image there.
     """
     # A folder: its images by their endings, without the hidden files that systems leave behind.
-    path = Path(text).expanduser()
+    path = expanded(text)
     if text and path.is_dir():
         found = [
             Path(entry.path)
             for entry in os.scandir(path)
-            if entry.name.lower().endswith(IMAGE_ENDINGS) and not is_junk(entry.name)
+            if entry.name.lower().endswith(IMAGE_ENDINGS)
+            and not (is_junk(entry.name) or entry.is_dir())
         ]
         if not found:
             endings = " ".join(IMAGE_ENDINGS)
             raise UserError(f"--image={shown(text)}: no images in this folder ({endings})")
-        return sorted(p for p in found if not p.is_dir())
+        return sorted(found)
 
-    # A glob, unless a file really has such a name. It may name files of any ending.
+    # A glob, unless a file or folder really has such a name. It may name files of any ending.
     if not path.exists() and glob.has_magic(text):
-        matched = [Path(p) for p in glob.glob(str(path), recursive=True)]
+        whole = path.parent.is_dir() and os.path.join(glob.escape(str(path.parent)), path.name)
+        matched = [Path(p) for p in glob.glob(whole or str(path), recursive=True)]
         matched = [p for p in matched if not p.is_dir() and not is_junk(p.name)]
         if not matched:
             raise UserError(f"--image={shown(text)}: matches no file")
@@ -110,7 +113,7 @@ def pixels_of(image: str | os.PathLike | Image.Image | np.ndarray) -> UInt8[np.n
         except (ValueError, OSError) as error:
             raise UserError(f"image: {image}: {error}") from error
     if isinstance(image, (str, os.PathLike)):
-        return read_rgb(Path(image).expanduser(), "image")
+        return read_rgb(expanded(image), "image")
 
     # An array of another type is not converted: its value range would be a guess.
     pixels = np.asarray(image)
@@ -133,7 +136,7 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
     # A file comes before a data set of the same name.
     texts = list(queries)
     if vocabulary:
-        path = Path(vocabulary).expanduser()
+        path = expanded(vocabulary)
         if path.is_file():
             texts += [info.name for info in read_class_list(path).classes]
         elif vocabulary in registry.names():
@@ -157,12 +160,13 @@ def check_queries(queries: Sequence[str], name: str = "--query") -> None:
     name: the flag or argument that an error names.
 
     Raises:
-      UserError: such a query; spaces around and between words do not make another one.
+      UserError: such a query; neither spaces around and between words nor the two Unicode forms of an
+        accent make another one.
     """
     seen = set[str]()
     for query in queries:
-        words = " ".join(query.split())
-        if not words:
+        words = unicodedata.normalize("NFC", " ".join(query.split()))
+        if all(unicodedata.category(c)[0] in "PZM" for c in words):  # punctuation and lone marks
             raise UserError(f"{name}: empty; name what to segment, such as 'snow and ice'")
         if UNSEEN.search(query):
             raise UserError(f"{name}={query!r}: has a control or invisible character; type it again")
@@ -355,7 +359,7 @@ def query_colors(
     """
     # A file comes before a data set of the same name, as in `find_queries`.
     own: dict[str, Color | None] = {}
-    if vocabulary and (path := Path(vocabulary).expanduser()).is_file():
+    if vocabulary and (path := expanded(vocabulary)).is_file():
         own = {info.name: info.color for info in read_class_list(path).classes}
     elif vocabulary:
         datasets = (vocabulary, *datasets)

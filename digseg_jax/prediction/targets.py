@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import UnreadableError, read_bytes, shown
+from digseg_jax.io.files import UnreadableError, expanded, read_bytes, shown
 from digseg_jax.io.names import LONGEST, distinct, key, slug
 
 FileId = tuple[int, int]  # device and number: one file, whatever its names
@@ -102,7 +102,7 @@ class PredictionFiles:
 @contextlib.contextmanager
 def no_empty_folder(out: str | Path) -> Iterator[None]:
     """Removes the folder `out` at the end if the block made it and wrote nothing to it."""
-    folder = Path(out).expanduser()
+    folder = expanded(out)
     there = folder.exists()
     try:
         yield
@@ -129,7 +129,7 @@ def targets(
       UserError: an illegal name, one file for several images, or a file that must not be replaced.
     """
     # A name that ends in .png is the mask of a single image; any other name is a folder.
-    out = Path(out).expanduser()
+    out = expanded(out)
     if out.suffix.lower() == ".png":
         return [_named(images, out, queries, bool(placed))]
     if out.suffix and not out.is_dir():
@@ -190,6 +190,9 @@ def _named(
         raise UserError(f"--out={out}: must be a folder or the name of a file that ends in .png")
     if len(images) > 1:
         raise UserError(f"--out={out}: one file for {len(images)} images; name a folder")
+
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out={out}: is a pipe or a device, which the mask would replace")
 
     # The mask itself may be replaced, because the user named it; the files beside it were not named.
     files = PredictionFiles.of(out.with_suffix(""), queries, out.suffix, georeferenced=georeferenced)

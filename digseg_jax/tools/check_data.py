@@ -34,6 +34,11 @@ from digseg_jax.runtime.door import run_tool
 from digseg_jax.tools.contact_sheet import Tile, contact_sheet
 
 _KINDS = ("unreadable", "size_mismatch", "unknown_value")  # of broken examples
+_SUBSET = (
+    "the data's own list names {count} of the official {official} examples: scores on them are not "
+    "comparable with published ones"
+)
+_SHEETS = (".png", ".jpg", ".jpeg")  # endings of contact sheets
 _SHOWN = 20  # messages kept per kind
 
 
@@ -80,6 +85,10 @@ def check_split(
         if index in shown:
             tiles.append(Tile(example["image"], example["label"], f"{split} {example['name']}"))
 
+    # Fewer than officially: a download that is not complete, or a subset that says so itself.
+    subset = getattr(source, "own_list", False) and count < official
+    notes = [_SUBSET.format(count=count, official=official)] if subset else []
+
     # What the counts say; of a part of the split only the notes are sure.
     findings = judge(spec, pixels[:-1], int(pixels[-1]), len(chosen) - sum(counts.values()))
     used = split in (spec.train_split, spec.eval_split) and len(chosen) == count
@@ -90,6 +99,7 @@ def check_split(
     return {
         "count": count,
         "official_count": official or None,
+        "subset": subset,
         "read": len(chosen),
         **{f"{kind}_files": counts[kind] for kind in _KINDS},
         "errors": {kind: messages for kind, messages in errors.items() if messages},
@@ -97,7 +107,7 @@ def check_split(
         "ignored_share": float(pixels[-1] / total),
         "images_with_class": dict(zip(spec.names, images.tolist(), strict=True)),
         "pointless": wrong if not sum(counts.values()) else [],
-        "notes": [f.text for f in findings if f.text not in wrong],
+        "notes": notes + [f.text for f in findings if f.text not in wrong],
     }, tiles
 
 
@@ -129,7 +139,7 @@ def violations(name: str, findings: dict[str, Any]) -> list[str]:
 
     lines = []
     count, official = findings["count"], findings["official_count"]
-    if official and count != official:
+    if official and count != official and not findings["subset"]:
         lines.append(f"{name}: {count} examples, officially {official}")
 
     # One line for each kind of broken example, with the first message.
@@ -225,8 +235,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Checks and prints what the options name; returns the exit status."""
+    if arguments.limit < 0:
+        raise UserError(f"--limit={arguments.limit}: must be at least 0 (all images)")
     place = arguments.sheet or f"{arguments.dataset}_check.png"
     sheet = None if str(place) == "-" else Path(as_path(place))
+
+    # Hours of reading come before it is drawn.
+    if sheet and sheet.suffix.lower() not in _SHEETS:
+        raise UserError(f"--sheet={place}: must end in {' or '.join(_SHEETS)}, or be - for none")
+    if sheet and not sheet.parent.is_dir():
+        raise UserError(f"--sheet={place}: no such folder {sheet.parent}")
     result = run(arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet)
     print(json.dumps(result) if arguments.json else text(result))
     return 1 if result["violations"] else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,11 @@ def test_the_default_config_is_locked():
         ({"train": {"steps": True}}, "config.train.steps=True", "expected int, got bool"),
         ({"diffusion": {"zero_snr": 1}}, "config.diffusion.zero_snr=1", "expected bool, got int"),
         ({"optim": {"b2": False}}, "config.optim.b2=False", "expected float, got bool"),
+        (
+            {"optim": {"learning_rate": math.inf}},
+            "config.optim.learning_rate=inf",
+            "be a finite number",
+        ),
         ({"eval": {"sweep": "4x2"}}, "config.eval.sweep='4x2'", "expected a list"),
         ({"eval": {"sweep": (4,)}}, "config.eval.sweep=4", "expected str, got int"),
         ({"model": {"vae": None}}, "config.model.vae=None", "expected str, got NoneType"),
@@ -108,6 +114,11 @@ def test_a_key_that_the_task_does_not_use_is_refused(values, expected):
 def test_the_metric_of_the_best_checkpoint_is_checked_before_anything_is_trained(best):
     message = refused({"checkpoint": {"best": best}, "logging": {"eval_every": 5}})
     assert f"config.checkpoint.best='{best}': legal values are " in message and "val_miou" in message
+
+
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused(value):
+    assert f"config.seed={value}: must be at least 0 and at most" in refused({"seed": value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0])

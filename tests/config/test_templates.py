@@ -27,6 +27,11 @@ def test_anything_but_one_pair_of_braces_is_refused(template):
     assert f"here: {template!r} needs one {{}}" in tiny.one_line(caught.value)
 
 
+def test_a_line_break_is_refused():
+    with pytest.raises(UserError, match="here: 'a.n{}' has a control or invisible character"):
+        check_template("a\n{}", "here")
+
+
 @pytest.mark.parametrize("template", ILLEGAL)
 @pytest.mark.parametrize("section", ["data", "eval"])
 def test_the_configuration_refuses_them(section, template):

@@ -108,6 +108,10 @@ def test_a_file_that_would_start_a_program_is_not_opened(tmp_path):
         (b"\0\0\0\x18ftypheic", "but HEIC: convert it"),  # a phone's
         (b"\0\0\0\x20ftypisom", "but a video"),
         (b"<!DOCTYPE html>", "but a page of HTML"),  # a download that failed
+        (b"\r\n\n<html>", "but a page of HTML"),
+        (b'{"error": "not found"}', "but JSON"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "but JPEG XL"),
+        (b"\x5c\x01\0\0", "but NIfTI"),
         (b"%PDF-1.7", "but PDF"),
         (bytes(128) + b"DICM", "but DICOM"),
         (b"PK\x03\x04", "but a ZIP archive"),

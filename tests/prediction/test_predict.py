@@ -235,10 +235,13 @@ class TestFinding:
 
     def test_a_file_whose_name_looks_like_a_glob_is_a_file(self, tmp_path):
         assert find_images(saved(tmp_path, noise(2, 2), "a[1].png"))[0].name == "a[1].png"
+        (tmp_path / "set[1]").mkdir()
+        saved(tmp_path / "set[1]", noise(2, 2), "b.png")
+        assert [p.name for p in find_images(str(tmp_path / "set[1]" / "*.png"))] == ["b.png"]
 
     @pytest.mark.parametrize("where", ["nothing*.png", "empty", "no.png"])
     def test_nothing_there(self, tmp_path, where):
-        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "folder.png").mkdir(parents=True)
         with pytest.raises(UserError) as caught:
             find_images(str(tmp_path / where))
         assert f"--image={tmp_path / where}" in tiny.one_line(caught.value)
@@ -362,6 +365,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         (["water", "water "], "'water ': asked twice"),
         (["snow and ice", "snow  and ice"], "asked twice"),
         (["wat\u200ber"], "has a control or invisible character"),
+        (["sea\ufe0f"], "has a control or invisible character"),
+        (["\ud83d"], "has a control or invisible character"),
+        (["\u3164"], "has a control or invisible character"),
+        (["..."], "empty; name what to segment"),
+        (["for\u00eat", "fore\u0302t"], "asked twice"),
         (["water\nice"], "has a control or invisible character"),
     ],
 )

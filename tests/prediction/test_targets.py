@@ -128,6 +128,12 @@ def test_a_disk_that_fails_leaves_the_earlier_files_whole(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_pipe_is_not_replaced_by_a_mask(tmp_path):
+    os.mkfifo(tmp_path / "mask.png")
+    with pytest.raises(UserError, match="a pipe or a device"):
+        targets([image(tmp_path / "a.png")], tmp_path / "mask.png", ["ice"])
+
+
 def test_long_names_are_cut_and_stay_apart(tmp_path):
     queries = ["雪" * 200, "雪" * 201]
     write(PredictionFiles.of(tmp_path / "a", queries), queries)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def test_counts_are_held_against_the_official_ones(tmp_path, capsys):
     assert status == 1 and "1 examples, officially 2000" in out
 
 
+def test_a_subset_by_its_own_list_is_a_note(tmp_path, capsys):
+    """All that is listed is there: a run on it is neither pointless nor wrong."""
+    trees.pascal_voc(tmp_path)
+    lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    marked = codecs.BOM_UTF8 + (lists / "val.txt").read_bytes()
+    (lists / "val.txt").write_bytes(marked)  # as editors on Windows save it
+    arguments = ("--dataset=pascal_voc", "--root", tmp_path, "--split=val", "--sheet=-")
+    status, out = run(capsys, *arguments, "--json")
+    val = json.loads(out)["splits"]["val"]
+    assert val["subset"] and f"names {val['count']} of the official 1449 examples" in val["notes"][0]
+    assert status == (1 if val["pointless"] else 0) and not any("officially" in v for v in out)
+
+
 def test_a_split_that_is_not_there_is_wrong_unless_it_is_an_extra_one(tmp_path, capsys):
     trees.pascal_voc(tmp_path)
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").unlink()
@@ -95,9 +109,13 @@ def test_what_cannot_be_checked_ends_with_2(tmp_path, capsys):
     assert check_data.main(["--dataset=citiscapes", f"--root={tmp_path}"]) == 2
     assert "did you mean 'cityscapes'" in capsys.readouterr().err
     trees.folder(tmp_path)
-    arguments = ["--dataset=folder", f"--root={tmp_path}", f"--sheet={tmp_path}/none/a.png"]
-    assert check_data.main(arguments) == 2
-    assert "cannot write" in capsys.readouterr().err
+    for option, told in (
+        (f"--sheet={tmp_path}/none/a.png", "no such folder"),
+        (f"--sheet={tmp_path}/sheet", "must end in .png"),
+        ("--limit=-1", "at least 0"),
+    ):
+        assert check_data.main(["--dataset=folder", f"--root={tmp_path}", option]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_sheet_shows_each_label_in_the_colour_of_its_class(root):

@@ -30,7 +30,9 @@ FORM = "a line is `name, synonym` or `VALUE: name, synonym`, VALUE a number or #
 # Optional value (decimal or #rrggbb) and colon, then the names.
 _LINE = re.compile(r"(?:(?P<value>\d{1,5}|#[0-9a-fA-F]{6})\s*:)?(?P<names>[^:]+)")
 _LABEL_MAP = re.compile(r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(:[^:]*){0,2}")
-_COMMENT = re.compile(r"#(?![0-9a-fA-F]{6}\b)")
+_COMMENT = re.compile(r"#(?![0-9a-fA-F]{6}\b|[0-9a-fA-F]{3,8}\s*:)")
+MOST = 65535  # masks have up to 16 bits
+LONGEST = 2000  # characters of a line
 _HEADINGS = frozenset((
     "id", "index", "value", "number", "name", "names", "class", "classes", "class_name", "label",
     "color", "colors", "rgb", "r", "g", "b", "red", "green", "blue", "category", "supercategory",
@@ -43,7 +45,12 @@ _FOREIGN = (
     (re.compile(r".*[\"`]|'.*'$"), "names have no quotes around them"),
     (re.compile(r".*[\[\]{}<>|;=\t#]"), "a name has none of []{}<>|;=# and no tab"),
     (re.compile(r"[-*+]\s"), "a list of names has no bullets"),
-    (re.compile(f".*{UNSEEN.pattern}"), "a name has no control or invisible characters: type it again"),
+    (
+        re.compile(f".*(?:{UNSEEN.pattern})"),
+        "a name has no control or invisible characters: type it again",
+    ),
+    (re.compile(r".*[，、]"), "names are separated by the comma `,`"),
+    (re.compile(r"\W|_"), "a name begins with a letter or a digit, and a comment with `#`"),
 )
 
 
@@ -110,6 +117,8 @@ def _class_list(path: Path, rows: list[tuple[int, str]]) -> ClassList:
 
         # Two lines must not give one value two meanings.
         value, kind = _value(text, place)
+        if MOST < value < COLOR:
+            raise UserError(f"{where}: {value}; masks hold values up to {MOST}")
         kinds.add(kind)
         if value in lines:
             raise UserError(f"{where}: {written(value)} is line {lines[value]}'s already")
@@ -141,6 +150,8 @@ def _parts(line: str, where: str, *, first: bool) -> tuple[str | None, list[str]
     Raises:
       UserError: the line does not follow the grammar.
     """
+    if len(line) > LONGEST:
+        raise UserError(f"{where}: {len(line)} characters, more than {LONGEST}; {FORM}")
     match = _LINE.fullmatch(line)
     names = [n.strip() for n in match["names"].split(",")] if match else [""]
     if match is None or not all(names):

@@ -51,6 +51,7 @@ class FileSource:
 
     Attributes:
       listed_as: the split whose list was read, if that is not the one that was asked for.
+      own_list: whether a list among the data names the examples, so that none of them is missing.
 
     Raises:
       UnreadableError, SizeError, LabelValueError (all UserErrors): on access, with the file's path.
@@ -62,7 +63,7 @@ class FileSource:
         self, root: Path, pairs: Sequence[Pair], read_label: ReadLabel | None, strict: bool = False
     ):
         self.root, self.pairs, self.read_label, self.strict = root, list(pairs), read_label, strict
-        self.listed_as = ""
+        self.listed_as, self.own_list = "", False
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -296,18 +297,27 @@ def list_folders(folder: Path) -> list[str]:
         raise UnreadableError(f"{folder}: no such folder ({error.strerror})") from error
 
 
+def _is_new(folder: str, seen: set[str]) -> bool:
+    """Whether a folder, links followed, is not among those seen; it is then."""
+    place = os.path.realpath(folder)
+    new = place not in seen
+    seen.add(place)
+    return new
+
+
 def walk_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Files with one of the suffixes, at any depth, relative to root and sorted.
+    """Files with one of the suffixes, at any depth and behind links, relative to root and sorted.
 
     Raises:
       UnreadableError: no such folder.
     """
     if not root.is_dir():
         raise UnreadableError(f"{root}: no such folder")
-    found = []
-    for folder, names, files in os.walk(root):
-        # In place: os.walk then leaves these folders out.
-        names[:] = [n for n in names if not is_junk(n)]
+    found, top = [], Path(os.path.realpath(root))
+    seen = {str(place) for place in (top, *top.parents)}
+    for folder, names, files in os.walk(root, followlinks=True):
+        # In place: os.walk then leaves these folders out, and those that links lead back to.
+        names[:] = [n for n in names if not is_junk(n) and _is_new(os.path.join(folder, n), seen)]
         found += [
             Path(folder, f).relative_to(root)
             for f in files

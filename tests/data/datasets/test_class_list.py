@@ -41,7 +41,7 @@ def test_colors_are_not_comments(tmp_path):
     assert listed.classes[0].raw == (COLOR + 0xFF0000,) and listed.kind == "color"
 
 
-@pytest.mark.parametrize("name", ["farmer's field", "H2O", "Straße", "crop/weed", "e.g."])
+@pytest.mark.parametrize("name", ["farmer's field", "H2O", "Straße", "crop/weed", "e.g.", "हिम"])
 def test_names_as_people_have_them(tmp_path, name):
     assert read_class_list(write(tmp_path, f"{name}\nother\n")).classes[0].name == name
 
@@ -75,6 +75,16 @@ def test_a_name_may_begin_with_a_digit_after_a_value(tmp_path):
         ("#ff0000 road", "a name has none of"),
         ("- soil", "no bullets"),
         ("soil,", "a line is `name, synonym`"),
+        ("#f00: soil", "a line is `name, synonym`"),
+        ("#ff0000ff: soil", "a line is `name, synonym`"),
+        ("soil, " * 9000, "more than 2000"),
+        ("70000: soil", "masks hold values up to 65535"),
+        ("// soil", "begins with a letter or a digit"),
+        ("% soil", "begins with a letter or a digit"),
+        ("(0) soil", "begins with a letter or a digit"),
+        ("__ignore__", "begins with a letter or a digit"),
+        ("土，地面", "separated by the comma"),
+        ("so\ufe0fil", "no control or invisible"),
     ],
 )  # fmt: skip
 def test_what_the_grammar_does_not_have_is_refused_with_its_line(tmp_path, line, told):

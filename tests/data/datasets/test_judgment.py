@@ -155,6 +155,13 @@ def test_layouts_that_people_have(tmp_path):
     names = [example["name"] for example in registry.open_source("folder", root, "train")]
     assert names == ["0", "more/0"]
 
+    # Links to folders on another disk are followed, once each.
+    for part in ("images", "masks"):
+        (root / part / "train" / "more").rename(tmp_path / f"other_{part}")
+        (root / part / "train" / "more").symlink_to(tmp_path / f"other_{part}")
+        (root / part / "train" / "round").symlink_to(root / part)
+    assert [e["name"] for e in registry.open_source("folder", root, "train")] == names
+
     root = folder(tmp_path / "c", [mask(0, 1)])
     for part, ending, form in (("images", "jpg", "NFD"), ("masks", "png", "NFC")):
         name = unicodedata.normalize(form, f"grün.{ending}")
@@ -209,6 +216,12 @@ def test_a_folder_above_the_data_is_told(tmp_path):
         ("train_masks/a.png", "move train to images/train, and train_masks to masks/train"),
         ("SegmentationClass/a.png", "VOC-style"),
         ("data.yaml", "YOLO"),
+        ("labels/train/a.txt", "YOLO"),
+        ("annotations.xml", "CVAT's own XML"),
+        ("meta.json", "Supervisely"),
+        ("Annotations/a.xml", "boxes in XML"),
+        ("train/a.json", "labelme"),
+        ("via_region_data.json", "VIA"),
     ],
 )
 def test_other_layouts_are_recognized(tmp_path, file, told):

@@ -212,6 +212,9 @@ def _mask(row: dict[str, Any], size: tuple[int, ...], where: str) -> np.ndarray:
                 raise ValueError(f"runs for a mask of {found['size']}, the image is {list(size)}")
             return rle.decode(found["counts"], size[0], size[1])
 
+        if not found:
+            raise ValueError("a box without an outline; export polygons or masks")
+
         # Corners count from the corner of the first pixel, centers lie half a pixel further.
         mask = np.zeros(size, bool)
         for numbers in found:

@@ -79,6 +79,12 @@ _OTHERS = {
     "trainannot": _BESIDE.format("trainannot"),
     f"*/{CLASSES}": f"a folder above the data: name the folder that holds {CLASSES}",
     "**/data.yaml": "an export for YOLO, without masks: export semantic masks (PNG) instead",
+    "labels/**/*.txt": "an export for YOLO, without masks: export semantic masks (PNG) instead",
+    "annotations.xml": "CVAT's own XML: export `Segmentation mask` or COCO instead",
+    "meta.json": "a project of Supervisely: export COCO or semantic masks (PNG) instead",
+    "**/*.xml": "an export of boxes in XML, without masks: export semantic masks (PNG) or COCO instead",
+    "**/*.json": "JSON of a labeling tool, such as labelme or VIA: export one file in COCO's form, as "
+    "result.json, or semantic masks (PNG)",
 }
 
 

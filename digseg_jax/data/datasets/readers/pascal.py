@@ -14,7 +14,7 @@ from digseg_jax.data.datasets.readers.index import IndexLabels
 from digseg_jax.data.datasets.readers.matfile import label_map, read_mat
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import UnreadableError, read_bytes
+from digseg_jax.io.files import UnreadableError, read_lines
 from digseg_jax.log import log
 
 _JSON = "trainval_merged.json"  # the labels as PASCAL in Detail distributes them
@@ -78,7 +78,9 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
     if mats is not None:
         found = {s: str(mats / name) for s, name in list_files(mats, (".mat",)).items()}
         labels = pick(found, stems, mats, what)
-        return FileSource(voc, pair_up(voc, images, labels, what), ContextLabels(spec))
+        source = FileSource(voc, pair_up(voc, images, labels, what), ContextLabels(spec))
+        source.own_list = True
+        return source
 
     # ... or one JSON file for all. An image without a mask in it has an empty label.
     assert merged is not None and detail is not None
@@ -86,6 +88,7 @@ def open_pascal_context(spec: DatasetSpec, root: Path, split: str) -> FileSource
     pairs = pair_up(voc, images, known, what)
     masks = [detail.masks.get(p.name, []) for p in pairs]
     source = PaintedSource(voc, pairs, masks, LabelTable.of(spec))
+    source.own_list = True
     if stems == _of_phase(detail, split):
         source.listed_as = _OWN_LISTS.get(split, "")
     return source
@@ -160,7 +163,9 @@ def open_pascal_voc(spec: DatasetSpec, root: Path, split: str) -> FileSource:
         labels = more | labels
 
     images = _jpegs(voc, list(labels), what)
-    return FileSource(voc, pair_up(voc, images, labels, what), VocLabels(spec))
+    source = FileSource(voc, pair_up(voc, images, labels, what), VocLabels(spec))
+    source.own_list = split != "trainaug"
+    return source
 
 
 def _sbd(root: Path, voc: Path, what: str) -> dict[str, str]:
@@ -211,12 +216,7 @@ def read_list(path: Path) -> list[str]:
     Raises:
       UnreadableError: not UTF-8, or words that are no image names.
     """
-    try:
-        words = [
-            line.split()[0] for line in read_bytes(path).decode("utf-8").splitlines() if line.strip()
-        ]
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"{path}: not UTF-8: {error}") from error
+    words = [text.split()[0] for _, text in read_lines(path)]
 
     # Names become paths: none may lead out of the data set's folder.
     if any("/" in w or "\\" in w or w.startswith(".") for w in words):
