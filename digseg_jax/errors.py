@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
+import socket
 from collections.abc import Iterable
 
 # Exit statuses of `main`, beside 0; after PREEMPTED the scripts of launch/ start the run again, after
@@ -19,9 +21,22 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: preempted, or ended by a `Transient
 # How errors of JAX, tensorstore and the bucket's client say that a service or another process is gone
 # for now: the status codes that mean this, and the words of the libraries that have none.
 _PASSING_CODES = {408, 429, 500, 502, 503, 504}
+# Classes of aiohttp (gcsfs), requests, urllib3, httpx (the hub's client), google.auth, http and ssl for
+# a connection that was cut or not made; none of them is one of Python's own.
+_PASSING_KINDS = frozenset((
+    "ClientPayloadError", "ClientConnectionError", "ConnectionError", "Timeout", "ChunkedEncodingError",
+    "ProtocolError", "MaxRetryError", "RetryError", "TimeoutError", "TransportError", "IncompleteRead",
+    "SSLEOFError", "SSLZeroReturnError",
+))  # fmt: skip
+# The same from the system: no route, no network, a name server that does not answer, a network disk.
+_PASSING_NUMBERS = (
+    errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET,
+    errno.ESTALE, socket.EAI_AGAIN,
+)  # fmt: skip
 _PASSING_WORDS = re.compile(
     r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED)\b"
     r"|[Cc]onnection (closed by peer|reset by peer|refused)|remote process exited"
+    r"|CURL error\[(5|6|7|16|18|28|35|52|55|56|92)\]"  # no name, no connection, cut, too late
 )
 
 
@@ -46,7 +61,8 @@ class Preempted(Exception):
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the host has not enough memory."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return refused or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def passes(error: BaseException | None) -> bool:
@@ -58,8 +74,17 @@ def passes(error: BaseException | None) -> bool:
     if isinstance(error, Transient | ConnectionError | TimeoutError):
         return True
 
+    # A certificate that is refused stays refused, though its error is one of a connection.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & _PASSING_KINDS and "certificate" not in str(error).lower():
+        return True
+    if isinstance(error, OSError) and error.errno in _PASSING_NUMBERS:
+        return True
+
     # A status code says it exactly; without one, the words do.
+    answer = getattr(error, "response", None)  # of requests, httpx and the hub's client
     code = getattr(error, "code", None) or getattr(error, "status", None)
+    code = code or getattr(answer, "status_code", None)
     if str(code).isdigit():
         return int(str(code)) in _PASSING_CODES
     return bool(_PASSING_WORDS.search(str(error))) or passes(error.__cause__)

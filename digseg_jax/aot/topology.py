@@ -30,6 +30,7 @@ LEGAL = (
 )
 # The smallest slice of each kind that the compiler knows; one of its chips stands for `v5e:1`.
 ONE_CHIP = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
+MOST_SIMULATED = 4096  # JAX makes them one by one, a few thousand in seconds
 RESERVED = 2**28  # bytes of a TPU's memory that its system keeps; v5e's compiler says 15.75 of 16 GiB
 
 
@@ -95,6 +96,8 @@ def _split(text: str) -> tuple[str, str]:
     found = re.fullmatch(r"([a-z][a-z0-9-]*):([1-9]\d*(?:x[1-9]\d*){0,2})", text)
     if not found or found[1] not in ("cpu", *TPUS, *GPUS) or (found[1] not in TPUS and "x" in found[2]):
         raise UserError(f"--topology={text!r}: legal are {LEGAL}")
+    if found[1] not in TPUS and int(found[2]) > MOST_SIMULATED:
+        raise UserError(f"--topology={text}: at most {MOST_SIMULATED} simulated devices")
     return found[1], found[2]
 
 

@@ -60,8 +60,10 @@ def find_cluster(
       timeout: seconds for the detection.
 
     Raises:
-      UserError: some of the three flags without the others, or numbers that do not fit.
+      UserError: some of the three flags without the others, or values that do not fit.
     """
+    if not timeout > 0:
+        raise UserError(f"--start_timeout={timeout}: must be above 0 seconds")
     if coordinator is not None and num_processes is not None and process_id is not None:
         split_address(coordinator)
         if num_processes < 1 or not 0 <= process_id < num_processes:

@@ -22,11 +22,8 @@ from digseg_jax.errors import (
 )
 from digseg_jax.log import log
 
-# Errors of a disk or a path that the user named: not a defect of the program.
-_REFUSED = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-    errno.ENOENT, errno.ENAMETOOLONG,
-)  # fmt: skip
+# Errors of a disk that need not name a file, as some writers know only its descriptor.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def tell(error: BaseException) -> int:
@@ -42,16 +39,16 @@ def tell(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return _one_line("interrupted", INTERRUPTED)
 
-    # A full disk need not name a file: some writers know only its descriptor.
-    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
-        return _one_line(f"{error.filename}: {error.strerror}", USER_ERROR)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return _one_line(f"a file cannot be written: {error.strerror}", USER_ERROR)
-
     # In the middle of a step or a transfer, the libraries' own errors arrive here.
     if passes(error):
         why = f"another process of the run, or a service, does not answer ({error})"
         return _one_line(f"{why[:600]}; this is temporary: start the same command again", PREEMPTED)
+
+    # What a disk or a path refuses is no defect of the program, whatever its number.
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return _one_line(f"{error.filename}: {error.strerror}", USER_ERROR)
+    if isinstance(error, OSError) and error.errno in _OF_DISKS:
+        return _one_line(f"a file cannot be written: {error.strerror}", USER_ERROR)
 
     # The rest is for a developer: a traceback, and a hint where memory ran out.
     traceback.print_exception(error)

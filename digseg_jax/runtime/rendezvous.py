@@ -37,10 +37,10 @@ def split_address(address: str) -> tuple[str, int]:
     """Splits "HOST:PORT" or "[IPV6]:PORT".
 
     Raises:
-      UserError: no port, or none between 1 and 65535.
+      UserError: no port, none between 1 and 65535, or a URL.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(
             f"coordinator address {address!r}: expected HOST:PORT, with a port from 1 to 65535"
         )

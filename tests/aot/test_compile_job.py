@@ -275,6 +275,8 @@ def test_over_the_budget_of_the_compiler():
 def test_a_wrong_topology_is_told_with_the_legal_ones(text):
     with pytest.raises(UserError, match="legal are cpu:N, a TPU slice such as v5e:4x4.* h100:1"):
         topology.prepare(text)
+    with pytest.raises(UserError, match="at most 4096 simulated devices"):
+        topology.prepare("cpu:1000000")
 
 
 def test_without_the_tpu_compiler_the_error_says_how_to_get_it(monkeypatch):

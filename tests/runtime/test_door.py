@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import json
+import socket
+import ssl
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -33,6 +37,8 @@ from digseg_jax.tools import convert_weights, performance_page, prepare_data
         (UserError("two\nlines"), USER_ERROR, ["error: two lines"]),
         (OSError(errno.ENOSPC, "No space"), USER_ERROR, ["error: a file cannot be written: No space"]),
         (NotADirectoryError(errno.ENOTDIR, "Not one", "a/b"), USER_ERROR, ["error: a/b: Not one"]),
+        (OSError(errno.ELOOP, "Links", "a/b"), USER_ERROR, ["error: a/b: Links"]),
+        (OSError(errno.EIO, "Bad disk"), USER_ERROR, ["error: a file cannot be written: Bad disk"]),
         (KeyboardInterrupt(), INTERRUPTED, ["error: interrupted"]),
         (Preempted("saved"), PREEMPTED, []),
         (Transient("process 1 is late"), PREEMPTED, ["error: process 1 is late; this is temp"]),
@@ -56,7 +62,33 @@ class Answer(Exception):
         self.code = code
 
 
+class Refused(Exception):
+    """An answer of the hub with its HTTP status, as its client's exceptions have it."""
+
+    def __init__(self, code):
+        super().__init__("refused")
+        self.response = SimpleNamespace(status_code=code)
+
+
+def of_library(*names):
+    """An error of a library's own class, by the names of its base classes, the last one first."""
+    kind = Exception
+    for name in reversed(names):
+        kind = type(name, (kind,), {})
+    return kind("it ended")
+
+
 PASSING = [
+    OSError(errno.EHOSTUNREACH, "No route to host"),
+    OSError(errno.ESTALE, "Stale file handle", "/nfs/run"),
+    socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+    http.client.IncompleteRead(b"", 9),
+    ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+    of_library("ServerDisconnectedError", "ClientConnectionError"),  # aiohttp
+    of_library("ReadTimeout", "Timeout"),  # requests
+    of_library("RemoteProtocolError", "TransportError"),  # httpx
+    ValueError("CURL error[28] Timeout was reached"),
+    Refused(503),
     TimeoutError("not written after 600 s"),
     ConnectionRefusedError("nobody listens"),
     *(Answer(code) for code in (408, 429, 500, 502, 503, 504)),
@@ -70,6 +102,10 @@ PASSING = [
     ),
 ]
 FINAL = [
+    Refused(404),
+    ValueError("CURL error[60] SSL peer certificate was not OK"),
+    ssl.SSLCertVerificationError(1, "certificate verify failed"),
+    socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
     UserError("config.train.steps=-1: must be positive"),
     *(Answer(code) for code in (400, 401, 403, 404, 412)),
     OSError(errno.ENOSPC, "No space left on device"),
@@ -98,6 +134,7 @@ def test_a_defect_keeps_its_traceback(capsys):
     assert run_tool(job) == CRASH
     assert "Traceback" in capsys.readouterr().err
     assert tell(MemoryError("no room")) == OVER_BUDGET
+    assert tell(OSError(errno.ENOMEM, "Cannot allocate memory")) == OVER_BUDGET
 
 
 @pytest.mark.parametrize("place", ["/proc/out", "FILE/out"])

@@ -202,7 +202,9 @@ def test_two_processes_of_the_same_number_are_told(address):
     assert "process 2 of 3 did not come" in messages[0]
 
 
-@pytest.mark.parametrize("bad", ["host", "host:", ":80", "host:0", "host:65536", "host:http"])
+@pytest.mark.parametrize(
+    "bad", ["host", "host:", ":80", "host:0", "host:65536", "host:http", "http://host:80"]
+)
 def test_an_address_without_a_port_is_refused(bad):
     with pytest.raises(UserError) as caught:
         split_address(bad)
