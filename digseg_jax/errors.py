@@ -40,6 +40,13 @@ _PASSING_WORDS = re.compile(
 )
 
 
+# Whoever has the id of an upload that has begun can finish it.
+_SECRETS = re.compile(
+    r"((?:upload_id|access_token|id_token|X-Goog-\w+|X-Amz-\w+|[Ss]ignature|api_?key|token)=|"
+    r"[Bb]earer +)[^\s&'\"<>)]+|\b(hf_|ya29\.)[\w.-]{8,}"
+)
+
+
 class UserError(ValueError):
     """Bad input: the message names the thing, the place and the legal values, in one line.
 
@@ -88,6 +95,14 @@ def passes(error: BaseException | None) -> bool:
     if str(code).isdigit():
         return int(str(code)) in _PASSING_CODES
     return bool(_PASSING_WORDS.search(str(error))) or passes(error.__cause__)
+
+
+def without_secrets(text: str) -> str:
+    """The text without what lets its reader act for the user: such parts of addresses, and tokens.
+
+    Errors of buckets and hubs contain the address that was asked for.
+    """
+    return _SECRETS.sub(lambda found: f"{found[1] or found[2]}...", text)
 
 
 def refusal(message: str, cause: BaseException | None) -> UserError:

@@ -118,6 +118,7 @@ def test_a_config_file_that_cannot_be_imported_is_told_in_one_line(tmp_path, wor
     [
         ([QUICKSTART, "--mode=trian"], "one of <train|eval|export|predict|demo|compile|cache_latents>"),
         ([QUICKSTART, "--wrokdir=x"], "Did you mean: workdir"),
+        ([QUICKSTART, "--workdir=other"], "--workdir: given twice, --workdir=other and --workdir="),
         ([QUICKSTART, "--config.train.steps=many"], "--config.train.steps=many"),
         (["--config=configs/camvid.py:sd3"], "no version 'sd3'"),
     ],

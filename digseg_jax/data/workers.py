@@ -23,8 +23,9 @@ def start_worker(index: int, count: int) -> None:
 
     The worker ends when the process that started it has ended.
     """
-    # A terminal sends Ctrl-C to the workers too, but the loop still needs their batch to end its step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Terminals and schedulers signal workers too, but the loop still needs their batch for its step.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     keep_freed_memory()
     threading.Thread(target=_end_with, args=(os.getppid(),), name="watch", daemon=True).start()

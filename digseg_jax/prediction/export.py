@@ -40,6 +40,7 @@ from digseg_jax.prediction.description import (
 )
 from digseg_jax.prediction.model_card import model_card
 from digseg_jax.prediction.segmenter import trained_short_side, view_size
+from digseg_jax.segmentation.calibration import stored_scale
 from digseg_jax.segmentation.codecs import make_codec, state_file
 from digseg_jax.training.tasks.parts import AUTOENCODERS
 from digseg_jax.weights import load_config
@@ -234,7 +235,7 @@ def _settings(
         codec.restore(state)
         scale = codec.scale or SCALE
     elif calibration.is_file():
-        scale = read_json(calibration, {"scale": float})["scale"]
+        scale = stored_scale(calibration)
 
     # Above `decode_limit` queries this program reads masks with its linear probe. The torch pipeline
     # has no probe and would give other masks, so it takes no more queries than that.

@@ -23,7 +23,6 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.config.templates import check_template
 from digseg_jax.errors import UserError
-from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.log import log
@@ -43,6 +42,7 @@ from digseg_jax.prediction.request import Request, filled
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.segmentation.calibration import stored_scale
 from digseg_jax.segmentation.views import count_views
 from digseg_jax.training.mesh_choice import choose_mesh, needs_of
 from digseg_jax.training.tasks.parts import for_devices
@@ -114,13 +114,13 @@ class PretrainedSegmenter(Segmenter):
     def __init__(self, task: SegmentationTask, folder: Path, description: Description):
         # Scale of the evidence: fitted by an evaluation of these weights, else the default.
         calibration = folder / CALIBRATION
-        scale = read_json(calibration, {"scale": float})["scale"] if calibration.is_file() else 2.0
+        scale = stored_scale(calibration) if calibration.is_file() else 2.0
 
         # Queries are asked in the templates that the weights were trained with.
         needs = partial(needs_of, task.config, task)
         mesh = make_mesh(choose_mesh(task.config.mesh, needs, jax.devices()))
         params, words = load_params(unet_folder(folder), task.abstract), description.templates
-        super().__init__(task, params, mesh=mesh, scale=float(scale), templates=words)
+        super().__init__(task, params, mesh=mesh, scale=scale, templates=words)
         self.folder, self.description = folder, description
 
     def __call__(

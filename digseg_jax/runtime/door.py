@@ -19,6 +19,7 @@ from digseg_jax.errors import (
     UserError,
     lacks_memory,
     passes,
+    without_secrets,
 )
 from digseg_jax.log import log
 
@@ -51,7 +52,7 @@ def tell(error: BaseException) -> int:
         return _one_line(f"a file cannot be written: {error.strerror}", USER_ERROR)
 
     # The rest is for a developer: a traceback, and a hint where memory ran out.
-    traceback.print_exception(error)
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
     if lacks_memory(error):
         return _one_line("out of memory: take smaller batches or a larger device", OVER_BUDGET)
     return CRASH
@@ -72,5 +73,5 @@ def run_tool(job: Callable[[], int | None]) -> int:
 
 def _one_line(text: str, status: int) -> int:
     """Prints an error in one line, and returns the exit status that goes with it."""
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {without_secrets(' '.join(text.split()))}", file=sys.stderr)
     return status

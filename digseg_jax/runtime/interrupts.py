@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remembers Ctrl-C, because Python drops a KeyboardInterrupt that is raised in the wrong place."""
+"""Remembers Ctrl-C and SIGTERM, because Python drops exceptions that are raised in the wrong place."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ import signal
 import threading
 from typing import Any
 
-_remembered = False
+from digseg_jax.errors import Preempted
+
+_remembered: BaseException | None = None
 
 
 def remember_interrupts() -> None:
-    """Makes Ctrl-C leave a mark beside raising KeyboardInterrupt.
+    """Makes Ctrl-C and SIGTERM leave a mark beside raising KeyboardInterrupt or `Preempted`.
 
     While libraries load, an exception may be raised in a callback of C code or in a destructor, where
-    it is printed or lost, and the program continues. `check_interrupts` raises it once more.
+    it is printed or lost, and the program continues. `check_interrupts` raises it once more. During the
+    training loop, `preemption` takes the place of both.
     """
     global _remembered
-    _remembered = False
+    _remembered = None
 
     # Python accepts signal handlers in the main thread only.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _remember)
+        signal.signal(signal.SIGTERM, _remember)
 
 
 def check_interrupts() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed before; call it between steps of a long start."""
-    if _remembered:
-        raise KeyboardInterrupt
+    """Raises what a signal has raised before; call it between steps of a long start."""
+    if _remembered is not None:
+        raise _remembered
 
 
-def _remember(*_: Any) -> None:
-    """Handles SIGINT as Python does, and leaves the mark."""
+def _remember(number: int, _: Any) -> None:
+    """Handles Ctrl-C as Python does, and SIGTERM as a request to start again; leaves the mark."""
     global _remembered
-    _remembered = True
-    raise KeyboardInterrupt
+    asked = Preempted("preempted outside of the training loop: what was saved is there")
+    _remembered = KeyboardInterrupt() if number == signal.SIGINT else asked
+    raise _remembered

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.metrics.confusion import mean_iou
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the candidates
 BIAS_STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # changes of a bias that are tried
+MAX_SCALE = 100.0  # of a stored calibration; far above every candidate
 MAX_BIAS = 4.0  # logits; largest absolute bias
 SWEEPS = 3  # most passes over the classes; a pass without improvement is the last
 
@@ -38,6 +42,18 @@ class Calibration:
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
         """Calibration from the form of `to_dict`."""
         return cls(values["scale"], tuple(values["bias"]), values["split"])
+
+
+def stored_scale(path: Path) -> float:
+    """The scale in a calibration's file.
+
+    Raises:
+      UserError: unreadable, or a scale that no fit gives: masks would be empty or inverted.
+    """
+    scale = read_json(path, {"scale": float})["scale"]
+    if not 0 < scale <= MAX_SCALE:
+        raise UserError(f"{path}: scale={scale}: must be above 0 and at most {MAX_SCALE:g}")
+    return float(scale)
 
 
 def identity(num_classes: int, scale: float = 2.0) -> Calibration:

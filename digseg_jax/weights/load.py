@@ -16,6 +16,7 @@ from flax import nnx
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import DTypeLike, Params
+from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.weights import keymap, single_file
 from digseg_jax.weights.hub import resolve
@@ -106,7 +107,8 @@ def load_params(
           process places its own shards only.
 
     Raises:
-        UserError: not found, unreadable, or the keys do not match one to one.
+        UserError: not found, unreadable, keys that do not match one to one, or values that are no
+          numbers.
     """
     component, _, infos, folder = open_component(path_or_hub_id, subfolder, _names(expect))
     return _read(component, infos, folder, abstract_params, param_dtype, shardings)
@@ -232,6 +234,7 @@ def _read(
     loaded = {}
     for key, tensor in iter_tensors({k: infos[k] for k in pairs}):
         path = pairs[key]
+        _check_finite(tensor, key, source)
         leaf = keymap.from_hub(path, tensor, shapes[path])
 
         # Wait: copies still under way would keep their tensors in the host's memory.
@@ -239,6 +242,16 @@ def _read(
 
     # In the order of the model, not of the file.
     return trees.unflatten({path: loaded[path] for path in shapes})
+
+
+def _check_finite(tensor: np.ndarray, key: str, source: str) -> None:
+    """Raises UserError for a value that is no number: with it, every mask would be empty."""
+    # A sum takes a fraction of the time, and no memory; it may be too large for a float by itself.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = tensor.sum(dtype=np.float32)
+    if np.isfinite(total) or np.isfinite(tensor.astype(np.float32)).all():
+        return
+    raise UserError(f"{source}: {key} has values that are no numbers (nan or infinite)")
 
 
 def _put(

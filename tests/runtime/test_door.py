@@ -127,6 +127,15 @@ def test_what_stays_is_final(cause):
     assert not passes(cause) and type(refusal("not written", cause)) is UserError
 
 
+def test_no_secret_of_an_address_is_printed(capsys):
+    address = "https://x/upload?upload_id=ABg5-&name=a (Bearer ya29.abcdefghij, hf_abcdefghijkl)"
+    assert tell(UserError(f"gs://b/x: cannot be written ({address})")) == USER_ERROR
+    tell(RuntimeError(address))
+    said = capsys.readouterr().err
+    assert "upload_id=...&name=a" in said and "Bearer ..." in said
+    assert not any(secret in said for secret in ("ABg5", "abcdefghij"))
+
+
 def test_a_defect_keeps_its_traceback(capsys):
     def job():
         raise KeyError("x")

@@ -8,17 +8,19 @@ import signal
 
 import pytest
 
+from digseg_jax.errors import Preempted
 from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
 from digseg_jax.runtime.preemption import ALIKE, PreemptionWatch
 
 
 @pytest.fixture(autouse=True)
 def watched():
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     remember_interrupts()
     yield
     remember_interrupts()  # without the mark
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Dropped:
@@ -43,6 +45,13 @@ def test_an_interrupt_elsewhere_is_raised_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(1000):
             pass
+
+
+def test_sigterm_before_the_first_step_is_a_preemption():
+    with pytest.raises(Preempted):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match="what was saved is there"):
+        check_interrupts()
 
 
 def test_what_schedulers_and_terminals_send_is_like_sigterm():

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 
+from digseg_jax.errors import UserError
 from digseg_jax.segmentation import calibration
-from digseg_jax.segmentation.calibration import fit, identity
+from digseg_jax.segmentation.calibration import fit, identity, stored_scale
 
 N = 4
 
@@ -141,3 +142,14 @@ def test_a_bias_tried_alone_gives_the_values_of_all(softmax, background, members
     after = calibration._rebiased(before, logits, other, 2, kind)
     np.testing.assert_array_equal(after, calibration._values(logits, other, kind))
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, 1e30])
+def test_a_scale_that_no_fit_gives_is_refused(tmp_path, scale):
+    """Masks would be black, or inverted."""
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"scale": scale}))
+    with pytest.raises(UserError, match="calibration.json: scale=.* must be above 0 and at most 100"):
+        stored_scale(path)
+    path.write_text(json.dumps({"scale": 3}))
+    assert stored_scale(path) == 3.0

@@ -57,6 +57,12 @@ def test_wordpiece_with_special_tokens_and_padding(tokenizer):
     np.testing.assert_array_equal(mask.sum(1), [5, 3])
 
 
+def test_words_without_a_token_are_named(tokenizer):
+    """They all are one token: prompts that differ in them alone give the same mask."""
+    assert tokenizer.unknown(["snow", "雪 and ice", "湖, wetland", "🌊"]) == ["雪", "湖", ",", "🌊"]
+    assert tokenizer.unknown(["Snow and ice"]) == []
+
+
 def test_case_matters_where_the_settings_say_so():
     cased = Tokenizer.from_vocab(WORDS, {"do_lower_case": False})
     assert cased(["Ice"], 3).ids.tolist() == [[2, 1, 3]]

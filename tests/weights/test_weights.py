@@ -61,6 +61,26 @@ def loaded(path, **options):
     return functional.split(weights.load_component(path, **options))[1]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_refused(folder, value):
+    """They gave black masks, and exit status 0."""
+
+    def spoil(tensors):
+        tensors[QUERY][0, 0] = value
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError, match=f"model.safetensors: {QUERY} has values that are no numbers"):
+        loaded(folder)
+
+
+def test_large_weights_are_numbers(folder):
+    def enlarge(tensors):
+        tensors[QUERY][:] = 3e38
+
+    rewrite(folder, enlarge)
+    loaded(folder)
+
+
 def test_save_then_load_is_bit_identical(folder, params):
     assert_same(loaded(folder), params)
 

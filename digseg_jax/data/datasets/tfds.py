@@ -21,11 +21,14 @@ from digseg_jax.data.datasets.decode import LabelTable
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import as_path
 
 # Names of features, in the order of preference.
 IMAGES = ("image", "image_left")
 LABELS = ("label", "segmentation_label", "segmentation_mask", "annotations", "mask")
+FEATURES = "features.json"  # which types of values an example has
+OWN = "tensorflow_datasets.core.features."  # begins the names of TFDS's own types
 CLASSES = "classes.txt"  # in `root`, see `class_list`, for data sets whose features name no classes
 OFFICIAL = ("cityscapes",)  # data sets of `catalog` whose labels come with their official values
 VOID = 255  # ignored value of 8-bit labels, unless it is a class
@@ -48,7 +51,26 @@ def _builder(name: str, root: str) -> Any:
             f"tfds:{name}: no prepared data set in {folder}; run `tfds build {name} "
             f"--data_dir={root} --file_format=array_record` where TensorFlow is installed"
         )
+    _check_features(versions[-1].parent / FEATURES)
     return tfds.builder_from_directory(versions[-1].parent)
+
+
+def _check_features(path: epath.Path) -> None:
+    """Checks that every feature is one of TFDS's own: others' modules would be imported, and run.
+
+    Raises:
+      UserError: no such file, or a feature of another package.
+    """
+    level: list[Any] = [read_json(path)]
+    while level:
+        rows = [row for row in level if isinstance(row, dict)]
+        for row in rows:
+            name = str(row.get("pythonClassName", row.get("python_class_name", OWN)))
+            if not name.startswith(OWN):
+                raise UserError(f"{path}: the feature {name[:200]!r} is none of TFDS's own")
+        inner = [value for row in rows for value in row.values()]
+        inner += [value for item in level if isinstance(item, list) for value in item]
+        level = [value for value in inner if isinstance(value, dict | list)]
 
 
 def _version(info: epath.Path) -> tuple[str, list[int]]:

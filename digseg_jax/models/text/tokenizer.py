@@ -139,6 +139,16 @@ class Tokenizer:
         counts = np.array([len(e.ids) for e in encodings], np.int32)
         return Tokens(ids, np.arange(max_length)[None, :] < counts[:, None])
 
+    def unknown(self, texts: Sequence[str]) -> list[str]:
+        """Words for which the vocabulary has no token, each once: BERT's lacks some, CLIP's none."""
+        missing = self._core.token_to_id("[UNK]")
+        found: dict[str, None] = {}
+        for text, encoding in zip(texts, self._core.encode_batch(list(texts)), strict=True):
+            for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if number == missing and missing is not None:
+                    found[text[start:end]] = None
+        return list(found)
+
     def to_json(self) -> str:
         """The content of a tokenizer.json, which transformers reads; without `pad_token`."""
         return self._core.to_str()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.diffusion import ddim, noise, timesteps
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START, Schedule, make_schedule
 from digseg_jax.errors import UserError
+from digseg_jax.log import log
 from digseg_jax.models import functional
 from digseg_jax.models.kernels.attention import PLATFORMS, unfit
 from digseg_jax.models.partition import LocalAttention, gathered, in_slices, local_feed_forward
@@ -266,6 +268,17 @@ def load_tower(config: ModelConfig) -> TextTower:
     return load_text_tower(assets.resolve(config.text), skip_layers=config.text_skip_layers)
 
 
+@functools.cache
+def _tell_unknown(words: tuple[str, ...]) -> None:
+    """Logs, once, the words that the text encoder cannot tell apart."""
+    shown = ", ".join(map(repr, words[:8])) + (", ..." if len(words) > 8 else "")
+    log.warning(
+        "the text encoder has no token for %s: to it they all are one unknown word, so prompts that "
+        "differ in them alone get equal masks; describe them in other words",
+        shown,
+    )
+
+
 def encode_bank(
     tower: TextTower,
     prompts: Sequence[str],
@@ -288,6 +301,8 @@ def encode_bank(
         raise UserError(
             f"config.model.max_tokens={length}: at most {tower.max_length} for this text tower"
         )
+    if words := tower.tokenizer.unknown(prompts):
+        _tell_unknown(tuple(words))
     bank = encode_prompts(
         tower.graphdef,
         tower.params,

@@ -96,6 +96,18 @@ def write(root, names, label_key="segmentation_label"):
     return PartConfig("tfds:tiny", str(root))
 
 
+def test_a_feature_of_another_package_is_not_imported(tmp_path, monkeypatch):
+    """TFDS imports the module of every type that the file names."""
+    part = write(tmp_path, NAMES)
+    (tmp_path / "planted.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "tiny/1.0.0/features.json"
+    own = "tensorflow_datasets.core.features.image_feature.Image"
+    path.write_text(path.read_text().replace(own, "planted.Image"))
+    with pytest.raises(UserError, match="'planted.Image' is none of TFDS's own"):
+        spec_of(part)
+
+
 def test_the_highest_version_is_read(tmp_path):
     write(tmp_path, NAMES)
     for version in ("9.0.0", "10.0.0"):
