@@ -28,7 +28,6 @@ from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
 HELD_OUT = "held_out"  # split of the training images that a mixture's part keeps aside
-TFDS = "tfds:"  # prefix of data sets that TensorFlow Datasets prepared
 
 
 def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
@@ -72,11 +71,6 @@ def spec_of(part: PartConfig) -> DatasetSpec:
     Raises:
       UserError: no such data set.
     """
-    if part.name.startswith(TFDS):
-        from digseg_jax.data.datasets import tfds  # imports tensorflow_datasets, which is slow
-
-        return tfds.spec(part.name.removeprefix(TFDS), part.root)
-
     # Shards of a user's own folder carry its class list; the folder itself may be elsewhere.
     stored = records.stored_spec(part.root) if part.name == "folder" else None
     return stored or registry.spec(part.name, part.root)
@@ -160,10 +154,8 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
 
 def _open_whole(part: PartConfig, split: str, narrow: bool) -> Source:
     """Opens all examples of a split of the data set itself; see `open_part`."""
-    if part.name.startswith(TFDS):
-        from digseg_jax.data.datasets import tfds
-
-        return tfds.TfdsSource(part.name.removeprefix(TFDS), part.root, split)
+    if part.name.startswith(registry.TFDS):
+        return registry.open_source(part.name, part.root, split)
 
     # Shards go first: they are faster than the download's files, which may lie beside them.
     prepared = records.prepared_splits(part.root)
@@ -256,7 +248,7 @@ def _check_split(part: PartConfig, facts: DatasetSpec, split: str) -> None:
     """Opens a split; raises UserError if it is not there, or its shards are older than their files."""
     open_part(part, split)
     split = split_called(split, records.prepared_splits(part.root))
-    if part.name.startswith(TFDS) or not records.is_prepared(part.root, split):
+    if part.name.startswith(registry.TFDS) or not records.is_prepared(part.root, split):
         return
     try:
         files = registry.open_source(part.name, part.root, split)

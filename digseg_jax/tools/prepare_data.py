@@ -197,6 +197,8 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
       UserError: no such data set or split, a broken example, or a shard that differs from its manifest.
     """
+    if arguments.dataset.startswith(registry.TFDS):
+        raise UserError(f"--dataset={arguments.dataset}: is in shards already, and read as it is")
     spec = registry.spec(arguments.dataset, arguments.root)
     if arguments.shard_examples < 1:
         raise UserError(f"--shard-examples={arguments.shard_examples}: must be at least 1")

@@ -44,6 +44,7 @@ class Source(Protocol):
         ...
 
 
+TFDS = "tfds:"  # prefix of data sets that TensorFlow Datasets prepared
 # Name of the data set -> function that opens a split: (spec, root, split) -> source.
 _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
     "ade20k": folders.open_ade20k,
@@ -78,13 +79,18 @@ def _listed(name: str) -> DatasetSpec:
 
 
 def spec(name: str, root: str | Path = "") -> DatasetSpec:
-    """Spec of a data set; for `folder` it is read from the files in `root`.
+    """Spec of a data set; for `folder` and `tfds:NAME` it is read from the files in `root`.
 
     Raises:
       UserError: no such data set, or a folder without what it needs.
     """
+    if name.startswith(TFDS):
+        from digseg_jax.data.datasets import tfds  # imports tensorflow_datasets, which is slow
+
+        return tfds.spec(name.removeprefix(TFDS), str(root))
     if name not in _OPEN:
-        raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {', '.join(names())}")
+        legal = ", ".join((*names(), f"{TFDS}NAME"))
+        raise UserError(f"no data set {name!r}{nearest(name, names())}; legal: {legal}")
     if name != "folder":
         return _listed(name)
 
@@ -112,6 +118,11 @@ def open_source(name: str, root: str | Path, split: str) -> Source:
     Raises:
       UserError: no such data set, split or folder, or files without their partner.
     """
+    if name.startswith(TFDS):
+        from digseg_jax.data.datasets import tfds
+
+        return tfds.TfdsSource(name.removeprefix(TFDS), str(root), split)
+
     # Data sets need a folder unless they come with Python packages.
     facts = spec(name, root)
     if str(root) == "" and not facts.from_package:

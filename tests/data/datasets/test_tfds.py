@@ -18,6 +18,7 @@ from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets.tfds import _builder
 from digseg_jax.data.sources import open_part, spec_of
 from digseg_jax.errors import UserError
+from digseg_jax.tools import check_data
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -106,6 +107,12 @@ def test_a_feature_of_another_package_is_not_imported(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace(own, "planted.Image"))
     with pytest.raises(UserError, match="'planted.Image' is none of TFDS's own"):
         spec_of(part)
+
+
+def test_it_is_checked_as_any_other_data_set(tmp_path, capsys):
+    write(tmp_path, NAMES)
+    assert check_data.main(["--dataset=tfds:tiny", f"--root={tmp_path}", "--sheet=-"]) == 0
+    assert f"train: {COUNT} examples" in capsys.readouterr().out
 
 
 def test_the_highest_version_is_read(tmp_path):
