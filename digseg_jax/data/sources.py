@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
@@ -84,6 +85,26 @@ def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, st
     """
     specs = [(part, spec_of(part)) for part in parts_of(config)]
     return [(part, facts, part.split or facts.train_split) for part, facts in specs]
+
+
+def training_examples(config: DataConfig) -> dict[str, list[Any]]:
+    """Number of each part's examples, and a digest of their names; JSON-ready.
+
+    A run draws examples by their number: among others it would go on in another order. The digest is ""
+    where examples are not files of their own. Of a latent cache, which has its own checks, nothing is
+    told.
+
+    Raises:
+      UserError: no such data set, split or folder.
+    """
+    found: dict[str, list[Any]] = {}
+    parts = [] if config.latent_cache else training_parts(config)
+    for label, (part, _, split) in zip(labels_of([p for p, _, _ in parts]), parts, strict=True):
+        source = open_part(part, split)
+        names = "\n".join(pair.name for pair in source.pairs) if isinstance(source, FileSource) else ""
+        digest = hashlib.sha256(names.encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
+        found[label] = [len(source), digest if names else ""]
+    return found
 
 
 def open_dataset(name: str, root: str = "", split: str = "") -> Source:

@@ -79,7 +79,8 @@ def evaluate(
 
     # Counts are only continued for the same weights, data, settings and seed.
     folder = workdir / "eval"
-    facts = (to_dict(data), to_dict(settings), seed, len(examples), evaluator.prompts)
+    chosen = to_dict(task.config.model), to_dict(data), to_dict(settings)
+    facts = (*chosen, seed, len(examples), evaluator.prompts)
     identity = identity_of(fetch_to_main(params), *facts)
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)
     shown = Shown(IMAGES, len(examples), folder / UNFINISHED)

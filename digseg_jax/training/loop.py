@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,14 @@ from digseg_jax.arraytypes import Batch, Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.schema import Config
 from digseg_jax.data.pipeline import training_stream
+from digseg_jax.data.sources import training_examples
 from digseg_jax.data.stream import Batches
 from digseg_jax.errors import Preempted, UserError
 from digseg_jax.io.checkpoint import Checkpointer, abstract_with_shardings
 from digseg_jax.io.metric_writer import MetricWriter, require_wandb
 from digseg_jax.io.storage import as_path, explained
 from digseg_jax.log import heartbeat, log
+from digseg_jax.runtime.collectives import check_all_agree
 from digseg_jax.runtime.distributed import barrier
 from digseg_jax.runtime.preemption import PreemptionWatch
 from digseg_jax.runtime.profiling import ProfilerWindow
@@ -100,6 +103,7 @@ class Trainer:
         if checkpointer.latest_step() is not None:
             step, state, meta = checkpointer.restore(self.abstract_state)
             self._check_vocabulary(meta.get("vocabulary", self.vocabulary))
+            self._check_examples(meta.get("examples", {}))
             if constants := meta.get("constants"):
                 self.task.restore_constants(constants)
             log.info("start: resumed from %s at step %d", checkpointer.folder, step)
@@ -164,6 +168,24 @@ class Trainer:
             "the new one"
         )
 
+    def _check_examples(self, stored: dict[str, list[Any]]) -> None:
+        """Raises UserError for other training examples than the checkpoint's, unless told to go on."""
+        for name, (count, names) in self.examples.items():
+            before, digest = stored.get(name, (count, names))
+            same = before == count and (digest == names or not digest or not names)
+            if same or self.accept_changes:
+                continue
+            differs = f"{before} examples, now {count}" if before != count else "others of other names"
+            raise UserError(
+                f"{self.workdir}: the training data are not those of its checkpoint ({name}: "
+                f"{differs}); --accept_changes goes on with them, in another order"
+            )
+
+    @functools.cached_property
+    def examples(self) -> dict[str, list[Any]]:
+        """What is known of the training examples, see `training_examples`."""
+        return training_examples(self.config.data)
+
     @property
     def vocabulary(self) -> list[str]:
         """Texts that the query ids of this run stand for; empty for a task without text."""
@@ -191,6 +213,7 @@ class Trainer:
           Preempted: the process was asked to leave; the step that the message names is saved.
           UserError: a checkpoint or a record cannot be read or written.
         """
+        check_all_agree({"the training data (examples, names)": self.examples})
         with contextlib.ExitStack() as stack:
             checkpointer = Checkpointer(self.workdir, self.config.checkpoint)
             stack.enter_context(checkpointer)
@@ -309,6 +332,7 @@ class Trainer:
         log.writer.sync()
         examples.sync()
         meta = {"config": to_dict(self.config), "vocabulary": self.vocabulary}
+        meta["examples"] = self.examples
         if constants := self.task.constants():
             meta["constants"] = constants
         checkpointer.save(step, state, meta, extra or None)

@@ -24,6 +24,7 @@ from digseg_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 from digseg_jax.io import checkpoint
 from digseg_jax.io.checkpoint import Checkpointer
 from digseg_jax.io.metric_writer import read_metrics
+from digseg_jax.training import loop
 from digseg_jax.training.loop import Trainer
 
 STEPS = 6
@@ -45,10 +46,14 @@ def lines():
     log.setLevel(level)
 
 
-def train(folders, workdir, on_eval=None, task=None, accept_changes=False, **changes):
+def trainer_of(folders, workdir, task=None, accept_changes=False, **changes):
     config = tiny.config(folders, **(SMALL | changes))
     task = task or ToyTask()
-    trainer = Trainer(config, task, tiny.mesh(), str(workdir), accept_changes=accept_changes)
+    return Trainer(config, task, tiny.mesh(), str(workdir), accept_changes=accept_changes)
+
+
+def train(folders, workdir, on_eval=None, task=None, accept_changes=False, **changes):
+    trainer = trainer_of(folders, workdir, task, accept_changes, **changes)
     return trainer, trainer.run(on_eval)
 
 
@@ -147,6 +152,24 @@ class TestStart:
         message = tiny.one_line(caught.value)
         assert "gone: ['forest'], new: ['urban']" in message and "--accept_changes" in message
         train(folders, tmp_path, task=Other(), accept_changes=True)
+
+    def test_other_training_data_are_refused_unless_told(self, cover, folders, tmp_path, monkeypatch):
+        """With one image more, the rest of the run would draw in another order."""
+        trainer, _ = train(folders, tmp_path, train__steps=2)
+        ((name, (count, _)),) = trainer.examples.items()
+        for before, now, told in (
+            ([count, ""], [count + 1, ""], f"{name}: {count} examples, now {count + 1}"),
+            ([count, "a"], [count, "b"], f"{name}: others of other names"),
+        ):
+            monkeypatch.setattr(loop, "training_examples", lambda _, now=now: {name: now})
+            with pytest.raises(UserError, match=told):
+                trainer_of(folders, tmp_path)._check_examples({name: before})
+            trainer_of(folders, tmp_path, accept_changes=True)._check_examples({name: before})
+        with pytest.raises(UserError, match="--accept_changes goes on with them"):
+            monkeypatch.setattr(loop, "training_examples", lambda _: {name: [count + 1, ""]})
+            train(folders, tmp_path)
+        monkeypatch.undo()
+        assert trainer.examples == train(folders, tmp_path)[0].examples
 
 
 @pytest.mark.parametrize(("overlap", "waits_at"), [(1, 11), (3, 13)])
