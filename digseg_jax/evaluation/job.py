@@ -77,7 +77,7 @@ def evaluate(
     fitted_on = _calibrated_on(data, settings)
     _tell_scale(data, examples, evaluator)
 
-    # Counts are only continued for the same weights, data, settings and seed.
+    # Counts are only continued for the same weights, model, data, settings and seed.
     folder = workdir / "eval"
     chosen = to_dict(task.config.model), to_dict(data), to_dict(settings)
     facts = (*chosen, seed, len(examples), evaluator.prompts)
