@@ -36,7 +36,7 @@ def check_template(template: Any, where: str) -> str:
     if text.count(PLACE) != 1 or text.count("{") + text.count("}") != 2:
         raise UserError(f"{where}: {template!r} needs one {{}} for the class, and no other brace")
     if UNSEEN.search(text):
-        raise UserError(f"{where}: {template!r} has a control or invisible character; type it anew")
+        raise UserError(f"{where}: {template!r} has a control or invisible character; type it again")
     return text
 
 
