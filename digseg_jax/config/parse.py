@@ -160,10 +160,6 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
     if typing.get_origin(hint) is Literal:
         names, kind = typing.get_args(hint), str
 
-    # No setting has a meaning at infinity, and JSON has neither infinity nor nan.
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{path}={value}: must be a finite number")
-
     # Whole numbers stand for floats, but bools never for numbers, though Python's bool is an int.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -176,7 +172,10 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
         legal = ", ".join(name or "''" for name in (*names, *(f"{p}NAME" for p in prefixes)))
         raise UserError(f"{path}={value!r}: legal values are {legal}{nearest(value, names)}")
 
+    # No setting has a meaning at infinity, and JSON has neither infinity nor nan.
     _check_bounds(value, about.get("bounds", {}), path)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}={value}: must be a finite number")
     return value
 
 

@@ -90,7 +90,7 @@ def hint(key: str) -> str:
     return ""
 
 
-def explained(error: Exception) -> str:
+def explained(error: BaseException) -> str:
     """Text of what an experiment file raised, in one line; for an earlier version's key, its `hint`.
 
     error: any exception; ml_collections' own name a wrong key, but not its section.

@@ -225,7 +225,7 @@ def test_a_folder_above_the_data_is_told(tmp_path):
     ],
 )
 def test_other_layouts_are_recognized(tmp_path, file, told):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text("{}")
     with pytest.raises(UserError) as caught:
         registry.spec("folder", tmp_path)
