@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
+
 from digseg_jax.errors import Transient, UserError, nearest
 from digseg_jax.io.files import expanded
 from digseg_jax.io.storage import AnyPath, SomePath, as_path, explained, is_remote, local_copy
@@ -194,7 +196,7 @@ def _copied(place: AnyPath) -> Path:
         if place.is_dir() or not place.exists():
             return local_copy(place, beside)
         _checked_file(place)
-        found = place.stat()
+        found = epath.Path(place).stat()
 
     # A whole Stable Diffusion is asked for three times, for its U-Net, autoencoder and text encoder.
     return _copied_file(os.fspath(place), found.length, found.mtime, beside)
