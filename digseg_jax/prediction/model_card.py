@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ In torch (`pip install torch diffusers transformers`), at any image size:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
-masks = pipe(image, {words!r}, steps=2, ensemble=4, seed=0)
+masks = pipe(image, {words}, steps=2, ensemble=4, seed=0)
 masks.probability, masks.label  # float32 [q, H, W], int32 [H, W]
 ```
 
@@ -43,7 +44,7 @@ In JAX, with the same masks for the same seed:
 ```python
 import digseg_jax as dj
 
-masks = dj.load_segmenter("THIS_REPOSITORY")(image, {words!r}, steps=2, ensemble=4, seed=0)
+masks = dj.load_segmenter("THIS_REPOSITORY")(image, {words}, steps=2, ensemble=4, seed=0)
 ```
 
 The U-Net is not diffusers' alone: `UNet2DConditionModel.from_pretrained` would leave out parts of it,
@@ -63,12 +64,12 @@ def model_card(description: Description, results: dict[str, Any] | None = None) 
     trained = description.datasets
     several = f"{len(trained)} data sets" if len(trained) > MANY else ", ".join(trained)
     title = f"Segmentation by words, trained on {several}"
-    words = description.classes if codec.closed else description.classes[:2]
+    words = list(description.classes if codec.closed else description.classes[:2])
 
     # Front matter, then the sections in reading order.
     parts = (
         f"---\n{_front_matter(description, title, results).to_yaml()}\n---",
-        _HEAD.format(title=title, words=words),
+        _HEAD.format(title=title, words=json.dumps(words, ensure_ascii=False)),
         _training(description),
         _scores(results),
         _limits(description, closed=codec.closed),

@@ -53,15 +53,22 @@ class PreemptionWatch:
         self._asked = True
 
     def _like_sigterm(self, number: int, _: Any) -> None:
-        """Signal handler: hands a request on as the one that all processes understand."""
+        """Signal handler: the same request by another signal."""
         log.warning("%s: saving after this step", signal.Signals(number).name)
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._ask()
 
     def _interrupt(self, *_: Any) -> None:
         """Handles the first Ctrl-C as SIGTERM; the second one interrupts at once."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         log.warning("Ctrl-C: saving after this step; press it again to leave without saving")
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._ask()
+
+    def _ask(self) -> None:
+        """Asks all processes to leave: the coordination service of several listens to SIGTERM only."""
+        if self._alone:
+            self._asked = True
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """True if all processes save and leave after `step`; each must call it after every step."""

@@ -104,7 +104,10 @@ class TrainLog:
         seconds = (self.config.steps - step) * self.config.batch_size / rate
         due = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
         line = f"the last step is due in {format_duration(seconds)}, at {due:%Y-%m-%d %H:%M}"
-        stats = self.devices[0].memory_stats() or {}  # CPUs tell nothing
+
+        # A process can only ask its own devices, and CPUs tell nothing.
+        own = next(d for d in self.devices if d.process_index == jax.process_index())
+        stats = own.memory_stats() or {}
         if "peak_bytes_in_use" in stats and "bytes_limit" in stats:
             used, limit = (stats[key] / 1e9 for key in ("peak_bytes_in_use", "bytes_limit"))
             line += f"; a device had at most {used:.1f} of {limit:.1f} GB in use"

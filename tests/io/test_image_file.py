@@ -139,7 +139,7 @@ def test_the_limit_of_pixels_is_one(tmp_path):
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     data += b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     (tmp_path / "large.png").write_bytes(data)
-    with pytest.raises(UnreadableError, match="400000000 pixels|20000x20000 pixels"):
+    with pytest.raises(UnreadableError, match="400,000,000 pixels"):
         read_image(tmp_path / "large.png")
     with pytest.raises(ValueError, match="pixels"):
         check_dimensions(data)

@@ -25,7 +25,7 @@ from digseg_jax.training.train_log import TrainLog
 def test_the_second_line_tells_when_the_last_step_is_due(caplog, stats, memory):
     caplog.set_level(logging.INFO, "digseg_jax")
     writer = SimpleNamespace(write=lambda step, values: None)
-    device = SimpleNamespace(memory_stats=lambda: stats)
+    device = SimpleNamespace(memory_stats=lambda: stats, process_index=0)
     log = TrainLog(TrainConfig(steps=100, batch_size=8), writer, [device])
     log.watch = SimpleNamespace(read=lambda: (4.0, {}))
     for step in range(1, 31):

@@ -157,7 +157,7 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
         folders, data__name="camvid", data__root=camvid, train__steps=2, eval__split="val",
         eval__num_images=1, eval__batch_size=1,
     )  # fmt: skip
-    claim(tmp_path, config)
+    claim(tmp_path, to_dict(config))
     task = load_task(config)
     state = Trainer(config, task, make_mesh(config.mesh), str(tmp_path)).run()
     jobs.export(tmp_path, config)
