@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, EvalConfig, ModelConfig, PartConfig
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
@@ -79,9 +79,15 @@ def evaluate(
 
     # Counts are only continued for the same weights, model, data, settings and seed.
     folder = workdir / "eval"
-    chosen = to_dict(task.config.model), to_dict(data), to_dict(settings)
-    facts = (*chosen, seed, len(examples), evaluator.prompts)
-    identity = identity_of(fetch_to_main(params), *facts)
+    identity = identity_of(
+        fetch_to_main(params),
+        _model_facts(task.config.model),
+        to_dict(data),
+        to_dict(settings),
+        seed,
+        len(examples),
+        evaluator.prompts,
+    )
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)
     shown = Shown(IMAGES, len(examples), folder / UNFINISHED)
 
@@ -153,6 +159,15 @@ def results_of(
         "confusion": scores.confusion.tolist(),
         **scores.single_queries(),
     }
+
+
+def _model_facts(model: ModelConfig) -> dict[str, Any]:
+    """The model's settings but for the places of its parts.
+
+    Parts of an export in a bucket are read from a copy, which lies elsewhere at every start.
+    """
+    places = ("vae", "unet", "text", "unet_text")
+    return {key: value for key, value in to_dict(model).items() if key not in places}
 
 
 def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[str, Any]:
