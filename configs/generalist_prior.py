@@ -17,5 +17,6 @@ def get_config(version: str = "all"):
     config.task = "prior"
     config.data.image_size = 128
     config.diffusion.timestep_sampling = "uniform"
+    config.train.steps = 100_000
     config.train.batch_size = 16
     return config

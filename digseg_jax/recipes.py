@@ -204,7 +204,6 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     config.optim.warmup_steps = 500
     config.optim.schedule = "constant"
     config.optim.ema_decay = 0.9995
-    config.train.steps = 100_000
     config.logging.every = 50
     config.checkpoint.every = 250
     config.checkpoint.keep_every = 5_000
