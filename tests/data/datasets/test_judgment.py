@@ -233,6 +233,14 @@ def test_other_layouts_are_recognized(tmp_path, file, told):
     assert told in str(caught.value)
 
 
+def test_a_folder_above_everything_is_taken_for_no_export(tmp_path):
+    (tmp_path / "project/lib/package").mkdir(parents=True)
+    (tmp_path / "project/lib/package/build.xml").write_text("<project/>")
+    with pytest.raises(UserError) as caught:
+        registry.spec("folder", tmp_path)
+    assert tiny.one_line(caught.value).endswith("classes.txt: no such file")
+
+
 def test_jpeg_masks_are_told(tmp_path):
     root = folder(tmp_path, [mask(0, 1)])
     (root / "masks/train/0.png").unlink()

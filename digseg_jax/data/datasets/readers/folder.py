@@ -70,7 +70,7 @@ _VOC = (
 )
 _BESIDE = "train beside {0}: move train to images/train, and {0} to masks/train"
 _NOT_SPLIT = ", without splits: a fifth of its images, chosen by their names, are val"
-# Files of other layouts -> whose layout it is, and what to do.
+# Files of other layouts -> whose layout it is, and what to do. "**/" stands for `_DEPTHS`.
 _OTHERS = {
     LABEL_MAP: "CVAT's labelmap.txt: write its colors into classes.txt, as in `#ff0000: road`",
     "SegmentationClass": _VOC,
@@ -86,6 +86,7 @@ _OTHERS = {
     "**/*.json": "JSON of a labeling tool, such as labelme or VIA: export one file in COCO's form, as "
     "result.json, or semantic masks (PNG)",
 }
+_DEPTHS = ("", "*/", "*/*/")  # deeper, such files are of something else: of programs in a home folder
 
 
 def folder_spec(root: Path) -> DatasetSpec:
@@ -222,7 +223,8 @@ def _splits(root: Path) -> list[str]:
 def _recognized(root: Path) -> str:
     """Text that ends a message: which other layout the folder has, and what to do; "" if unknown."""
     for pattern, told in _OTHERS.items():
-        if next(root.glob(pattern), None) is not None:
+        places = [pattern.replace("**/", depth, 1) for depth in _DEPTHS]
+        if any(next(root.glob(place), None) is not None for place in dict.fromkeys(places)):
             return f" (this is {told})"
     return ""
 
