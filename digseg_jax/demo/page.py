@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +11,17 @@ from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.prediction.pretrained import PretrainedSegmenter
-from digseg_jax.report.build import fill_page, packaged
-from digseg_jax.report.cards import stage
-from digseg_jax.report.markup import esc
+from digseg_jax.report.cards import DataImage
+from digseg_jax.viz.templates import render
 
 FOLDER = Path(__file__).parent
 # Held-out squares of the shipped weights' land cover (NASA Blue Marble, public domain).
 SAMPLES = {path.stem: path for path in sorted((FOLDER / "samples").glob("*.jpg"))}
 FIRST_WORDS = 6  # of the model's classes that the field shows at first
 # A transparent pixel: the images come later.
-_EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7", 4, 3
+_EMPTY = DataImage(
+    "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7", 4, 3
+)
 
 
 class Page:
@@ -36,14 +36,12 @@ class Page:
         self.classes, self.closed = list(segmenter.description.classes), segmenter.codec.closed
         self.datasets = tuple(segmenter.description.datasets)
         sampling = segmenter.settings
-        self.html = fill_page((FOLDER / "demo.html").read_text(encoding="utf-8"), {
-            "title": esc(f"digseg · {name}"),
-            "model": esc(name),
-            "style": packaged("page.css") + (FOLDER / "demo.css").read_text(encoding="utf-8"),
-            "script": packaged("slider.js") + (FOLDER / "demo.js").read_text(encoding="utf-8"),
-            "stage": stage(_EMPTY, _EMPTY, "your image"),
-            "samples": "".join(map(_sample, SAMPLES)),
-            "facts": _inline({
+        self.html = render(
+            "demo/demo.html.j2",
+            model=name,
+            samples=[(stem, stem.replace("_", " ").title()) for stem in SAMPLES],
+            empty=_EMPTY,
+            facts={
                 "classes": self.classes,
                 "words": self.classes if self.closed else self.classes[:FIRST_WORDS],
                 "sample_words": self._sample_words(),
@@ -51,8 +49,8 @@ class Page:
                 "members": sampling.ensemble,
                 "steps": sampling.steps,
                 "vocabularies": {} if self.closed else _vocabularies(),
-            }),
-        })  # fmt: skip
+            },
+        )
 
     def _sample_words(self) -> list[str]:
         """What the samples show, as far as the model knows it; a closed one is always asked for all."""
@@ -64,15 +62,6 @@ class Page:
             raise UserError(f"this model answers its own classes only: {', '.join(self.classes)}")
 
 
-def _sample(name: str) -> str:
-    """A button that takes a sample image."""
-    shown = esc(name.replace("_", " ").title())
-    return (
-        f'<button type="button" class="sample" data-sample="{esc(name)}" aria-pressed="false">'
-        f'<img src="samples/{esc(name)}.jpg" width="256" height="256" alt="">{shown}</button>'
-    )
-
-
 def _vocabularies() -> dict[str, list[str]]:
     """Class names of the data sets; those whose classes are beside the data are left out."""
     found = {}
@@ -80,8 +69,3 @@ def _vocabularies() -> dict[str, list[str]]:
         with contextlib.suppress(UserError):
             found[name] = list(registry.spec(name).names)
     return found
-
-
-def _inline(value: object) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(value).replace("<", "\\u003c")

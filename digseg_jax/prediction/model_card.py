@@ -13,44 +13,13 @@ from digseg_jax import assets
 from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.prediction.description import Description
 from digseg_jax.segmentation.codecs import CODECS
+from digseg_jax.viz.templates import render
 from digseg_jax.weights import catalog
 
 OWN_LICENSE = "apache-2.0"  # license of the weights that ship with the package
 OWN_DATA = {"landcover", "landcover_igbp"}  # public domain, from packages
 MANY = 3  # from more data sets on, the title says how many
 RANDOM = "random weights"  # `Description.started_from` of a run without a checkpoint
-
-# The card's first part; {title} and {words} are filled in.
-_HEAD = """\
-# {title}
-
-A segmenter by words: the U-Net denoises the latent of a mask, beside the image's latent and led by the
-text. Trained with digseg_jax, a JAX implementation of DiGSeg.
-
-## Use
-
-In torch (`pip install torch diffusers transformers`), at any image size:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("THIS_REPOSITORY", trust_remote_code=True)
-masks = pipe(image, {words}, steps=2, ensemble=4, seed=0)
-masks.probability, masks.label  # float32 [q, H, W], int32 [H, W]
-```
-
-In JAX, with the same masks for the same seed:
-
-```python
-import digseg_jax as dj
-
-masks = dj.load_segmenter("THIS_REPOSITORY")(image, {words}, steps=2, ensemble=4, seed=0)
-```
-
-The U-Net is not diffusers' alone: `UNet2DConditionModel.from_pretrained` would leave out parts of it,
-and says so. The code that `trust_remote_code=True` runs is in `pipeline.py`, `unet/`, `scheduler/` and
-`image_processor/`, and is short.
-"""
 
 
 def model_card(description: Description, results: dict[str, Any] | None = None) -> str:
@@ -66,24 +35,28 @@ def model_card(description: Description, results: dict[str, Any] | None = None) 
     title = f"Segmentation by words, trained on {several}"
     words = list(description.classes if codec.closed else description.classes[:2])
 
-    # Front matter, then the sections in reading order.
-    parts = (
-        f"---\n{_front_matter(description, title, results).to_yaml()}\n---",
-        _HEAD.format(title=title, words=json.dumps(words, ensure_ascii=False)),
-        _training(description),
-        _scores(results),
-        _limits(description, closed=codec.closed),
-        f"## License\n\n{_license(description)[1]}\n",
+    license_name, license_said = _license(description)
+    return render(
+        "prediction/model_card.md.j2",
+        front_matter=_front_matter(description, license_name, title, results).to_yaml(),
+        title=title,
+        words=json.dumps(words, ensure_ascii=False),
+        training=description,
+        started_from=_public(description.started_from),
+        autoencoder=_public(description.vae.reference),
+        text_encoder=_public(description.text.reference),
+        scores=_scores(results),
+        crop=description.recorded_config().data.image_size,
+        closed=codec.closed,
+        license=license_said,
     )
-    return "\n".join(parts)
 
 
 def _front_matter(
-    description: Description, title: str, results: dict[str, Any] | None
+    description: Description, license_name: str, title: str, results: dict[str, Any] | None
 ) -> ModelCardData:
     """The hub's metadata of a card; scores go into its `model-index`."""
     # The hub asks for a name with license "other".
-    license_name = _license(description)[0]
     more: dict[str, Any] = {}
     if license_name == "other":
         more["license_name"] = "terms-of-its-data-and-of-the-weights-it-started-from"
@@ -135,75 +108,23 @@ def _measured(suite: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in suite["rows"] if "missing" not in row]
 
 
-def _training(description: Description) -> str:
-    """Section on the training: data, size, length, seed and starting weights."""
-    classes = ", ".join(description.classes)
-    return (
-        "## Training\n\n"
-        f"- data: {', '.join(description.datasets)}; classes: {classes}\n"
-        f"- {description.parameters:,} trained parameters, {description.steps:,} steps, "
-        f"seed {description.seed}\n"
-        f"- started from: {_public(description.started_from)}\n"
-        f"- frozen: autoencoder {_public(description.vae.reference)}, "
-        f"text encoder {_public(description.text.reference)}\n"
-    )
-
-
-def _scores(results: dict[str, Any] | None) -> str:
-    """Section on the scores with their protocol, or a sentence that there are none yet."""
+def _scores(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The scores with their protocol: of domains a row each, else those of one data set."""
     if not results:
-        return "## Scores\n\nThese weights have not been evaluated yet.\n"
+        return None
 
-    if "suite" in results:
-        return _domain_scores(results)
+    if "suite" not in results:
+        views = " x ".join(map(str, results["view_size"]))
+        return {**results, "domains": None, "views": views}
 
-    # A score means little without its sampling and its view size.
-    sampling = f"{results['ensemble']}x{results['steps']} ({results['spacing']} timesteps)"
-    views = " x ".join(map(str, results["view_size"]))
-    return (
-        "## Scores\n\n"
-        "| data set | split | images | members x steps | mIoU | pixel accuracy |\n"
-        "|---|---|---|---|---|---|\n"
-        f"| {results['dataset']} | {results['split']} | {results['num_images']} | {sampling} | "
-        f"{results['miou']:.3f} | {results['accuracy']:.3f} |\n\n"
-        f"Protocol: {results['protocol']}. Images were seen as {results['inference']} of {views} "
-        "pixels.\n"
-    )
-
-
-def _domain_scores(suite: dict[str, Any]) -> str:
-    """Section on the scores of a suite of domains."""
-    lines = []
-    for row in _measured(suite):
+    # The area that a domain gives to names of the others, if that was measured.
+    rows = []
+    for row in _measured(results):
         wrong = row.get("wrong_names") or {}
         area = f"{sum(wrong.values()) / len(wrong):.2%}" if wrong else ""
-        images = f"{row['num_images']} of {row['split']}"
-        lines.append(f"| {row['dataset']} | {images} | {row['asked_miou']:.3f} | {area} |")
-    sampling = sorted({row["estep"] for row in _measured(suite)})
-    return (
-        "## Scores\n\n"
-        "| domain | images | mIoU of the classes asked for | area of other domains' names |\n"
-        "|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
-        f"Members x steps: {', '.join(sampling)}; seed {suite['seed']}. Each domain is seen at its own "
-        "scale; a background is what no class claims.\n"
-    )
-
-
-def _limits(description: Description, *, closed: bool) -> str:
-    """Section on what not to expect of the weights; a closed codec answers its own classes only."""
-    size = description.recorded_config().data.image_size
-    asked = (
-        "It answers its own classes only, all of them at once."
-        if closed
-        else "Words far from those of the training get masks too, which then mean little: the "
-        "probabilities are not calibrated for them."
-    )
-    return (
-        "## Limits\n\n"
-        f"Trained on crops of {size} pixels of the data above; images of another kind or scale have "
-        f"not been tried. {asked} Masks are drawn from noise: another seed gives slightly different "
-        "ones, and more members steadier ones.\n"
-    )
+        rows.append({**row, "wrong_area": area})
+    sampling = ", ".join(sorted({row["estep"] for row in rows}))
+    return {"domains": rows, "sampling": sampling, "seed": results["seed"]}
 
 
 def _license(description: Description) -> tuple[str, str]:

@@ -7,10 +7,8 @@ Script, style and images are inlined, so that the page opens from disk and can b
 from __future__ import annotations
 
 import json
-import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +16,14 @@ from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.metric_writer import METRICS_NAME, read_metrics
 from digseg_jax.io.storage import AnyPath
-from digseg_jax.report import chart, sections
-from digseg_jax.report.cards import gallery_section
-from digseg_jax.report.circumstances import run_section
-from digseg_jax.report.confusions import confusion_section
-from digseg_jax.report.markup import esc, section
+from digseg_jax.report import sections
+from digseg_jax.report.cards import gallery_cards
+from digseg_jax.report.chart import training_charts
+from digseg_jax.report.circumstances import circumstances
+from digseg_jax.report.confusions import confusions
 from digseg_jax.report.suites import suite_tables
 from digseg_jax.viz.colors import class_colors, from_hex, to_hex
+from digseg_jax.viz.templates import render
 
 T = TypeVar("T")
 
@@ -106,12 +105,6 @@ def read_training(workdir: Path) -> list[dict[str, Any]]:
     return read_metrics(path) if path.exists() else []
 
 
-def training_section(metrics: Sequence[dict[str, Any]]) -> str:
-    """Section of the training curves; empty without metrics."""
-    charts = chart.loss_chart(metrics) + chart.miou_chart(metrics)
-    return section("training", "Training", f'<div class="charts">{charts}</div>' if charts else "")
-
-
 def shaped(path: Path, make: Callable[[], T]) -> T:
     """Calls `make`, which reads one file; a file that is not of the expected form is a UserError."""
     try:
@@ -120,22 +113,14 @@ def shaped(path: Path, make: Callable[[], T]) -> T:
         raise UserError(f"{path} is not of the expected form: {error!r}") from error
 
 
-def packaged(name: str) -> str:
-    """Text of a file that a page is made of, from this package."""
-    return (resources.files("digseg_jax.report") / name).read_text(encoding="utf-8")
-
-
-def fill_page(template: str, values: Mapping[str, str]) -> str:
-    """Replaces each {{name}} once; the inserted text is not searched again."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
-
-
-def render(workdir: Path) -> str:
+def page_of(workdir: Path) -> str:
     """The page as HTML; parts whose files are absent are left out."""
     results = _results(workdir)
-    gallery_path = workdir / "eval" / "gallery" / "gallery.json"
-    estep_path, config_path = workdir / "eval" / "estep.json", workdir / "config.json"
-    bench_paths = sorted((workdir / "bench").glob("*.json"))
+    gallery_path, config_path = workdir / "eval" / "gallery" / "gallery.json", workdir / "config.json"
+    estep_path, bench_paths = (
+        workdir / "eval" / "estep.json",
+        sorted((workdir / "bench").glob("*.json")),
+    )
     run_path, metrics = workdir / "eval" / "speed.json", read_training(workdir)
     suite_paths = sorted((workdir / "eval").glob("suite_*.json"))
 
@@ -145,43 +130,24 @@ def render(workdir: Path) -> str:
     config = _read(config_path) if config_path.exists() else None
     colors = shaped(gallery_path, lambda: class_table(results, gallery))
 
-    # In the order of the page. Sections are empty strings where there is nothing to show.
-    parts = [
-        sections.headline(results),
-        sections.listening(results),
-        shaped(gallery_path, lambda: gallery_section(gallery, gallery_path.parent, colors)),
-        sections.class_bars(results["per_class"], colors),
-        shaped(workdir / "eval" / "results.json", lambda: confusion_section(results, colors)),
-        training_section(metrics),
-        shaped(estep_path, lambda: sections.estep_table(estep)),
-        shaped(workdir / "eval", lambda: suite_tables([read_object(p) for p in suite_paths])),
-        shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
-        shaped(run_path, lambda: run_section(optional_object(run_path), metrics, config, results)),
-    ]
-
-    body = "\n".join(part for part in parts if part)
-    return result_page(results["dataset"], workdir.resolve().name, body)
-
-
-def result_page(name: str, run: str, body: str, refresh: int = 0) -> str:
-    """A whole page of results, its style and script inside.
-
-    Args:
-      name: what the page is about, its heading.
-      run: what it was measured with; empty: nothing.
-      body: ready HTML.
-      refresh: seconds after which a browser loads the page again; 0: never.
-    """
-    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
-    return fill_page(packaged("page.html"), {
-        "title": esc(f"{name} · {run}" if run else name),
-        "refresh": again,
-        "dataset": esc(name),
-        "run": esc(run),
-        "style": packaged("page.css"),
-        "script": packaged("slider.js") + packaged("page.js"),
-        "body": body,
-    })  # fmt: skip
+    # A section is empty where there is nothing to show.
+    return render(
+        "report/run.html.j2",
+        name=results["dataset"],
+        run=workdir.resolve().name,
+        scores=sections.headline(results),
+        listening=sections.listening(results),
+        gallery=shaped(gallery_path, lambda: gallery_cards(gallery, gallery_path.parent, colors)),
+        classes=sections.class_bars(results["per_class"], colors),
+        confusions=shaped(workdir / "eval" / "results.json", lambda: confusions(results, colors)),
+        charts=training_charts(metrics),
+        estep=shaped(estep_path, lambda: sections.estep_table(estep)),
+        suites=shaped(workdir / "eval", lambda: [suite_tables(read_object(p)) for p in suite_paths]),
+        benches=shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
+        circumstances=shaped(
+            run_path, lambda: circumstances(optional_object(run_path), metrics, config, results)
+        ),
+    )
 
 
 def build_report(workdir: AnyPath | str) -> AnyPath:
@@ -201,7 +167,7 @@ def build_report(workdir: AnyPath | str) -> AnyPath:
         if storage.is_remote(workdir):
             source = Path(scratch) / workdir.name
             storage.download(workdir, source, _SOURCES)
-        text = render(source)
+        text = page_of(source)
 
     out = workdir / "report" / "index.html"
     storage.write_bytes(out, text.encode("utf-8"))

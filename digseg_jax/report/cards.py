@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gallery of the page: a toolbar with legend and filter, and one card per image."""
+"""Gallery of a page: a legend, and one card per image with its masks; gallery.html.j2 draws it."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from digseg_jax.errors import UserError
-from digseg_jax.report.markup import MANY, esc, is_number, number, search_field, section
 from digseg_jax.viz.colors import IGNORE_COLOR
-
-DataImage = tuple[str, int, int]  # data URI, width, height
+from digseg_jax.viz.templates import is_number
 
 _KINDS = {"typical": 0, "worst": 1, "best": 2}  # kind of an image -> its place on the page
 QUALITY = 75  # of photos and soft masks, 0..100
 _AGREE, _DIFFER = (233, 229, 220), (196, 62, 28)  # RGB in an error map: pale, vermilion
+
+
+class DataImage(NamedTuple):
+    """An image as a data URI, and its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
 
 
 def load_image(folder: Path, name: Any, kind: str) -> DataImage:
@@ -45,7 +52,7 @@ def load_image(folder: Path, name: Any, kind: str) -> DataImage:
     width, height = image.size
     if kind == "mask":
         image = image.reduce(2)
-    return _uri(image, exact=kind == "labels"), width, height
+    return DataImage(_uri(image, exact=kind == "labels"), width, height)
 
 
 def _uri(image: Image.Image, *, exact: bool) -> str:
@@ -71,58 +78,44 @@ def error_map(prediction: Path, truth: Path) -> DataImage:
     index = np.where(ignored, 2, (guess != target).any(axis=-1)).astype(np.uint8)
 
     shown = Image.fromarray(np.array([_AGREE, _DIFFER, IGNORE_COLOR], np.uint8)[index])
-    return _uri(shown, exact=True), shown.width, shown.height
+    return DataImage(_uri(shown, exact=True), shown.width, shown.height)
 
 
-def _img(shown: DataImage, alt: str, kind: str) -> str:
-    """An <img> element with its size, so that the page does not jump while loading."""
-    uri, width, height = shown
-    return f'<img class="{kind}" src="{uri}" width="{width}" height="{height}" alt="{esc(alt)}">'
+@dataclasses.dataclass(frozen=True)
+class Thumb:
+    """A small image that can be put on the right side of a card's slider.
 
-
-def _thumb(
-    shown: DataImage, kind: str, what: str, where: str, extra: str, pressed: bool, tint: str = ""
-) -> str:
-    """A button that puts its image on the right side of the slider; masks have a tint.
-
-    Args:
-      kind: CSS class of the image.
-      what: what the image shows, for the script and for screen readers.
-      where: the card's title.
-      extra: caption, ready HTML.
+    Attributes:
+      kind: "labels", or "mask" of a query.
+      what: what it shows, for the script and for screen readers.
+      name: caption; of a mask, the query.
       pressed: shown at first.
+      iou: of a mask; may be no number.
+      color: of the class that a query names, #rrggbb; empty: it has none.
     """
-    style = f' style="--tint:{tint}"' if tint else ""
-    image = _img(shown, f"{what}, {where}", kind)
-    return (
-        f'<button type="button" class="thumb" data-what="{esc(what)}" aria-pressed='
-        f'"{str(pressed).lower()}"><span class="pic"{style}>{image}'
-        f'</span><span class="caption">{extra}</span></button>'
-    )
+
+    image: DataImage
+    kind: str
+    what: str
+    name: str
+    pressed: bool = False
+    iou: Any = None
+    color: str = ""
+
+    @property
+    def tint(self) -> str:
+        """Color of a mask on the page."""
+        return (self.color or "#ffffff") if self.kind == "mask" else ""
 
 
-def stage(photo: DataImage, prediction: DataImage, where: str) -> str:
-    """The slider: input on the left, a label image or mask on the right, a movable line between."""
-    return (
-        f'<div class="stage" style="aspect-ratio:{photo[1]}/{photo[2]}">'
-        f"{_img(photo, f'input, {where}', 'photo')}"
-        f'<div class="layer">{_img(prediction, f"prediction, {where}", "labels")}</div>'
-        '<span class="tag left" aria-hidden="true">input</span>'
-        '<span class="tag right" aria-hidden="true">prediction</span>'
-        f'<div class="handle" role="slider" tabindex="0" aria-orientation="horizontal" '
-        f'aria-label="{esc(f"Share of the input shown, {where}")}" aria-valuemin="0" '
-        'aria-valuemax="100" aria-valuenow="50" aria-valuetext="50 % input, 50 % prediction">'
-        "<span></span></div></div>"
-    )
-
-
-def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str, str]) -> str:
-    """One image: a slider between input and prediction, and thumbnails to choose the right side from.
+def card(
+    item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str, str]
+) -> dict[str, Any]:
+    """One image: both sides of its slider, and the small images to choose the right side from.
 
     Raises:
       UserError: an image file is missing or not a PNG.
     """
-    where = str(item["id"])
 
     def load(name: Any, kind: str) -> DataImage:
         return load_image(folder, name, kind)
@@ -131,108 +124,52 @@ def card(item: Mapping[str, Any], index: int, folder: Path, colors: Mapping[str,
     photo = load(item["image"], "photo")
     prediction, truth = load(item["prediction"], "labels"), load(item["label"], "labels")
     wrong = error_map(folder / item["prediction"], folder / item["label"])
-    maps = _thumb(prediction, "labels", "prediction", where, "prediction", True)
-    maps += _thumb(truth, "labels", "truth", where, "truth", False)
-    maps += _thumb(wrong, "labels", "errors", where, "errors", False)
-
-    # One mask for each query that was kept.
-    masks = "".join(_mask(query, where, load, colors) for query in item.get("queries", []))
+    maps = {"prediction": prediction, "truth": truth, "errors": wrong}
 
     # Classes to filter by; a gallery without them lists the queries that have an IoU.
+    queries = item.get("queries", [])
     present = item.get("classes")
     if present is None:
-        present = [q["name"] for q in item.get("queries", []) if is_number(q.get("iou"))]
+        present = [q["name"] for q in queries if is_number(q.get("iou"))]
 
-    # The script sorts by the score, which may be empty.
-    score = item["miou"] if is_number(item.get("miou")) else ""
-    kind = item.get("kind") or ""
-    badge = f'<span class="kind {esc(kind)}">{esc(kind)}</span>' if kind else ""
-    return (
-        f'<article class="card" data-index="{index}" data-miou="{score}" data-kind="{esc(kind)}"'
-        f' data-classes="{esc(json.dumps(present))}" aria-labelledby="item-{index}">'
-        f'<header><h3 id="item-{index}">{esc(where)}</h3>{badge}'
-        f'<p class="score">mIoU {number(item.get("miou"))}</p></header>'
-        f"{stage(photo, prediction, where)}"
-        '<p class="under" aria-hidden="true"></p>'
-        f'<div role="group" aria-label="Right side of the slider, {esc(where)}">'
-        f'<div class="maps">{maps}</div><div class="masks">{masks}</div></div></article>'
-    )
+    return {
+        "name": str(item["id"]),
+        "index": index,
+        "kind": item.get("kind") or "",
+        "miou": item.get("miou"),
+        "classes": json.dumps(present),
+        "photo": photo,
+        "prediction": prediction,
+        "maps": [Thumb(img, "labels", what, what, img is prediction) for what, img in maps.items()],
+        "masks": [_mask(query, load(query["mask"], "mask"), colors) for query in queries],
+    }
 
 
-def _mask(
-    query: Mapping[str, Any],
-    where: str,
-    load: Callable[[Any, str], DataImage],
-    colors: Mapping[str, str],
-) -> str:
-    """Thumbnail of a query's mask, tinted in its class's color, with its IoU."""
+def _mask(query: Mapping[str, Any], image: DataImage, colors: Mapping[str, str]) -> Thumb:
+    """A query's mask."""
     name = str(query["name"])
-    color = colors.get(name)
-    dot = f'<span class="dot" style="background:{color}"></span>' if color else ""
-    extra = f'<span class="word">{dot}{esc(name)}</span>{number(query.get("iou"), 2)}'
-    what, tint = f"mask of “{name}”", color or "#ffffff"
-    return _thumb(load(query["mask"], "mask"), "mask", what, where, extra, False, tint)
-
-
-def _toolbar(names: Sequence[str], colors: Mapping[str, str], *, ranked: bool) -> str:
-    """Legend, filter by class, choice of the compared image, opacity, and order.
-
-    ranked: whether some images are known as the typical, worst and best of their split.
-    """
-    chips = ['<button type="button" class="chip" data-class="" aria-pressed="true">all</button>']
-    chips += [
-        f'<button type="button" class="chip" data-class="{esc(name)}" aria-pressed="false">'
-        f'<span class="dot" style="background:{colors[name]}"></span>{esc(name)}</button>'
-        for name in names
-    ]
-    find = search_field(".chip:not([data-class=''])") if len(names) > MANY else ""
-
-    # What all sliders show on their right side.
-    sides = "".join(
-        f'<label><input type="radio" name="side" autocomplete="off" value="{what}"{checked}>'
-        f"<span>{what}</span></label>"
-        for what, checked in (("prediction", " checked"), ("truth", ""), ("errors", ""))
-    )
-
-    # The first order is the one of the page as it is delivered.
-    orders = {"kind": "typical, worst, best"} if ranked else {}
-    orders |= {"given": "as in the split", "worst": "worst first", "best": "best first"}
-    options = "".join(f'<option value="{value}">{text}</option>' for value, text in orders.items())
-
-    return (
-        f'<div class="toolbar">{find}<div class="chips" role="group" '
-        f'aria-label="Legend; choose a class to see only images with it">{"".join(chips)}'
-        '<span class="key"><span class="dot ignored"></span>not labeled</span></div>'
-        f'<div class="controls"><fieldset class="side"><legend>Compare input with</legend>{sides}'
-        '</fieldset><label class="sort">Opacity <input type="range" id="opacity" min="10" max="100" '
-        'value="100" autocomplete="off"></label>'
-        f'<label class="sort">Order <select id="sort" autocomplete="off">{options}</select></label>'
-        '<output id="shown" aria-live="polite"></output></div></div>'
+    return Thumb(
+        image, "mask", f"mask of “{name}”", name, iou=query.get("iou"), color=colors.get(name, "")
     )
 
 
-def gallery_section(
+def gallery_cards(
     gallery: Mapping[str, Any], folder: Path, colors: Mapping[str, str], title: str = "Held-out images"
-) -> str:
-    """Section of the gallery; empty if it has no items.
+) -> dict[str, Any] | None:
+    """The gallery's cards and legend; None if it has no items.
 
     Raises:
       UserError: an image is missing.
     """
     items = list(enumerate(gallery.get("items") or []))
     if not items:
-        return ""
+        return None
 
     # Typical images first, as they show most; the script restores the order of the split.
-    ranked = any(item.get("kind") for _, item in items)
     items.sort(key=lambda entry: _KINDS.get(entry[1].get("kind"), len(_KINDS)))
-    cards = "".join(card(item, i, folder, colors) for i, item in items)
-    names = [entry["name"] for entry in gallery.get("classes", [])]
-    lead = (
-        "Drag the line, or focus it and use the arrow keys. Point at a place to read its true and its "
-        "predicted class; T puts the whole truth on the right. Choose a small image to put it on "
-        "the right: the truth, where the two differ, or the soft mask of one query (bright: "
-        "certain) with its IoU; arrow keys move between the small images."
-    )
-    return section("gallery", title, _toolbar(names, colors, ranked=ranked)
-                   + f'<div class="cards">{cards}</div>', lead)  # fmt: skip
+    return {
+        "title": title,
+        "ranked": any(item.get("kind") for _, item in items),
+        "legend": [(entry["name"], colors[entry["name"]]) for entry in gallery.get("classes", [])],
+        "cards": [card(item, i, folder, colors) for i, item in items],
+    }

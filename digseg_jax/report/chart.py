@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training curves as inline SVG: loss on a logarithmic axis, and validation mIoU."""
+"""Training curves: loss on a logarithmic axis, and validation mIoU; chart.html.j2 draws them."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from digseg_jax.report.markup import esc, is_number, number
+from digseg_jax.viz.templates import is_number
 
 Point = tuple[float, float]  # step, value
 
-# Size of a drawing and its margins, in units of its viewBox.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 300, 60, 18, 10, 30
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Size of a drawing and the edges of its axes, in units of its viewBox."""
+
+    width: int = 620
+    height: int = 300
+    left: int = 60
+    end: int = 602  # right edge
+    top: int = 10
+    base: int = 270  # lower edge
+
+
+FRAME = Frame()
 _MOST_POINTS = 400  # per curve; more would not be visible at this width
 
 
@@ -78,122 +91,119 @@ def _path(curve: Sequence[Point], x: Callable[..., float], y: Callable[..., floa
     return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in curve)
 
 
-def _steps(low: float, high: float) -> tuple[Callable[[float], float], list[float]]:
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A drawing in `FRAME`.
+
+    Attributes:
+      label: what it shows, for readers who do not see it.
+      levels, steps: (coordinate, text) of the ticks of both axes.
+      curves: (CSS class, SVG path) of each line.
+      hover: JSON list of [x, y, text that is shown there].
+      step, value: the point that the caption names.
+      dots: (x, y) of marked points.
+    """
+
+    title: str
+    label: str
+    levels: list[tuple[float, str]]
+    steps: list[tuple[float, str]]
+    curves: list[tuple[str, str]]
+    hover: str
+    step: float
+    value: float
+    dots: Sequence[Point] = ()
+    frame: Frame = FRAME
+
+
+def _step_axis(low: float, high: float) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
     """Mapping of a step to its x coordinate, and the ticks of the axis."""
     span = (high - low) or 1.0
-    width = _WIDTH - _LEFT - _RIGHT
-    return lambda s: _LEFT + width * (s - low) / span, linear_ticks(low, high, 6)
+    width = FRAME.end - FRAME.left
+
+    def x(step: float) -> float:
+        return FRAME.left + width * (step - low) / span
+
+    return x, [(x(tick), f"{tick:,.0f}") for tick in linear_ticks(low, high, 6)]
 
 
-def _axes(
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-    ticks: tuple[list[float], list[float]],
-) -> str:
-    """Grid lines and labels.
-
-    ticks: of x, of y.
-    """
-    parts = []
-    for t in ticks[1]:
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" '
-            f'y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-            f'<text x="{_LEFT - 8}" y="{y(t) + 4:.1f}" text-anchor="end">{t:g}</text>'
-        )
-
-    # Steps below, without lines.
-    for t in ticks[0]:
-        parts.append(
-            f'<text x="{x(t):.1f}" y="{_HEIGHT - _BOTTOM + 20}" text-anchor="middle">{t:,.0f}</text>'
-        )
-    base = _HEIGHT - _BOTTOM
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
-    return "".join(parts)  # fmt: skip
+def _levels(ticks: Sequence[float], y: Callable[[float], float]) -> list[tuple[float, str]]:
+    """Ticks of the vertical axis."""
+    return [(y(tick), f"{tick:g}") for tick in ticks]
 
 
-def _figure(
-    title: str, body: str, label: str, hover: Sequence[tuple[float, float, str]], caption: str
-) -> str:
-    """A chart with title and caption.
-
-    hover: for each point x, y in the drawing and the text that the script shows.
-    """
-    data = esc(json.dumps([[round(a, 1), round(b, 1), text] for a, b, text in hover]))
-    return (
-        f'<figure class="chart"><div class="chart-head"><h3>{title}</h3>'
-        '<p class="readout" aria-hidden="true"></p></div>'
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{esc(label)}" '
-        f'data-points="{data}">{body}<g class="probe" hidden>'
-        f'<line y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/><circle r="4"/></g></svg>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+def _hover(found: Sequence[tuple[float, float, str]]) -> str:
+    """What the script shows at which point, as JSON."""
+    return json.dumps([[round(x, 1), round(y, 1), text] for x, y, text in found])
 
 
-def loss_chart(metrics: Sequence[dict[str, Any]]) -> str:
-    """Figure of the loss over steps on a logarithmic axis; empty below two positive values."""
+def loss_chart(metrics: Sequence[dict[str, Any]]) -> Chart | None:
+    """The loss over steps on a logarithmic axis; None below two positive values."""
     # A logarithm needs positive values.
     curve = [p for p in points(metrics, "loss") if p[1] > 0]
     if len(curve) < 2:
-        return ""
+        return None
 
     # A margin above and below, so that a nearly constant loss is not stretched to the whole height.
     values = [v for _, v in curve]
     low, high = math.log(min(values)), math.log(max(values))
     room = max(0.06 * (high - low), 0.02)
     low, high = low - room, high + room
-    x, step_ticks = _steps(curve[0][0], curve[-1][0])
-    scale = (_HEIGHT - _TOP - _BOTTOM) / (high - low)
+    x, step_ticks = _step_axis(curve[0][0], curve[-1][0])
+    scale = (FRAME.base - FRAME.top) / (high - low)
 
     def y(value: float) -> float:
-        return _TOP + scale * (high - math.log(value))
+        return FRAME.top + scale * (high - math.log(value))
 
     # Smooth before thinning: the mean is over all logged values.
     drawn, mean = thin(curve), thin(smooth(curve))
-    ticks = (step_ticks, log_ticks(math.exp(low), math.exp(high)))
-    body = _axes(x, y, ticks)
-    body += f'<path class="raw" d="{_path(drawn, x, y)}"/>'
-    body += f'<path class="mean" d="{_path(mean, x, y)}"/>'
-
-    # Texts for the pointer, and for readers who do not see the drawing.
     hover = [
         (x(s), y(m), f"step {s:,} · {v:.4g} · smoothed {m:.4g}")
         for (s, v), (_, m) in zip(drawn, mean, strict=True)
     ]
     first, last = curve[0], curve[-1]
-    label = f"Training loss, from {first[1]:.3g} at step {first[0]} to {last[1]:.3g} at {last[0]}"
-    caption = (
-        "Against step, on a logarithmic axis. Thin: as logged, thick: smoothed. Last "
-        f"{number(last[1], 4)} at step {number(last[0])}."
+    return Chart(
+        title="Loss",
+        label=f"Training loss, from {first[1]:.3g} at step {first[0]} to {last[1]:.3g} at {last[0]}",
+        levels=_levels(log_ticks(math.exp(low), math.exp(high)), y),
+        steps=step_ticks,
+        curves=[("raw", _path(drawn, x, y)), ("mean", _path(mean, x, y))],
+        hover=_hover(hover),
+        step=last[0],
+        value=last[1],
     )
-    return _figure("Loss", body, label, hover, caption)
 
 
-def miou_chart(metrics: Sequence[dict[str, Any]]) -> str:
-    """Figure of val_miou over steps, its axis beginning at 0; empty if no line has it."""
+def miou_chart(metrics: Sequence[dict[str, Any]]) -> Chart | None:
+    """val_miou over steps, its axis beginning at 0; None if no line has it."""
     curve = points(metrics, "val_miou")
     if not curve:
-        return ""
+        return None
 
     # The same range of steps as the loss above it.
     steps = [m["step"] for m in metrics]
-    x, step_ticks = _steps(min(steps), max(steps))
+    x, step_ticks = _step_axis(min(steps), max(steps))
     top = min(1.0, 1.15 * max(v for _, v in curve)) or 1.0
 
     def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * value / top
+        return FRAME.base - (FRAME.base - FRAME.top) * value / top
 
     # Evaluations are few: each one is marked.
-    body = _axes(x, y, (step_ticks, linear_ticks(0, top, 4)))
-    body += f'<path class="mean" d="{_path(curve, x, y)}"/>'
-    for step, value in curve:
-        body += f'<circle class="dot" cx="{x(step):.1f}" cy="{y(value):.1f}" r="4"/>'
-
-    hover = [(x(s), y(v), f"step {s:,} · {v:.3f}") for s, v in curve]
     best = max(curve, key=lambda p: p[1])
-    label = f"Validation mIoU over steps, best {best[1]:.3f} at step {best[0]}"
-    caption = (
-        "Measured on validation images while training. Best "
-        f"{number(best[1])} at step {number(best[0])}."
+    return Chart(
+        title="Validation mIoU",
+        label=f"Validation mIoU over steps, best {best[1]:.3f} at step {best[0]}",
+        levels=_levels(linear_ticks(0, top, 4), y),
+        steps=step_ticks,
+        curves=[("mean", _path(curve, x, y))],
+        hover=_hover([(x(s), y(v), f"step {s:,} · {v:.3f}") for s, v in curve]),
+        step=best[0],
+        value=best[1],
+        dots=[(x(step), y(value)) for step, value in curve],
     )
-    return _figure("Validation mIoU", body, label, hover, caption)
+
+
+def training_charts(metrics: Sequence[dict[str, Any]]) -> dict[str, Chart | None] | None:
+    """Both charts; None if there is nothing to draw."""
+    charts = {"loss": loss_chart(metrics), "miou": miou_chart(metrics)}
+    return charts if any(charts.values()) else None

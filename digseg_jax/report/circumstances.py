@@ -7,57 +7,39 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from digseg_jax.report.markup import esc, is_number, section, significant
+from digseg_jax.viz.templates import is_number
 
 
-def run_section(
+def circumstances(
     speed: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any] | None,
     results: Mapping[str, Any],
-) -> str:
-    """Section of the run's circumstances, the queries that were asked and the whole configuration.
+) -> dict[str, Any] | None:
+    """What is known of a run, the queries that were asked and the whole configuration, as text.
 
-    speed: content of eval/speed.json. metrics: lines of metrics.jsonl.
+    speed: content of eval/speed.json. metrics: lines of metrics.jsonl. None: nothing is known.
     """
-    blocks = [_facts(speed, metrics, config)]
-    if queries := results.get("queries"):
-        chips = "".join(f"<li>{esc(q)}</li>" for q in queries)
-        blocks.append(
-            f'<details><summary>Queries asked</summary><ul class="words">{chips}</ul></details>'
-        )
-
-    if config is not None:
-        text = esc(json.dumps(config, indent=2, ensure_ascii=False))
-        blocks.append(
-            "<details><summary>Configuration</summary>"
-            f'<pre class="scroll" tabindex="0" aria-label="Configuration">{text}</pre></details>'
-        )
-    return section("run", "The run", "".join(blocks))
-
-
-def _facts(
-    speed: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any] | None,
-) -> str:
-    """List of what is known of the run; nothing is said of what is unknown."""
-    rows = []
-    if hours := training_hours(metrics, config):
-        rows.append(("Training", f"{significant(hours)} hours, validation and saving included"))
-
     # Of the evaluation; older runs recorded only its speed.
-    if "date" in speed:
-        rows.append(("Evaluated", f"{esc(speed['date'])} on {esc(speed['devices'])}"))
-    if is_number(speed.get("images_per_second")):
-        images, queries = (significant(speed.get(f"{of}_per_second")) for of in ("images", "queries"))
-        rows.append(("Speed", f"{images} images and {queries} queries per second"))
-    if versions := speed.get("versions"):
-        rows.append(("Versions", esc(", ".join(f"{k} {v}" for k, v in versions.items()))))
-    if command := speed.get("command"):
-        rows.append(("Command", f"<code>{esc(command)}</code>"))
-    body = "".join(f"<div><dt>{term}</dt><dd>{value}</dd></div>" for term, value in rows)
-    return f'<dl class="facts">{body}</dl>' if body else ""
+    facts = {
+        "hours": training_hours(metrics, config),
+        "date": speed.get("date"),
+        "devices": speed["devices"] if "date" in speed else None,
+        "images_per_second": speed.get("images_per_second"),
+        "versions": ", ".join(f"{k} {v}" for k, v in (speed.get("versions") or {}).items()),
+        "command": speed.get("command"),
+    }
+
+    # A speed without a number is not shown.
+    known = any(is_number(v) and v or isinstance(v, str) and v for v in facts.values())
+    found = {
+        **facts,
+        "any_fact": known,
+        "queries_per_second": speed.get("queries_per_second"),
+        "queries": results.get("queries"),
+        "config": None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
+    }
+    return found if known or found["queries"] or found["config"] else None
 
 
 def training_hours(

@@ -10,10 +10,11 @@ from typing import Any
 
 from digseg_jax.io import storage
 from digseg_jax.io.storage import AnyPath
-from digseg_jax.report.build import class_table, optional_object, read_object, result_page, shaped
-from digseg_jax.report.cards import gallery_section
-from digseg_jax.report.markup import esc, number, section, table
+from digseg_jax.report.build import class_table, optional_object, read_object, shaped
+from digseg_jax.report.cards import gallery_cards
 from digseg_jax.report.sections import class_bars
+from digseg_jax.report.tables import Cell, Name, Number, Table
+from digseg_jax.viz.templates import render
 
 FOLDER, INDEX = "domains", "index.html"
 _SOURCES = ("suite_domains.json", FOLDER)
@@ -58,20 +59,20 @@ def _file(row: Mapping[str, Any]) -> str:
 
 def _index(rows: list[dict[str, Any]]) -> str:
     """The page of all domains: one row each, with a link to its images."""
-    cells = []
+    cells: list[list[Cell]] = []
     for row in rows:
         if "missing" in row:
-            cells.append([esc(row["dataset"]), "–", "–", "not measured: no data", "–"])
+            cells.append([str(row["dataset"]), "–", "–", "not measured: no data", "–"])
             continue
         wrong = row.get("wrong_names") or {}
-        area = number(sum(wrong.values()) / len(wrong)) if wrong else "–"
-        link = f'<a href="{esc(_file(row))}">{esc(row["dataset"])}</a>'
-        shown = f"{row['num_images']} of {esc(row['split'])}"
-        cells.append([link, shown, str(row["scored"]), number(row["asked_miou"]), area])
+        area = Number(sum(wrong.values()) / len(wrong)) if wrong else "–"
+        link = Name(str(row["dataset"]), link=_file(row))
+        shown = f"{row['num_images']} of {row['split']}"
+        cells.append([link, shown, str(row["scored"]), Number(row["asked_miou"]), area])
 
     columns = ("domain", "images", "classes", "mean IoU", "area of wrong names")
     caption = "Classes that were asked for and occur; wrong names are those of other domains"
-    return result_page("Domains", "", section("domains", "Domains", table(columns, cells, caption)))
+    return render("report/domains.html.j2", domains=Table(columns, cells, caption))
 
 
 def _page(row: Mapping[str, Any], source: Path) -> str:
@@ -79,9 +80,11 @@ def _page(row: Mapping[str, Any], source: Path) -> str:
     path = source / FOLDER / row["dataset"] / "gallery.json"
     gallery = optional_object(path)
     colors = shaped(path, lambda: class_table(row, gallery))
-    parts = (
-        f'<p class="lead"><a href="{INDEX}">All domains</a></p>',
-        shaped(path, lambda: gallery_section(gallery, path.parent, colors)),
-        class_bars(row["per_class"], colors),
+    return render(
+        "report/domain.html.j2",
+        name=row["dataset"],
+        run=f"{row['estep']}, {row['split']}",
+        index=INDEX,
+        gallery=shaped(path, lambda: gallery_cards(gallery, path.parent, colors)),
+        classes=class_bars(row["per_class"], colors),
     )
-    return result_page(row["dataset"], f"{row['estep']}, {row['split']}", "\n".join(parts))

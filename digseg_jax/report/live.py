@@ -12,18 +12,13 @@ from digseg_jax.io.metric_writer import METRICS_NAME, MetricWriter
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import VALIDATION
 from digseg_jax.log import log
-from digseg_jax.report.build import (
-    optional_object,
-    read_training,
-    result_page,
-    shaped,
-    training_section,
-)
-from digseg_jax.report.cards import gallery_section
-from digseg_jax.report.markup import number
+from digseg_jax.report.build import optional_object, read_training, shaped
+from digseg_jax.report.cards import gallery_cards
+from digseg_jax.report.chart import training_charts
 from digseg_jax.runtime.distributed import is_main
 from digseg_jax.viz.colors import from_hex, to_hex
 from digseg_jax.viz.gallery import GALLERY_NAME, gallery_strips
+from digseg_jax.viz.templates import render
 
 NAME = "live.html"
 REFRESH = 60  # seconds after which a browser loads the page again
@@ -80,11 +75,15 @@ class LivePage:
             lambda: {c["name"]: to_hex(from_hex(c["color"])) for c in gallery.get("classes", [])},
         )
 
-        title = "Validation images"
-        parts = (
-            f'<p class="lead">Step {number(step)} of {number(self.steps)}. The page is written again '
-            "after each validation; the images stay the same.</p>",
-            shaped(path, lambda: gallery_section(gallery, path.parent, colors, title)),
-            training_section(read_training(workdir)),
+        return render(
+            "report/live.html.j2",
+            name=self.name,
+            run=workdir.resolve().name,
+            refresh=REFRESH,
+            step=step,
+            steps=self.steps,
+            gallery=shaped(
+                path, lambda: gallery_cards(gallery, path.parent, colors, "Validation images")
+            ),
+            charts=training_charts(read_training(workdir)),
         )
-        return result_page(self.name, workdir.resolve().name, "\n".join(parts), refresh=REFRESH)

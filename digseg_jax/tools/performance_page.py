@@ -7,7 +7,6 @@ python -m digseg_jax.tools.performance_page DIR ... --out=performance.html
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import sys
 from collections.abc import Sequence
@@ -18,18 +17,12 @@ from digseg_jax.aot.programs import FILES
 from digseg_jax.aot.table import size
 from digseg_jax.errors import UserError
 from digseg_jax.runtime.door import run_tool
+from digseg_jax.viz.templates import render
 
 COLUMNS = (
     "topology", "program", "images a chip", "mesh", "attention, remat", "fits", "memory", "arguments",
     "temporaries", "touched", "collectives", "roofline images/s a chip", "MFU bound", "compiled in",
 )  # fmt: skip
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem;
-  color-scheme: light dark; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid #8884; }
-tr.over td { background: #c0392b22; }
-"""
 
 
 def read(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -82,27 +75,12 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
-    """The page as HTML that needs no other file."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
-
-    # Programs that do not fit are marked in color.
-    rows = []
-    for result in results:
-        inside = "".join(f"<td>{html.escape(c)}</td>" for c in cells(result))
-        rows.append(f"<tr{'' if result['fits'] else ' class=over'}>{inside}</tr>")
+    """The page as HTML that needs no other file; programs that do not fit are marked in color."""
+    rows = [(cells(result), result["fits"]) for result in results]
 
     # Where the peak rates of the chips are stated.
     sources = sorted({r["chip_source"] for r in results if r.get("chip_source")})
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Compiled for pods</title>'
-        f"<style>{STYLE}</style><h1>Compiled for pods</h1>"
-        "<p>The run's own programs through the real compiler, without the chips. Memory is what the "
-        "compiler allots; rates are upper bounds by roofline (the longest of computing, memory traffic "
-        "and traffic between chips), not measurements of a run. An estimate is another compiler's, as "
-        "its compile.json says.</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        f"<p>Chips: {html.escape('; '.join(sources) or 'none')}.</p></html>\n"
-    )
+    return render("tools/performance.html.j2", columns=COLUMNS, rows=rows, sources=sources)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

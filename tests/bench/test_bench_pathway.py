@@ -7,6 +7,7 @@ import numpy as np
 
 from digseg_jax.report.sections import bench_tables
 from digseg_jax.segmentation.prompt_bank import encode_prompts
+from digseg_jax.viz.templates import render_part
 from digseg_jax.weights import load_text_tower
 from tests.bench import pathway
 
@@ -28,5 +29,5 @@ def test_its_file_is_a_table_of_the_report():
     runs = {"own encoder, adapter": found, "own encoder, parallel": found}
     table = pathway.as_table({"steps": 250, "seeds": 2, "estep": "1x1", "runs": runs})
     assert table["rows"][1][1:3] == [0.3, np.std([0.25, 0.35])]
-    text = bench_tables([table])
+    text = render_part("report/sections.html.j2", "benches", bench_tables([table]))
     assert "own encoder, parallel" in text and "250 steps" in text

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from digseg_jax.report.sections import bench_tables
+from digseg_jax.viz.templates import render_part
 from tests.bench.prior import as_table
 
 
@@ -12,5 +13,5 @@ def test_its_file_is_a_table_of_the_report():
     result = {f"{start}_{k}": 0.25 for start in ("pretrained", "random") for k in kinds}
     table = as_table(result | {"steps": 250, "seeds": 3, "estep": "1x1"})
     assert all(len(row) == len(table["columns"]) for row in table["rows"])
-    text = bench_tables([table])
+    text = render_part("report/sections.html.j2", "benches", bench_tables([table]))
     assert "from the prior" in text and "from scratch" in text and "250 steps" in text

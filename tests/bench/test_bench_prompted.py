@@ -9,6 +9,7 @@ import numpy as np
 
 from digseg_jax.report.sections import bench_tables
 from digseg_jax.segmentation.prompted import PromptedCodec
+from digseg_jax.viz.templates import render_part
 from tests.bench import prompted
 
 
@@ -39,4 +40,4 @@ def test_its_file_is_a_table_of_the_report():
     steps = {"landcover": {"binary": 300, "prompted": 550}}
     table = prompted.as_table({"runs": runs, "steps": steps, "seeds": 2, "estep": "1x1"})
     assert table["rows"][1] == ["landcover, prompted", 550, "permuted", 0.25, 0.0, 0.5, 0.1]
-    assert "permuted" in bench_tables([table])
+    assert "permuted" in render_part("report/sections.html.j2", "benches", bench_tables([table]))

@@ -9,6 +9,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pytest
 import tiny
@@ -27,9 +28,10 @@ from digseg_jax.report import build_report, class_colors, legend, overlay, paint
 from digseg_jax.report.cards import load_image
 from digseg_jax.report.chart import log_ticks, smooth, thin
 from digseg_jax.report.circumstances import training_hours
-from digseg_jax.report.confusions import confusion_section
+from digseg_jax.report.confusions import confusions
 from digseg_jax.viz.colors import IGNORE_COLOR, NATURAL, seen_lab, separation, to_hex
 from digseg_jax.viz.gallery import GalleryItem
+from digseg_jax.viz.templates import render, render_part
 
 VOID = {"meta", "link", "img", "input", "line", "circle", "br"}
 
@@ -256,6 +258,11 @@ def test_names_are_escaped(tmp_path):
     assert sum(evil in word for word in found.words) >= 10
 
 
+def test_a_template_must_be_given_all_that_it_shows():
+    with pytest.raises(jinja2.UndefinedError, match="'steps' is undefined"):
+        render("report/live.html.j2", name="a", run="b", refresh=0, step=1, gallery=None, charts=None)
+
+
 def test_no_results_names_the_command(tmp_path):
     with pytest.raises(UserError, match=f"--workdir={tmp_path} --mode=eval") as error:
         build_report(tmp_path)
@@ -396,10 +403,11 @@ def test_the_confusions_are_those_of_the_counts(run):
     assert named[:2] == ["urban", "cropland"]
     counts = np.array(results()["confusion"])
     assert any(abs(v - 100 * counts[5, 3] / counts[5].sum()) < 1e-9 for v in page(run).values)
-    assert len(Page(confusion_section(results(), {})).all("td")) == 1 + 8 * 9 + 4 * 12
+    section = render_part("report/sections.html.j2", "confusions", confusions(results(), {}))
+    assert len(Page(section).all("td")) == 1 + 8 * 9 + 4 * 12
     cut = results(per_class={f"class {i}": 0.5 for i in range(40)}, confusion=np.eye(40, 41).tolist())
-    assert confusion_section(cut, {}) == ""  # nothing is wrong
-    assert confusion_section(results(confusion=None), {}) == ""
+    assert confusions(cut, {}) is None  # nothing is wrong
+    assert confusions(results(confusion=None), {}) is None
 
 
 def test_the_page_tells_when_where_and_how_long(run):

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a page as data; viz/parts.html.j2 draws them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from digseg_jax.viz.templates import is_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A cell with a number, rounded for reading; a dash for what is none.
+
+    Attributes:
+      digits: decimals of a float; None: as many as show three significant digits.
+      best: set in bold.
+      spread: standard deviation, shown behind it if it is a number.
+    """
+
+    value: Any
+    digits: int | None = 3
+    best: bool = False
+    spread: Any = None
+    kind: ClassVar[str] = "number"
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """A cell with a text behind a dot in a color, or with a link."""
+
+    text: str
+    color: str = ""
+    link: str = ""
+    kind: ClassVar[str] = "name"
+
+
+Cell = str | Number | Name
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns and rows, with a caption above (its title in bold, or plain) and a note below."""
+
+    columns: Sequence[Any]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    title: str = ""
+    note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether any of its cells is a number."""
+        return [
+            any(isinstance(row[i], Number) and is_number(row[i].value) for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+
+
+def cell_of(value: Any) -> Cell:
+    """The cell of a value from a JSON file: numbers and missing ones are shown as such."""
+    return Number(value, None) if value is None or is_number(value) else str(value)
