@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config, DataConfig, EvalConfig, ModelConfig
+from digseg_jax.data.datasets.registry import title
 from digseg_jax.data.sources import check_scored_splits, check_training_data
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder, domains, plan
@@ -102,7 +103,9 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             limit, best = config.logging.eval_images, config.checkpoint.best
             examples = validation_examples(config.data, config.eval, limit, best)
             on_eval = make_validation(examples, config.eval, config.seed, task, mesh, workdir)
-        state = trainer.run(on_eval, LivePage(workdir, config.data.name, config.train.steps))
+        state = trainer.run(
+            on_eval, LivePage(workdir, title(config.data.name, config.data.root), config.train.steps)
+        )
 
         # Export the last or the best weights.
         params, source = averaged(state), f"{CHECKPOINTS}/{config.train.steps}"

@@ -6,9 +6,10 @@ Reading and writing take rasterio, an optional package; without it a GeoTIFF is 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ INSTALL = "pip install rasterio"
 _PLACE = (33550, 34264)  # TIFF tags ModelPixelScale and ModelTransformation: one of them is there
 _ORIENTATION = 274  # TIFF tag; a turned image has no place that this module would know
 _COLORS = ("red", "green", "blue")
-_DRIVER = "GTiff"  # the only one: others follow names in a file to other files, and to the network
+DRIVER = "GTiff"  # the only one: others follow names in a file to other files, and to the network
 
 Place = dict[str, Any]  # "crs" and "transform", as rasterio takes them
 
@@ -53,7 +54,7 @@ def _place_of(path: Path) -> Place | None:
     import rasterio
 
     try:
-        with _quiet(), rasterio.open(path, driver=_DRIVER) as raster:
+        with quiet(), rasterio.open(path, driver=DRIVER) as raster:
             known = raster.crs is not None or not raster.transform.is_identity
             return {"crs": raster.crs, "transform": raster.transform} if known else None
     except rasterio.errors.RasterioError:
@@ -61,9 +62,7 @@ def _place_of(path: Path) -> Place | None:
 
 
 def read_bands(data: bytes, most: int) -> np.ndarray | None:
-    """Red, green and blue of a raster in memory, [h, w, 3] of its own type.
-
-    The bands that are marked so, else the first three, else the first one three times.
+    """Red, green and blue of a raster in memory, [h, w, 3] of its own type; see `rgb_bands`.
 
     Returns:
       None without rasterio, for what is no raster, and for more than `most` pixels.
@@ -73,16 +72,24 @@ def read_bands(data: bytes, most: int) -> np.ndarray | None:
     import rasterio
 
     try:
-        with _quiet(), rasterio.MemoryFile(data) as memory, memory.open(driver=_DRIVER) as raster:
+        with quiet(), rasterio.MemoryFile(data) as memory, memory.open(driver=DRIVER) as raster:
             if raster.width * raster.height > most:
                 return None
-            named = [color.name for color in raster.colorinterp]
-            bands = [named.index(c) + 1 for c in _COLORS if c in named]
-            if len(bands) < 3:
-                bands = [1, 2, 3] if raster.count >= 3 else [1, 1, 1]
-            return np.moveaxis(raster.read(bands), 0, -1)
+            return np.moveaxis(raster.read(rgb_bands(raster)), 0, -1)
     except rasterio.errors.RasterioError:
         return None
+
+
+def rgb_bands(raster: Any) -> list[int]:
+    """Numbers of the bands that are marked as red, green and blue, of a dataset of rasterio.
+
+    Else the first three, else the first one three times.
+    """
+    named = [color.name for color in raster.colorinterp]
+    bands = [named.index(c) + 1 for c in _COLORS if c in named]
+    if len(bands) == 3:
+        return bands
+    return [1, 2, 3] if raster.count >= 3 else [1, 1, 1]
 
 
 def write_raster(
@@ -104,23 +111,49 @@ def write_raster(
       nothing: value of pixels without data; None: all have data.
       colors: RGB of the values 0, 1, ... of a single band.
     """
-    import rasterio
-
     # The first plane has the type and size of all.
     rest = iter(planes)
     first = next(rest)
-    profile = {
-        "driver": _DRIVER, "compress": "deflate", "nodata": nothing, "dtype": first.dtype.name,
-        "height": first.shape[0], "width": first.shape[1], "count": len(names),
-    }  # fmt: skip
-    with _quiet(), rasterio.open(path, "w", **profile, **(_place_of(source) or {})) as out:
-        for band, (name, plane) in enumerate(zip(names, chain([first], rest), strict=True), start=1):
+    options = {"nothing": nothing, "colors": colors}
+    with new_raster(path, first.shape, _place_of(source), first.dtype.name, names, **options) as out:
+        for band, plane in enumerate(chain([first], rest), start=1):
             out.write(plane, band)
+
+
+@contextlib.contextmanager
+def new_raster(
+    path: Path,
+    shape: tuple[int, int],
+    place: Place | None,
+    dtype: str,
+    names: Sequence[str],
+    *,
+    nothing: int | None = None,
+    colors: UInt8[np.ndarray, "n 3"] | None = None,
+) -> Iterator[Any]:
+    """Yields an empty GeoTIFF, a dataset of rasterio; more than 4 GiB make it a BigTIFF.
+
+    Args:
+      path: of the new file.
+      shape: height and width, pixels.
+      place: None: it has none.
+      dtype: of its numbers.
+      names, nothing, colors: see `write_raster`.
+    """
+    import rasterio
+
+    profile = {
+        "driver": DRIVER, "compress": "deflate", "interleave": "band", "BIGTIFF": "IF_SAFER",
+        "height": shape[0], "width": shape[1], "count": len(names), "dtype": dtype, "nodata": nothing,
+    }  # fmt: skip
+    with quiet(), rasterio.open(path, "w", **profile, **(place or {})) as out:
+        for band, name in enumerate(names, start=1):
             out.set_band_description(band, name)
         if colors is not None:
             out.write_colormap(1, {i: (*map(int, color), 255) for i, color in enumerate(colors)})
+        yield out
 
 
-def _quiet() -> warnings.catch_warnings:
+def quiet() -> warnings.catch_warnings:
     """A context without rasterio's warning of rasters that have no place."""
     return warnings.catch_warnings(action="ignore")

@@ -31,7 +31,10 @@ from digseg_jax.io.files import LFS_POINTER, TooLargeError, UnreadableError, rea
 from digseg_jax.io.georeference import INSTALL, has_rasterio, read_bands
 
 MAX_PIXELS = 178_956_970  # Pillow rejects more, too
-TILES = "cut it into tiles and name their folder: gdal_retile.py -ps 8192 8192 -targetDir TILES FILE"
+TILES = (
+    "cut it into tiles and name their folder (gdal_retile.py -ps 8192 8192 -targetDir TILES FILE); "
+    f"--mode=predict reads a TIFF by windows ({INSTALL})"
+)
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 # Pillow warns from half of MAX_PIXELS on, which is legal here.

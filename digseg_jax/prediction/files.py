@@ -218,7 +218,7 @@ def write_prediction(
 
             # Written first to mark whose files these are, the summary now says that all are there.
             summary["complete"] = True
-            _write_json(made.summary, summary)
+            write_json(made.summary, summary)
             made.summary.replace(files.summary)
     except (OSError, ValueError) as error:
         raise UserError(f"--out={shown(files.base)}: cannot be written ({error})") from error
@@ -270,11 +270,11 @@ def _write_all(
     rows = [{**row, "index": k, "color": viz.to_hex(colors[k])} for k, row in enumerate(rows)]
     facts = {key: shown(value) if key == "image" else value for key, value in facts.items()}
     summary = {**facts, "height": height, "width": width, "queries": rows}
-    _write_json(files.summary, summary)
+    write_json(files.summary, summary)
 
     # The image's name in the annotations is its file's, or that of the prediction.
     name = Path(facts["image"]).name if "image" in facts else files.base.name
-    _write_json(files.coco, coco_file(name, (height, width), queries, annotations))
+    write_json(files.coco, coco_file(name, (height, width), queries, annotations))
     return summary
 
 
@@ -300,7 +300,7 @@ def _write_rasters(
     write_raster(soft_masks, source, planes, queries)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes JSON that people read, too."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

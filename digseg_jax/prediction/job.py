@@ -13,17 +13,20 @@ import numpy as np
 
 from digseg_jax.arraytypes import UInt8
 from digseg_jax.config.parse import to_dict, with_settings
+from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, expanded, shown
 from digseg_jax.io.georeference import INSTALL, has_rasterio, is_georeferenced
 from digseg_jax.io.progress import Progress
+from digseg_jax.io.raster import Raster
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.files import find_images, find_queries, query_colors, read_rgb
 from digseg_jax.prediction.known_names import far_queries, told
 from digseg_jax.prediction.labeling import labeling_file, write_labeling
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
+from digseg_jax.prediction.raster import is_large, segment_raster, write_large
 from digseg_jax.prediction.resume import identity_of, is_done, marks_of
 from digseg_jax.prediction.targets import PredictionFiles, no_empty_folder, targets
 from digseg_jax.runtime.compile_cache import use_own_compile_cache
@@ -60,9 +63,10 @@ def predict(
     texts, out = find_queries(queries, vocabulary), expanded(out)
     images = find_images(image)
     with no_empty_folder(out):
-        planned = targets(images, out, texts, _placed(images))
+        large = [path for path in images if is_large(path)]
+        planned = targets(images, out, texts, _placed(images), large)
         labeled = {kind: labeling_file(kind, out, planned) for kind in formats}
-        if len(images) == 1:
+        if len(images) == 1 and not large:
             read_rgb(images[0])  # an unreadable image is reported before the models are built
 
         # What is done already needs no weights.
@@ -83,7 +87,8 @@ def predict(
             broken += _segment_files(segmenter, sampling, seed, jobs, texts, colors, identity)
 
         # One file for a labeling tool, of all images whose masks are there.
-        complete = [files for image, files in zip(images, planned, strict=True) if image not in broken]
+        left_out = {*broken, *large}
+        complete = [f for image, f in zip(images, planned, strict=True) if image not in left_out]
         for kind, path in labeled.items():
             write_labeling(kind, path, complete)
             log.info("%d images -> %s", len(complete), shown(path))
@@ -177,6 +182,9 @@ def _segment_file(
       UnreadableError: the image cannot be read.
       UserError: a file cannot be written.
     """
+    if files.large:
+        _segment_large(segmenter, sampling, seed, source, texts, colors, files, identity)
+        return
     with contextlib.closing(_ImageProgress(source)) as sampled:
         masks = segmenter(
             source, texts, sampling.ensemble, sampling.steps, seed,
@@ -189,6 +197,47 @@ def _segment_file(
         with contextlib.closing(_ImageProgress(source, "masks", quiet=5.0)) as written:
             summary = masks.write(files, written.update)
     log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
+
+
+def _segment_large(
+    segmenter: PretrainedSegmenter,
+    sampling: EvalConfig,
+    seed: int,
+    source: Path,
+    texts: Sequence[str],
+    colors: UInt8[np.ndarray, "q 3"],
+    files: PredictionFiles,
+    identity: str,
+) -> None:
+    """Does the same as `_segment_file` for a raster that is read by windows.
+
+    Raises:
+      UnreadableError: the raster cannot be read.
+      UserError: a file cannot be written, or the images are to be seen whole.
+    """
+    if segmenter.mode != "window":
+        raise UserError(
+            f"config.eval.inference={segmenter.mode!r}: {shown(source)} is too large to be seen whole; "
+            "legal: window"
+        )
+    estep = EStep(sampling.ensemble, sampling.steps, sampling.spacing)
+    with Raster(source) as raster, contextlib.closing(_ImageProgress(source)) as sampled:
+        seen, short = (
+            min(segmenter.short_side or min(raster.shape), min(raster.shape)),
+            min(raster.shape),
+        )
+        log.info(
+            "%s: %d x %d pixels, read by windows; its short side is seen as %d pixels of %d "
+            "(config.eval.short_side)",
+            shown(source), raster.shape[1], raster.shape[0], seen, short,
+        )  # fmt: skip
+        bands = segment_raster(segmenter, raster, texts, estep, seed, sampled.update)
+        facts = {
+            "image": str(source), "estep": str(estep), "seed": seed,
+            "templates": list(segmenter.asks_in()), **marks_of(source, identity),
+        }  # fmt: skip
+        summary = write_large(files, raster, texts, bands, facts, colors)
+    log.info("%s -> %s; also %s", shown(source), _told(summary), shown(files.rasters[1]))
 
 
 def _told(summary: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ class Request:
     index: identifies the image in the draws of the noise. queries: texts, or the class names of a
     closed codec in their order. bias: added to each query's logits (see `segmentation.calibration`).
     templates: prompts for each query, whose probabilities are averaged, or their features if the codec
-    pools a text to one; empty: the bare query.
+    pools a text to one; empty: the bare query. first_view: number of its first view, of a part of a
+    larger image.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -26,6 +27,7 @@ class Request:
     queries: tuple[str, ...]
     bias: tuple[float, ...] | None = None
     templates: tuple[str, ...] = ()
+    first_view: int = 0
 
     def in_texts(self) -> Request:
         """The same request with one text per query and template, the texts of a query side by side."""
@@ -34,7 +36,9 @@ class Request:
         # A query's bias goes to each of its texts.
         texts = tuple(fill(t, query) for query in self.queries for t in self.templates)
         bias = None if self.bias is None else np.repeat(self.bias, len(self.templates)).tolist()
-        return Request(self.image, self.index, texts, None if bias is None else tuple(bias))
+        return dataclasses.replace(
+            self, queries=texts, bias=None if bias is None else tuple(bias), templates=()
+        )
 
     @property
     def biases(self) -> Float[np.ndarray, " q"]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import digseg_jax
-from digseg_jax.io.files import read_bytes
+from digseg_jax.io.files import TooLargeError, read_bytes
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.prediction.description import FILE, unet_folder
 from digseg_jax.prediction.targets import PredictionFiles, read_summary
@@ -44,10 +44,16 @@ def identity_of(
 def marks_of(image: Path, identity: str) -> dict[str, Any]:
     """Entries of NAME.json by which `is_done` knows a prediction again.
 
+    A file too large to be read again is known by its size and time.
+
     Raises:
       UnreadableError: the image's file cannot be read.
     """
-    return {"made_with": identity, "image_crc32": zlib.crc32(read_bytes(image))}
+    try:
+        content = {"image_crc32": zlib.crc32(read_bytes(image))}
+    except TooLargeError:
+        content = {"image_bytes": image.stat().st_size, "image_time": image.stat().st_mtime_ns}
+    return {"made_with": identity, **content}
 
 
 def is_done(files: PredictionFiles, image: Path, identity: str) -> bool:

@@ -248,7 +248,7 @@ class Segmenter:
         blank = np.zeros((*self.size, 3), np.uint8)
         shown = [views[r].crops[k] for r, k in places]
         crops = np.stack([*shown, *[shown[-1] if shown else blank] * (rows - len(shown))])
-        numbers = [requests[r].index * VIEW_STRIDE + k for r, k in places]
+        numbers = [requests[r].index * VIEW_STRIDE + requests[r].first_view + k for r, k in places]
         index = np.array([*numbers, *[0] * (rows - len(numbers))], np.int32)
         asked = [requests[r] for r, _ in places]
 

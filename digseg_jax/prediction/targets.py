@@ -28,25 +28,28 @@ class PredictionFiles:
       parts: for each query, what follows NAME in its files: "" for a single query, else _QUERY.
       ending: ending of the mask files.
       georeferenced: whether there are GeoTIFFs, which a georeferenced image gets.
+      large: whether there are only these and the summary: the image is too large for the others.
     """
 
     base: Path
     parts: tuple[str, ...]
     ending: str = ".png"
     georeferenced: bool = False
+    large: bool = False
 
     @classmethod
     def of(
-        cls, base: Path, queries: Sequence[str], ending: str = ".png", *, georeferenced: bool = False
+        cls, base: Path, queries: Sequence[str], ending: str = ".png", **kinds: bool
     ) -> PredictionFiles:
-        """The files for a list of queries; different queries get different files."""
+        """The files for a list of queries; different queries get different files.
+
+        kinds: `georeferenced` and `large`.
+        """
         if len(queries) == 1:
-            return cls(base, ("",), ending, georeferenced)
+            return cls(base, ("",), ending, **kinds)
 
         # Slugs have no dots, so a query called "overlay" or "a.probability" hits no other file.
-        return cls(
-            base, tuple(f"_{part}" for part in distinct(map(slug, queries))), ending, georeferenced
-        )
+        return cls(base, tuple(f"_{part}" for part in distinct(map(slug, queries))), ending, **kinds)
 
     @property
     def archive(self) -> Path:
@@ -76,7 +79,7 @@ class PredictionFiles:
     @property
     def rasters(self) -> tuple[Path, ...]:
         """GeoTIFFs of query indices and of soft masks: NAME.labels.tif, NAME.probability.tif."""
-        ends = (".labels.tif", ".probability.tif") if self.georeferenced else ()
+        ends = (".labels.tif", ".probability.tif") if self.georeferenced or self.large else ()
         return tuple(self._file("", end) for end in ends)
 
     def mask(self, query: int) -> Path:
@@ -89,6 +92,9 @@ class PredictionFiles:
 
     def __iter__(self) -> Iterator[Path]:
         """Yields every file, the summary first."""
+        if self.large:
+            yield from (self.summary, *self.rasters)
+            return
         yield from (self.summary, self.archive, self.overlay, self.labels, self.coco, *self.rasters)
         for query in range(len(self.parts)):
             yield self.mask(query)
@@ -117,13 +123,14 @@ def targets(
     out: Path,
     queries: Sequence[str],
     placed: Collection[Path] = (),
+    large: Collection[Path] = (),
 ) -> list[PredictionFiles]:
     """Chooses the file names of every image's prediction; creates the folder that --out names.
 
     In a folder, the files of an image begin with its stem; with its whole name if two images share the
     stem; and with a number added if they would replace a file that no earlier prediction wrote.
 
-    placed: those of the images that get GeoTIFFs, too.
+    placed: those of the images that get GeoTIFFs, too. large: those that get nothing else.
 
     Raises:
       UserError: an illegal name, one file for several images, or a file that must not be replaced.
@@ -131,6 +138,8 @@ def targets(
     # A name that ends in .png is the mask of a single image; any other name is a folder.
     out = expanded(out)
     if out.suffix.lower() == ".png":
+        if large:
+            raise UserError(f"--out={out}: so large a raster gets GeoTIFFs; name a folder")
         return [_named(images, out, queries, bool(placed))]
     if out.suffix and not out.is_dir():
         raise UserError(f"--out={out}: must be a folder or the name of a file that ends in .png")
@@ -152,7 +161,8 @@ def targets(
     planned, taken = [], set[str]()
     for image in images:
         for name in _candidates(image, alone=stems[key(image.stem)] == 1):
-            files = PredictionFiles.of(out / name, queries, georeferenced=image in placed)
+            kinds = {"georeferenced": image in placed, "large": image in large}
+            files = PredictionFiles.of(out / name, queries, **kinds)
             keys = {key(file.name) for file in files}
             if not keys & taken and (not keys & there or _replaceable(files, inputs)):
                 break

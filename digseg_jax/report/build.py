@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from digseg_jax.data.datasets.registry import title
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.metric_writer import METRICS_NAME, read_metrics
@@ -131,11 +132,13 @@ def page_of(workdir: Path) -> str:
     colors = shaped(gallery_path, lambda: class_table(results, gallery))
 
     # A section is empty where there is nothing to show.
+    data = shaped(config_path, lambda: (config or {}).get("data") or {})
+    name = title(results["dataset"], data.get("root", ""))
     return render(
         "report/run.html.j2",
-        name=results["dataset"],
+        name=name,
         run=workdir.resolve().name,
-        scores=sections.headline(results),
+        scores=sections.headline(results, name),
         listening=sections.listening(results),
         gallery=shaped(gallery_path, lambda: gallery_cards(gallery, gallery_path.parent, colors)),
         classes=sections.class_bars(results["per_class"], colors),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from digseg_jax.evaluation.tables import input_size, prompt_forms
-from digseg_jax.report.tables import Number, Table, cell_of
+from digseg_jax.report.tables import Cell, Number, Table, cell_of
 from digseg_jax.viz.templates import is_number
 
 # ensemble rule -> how the members' probabilities become one
@@ -24,8 +24,11 @@ _PROTOCOLS = {
 }
 
 
-def headline(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores, how they were measured, and what is known of the weights."""
+def headline(results: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The scores, how they were measured, and what is known of the weights.
+
+    name: of the data set, as the page shows it.
+    """
     # The default decoder averages before the mask exists, so that no rule applies.
     combined = _COMBINED.get(results.get("ensemble_rule", ""), "")
     if results.get("decoder") == "latent_mean":
@@ -36,10 +39,13 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     known = next((v for k, v in _PROTOCOLS.items() if k in protocol.lower()), "")
 
     # Older results say less of how the network is asked, and of its weights.
-    names = ("parameters", "datasets", "steps", "started_from", "checkpoint")
+    names = ("parameters", "steps", "started_from", "checkpoint")
     weights = results.get("weights") or {}
+    trained = weights.get("datasets") or []
     return {
-        **{key: results[key] for key in ("dataset", "split", "seed", "miou", "steps")},
+        **{key: results[key] for key in ("split", "seed", "miou", "steps")},
+        "dataset": name,
+        "trained": [name if one == results["dataset"] else one for one in trained],
         "accuracy": results.get("accuracy"),
         "images": results["num_images"],
         "members": results["ensemble"],
@@ -48,7 +54,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
         "protocol_meaning": known or "how classes are asked for and counted",
         "prompts": prompt_forms(results) if "templates" in results else "",
         "input": input_size(results) if "view_size" in results else "",
-        "weights": {name: weights.get(name) for name in names},
+        "weights": {key: weights.get(key) for key in names},
     }
 
 
@@ -87,7 +93,7 @@ def estep_table(estep: Mapping[str, Any]) -> Table | None:
     best = max((r["miou"] for r in rows if is_number(r.get("miou"))), default=None)
 
     # Standard deviations are shown if any row has one.
-    cells = []
+    cells: list[list[Cell]] = []
     for row in rows:
         miou = row.get("miou")
         score = Number(miou, best=is_number(miou) and miou == best, spread=row.get("miou_std"))

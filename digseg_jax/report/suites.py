@@ -15,7 +15,7 @@ MOST_BARS = 40  # classes shown of a large vocabulary: one half the best, the ot
 
 def suite_tables(results: Mapping[str, Any]) -> dict[str, Any]:
     """A suite_*.json as the page shows it: its table, and the details of each data set."""
-    rows = [[_cell(value) for value in row] for row in lines(results)]
+    rows: list[list[Cell]] = [[_cell(value) for value in row] for row in lines(results)]
     return {
         "scores": Table(COLUMNS, rows, title=str(results["suite"]), note=note(results)),
         "rows": [

@@ -54,9 +54,9 @@ class Table:
     def numeric(self) -> list[bool]:
         """Of each column, whether any of its cells is a number."""
         return [
-            any(isinstance(row[i], Number) and is_number(row[i].value) for row in self.rows)
-            for i in range(len(self.columns))
-        ]
+            any(isinstance(cell, Number) and is_number(cell.value) for cell in column)
+            for column in zip(*self.rows, strict=True)
+        ] or [False] * len(self.columns)
 
 
 def cell_of(value: Any) -> Cell:

@@ -141,9 +141,14 @@ def save_mask(path: Path, mask: Float[np.ndarray, "h w"]) -> None:
     Compressed lightly: `optimize` makes it a tenth smaller and takes many times as long, minutes for a
     vocabulary on a photograph of twelve megapixels.
     """
+    Image.fromarray(gray_levels(mask)).save(path, compress_level=4)
+
+
+def gray_levels(mask: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """Probabilities 0..1 as 0..255; NaN becomes 0."""
     mask = np.asarray(mask)
     gray = np.empty(mask.shape, np.uint8)
     for rows in _bands(len(mask)):
         share = np.clip(np.nan_to_num(np.asarray(mask[rows], np.float64)), 0, 1)
         gray[rows] = np.rint(share * 255)
-    Image.fromarray(gray).save(path, compress_level=4)
+    return gray

@@ -54,6 +54,12 @@ def text_of(name: str) -> str:
     return (resources.files("digseg_jax") / name).read_text(encoding="utf-8")
 
 
+def _finite(value: Any) -> bool:
+    """`is_number`; what a template was not given is an error here as everywhere in it."""
+    bool(value)  # raises for Jinja's undefined values
+    return is_number(value)
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     """Jinja with this package's templates, escaping in those of HTML, and no silent gaps."""
@@ -72,6 +78,6 @@ def _environment() -> jinja2.Environment:
     # `inline` puts a style or script of the package into a page as it is.
     environment.globals["inline"] = lambda name: Markup(text_of(name))
     environment.globals["many"] = MANY
-    environment.tests["finite"] = is_number
+    environment.tests["finite"] = _finite
     environment.filters |= {"rounded": rounded, "decimals": decimals, "repr": repr}
     return environment

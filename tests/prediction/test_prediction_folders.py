@@ -14,7 +14,7 @@ from PIL import Image
 from digseg_jax.errors import UserError
 from digseg_jax.io.image_file import read_image
 from digseg_jax.log import log
-from digseg_jax.prediction import job
+from digseg_jax.prediction import job, raster
 from digseg_jax.prediction.files import pixels_of
 from digseg_jax.prediction.labeling import brush_rle
 from digseg_jax.prediction.masks import Masks
@@ -192,6 +192,52 @@ class TestGeoTiff:
         with rasterio.open(out / "a.probability.tif") as soft:
             assert (soft.crs, soft.transform) == place and soft.descriptions == ("water", "forest")
             np.testing.assert_array_equal(soft.read(1)[:, :4], round(255 * 0.75))
+
+    @pytest.mark.parametrize(("count", "kind"), [(3, np.uint8), (1, np.uint8), (5, np.uint16)])
+    def test_a_large_raster_is_read_and_written_by_rows(
+        self, rasterio, model, tmp_path, monkeypatch, count, kind
+    ):
+        bands = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (count, 40, 30)).astype(kind)
+        self.save(rasterio, tmp_path / "a.tif", bands)
+        small = tmp_path / "b.tif"
+        self.save(rasterio, small, bands[:, :9])
+        pixels, seen = read_image(tmp_path / "a.tif").upright(), []
+
+        def rows(segmenter, source, texts, estep, seed, advance):
+            """Answers like `Halves`, in bands of 15 rows, and keeps what it is shown."""
+            for first in range(0, 40, 15):
+                seen.append(source.rows(first, min(first + 15, 40)))
+                left = np.broadcast_to(np.arange(30) < 15, seen[-1].shape[:2])
+                yield first, np.where([left, ~left], 0.75, 0.25).astype(np.float32)
+
+        monkeypatch.setattr(raster, "MAX_PIXELS", 1000)
+        monkeypatch.setattr(job, "segment_raster", rows)
+        model.mode, model.short_side, model.asks_in = "window", 0, tuple
+        out = predict(tmp_path / "*.tif", formats=["coco"])
+        np.testing.assert_array_equal(np.concatenate(seen), pixels)
+        assert sorted(p.name for p in out.glob("a.*")) == [
+            "a.json",
+            "a.labels.tif",
+            "a.probability.tif",
+        ]
+
+        # The same files as those of a small raster, and a second call leaves them.
+        for end in ("labels", "probability"):
+            with rasterio.open(out / f"a.{end}.tif") as a, rasterio.open(out / f"b.{end}.tif") as b:
+                assert (a.crs, a.transform, a.nodata) == (b.crs, b.transform, b.nodata)
+                assert a.descriptions == b.descriptions and a.profile["dtype"] == b.profile["dtype"]
+                np.testing.assert_array_equal(a.read()[:, :9], b.read())
+        told = [json.loads((out / f"{name}.json").read_text()) for name in "ab"]
+        assert [q["coverage"] for q in told[0]["queries"]] == [0.5, 0.5]
+        assert told[0].keys() - told[1].keys() == {"seed", "templates"}  # the stand-in has none
+        assert [i["file_name"] for i in json.loads((out / "all.coco.json").read_text())["images"]] == [
+            "b.tif"
+        ]
+        seen.clear()
+        predict(tmp_path / "*.tif")
+        assert seen == [] and model.seen == ["b.tif"]
+        with pytest.raises(UserError, match="so large a raster gets GeoTIFFs; name a folder"):
+            predict(tmp_path / "a.tif", out=tmp_path / "a.png")
 
     def test_without_rasterio_masks_are_made_and_a_hint_is_given(self, model, tmp_path, monkeypatch):
         image = Image.fromarray(np.zeros((6, 8, 3), np.uint8))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.errors import UserError
+from digseg_jax.prediction import raster
 from digseg_jax.prediction.segmenter import (
     Request,
     Segmenter,
@@ -73,6 +75,22 @@ class TestMasks:
             assert got[0].shape == (len(queries), *shape)
             ask(segmenter, [noise(*shape)], queries, mode="whole", key=i)
         assert segmenter.programs.compiled == before
+
+    @pytest.mark.parametrize(
+        ("shape", "short_side", "near"),
+        [((70, 90), 0, 1e-5), ((20, 90), 0, 1e-5), ((150, 201), 40, 0.01), ((150, 201), 150, 1e-5)],
+    )
+    def test_a_raster_read_by_windows_has_the_masks_of_its_whole(
+        self, segmenter, monkeypatch, shape, short_side, near
+    ):
+        monkeypatch.setattr(raster, "_HELD", 5000)  # several parts of a row, several rows of an output
+        image, seen = noise(*shape), segmenter.seen_at(short_side)
+        source = types.SimpleNamespace(shape=shape, rows=lambda first, last: image[first:last])
+        found = list(raster.segment_raster(seen, source, QUERIES, ONE, 0))
+        firsts = np.cumsum([0, *(band.shape[1] for _, band in found)])
+        assert [first for first, _ in found] == firsts[:-1].tolist() and len(found) > 1
+        masks = np.concatenate([band for _, band in found], axis=1)
+        np.testing.assert_allclose(masks, ask(seen, [image])[0], atol=near)
 
     def test_queries_share_the_noise_and_do_not_hear_each_other(self, segmenter):
         image = [noise(32, 32)]

@@ -8,6 +8,7 @@ open_source("cityscapes", "/data/cityscapes", "val")[0]["label"]
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -70,6 +71,11 @@ _OPEN: dict[str, Callable[[DatasetSpec, Path, str], Source]] = {
 def names() -> tuple[str, ...]:
     """All names that `spec` and `open_source` accept."""
     return tuple(sorted(_OPEN))
+
+
+def title(name: str, root: str) -> str:
+    """A data set as a page names it: of a user's own folder, the folder's name."""
+    return os.path.basename(os.path.normpath(root)) if name == "folder" and root else name
 
 
 @functools.cache

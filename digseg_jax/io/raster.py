@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TIFFs that are too large to be read whole: RGB of 8 bits, some rows at a time.
+
+Needs rasterio, an optional package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from digseg_jax.arraytypes import UInt8
+from digseg_jax.io.files import UnreadableError, shown
+from digseg_jax.io.georeference import DRIVER, Place, has_rasterio, quiet, rgb_bands
+
+_AS_STORED = (1, 3, 4)  # bands of 8 bits that are gray or colors already; others are stretched
+_READ = 2**24  # values that are read at a time where the whole raster is looked through
+
+
+class Raster:
+    """An open TIFF.
+
+    Attributes:
+      path: its file.
+      shape: height and width, pixels.
+      place: where it lies, for `new_raster`.
+    """
+
+    def __init__(self, path: Path):
+        """Opens a file.
+
+        Raises:
+          UnreadableError: it is no TIFF.
+        """
+        import rasterio
+
+        self.path, self._error = path, rasterio.errors.RasterioError
+        try:
+            with quiet():
+                self._file = rasterio.open(path, driver=DRIVER)
+        except self._error as error:
+            raise UnreadableError(f"{shown(path)}: cannot be read as a TIFF ({error})") from error
+        self.shape = (self._file.height, self._file.width)
+        self.place: Place = {"crs": self._file.crs, "transform": self._file.transform}
+        self._bands = rgb_bands(self._file)
+        self._range: tuple[float, float] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def rows(self, first: int, last: int) -> UInt8[np.ndarray, "h w 3"]:
+        """RGB of the rows from `first` up to, not including, `last`.
+
+        Numbers of 8 bits are colors; of others the smallest in the raster becomes 0, the largest 255.
+
+        Raises:
+          UnreadableError: the file is damaged.
+        """
+        values = self._read(first, last)
+        if self._file.dtypes[0] == "uint8" and self._file.count in _AS_STORED:
+            return values.astype(np.uint8)
+
+        # float32 holds 16 bits exactly.
+        low, high = self._limits()
+        wide = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+        return (np.where(np.isfinite(wide), wide - low, 0) * (255 / (high - low))).astype(np.uint8)
+
+    def _read(self, first: int, last: int) -> np.ndarray:
+        """Values [h, w, 3] of some rows."""
+        window = ((first, last), (0, self.shape[1]))
+        try:
+            values = self._file.read(self._bands, window=window)
+        except self._error as error:
+            raise UnreadableError(f"{shown(self.path)}: cannot be read ({error})") from error
+        return np.moveaxis(values, 0, -1)
+
+    def _limits(self) -> tuple[float, float]:
+        """Smallest and largest number of the whole raster, which is looked through once.
+
+        Raises:
+          UnreadableError: all numbers are equal, or none is finite.
+        """
+        if self._range is not None:
+            return self._range
+
+        low, high = np.inf, -np.inf
+        step = max(1, _READ // (3 * self.shape[1]))
+        for first in range(0, self.shape[0], step):
+            values = self._read(first, min(first + step, self.shape[0])).astype(np.float64)
+            finite = np.isfinite(values)
+            low = min(low, values.min(where=finite, initial=np.inf))
+            high = max(high, values.max(where=finite, initial=-np.inf))
+        if not low < high:
+            raise UnreadableError(
+                f"{shown(self.path)}: all of its numbers are equal, or none is finite"
+            )
+        self._range = float(low), float(high)
+        return self._range
+
+
+def raster_shape(path: Path) -> tuple[int, int] | None:
+    """Height and width of a TIFF; None without rasterio, and for what is no TIFF."""
+    if not has_rasterio():
+        return None
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) not in (b"II", b"MM"):
+                return None
+        with Raster(path) as raster:
+            return raster.shape
+    except (OSError, ValueError, UnreadableError):
+        return None
