@@ -114,8 +114,8 @@ def write_raster(
     # The first plane has the type and size of all.
     rest = iter(planes)
     first = next(rest)
-    options = {"nothing": nothing, "colors": colors}
-    with new_raster(path, first.shape, _place_of(source), first.dtype.name, names, **options) as out:
+    place, dtype = _place_of(source), first.dtype.name
+    with new_raster(path, first.shape, place, dtype, names, nothing=nothing, colors=colors) as out:
         for band, plane in enumerate(chain([first], rest), start=1):
             out.write(plane, band)
 

@@ -67,7 +67,7 @@ class Raster:
 
         # float32 holds 16 bits exactly.
         low, high = self._limits()
-        wide = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
+        wide: np.ndarray = values.astype("float32" if values.dtype.itemsize <= 2 else "float64")
         return (np.where(np.isfinite(wide), wide - low, 0) * (255 / (high - low))).astype(np.uint8)
 
     def _read(self, first: int, last: int) -> np.ndarray:

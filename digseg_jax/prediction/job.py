@@ -91,7 +91,8 @@ def predict(
         complete = [f for image, f in zip(images, planned, strict=True) if image not in left_out]
         for kind, path in labeled.items():
             write_labeling(kind, path, complete)
-            log.info("%d images -> %s", len(complete), shown(path))
+            left = f"; without the {len(large)} that are too large for annotations" if large else ""
+            log.info("%d images -> %s%s", len(complete), shown(path), left)
 
     if broken:
         names = ", ".join(shown(path) for path in broken[:5])

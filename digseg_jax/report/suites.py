@@ -38,7 +38,9 @@ def _recall(row: Mapping[str, Any]) -> Table | None:
     recall = row.get("gate_recall")
     if not recall:
         return None
-    cells = [[str(k), Number(v.get("pixels")), Number(v.get("classes"))] for k, v in recall.items()]
+    cells: list[list[Cell]] = [
+        [str(k), Number(v.get("pixels")), Number(v.get("classes"))] for k, v in recall.items()
+    ]
     caption = f"{row['dataset']}: recall of the gate by the number of classes it lets through"
     return Table(["K", "of labeled pixels", "of present classes"], cells, caption)
 

@@ -90,7 +90,8 @@ class TrainLog:
             mean |= speed(steps * self.flops, seconds, self.devices)
 
         self.writer.write(step, mean | shares | extra)
-        self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **extra)
+        known = {name: value for name, value in extra.items() if np.isfinite(value)}
+        self.progress.update(step, mean["images_per_second"], loss=mean["loss"], **known)
         self.fetched = []
 
         # The first line's time includes the compilation.
