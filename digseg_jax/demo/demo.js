@@ -30,11 +30,12 @@
 
   // Choice of the image: a file, a dropped file, or a sample. Words that nobody has edited follow it.
   const first = facts.words.join("\n");
-  const ofSamples = facts.sample_words.join("\n") || first;
+  const wordsOf = (sample) => (facts.samples[sample] ?? []).join("\n") || first;
+  const unedited = [first, ...Object.keys(facts.samples).map(wordsOf)];
   function take(chosen, text) {
     image = chosen;
-    if ([first, ofSamples].includes($("words").value)) {
-      $("words").value = chosen instanceof File ? first : ofSamples;
+    if (unedited.includes($("words").value)) {
+      $("words").value = chosen instanceof File ? first : wordsOf(chosen);
     }
     $("chosen").textContent = text;
     for (const button of document.querySelectorAll(".sample")) {

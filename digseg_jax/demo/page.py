@@ -15,7 +15,9 @@ from digseg_jax.report.cards import DataImage
 from digseg_jax.viz.templates import render
 
 FOLDER = Path(__file__).parent
-# Held-out squares of the shipped weights' land cover (NASA Blue Marble, public domain).
+# Images that the shipped weights were not trained on: squares of land cover (NASA Blue Marble, public
+# domain), and nuclei of the Data Science Bowl 2018 (BBBC038, CC0), to which these words belong.
+NUCLEI = {"cell_nuclei": ["nucleus"], "stained_tissue": ["nucleus"]}
 SAMPLES = {path.stem: path for path in sorted((FOLDER / "samples").glob("*.jpg"))}
 FIRST_WORDS = 6  # of the model's classes that the field shows at first
 # A transparent pixel: the images come later.
@@ -44,7 +46,7 @@ class Page:
             facts={
                 "classes": self.classes,
                 "words": self.classes if self.closed else self.classes[:FIRST_WORDS],
-                "sample_words": self._sample_words(),
+                "samples": {name: self._words_of(name) for name in SAMPLES},
                 "closed": self.closed,
                 "members": sampling.ensemble,
                 "steps": sampling.steps,
@@ -52,9 +54,10 @@ class Page:
             },
         )
 
-    def _sample_words(self) -> list[str]:
-        """What the samples show, as far as the model knows it; a closed one is always asked for all."""
-        return [] if self.closed else [name for name in GROUPS if name in self.classes]
+    def _words_of(self, sample: str) -> list[str]:
+        """What a sample shows, as far as the model knows it; a closed one is always asked for all."""
+        shown = NUCLEI.get(sample, GROUPS)
+        return [] if self.closed else [name for name in shown if name in self.classes]
 
     def check(self, words: Sequence[str]) -> None:
         """Raises UserError unless the model can be asked these words."""
