@@ -34,7 +34,7 @@ from digseg_jax.segmentation.resize import scaled_shape
 from digseg_jax.segmentation.views import starts, window_weight
 from digseg_jax.viz import images as viz
 
-_HELD = 2**26  # numbers that are read, or brought to the raster's size, at a time
+_HELD = 2**24  # numbers that are read, or brought to the raster's size, at a time
 
 Band = Float[np.ndarray, "q h w"]  # some rows of every query's probability
 

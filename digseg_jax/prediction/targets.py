@@ -161,8 +161,9 @@ def targets(
     planned, taken = [], set[str]()
     for image in images:
         for name in _candidates(image, alone=stems[key(image.stem)] == 1):
-            kinds = {"georeferenced": image in placed, "large": image in large}
-            files = PredictionFiles.of(out / name, queries, **kinds)
+            files = PredictionFiles.of(
+                out / name, queries, georeferenced=image in placed, large=image in large
+            )
             keys = {key(file.name) for file in files}
             if not keys & taken and (not keys & there or _replaceable(files, inputs)):
                 break
