@@ -244,8 +244,12 @@ def _calibration(
     key = f"calibration {estep}"
     if key not in journal:
         journal.add(key, evaluator.calibrate(estep, fitted_on).to_dict())
-    log.info("calibration of %s: %s", estep, journal[key])
-    return Calibration.from_dict(journal[key])
+    fitted = Calibration.from_dict(journal[key])
+    log.info(
+        "calibration of %s, fitted on %s: scale %.2f, biases of the %d classes %.2f to %.2f",
+        estep, fitted.split, fitted.scale, len(fitted.bias), min(fitted.bias), max(fitted.bias),
+    )  # fmt: skip
+    return fitted
 
 
 def _write_files(

@@ -93,5 +93,6 @@ def validation_examples(
     count = min((each for each in limits if each), default=0)
 
     split = validation_split(data, settings.split, chosen_by)
-    log.info("validation during training: %s of the split %r", count or "all images", split)
-    return eval_examples(data, split, count)
+    examples = eval_examples(data, split, count)
+    log.info("validation during training: %d images of the split %r", len(examples), split)
+    return examples

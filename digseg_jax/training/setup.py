@@ -72,9 +72,10 @@ def set_up(config: Config) -> Setup:
 def log_summary(task: Task, mesh: Mesh) -> None:
     """Logs the task's trainable and frozen parameters, and the mesh."""
     log.info("trainable parameters:\n%s", _overview(task.abstract))
-    sizes = {name: _millions(tree) for name, tree in task.frozen.items()}
-    log.info("frozen, in millions: %s", sizes or "nothing")
-    log.info("mesh %s on %s", dict(mesh.shape), jax.devices()[0].device_kind)
+    sizes = [f"{name} {_millions(tree)}" for name, tree in task.frozen.items()]
+    log.info("frozen, in millions of numbers: %s", ", ".join(sizes) or "nothing")
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    log.info("mesh of %d x %s: %s", mesh.size, jax.devices()[0].device_kind, axes)
 
 
 def _overview(params: Params) -> str:
