@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict, with_settings
-from digseg_jax.config.schema import Config, DataConfig, EvalConfig, ModelConfig
+from digseg_jax.config.schema import Config, DataConfig, EvalConfig
 from digseg_jax.data.datasets.registry import title
 from digseg_jax.data.sources import check_scored_splits, check_training_data
 from digseg_jax.errors import UserError
@@ -40,7 +40,6 @@ from digseg_jax.prediction import export as exports
 from digseg_jax.prediction.description import FILE as DESCRIPTION
 from digseg_jax.prediction.description import (
     Description,
-    FrozenPart,
     check_agreement,
     describe,
     find_export,
@@ -54,7 +53,7 @@ from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.training.loop import Trainer
-from digseg_jax.training.setup import log_summary, set_up
+from digseg_jax.training.setup import TASKS, Setup, log_summary, set_up
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
@@ -86,7 +85,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             check_scored_splits(config.data, config.eval, while_training=looks, chosen_by=best)
     with exclusive_run(workdir):
         claim_workdir(workdir, to_dict(config), accept_changes)
-        setup = set_up(config)
+        setup = set_up(config, TASKS[config.task])
         config, task, mesh = setup.config, setup.task, setup.mesh
         log.info("%s", plan.length(config.train, config.task, config.seed))
         if isinstance(task, SegmentationTask):
@@ -94,10 +93,10 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         log_summary(task, mesh)
 
         # Record revisions and checksums now, while the hub can be reached.
-        parts = find_parts(config.task, config.model)
+        described = _describe(setup)
 
         # Train, with an evaluation on the validation split every `logging.eval_every` steps.
-        trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
+        trainer = Trainer(setup, str(workdir), accept_changes=accept_changes)
         on_eval = None
         if config.logging.eval_every and isinstance(task, SegmentationTask):
             limit, best = config.logging.eval_images, config.checkpoint.best
@@ -113,7 +112,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         if config.checkpoint.best:
             params, source = trainer.weights_of(str(workdir), best=True)
             log.info("best %s: exporting %s", config.checkpoint.best, source)
-        export_run(config, task, params, workdir, source, parts)
+        export_run(setup, params, workdir, source, described)
 
         # Free the trainer's frozen parts on the devices: the evaluation places its own.
         del trainer, on_eval
@@ -176,14 +175,14 @@ def export(
     # A run that is still training will export newer weights, which these must not replace.
     with exclusive_run(workdir):
         claim_workdir(workdir, to_dict(stored), accept_changes)
-        setup = set_up(stored)
-        config, task, mesh = setup.config, setup.task, setup.mesh
-        trainer = Trainer(config, task, mesh, str(workdir), accept_changes=accept_changes)
+        setup = set_up(stored, TASKS[stored.task])
+        config, task = setup.config, setup.task
+        trainer = Trainer(setup, str(workdir), accept_changes=accept_changes)
 
         params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
         if not config.checkpoint.best:  # the best weights replace any others, even newer ones
             check_not_older(workdir, source)
-        export_run(config, task, params, workdir, source, find_parts(config.task, config.model))
+        export_run(setup, params, workdir, source, _describe(setup))
         if isinstance(task, SegmentationTask):
             with together("the scores of the exported weights"):
                 if is_main():
@@ -209,45 +208,43 @@ def check_not_older(workdir: AnyPath, source: str) -> None:
         )
 
 
-def find_parts(task: str, model: ModelConfig) -> tuple[FrozenPart, ...]:
-    """Finds a segmenter's autoencoder and text encoder, for its description; () for other tasks.
+def _describe(setup: Setup[Task]) -> Description | None:
+    """Describes the weights that a run will have trained; None if they are no segmenter's.
 
-    Call it before the training: the hub may be out of reach afterwards.
+    Only a segmenter's export depends on the parts of its training. Call it before the training: the hub
+    may be out of reach afterwards.
     """
-    if task != "segmentation":
-        return ()
-    return FrozenPart.find(model.vae), FrozenPart.find(model.text)
+    if not isinstance(setup.task, SegmentationTask):
+        return None
+    return describe(setup.config, setup.task.abstract)
 
 
 def export_run(
-    config: Config,
-    task: Task,
+    setup: Setup[Task],
     params: Params,
     workdir: AnyPath,
     source: str,
-    parts: tuple[FrozenPart, ...],
+    described: Description | None,
 ) -> None:
     """Writes a run's weights to the folder where evaluation, prediction and other runs look for them.
 
     Args:
-      config, task, workdir: the run's.
       params: the weights to export.
       source: path of their checkpoint; its last component is the step.
-      parts: autoencoder and text encoder, as `find_parts` returns them.
+      described: as `_describe` returns it.
     """
+    config, task = setup.config, setup.task
     metadata = provenance(config.task, config.seed, config.train.steps)
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config.data, config.eval.split, task, params, workdir, metadata)
         return
 
-    # Only a segmenter has a description, as only its export depends on the parts of its training.
-    description = None
-    if isinstance(task, SegmentationTask):
+    # Which checkpoint the weights are of is known only now.
+    if described:
         step = source.rsplit("/", 1)[-1]
         checkpoint = f"{CHECKPOINTS}/{step}"
-        description = describe(config, parts, task.abstract, int(step), checkpoint)
-
-    write_export(task, params, workdir, metadata, description)
+        described = dataclasses.replace(described, steps=int(step), checkpoint=checkpoint)
+    write_export(task, params, workdir, metadata, described)
 
 
 def evaluate(
@@ -323,7 +320,9 @@ def evaluate(
         )  # fmt: skip
 
     folder, about = workdir / "eval", description.provenance()
-    results = suite_lib.run_suite(config, segmenter, params, folder, suite, about)
+    results = suite_lib.run_suite(
+        config.data, config.eval, config.seed, segmenter, params, folder, suite, to_dict(config), about
+    )
     log.info("suite %s: %s", suite, folder / f"suite_{suite}.md")
     with together("the pages of the suite"):
         if suite == domains.SUITE and is_main():

@@ -156,14 +156,17 @@ def _chosen() -> dict[str, Any]:
     return sampling | ({"eval.templates": tuple(_TEMPLATE.value)} if _TEMPLATE.value else {})
 
 
+def _experiment() -> Config | None:
+    """The configuration of --config with what the other flags change; None without a file."""
+    return None if _config_file() is None else with_settings(parse(_CONFIG.value), _chosen())
+
+
 def run() -> None:
     """Runs the mode; imports late, so that a wrong flag is reported before JAX loads."""
     # Check the flags before anything slow.
     mode = _MODE.value
     check_flags(mode)
-    config = None if _config_file() is None else parse(_CONFIG.value)
-    if config is not None:
-        config = with_settings(config, _chosen())
+    config = _experiment()
 
     # Before JAX is imported: choose the devices to compile for, and make the start-up settings for the
     # devices of this machine.
@@ -183,27 +186,28 @@ def run() -> None:
         if not job.run(config, _TOPOLOGY.value, as_path(_WORKDIR.value))["fits"]:
             _leave(OVER_BUDGET)
     elif mode == "predict":
-        _predict(config)
+        _predict()
     elif mode == "demo":
         from digseg_jax.demo.job import demo
 
         weights, settings = _MODEL.value or _WORKDIR.value, _settings() | _chosen()
         demo(weights, _PORT.value, settings, browser=not _NO_BROWSER.value)
     else:
-        _run_on_all_processes(mode, config)
+        _run_on_all_processes(mode)
 
 
-def _predict(config: Config | None) -> None:
+def _predict() -> None:
     """--mode=predict: on this process alone."""
     from digseg_jax.prediction.job import predict
 
     weights, queries, out = _MODEL.value or _WORKDIR.value, _QUERY.value or [], Path(_OUT.value)
     options = {"settings": _settings() | _chosen(), "formats": _FORMAT.value or ()}
-    predict(config, weights, _IMAGE.value, queries, out, _VOCABULARY.value, **options)
+    predict(_experiment(), weights, _IMAGE.value, queries, out, _VOCABULARY.value, **options)
 
 
-def _run_on_all_processes(mode: str, config: Config | None) -> None:
+def _run_on_all_processes(mode: str) -> None:
     """Runs one of the other modes on all processes, joined before JAX touches a device."""
+    config = _experiment()
     from digseg_jax import jobs
     from digseg_jax.io.storage import as_path
     from digseg_jax.runtime import distributed
@@ -224,7 +228,9 @@ def _run_on_all_processes(mode: str, config: Config | None) -> None:
     if mode == "cache_latents":
         from digseg_jax.tools import cache_latents
 
-        cache_latents.run(config)
+        cache_latents.run(
+            config.data, config.model, config.compute, config.loading, config.train.batch_size
+        )
         return
 
     # With a configuration, `run` has put --sampling and --template into it already.

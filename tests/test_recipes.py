@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import tiny
 from absl import flags
 from experiments import CONFIGS, get_config
 from ml_collections import config_flags
 
-from digseg_jax.aot.shapes import Architecture, abstract_parts
+from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, DataConfig
 from digseg_jax.data.datasets import registry
@@ -65,7 +66,7 @@ def test_the_parallel_recipe_differs_from_its_checkpoints_version_in_the_text_al
     assert dataclasses.replace(ours, model=model) == other
 
     # --mode=compile knows the pathway's shapes without any file.
-    unet, width = abstract_parts(ours, prompts=1).unet, Architecture.of(ours.model).text_width
+    unet, width = tiny.shapes_of(ours, prompts=1).unet, Architecture.of(ours.model).text_width
     assert (unet.prompt_length, unet.text_dim, width) == (77, 768, 768)
     assert unet.cross_attention_dim == unet.text_features == 1024
 

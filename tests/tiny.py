@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import Mesh
 
 from digseg_jax import trees
+from digseg_jax.aot.shapes import Architecture, abstract_parts
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.config.schema import Config, MeshConfig, settings
@@ -26,12 +28,15 @@ from digseg_jax.models.text.bert import BertConfig, BertModel
 from digseg_jax.models.text_branch import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
-from digseg_jax.prediction.description import FrozenPart, describe
+from digseg_jax.prediction.description import describe
 from digseg_jax.prediction.export import complete_export
 from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.training.loop import Trainer
+from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import make_train_step
 from digseg_jax.training.tasks.base import Task
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.parts import Parts, choose_kernels, load_parts
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import save_component
 
 SIZE = 32  # pixels of a crop; 8 latent cells
@@ -171,6 +176,31 @@ def config_file(folder: Path, folders: dict[str, str], **changes: Any) -> Path:
     return path
 
 
+def load_task(config: Config, prompts: tuple[str, ...]) -> SegmentationTask:
+    """The segmentation task of a configuration, with a bank of these prompts."""
+    parts = load_parts(config.data, config.model, config.compute, config.loss, prompts)
+    return SegmentationTask(config, parts)
+
+
+def for_devices(config: Config, devices: Sequence[Any]) -> Config:
+    """The configuration with the kernels that "auto" stands for on the devices."""
+    kernels = choose_kernels(config.compute, devices, config.model.dtype, config.mesh.tensor)
+    return dataclasses.replace(config, compute=kernels)
+
+
+def shapes_of(
+    config: Config, architecture: Architecture | None = None, prompts: int | None = None
+) -> Parts:
+    """The parts of the configuration's segmentation task as mere shapes."""
+    sections = config.data, config.model, config.compute, config.loss
+    return abstract_parts(*sections, architecture, prompts)
+
+
+def trainer(config: Config, task: Task, mesh: Mesh, folder: Any, **options: bool) -> Trainer:
+    """The trainer of a task in a folder."""
+    return Trainer(Setup(config, task, mesh), str(folder), **options)
+
+
 def export(
     config: Config,
     folder: Path,
@@ -185,8 +215,7 @@ def export(
     if not task.codec.one_by_one:  # its colors are chosen before the training
         task.prepare()
     task.export(change(jax.device_get(task.initial())), folder, {"task": "test"})
-    parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
-    complete_export(folder, describe(config, parts, task.abstract, 0, "checkpoints/0"))
+    complete_export(folder, describe(config, task.abstract, 0, "checkpoints/0"))
 
 
 def train_step(task: Task, config: Config, mesh: Mesh, shardings: tuple[Any, Any]) -> Any:

@@ -6,18 +6,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from digseg_jax.aot import programs
-from digseg_jax.aot.shapes import Architecture
-from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.aot.shapes import Architecture, UNetTask
+from digseg_jax.config.parse import with_settings
+from digseg_jax.config.schema import MeshConfig
 from digseg_jax.models.remat import MODES
 from digseg_jax.runtime.sharding import infer_shardings, make_mesh
 from digseg_jax.training.step import abstract_state
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 GB = 1e9  # bytes
 
@@ -39,11 +39,15 @@ class Needs:
     budget: float
 
 
-def advise(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs) -> list[str]:
-    """One line for each setting that would help, with the memory that it would need."""
-    lines = [_batch(needs)]
+def advise(
+    task: SegmentationTask | UNetTask, architecture: Architecture, mesh: Mesh, needs: Needs
+) -> list[str]:
+    """One line for each setting that would help, with the memory that it would need.
+
+    task: from `programs.abstract_task`; the one that does not fit.
+    """
+    lines, config = [_batch(needs)], task.config
     if config.compile.program == "train":
-        task, _ = programs.train_task(config, architecture, 1)
         state = abstract_state(task.abstract, config.optim)
         lines += _fsdp(state, mesh, config.mesh.tensor, needs)
 
@@ -51,11 +55,9 @@ def advise(config: Config, architecture: Architecture, mesh: Mesh, needs: Needs)
 
         def kept(mode: str) -> float:
             """Bytes that the forward pass keeps for the backward pass with this mode, on one device."""
-            changed: dict[str, Any] = {"remat": mode}
-            compute = dataclasses.replace(config.compute, **changed)
-            other = dataclasses.replace(config, compute=compute)
-            made = partial(programs.train_task, other, architecture)
-            return programs.kept_bytes(made) * needs.images
+            other = with_settings(config, {"compute.remat": mode})
+            changed = programs.abstract_task(other, architecture)
+            return programs.kept_bytes(changed, architecture) * needs.images
 
         lines += _remat(config.compute.remat, kept, needs)
     return [line for line in lines if line]

@@ -10,7 +10,6 @@ CPU's are three times a TPU's. All of it is an estimate, and is labeled as one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +19,11 @@ from jax.sharding import Mesh
 
 from digseg_jax.aot import programs
 from digseg_jax.aot.programs import Program
-from digseg_jax.aot.shapes import Architecture
-from digseg_jax.config.schema import Config
+from digseg_jax.aot.shapes import Architecture, UNetTask
+from digseg_jax.config.parse import with_settings
 from digseg_jax.models.kernels.attention import unfit
 from digseg_jax.training.tasks.parts import PORTABLE
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 CUDNN = 91000  # version assumed where none is installed: 9.10
 # The CPU's code is never run: compile fast instead of well.
@@ -36,21 +36,23 @@ HOW = (
 )
 
 
-def stand_in(config: Config, architecture: Architecture, mesh: Mesh) -> list[Program]:
-    """Programs for CPU devices that compute what `config` asks of a GPU.
+def stand_in(
+    task: SegmentationTask | UNetTask, architecture: Architecture, mesh: Mesh
+) -> list[Program]:
+    """Programs for CPU devices that compute what the task asks of a GPU.
 
     Raises:
       Exception: JAX's own, if the program cannot be lowered for CUDA.
     """
     with assumed_cudnn():
-        programs.lower(config, architecture, mesh, "cuda")
+        programs.lower(task, architecture, mesh, "cuda")
 
     # cuDNN's attention does not compile for a CPU: take the portable one, which computes the same.
-    device = mesh.devices.flat[0]
+    config, device = task.config, mesh.devices.flat[0]
     if unfit(config.compute.attention, device, config.model.dtype):
-        changed: dict[str, Any] = {"attention": PORTABLE}
-        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, **changed))
-    return programs.lower(config, architecture, mesh)
+        portable = with_settings(config, {"compute.attention": PORTABLE})
+        task = programs.abstract_task(portable, architecture)
+    return programs.lower(task, architecture, mesh)
 
 
 def estimates(

@@ -27,10 +27,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.storage import AnyPath, write_bytes, write_json
 from digseg_jax.log import heartbeat, log
 from digseg_jax.runtime import tpu
-from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.flops import step_flops
-from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
-from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.setup import Machine, set_up
 
 # Suffixes of bytes in the compiler's messages, and two forms of its message about too little memory.
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -53,21 +51,19 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     """
     # The configuration and the mesh, as a run on these devices would choose them.
     target = open_topology(topology)
-    config = for_devices(config, target.meant)
     architecture = Architecture.of(config.model)
-    task, _ = programs.train_task(config, architecture, 1)
-    needs_on = partial(needs_of, config, task)
-    choice = choose_mesh(config.mesh, needs_on, target.devices, target.hbm_bytes, target.chip)
-    mesh = make_mesh(choice, target.devices)
-    if not (config.compute.accumulation or config.compile.per_device_batch):
-        size, memory = config.train.batch_size, target.hbm_bytes
-        parts = choose_accumulation(size, needs_on, mesh, memory, target.chip)
-        config = with_settings(config, {"compute.accumulation": parts})
+    if config.compile.per_device_batch and not config.compute.accumulation:
+        config = with_settings(config, {"compute.accumulation": 1})  # as many images as were asked for
+    machine = Machine(target.devices, target.meant, target.hbm_bytes, target.chip)
+    build = partial(programs.abstract_task, architecture=architecture)
+    setup = set_up(config, build, machine)
+    config, mesh = setup.config, setup.mesh
+    task = build(config)  # the same as setup.task, but with the chosen accumulation
 
     # Lower: JAX's own part, which needs no device.
     start = time.monotonic()
     lower = cuda.stand_in if target.place_of else programs.lower
-    lowered = lower(config, architecture, mesh)
+    lowered = lower(task, architecture, mesh)
     lowered_after = time.monotonic() - start
 
     # Several programs make an evaluation, one a train step.
@@ -88,7 +84,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     each = [compile_and_measure(p, target, more) for p in lowered]
     if target.place_of:
         with cuda.assumed_cudnn():
-            temporaries = programs.temporary_bytes(config, architecture, mesh)
+            temporaries = programs.temporary_bytes(task, architecture, mesh)
         each = cuda.estimates(each, temporaries, target.hbm_bytes)
 
     # Everything in bytes and seconds, per device unless the key says otherwise.
@@ -118,7 +114,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
         result["calls"] = {p.name: p.calls for p in lowered}
         result["programs"] = {p.name: m for p, m in zip(lowered, each, strict=True)}
     else:
-        whole = step_flops(*programs.train_task(config, architecture, images))
+        whole = step_flops(task, programs.train_batch(task, architecture, images))
         result["model_flops"] = whole / len(target.devices)
         # Another number than `images` where the devices do not divide the recipe's batch.
         given = config.compile.per_device_batch
@@ -136,7 +132,7 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
             target.hbm_bytes,
         )
         with cuda.assumed_cudnn():
-            result["advice"] = advise(config, architecture, mesh, needs)
+            result["advice"] = advise(task, architecture, mesh, needs)
 
     # With configuration and versions in the file, the compilation can be repeated.
     result["config"] = to_dict(config)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,31 +56,53 @@ class Program:
     waiting: float = 0.0
 
 
-def lower(
-    config: Config, architecture: Architecture, mesh: Mesh, platform: str | None = None
-) -> list[Program]:
-    """Lowers what `config.compile` asks for: the train step, or the programs of an evaluation.
+def abstract_task(config: Config, architecture: Architecture) -> SegmentationTask | UNetTask:
+    """The task that `config.compile` asks for, of mere shapes."""
+    options = config.compile
+    alone = options.program == "train" and options.unet_only
+    sections = config.data, config.model, config.compute, config.loss
+    parts = abstract_parts(*sections, architecture, prompts=1 if alone else None)
+    task = SegmentationTask(config, parts)
+    return UNetTask(task) if alone else task
 
-    platform: lower for this one instead of the platform of the mesh's devices.
+
+def train_batch(task: SegmentationTask | UNetTask, architecture: Architecture, images: int) -> Shapes:
+    """Shapes of a batch for the task's train step."""
+    data, model = task.config.data, task.config.model
+    if isinstance(task, UNetTask):
+        return shapes.unet_batch(data, model, architecture, images)
+    return shapes.train_batch(data, task.codec, architecture, images)
+
+
+def lower(
+    task: SegmentationTask | UNetTask,
+    architecture: Architecture,
+    mesh: Mesh,
+    platform: str | None = None,
+) -> list[Program]:
+    """Lowers what the task's `config.compile` asks for: the train step, or an evaluation's programs.
+
+    Args:
+      task: from `abstract_task`.
+      platform: lower for this one instead of the platform of the mesh's devices.
 
     Raises:
       UserError: a batch that the devices do not divide.
     """
-    options = config.compile
-    if options.program == "eval":
-        evaluated = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
+    config, options = task.config, task.config.compile
+    if options.program == "eval" and isinstance(task, SegmentationTask):
         views = options.per_device_batch or config.eval.batch_size
-        return evaluation_programs(evaluated, architecture, mesh, views, options.eval_queries, platform)
+        return evaluation_programs(task, architecture, mesh, views, options.eval_queries, platform)
 
     accumulation = config.compute.accumulation or 1
     images = train_images(config.train.batch_size, options.per_device_batch, accumulation, mesh)
-    task, batch = train_task(config, architecture, images)
+    batch = train_batch(task, architecture, images)
     lowered = lower_step(
         task, batch, mesh, config.optim, platform,
         steps=config.train.steps, seed=config.seed, accumulation=accumulation,
     )  # fmt: skip
     name, queries = "train", images * config.data.num_queries
-    if options.unet_only:
+    if isinstance(task, UNetTask):
         name, queries = "unet", images
 
     # While a step runs, the next batch is already on its way to the devices.
@@ -120,17 +141,6 @@ def train_images(batch_size: int, per_device: int, accumulation: int, mesh: Mesh
         batch_size, shards(mesh), f" in {accumulation} parts" if accumulation > 1 else "", images,
     )  # fmt: skip
     return images
-
-
-def train_task(
-    config: Config, architecture: Architecture, images: int
-) -> tuple[SegmentationTask | UNetTask, Shapes]:
-    """The task and the shapes of its batch."""
-    if config.compile.unet_only:
-        whole = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
-        return UNetTask(whole), shapes.unet_batch(config.data, config.model, architecture, images)
-    task = SegmentationTask(abstract_parts(config, architecture), config)
-    return task, shapes.train_batch(config.data, task.codec, architecture, images)
 
 
 def lower_step(
@@ -252,17 +262,15 @@ def _placed(tree: Any, shardings: Any) -> Any:
     )
 
 
-def kept_bytes(make: Callable[[int], tuple[SegmentationTask | UNetTask, Shapes]]) -> float:
+def kept_bytes(task: SegmentationTask | UNetTask, architecture: Architecture) -> float:
     """Bytes per image that the forward pass keeps for the backward pass, as the program is written.
 
     Traced, not compiled: the growth from one image to two. XLA may keep less, or other dtypes.
-
-    make: gives the task and the shapes of its batch for a number of images.
     """
 
     def residuals(images: int) -> int:
         """Bytes of everything that the backward pass closes over."""
-        task, batch = make(images)
+        batch = train_batch(task, architecture, images)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
 
         def pullback(params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
@@ -276,32 +284,35 @@ def kept_bytes(make: Callable[[int], tuple[SegmentationTask | UNetTask, Shapes]]
     return residuals(2) - residuals(1)
 
 
-def temporary_bytes(config: Config, architecture: Architecture, mesh: Mesh) -> list[float]:
+def temporary_bytes(
+    task: SegmentationTask | UNetTask, architecture: Architecture, mesh: Mesh
+) -> list[float]:
     """Bytes of results on one device for each of `lower`'s programs, by `aot.liveness`.
 
     Split kernels are added as if all were gathered at once: fetched ahead, many of
     them are there together.
     """
-    options, accumulation = config.compile, config.compute.accumulation or 1
-    if options.program == "eval":
+    config, options = task.config, task.config.compile
+    accumulation = config.compute.accumulation or 1
+    if options.program == "eval" and isinstance(task, SegmentationTask):
         # Traced for one device with its share of the views; their results are not counted.
         alone = make_mesh(MeshConfig(1, 1, 1), [mesh.devices.flat[0]])
-        evaluated = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
         views = options.per_device_batch or config.eval.batch_size
-        made = evaluation_programs(evaluated, architecture, alone, views, options.eval_queries, "cuda")
+        made = evaluation_programs(task, architecture, alone, views, options.eval_queries, "cuda")
         traced = [program.traced.jaxpr.jaxpr for program in made if program.traced is not None]
         needed = [peak_bytes(jaxpr, output_share=0.0) for jaxpr in traced]
     else:
         # One device's images, a microbatch of them at a time.
         images = train_images(config.train.batch_size, options.per_device_batch, accumulation, mesh)
         local = images // shards(mesh) // accumulation
-        needed = [_gradient_bytes(*train_task(config, architecture, local), accumulation, mesh)]
+        batch = train_batch(task, architecture, local)
+        needed = [_gradient_bytes(task, batch, accumulation, mesh)]
 
     # With FSDP, layers gather their kernels in the model's dtype.
     gathered = 0.0
     if mesh.shape["fsdp"] > 1:
         width = jnp.dtype(config.model.dtype).itemsize
-        gathered = float(width * count(train_task(config, architecture, 1)[0].abstract))
+        gathered = float(width * count(task.abstract))
     return [each + gathered for each in needed]
 
 

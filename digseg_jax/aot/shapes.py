@@ -11,15 +11,16 @@ import numpy as np
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Array, Batch, Params, Shapes
-from digseg_jax.config.schema import Config, DataConfig, ModelConfig
+from digseg_jax.config.schema import ComputeConfig, DataConfig, LossConfig, ModelConfig
 from digseg_jax.data.sources import parts_of, spec_of
 from digseg_jax.data.vocabulary import bank_prompts
 from digseg_jax.models import functional
+from digseg_jax.models.remat import activation_bytes
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.models.vae import VaeConfig
 from digseg_jax.models.vae_tiny import TinyVaeConfig
 from digseg_jax.segmentation.codec import Codec
-from digseg_jax.segmentation.codecs import CODECS, make_codec
+from digseg_jax.segmentation.codecs import make_codec
 from digseg_jax.training.tasks.base import Trainable
 from digseg_jax.training.tasks.parts import (
     ANCHORS,
@@ -27,6 +28,7 @@ from digseg_jax.training.tasks.parts import (
     Vae,
     adapt_unet,
     anchors_for_cache,
+    bank_shape,
     compute_options,
     new_parameters,
 )
@@ -103,9 +105,14 @@ def _text(spec: str) -> catalog.Known | None:
 
 
 def abstract_parts(
-    config: Config, architecture: Architecture | None = None, prompts: int | None = None
+    data: DataConfig,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    loss: LossConfig,
+    architecture: Architecture | None = None,
+    prompts: int | None = None,
 ) -> Parts:
-    """Parts of a segmentation task as `jax.ShapeDtypeStruct`s; its programs are the real ones.
+    """What `load_parts` returns, as `jax.ShapeDtypeStruct`s; the task's programs are the real ones.
 
     Args:
       architecture: by default the configuration's.
@@ -115,27 +122,26 @@ def abstract_parts(
       UserError: a component that is neither known nor there.
     """
     # The autoencoder: only its structure is built.
-    model = config.model
     architecture = architecture or Architecture.of(model)
     autoencoder = component_of_config(architecture.vae).model_class
     graphdef, abstract = functional.abstract(
         lambda: autoencoder(
-            architecture.vae, rngs=functional.FixedRngs(), **compute_options(model, config.compute)
+            architecture.vae, rngs=functional.FixedRngs(), **compute_options(model, compute)
         )
     )
-    vae = Vae(graphdef, architecture.vae, config.compute.vae_batch)
+    vae = Vae(graphdef, architecture.vae, compute.vae_batch)
 
     # What a codec chooses are constants of the program, whatever their values.
-    codec = make_codec(model.codec, config.data)
+    codec = make_codec(model.codec, data)
     codec.assume(architecture.vae.latent_channels)
     if prompts is None:
-        prompts = len(codec.texts(bank_prompts(config.data)))
+        prompts = len(codec.texts(bank_prompts(data)))
 
     # Frozen arguments of the train step, as a run has them.
     frozen: Params = {"vae": abstract, "bank": bank_shapes(prompts, model, architecture)}
-    anchors = jax.eval_shape(lambda: anchors_for_cache(codec, config.data, config.loss))
+    anchors = jax.eval_shape(lambda: anchors_for_cache(codec, data, loss))
     if anchors is not None:
-        frozen[ANCHORS] = _float(len(anchors), *_latent_shape(config.data, architecture))
+        frozen[ANCHORS] = _float(len(anchors), *_latent_shape(data, architecture))
     stored, width = architecture.unet, architecture.text_width
     unet = adapt_unet(stored, vae, model, width, lambda _: architecture.empty or empty_shape(model))
     new = new_parameters(model, stored, unet)
@@ -150,9 +156,16 @@ class UNetTask(Trainable):
 
     def __init__(self, segmentation: SegmentationTask):
         self.frozen: Params = {}
-        self.new = segmentation.new
+        self.config, self.new = segmentation.config, segmentation.new
         self.graphdef, self.abstract = segmentation.graphdef, segmentation.abstract
         self.unet_config, self.vae = segmentation.unet_config, segmentation.vae
+
+    def activation_bytes(self) -> float:
+        """Estimated bytes of the U-Net's activations per image, which is one latent here."""
+        data, compute, model = self.config.data, self.config.compute, self.config.model
+        cells = (data.image_size // self.vae.config.factor) ** 2
+        channels = self.unet_config.block_out_channels[0]
+        return activation_bytes(cells, channels, model.dtype, compute.remat)
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, keys: Array, whole: Batch | None = None
@@ -165,11 +178,10 @@ class UNetTask(Trainable):
 
 def bank_shapes(prompts: int, model: ModelConfig, architecture: Architecture) -> Params:
     """Shapes of a prompt bank: tokens [prompts, length, width] and mask [prompts, length]."""
-    pooled = CODECS[model.codec].pooled
-    length = 1 if pooled else model.max_tokens + int(model.sentence_token)
+    shape = bank_shape(prompts, model, architecture.text_width)
     return {
-        "tokens": jax.ShapeDtypeStruct((prompts, length, architecture.text_width), jnp.float32),
-        "mask": jax.ShapeDtypeStruct((prompts, length), jnp.bool_),
+        "tokens": jax.ShapeDtypeStruct(shape, jnp.float32),
+        "mask": jax.ShapeDtypeStruct(shape[:2], jnp.bool_),
     }
 
 

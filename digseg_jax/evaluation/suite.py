@@ -16,9 +16,8 @@ from functools import partial
 from typing import Any
 
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import Config, DataConfig, EvalConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains
@@ -78,11 +77,14 @@ def check_root(name: str, root: str) -> None:
 
 
 def run_suite(
-    config: Config,
+    data: DataConfig,
+    settings: EvalConfig,
+    seed: int,
     segmenter: Segmenter,
     params: Params,
     folder: AnyPath,
     name: str,
+    values: dict[str, Any],
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores a suite's data sets; writes FOLDER/suite_NAME.json and .md.
@@ -90,7 +92,11 @@ def run_suite(
     Of domains, images, truth and masks are written too, to FOLDER/domains/NAME.
 
     Args:
-      params: the weights; a killed run's journal is only continued for the same weights.
+      data: where the data sets are, and how images are scaled.
+      settings, seed: how they are scored, and the seed of the initial noise.
+      params: the weights.
+      values: of the whole configuration: a killed run's journal is only continued for equal values and
+        weights.
       about: origin of the weights, for suite_NAME.json.
 
     Returns:
@@ -103,18 +109,16 @@ def run_suite(
 
     # Weights are fetched once, for all journals.
     weights = fetch_to_main(params)
-    results: dict[str, Any] = {"suite": name, "seed": config.seed, "rows": []}
+    results: dict[str, Any] = {"suite": name, "seed": seed, "rows": []}
     results |= {"weights": about} if about else {}
-    for subject in _subjects(config.data, config.eval, segmenter, name):
+    for subject in _subjects(data, settings, segmenter, name):
         row = {"suite": subject.suite, "dataset": subject.name, "estep": str(subject.estep)}
-        results["rows"].append(
-            row | _one(subject, config.eval, config.seed, to_dict(config), weights, folder)
-        )
+        results["rows"].append(row | _one(subject, settings, seed, values, weights, folder))
 
     # Nothing was measured: most likely the root is wrong.
     if all("missing" in row for row in results["rows"]):
         raise UserError(
-            f"--suite={name}: no data set of it under config.data.root={config.data.root!r}; "
+            f"--suite={name}: no data set of it under config.data.root={data.root!r}; "
             f"the first: {results['rows'][0]['missing']}"
         )
 

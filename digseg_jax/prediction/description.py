@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import re
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +185,13 @@ class Description:
         return {name: getattr(self, name) for name in names}
 
 
-def describe(
-    config: Config,
-    parts: Sequence[FrozenPart],
-    abstract: Params,
-    steps: int,
-    checkpoint: str,
-) -> Description:
-    """Describes the weights that a run of `config` has trained.
+def describe(config: Config, abstract: Params, steps: int = 0, checkpoint: str = "") -> Description:
+    """Describes the weights that a run of `config` trains; reads its frozen parts.
 
-    parts: autoencoder and text encoder, as `FrozenPart.find` returns them. abstract: the parameters, or
-      their shapes. steps, checkpoint: see `Description`.
+    abstract: the parameters, or their shapes. steps, checkpoint: see `Description`.
+
+    Raises:
+      UserError: a frozen part is missing.
     """
     # Only the settings that matter to the weights, not the whole configuration.
     values = to_dict(config)
@@ -206,13 +201,12 @@ def describe(
         sections.setdefault(section, {})[name] = values[section][name]
 
     # A run starts from a checkpoint of the whole segmenter, a pretrained U-Net, or random weights.
-    vae, text = parts
     start = config.model.unet if config.model.unet_init == "pretrained" else "random weights"
     return Description(
         schema=SCHEMA,
         config=sections,
-        vae=vae,
-        text=text,
+        vae=FrozenPart.find(config.model.vae),
+        text=FrozenPart.find(config.model.text),
         classes=list(trained_names(config.data) or class_names(config.data)),
         templates=list(training_templates(config.data)),
         parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract)),

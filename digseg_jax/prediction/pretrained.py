@@ -45,8 +45,8 @@ from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.calibration import stored_scale
 from digseg_jax.segmentation.views import count_views
 from digseg_jax.training.mesh_choice import choose_mesh, needs_of
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.training.tasks.parts import choose_kernels, load_parts
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from digseg_jax.weights.safetensors_io import PIPELINE_FILE
 from digseg_jax.weights.upload import check_target
@@ -87,12 +87,16 @@ def load_segmenter(
 
     # The architecture comes with the weights, so the checkpoint they started from is not needed.
     unet = str(unet_folder(folder))
-    config = dataclasses.replace(config, model=dataclasses.replace(parts, unet=unet))
+    model_config = dataclasses.replace(parts, unet=unet)
+    kernels = choose_kernels(config.compute, jax.devices(), parts.dtype, config.mesh.tensor)
+    config = dataclasses.replace(config, model=model_config, compute=kernels)
 
-    # One prompt stands in for the prompt bank: the segmenter encodes its own queries.
-    config = for_devices(config, jax.devices())
-    # Its classes are the description's: the data set may not be on this machine.
-    task = load_task(config, prompts=("any",), classes=len(description.classes))
+    # The prompt bank stays empty, as the segmenter encodes its own queries. The classes are the
+    # description's: the data set may not be on this machine.
+    loaded = load_parts(
+        config.data, config.model, kernels, config.loss, prompts=(), classes=len(description.classes)
+    )
+    task = SegmentationTask(config, loaded)
     task.adopt(folder)
     check_interrupts()
     return PretrainedSegmenter(task, folder, description)
@@ -117,8 +121,10 @@ class PretrainedSegmenter(Segmenter):
         scale = stored_scale(calibration) if calibration.is_file() else 2.0
 
         # Queries are asked in the templates that the weights were trained with.
-        needs = partial(needs_of, task.config, task)
-        mesh = make_mesh(choose_mesh(task.config.mesh, needs, jax.devices()))
+        config = task.config
+        images = config.train.batch_size / (config.compute.accumulation or 1)
+        needs = partial(needs_of, task, config.optim, images)
+        mesh = make_mesh(choose_mesh(config.mesh, needs, jax.devices()))
         params, words = load_params(unet_folder(folder), task.abstract), description.templates
         super().__init__(task, params, mesh=mesh, scale=scale, templates=words)
         self.folder, self.description = folder, description

@@ -31,12 +31,11 @@ from digseg_jax.prediction.progress import Job, Watch, Watcher
 from digseg_jax.prediction.request import Request, filled
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.views import Views, make_views
-from digseg_jax.training.tasks.parts import encode_bank
+from digseg_jax.training.tasks.parts import bank_shape, encode_bank
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 VIEW_STRIDE = 4096  # noise indices reserved for the views of one image
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # crops, index, tokens and mask
-NOTHING = ("any",)  # queries of a process that has no views in a call
 
 
 class Segmenter:
@@ -357,23 +356,29 @@ class Segmenter:
         self, asked: Sequence[Request], rows: int, group: int, slots: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One group of each view's queries: tokens and masks [rows, t, ...], biases [rows, slots]."""
+        # A process without any views passes zeros: nobody reads its answers.
+        model, tower = self.task.config.model, self.task.parts.tower
+        if not asked and tower:
+            count = len(self.codec.texts(("",) * slots))
+            shape = (rows, *bank_shape(count, model, tower.width))
+            empty = np.zeros(shape, np.float32), np.ones(shape[:-1], bool)
+            return *empty, np.zeros((rows, slots), np.float32)
+
         # Views with the same texts share their arrays. Padding repeats the last view and query.
         made: dict[tuple[tuple[str, ...], ...], tuple[np.ndarray, np.ndarray]] = {}
         tokens, masks, biases = [], [], []
         for row in range(rows):
-            request = asked[min(row, len(asked) - 1)] if asked else None
-            queries = request.queries if request else NOTHING
-            part = queries[group * slots : (group + 1) * slots] or queries[:1]
+            request = asked[min(row, len(asked) - 1)]
+            part = request.queries[group * slots : (group + 1) * slots] or request.queries[:1]
 
             texts = self.codec.texts(part + part[-1:] * (slots - len(part)))
-            templates = request.templates if request else ()
+            templates = request.templates
             if (texts, templates) not in made:
                 made[texts, templates] = self._tokens(texts, templates)
             tokens.append(made[texts, templates][0])
             masks.append(self.codec.hide_empty(made[texts, templates][1], len(part)))
 
-            own = request.biases[group * slots : (group + 1) * slots] if request else ()
-            biases.append(filled(own, slots))
+            biases.append(filled(request.biases[group * slots : (group + 1) * slots], slots))
         return np.stack(tokens), np.stack(masks), np.stack(biases)
 
     def _tokens(self, texts: Sequence[str], templates: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

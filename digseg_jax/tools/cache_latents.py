@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.config.schema import ComputeConfig, DataConfig, LoadingConfig, MeshConfig, ModelConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.crops import central_window, view
 from digseg_jax.data.datasets.spec import DatasetSpec
@@ -53,39 +53,45 @@ from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.tasks.latents import Crop, FrozenParts, LatentEncoder, cache_facts
-from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.parts import choose_kernels
 
 SHARD_EXAMPLES = 256  # 300 MB at 512 pixels and eight classes per image
 READERS = 4  # threads that decode images while the devices encode
 PATIENCE = 6 * 3600.0  # seconds that the first process to finish waits for the last
 
 
-def run(config: Config) -> None:
-    """Writes CACHE/NAME/SPLIT for every data set that `config.data` trains on; see `latent_records`.
+def run(
+    data: DataConfig,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    loading: LoadingConfig,
+    batch_size: int,
+) -> None:
+    """Writes CACHE/NAME/SPLIT for every data set that is trained on; see `data.shards.latents`.
+
+    batch_size: images of a train step; no more are encoded at a time.
 
     Raises:
       UserError: no place is named or it cannot be written, a folder holds shards of another cache, or
         an example is broken (unless `config.loading.on_error` says to skip it).
     """
-    if not config.data.latent_cache:
+    if not data.latent_cache:
         raise UserError(f"{MODE} needs --config.data.latent_cache=DIR or gs://BUCKET/DIR")
 
-    use_compile_cache(config.compute.compile_cache)
+    use_compile_cache(compute.compile_cache)
 
-    # Each process works alone on its own devices.
+    # Each process works alone on its own devices, with its share of the batch.
     devices = jax.local_devices()
-    config = for_devices(config, devices)
-    frozen = FrozenParts(config)
-
-    # At most as many images at a time as a train step encodes, on the devices of one process.
-    rows = math.ceil(config.train.batch_size / jax.process_count())
+    kernels = choose_kernels(compute, devices, model.dtype, tensor=1)
+    frozen = FrozenParts(data, model, kernels)
+    rows = math.ceil(batch_size / jax.process_count())
     encoder = LatentEncoder(frozen, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
 
     # The same settings go into every plan, so that training can tell whether a cache fits.
-    facts = cache_facts(frozen)
-    parts = training_parts(config.data)
+    facts = cache_facts(frozen, data.image_size, model)
+    parts = training_parts(data)
     tables = cover_tables([spec for _, spec, _ in parts])
-    folders = cache_folders(config.data.latent_cache, parts)
+    folders = cache_folders(data.latent_cache, parts)
     for (part, spec, split), table, folder in zip(parts, tables, folders, strict=True):
         opened = open_part(part, split)
         source = Guarded(opened, spec.num_classes)
@@ -97,7 +103,7 @@ def run(config: Config) -> None:
             KEY: fingerprint(opened),
             UNTIMED_KEY: fingerprint(opened, times=False),
             "shard_examples": SHARD_EXAMPLES,
-            "on_error": config.loading.on_error,
+            "on_error": loading.on_error,
             "class_hash": class_hash(spec),
             **facts,
         }

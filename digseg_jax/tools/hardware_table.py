@@ -21,25 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from digseg_jax.aot import cuda, programs, topology
 from digseg_jax.aot.advice import state_bytes
-from digseg_jax.aot.shapes import Architecture, abstract_parts
+from digseg_jax.aot.shapes import Architecture, UNetTask
 from digseg_jax.config.experiment import load_config
 from digseg_jax.config.parse import with_settings
-from digseg_jax.config.schema import Config, MeshConfig
+from digseg_jax.config.schema import MeshConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 from digseg_jax.log import setup as setup_log
 from digseg_jax.runtime import gpu
 from digseg_jax.runtime.door import run_tool
-from digseg_jax.runtime.hardware import CHIPS
+from digseg_jax.runtime.hardware import CHIPS, Chip
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.flops import step_flops, traced_flops
-from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
+from digseg_jax.training.setup import Machine, set_up
 from digseg_jax.training.step import abstract_state
-from digseg_jax.training.tasks.parts import for_devices
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 # Columns of the table: title, chip, number of chips.
@@ -84,6 +84,13 @@ def _hours(seconds: float) -> str:
     return f"{seconds / HOUR:.2g}" if seconds >= 36 else "<0.01"
 
 
+def budget_of(chip: Chip) -> float:
+    """Bytes of a chip's memory that a run gets."""
+    if chip.capability:
+        return chip.hbm_bytes * gpu.memory_share()
+    return chip.hbm_bytes - topology.RESERVED
+
+
 class Counter:
     """Counts the needs of experiments; what several of them share is traced once.
 
@@ -94,29 +101,31 @@ class Counter:
         self.devices = devices
         self._known: dict[str, float] = {}
 
-    def needs(self, config: Config, kind: str, count: int) -> Needs:
-        """The needs of an experiment on `count` chips of a kind."""
-        # Configuration, mesh and microbatches as a run chooses them.
-        chip, devices = CHIPS[kind], self.devices[:count]
+    def machine(self, kind: str, count: int) -> Machine:
+        """So many chips of a kind."""
+        chip = CHIPS[kind]
         meant = topology.Described("cuda" if chip.capability else "tpu", chip.kind, chip.capability)
-        budget = chip.hbm_bytes - topology.RESERVED
-        if chip.capability:
-            budget = chip.hbm_bytes * gpu.memory_share()
-        config = for_devices(config, [meant])
-        architecture = Architecture.of(config.model)
-        task, _ = programs.train_task(config, architecture, 1)
-        needs_on = partial(needs_of, config, task)
-        mesh = make_mesh(choose_mesh(config.mesh, needs_on, devices, budget, chip), devices)
-        size, compute = config.train.batch_size, config.compute
-        parts = compute.accumulation or choose_accumulation(size, needs_on, mesh, budget, chip)
-        config = with_settings(config, {"compute.accumulation": parts})
+        return Machine(self.devices[:count], [meant], budget_of(chip), chip)
 
+    def needs(
+        self,
+        task: SegmentationTask | UNetTask,
+        architecture: Architecture,
+        mesh: Mesh,
+        kind: str,
+    ) -> Needs:
+        """The needs of an experiment on a mesh of chips of a kind.
+
+        task: of shapes, with the kernels and microbatches of a run.
+        """
         # What the cost of an image depends on, beside how it is computed.
-        data, rate = config.data, count * chip.flops
+        config, size = task.config, task.config.train.batch_size
+        data, chip = config.data, CHIPS[kind]
+        rate = mesh.size * chip.flops
         model = (config.model, config.diffusion, config.loss, data.image_size, data.num_queries)
 
         # Memory: state, frozen parts, this batch and the next one, and the step's own results.
-        _, batch = programs.train_task(config, architecture, size)
+        batch = programs.train_batch(task, architecture, size)
         rows = sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
         state = abstract_state(task.abstract, config.optim)
         memory = state_bytes(state, mesh) + state_bytes(task.frozen, mesh)
@@ -124,31 +133,30 @@ class Counter:
         with cuda.assumed_cudnn():
             memory += self._once(
                 ("memory", *model, config.compute, size, mesh.shape),
-                lambda: programs.temporary_bytes(config, architecture, mesh)[0],
+                lambda: programs.temporary_bytes(task, architecture, mesh)[0],
             )
 
         # Time: a train step's FLOPs grow with its images.
-        one = partial(programs.train_task, config, architecture, 1)
-        image = self._once(("image", *model), lambda: step_flops(*one()))
+        one = programs.train_batch(task, architecture, 1)
+        image = self._once(("image", *model), lambda: step_flops(task, one))
         classes = registry.spec(data.name).num_classes
-        view = self._once(("view", *model, config.eval, classes), lambda: self._view_flops(config))
+        cost_of_view = partial(self._view_flops, task, architecture)
+        view = self._once(("view", *model, config.eval, classes), cost_of_view)
         views = registry.spec(data.name).splits[config.eval.split]
         return Needs(
             memory=memory,
-            budget=budget,
-            microbatches=parts,
+            budget=budget_of(chip),
+            microbatches=config.compute.accumulation,
             training=config.train.steps * size * image / rate,
             evaluation=views * view / rate,
         )
 
-    def _view_flops(self, config: Config) -> float:
+    def _view_flops(self, task: SegmentationTask | UNetTask, architecture: Architecture) -> float:
         """FLOPs of the evaluation's programs for one view, without kernels, whose FLOPs do not show."""
         plain = {"compute.attention": "plain", "compute.feed_forward": "plain", "compute.conv": "xla"}
-        config = with_settings(config, plain)
-        architecture = Architecture.of(config.model)
-        task = SegmentationTask(abstract_parts(config, architecture, prompts=1), config)
-        alone = make_mesh(MeshConfig(1, 1, 1), self.devices[:1])
-        made = programs.evaluation_programs(task, architecture, alone, 1)
+        evaluation = plain | {"compile.program": "eval", "eval.batch_size": 1}
+        shown = programs.abstract_task(with_settings(task.config, evaluation), architecture)
+        made = programs.lower(shown, architecture, make_mesh(MeshConfig(1, 1, 1), self.devices[:1]))
         called = ((p.traced.jaxpr.jaxpr, p.calls / p.images) for p in made if p.traced)
         return sum(traced_flops(jaxpr) * calls for jaxpr, calls in called)
 
@@ -167,7 +175,13 @@ def table(paths: Sequence[str]) -> str:
     lines = [f"| | {' | '.join(title for title, _, _ in DEVICES)} |", "|---" * (len(DEVICES) + 1) + "|"]
     for path in paths:
         config = load_config(path)
-        cells = [str(counter.needs(config, kind, count)) for _, kind, count in DEVICES]
+        architecture = Architecture.of(config.model)
+        build = partial(programs.abstract_task, architecture=architecture)
+        cells = []
+        for _, kind, count in DEVICES:
+            setup = set_up(config, build, counter.machine(kind, count))
+            needs = counter.needs(build(setup.config), architecture, setup.mesh, kind)
+            cells.append(str(needs))
         lines.append(f"| {Path(path).name} | {' | '.join(cells)} |")
         log.info("%s", lines[-1])
     return "\n".join(lines) + "\n"

@@ -111,14 +111,14 @@ def main() -> int:
 
 def _replay_run(workdir: str) -> None:
     """Replays a run and prints the report as JSON."""
-    from digseg_jax.training.setup import set_up  # loads every task
+    from digseg_jax.training.setup import TASKS, set_up  # loads every task
 
     place = as_path(workdir)
     config = stored_config(place)
     if config is None:
         raise UserError(f"{place / CONFIG_NAME}: missing; --workdir must be that of a run")
-    run = set_up(config)
-    report = replay(str(place), Trainer(run.config, run.task, run.mesh, str(place)))
+    trainer = Trainer(set_up(config, TASKS[config.task]), str(place))
+    report = replay(str(place), trainer)
     print(json.dumps(report, indent=2))
 
 

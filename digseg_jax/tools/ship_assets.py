@@ -31,7 +31,6 @@ from digseg_jax.models import functional
 from digseg_jax.prediction import description as description_lib
 from digseg_jax.prediction import model_card as model_card_lib
 from digseg_jax.prediction.description import (
-    FrozenPart,
     describe,
     read_description,
     unet_folder,
@@ -129,10 +128,8 @@ def describe_shipped(name: str) -> Path:
             f"({', '.join(changed) or 'another task or seed'}); ship the weights of a new run"
         )
 
-    # The description names the frozen components and digests the weights.
-    parts = (FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text))
     params = functional.split(load_component(folder))[1]
-    made = describe(config, parts, params, int(metadata["steps"]), checkpoint="")
+    made = describe(config, params, int(metadata["steps"]))
     write_description(folder, dataclasses.replace(made, versions={}))
     return folder / description_lib.FILE
 

@@ -9,12 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Batch, Params
 from digseg_jax.config.parse import to_dict
-from digseg_jax.config.schema import Config
 from digseg_jax.data.pipeline import training_stream
 from digseg_jax.data.sources import training_examples
 from digseg_jax.data.stream import Batches
@@ -39,6 +37,7 @@ from digseg_jax.training.example_log import ExampleLog
 from digseg_jax.training.failure import REPLAY, save_failure
 from digseg_jax.training.flops import step_flops
 from digseg_jax.training.optim import check_freeze, make_optimizer
+from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import TrainState, abstract_state, initial_state, make_train_step
 from digseg_jax.training.tasks.base import Task
 from digseg_jax.training.tasks.latents import check_cache
@@ -53,15 +52,8 @@ COMPILE_TIMEOUT = 3600.0  # seconds that the first process to have compiled wait
 class Trainer:
     """A training run in a working directory: builds or restores the state, trains to the last step."""
 
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        mesh: Mesh,
-        workdir: str,
-        *,
-        accept_changes: bool = False,
-    ):
+    def __init__(self, setup: Setup[Task], workdir: str, *, accept_changes: bool = False):
+        config, task, mesh = setup.config, setup.task, setup.mesh
         self.config, self.task, self.mesh, self.workdir = config, task, mesh, workdir
         self.accept_changes = accept_changes
         train = config.train
@@ -72,7 +64,7 @@ class Trainer:
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):
             task.prepare()  # what a codec chose went into the cache
-            check_cache(task)
+            check_cache(task, config.data, config.model)
 
         # Shapes and shardings of the state; the state itself is made or restored by `start_state`.
         abstract = abstract_state(task.abstract, config.optim)

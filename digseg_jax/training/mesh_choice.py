@@ -24,11 +24,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from digseg_jax.config.schema import Config, DataConfig, MeshConfig
+from digseg_jax.config.schema import MeshConfig, OptimConfig
 from digseg_jax.log import log
-from digseg_jax.models.unet import UNetConfig
 from digseg_jax.runtime.hardware import Chip, chip_of
-from digseg_jax.segmentation.codec import Codec
 from digseg_jax.training.step import abstract_state
 from digseg_jax.training.tasks.base import Trainable
 
@@ -39,11 +37,6 @@ WIDE = 16  # most devices that one state is split over where links are fast, if 
 # Usable share of a device's memory: on a GPU what JAX allocates of it, on other devices room for what
 # the estimate leaves out.
 USABLE = 0.75
-# Bytes of activations per latent cell of a mask: Stable Diffusion's train step at 512 pixels, 4 images
-# of 4 masks per chip, bfloat16, blocks rematerialized (aot/RECORD.md). KEPT has the other modes of
-# rematerialization relative to that one.
-CELL_BYTES, CELL_CHANNELS = 85e3, 320
-KEPT = {"block": 1.0, "large": 1.3, "dots": 1.55, "attention": 2.1, "none": 2.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,33 +174,15 @@ def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
     return next((size for size in sizes if needs.on_a_device(size) <= budget), sizes[-1])
 
 
-def needs_of(config: Config, task: Trainable, shards: int) -> Needs:
-    """Bytes that the train step needs; its batch is split into `shards` equal parts."""
-    # Gradients have the parameters' shapes, so parameters count twice.
-    state, params = _bytes(abstract_state(task.abstract, config.optim)), _bytes(task.abstract)
-    images = math.ceil(config.train.batch_size / (shards * (config.compute.accumulation or 1)))
-    each = activation_bytes(config.data, config.model.dtype, config.compute.remat, task)
-    return Needs(state + params, _bytes(task.frozen), images * each, params)
+def needs_of(task: Trainable, optim: OptimConfig, images: float, shards: int) -> Needs:
+    """Bytes that the train step needs.
 
-
-def activation_bytes(data: DataConfig, dtype: str, remat: str, task: Trainable) -> float:
-    """Estimated bytes of activations per image of the train step.
-
-    0 for a task without a U-Net, whose activations are small.
+    images: of a batch, or of a microbatch. shards: equal parts that the devices split it into.
     """
-    unet: UNetConfig | None = getattr(task, "unet_config", None)
-    vae: Any = getattr(task, "vae", None)
-    if unet is None or vae is None:
-        return 0.0
-
-    # Latent cells of an image: those of its mask images.
-    codec: Codec | None = getattr(task, "codec", None)
-    masks = codec.num_images(data.num_queries) if codec else 1
-    cells = masks * (data.image_size // vae.config.factor) ** 2
-
-    # Bytes per cell grow with the channels and the size of a number, measured at 320 and bfloat16.
-    width = unet.block_out_channels[0] / CELL_CHANNELS * np.dtype(dtype).itemsize / 2
-    return CELL_BYTES * cells * width * KEPT[remat]
+    # Gradients have the parameters' shapes, so parameters count twice.
+    state, params = _bytes(abstract_state(task.abstract, optim)), _bytes(task.abstract)
+    temporaries = math.ceil(images / shards) * task.activation_bytes()
+    return Needs(state + params, _bytes(task.frozen), temporaries, params)
 
 
 def count_joined(devices: list[jax.Device]) -> int:

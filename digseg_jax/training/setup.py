@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -15,19 +16,25 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import with_settings
 from digseg_jax.config.schema import Config
+from digseg_jax.data.captions import captions_of
 from digseg_jax.log import log
+from digseg_jax.runtime.hardware import Chip
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
-from digseg_jax.training.tasks.base import Task
-from digseg_jax.training.tasks.parts import for_devices
+from digseg_jax.training.tasks.base import Task, Trainable
+from digseg_jax.training.tasks.parts import choose_kernels
 from digseg_jax.training.tasks.prior import PriorTask
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 TASKS: dict[str, Callable[[Config], Task]] = {
-    "segmentation": load_task,
-    "prior": PriorTask,
+    "segmentation": SegmentationTask,
+    "prior": lambda config: PriorTask(
+        [text for part in captions_of(config.data) for text in part.texts],
+        config.unet_arch, config.model, config.compute, config.diffusion,
+        size=config.data.image_size, seed=config.seed,
+    ),
     "autoencoder": lambda config: AutoencoderTask(
         config.vae_arch, config.compute,
         dtype=config.model.dtype, size=config.data.image_size, seed=config.seed,
@@ -36,35 +43,58 @@ TASKS: dict[str, Callable[[Config], Task]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """A configuration made concrete: the start of training, evaluation, export and replay.
+class Machine:
+    """Devices that a run is set up for.
+
+    devices: all of the mesh. meant: those that kernels are chosen for, where `devices` only stand in
+    for them. memory: bytes of one device. chip: their kind. None: as the devices say.
+    """
+
+    devices: list[jax.Device]
+    meant: Sequence[Any]
+    memory: float | None = None
+    chip: Chip | None = None
+
+
+T = TypeVar("T", bound=Trainable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Generic[T]):
+    """A configuration made concrete: the start of training, export, replay and compilation.
 
     config: with the kernels that `auto` stands for on these devices, and a chosen accumulation.
-    task: with its frozen parts loaded.
+    task: with its frozen parts loaded, or as mere shapes.
     mesh: of all devices.
     """
 
     config: Config
-    task: Task
+    task: T
     mesh: Mesh
 
 
-def set_up(config: Config) -> Setup:
-    """Builds the configuration's task for the devices that JAX has; every process must call it.
+def set_up(config: Config, build: Callable[[Config], T], machine: Machine | None = None) -> Setup[T]:
+    """Builds a task for the devices of a machine, by default this one; every process must call it.
+
+    build: makes the task of a configuration, such as one of `TASKS`.
 
     Raises:
       UserError: weights or data are missing, or the mesh does not fit the devices.
     """
-    devices = jax.devices()
-    config = for_devices(config, devices)
+    machine = machine or Machine(jax.devices(), jax.devices())
+    dtype, tensor = config.model.dtype, config.mesh.tensor
+    kernels = choose_kernels(config.compute, machine.meant, dtype, tensor)
+    config = dataclasses.replace(config, compute=kernels)
 
     # The task first: the choice of the mesh needs the shapes of its state.
-    task: Task = TASKS[config.task](config)
+    task = build(config)
     check_interrupts()
-    needs_on = partial(needs_of, config, task)
-    mesh = make_mesh(choose_mesh(config.mesh, needs_on, devices))
-    if not config.compute.accumulation:
-        parts = choose_accumulation(config.train.batch_size, needs_on, mesh)
+    images = config.train.batch_size / (kernels.accumulation or 1)
+    needs_on = partial(needs_of, task, config.optim, images)
+    devices, memory, chip = machine.devices, machine.memory, machine.chip
+    mesh = make_mesh(choose_mesh(config.mesh, needs_on, devices, memory, chip), devices)
+    if not kernels.accumulation:
+        parts = choose_accumulation(config.train.batch_size, needs_on, mesh, memory, chip)
         config = with_settings(config, {"compute.accumulation": parts})
     return Setup(config, task, mesh)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+import tiny
 
 from digseg_jax.aot import programs
 from digseg_jax.aot.cuda import assumed_cudnn
@@ -20,7 +21,6 @@ from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, MeshConfig
 from digseg_jax.recipes import stable_diffusion
 from digseg_jax.runtime.sharding import make_mesh, on_mesh
-from digseg_jax.training.tasks.parts import for_devices
 
 DEVICES = {
     "cuda": types.SimpleNamespace(platform="cuda", compute_capability="9.0"),
@@ -39,7 +39,7 @@ def configured(version: str, platform: str, codec: str = "binary") -> Config:
     recipe = stable_diffusion(version, "ade20k")
     recipe.model.codec = codec
     recipe.mesh.data, recipe.mesh.fsdp = 2, 4
-    config = for_devices(parse(recipe), [DEVICES[platform]])
+    config = tiny.for_devices(parse(recipe), [DEVICES[platform]])
     assert config.compute.attention == CHOSEN[platform]
     return config
 
@@ -56,7 +56,8 @@ def lowered(function: Any, platform: str, *arguments: Any) -> str:
 def test_the_train_step(version, platform):
     config = configured(version, platform)
     parts, mesh = Architecture.of(config.model), make_mesh(config.mesh)
-    task, batch = programs.train_task(config, parts, config.train.batch_size)
+    task = programs.abstract_task(config, parts)
+    batch = programs.train_batch(task, parts, config.train.batch_size)
     with assumed_cudnn():
         options = {"steps": config.train.steps, "seed": 0, "accumulation": config.compute.accumulation}
         step = programs.lower_step(task, batch, mesh, config.optim, platform, **options)
@@ -75,7 +76,9 @@ def test_other_losses(version, platform, codec):
         data = dataclasses.replace(config.data, latent_cache="DIR")
         loss = dataclasses.replace(config.loss, mask_weight=0.2)
         config = dataclasses.replace(config, data=data, loss=loss)
-    task, batch = programs.train_task(config, Architecture.of(config.model), 8)
+    parts = Architecture.of(config.model)
+    task = programs.abstract_task(config, parts)
+    batch = programs.train_batch(task, parts, 8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
     text = lowered(task.loss, platform, task.abstract, task.frozen, batch, keys)
     assert CALLS[platform] in text
@@ -93,9 +96,9 @@ def test_evaluation_and_prediction_of_150_classes(version, platform, codec, deco
     settings = dataclasses.replace(config.eval, decoder=decoder, exhaustive_limit=64)
     compiled = dataclasses.replace(config.compile, program="eval", eval_queries=CLASSES)
     config = dataclasses.replace(config, eval=settings, compile=compiled)
-    mesh = make_mesh(config.mesh)
+    parts, mesh = Architecture.of(config.model), make_mesh(config.mesh)
     with assumed_cudnn():
-        made = programs.lower(config, Architecture.of(config.model), mesh, platform)
+        made = programs.lower(programs.abstract_task(config, parts), parts, mesh, platform)
     texts = {program.name: program.lowered.as_text() for program in made}
     assert ("coarse" in texts) == (codec != "palette")  # which is closed
     assert all(CALLS[platform] in text for name, text in texts.items() if name != "read")

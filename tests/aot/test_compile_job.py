@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from functools import partial
 
 import jax
 import pytest
@@ -27,8 +26,7 @@ from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.tools import performance_page
 from digseg_jax.training.flops import step_flops
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 KEYS = {
     "topology", "chips", "fits", "hbm_args_bytes", "hbm_temp_bytes", "hbm_peak_bytes", "flops",
@@ -98,8 +96,8 @@ def test_without_an_exact_effort_its_level_is_taken(monkeypatch):
 def test_nothing_is_needed_but_shapes(folders):
     """The task without values has the shapes of the real one, and the same step."""
     made = config(folders)
-    real = load_task(made)
-    task = SegmentationTask(shapes.abstract_parts(made), made)
+    real = SegmentationTask(made)
+    task = SegmentationTask(made, tiny.shapes_of(made))
     described = jax.eval_shape(lambda: (real.frozen, task.abstract))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), (task.frozen, real.abstract)) == jax.tree.map(
         lambda x: (x.shape, x.dtype), described
@@ -118,7 +116,7 @@ def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     assert result["calls"] == {"sample": 1, "read": 1}
     assert result["flops"] > result["programs"]["sample"]["flops"] > 0
     # the weights, which the decoding does not take, stay on the devices meanwhile
-    unet, _ = programs.train_task(made, Architecture.of(made.model), 1)
+    unet = programs.abstract_task(made, Architecture.of(made.model))
     weights = {name: p["hbm_waiting_bytes"] for name, p in result["programs"].items()}
     assert weights == {"sample": 0, "read": 4 * programs.count(unet.abstract)}
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
@@ -172,14 +170,16 @@ def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
     seen = []
     monkeypatch.setattr(programs, "lower", lambda *a: seen.append(a[3:]) or ["program"])
     made = config(folders, compute__attention="cudnn", model__dtype="bfloat16")
-    assert cuda.stand_in(made, None, make_mesh(made.mesh)) == ["program"]
+    parts = Architecture.of(made.model)
+    task = programs.abstract_task(made, parts)
+    assert cuda.stand_in(task, parts, make_mesh(made.mesh)) == ["program"]
     assert seen == [("cuda",), ()]
 
 
 def test_a_gpu_before_ampere_gets_what_it_can_compute(folders):
     meant = topology.open_topology("t4:1").meant
     made = config(folders, compute__attention="auto", model__dtype="bfloat16")
-    assert for_devices(made, meant).compute.attention == "chunked"
+    assert tiny.for_devices(made, meant).compute.attention == "chunked"
 
 
 def test_the_share_of_a_gpus_memory_is_the_users_choice(monkeypatch):
@@ -208,10 +208,9 @@ def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path)
 
 def test_rematerialisation_is_no_part_of_the_models_flops(folders):
     parts = Architecture.of(config(folders).model)
-    counted = [
-        step_flops(*programs.train_task(config(folders, compute__remat=mode), parts, 8))
-        for mode in ("none", "block")
-    ]
+    modes = ("none", "block")
+    tasks = [programs.abstract_task(config(folders, compute__remat=mode), parts) for mode in modes]
+    counted = [step_flops(task, programs.train_batch(task, parts, 8)) for task in tasks]
     assert counted[0] == counted[1] > 0
 
 
@@ -220,7 +219,7 @@ def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
     kept = {}
     for mode in ("none", "block"):
         made = config(folders, compute__remat=mode)
-        kept[mode] = programs.kept_bytes(partial(programs.train_task, made, parts))
+        kept[mode] = programs.kept_bytes(programs.abstract_task(made, parts), parts)
     assert 0 < kept["block"] < kept["none"]
 
 
@@ -228,12 +227,13 @@ def test_over_the_budget_the_advice_is_computed(folders):
     made = config(folders, mesh__data=8, mesh__fsdp=1)
     parts, mesh = Architecture.of(made.model), make_mesh(made.mesh)
     needs = Needs(arguments=3e6, temporaries=8e6, images=8, budget=6e6)
-    batch, *others = advise(made, parts, mesh, needs)
+    task = programs.abstract_task(made, parts)
+    batch, *others = advise(task, parts, mesh, needs)
     assert "per_device_batch=3 " in batch  # 3 MB of arguments and a MB an image leave room for three
     assert any(line.startswith("fsdp: ") for line in others)
     assert any("config.compute.remat=block keeps" in line for line in others)
     roomy = dataclasses.replace(needs, budget=1e12)
-    assert not any(line.startswith("batch") for line in advise(made, parts, mesh, roomy))
+    assert not any(line.startswith("batch") for line in advise(task, parts, mesh, roomy))
 
 
 def test_of_several_programs_the_one_that_needs_most_is_told_whether_it_fits_or_not():
@@ -301,7 +301,7 @@ def test_known_repositories_need_no_network():
     parts = Architecture.of(dataclasses.replace(tiny_model(), unet="sd-1.5:unet", vae="sd-1.5:vae",
                                          text="clip-b16"))  # fmt: skip
     assert parts.unet.cross_attention_dim == 768 and parts.text_width == 512
-    made = SegmentationTask(shapes.abstract_parts(sd_config(), parts, prompts=1), sd_config())
+    made = SegmentationTask(sd_config(), tiny.shapes_of(sd_config(), parts, prompts=1))
     assert programs.count(made.abstract) > 859_520_964  # conv_in is wider, adapters come on top
     assert trees.flatten(made.frozen)["bank.tokens"].shape[0] == 1
 

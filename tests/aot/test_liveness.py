@@ -73,5 +73,6 @@ def test_against_what_the_tpu_compiler_allots(chips, images, allotted):
     options = dataclasses.replace(config.compile, unet_only=True, per_device_batch=images)
     config = dataclasses.replace(config, compute=compute, compile=options)
     mesh = make_mesh(MeshConfig(1, chips, 1), jax.devices()[:chips])
-    (estimate,) = programs.temporary_bytes(config, Architecture.of(config.model), mesh)
+    parts = Architecture.of(config.model)
+    (estimate,) = programs.temporary_bytes(programs.abstract_task(config, parts), parts, mesh)
     assert allotted <= estimate <= 1.25 * allotted

@@ -22,7 +22,8 @@ from digseg_jax.models import functional
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.runtime.sharding import infer_shardings, make_mesh, place, place_batch
 from digseg_jax.training.loop import Trainer
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.setup import Setup
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 INTERVAL = 50  # steps between two saves
 GB = 1e9
@@ -47,7 +48,7 @@ def save(saves: int) -> dict[str, Any]:
     base = Config()
     config: Config = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=8))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, load_task(config), make_mesh(config.mesh), folder)
+        trainer = Trainer(Setup(config, SegmentationTask(config), make_mesh(config.mesh)), folder)
         with Checkpointer(folder, CheckpointConfig()) as checkpointer:
             _, state = trainer.start_state(checkpointer)
             batch = place_batch(next(trainer.batches(0)), trainer.mesh)

@@ -26,7 +26,7 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.codecs import state_file
 from digseg_jax.segmentation.sampling import DECODERS
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from tests.bench.landcover import bench_config
 
@@ -74,7 +74,7 @@ class Grid:
         codec = "palette" if state_file("palette", folder).is_file() else "binary"
         model = dataclasses.replace(config.model, codec=codec)
         self.config = dataclasses.replace(config, model=model)
-        self.task = load_task(self.config)
+        self.task = SegmentationTask(self.config)
         self.task.adopt(folder)
         self.params = load_params(unet_folder(folder), self.task.abstract)
         self.mesh = make_mesh(self.config.mesh)

@@ -26,8 +26,8 @@ from digseg_jax.prediction.description import unet_folder
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.recipes import land_cover
 from digseg_jax.segmentation.calibration import Calibration
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.parts import choose_kernels
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from tests.bench import trees
 
@@ -41,13 +41,14 @@ def bench_config(weights: str) -> tuple[Config, Path]:
     model = dataclasses.replace(base.model, unet=str(unet_folder(folder)))
     evaluation = dataclasses.replace(base.eval, view_size=(landcover.TILE,))
     config = dataclasses.replace(base, model=model, eval=evaluation)
-    return for_devices(config, jax.devices()), folder
+    kernels = choose_kernels(config.compute, jax.devices(), config.model.dtype, config.mesh.tensor)
+    return dataclasses.replace(config, compute=kernels), folder
 
 
 def run(weights: str) -> dict[str, Any]:
     """Everything measured in this run, on the test split."""
     config, folder = bench_config(weights)
-    task = load_task(config)
+    task = SegmentationTask(config)
     params = load_params(unet_folder(folder), task.abstract)
     segmenter = Segmenter(task, params)
     tiles = eval_examples(config.data, "test")

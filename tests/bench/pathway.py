@@ -32,13 +32,14 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.recipes import land_cover
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.loop import Trainer
+from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.parts import (
     Parts,
     adapt_unet,
     bank_arrays,
+    choose_kernels,
     encode_bank,
-    for_devices,
     load_parts,
     new_parameters,
 )
@@ -96,7 +97,8 @@ def configuration(seed: int, steps: int, injection: str, scale: float) -> Config
         train=dataclasses.replace(base.train, steps=steps),
         eval=dataclasses.replace(base.eval, view_size=(TILE,)),
     )
-    return for_devices(config, jax.devices())
+    kernels = choose_kernels(config.compute, jax.devices(), config.model.dtype, config.mesh.tensor)
+    return dataclasses.replace(config, compute=kernels)
 
 
 def one(config: Config, encoder: str) -> dict[str, float]:
@@ -106,9 +108,9 @@ def one(config: Config, encoder: str) -> dict[str, float]:
     if encoder == "other":
         assert parts.tower is not None
         parts = with_tower(parts, config, rotated(parts.tower))
-    task = SegmentationTask(parts, config)
+    task = SegmentationTask(config, parts)
     with tempfile.TemporaryDirectory() as scratch:
-        state = Trainer(config, task, mesh, scratch).run()
+        state = Trainer(Setup(config, task, mesh), scratch).run()
 
     segmenter = Segmenter(task, averaged(state), mesh=mesh)
     examples = eval_examples(config.data, "test", config.eval.num_images)

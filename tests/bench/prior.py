@@ -21,17 +21,18 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.recipes import land_cover
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.training.loop import Trainer
+from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import averaged
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 ESTEP = EStep(1, 1)
 
 
 def one(config: Config) -> dict[str, float]:
     """Trains in a scratch directory; mIoU on test at 1x1 without calibration."""
-    task, mesh = load_task(config), make_mesh(config.mesh)
+    task, mesh = SegmentationTask(config), make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as scratch:
-        state = Trainer(config, task, mesh, scratch).run()
+        state = Trainer(Setup(config, task, mesh), scratch).run()
     segmenter = Segmenter(task, averaged(state), mesh=mesh)
     examples = eval_examples(config.data, "test", config.eval.num_images)
     scores = Evaluator(segmenter, examples, config.eval, seed=config.seed).scores(ESTEP)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from digseg_jax.aot.programs import train_task
+from digseg_jax.aot.programs import abstract_task, train_batch
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import parse
@@ -36,9 +36,10 @@ from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.prompted import PromptedCodec
 from digseg_jax.training.flops import step_flops
 from digseg_jax.training.loop import Trainer
+from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import averaged
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.training.tasks.parts import choose_kernels
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from tests.bench.prior import ESTEP
 
 DATA = ("landcover", "landcover_igbp")
@@ -60,13 +61,15 @@ def configuration(data: str, codec: str, seed: int, steps: int, images: int) -> 
     else:
         values.data.num_queries = num_classes(parse(values).data)
         values.data.negative_rate, values.data.name_dropout = 0.5, 1.0
-    return for_devices(parse(values), jax.devices())
+    config = parse(values)
+    kernels = choose_kernels(config.compute, jax.devices(), config.model.dtype, config.mesh.tensor)
+    return dataclasses.replace(config, compute=kernels)
 
 
 def train(config: Config, task: SegmentationTask) -> Params:
     """The averaged weights of a run in a scratch directory."""
     with tempfile.TemporaryDirectory() as scratch:
-        return averaged(Trainer(config, task, make_mesh(config.mesh), scratch).run())
+        return averaged(Trainer(Setup(config, task, make_mesh(config.mesh)), scratch).run())
 
 
 def permuted(task: SegmentationTask, seed: int) -> SegmentationTask:
@@ -101,7 +104,7 @@ def scores(
 def one(data: str, codec: str, seed: int, steps: int, images: int) -> dict[str, dict[str, float]]:
     """Trains one codec and scores it: with each decoder, and what else can be asked of it."""
     config = configuration(data, codec, seed, steps, images)
-    task = load_task(config)
+    task = SegmentationTask(config)
     params = train(config, task)
 
     found = {decoder: scores(config, task, params, decoder) for decoder in DECODERS}
@@ -120,8 +123,9 @@ def equal_steps(data: str, steps: int) -> int:
     costs = []
     for codec in ("binary", "prompted"):
         config = configuration(data, codec, 0, steps, 1)
-        made = train_task(config, Architecture.of(config.model), config.train.batch_size)
-        costs.append(step_flops(*made))
+        parts = Architecture.of(config.model)
+        task = abstract_task(config, parts)
+        costs.append(step_flops(task, train_batch(task, parts, config.train.batch_size)))
     return max(1, round(steps * costs[0] / costs[1]))
 
 

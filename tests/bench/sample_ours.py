@@ -55,8 +55,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     tokens = jax.device_put(arrays["tokens"])
     vae, vae_params = load_vae(config.model, config.compute)
     architecture = Architecture(load_config(config.model.unet), vae.config, tokens.shape[-1])
-    parts = abstract_parts(config, architecture, prompts=spec["queries"])
-    task = SegmentationTask(parts, config)
+    sections = config.data, config.model, config.compute, config.loss
+    parts = abstract_parts(*sections, architecture, spec["queries"])
+    task = SegmentationTask(config, parts)
     params = load_unet_params(config.model.unet, task.unet_config)
     bank = {"tokens": tokens, "mask": np.ones(tokens.shape[:2], bool)}
     arguments = (params, {"vae": vae_params, "bank": bank}, arrays["image"], np.zeros(1, np.int32))

@@ -34,7 +34,8 @@ GB = 1e9
 
 def random_parts(config: Config, unet: UNetConfig, vae: VaeConfig) -> Parts:
     """Parts of Stable Diffusion 1.5's shapes with random weights: no files needed."""
-    parts = abstract_parts(config, Architecture(unet, vae, WIDTH), prompts=PROMPTS)
+    sections = config.data, config.model, config.compute, config.loss
+    parts = abstract_parts(*sections, Architecture(unet, vae, WIDTH), PROMPTS)
     bank = parts.frozen["bank"]
     tokens = np.random.default_rng(config.seed).normal(size=bank["tokens"].shape)
     frozen = {

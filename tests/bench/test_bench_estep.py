@@ -8,7 +8,7 @@ import tiny
 from tiny import one_line
 
 from digseg_jax.errors import UserError
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from tests.bench import estep
 
 
@@ -28,7 +28,7 @@ def test_monotone_compares_rows_of_the_same_steps_alone():
 def weights(folders, tmp_path, monkeypatch):
     """A tiny segmenter under the name "tiny"; on two devices, so that two images are a batch."""
     config = tiny.config(folders)
-    task = load_task(config)
+    task = SegmentationTask(config)
     task.export(task.initial(), tmp_path, {})
     monkeypatch.setattr(estep, "bench_config", lambda weights: (config, tmp_path))
     monkeypatch.setattr(estep, "make_mesh", lambda config: tiny.mesh(data=2))

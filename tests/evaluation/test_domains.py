@@ -11,7 +11,7 @@ from perfect import Reader
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
-from digseg_jax.config.parse import parse
+from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.data.datasets.domains import DOMAINS, WRONG_NAMES, wrong_names
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains, suite, suite_tables
@@ -61,7 +61,8 @@ def write(folder, classes, splits=("val",), count=3):
 def run(root, out, segmenter, **settings):
     values = {"split": "val", "ensemble": 1, "steps": 1, "calibrate": False} | settings
     config = parse({"data": {"root": str(root)}, "eval": values})
-    return suite.run_suite(config, segmenter, PARAMS, out, "domains")
+    own = config.data, config.eval, config.seed
+    return suite.run_suite(*own, segmenter, PARAMS, out, "domains", to_dict(config))
 
 
 def test_a_background_is_what_no_class_claims(tmp_path):

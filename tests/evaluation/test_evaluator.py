@@ -22,7 +22,7 @@ from digseg_jax.metrics import confusion as metrics
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.report import build_report
 from digseg_jax.segmentation.calibration import Calibration, identity
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 IMAGES = 5  # on two devices and on eight the last batch is not full
 ONE = EStep(1, 1)
@@ -37,7 +37,7 @@ def config(folders):
 
 @pytest.fixture(scope="module")
 def task(config):
-    return load_task(config)
+    return SegmentationTask(config)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_batch_of_two_with_a_padded_end_counts_the_same(config, task, params, 
 
 def test_masks_denoised_a_few_at_a_time_count_the_same(config, params, scores):
     few = dataclasses.replace(config, compute=dataclasses.replace(config.compute, unet_batch=3))
-    got = evaluator(few, load_task(few), params).scores(ONE)
+    got = evaluator(few, SegmentationTask(few), params).scores(ONE)
     np.testing.assert_array_equal(got.areas, scores.areas)
     assert np.abs(got.confusion - scores.confusion).sum() <= 20
 

@@ -23,7 +23,6 @@ from digseg_jax.prediction.job import predict
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.palette import PROMPT
-from digseg_jax.training.tasks.segmentation import load_task
 
 START, END = "A photo of a ", " in the scene"  # COCO-Stuff's template
 ONE = {"eval.ensemble": 1, "eval.steps": 1}
@@ -166,7 +165,7 @@ def test_several_templates_of_many_queries_are_read_by_the_probe_and_asked_in_gr
 def test_a_palette_has_one_text_whatever_the_template(folders, read):
     changes = {"model__codec": "palette", "data__templates": ("a photo of a {}",)}
     config = tiny.config(folders, eval__view_size=(32,), **changes)
-    task = load_task(config, prompts=("any",))
+    task = tiny.load_task(config, prompts=("any",))
     paint = Segmenter(task, task.initial(), mesh=tiny.mesh())
     pixels = np.zeros((32, 32, 3), np.uint8)
     (masks,) = paint.predict_masks([pixels], registry.spec("landcover").names, ensemble=1, steps=1)

@@ -19,7 +19,6 @@ from digseg_jax.metrics.presence import presence
 from digseg_jax.prediction.request import Request
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.palette import PaletteCodec
-from digseg_jax.training.tasks.segmentation import load_task
 
 ONE = EStep(1, 1)
 PROMPTS = ("water", "forest", "snow and ice", "barren")
@@ -86,7 +85,7 @@ def test_a_palette_answers_all_of_its_classes(asked):
 
 
 def test_the_coarse_pass_is_one_step_through_the_probe(folders):
-    task = load_task(tiny.config(folders), prompts=PROMPTS)
+    task = tiny.load_task(tiny.config(folders), prompts=PROMPTS)
     segmenter = Segmenter(task, task.initial(), mesh=tiny.mesh())
     label = np.random.default_rng(0).integers(0, 4, (40, 56)).astype(np.int32)
     coarse = Evaluator(segmenter, examples([label]), task.config.eval, seed=3)

@@ -13,6 +13,7 @@ import tiny
 from PIL import Image
 
 import digseg_jax
+from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
 from digseg_jax.data.datasets.readers import deepglobe
 from digseg_jax.evaluation import suite
@@ -117,7 +118,9 @@ def suites(spread, made, root, tmp_path_factory):
     for count, each in spread.items():
         out = tmp_path_factory.mktemp(f"suite{count}")
         for name in SETS.values():
-            suite.run_suite(made(), each, each.programs.params, out, name)
+            config = made()
+            own = config.data, config.eval, config.seed
+            suite.run_suite(*own, each, each.programs.params, out, name, to_dict(config))
         found[count] = {name: counts(out / "journal" / f"{name}_{TWO}.jsonl") for name in SETS}
     return found
 

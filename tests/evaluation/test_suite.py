@@ -12,7 +12,7 @@ from perfect import Reader
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 
-from digseg_jax.config.parse import parse
+from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.data import sources
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import paper, suite, suite_tables
@@ -51,8 +51,9 @@ def config(root, **changes):
     return parse({"data": {"root": str(root)}, "eval": {"inference": "whole", **changes}})
 
 
-def run(settings, segmenter, out, name, params=PARAMS):
-    return suite.run_suite(settings, segmenter, params, out, name)
+def run(settings, segmenter, out, name, params=PARAMS, about=None):
+    own = settings.data, settings.eval, settings.seed
+    return suite.run_suite(*own, segmenter, params, out, name, to_dict(settings), about)
 
 
 def test_label_maps_are_scored_under_three_protocols(tmp_path):
@@ -200,7 +201,7 @@ def test_a_table_says_prompts_input_protocol_and_what_the_weights_were_trained_o
     phenobench(tmp_path)
     about = {"datasets": ["coco_stuff", "ade20k"], "steps": 80, "started_from": "sd-2.1:unet"}
     settings = config(tmp_path, templates=["{}"])
-    results = suite.run_suite(settings, colors(), PARAMS, tmp_path / "out", "phenobench", about)
+    results = run(settings, colors(), tmp_path / "out", "phenobench", about=about)
     text = (tmp_path / "out" / "suite_phenobench.md").read_text()
     assert "Weights trained on coco_stuff, ade20k, 80 steps from sd-2.1:unet." in text
     row = next(line for line in text.splitlines() if "| oracle |" in line)

@@ -16,7 +16,7 @@ from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import validation
 from digseg_jax.evaluation.validation import make_validation, validation_examples
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.viz.gallery import GALLERY_NAME
 
 COLUMNS = {"val_miou", "val_empty_rate", "val_present_dice", "val_absent_area"}
@@ -45,7 +45,7 @@ def test_without_val_it_looks_at_the_scored_split_but_chooses_nothing_by_it(tmp_
 
 def test_its_columns_its_alarm_and_its_gallery(folders, cover, caplog, monkeypatch, tmp_path):
     config = tiny.config(folders, eval__view_size=(32,), eval__num_images=1)
-    task = load_task(config)
+    task = SegmentationTask(config)
     examples = validation_examples(config.data, config.eval, config.logging.eval_images)
     look = make_validation(examples, config.eval, config.seed, task, tiny.mesh(), tmp_path)
     state = {"params": jax.tree.map(jax.numpy.asarray, task.initial())}

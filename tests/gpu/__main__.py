@@ -86,23 +86,24 @@ def run(folder: Path, *, tiny: bool, minutes: float) -> tuple[Check, dict[str, A
     import jax
 
     from digseg_jax.config.parse import to_dict
-    from digseg_jax.training.tasks.parts import for_devices
+    from digseg_jax.training.tasks.parts import choose_kernels
 
     from . import inputs
 
     check = Check(minutes)
     config = inputs.write(folder, inputs.TINY if tiny else inputs.FULL)
     device = jax.local_devices()[0]
-    chosen = for_devices(config, jax.devices())
+    dtype, tensor = config.model.dtype, config.mesh.tensor
+    kernels = choose_kernels(config.compute, jax.devices(), dtype, tensor)
     facts = {
         "device_kind": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "tiny": tiny,
-        "attention": chosen.compute.attention,
-        "dtype": chosen.model.dtype,
-        "model": dataclasses.asdict(chosen.model),
+        "attention": kernels.attention,
+        "dtype": dtype,
+        "model": dataclasses.asdict(config.model),
     }
     files = [folder / "config.json", folder / "reference.json"]
     files[0].write_text(json.dumps(to_dict(config)))

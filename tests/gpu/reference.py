@@ -24,17 +24,17 @@ from digseg_jax.runtime import cpu
 from digseg_jax.runtime.sharding import make_mesh, on_mesh
 from digseg_jax.training.step import accumulate
 from digseg_jax.training.tasks.base import example_keys
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.parts import choose_kernels
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 
 def first_step(config: Config) -> dict[str, float]:
     """Loss and gradient norm of the first batch, taken an image at a time to bound the memory."""
     model = dataclasses.replace(config.model, dtype="float32")
     compute = dataclasses.replace(config.compute, attention="auto")
-    config = dataclasses.replace(config, model=model, compute=compute)
-    config = for_devices(config, jax.devices("cpu"))
-    task, mesh = load_task(config), make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1])
+    kernels = choose_kernels(compute, jax.devices("cpu"), model.dtype, config.mesh.tensor)
+    config = dataclasses.replace(config, model=model, compute=kernels)
+    task, mesh = SegmentationTask(config), make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1])
     params = task.initial()
     stream = training_stream(
         config.data, config.task, seed=config.seed, batch_size=config.train.batch_size,

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from tiny import one_line
 
 import hub
 from digseg_jax.config.parse import parse
 from digseg_jax.errors import UserError
 from digseg_jax.recipes import VERSIONS, stable_diffusion
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import catalog, load_text_tower
 from digseg_jax.weights.hub import converted_folder
 from hub import layouts
@@ -42,7 +42,7 @@ def task_of(version: str) -> SegmentationTask:
         hub.biomedclip_folder(converted_folder("biomedclip"))
     config = stable_diffusion(version, "monuseg")
     config.data.image_size = SIZE
-    return load_task(for_devices(parse(config), jax.devices()[:1]), PROMPTS)
+    return tiny.load_task(tiny.for_devices(parse(config), jax.devices()[:1]), PROMPTS)
 
 
 def loss_of(task: SegmentationTask):

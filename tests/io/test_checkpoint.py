@@ -25,7 +25,6 @@ from digseg_jax.io import checkpoint
 from digseg_jax.io.checkpoint import Checkpointer
 from digseg_jax.io.metric_writer import read_metrics
 from digseg_jax.training import loop
-from digseg_jax.training.loop import Trainer
 
 STEPS = 6
 SMALL = {"train__steps": STEPS, "optim__learning_rate": 0.1}
@@ -49,7 +48,7 @@ def lines():
 def trainer_of(folders, workdir, task=None, accept_changes=False, **changes):
     config = tiny.config(folders, **(SMALL | changes))
     task = task or ToyTask()
-    return Trainer(config, task, tiny.mesh(), str(workdir), accept_changes=accept_changes)
+    return tiny.trainer(config, task, tiny.mesh(), workdir, accept_changes=accept_changes)
 
 
 def train(folders, workdir, on_eval=None, task=None, accept_changes=False, **changes):

@@ -23,7 +23,7 @@ from digseg_jax.models.kernels import attention as kernels
 from digseg_jax.models.partition import LocalAttention
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.runtime.sharding import BATCH, on_mesh
-from digseg_jax.training.tasks.parts import compute_options, for_devices
+from digseg_jax.training.tasks.parts import compute_options
 
 LIMIT = 2e-5  # relative L2, float32
 INTERPRETED = partial(kernels.splash, interpret=True)
@@ -241,7 +241,7 @@ def test_an_unknown_name_lists_the_legal_ones():
 def test_a_kernel_of_another_platform_is_refused_by_name(folders, name):
     config = tiny.config(folders, compute__attention=name, model__dtype="bfloat16")
     with pytest.raises(UserError, match=f"attention='{name}'.*legal: auto, plain, chunked") as caught:
-        for_devices(config, jax.devices())
+        tiny.for_devices(config, jax.devices())
     assert "cpu" in tiny.one_line(caught.value)
     # compiling for a platform that is not there needs the model all the same
     assert compute_options(config.model, config.compute)["attention"] == LocalAttention(name)
@@ -255,7 +255,7 @@ def test_cudnn_needs_16_bits(folders):
 @pytest.mark.parametrize("name", ["plain", "chunked", "headwise"])
 def test_these_run_on_the_cpus_here(folders, name):
     config = tiny.config(folders, compute__attention=name)
-    assert for_devices(config, jax.devices()).compute.attention == name
+    assert tiny.for_devices(config, jax.devices()).compute.attention == name
 
 
 def described(platform: str, capability: str | None = None) -> types.SimpleNamespace:
@@ -278,7 +278,7 @@ def described(platform: str, capability: str | None = None) -> types.SimpleNames
 )
 def test_auto_is_the_best_that_the_devices_run(folders, device, dtype, expected):
     config = tiny.config(folders, compute__attention="auto", model__dtype=dtype)
-    assert for_devices(config, [device]).compute.attention == expected
+    assert tiny.for_devices(config, [device]).compute.attention == expected
     assert compute_options(config.model, config.compute)["attention"] == "chunked"  # where nobody asked
 
 
@@ -286,7 +286,7 @@ def test_auto_is_the_best_that_the_devices_run(folders, device, dtype, expected)
 def test_cudnn_on_a_gpu_before_ampere_is_refused_by_name(folders):
     config = tiny.config(folders, compute__attention="cudnn", model__dtype="bfloat16")
     with pytest.raises(UserError, match="cudnn' needs a GPU of compute capability 8.0.* have 7.0"):
-        for_devices(config, [described("gpu", "7.0")])
+        tiny.for_devices(config, [described("gpu", "7.0")])
 
 
 def test_a_model_takes_a_function():

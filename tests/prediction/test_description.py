@@ -60,9 +60,8 @@ def made(config):
 
 
 def described(config, steps=7):
-    parts = FrozenPart.find(config.model.vae), FrozenPart.find(config.model.text)
     shapes = {"a": jax.ShapeDtypeStruct((3, 4), "float32"), "b": jax.ShapeDtypeStruct((5,), "float32")}
-    return describe(config, parts, shapes, steps, f"checkpoints/{steps}")
+    return describe(config, shapes, steps, f"checkpoints/{steps}")
 
 
 def changed(config, key, value):

@@ -11,7 +11,6 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.config.templates import PLACE
 from digseg_jax.prediction.request import Request
 from digseg_jax.prediction.segmenter import Segmenter
-from digseg_jax.training.tasks.segmentation import load_task
 
 ROUNDING = 2e-5  # of a probability
 WORDS = ("water", "forest", "snow and ice")
@@ -19,7 +18,7 @@ WORDS = ("water", "forest", "snow and ice")
 
 @pytest.fixture(scope="module")
 def task(folders):
-    return load_task(tiny.config(folders, eval__view_size=()), prompts=WORDS)
+    return tiny.load_task(tiny.config(folders, eval__view_size=()), prompts=WORDS)
 
 
 @pytest.fixture(scope="module", params=["latent_mean", "vae"])

@@ -22,7 +22,6 @@ from digseg_jax.prediction.segmenter import (
     view_size,
 )
 from digseg_jax.segmentation.ensemble import probabilities
-from digseg_jax.training.tasks.segmentation import load_task
 
 QUERIES = ["water", "forest", "snow and ice"]
 ONE = EStep(1, 1)
@@ -34,7 +33,7 @@ def noise(height, width, seed=0):
 
 @pytest.fixture(scope="module")
 def task(folders):
-    return load_task(tiny.config(folders, eval__view_size=()), prompts=QUERIES)
+    return tiny.load_task(tiny.config(folders, eval__view_size=()), prompts=QUERIES)
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,7 @@ from digseg_jax.data.datasets import registry
 from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.prediction.segmenter import Segmenter, trained_short_side, view_size
 from digseg_jax.recipes import VERSIONS
-from digseg_jax.training.loop import Trainer
-from digseg_jax.training.tasks.parts import for_devices
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from rehearsal import story, trees
 
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -85,10 +83,10 @@ def miniature(sd15_folders) -> Config:
 def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
     """With an autoencoder that has attention, which is a program of its own on several devices."""
     model = dataclasses.replace(miniature.model, codec="palette")
-    config = for_devices(dataclasses.replace(miniature, model=model), jax.devices()[:4])
-    task = load_task(config)
+    config = tiny.for_devices(dataclasses.replace(miniature, model=model), jax.devices()[:4])
+    task = SegmentationTask(config)
     assert task.vae.config.mid_block_add_attention
-    trainer = Trainer(config, task, tiny.mesh(data=2, fsdp=2), str(tmp_path))
+    trainer = tiny.trainer(config, task, tiny.mesh(data=2, fsdp=2), tmp_path)
     batch = {
         "image": jax.ShapeDtypeStruct((4, SIZE, SIZE, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((4, SIZE, SIZE), np.int32),
@@ -101,9 +99,9 @@ def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
 
 
 def test_masks_are_read_by_the_probe_on_a_mesh(miniature):
-    config = for_devices(miniature, jax.devices()[:4])
+    config = tiny.for_devices(miniature, jax.devices()[:4])
     settings = dataclasses.replace(config.eval, decoder="probe")
-    task = load_task(config, prompts=("crop",))
+    task = tiny.load_task(config, prompts=("crop",))
     segmenter = Segmenter(task, task.initial(), settings, mesh=tiny.mesh(data=2, fsdp=2))
     image = np.random.default_rng(0).integers(0, 256, (SIZE, 2 * SIZE, 3), np.uint8)
     (masks,) = segmenter.predict_masks([image], ["crop"], ensemble=1, steps=1)

@@ -22,7 +22,7 @@ from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
-from digseg_jax.prediction.description import FrozenPart, describe
+from digseg_jax.prediction.description import describe
 from digseg_jax.report import build_report, class_colors, legend, overlay, paint, write_gallery
 from digseg_jax.report.cards import load_image
 from digseg_jax.report.chart import log_ticks, smooth, thin
@@ -177,8 +177,7 @@ def test_the_page_says_the_size_of_stable_diffusion(product, folders, tmp_path):
     """Its parameters counted from their shapes, on the page of the same run."""
     config = UNetConfig(in_channels=8)
     _, abstract = functional.abstract(lambda: UNet2DConditionModel(config, rngs=functional.FixedRngs()))
-    parts = FrozenPart("a", "", ""), FrozenPart("b", "", "")
-    large = describe(tiny.config(folders), parts, abstract, 30_000, "checkpoints/30000")
+    large = describe(tiny.config(folders), abstract, 30_000, "checkpoints/30000")
     results = json.loads((product / "eval" / "results.json").read_text())
     dump(tmp_path / "eval" / "results.json", results | {"weights": large.provenance()})
     said = words(tmp_path)

@@ -22,7 +22,7 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation import codecs
 from digseg_jax.segmentation.codec import Codec
 from digseg_jax.training.tasks.base import example_keys
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 COLORS = np.array([[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0]], np.float32)
 FIXED = np.array([0, 1])  # query to color where nothing is drawn
@@ -82,7 +82,7 @@ class PairCodec(Codec):
 @pytest.fixture
 def task(folders, monkeypatch):
     monkeypatch.setitem(codecs.CODECS, "binary", PairCodec)  # whatever the name
-    return load_task(tiny.config(folders, loss__mask_weight=0.5, eval__view_size=()))
+    return SegmentationTask(tiny.config(folders, loss__mask_weight=0.5, eval__view_size=()))
 
 
 def test_it_is_trained_with_the_colors_of_each_sample(task):

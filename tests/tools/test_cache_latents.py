@@ -34,11 +34,10 @@ from digseg_jax.models.vae import AutoencoderKL
 from digseg_jax.tools import cache_latents
 from digseg_jax.tools.cache_latents import shown_classes
 from digseg_jax.tools.prepare_data import prepare_split
-from digseg_jax.training.loop import Trainer
 from digseg_jax.training.tasks import latents
 from digseg_jax.training.tasks.base import example_keys
 from digseg_jax.training.tasks.latents import check_cache
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import save_component
 
 COUNT, SHARD = 7, 3
@@ -91,6 +90,16 @@ def configured(folders, root, cache, **changes):
     return tiny.config(folders, **(values | changes))
 
 
+def run(config):
+    """Writes the cache of a configuration."""
+    size = config.train.batch_size
+    cache_latents.run(config.data, config.model, config.compute, config.loading, size)
+
+
+def check(config, parts):
+    check_cache(parts, config.data, config.model)
+
+
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(cache_latents, "SHARD_EXAMPLES", SHARD)
@@ -102,7 +111,7 @@ def cached(folders, data, tmp_path_factory):
     config = configured(folders, data, tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_latents, "SHARD_EXAMPLES", SHARD)
-        cache_latents.run(config)
+        run(config)
     return config
 
 
@@ -151,11 +160,11 @@ def test_the_loss_is_that_of_the_same_crops_through_the_autoencoder(
     case, folders, data, nested, tmp_path
 ):
     config = configured(folders, nested if case == "nested" else data, tmp_path, **CASES[case])
-    cache_latents.run(config)
-    task = load_task(config)
+    run(config)
+    task = SegmentationTask(config)
     task.prepare()
-    check_cache(task)
-    described = shapes.abstract_parts(config).frozen  # for --mode=compile
+    check(config, task)
+    described = tiny.shapes_of(config).frozen  # for --mode=compile
     assert jax.tree.map(np.shape, described) == jax.tree.map(np.shape, task.frozen)
     ours, theirs = both_batches(config)
     assert ours["mask_latent"].shape[1] == (1 if case == "palette" else 3)
@@ -215,22 +224,22 @@ def test_a_kill_at_any_point_is_made_up_for(cached, folders, data, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(where, name, dying)
         with pytest.raises(Killed):
-            cache_latents.run(config)
-    task = latents.FrozenParts(config)
+            run(config)
+    task = latents.FrozenParts(config.data, config.model, config.compute)
     with pytest.raises(UserError, match="not finished"):
-        check_cache(task)
+        check(config, task)
     whole = files_of(cached)
     for path, content in files_of(config).items():  # what has its name is whole
         if path.endswith(".array_record"):
             assert content == whole[path]
-    cache_latents.run(config)
+    run(config)
     assert files_of(config) == whole
-    check_cache(task)
+    check(config, task)
 
 
 def test_a_finished_cache_is_left_alone(cached):
     before = {p: p.stat().st_mtime_ns for p in folder_of(cached).iterdir()}
-    cache_latents.run(cached)
+    run(cached)
     assert {p: p.stat().st_mtime_ns for p in folder_of(cached).iterdir()} == before
 
 
@@ -262,11 +271,11 @@ def test_a_cache_of_something_else_is_neither_read_nor_written(
     changes = {k: other_vae if v == "other" else v for k, v in changes.items()}
     config = changed(cached, folders, **changes)
     with pytest.raises(UserError) as caught:
-        check_cache(latents.FrozenParts(config))
+        check(config, latents.FrozenParts(config.data, config.model, config.compute))
     assert expected in tiny.one_line(caught.value)
     before = files_of(cached)
     with pytest.raises(UserError, match="holds shards made with .*another config.data.latent_cache"):
-        cache_latents.run(config)
+        run(config)
     assert files_of(cached) == before
 
 
@@ -274,7 +283,7 @@ def test_the_name_of_an_autoencoder_does_not_matter_its_weights_do(cached, folde
     again = tmp_path / "elsewhere"
     save_component((tiny.VAE, tiny.random_params(AutoencoderKL, tiny.VAE, 1)), again)
     config = changed(cached, folders, model__vae=str(again))
-    check_cache(latents.FrozenParts(config))
+    check(config, latents.FrozenParts(config.data, config.model, config.compute))
 
 
 def test_another_class_list_is_refused_at_the_start(cached, folders, data, tmp_path):
@@ -305,7 +314,7 @@ def test_what_a_cache_cannot_give_is_told(folders, values, expected):
 
 def test_the_command_needs_a_place(folders, data):
     with pytest.raises(UserError, match="--mode=cache_latents needs --config.data.latent_cache=DIR"):
-        cache_latents.run(tiny.config(folders, data__name="folder", data__root=str(data)))
+        run(tiny.config(folders, data__name="folder", data__root=str(data)))
 
 
 @pytest.fixture
@@ -323,9 +332,9 @@ def broken(data, tmp_path):
 
 def test_a_broken_example_stops_the_job_or_is_left_out_and_named(folders, broken, tmp_path):
     with pytest.raises(UserError, match="002.png"):
-        cache_latents.run(configured(folders, broken, tmp_path / "a"))
+        run(configured(folders, broken, tmp_path / "a"))
     config = configured(folders, broken, tmp_path / "b", loading__on_error="skip")
-    cache_latents.run(config)
+    run(config)
     manifest = json.loads((folder_of(config) / "latents.json").read_text())
     assert manifest["examples"] == COUNT - 1
     assert [r["examples"] for r in manifest["shards"]] == [2, 3, 1]
@@ -341,8 +350,8 @@ def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_p
     config = configured(
         folders, root, cached.data.latent_cache, train__steps=2, logging__examples=True,
     )  # fmt: skip
-    task = load_task(config)
-    trainer = Trainer(config, task, tiny.mesh(), str(tmp_path / "run"))
+    task = SegmentationTask(config)
+    trainer = tiny.trainer(config, task, tiny.mesh(), tmp_path / "run")
     trainer.run()
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2] and all(np.isfinite(r["loss"]) for r in rows)
@@ -365,16 +374,16 @@ def copied(cached, folders, data, tmp_path):
 
 def test_data_that_changed_since_the_cache_was_made_are_told_at_the_start(copied, tmp_path):
     """The caught mistake: a corrected mask would have been trained with its old latent."""
-    task = load_task(copied)
-    check_cache(task)  # a copy is no change, even with the times of today
+    task = SegmentationTask(copied)
+    check(copied, task)  # a copy is no change, even with the times of today
     mask = tmp_path / "data" / "masks" / "train" / "000.png"
     cache = folder_of(copied)
     made = (cache / "latents.json").stat().st_mtime
     os.utime(mask, (made - 100, made - 100))
-    check_cache(task)
+    check(copied, task)
     os.utime(mask, (made + 100, made + 100))
     with pytest.raises(UserError) as caught:
-        check_cache(task)
+        check(copied, task)
     message = tiny.one_line(caught.value)
     assert str(cache) in message
     assert f"1 of its files are newer than what was made from them, such as {mask}" in message
@@ -382,13 +391,13 @@ def test_data_that_changed_since_the_cache_was_made_are_told_at_the_start(copied
     mask.unlink()
     (tmp_path / "data" / "images" / "train" / "000.png").unlink()
     with pytest.raises(UserError, match="the names or sizes of its files are others now"):
-        check_cache(task)
+        check(copied, task)
 
 
 def test_a_run_with_another_autoencoder_does_not_start(cached, folders, other_vae, tmp_path):
     config = changed(cached, folders, model__vae=other_vae)
     with pytest.raises(UserError, match="the autoencoder's weights"):
-        Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
+        tiny.trainer(config, SegmentationTask(config), tiny.mesh(), tmp_path)
 
 
 @pytest.mark.slow

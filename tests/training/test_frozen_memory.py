@@ -14,9 +14,8 @@ import tiny
 from digseg_jax import jobs
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
-from digseg_jax.training.loop import Trainer
 from digseg_jax.training.tasks.latents import FrozenParts, LatentEncoder
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import save_component
 
 DEVICES = 8
@@ -63,8 +62,8 @@ def assert_even(before: np.ndarray, least: float) -> None:
 
 def test_a_trainers_devices_hold_the_same(config, tmp_path):
     before = held()
-    task = load_task(config)
-    trainer = Trainer(config, task, tiny.mesh(1, DEVICES), str(tmp_path))
+    task = SegmentationTask(config)
+    trainer = tiny.trainer(config, task, tiny.mesh(1, DEVICES), tmp_path)
     params, _ = trainer._initial_params()
     weights = sum(x.nbytes for x in jax.tree.leaves((task.frozen, params)))
     assert_even(before, weights / DEVICES)

@@ -30,7 +30,6 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.door import tell
 from digseg_jax.tools.replay import replay
 from digseg_jax.training.failure import load_failure
-from digseg_jax.training.loop import Trainer
 from digseg_jax.training.tasks.segmentation import part_losses
 from digseg_jax.training.train_log import NotFinite
 
@@ -49,7 +48,7 @@ def config(folders):
 
 
 def trainer(config, workdir, task=None, mesh=None):
-    return Trainer(config, task or ToyTask(), mesh or tiny.mesh(), str(workdir))
+    return tiny.trainer(config, task or ToyTask(), mesh or tiny.mesh(), workdir)
 
 
 @pytest.fixture(scope="module")

@@ -44,13 +44,18 @@ def devices(count: int, kind: str, platform: str, group: int, attribute: str) ->
 def sd15():
     """The literal configuration of ADE20K and its task, shapes alone."""
     config = parse(stable_diffusion("sd15", "ade20k"))
-    task, _ = programs.train_task(config, Architecture.of(config.model), 1)
+    task = programs.abstract_task(config, Architecture.of(config.model))
     return config, task
+
+
+def needs_on(config, task):
+    """What the configuration's train step needs, by the parts that its batch is split into."""
+    return partial(mesh_choice.needs_of, task, config.optim, config.train.batch_size)
 
 
 def chosen(config, task, devices):
     """The mesh for the configuration's train step."""
-    return choose_mesh(config.mesh, partial(mesh_choice.needs_of, config, task), devices)
+    return choose_mesh(config.mesh, needs_on(config, task), devices)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +118,7 @@ def test_the_users_own_command(sd15, caplog, kind, platform, count, group, wante
 def test_the_estimate_is_near_what_was_compiled(sd15):
     """4 images a chip, 16 chips of v5e: compiled, Stable Diffusion 2.1 needs 6.5 GB (aot/RECORD.md)."""
     config, task = sd15
-    train = dataclasses.replace(config.train, batch_size=64)
-    needs = mesh_choice.needs_of(dataclasses.replace(config, train=train), task, 16)
+    needs = mesh_choice.needs_of(task, config.optim, 64, 16)
     assert 6e9 < needs.on_a_device(16) < 8e9
 
 
@@ -133,8 +137,8 @@ def test_a_batch_is_split_into_the_fewest_parts_that_fit(sd15, caplog, memory, s
     mesh = SimpleNamespace(
         shape={"data": shape[0], "fsdp": shape[1]}, devices=np.array(devices(1, "x", "gpu", 1, "slice"))
     )
-    needs_on = partial(mesh_choice.needs_of, config, task)
-    assert choose_accumulation(config.train.batch_size, needs_on, mesh, memory) == wanted
+    needs = needs_on(config, task)
+    assert choose_accumulation(config.train.batch_size, needs, mesh, memory) == wanted
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == bool(told) and told in "".join(lines)
 
@@ -150,7 +154,7 @@ def test_what_is_set_stays(sd15):
 
 def test_simulated_devices_hold_small_models_whole(folders):
     config = tiny.config(folders, mesh__fsdp=0)
-    task, _ = programs.train_task(config, Architecture.of(config.model), 1)
+    task = programs.abstract_task(config, Architecture.of(config.model))
     mesh = make_mesh(chosen(config, task, jax.devices()))
     assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
@@ -161,7 +165,7 @@ def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_p
     monkeypatch.setattr(mesh_choice, "least_memory", lambda devices: 1e3)
     config = tiny.config(folders, mesh__fsdp=0)
     tiny.export(config, tmp_path / "export")
-    task, _ = programs.train_task(config, Architecture.of(config.model), 1)
+    task = programs.abstract_task(config, Architecture.of(config.model))
     trained = make_mesh(chosen(config, task, jax.devices()))
     assert trained.shape["fsdp"] == len(jax.devices()) > 1
 

@@ -14,11 +14,10 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import remat
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
-from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import B1, make_optimizer
 from digseg_jax.training.step import averaged, initial_state
 from digseg_jax.training.tasks.base import example_keys
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 
 def uneven_batch():
@@ -33,7 +32,7 @@ def uneven_batch():
 def one_step(config, mesh=None, batch=None, task=None):
     """Metrics and state after one step from the tiny prior."""
     mesh = mesh or tiny.mesh()
-    task = task or load_task(config)
+    task = task or SegmentationTask(config)
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = initial_state(task.initial(), optimizer, config.optim)
     shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
@@ -46,7 +45,7 @@ def one_step(config, mesh=None, batch=None, task=None):
 
 def abstract_step(config):
     """Shapes and dtypes of the state and the metrics after a step; nothing is compiled."""
-    task, mesh = load_task(config), tiny.mesh()
+    task, mesh = SegmentationTask(config), tiny.mesh()
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer, config.optim), task.abstract)
     shardings = infer_shardings((state, task.frozen), mesh)
@@ -106,7 +105,7 @@ class TestAccumulation:
 
     def test_a_mean_of_the_parts_own_losses_would_be_another_loss(self, folders, reference):
         config = tiny.config(folders, **OPTIONS)
-        task, batch = load_task(config), uneven_batch()
+        task, batch = SegmentationTask(config), uneven_batch()
         params = task.initial()
 
         @jax.jit
@@ -119,7 +118,7 @@ class TestAccumulation:
 
     def test_clipping_and_average_happen_once_per_step(self, folders):
         config = tiny.config(folders, compute__accumulation=2, **OPTIONS | {"optim__clip_norm": 0.01})
-        task = load_task(config)
+        task = SegmentationTask(config)
         before = trees.flatten(task.initial())
         metrics, state = one_step(config, task=task)
         assert state["step"] == 1
@@ -134,7 +133,7 @@ class TestAccumulation:
     def test_a_batch_that_cannot_be_parted_is_refused(self, folders, tmp_path):
         config = tiny.config(folders, compute__accumulation=4)
         with pytest.raises(UserError) as caught:
-            Trainer(config, load_task(config), tiny.mesh(data=4), str(tmp_path))
+            tiny.trainer(config, SegmentationTask(config), tiny.mesh(data=4), tmp_path)
         message = tiny.one_line(caught.value)
         assert "config.train.batch_size=8" in message and "multiple of 16" in message
         assert "config.compute.accumulation=4" in message
@@ -149,7 +148,7 @@ class TestRematerialisation:
     @staticmethod
     def kept(folders, mode) -> int:
         """Bytes that the forward pass hands to the backward pass."""
-        task = load_task(tiny.config(folders, compute__remat=mode))
+        task = SegmentationTask(tiny.config(folders, compute__remat=mode))
         batch = tiny.batch(4)
         keys = example_keys(0, batch["index"])
 
@@ -165,7 +164,7 @@ class TestRematerialisation:
         assert kept["attention"] < kept["none"], kept
 
     def test_the_parameters_keep_their_paths(self, folders):
-        shapes = [load_task(tiny.config(folders, compute__remat=mode)).abstract
+        shapes = [SegmentationTask(tiny.config(folders, compute__remat=mode)).abstract
                   for mode in ("none", "block")]  # fmt: skip
         assert trees.flatten(shapes[0]) == trees.flatten(shapes[1])
 
@@ -197,7 +196,7 @@ def equations(jaxpr):
 @pytest.fixture(scope="module")
 def program(folders):
     """The loss and its gradient with bfloat16 activations, and the shapes of its results."""
-    task = load_task(tiny.config(folders, model__dtype="bfloat16"))
+    task = SegmentationTask(tiny.config(folders, model__dtype="bfloat16"))
     batch = tiny.batch(4)
     keys = example_keys(0, batch["index"])
     grad = jax.value_and_grad(lambda p: task.loss(p, task.frozen, batch, keys)[0])
@@ -237,7 +236,7 @@ class TestPrecision:
         assert dtypes((state["params"], state["ema"], adam(state).nu)) == {"float32"}
 
     def test_the_loss_is_that_of_float32_to_a_few_percent(self, folders, reference):
-        task = load_task(tiny.config(folders, model__dtype="bfloat16", **OPTIONS))
+        task = SegmentationTask(tiny.config(folders, model__dtype="bfloat16", **OPTIONS))
         batch = uneven_batch()
         keys = example_keys(0, batch["index"])
         loss = jax.jit(lambda p: task.loss(p, task.frozen, batch, keys)[0])(task.initial())
@@ -251,7 +250,7 @@ class TestFreezing:
         config = tiny.config(
             folders, optim__freeze=self.PATTERNS, optim__weight_decay=0.1, optim__ema_decay=0.5
         )
-        task = load_task(config)
+        task = SegmentationTask(config)
         before = trees.flatten(task.initial())
         metrics, state = one_step(config, task=task)
         learned = gradients(state)
@@ -269,7 +268,7 @@ class TestFreezing:
     def test_a_pattern_that_matches_nothing_names_what_is_near(self, folders, tmp_path):
         config = tiny.config(folders, optim__freeze=("^down_block\\.0",))
         with pytest.raises(UserError) as caught:
-            Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
+            tiny.trainer(config, SegmentationTask(config), tiny.mesh(), tmp_path)
         message = tiny.one_line(caught.value)
         assert "config.optim.freeze" in message and "'down_blocks.0'" in message
         assert "mid_block" in message  # the list of what there is
@@ -277,7 +276,7 @@ class TestFreezing:
     def test_freezing_everything_is_refused(self, folders, tmp_path):
         config = tiny.config(folders, optim__freeze=(".",))
         with pytest.raises(UserError, match="nothing is left to train"):
-            Trainer(config, load_task(config), tiny.mesh(), str(tmp_path))
+            tiny.trainer(config, SegmentationTask(config), tiny.mesh(), tmp_path)
 
     def test_a_pattern_that_is_none_is_refused_with_the_configuration(self, folders):
         with pytest.raises(UserError, match="config.optim.freeze.*not a regular expression"):

@@ -13,8 +13,7 @@ from hub import layouts
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import DiffusionConfig
 from digseg_jax.recipes import stable_diffusion
-from digseg_jax.training.loop import Trainer
-from digseg_jax.training.setup import set_up
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights.scheduler import schedule_differences
 
 
@@ -74,8 +73,8 @@ def test_it_is_one_line_at_the_start_of_a_training(folders, tmp_path, caplog):
     unet = tmp_path / "unet"
     unet.symlink_to(folders["unet"], target_is_directory=True)
     put(unet, layouts.SD15["scheduler"])
-    setup = set_up(tiny.config(folders, model__unet=str(unet)))
-    trainer = Trainer(setup.config, setup.task, tiny.mesh(), str(tmp_path / "run"))
+    config = tiny.config(folders, model__unet=str(unet))
+    trainer = tiny.trainer(config, SegmentationTask(config), tiny.mesh(), tmp_path / "run")
     with caplog.at_level(logging.WARNING):
         trainer._initial_params()
     (line,) = [r.getMessage() for r in caplog.records if "trained with" in r.getMessage()]

@@ -35,6 +35,10 @@ class Trainable(Protocol):
         """Takes over `constants` of a checkpoint; before any program is traced."""
         return  # by default there are none
 
+    def activation_bytes(self) -> float:
+        """Estimated bytes of activations per image of the train step; 0: not worth counting."""
+        return 0.0
+
     def loss(
         self,
         params: Params,

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from digseg_jax import trees
 from digseg_jax.arraytypes import Array, Float, Int, Params, UInt8
-from digseg_jax.config.schema import Config, PartConfig
+from digseg_jax.config.schema import ComputeConfig, DataConfig, ModelConfig, PartConfig
 from digseg_jax.data.shards.fingerprint import check_unchanged
 from digseg_jax.data.shards.latents import (
     MANIFEST,
@@ -51,23 +51,23 @@ class Crop(NamedTuple):
 
 
 class FrozenParts:
-    """A configuration's autoencoder and codec, without the text tower and the U-Net.
+    """The autoencoder and the codec of a segmentation task, without the text tower and the U-Net.
 
     Raises:
       UserError: the autoencoder is missing or cannot take images of this size, or the codec's masks
         cannot be cached.
     """
 
-    def __init__(self, config: Config):
-        check_cacheable(config.model.codec)
-        self.config = config
-        self.codec = make_codec(config.model.codec, config.data)
-        self.vae, params = load_vae(config.model, config.compute)
+    def __init__(self, data: DataConfig, model: ModelConfig, compute: ComputeConfig):
+        check_cacheable(model.codec)
+        self.codec = make_codec(model.codec, data)
+        self.vae, params = load_vae(model, compute)
         self.frozen: Params = {"vae": params}
-        size, factor = config.data.image_size, self.vae.config.factor
-        if size % factor:
+        self.size, factor = data.image_size, self.vae.config.factor
+        if self.size % factor:
             raise UserError(
-                f"config.data.image_size={size}: must be a multiple of {factor} pixels for this VAE"
+                f"config.data.image_size={self.size}: must be a multiple of {factor} pixels for this "
+                "VAE"
             )
         self.codec.prepare(self.vae.on_host(params))
 
@@ -86,13 +86,14 @@ class FrozenParts:
         return self.vae.encode(frozen["vae"], masks)
 
 
-def cache_facts(parts: FrozenParts | SegmentationTask) -> dict[str, Any]:
+def cache_facts(
+    parts: FrozenParts | SegmentationTask, image_size: int, model: ModelConfig
+) -> dict[str, Any]:
     """Facts that cached latents depend on beside the data; keys of `shards.latents.MADE_WITH`."""
-    config = parts.config
     facts: dict[str, Any] = {
-        "image_size": config.data.image_size,
-        "codec": config.model.codec,
-        "dtype": config.model.dtype,
+        "image_size": image_size,
+        "codec": model.codec,
+        "dtype": model.dtype,
         "vae": fingerprint(parts.vae, parts.frozen["vae"]),
     }
     if state := parts.codec.state():
@@ -121,7 +122,7 @@ class LatentEncoder:
     def __init__(self, parts: FrozenParts, mesh: Mesh, rows: int):
         self.rows = math.ceil(rows / mesh.size) * mesh.size
         self.one_by_one = parts.codec.one_by_one
-        self.size = parts.config.data.image_size
+        self.size = parts.size
         side = self.size // parts.vae.config.factor
         self.shape = (side, side, parts.vae.config.latent_channels)
 
@@ -201,8 +202,8 @@ class LatentEncoder:
         return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
-def check_cache(task: FrozenParts | SegmentationTask) -> None:
-    """Checks that a latent cache was made with this task's parts, and from the data as they are now.
+def check_cache(parts: FrozenParts | SegmentationTask, data: DataConfig, model: ModelConfig) -> None:
+    """Checks that a latent cache was made with these parts, and from the data as they are now.
 
     Data that are not here, as a cache needs none, are not compared.
 
@@ -210,9 +211,8 @@ def check_cache(task: FrozenParts | SegmentationTask) -> None:
       UserError: it is not finished, or made with another autoencoder, size, codec or precision, or from
         files that have changed since.
     """
-    facts, data = cache_facts(task), task.config.data
-    parts = training_parts(data)
-    for (part, _, split), folder in zip(parts, cache_folders(data.latent_cache, parts), strict=True):
+    facts, sets = cache_facts(parts, data.image_size, model), training_parts(data)
+    for (part, _, split), folder in zip(sets, cache_folders(data.latent_cache, sets), strict=True):
         manifest = read_manifest(folder)
         require(folder, manifest, facts)
 

@@ -19,10 +19,8 @@ from digseg_jax.arraytypes import Array, Float, Int, Params
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import (
     ComputeConfig,
-    Config,
     DataConfig,
     DiffusionConfig,
-    EvalConfig,
     LossConfig,
     ModelConfig,
 )
@@ -139,6 +137,7 @@ def load_parts(
 ) -> Parts:
     """Loads the frozen parts and encodes the prompts, by default those of the training queries.
 
+    prompts: () leaves out the bank, for whoever encodes queries as they come.
     classes: their number where the data set may not be at hand; None: as many as it has.
 
     Raises:
@@ -149,9 +148,11 @@ def load_parts(
     tower = load_tower(model)
 
     # Frozen arrays: the autoencoder, the encoded prompts, and what a cache of latents cannot give.
-    prompts = codec.texts(bank_prompts(data) if prompts is None else prompts)
-    bank = encode_bank(tower, prompts, model, pooled=codec.pooled)
-    frozen: Params = {"vae": vae_params, "bank": bank_arrays(bank)}
+    frozen: Params = {"vae": vae_params}
+    prompts = bank_prompts(data) if prompts is None else prompts
+    texts = codec.texts(prompts) if prompts else ()
+    if texts:
+        frozen["bank"] = bank_arrays(encode_bank(tower, texts, model, pooled=codec.pooled))
     anchors = anchors_for_cache(codec, data, loss)
     if anchors is not None:
         frozen[ANCHORS] = vae.on_host(vae_params).encode(np.asarray(anchors))
@@ -160,7 +161,7 @@ def load_parts(
     stored = load_config(assets.resolve(model.unet), expect="UNet2DConditionModel")
     unet = adapt_unet(stored, vae, model, tower.width)
     check_tokens(tower, unet)
-    return Parts(vae, codec, unet, prompts, frozen, tower, new_parameters(model, stored, unet))
+    return Parts(vae, codec, unet, texts, frozen, tower, new_parameters(model, stored, unet))
 
 
 def anchors_for_cache(codec: Codec, data: DataConfig, loss: LossConfig) -> Array | None:
@@ -220,19 +221,23 @@ def unet_options(model: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     }
 
 
-def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
-    """The configuration with each "auto" replaced by the kernel that suits the devices.
+def choose_kernels(
+    compute: ComputeConfig, devices: Sequence[jax.Device], dtype: str, tensor: int
+) -> ComputeConfig:
+    """Replaces each "auto" by the kernel that suits the devices.
+
+    dtype: of activations. tensor: devices that share a weight matrix.
 
     Raises:
       UserError: the devices cannot run `config.compute.attention` or `config.compute.feed_forward`.
     """
-    platform, dtype = devices[0].platform, config.model.dtype
+    platform = devices[0].platform
 
     # A kernel that was asked for by name must run here.
-    name: str = config.compute.attention
+    name: str = compute.attention
     if reason := unfit(name, devices[0], dtype):
         raise UserError(f"config.compute.attention={name!r} {reason}; legal: auto, plain, chunked")
-    feed_forward = config.compute.feed_forward
+    feed_forward = compute.feed_forward
     if feed_forward == "fused" and platform != "tpu":
         raise UserError(
             "config.compute.feed_forward='fused' runs on TPUs only, the devices here are of platform "
@@ -242,8 +247,8 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
     # "auto": the fused feed-forward holds its weights whole, so not where `tensor` splits them; of
     # attention kernels the first that fits.
     if feed_forward == "auto":
-        feed_forward = "fused" if platform == "tpu" and config.mesh.tensor == 1 else "plain"
-    conv = config.compute.conv
+        feed_forward = "fused" if platform == "tpu" and tensor == 1 else "plain"
+    conv = compute.conv
     if conv == "auto":
         conv = "cpu" if platform == "cpu" else "xla"
     if name == "auto":
@@ -251,7 +256,7 @@ def for_devices(config: Config, devices: Sequence[jax.Device]) -> Config:
         name = next(fits, PORTABLE)
 
     chosen: dict[str, Any] = {"conv": conv, "attention": name, "feed_forward": feed_forward}
-    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, **chosen))
+    return dataclasses.replace(compute, **chosen)
 
 
 def load_vae(config: ModelConfig, compute: ComputeConfig) -> tuple[Vae, Params]:
@@ -319,6 +324,15 @@ def encode_bank(
     return with_sentence_token(bank) if config.sentence_token else bank
 
 
+def bank_shape(prompts: int, model: ModelConfig, width: int) -> tuple[int, int, int]:
+    """Shape [prompts, tokens, width] of the tokens of `encode_bank`.
+
+    width: of the text tower's tokens.
+    """
+    pooled = CODECS[model.codec].pooled
+    return prompts, 1 if pooled else model.max_tokens + int(model.sentence_token), width
+
+
 def bank_arrays(bank: PromptBank) -> Params:
     """The bank as a frozen tree for the jitted step."""
     return {"tokens": bank.tokens, "mask": bank.mask}
@@ -378,20 +392,17 @@ def size_step(vae: Vae, unet: UNetConfig) -> int:
     return vae.config.factor * 2 ** (len(unet.block_out_channels) - 1)
 
 
-def check_sizes(data: DataConfig, settings: EvalConfig, vae: Vae, unet: UNetConfig) -> None:
-    """Checks that training crops and the views of evaluation can be halved as often as the parts do.
+def check_size(key: str, size: int | tuple[int, ...], vae: Vae, unet: UNetConfig) -> None:
+    """Checks that a setting's side, or sides, in pixels can be halved as often as the parts do.
 
     Raises:
       UserError: they cannot.
     """
     step = size_step(vae, unet)
-    sizes = {"data.image_size": (data.image_size,), "eval.view_size": settings.view_size}
-    for key, sides in sizes.items():
-        if any(side % step for side in sides):
-            value = sides if key == "eval.view_size" else sides[0]
-            raise UserError(
-                f"config.{key}={value}: must be a multiple of {step} pixels for this VAE and U-Net"
-            )
+    if any(side % step for side in np.atleast_1d(size)):
+        raise UserError(
+            f"config.{key}={size}: must be a multiple of {step} pixels for this VAE and U-Net"
+        )
 
 
 def check_tokens(tower: TextTower, unet: UNetConfig) -> None:

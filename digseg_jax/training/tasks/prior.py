@@ -3,21 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Batch, Params
-from digseg_jax.config.schema import Config
-from digseg_jax.data.captions import captions_of
+from digseg_jax.config.schema import ComputeConfig, DiffusionConfig, ModelConfig, UnetArch
 from digseg_jax.models import functional
+from digseg_jax.models.remat import activation_bytes
 from digseg_jax.models.text_branch import ZERO_INIT
 from digseg_jax.models.unet import DOWN_TYPES, UP_TYPES, UNet2DConditionModel, UNetConfig
 from digseg_jax.training.tasks.base import Task, to_unit
 from digseg_jax.training.tasks.parts import (
     bank_arrays,
     bank_rows,
-    check_sizes,
+    check_size,
     check_tokens,
     draw_noise_and_timestep,
     encode_bank,
@@ -30,22 +31,37 @@ from digseg_jax.weights import save_component
 
 
 class PriorTask(Task):
-    """MSE of the noise (or v, or x0) prediction on image latents, captions by cross-attention."""
+    """MSE of the noise (or v, or x0) prediction on image latents, captions by cross-attention.
 
-    def __init__(self, config: Config):
-        arch, model = config.unet_arch, config.model
-        self.config = config
-        self.schedule = schedule_from(config.diffusion)
-        self.vae, vae_params = load_vae(model, config.compute)
+    captions: texts of the prompt bank. size: pixels of a crop's side. seed: of the initial weights.
+
+    Raises:
+      UserError: weights are missing, or parts do not fit together or to the size.
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[str],
+        arch: UnetArch,
+        model: ModelConfig,
+        compute: ComputeConfig,
+        diffusion: DiffusionConfig,
+        *,
+        size: int,
+        seed: int,
+    ):
+        self.seed, self.diffusion = seed, diffusion
+        self.schedule = schedule_from(diffusion)
+        self.vae, vae_params = load_vae(model, compute)
         tower = load_tower(model)
-        self.prompts = tuple(text for part in captions_of(config.data) for text in part.texts)
+        self.prompts = tuple(captions)
         self.frozen: Params = {
             "vae": vae_params,
             "bank": bank_arrays(encode_bank(tower, self.prompts, model)),
         }
         levels = len(arch.block_out_channels)
         self.unet_config = UNetConfig(
-            sample_size=config.data.image_size // self.vae.config.factor,
+            sample_size=size // self.vae.config.factor,
             block_out_channels=arch.block_out_channels,
             down_block_types=(DOWN_TYPES[0],) * levels,
             up_block_types=tuple(UP_TYPES[0 if attend else 1] for attend in arch.up_attention),
@@ -57,18 +73,23 @@ class PriorTask(Task):
             text_adapters=model.text_adapters,
             text_dim=tower.width,
         )
-        check_sizes(config.data, config.eval, self.vae, self.unet_config)
+        check_size("data.image_size", size, self.vae, self.unet_config)
         check_tokens(tower, self.unet_config)
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
                 self.unet_config,
                 rngs=functional.FixedRngs(),
-                **unet_options(model, config.compute),
+                **unet_options(model, compute),
             )
         )
+        cells, channels = self.unet_config.sample_size**2, arch.block_out_channels[0]
+        self._activations = activation_bytes(cells, channels, model.dtype, compute.remat)
 
     def initial(self) -> Params:
-        return functional.random_init(self.abstract, self.config.seed, zero=ZERO_INIT)
+        return functional.random_init(self.abstract, self.seed, zero=ZERO_INIT)
+
+    def activation_bytes(self) -> float:
+        return self._activations
 
     def loss(
         self,
@@ -79,7 +100,7 @@ class PriorTask(Task):
         whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         x0 = self.vae.encode(frozen["vae"], to_unit(batch["image"]))
-        noise, t = draw_noise_and_timestep(keys, x0.shape[1:], self.config.diffusion, self.schedule)
+        noise, t = draw_noise_and_timestep(keys, x0.shape[1:], self.diffusion, self.schedule)
         query = batch["query"][:, 0]
         unet = functional.merge(self.graphdef, params)
         prediction = unet(

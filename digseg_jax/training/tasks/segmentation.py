@@ -17,6 +17,7 @@ from digseg_jax.data.queries import FOREIGN, HARD_ABSENT, PRESENT
 from digseg_jax.data.sources import labels_of
 from digseg_jax.models import functional
 from digseg_jax.models.partition import in_slices
+from digseg_jax.models.remat import activation_bytes
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.segmentation.codecs import load_state, save_state
@@ -32,7 +33,7 @@ from digseg_jax.training.tasks.parts import (
     ANCHORS,
     Parts,
     bank_rows,
-    check_sizes,
+    check_size,
     draw_noise_and_timestep,
     load_parts,
     schedule_from,
@@ -42,32 +43,24 @@ from digseg_jax.training.tasks.unet_start import initial_unet
 from digseg_jax.weights import save_component
 
 
-def load_task(
-    config: Config, prompts: Sequence[str] | None = None, classes: int | None = None
-) -> SegmentationTask:
-    """Builds the task of a configuration with its frozen parts loaded.
-
-    prompts: texts of the prompt bank; by default those of the configuration's data sets.
-    classes: as in `load_parts`.
-
-    Raises:
-      UserError: what `load_parts` raises.
-    """
-    sections = config.data, config.model, config.compute, config.loss
-    return SegmentationTask(load_parts(*sections, prompts, classes), config)
-
-
 class SegmentationTask(Task):
     """Fine-tuning of a U-Net, widened to 8 input channels, to denoise the latents of masks.
 
     Shapes: b images of h * w latent cells with c channels; q queries, asked in t texts of l tokens and
     painted into k mask images; n = b * k pairs of an image and a mask image; e ensemble members.
 
-    parts: the frozen autoencoder, the prompt bank and the codec, loaded or as mere shapes.
+    parts: the frozen autoencoder, the prompt bank and the codec, loaded or as mere shapes; by default
+      loaded as the configuration names them.
+
+    Raises:
+      UserError: sizes that the parts cannot halve often enough, or what `load_parts` raises.
     """
 
-    def __init__(self, parts: Parts, config: Config):
-        check_sizes(config.data, config.eval, parts.vae, parts.unet)
+    def __init__(self, config: Config, parts: Parts | None = None):
+        if parts is None:
+            parts = load_parts(config.data, config.model, config.compute, config.loss)
+        check_size("data.image_size", config.data.image_size, parts.vae, parts.unet)
+        check_size("eval.view_size", config.eval.view_size, parts.vae, parts.unet)
         self.parts, self.config = parts, config
         self.schedule = schedule_from(config.diffusion)
         self.vae, self.codec, self.frozen = parts.vae, parts.codec, parts.frozen
@@ -110,6 +103,14 @@ class SegmentationTask(Task):
         """Restores `constants` from a checkpoint; must run before the first step is traced."""
         self.codec.restore(constants)
         self.prepare()
+
+    def activation_bytes(self) -> float:
+        """Estimated bytes of the U-Net's activations per image, for all of its mask images."""
+        data, channels = self.config.data, self.unet_config.block_out_channels[0]
+        masks = self.codec.num_images(data.num_queries)
+        cells = masks * (data.image_size // self.vae.config.factor) ** 2
+        dtype, remat = self.config.model.dtype, self.config.compute.remat
+        return activation_bytes(cells, channels, dtype, remat)
 
     def loss(
         self,

@@ -149,8 +149,7 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
     from digseg_jax import jobs
     from digseg_jax.io.workdir import claim
     from digseg_jax.runtime.sharding import make_mesh
-    from digseg_jax.training.loop import Trainer
-    from digseg_jax.training.tasks.segmentation import load_task
+    from digseg_jax.training.tasks.segmentation import SegmentationTask
     from digseg_jax.weights import load_params
 
     config = tiny.config(
@@ -158,8 +157,8 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
         eval__num_images=1, eval__batch_size=1,
     )  # fmt: skip
     claim(tmp_path, to_dict(config))
-    task = load_task(config)
-    state = Trainer(config, task, make_mesh(config.mesh), str(tmp_path)).run()
+    task = SegmentationTask(config)
+    state = tiny.trainer(config, task, make_mesh(config.mesh), tmp_path).run()
     jobs.export(tmp_path, config)
     jobs.evaluate(tmp_path, config=config)
     assert (tmp_path / "eval" / "results.json").is_file()

@@ -21,7 +21,7 @@ from digseg_jax.models.layers import Compute
 from digseg_jax.models.partition import local_feed_forward
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import BATCH, on_mesh
-from digseg_jax.training.tasks.parts import for_devices, unet_options
+from digseg_jax.training.tasks.parts import unet_options
 
 LIMIT = 1e-5
 FEATURES = 96  # no multiple of a register's lanes, as the 320 of Stable Diffusion
@@ -121,7 +121,7 @@ def test_other_maps_go_through_the_layers():
 )
 def test_auto_is_for_tpus_with_whole_weights(folders, platform, tensor, expected):
     config = tiny.config(folders, mesh__tensor=tensor)
-    found = for_devices(config, [types.SimpleNamespace(platform=platform)])
+    found = tiny.for_devices(config, [types.SimpleNamespace(platform=platform)])
     assert found.compute.feed_forward == expected
     asked = unet_options(found.model, found.compute)["feed_forward"]
     assert asked is (local_feed_forward if expected == "fused" else None)
@@ -130,6 +130,6 @@ def test_auto_is_for_tpus_with_whole_weights(folders, platform, tensor, expected
 def test_what_cannot_run_it_is_refused_by_name(folders):
     config = tiny.config(folders, compute__feed_forward="fused")
     with pytest.raises(UserError, match="feed_forward='fused' runs on TPUs only.*legal: auto, plain"):
-        for_devices(config, jax.devices())
+        tiny.for_devices(config, jax.devices())
     with pytest.raises(UserError, match="feed_forward='fused' with config.mesh.tensor=2"):
         tiny.config(folders, compute__feed_forward="fused", mesh__tensor=2)

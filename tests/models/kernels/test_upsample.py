@@ -14,7 +14,6 @@ from digseg_jax.models.kernels.upsample import doubled_conv, folded_conv, upsamp
 from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.models.vae import AutoencoderKL
 from digseg_jax.models.vae_tiny import AutoencoderTiny, TinyVaeConfig
-from digseg_jax.training.tasks.parts import for_devices
 
 RNG = np.random.default_rng(0)
 
@@ -93,9 +92,9 @@ def test_models_give_the_same_either_way(model_class, config, call):
 
 
 def test_cpus_fold(folders):
-    assert for_devices(tiny.config(folders), jax.devices("cpu")).compute.conv == "cpu"
+    assert tiny.for_devices(tiny.config(folders), jax.devices("cpu")).compute.conv == "cpu"
 
 
 def test_another_choice_stays(folders):
     config = tiny.config(folders, compute__conv="xla")
-    assert for_devices(config, jax.devices("cpu")).compute.conv == "xla"
+    assert tiny.for_devices(config, jax.devices("cpu")).compute.conv == "xla"

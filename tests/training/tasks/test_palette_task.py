@@ -15,7 +15,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.evaluation.job import evaluate
 from digseg_jax.segmentation.ensemble import probabilities
 from digseg_jax.training.tasks.base import example_keys
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def config(folders):
 
 @pytest.fixture(scope="module")
 def task(config):
-    task = load_task(config)
+    task = SegmentationTask(config)
     task.prepare()
     return task
 
@@ -72,7 +72,7 @@ def test_without_a_decoder_the_nearest_color_is_read(task):
 
 def test_the_colors_are_known_before_a_program_is_traced(config, task):
     """Tracing for a mesh would take the autoencoder's attention for a part of the program."""
-    again = load_task(config)
+    again = SegmentationTask(config)
     latents = jnp.zeros((1, 1, 1, 8, 8, 4))
 
     def read():
@@ -89,7 +89,7 @@ def test_the_colors_are_known_before_a_program_is_traced(config, task):
 def test_the_palette_is_stored_with_the_weights_and_adopted(config, task, tmp_path):
     task.export(jax.device_get(task.initial()), tmp_path, {"task": "test"})
     assert (tmp_path / "palette.json").is_file()
-    again = load_task(config)
+    again = SegmentationTask(config)
     again.adopt(tmp_path)
     np.testing.assert_array_equal(again.codec.palette.prototypes, task.codec.palette.prototypes)
     (tmp_path / "palette.json").unlink()
@@ -111,5 +111,5 @@ def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_p
 )  # fmt: skip
 def test_what_a_palette_cannot_do_is_told_at_the_start(folders, change, named):
     with pytest.raises(UserError) as caught:
-        load_task(tiny.config(folders, model__codec="palette", **change))
+        SegmentationTask(tiny.config(folders, model__codec="palette", **change))
     assert named in tiny.one_line(caught.value)

@@ -22,10 +22,9 @@ from digseg_jax.prediction.request import Request
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
-from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.step import averaged, initial_state
-from digseg_jax.training.tasks.segmentation import load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 NAMES = 3
 CODEC = {"model__codec": "prompted", "data__num_queries": NAMES}
@@ -42,7 +41,7 @@ def config(folders):
 
 @pytest.fixture(scope="module")
 def task(config):
-    task = load_task(config)
+    task = SegmentationTask(config)
     task.prepare()
     return task
 
@@ -150,7 +149,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_by_bit(folders, cover, tmp_path):
     def run(folder, steps):
         config = tiny.config(folders, **CODEC, data__name_dropout=0.5, train__steps=steps,
                              optim__schedule="constant", checkpoint__every=2)  # fmt: skip
-        return averaged(Trainer(config, load_task(config), tiny.mesh(), str(folder)).run())
+        return averaged(tiny.trainer(config, SegmentationTask(config), tiny.mesh(), folder).run())
 
     whole = run(tmp_path / "whole", 4)
     run(tmp_path / "halves", 2)

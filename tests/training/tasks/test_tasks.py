@@ -13,7 +13,6 @@ import pytest
 import tiny
 
 from digseg_jax import packages, trees
-from digseg_jax.aot.shapes import abstract_parts
 from digseg_jax.diffusion.schedule import Schedule
 from digseg_jax.errors import UserError
 from digseg_jax.models import functional
@@ -23,12 +22,12 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
 from digseg_jax.segmentation.codec import latent_validity
 from digseg_jax.training.optim import make_optimizer
-from digseg_jax.training.setup import TASKS, set_up
+from digseg_jax.training.setup import TASKS
 from digseg_jax.training.step import initial_state
 from digseg_jax.training.tasks.autoencoder import binary_iou, color_error, mask_error
 from digseg_jax.training.tasks.base import example_keys, to_unit
 from digseg_jax.training.tasks.parts import draw_noise_and_timestep, schedule_from
-from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_component, load_params
 
 
@@ -41,7 +40,7 @@ def named_task(request, folders):
 @pytest.fixture(scope="module")
 def segmentation(folders):
     config = tiny.config(folders)
-    return config, load_task(config)
+    return config, SegmentationTask(config)
 
 
 def train(config, task, mesh, steps):
@@ -153,7 +152,7 @@ class TestIgnoreLabel:
 
 def test_the_widened_unet_starts_as_the_prior(folders):
     """Where both halves of the input are the same latent, the 8-channel U-Net is the prior."""
-    task = load_task(tiny.config(folders, model__text=tiny.narrow_text(folders),
+    task = SegmentationTask(tiny.config(folders, model__text=tiny.narrow_text(folders),
                                         model__text_adapters=False))  # fmt: skip
     params = task.initial()
     assert params["conv_in"]["kernel"].shape[2] == 8
@@ -167,7 +166,7 @@ def test_the_widened_unet_starts_as_the_prior(folders):
 
 
 def test_random_initialization_shares_nothing_with_the_prior(folders):
-    task = load_task(tiny.config(folders, model__unet_init="random"))
+    task = SegmentationTask(tiny.config(folders, model__unet_init="random"))
     prior = trees.flatten(functional.split(load_component(folders["unet"]))[1])
     ours = trees.flatten(task.initial())
     assert (np.asarray(ours["mid_block.resnets.0.conv1.kernel"])
@@ -214,31 +213,31 @@ def test_the_loss_hears_the_text(segmentation):
 
 
 def test_word_dropout_leaves_the_sentence_token_alone_and_no_query_without_text(folders):
-    task = load_task(tiny.config(folders, data__word_dropout=0.25))
+    task = SegmentationTask(tiny.config(folders, data__word_dropout=0.25))
     mask = jnp.asarray(task.frozen["bank"]["mask"][:1].repeat(400, 0))
     fewer = np.asarray(task._fewer_words(mask, jax.random.split(jax.random.key(0), 400)))
     whole, alone = (fewer == mask).all(axis=1), fewer.sum(axis=1) == 1
     assert (whole | alone).all() and fewer[:, -1].all()
     assert 0.15 < alone.mean() < 0.35
-    never = load_task(tiny.config(folders))
+    never = SegmentationTask(tiny.config(folders))
     assert never._fewer_words(mask, jax.random.split(jax.random.key(0), 400)) is mask
 
 
 def test_without_a_sentence_token_the_bank_is_one_shorter(folders):
-    with_token = load_task(tiny.config(folders)).frozen["bank"]
-    without = load_task(tiny.config(folders, model__sentence_token=False)).frozen["bank"]
+    with_token = SegmentationTask(tiny.config(folders)).frozen["bank"]
+    without = SegmentationTask(tiny.config(folders, model__sentence_token=False)).frozen["bank"]
     assert with_token["tokens"].shape[1] == without["tokens"].shape[1] + 1 == 21
     with pytest.raises(UserError, match="word_dropout=0.5 leaves queries without any text"):
         tiny.config(folders, model__sentence_token=False, data__word_dropout=0.5)
 
 
 def test_text_noise_moves_tokens_by_the_stated_share_of_their_deviation(folders):
-    task = load_task(tiny.config(folders, data__text_noise=0.2))
+    task = SegmentationTask(tiny.config(folders, data__text_noise=0.2))
     tokens = jax.random.normal(jax.random.key(0), (64, 20, 16)) * 3.0
     moved = task._noisy_text(tokens, jax.random.split(jax.random.key(1), 64)) - tokens
     assert float(moved.std()) == pytest.approx(0.6, rel=0.02)
     assert abs(float(moved.mean())) < 0.01
-    still = load_task(tiny.config(folders))
+    still = SegmentationTask(tiny.config(folders))
     assert still._noisy_text(tokens, jax.random.split(jax.random.key(1), 64)) is tokens
 
 
@@ -299,7 +298,7 @@ def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise
     batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
 
     def loss(**changes):
-        task = load_task(tiny.config(folders, model__codec=codec, **changes))
+        task = SegmentationTask(tiny.config(folders, model__codec=codec, **changes))
         task.prepare()
         return jax.jit(lambda p: task.loss(p, task.frozen, batch, keys))(task.initial())
 
@@ -330,7 +329,7 @@ def test_the_error_of_the_clean_latent_is_added_with_its_weight(
 
     def loss(weight):
         kind = {"diffusion__prediction_type": prediction_type, "diffusion__zero_snr": zero_snr}
-        task = load_task(tiny.config(folders, loss__x0_weight=weight, **kind))
+        task = SegmentationTask(tiny.config(folders, loss__x0_weight=weight, **kind))
         task.prepare()
 
         def traced(params):
@@ -381,7 +380,7 @@ def test_the_autoencoders_mask_scores():
 @pytest.mark.parametrize("size", [30, 36, 260])
 def test_a_picture_size_that_the_models_cannot_halve_is_refused(folders, size):
     with pytest.raises(UserError, match=f"config.data.image_size={size}.*multiple"):
-        load_task(tiny.config(folders, data__image_size=size))
+        SegmentationTask(tiny.config(folders, data__image_size=size))
 
 
 @pytest.mark.parametrize("size", [(20,), (64, 36)])
@@ -389,28 +388,28 @@ def test_views_that_cannot_be_halved_are_refused_before_the_training(folders, si
     config = tiny.config(folders, eval__view_size=size)
     told = re.escape(f"config.eval.view_size={size}: must be a multiple of")
     with pytest.raises(UserError, match=told) as caught:
-        set_up(config)
+        SegmentationTask(config)
     tiny.one_line(caught.value)
     with pytest.raises(UserError, match=told):
-        SegmentationTask(abstract_parts(config), config)  # of --mode=compile
+        SegmentationTask(config, tiny.shapes_of(config))  # of --mode=compile
 
 
 def test_tokens_that_do_not_fit_the_cross_attention_need_adapters(folders):
     with pytest.raises(UserError, match="config.model.text_adapters") as caught:
-        load_task(tiny.config(folders, model__text_adapters=False))
+        SegmentationTask(tiny.config(folders, model__text_adapters=False))
     assert "16" in tiny.one_line(caught.value) and "8" in str(caught.value)
 
 
 def test_missing_weights_are_one_clear_error(folders, tmp_path):
     for key in ("vae", "unet", "text"):
         with pytest.raises(UserError) as caught:
-            load_task(tiny.config(folders, **{f"model__{key}": str(tmp_path / "nowhere")}))
+            SegmentationTask(tiny.config(folders, **{f"model__{key}": str(tmp_path / "nowhere")}))
         assert "nowhere" in tiny.one_line(caught.value)
 
 
 def test_weights_of_another_kind_are_refused(folders):
     with pytest.raises(UserError, match="AutoencoderKL"):
-        load_task(tiny.config(folders, model__vae=folders["unet"]))
+        SegmentationTask(tiny.config(folders, model__vae=folders["unet"]))
 
 
 def test_the_real_text_tower_feeds_the_unet(folders):
@@ -418,7 +417,7 @@ def test_the_real_text_tower_feeds_the_unet(folders):
         packages.minilm_folder()
     except UserError as error:
         pytest.skip(str(error))
-    task = load_task(tiny.config(folders, model__text="minilm"), prompts=("water", "forest"))
+    task = tiny.load_task(tiny.config(folders, model__text="minilm"), prompts=("water", "forest"))
     assert task.frozen["bank"]["tokens"].shape == (2, 21, 384)  # 20 words, the sentence
     batch = tiny.batch(2)
     batch["query"] %= 2

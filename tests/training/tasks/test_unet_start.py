@@ -16,7 +16,6 @@ from hub import layouts
 from same import assert_same_bits
 
 from digseg_jax import trees
-from digseg_jax.aot.shapes import abstract_parts
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
@@ -26,10 +25,9 @@ from digseg_jax.models.unet import UNet2DConditionModel
 from digseg_jax.recipes import stable_diffusion
 from digseg_jax.runtime import sharding
 from digseg_jax.runtime.sharding import infer_shardings, place, place_batch
-from digseg_jax.training.loop import Trainer
 from digseg_jax.training.optim import make_optimizer
 from digseg_jax.training.step import initial_state
-from digseg_jax.training.tasks.segmentation import SegmentationTask, load_task
+from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.training.tasks.unet_start import encode_empty, native_text
 from digseg_jax.weights import catalog, load_config, load_text_tower, load_unet_params
 
@@ -76,7 +74,7 @@ def pretrained(config: Config, task: SegmentationTask) -> np.ndarray:
 @pytest.mark.parametrize("version", PIPELINES)
 def test_a_parallel_pathway_starts_as_the_pretrained_unet_to_the_last_bit(repositories, version):
     config = pipeline(repositories, version)
-    task = load_task(config)
+    task = SegmentationTask(config)
     params, predict = task.initial(), jax.jit(task.predict_latent)
     assert task.unet_config.prompt_length == 77
     expected = pretrained(config, task)
@@ -99,12 +97,12 @@ def test_any_tower_starts_with_the_pipelines_own_empty_prompt(repositories, tmp_
     if name == "biomedclip":
         text = str(hub.biomedclip_folder(tmp_path / name))
     config = pipeline(repositories, "sd15", text, model__text_adapters=adapters)
-    task = load_task(config, prompts=("road", "sky"))
+    task = tiny.load_task(config, prompts=("road", "sky"))
     params = trees.flatten(task.initial())
     assert {path: x.shape for path, x in params.items()} == {
         path: x.shape for path, x in trees.flatten(task.abstract).items()
     }
-    assert abstract_parts(config).unet == task.unet_config
+    assert tiny.shapes_of(config).unet == task.unet_config
 
     # The text's keys take the tower's tokens, or the adapters'; the prompt is Stable Diffusion's own.
     text_key = params["mid_block.attentions.0.transformer_blocks.0.attn2.text.to_k.kernel"]
@@ -126,7 +124,7 @@ def small(folders):
 
 
 def test_what_is_new_is_what_the_checkpoint_lacks(small, folders, tmp_path):
-    task = load_task(small())
+    task = SegmentationTask(small())
     fresh = {path for path in trees.flatten(task.abstract) if any(re.search(p, path) for p in task.new)}
     assert {path for path in fresh if "attn2" not in path} == {
         path for path in trees.flatten(task.abstract) if path.startswith("text_adapters.")
@@ -137,31 +135,31 @@ def test_what_is_new_is_what_the_checkpoint_lacks(small, folders, tmp_path):
     # Nothing is new to weights that have been trained with the pathway.
     task.export(task.initial(), tmp_path, {})
     unet, own = str(tmp_path / "unet"), {"model__unet_text": ""}
-    again = load_task(small(model__unet=unet, **own))
+    again = SegmentationTask(small(model__unet=unet, **own))
     assert again.new == () and again.unet_config == task.unet_config
     with pytest.raises(UserError, match="text_injection='adapter': .* reads its text in parallel"):
-        load_task(small(model__unet=unet, model__text_injection="adapter", **own))
+        SegmentationTask(small(model__unet=unet, model__text_injection="adapter", **own))
 
     # Random weights are all equally new; so are adapters for tokens of another width.
-    assert load_task(small(model__unet_init="random")).new == ()
+    assert SegmentationTask(small(model__unet_init="random")).new == ()
     narrow = tiny.narrow_text(folders)
-    other = load_task(small(model__unet=unet, model__text=narrow, **own))
+    other = SegmentationTask(small(model__unet=unet, model__text=narrow, **own))
     assert other.new == (ADAPTERS,)
     assert trees.flatten(other.initial()).keys() == trees.flatten(other.abstract).keys()
 
 
 def test_a_prompt_of_another_width_is_refused_with_the_key_that_names_the_right_encoder(small):
     with pytest.raises(UserError, match="name the text encoder of .* config.model.unet_text") as caught:
-        load_task(small(model__unet_text=""))
+        SegmentationTask(small(model__unet_text=""))
     assert "8 wide" in tiny.one_line(caught.value) and "are 16" in str(caught.value)
 
 
 def test_a_checkpoints_own_adapters_adapt_its_prompt(folders, small, tmp_path):
     """A prior that was trained with adapters: with its empty caption it starts as it was."""
-    prior = load_task(tiny.config(folders))
+    prior = SegmentationTask(tiny.config(folders))
     prior.export(tiny.without_zeros(prior.initial()), tmp_path, {})
     config = small(model__unet=str(tmp_path / "unet"), model__unet_text="")
-    task = load_task(config)
+    task = SegmentationTask(config)
     assert (task.unet_config.prompt_length, task.new) == (3, (BRANCH,))  # begin, end, sentence
 
     image, x, t, *_ = arguments = inputs(task)
@@ -178,7 +176,7 @@ def test_a_checkpoints_own_adapters_adapt_its_prompt(folders, small, tmp_path):
 def test_four_devices_train_as_one_does(small, monkeypatch):
     monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)  # else nothing this small is split
     config = small(optim__new_lr_scale=10.0)
-    task = load_task(config)
+    task = SegmentationTask(config)
     ends = []
     for axes in ({}, {"data": 1, "fsdp": 2, "tensor": 2}):
         mesh = tiny.mesh(**axes)
@@ -215,7 +213,7 @@ def test_a_run_that_stopped_ends_with_the_same_bits(small, tmp_path):
 
     def run(folder, on_eval=None, **changes):
         config = small(optim__new_lr_scale=10.0, train__steps=4, **changes)
-        return Trainer(config, load_task(config), tiny.mesh(), str(folder)).run(on_eval)
+        return tiny.trainer(config, SegmentationTask(config), tiny.mesh(), folder).run(on_eval)
 
     with pytest.raises(Stopped):
         run(tmp_path / "stopped", stop, logging__eval_every=1)
