@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Your own data, without code: images/SPLIT, masks/SPLIT and classes.txt in one folder; the form of
-classes.txt is told in digseg_jax/data/datasets/readers/folder.py.
+classes.txt is described in digseg_jax/data/datasets/readers/folder.py.
 
     python -m digseg_jax.main --config=configs/folder.py --config.data.root=DIR --workdir=RUN
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The long land-cover recipe with the prompted codec: any named classes in one pass, as colors.
 
-As configs/landcover_palette.py, but the classes are told in words, up to `data.num_queries` for each
-image, and each is painted in a color that is drawn anew for every example. What nobody named is painted
-in the background's color. `data.negative_rate` is the share of names for classes that are not there.
+As configs/landcover_palette.py, but the classes are named in words, up to `data.num_queries` for each
+image, and each is painted in a color that is drawn anew for every example. What was not named gets the
+background's color. `data.negative_rate` is the share of names for classes that are not there.
 Ours: the paper does not say how its colored masks are asked for. It has no score yet: 350 steps did
 not get beyond the mean of the named colors (tests/bench/RESULTS.md). Names are thinned out in every
 example: where all are always named, their colors are always the same set, and their mean tells the
-network nothing of the color of a name.
+network nothing about the color of a name.
 """
 
 from digseg_jax.recipes import land_cover

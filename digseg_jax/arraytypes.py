@@ -17,7 +17,7 @@ else:
 
 Params: TypeAlias = dict[str, Any]  # pure nested dict; string keys, array leaves
 Batch: TypeAlias = dict[str, Array]
-Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]  # of a batch that is not there
+Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]  # of a batch without values
 
 __all__ = [
     "Array",

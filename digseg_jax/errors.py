@@ -15,7 +15,7 @@ from collections.abc import Iterable
 CRASH = 1
 USER_ERROR = 2  # refused, with one line that says why
 OVER_BUDGET = 3  # does not fit: a program of --mode=compile, or a device's or the host's memory
-INTERRUPTED = 130  # Ctrl-C where nothing is to be saved: 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # Ctrl-C where nothing is to be saved: 128 + SIGINT, the shells' convention
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: preempted, or ended by a `Transient`; start it again
 
 # How errors of JAX, tensorstore and the bucket's client say that a service or another process is gone

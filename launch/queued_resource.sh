@@ -9,7 +9,7 @@
 # in seconds (default 60); ATTEMPTS how often a slice is asked for (default 1000); MISSES how many looks in
 # a row may fail (default 10). Keep it running where it can stay, such as in tmux on a small VM: it ends when
 # main ends with 0, when main (or gcloud) refuses with 2 or main lacks memory (3), which would be the same on the
-# next slice, or with 1 when gcloud no longer tells the state.
+# next slice, or with 1 when gcloud no longer reports the state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -51,7 +51,7 @@ for ((attempt = 1; attempt <= ${ATTEMPTS:-1000}; attempt++)); do
       echo "attempt $attempt: $NAME is ${now:-not there yet}"
     elif ((++misses >= ${MISSES:-10})); then
       remove || echo "error: $NAME could not be removed; look whether it is still there" >&2
-      echo "error: gcloud did not tell the state of $NAME $misses times in a row, see above" >&2
+      echo "error: gcloud did not report the state of $NAME $misses times in a row, see above" >&2
       exit 1
     fi
     sleep "${POLL:-60}"

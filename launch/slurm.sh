@@ -6,7 +6,7 @@
 #
 # NODES (default 1), GPUS of a node (default 8), TIME (default 24:00:00), PARTITION, ACCOUNT: as sbatch
 # knows them. VENV: an environment with the requirements and jax[cuda13], activated on each node.
-# The working directory must be one that all nodes see. SLURM tells main who takes part. 90 s before the
+# The working directory must be one that all nodes see. main learns from SLURM which processes take part. 90 s before the
 # time limit or at a preemption SLURM sends SIGTERM: main saves and ends with 75, and the job goes back
 # into the queue. So it does when a process was killed (137), which the others end with 75 or are aborted
 # for (134), but then at most RESTARTS times (default 20). Any other failure ends it. --dry-run prints the

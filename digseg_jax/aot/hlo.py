@@ -119,7 +119,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(line: str) -> Instruction | None:
-    """Parses one line; None if it is no instruction."""
+    """Parses one line; None if it is not an instruction."""
     head = _INSTRUCTION.match(line)
     if not head:
         return None

@@ -245,8 +245,8 @@ def evaluation_programs(
     if not codec.one_by_one:
         return [*found, read("read", asked, slots)]
 
-    # The linear latent decoder reads latents on the host, so it is no program. With `decode_limit` only
-    # those masks of a view are decoded that it puts first.
+    # The linear latent decoder reads latents on the host, so it needs no program. With
+    # `decode_limit`, only the masks that it ranks first in a view are decoded.
     if settings.decoder == "probe":
         return found
     filled = -(-asked // slots) * slots

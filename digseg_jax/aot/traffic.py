@@ -17,7 +17,7 @@ from digseg_jax.aot.hlo import NO_TRAFFIC, Instruction, Module, Shape, walk
 
 def loop_corrections(module: Module) -> tuple[float, float]:
     """FLOPs and bytes of loop bodies beyond their first run, which XLA's cost analysis leaves out."""
-    # Products count inside of fusions too, traffic does not: fused results are no buffers.
+    # Products count inside of fusions too, traffic does not: fused results are not buffers.
     flops = moved = 0.0
     for instruction, times, where in walk(module, fusions=True):
         if times > 1 and instruction.opcode in ("convolution", "dot"):

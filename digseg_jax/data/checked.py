@@ -68,7 +68,7 @@ class Guarded:
             self._check(example)
         except UserError:
             raise
-        except Exception as error:  # readers meet files that nobody foresaw
+        except Exception as error:  # readers meet files of unforeseen kinds
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self._named(index)}: {type(error).__name__}: {reason}") from error
         return example

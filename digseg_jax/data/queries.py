@@ -48,8 +48,8 @@ class QuerySampler:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws class ids, int32 [n], and their kinds in this crop (PRESENT, ...), int32 [n].
 
-        The kinds tell what was drawn, not what was wanted: a crop that shows every
-        class has no negatives of its own. A foreign query has the class id NOWHERE.
+        The kinds record what was drawn, not what was asked for: a crop that shows
+        every class has no negatives of its own. A foreign query has the class id NOWHERE.
         """
         # Shares of all pixels, ignored ones included. Where classes are nested,
         # a class's share includes the classes that it covers.

@@ -90,9 +90,9 @@ def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, st
 def training_examples(config: DataConfig) -> dict[str, list[Any]]:
     """Number of each part's examples, and a digest of their names; JSON-ready.
 
-    A run draws examples by their number: among others it would go on in another order. The digest is ""
-    where examples are not files of their own. Of a latent cache, which has its own checks, nothing is
-    told.
+    A run draws examples by their number, so with other examples it would continue in another order. The
+    digest is "" where examples are not files of their own. Latent caches, which have their own checks,
+    are left out.
 
     Raises:
       UserError: no such data set, split or folder.

@@ -23,7 +23,7 @@ def timesteps(num_train: int, steps: int, spacing: str) -> np.ndarray:
     """Returns the `steps` timesteps in falling order, int32; trailing starts at T-1, leading does not.
 
     Trailing: round(T - i T / S) - 1, so S=1 [999], S=2 [999, 499]. Leading: one above the multiples of
-    T // S, so S=1 [1], S=2 [501, 1], as Stable Diffusion's scheduler files have it (steps_offset 1).
+    T // S, so S=1 [1], S=2 [501, 1], as in Stable Diffusion's scheduler files (steps_offset 1).
     For S=T they are all T timesteps; diffusers would begin at T, which does not exist.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training is going to do, told before its first step: its length, and its evaluation's cost."""
+"""The plan of a training, logged before its first step: its length, and its evaluation's cost."""
 
 from __future__ import annotations
 

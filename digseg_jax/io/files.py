@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files that somebody else made: regular files of a bounded size, as bytes or lines of text."""
+"""Reads files from other sources: regular files of a bounded size, as bytes or lines of text."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def expanded(path: str | os.PathLike) -> Path:
-    """The path with ~ and ~NAME replaced; raises UserError where nobody knows that home."""
+    """The path with ~ and ~NAME replaced; raises UserError if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

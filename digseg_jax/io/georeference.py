@@ -50,7 +50,7 @@ def is_georeferenced(path: Path) -> bool:
 
 
 def _place_of(path: Path) -> Place | None:
-    """The place of a raster, from rasterio; None if it has none or is no raster."""
+    """The place of a raster, from rasterio; None if it has none or is not a raster."""
     import rasterio
 
     try:
@@ -65,7 +65,7 @@ def read_bands(data: bytes, most: int) -> np.ndarray | None:
     """Red, green and blue of a raster in memory, [h, w, 3] of its own type; see `rgb_bands`.
 
     Returns:
-      None without rasterio, for what is no raster, and for more than `most` pixels.
+      None without rasterio, for anything but a raster, and for more than `most` pixels.
     """
     if not has_rasterio():
         return None

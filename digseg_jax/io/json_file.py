@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the program's own JSON files, as carefully as if anybody could have changed them."""
+"""Reads the program's own JSON files, and checks them: anyone may have changed them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_keys(value: Mapping[str, Any], keys: Mapping[str, Kind]) -> None:
         if float in legal:
             legal += (int,)
 
-        # Python's bool is an int, but true is no number in JSON.
+        # Python's bool is an int, but true is not a number in JSON.
         wrong = not isinstance(found, legal) or (isinstance(found, bool) and bool not in legal)
         if wrong or (isinstance(found, float) and not math.isfinite(found)):
             names = " or ".join(k.__name__ for k in legal)

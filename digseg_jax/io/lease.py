@@ -79,7 +79,7 @@ def _new_claim() -> _Claim:
     """A claim of this process.
 
     Raises:
-      UserError: the environment variable is no positive number.
+      UserError: the environment variable is not a positive number.
     """
     text = os.environ.get(SECONDS, str(DEFAULT_SECONDS))
     try:
@@ -135,7 +135,7 @@ def _renew(path: epath.Path, held: _Claim, ended: threading.Event) -> None:
             if now.generation != "0":
                 _give_way(path, held, now)
 
-            # Somebody removed the object: nobody has claimed the folder meanwhile.
+            # The object was removed, and no other process has claimed the folder since.
             held = dataclasses.replace(held, generation="0")
 
 
@@ -170,7 +170,7 @@ def _read(path: epath.Path, owner: str = "") -> _Claim:
     except FileNotFoundError:
         return _Claim("0")
 
-    # Whatever it holds, it is somebody's until it has stayed the same for long enough.
+    # Whatever its content, it counts as held until it has not changed for long enough.
     names = {key.lower(): value for key, value in headers.items()}
     generation = str(names["x-goog-generation"])
     try:

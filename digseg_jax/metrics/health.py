@@ -34,7 +34,7 @@ def mask_health(
     covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
     overlaps, areas = by_region(overlaps, areas, covers)
 
-    # An image without a labeled pixel judges nothing: its classes are not absent, but unknown.
+    # An image without labeled pixels is left out: its classes are unknown rather than absent.
     present, absent = areas > LEAST_SHARE * pixels, (areas == 0) & (pixels > 0)
 
     # Query i on class i: the diagonal of each image's counts.

@@ -129,8 +129,8 @@ class ParallelAttention(Attention):
         context: Float[Array, "b m d"] | None = None,
         mask: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b l c"]:
-        # One prompt for all examples, repeated before it is projected: the same products, to the last
-        # bit, as of a network that gets the prompt as its text.
+        # One prompt for all examples, repeated before it is projected: bit for bit, the products of a
+        # network that gets the prompt as its text.
         prompt = self.compute.weights(self.prompt.embedding[...].astype(self.compute.dtype))
         own = super().__call__(x, jnp.broadcast_to(prompt, (x.shape[0], *prompt.shape)))
         return own + self.scale[...].astype(self.compute.dtype) * self.text(x, context, mask)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Base class of the model configs: converts a hub's `config.json` to a frozen dataclass and back.
 
-Such a file comes from anybody, and every setting in it was written for another program. Here it is
-judged as a whole, before anything is built: a setting that could change the numbers and that this port
-does not know is refused by name, and so are sizes that no model of this kind has.
+Anyone may have written such a file, and its settings are meant for another program. It is checked as a
+whole before anything is built: a setting that could change the numbers and that this port does not know
+is rejected by name, and so are sizes that no model of this kind has.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _fits(key: str, value: Any, hint: Any) -> bool:
         legal = isinstance(value, tuple) and 0 < len(value) <= MOST_LEVELS
         return legal and all(_fits(key, v, item) for v in value)
 
-    # Python's bool is an int, but true is no number in JSON.
+    # Python's bool is an int, but true is not a number in JSON.
     if hint is int:
         return type(value) is int and _least(key) <= value <= _most(key)
     if hint is float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a U-Net has for text beyond Stable Diffusion's: which parameters, and where they start.
+"""The U-Net's text parameters that Stable Diffusion lacks, and their initial values.
 
 Text enters through adapters before the cross-attention (`models.text_adapters`), through a second
 cross-attention beside it (`models.attention.ParallelAttention`), or both. Its tokens may be marked.
@@ -45,7 +45,7 @@ def lacking(stored: UNetConfig, wanted: UNetConfig) -> tuple[str, ...]:
 
 
 def start_branch(params: Params, prompts: Sequence[Float[Array, "m d"]]) -> Params:
-    """Lets the second attentions start where they add nothing and their first update means something.
+    """Initializes the second attentions: they add nothing yet, but their gradients are useful.
 
     Each gets the prompt of its level, and the first attention's projections of queries, keys and values
     where the widths agree. Its output projection stays as it is: at zero.

@@ -98,7 +98,7 @@ class UNetConfig(HubConfig):
         "attention_type": "default",
     }
 
-    # Of the attention's precision, of embeddings that are off, of training, and the notes of exports.
+    # Settings of the attention's precision, of training and of unused embeddings, and exporters' notes.
     HARMLESS: ClassVar = frozenset({
         "upcast_attention", "dropout", "addition_embed_type_num_heads",
         "addition_time_embed_dim", "projection_class_embeddings_input_dim",
@@ -143,11 +143,11 @@ class UNetConfig(HubConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json, made so that diffusers' own class does not misuse the weights.
+        """The content of a config.json that keeps diffusers' own class from misusing the weights.
 
-        With adapters, a parallel attention to the text or marks, which that class would drop, a key it
-        checks makes it raise, and NOTE is in the message. Without them it computes the same from both
-        latents; there NOTE is a key that it does not know, about which it warns.
+        That class would silently drop adapters, a parallel attention to the text, or marks. With any of
+        them, a key that it checks makes it raise, with NOTE in the message. Without them it computes
+        the same from both latents, and warns about NOTE, a key that it does not know.
         """
         values = super().to_dict()
         if self.text_adapters or self.prompt_length or self.mark_width:

@@ -48,7 +48,8 @@ class TinyVaeConfig(HubConfig):
         "upsampling_scaling_factor": 2,
         "shift_factor": 0.0,
     }
-    HARMLESS: ClassVar = frozenset({"block_out_channels", "force_upcast"})  # the first: of the encoder
+    # The first repeats the encoder's channels.
+    HARMLESS: ClassVar = frozenset({"block_out_channels", "force_upcast"})
 
     def __post_init__(self):
         sides = {
@@ -168,7 +169,10 @@ class AutoencoderTiny(nnx.Module):
         remat: str = "none",
         weights: WeightsFn = as_it_is,
     ):
-        del attention, remat  # no attention, nothing to recompute; taken so that all models have them
+        del (
+            attention,
+            remat,
+        )  # every model takes them; here there is nothing to choose
         options: Shared = {"compute": Compute(dtype, conv, weights=weights), "rngs": rngs}
         self.config = config
         self.encoder = TinyEncoder(config, **options)

@@ -184,7 +184,7 @@ def _scheduler(diffusion: DiffusionConfig, spacing: str) -> dict[str, Any]:
         "rescale_betas_zero_snr": diffusion.zero_snr,
         "timestep_spacing": spacing,
         "set_alpha_to_one": True,
-        "steps_offset": 1,  # of leading timesteps only, as diffusion.ddim has it
+        "steps_offset": 1,  # applies to leading timesteps only, see diffusion.ddim
         "clip_sample": False,
     }
 

@@ -198,7 +198,7 @@ def write_prediction(
 
     masks: the probabilities of each query, in their order; taken one at a time, so that a large image
     and many queries need no more memory than one mask. colors: of the queries; `query_colors` if left
-    out. advance: told after each query how many of how many are written.
+    out. advance: called after each query with the number written and the total.
 
     Raises:
       UserError: a file cannot be written, or would replace the image itself.

@@ -23,7 +23,7 @@ from digseg_jax.io.raster import Raster
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.files import find_images, find_queries, query_colors, read_rgb
-from digseg_jax.prediction.known_names import far_queries, told
+from digseg_jax.prediction.known_names import far_line, far_queries
 from digseg_jax.prediction.labeling import labeling_file, write_labeling
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
 from digseg_jax.prediction.raster import is_large, segment_raster, write_large
@@ -83,7 +83,7 @@ def predict(
         if jobs:
             segmenter = load_segmenter(folder, config)
             if far := far_queries(segmenter, texts):
-                log.info("%s", told(far))
+                log.info("%s", far_line(far))
             broken += _segment_files(segmenter, sampling, seed, jobs, texts, colors, identity)
 
         # One file for a labeling tool, of all images whose masks are there.

@@ -15,8 +15,8 @@ from digseg_jax.training.tasks.parts import encode_bank
 # Cosine of mean token features: of MiniLM, synonyms of trained names have 0.54 ("ocean", "water") to
 # 0.86 ("automobile", "car"); unrelated words mostly less.
 FAR = 0.54
-NEAREST = 3  # names that are told for a query
-MOST = 5  # queries that are told with their nearest names; of others only the number
+NEAREST = 3  # names listed for a query
+MOST = 5  # queries listed with their nearest names; the rest are only counted
 
 
 class Far(NamedTuple):
@@ -44,7 +44,7 @@ def far_queries(segmenter: PretrainedSegmenter, queries: Sequence[str]) -> list[
     ]
 
 
-def told(far: Sequence[Far]) -> str:
+def far_line(far: Sequence[Far]) -> str:
     """One line about the queries that are far from the training, the first few by name."""
     listed = "; ".join(f"{f.query!r} (nearest: {', '.join(f.nearest)})" for f in far[:MOST])
     if len(far) > MOST:

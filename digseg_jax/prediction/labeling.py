@@ -30,7 +30,7 @@ def labeling_file(kind: str, out: Path, planned: Sequence[PredictionFiles]) -> P
     """The file of a kind in the folder `out`.
 
     Raises:
-      UserError: `out` is no folder, or an image's prediction has a file of that name.
+      UserError: `out` is not a folder, or an image's prediction has a file of that name.
     """
     if out.suffix.lower() == ".png":
         raise UserError(

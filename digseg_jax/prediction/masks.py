@@ -120,8 +120,8 @@ class Masks:
     ) -> dict[str, Any]:
         """Writes the files of a prediction under the given names; returns the content of NAME.json.
 
-        advance: told how many of how many masks are written, unless the network runs between them: that
-        progress has been asked for already.
+        advance: called after each mask with the number written and the total. It is not called if the
+        network runs between the masks, whose progress was asked for with them.
         """
         told = None if isinstance(self._answer, GroupedAnswer) else advance
         return write_prediction(files, self.image, self.queries, self, self.facts, self.colors, told)

@@ -21,10 +21,10 @@ from digseg_jax.weights.safetensors_io import weight_files
 def identity_of(
     folder: Path, settings: Sequence[Any], queries: Sequence[str], colors: Sequence[Any]
 ) -> str:
-    """Tells predictions apart whose files differ: by weights, settings, queries, colors or version.
+    """Digest of all that a prediction's files depend on: weights, settings, queries, colors, version.
 
-    Weights are told by their description, sizes and times, as reading them would take longer than an
-    image; a copy of them counts as another model.
+    Weights are identified by their description, sizes and times, as reading them would take longer
+    than an image; a copy of them counts as another model.
 
     Args:
       folder: the exported weights.

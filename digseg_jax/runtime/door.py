@@ -45,7 +45,7 @@ def tell(error: BaseException) -> int:
         why = f"another process of the run, or a service, does not answer ({error})"
         return _one_line(f"{why[:600]}; this is temporary: start the same command again", PREEMPTED)
 
-    # What a disk or a path refuses is no defect of the program, whatever its number.
+    # An error of a disk or a path is not a defect of the program, whatever its errno.
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return _one_line(f"{error.filename}: {error.strerror}", USER_ERROR)
     if isinstance(error, OSError) and error.errno in _OF_DISKS:

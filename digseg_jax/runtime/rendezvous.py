@@ -3,9 +3,9 @@
 
 `jax.distributed.initialize` ends in a C++ abort when a process is missing and in a segmentation fault
 when the port is taken; neither names the process, the address or the port. So process 0 first listens
-on the coordinator's port until all processes have called, tells everybody the outcome, and leaves the
-port to JAX. The messages are one JSON line each way. Each proves that its sender knows the run's token,
-which the launch scripts make up and hand to every process; without a token, anybody can call.
+on the coordinator's port until all processes have called, sends every process the outcome, and leaves
+the port to JAX. The messages are one JSON line each way. Each proves that its sender knows the run's
+token, which the launch scripts make up and hand to every process; without a token, anyone can call.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Stranger:
 def _collect(call: _Call, servers: list[socket.socket], present: dict[int, socket.socket]) -> None:
     """Adds callers to `present` by their number, until all are there or the time is over.
 
-    All are heard at once: one that says nothing, or a byte now and then, keeps nobody waiting.
+    All connections are read concurrently: a silent or a slow one delays no other.
     """
     with selectors.DefaultSelector() as selector:
         for server in servers:

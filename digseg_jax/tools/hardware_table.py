@@ -80,7 +80,7 @@ class Needs:
 
 
 def _hours(seconds: float) -> str:
-    """Hours with two digits; less than a hundredth is told as such."""
+    """Hours with two digits; less than a hundredth is shown as such."""
     return f"{seconds / HOUR:.2g}" if seconds >= 36 else "<0.01"
 
 
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_log()
         jax.config.update("jax_platforms", "cpu")
 
-        # A page without a place for the table is told before the minutes that it takes.
+        # Check the page's place for the table before the minutes that the table takes.
         page = arguments.into.read_text(encoding="utf-8") if arguments.into else ""
         insert("", page or BEGIN + END)
         made = table(arguments.configs)

@@ -161,7 +161,7 @@ class Trainer:
         )
 
     def _check_examples(self, stored: dict[str, list[Any]]) -> None:
-        """Raises UserError for other training examples than the checkpoint's, unless told to go on."""
+        """Raises UserError for other training examples than the checkpoint's, unless accepted."""
         for name, (count, names) in self.examples.items():
             before, digest = stored.get(name, (count, names))
             same = before == count and (digest == names or not digest or not names)
@@ -330,7 +330,7 @@ class Trainer:
         checkpointer.save(step, state, meta, extra or None)
 
     def _save_failure(self, error: NotFinite, checkpointer: Checkpointer) -> str:
-        """Saves the batch of the step that failed, drawn once more; returns advice for a person."""
+        """Draws the failed step's batch again and saves it; returns advice for the user."""
         with self.batches(error.step - 1) as stream:
             batch = next(stream)
 
@@ -341,7 +341,7 @@ class Trainer:
             with explained(f"{self.workdir}/failure", "cannot be written"):
                 folder = save_failure(self.workdir, error, batch, self.config.seed, last)
             kept += f", the batch in {folder}; {REPLAY.format(workdir=self.workdir)}"
-        except UserError as failed:  # such as a full disk: the loss is still what must be told
+        except UserError as failed:  # such as a full disk: the loss must be reported all the same
             kept += f", the batch is not: {failed}"
 
         optim = self.config.optim

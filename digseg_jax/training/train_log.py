@@ -106,7 +106,7 @@ class TrainLog:
         due = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
         line = f"the last step is due in {format_duration(seconds)}, at {due:%Y-%m-%d %H:%M}"
 
-        # A process can only ask its own devices, and CPUs tell nothing.
+        # A process can query only its own devices, and CPUs report nothing.
         own = next(d for d in self.devices if d.process_index == jax.process_index())
         stats = own.memory_stats() or {}
         if "peak_bytes_in_use" in stats and "bytes_limit" in stats:

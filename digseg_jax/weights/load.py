@@ -107,8 +107,8 @@ def load_params(
           process places its own shards only.
 
     Raises:
-        UserError: not found, unreadable, keys that do not match one to one, or values that are no
-          numbers.
+        UserError: not found, unreadable, keys that do not match one to one, or values that are not
+          finite.
     """
     component, _, infos, folder = open_component(path_or_hub_id, subfolder, _names(expect))
     return _read(component, infos, folder, abstract_params, param_dtype, shardings)
@@ -245,7 +245,7 @@ def _read(
 
 
 def _check_finite(tensor: np.ndarray, key: str, source: str) -> None:
-    """Raises UserError for a value that is no number: with it, every mask would be empty."""
+    """Raises UserError for nan or infinity in a tensor: every mask would be empty."""
     # A sum takes a fraction of the time, and no memory; it may be too large for a float by itself.
     with np.errstate(over="ignore", invalid="ignore"):
         total = tensor.sum(dtype=np.float32)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from digseg_jax import load_segmenter
-from digseg_jax.prediction.known_names import Far, far_queries, told
+from digseg_jax.prediction.known_names import Far, far_line, far_queries
 
 
 def test_synonyms_are_near_and_other_things_are_far():
@@ -15,11 +15,11 @@ def test_synonyms_are_near_and_other_things_are_far():
     far = far_queries(segmenter, ["water", "guitar", "kitten"])
     assert [found.query for found in far] == ["guitar", "kitten"]
     assert set(far[0].nearest) <= set(segmenter.description.classes)
-    assert "'guitar' (nearest: " in told(far) and "\n" not in told(far)
+    assert "'guitar' (nearest: " in far_line(far) and "\n" not in far_line(far)
 
 
 def test_the_line_stays_short_for_a_long_vocabulary():
-    line = told([Far(f"word {i}", ("water",)) for i in range(90)])
+    line = far_line([Far(f"word {i}", ("water",)) for i in range(90)])
     assert line.endswith("'word 4' (nearest: water); and 85 more of the queries")
 
 

@@ -122,7 +122,7 @@ def winograd_conv(x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"]) -
     """Convolves with zero padding 1 and half the products: Winograd along rows, plain along columns.
 
     Raises:
-      TypeError: w is no multiple of 4 (from the reshape).
+      TypeError: w is not a multiple of 4 (from the reshape).
     """
     b, h, w, c = x.shape
 

@@ -56,7 +56,7 @@ def fused(
       interpret: run the kernel's semantics on any platform, slowly; for tests.
 
     Raises:
-      ValueError: n is no multiple of 128.
+      ValueError: n is not a multiple of 128.
     """
     if len(x) % ROWS[-1]:
         raise ValueError(f"{len(x)} positions; legal: multiples of {ROWS[-1]}")

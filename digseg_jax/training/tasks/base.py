@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The face of a task to the training loop."""
+"""The interface between a task and the training loop."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _MOST_POINTS = 1_000_000  # numbers of a polygon
 
 
 def annotation_files(root: Path) -> dict[str, Path]:
-    """The annotation file of each split; empty if the folder is no such export."""
+    """The annotation file of each split; empty if the folder is not such an export."""
     found = {path.parent.name: path for path in sorted(root.glob(f"*/{_ROBOFLOW}"))}
     found = found or {
         path.stem.removeprefix("instances_"): path for path in sorted(root.glob(_INSTANCES))

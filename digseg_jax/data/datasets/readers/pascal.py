@@ -214,7 +214,7 @@ def read_list(path: Path) -> list[str]:
     """First word of each line of an image-set file.
 
     Raises:
-      UnreadableError: not UTF-8, or words that are no image names.
+      UnreadableError: not UTF-8, or words that are not image names.
     """
     words = [text.split()[0] for _, text in read_lines(path)]
 

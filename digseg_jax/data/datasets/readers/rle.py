@@ -12,7 +12,7 @@ def decode(counts: str | list[int], height: int, width: int) -> np.ndarray:
     """Decodes runs to a mask, bool [h, w].
 
     Raises:
-      ValueError: the runs do not fill the mask, or are no runs.
+      ValueError: the runs do not fill the mask, or are not runs.
     """
     runs = unpack(counts) if isinstance(counts, str) else [int(c) for c in counts]
     if any(r < 0 for r in runs) or sum(runs) != height * width:
