@@ -111,6 +111,16 @@ def test_every_module_and_file_that_is_named_exists(path):
     assert [name for name in files if not (ROOT / name).is_file()] == []
 
 
+def test_the_places_that_the_package_names_are_there():
+    """`Class.method` in [file.py](file.py)."""
+    package = ROOT / "digseg_jax"
+    places = re.findall(r"`([\w.]+)` in \[([\w/]+\.py)\]", (package / "README.md").read_text())
+    assert len(places) > 5
+    for name, file in places:
+        source = (package / file).read_text()
+        assert all(re.search(rf"(class|def) {part}\b", source) for part in name.split(".")), name
+
+
 @EVERY_DOCUMENT
 def test_every_version_of_an_experiment_exists(path):
     for file, version in re.findall(r"(configs/\w+\.py):(\w+)", path.read_text()):

@@ -127,7 +127,7 @@ def _remat(remat: str, kept: Callable[[str], float], needs: Needs) -> list[str]:
         if then < now:
             total = needs.arguments + max(needs.temporaries - now, 0.0) + then
             lines.append(
-                f"rematerialisation: config.compute.remat={mode} keeps {then / GB:.2f} instead of "
+                f"rematerialization: config.compute.remat={mode} keeps {then / GB:.2f} instead of "
                 f"{now / GB:.2f} GB for the backward pass, about {total / GB:.2f} GB in all"
                 f"{_verdict(total, needs)}"
             )

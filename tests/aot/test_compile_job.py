@@ -206,7 +206,7 @@ def test_the_unet_alone_computes_less_than_the_step(compiled, folders, tmp_path)
     assert alone["flops"] < compiled[0]["flops"]
 
 
-def test_rematerialisation_is_no_part_of_the_models_flops(folders):
+def test_rematerialization_is_no_part_of_the_models_flops(folders):
     parts = Architecture.of(config(folders).model)
     modes = ("none", "block")
     tasks = [programs.abstract_task(config(folders, compute__remat=mode), parts) for mode in modes]
@@ -214,7 +214,7 @@ def test_rematerialisation_is_no_part_of_the_models_flops(folders):
     assert counted[0] == counted[1] > 0
 
 
-def test_what_the_backward_pass_keeps_shrinks_with_rematerialisation(folders):
+def test_what_the_backward_pass_keeps_shrinks_with_rematerialization(folders):
     parts = Architecture.of(config(folders).model)
     kept = {}
     for mode in ("none", "block"):

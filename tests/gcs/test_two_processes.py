@@ -24,7 +24,7 @@ from server import BUCKET, serve  # noqa: E402
 pytestmark = pytest.mark.usefixtures("cover")
 INTERVAL = 3
 WEIGHTS = "export/diffusion_pytorch_model.safetensors"
-GRACE = 20.0  # seconds that a process has to notice that the other one is gone
+GRACE = 5.0  # seconds that a process gets to notice that the other one is gone
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rematerialised block keeps beside its input."""
+"""What a rematerialized block keeps beside its input."""
 
 from __future__ import annotations
 

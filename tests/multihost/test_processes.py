@@ -20,7 +20,7 @@ from digseg_jax.errors import PREEMPTED, USER_ERROR
 
 pytestmark = pytest.mark.usefixtures("cover")
 STEPS = 20
-GRACE = 20.0  # seconds that a process has to notice that the other one is gone
+GRACE = 5.0  # seconds that a process gets to notice that the other one is gone
 
 
 def flags(folder, folders, workdir, **changes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step: accumulation, rematerialisation, precision and freezing change nothing else."""
+"""One optimizer step: accumulation, rematerialization, precision and freezing change nothing else."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class TestAccumulation:
         assert "config.compute.accumulation=4" in message
 
 
-class TestRematerialisation:
+class TestRematerialization:
     @pytest.mark.parametrize("mode", [m for m in remat.MODES if m != "none"])
     def test_it_changes_no_gradient(self, mode, folders, reference):
         config = tiny.config(folders, compute__remat=mode, **OPTIONS)
