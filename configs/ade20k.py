@@ -3,10 +3,9 @@
 
     python -m digseg_jax.main --config=configs/ade20k.py --config.data.root=DIR --workdir=RUN
 
-The model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has under
-another name, as in configs/ade20k.py:sd15_epsilon.
-Not run yet: neither the checkpoint nor the images were at hand. Whose choice a setting is: the comments
-here and in digseg_jax/recipes.py.
+The model comes from the hub: Stable Diffusion 2.1, or another one of digseg_jax/recipes.py, as in
+configs/ade20k.py:sd15_epsilon. Comments here and there say where each setting is from.
+Not run yet: the checkpoint and the images were not available.
 """
 
 from digseg_jax.recipes import stable_diffusion

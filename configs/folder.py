@@ -7,9 +7,9 @@ classes.txt is described in digseg_jax/data/datasets/readers/folder.py.
 configs/folder.py:small starts from the shipped segmenter: two cores, nothing downloaded. Images are
 seen with a short side of 128 pixels, so what is thinner than a hundredth of an image is lost.
 
-Without :small the model comes from the hub: Stable Diffusion 2.1, or what digseg_jax/recipes.py has
-under another name, as in configs/folder.py:sd15_epsilon. That has not been run yet: the checkpoint was
-not at hand. Whose choice a setting is: the comments here and in digseg_jax/recipes.py.
+Without :small the model comes from the hub: Stable Diffusion 2.1, or another one of
+digseg_jax/recipes.py, as in configs/folder.py:sd15_epsilon. That has not been run yet: the checkpoint
+was not available. Comments here and in digseg_jax/recipes.py say where each setting is from.
 """
 
 from digseg_jax.config import default

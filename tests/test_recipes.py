@@ -17,7 +17,7 @@ from digseg_jax.config.schema import Config, DataConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.recipes import RECIPES, VERSIONS, stable_diffusion
-from digseg_jax.training.tasks.parts import Vae, check_sizes
+from digseg_jax.training.tasks.parts import Vae, check_size
 from digseg_jax.weights.catalog import find, hub_id
 from digseg_jax.weights.hub import _HUB_ID
 
@@ -83,7 +83,9 @@ def test_crops_and_views_are_of_sizes_that_the_models_halve(name):
     for version in (*VERSIONS, *SMALL.get(name, ())):
         config = parse(get_config(name, version))
         architecture = Architecture.of(config.model)
-        check_sizes(config.data, config.eval, Vae(None, architecture.vae), architecture.unet)
+        parts = Vae(None, architecture.vae), architecture.unet
+        check_size("data.image_size", config.data.image_size, *parts)
+        check_size("eval.view_size", config.eval.view_size, *parts)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ml_collections loads files its own way

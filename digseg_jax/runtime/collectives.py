@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from digseg_jax.arraytypes import UInt8
 from digseg_jax.errors import UserError
 from digseg_jax.runtime.distributed import is_main
 
@@ -55,9 +56,8 @@ def gather_all(value: Any) -> list[Any]:
 
     # Two rounds, sizes first: an all-gather needs arrays of one shape on all processes.
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).ravel()
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    every = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(_padded(text, int(sizes.max()))))
+    every = every.astype(np.uint8)
     every = every.reshape(len(sizes), -1)
     return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
@@ -70,8 +70,20 @@ def tell_all(value: Any) -> Any:
 
     # Two rounds, the size first: a broadcast needs arrays of one shape on all processes.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size if is_main() else 0)))
-    told = multihost_utils.broadcast_one_to_all(text if is_main() else np.zeros(size, np.uint8))
-    return json.loads(np.asarray(told).astype(np.uint8).tobytes())
+    own = _padded(text if is_main() else text[:0], size)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8)
+    return json.loads(received[:size].tobytes())
+
+
+def _padded(text: UInt8[np.ndarray, " n"], size: int) -> UInt8[np.ndarray, " m"]:
+    """Text in an array with room for `size` bytes.
+
+    Its length is a power of two: every length is a program of its own, which takes time to compile and
+    stays in memory, and texts of all sizes are sent.
+    """
+    array = np.zeros(2 ** max(size - 1, 1).bit_length(), np.uint8)
+    array[: text.size] = text
+    return array
 
 
 def check_all_agree(values: Mapping[str, Any]) -> None:
