@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def code_of(text: str) -> Iterator[str]:
     yield from re.findall(r"`([^`\n]+)`", prose)
 
 
+@functools.cache
 def module_file(name: str) -> Path | None:
     """The file that `python -m NAME` runs; None: there is none."""
     spec = importlib.util.find_spec(name)
@@ -50,6 +52,7 @@ def module_file(name: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin else None
 
 
+@functools.cache
 def argparse_flags(path: Path) -> set[str]:
     """Names of the options that a file adds to its parsers."""
     found = {"help"}
@@ -71,8 +74,12 @@ def legal_flags(code: str) -> set[str]:
     if named and named[1] != main.__name__:
         file = module_file(named[1])  # a module that does not exist is another test's finding
         return argparse_flags(file) if file else set()
-    if named:
-        return main_flags()
+    return main_flags() if named else our_flags()
+
+
+@functools.cache
+def our_flags() -> set[str]:
+    """The flags of all scripts and tools."""
     scripts = {f for path in (ROOT / "launch").glob("*.sh") for f in FLAG.findall(path.read_text())}
     tools = [*(ROOT / "digseg_jax" / "tools").glob("*.py"), *(ROOT / "tests").glob("*/__main__.py")]
     return main_flags() | scripts | set().union(*map(argparse_flags, tools))
