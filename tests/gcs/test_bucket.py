@@ -128,7 +128,7 @@ def test_a_store_that_stays_broken_ends_the_run_loudly_and_older_checkpoints_sta
 ):
     process = start(
         store, tmp_path, folders, "run", train__steps=100000, checkpoint__every=20,
-        checkpoint__timeout=60.0,
+        checkpoint__timeout=30.0,
     )  # fmt: skip
     process.when(lambda: len(store.steps("run")) >= 2)
     store.mode, store.only_writes = status, True

@@ -20,17 +20,18 @@ from digseg_jax.weights import save_component
 
 DEVICES = 8
 LEVELS = (32, 64, 128, 128)
-# Stable Diffusion's levels, attention places and layers of a level; a tenth of its channels
+# Stable Diffusion's levels and attention places, with a tenth of its channels and one layer a level
 UNET = UNetConfig(
     sample_size=8,
     block_out_channels=LEVELS,
     down_block_types=(*[DOWN_TYPES[0]] * 3, DOWN_TYPES[1]),
     up_block_types=(UP_TYPES[1], *[UP_TYPES[0]] * 3),
+    layers_per_block=1,
     norm_num_groups=8,
     attention_head_dim=8,
     cross_attention_dim=32,
 )
-VAE = VaeConfig(block_out_channels=LEVELS, norm_num_groups=8, sample_size=64)
+VAE = VaeConfig(block_out_channels=LEVELS, layers_per_block=1, norm_num_groups=8, sample_size=64)
 
 
 @pytest.fixture(scope="module")
