@@ -101,11 +101,14 @@ def _convolution_flops(
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
     if not labels:
         return 0.0
+
+    # The window's settings, and the size of each labeled dimension.
     given = re.search(r"window=\{(.*?)\}", instruction.text)
     window = dict(part.split("=") for part in given[1].split()) if given else {}
     sizes = zip(labels.groups(), (left, right, instruction.shapes[0].dims), strict=True)
     image, kernel, out = (dict(zip(names, dims, strict=True)) for names, dims in sizes)
 
+    # Count the window places that meet data, axis by axis.
     places = 1
     for axis, label in enumerate(sorted(x for x in out if x.isdigit())):
         low = int(_of_axis(window, "pad", axis, "0_0").split("_")[0])

@@ -166,6 +166,8 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
             f"config.data.name_dropout={data.name_dropout}: config.model.codec={model.codec!r} does "
             f"not use it, only {legal}; leave it at 0.0"
         )
+
+    # Without its words, a query needs a sentence token beside them.
     if data.word_dropout and queries.pooled:
         raise UserError(
             f"config.data.word_dropout={data.word_dropout}: config.model.codec={model.codec!r} reads "

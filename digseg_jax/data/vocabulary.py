@@ -58,17 +58,18 @@ def vocabularies(config: DataConfig) -> list[Vocabulary]:
 
 
 def foreign_rows(config: DataConfig) -> list[tuple[tuple[tuple[int, ...], ...], ...]]:
-    """For each part of the mixture the bank's rows of what its images cannot show.
+    """Rows of the bank, for each part of the mixture, of what its images cannot show.
 
     Returns:
       [part][other part][class] -> the rows of the class's prompts. Left out are classes that `may_show`
       names or whose group it names, unasked ones, those without a group, and those that share a name
-      with one of the part's own classes: of them the labels know nothing, or something else.
+      with one of the part's own classes: the labels do not say whether the image shows them.
     """
     parts = parts_of(config)
     specs, words = [spec_of(part) for part in parts], vocabularies(config)
     names = [[_texts(c) for c in spec.classes] for spec in specs]
 
+    # Names that a part may show, against the classes of every other part.
     found = []
     for k, part in enumerate(parts):
         known = {name for own in names[k] for name in own} | {name.lower() for name in part.may_show}

@@ -157,6 +157,8 @@ class BasicTransformerBlock(nnx.Module):
         options: Shared = {"compute": compute, "rngs": rngs}
         self.norm1 = layer_norm(features, **options)
         self.attn1 = Attention(features, features, heads, **options)
+
+        # Cross-attention to the text, alone or beside one to a prompt of its own.
         self.norm2 = layer_norm(features, **options)
         if prompt_length:
             self.attn2: Attention = ParallelAttention(
@@ -169,6 +171,7 @@ class BasicTransformerBlock(nnx.Module):
             )
         else:
             self.attn2 = Attention(features, context_features, heads, **options)
+
         self.norm3 = layer_norm(features, **options)
         self.ff = FeedForward(features, **options)
 

@@ -119,6 +119,7 @@ def _unfinished(
 
     resumes: leave out what is complete and would be the same, and say so.
     """
+    # A file that cannot be read is found when it is compared with its finished prediction.
     jobs: list[Job] = []
     broken = []
     for image, files in zip(images, planned, strict=True):

@@ -79,6 +79,8 @@ def label_studio_of(found: Sequence[Content]) -> list[dict[str, Any]]:
     for one in found:
         (image,) = one["images"]
         names = {category["id"]: category["name"] for category in one["categories"]}
+
+        # A brush region for each mask.
         results = [
             {
                 "id": str(annotation["id"]),
@@ -97,6 +99,7 @@ def label_studio_of(found: Sequence[Content]) -> list[dict[str, Any]]:
             }
             for annotation in one["annotations"]
         ]
+
         data = {"image": f"/data/local-files/?d={image['file_name']}"}
         tasks.append({
             "data": data, "predictions": [{"model_version": "digseg_jax", "result": results}]

@@ -64,6 +64,8 @@ def find_cluster(
     """
     if not timeout > 0:
         raise UserError(f"--start_timeout={timeout}: must be above 0 seconds")
+
+    # All three flags.
     if coordinator is not None and num_processes is not None and process_id is not None:
         split_address(coordinator)
         if num_processes < 1 or not 0 <= process_id < num_processes:
@@ -73,6 +75,7 @@ def find_cluster(
             )
         return Cluster(coordinator, num_processes, process_id)
 
+    # Some of them, or none: then the machine may describe a cluster.
     given = {
         "coordinator": coordinator, "num_processes": num_processes, "process_id": process_id
     }  # fmt: skip

@@ -56,6 +56,7 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], source:
             root = _client_snapshot(repository, revision, patterns)
             _check_new_files(root, started)
             return root
+
         # The client's HTTP library and Xet raise exceptions of their own, without a common base.
         except Exception as error:
             reason, passing = _explain(error, repository, revision)

@@ -220,6 +220,7 @@ def _vae(infos: Infos) -> tuple[dict[str, Any], Infos]:
     def from_below(match: re.Match[str]) -> str:
         return f"decoder.up_blocks.{last - int(match[1])}."
 
+    # On the way up the levels are numbered from the image, in diffusers from below.
     upward = ((r"\.block\.", ".resnets."), (r"\.upsample\.", ".upsamplers.0."))
     found: Infos = {}
     for key, info in _renamed(infos, _VAE).items():
@@ -245,15 +246,17 @@ def _text_2x(infos: Infos) -> tuple[dict[str, Any], Infos]:
     """OpenCLIP's text encoder without its last layer: Stable Diffusion 2.x reads the one before."""
     last = f"encoder.layers.{_count(infos, 'transformer.resblocks.') - 1}."
     dropped = ("text_projection", "logit_scale", "attn_mask", last)
+
     found: Infos = {}
     for key, info in _renamed(infos, _TEXT_2X).items():
-        # Query, key and value are the thirds of one tensor.
         whole = re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", key)
         if key.startswith(dropped):
             continue
         if whole is None:
             found[key] = info
             continue
+
+        # Query, key and value are the thirds of one tensor.
         size = info.shape[0] // 3
         for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
             third = info._replace(shape=(size, *info.shape[1:]), rows=(i * size, (i + 1) * size))

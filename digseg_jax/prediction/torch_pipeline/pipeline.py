@@ -95,11 +95,14 @@ class DigsegPipeline(DiffusionPipeline):
         ids, mask = (torch.tensor(x, device=device) for x in (found.input_ids, found.attention_mask))
         mask = mask if s["mask_padding"] else torch.ones_like(mask)
         out = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
-        tokens = out.last_hidden_state
+
         # Hidden states of earlier layers are not normalized yet.
+        tokens = out.last_hidden_state
         if s["text_skip_layers"]:
             tower = getattr(self.text_encoder, "text_model", self.text_encoder)
             tokens = tower.final_layer_norm(out.hidden_states[-1 - s["text_skip_layers"]])
+
+        # One token for each text, or all of them, with their mean behind them if it was trained.
         if s["marks"] and self.text_encoder.config.model_type.startswith("clip"):
             # the token that ends the text: the largest id where an old file names a wrong one
             last = self.text_encoder.config.eos_token_id

@@ -29,6 +29,8 @@ class AutoencoderTask(Task):
     def __init__(self, arch: VaeArch, compute: ComputeConfig, *, dtype: str, size: int, seed: int):
         self.seed, self.kl_weight = seed, arch.kl_weight
         self.color_weight, self.carry_colors = arch.color_weight, arch.carry_colors
+
+        # The structure and the parameters' shapes; nothing is allocated.
         self.config = VaeConfig(
             block_out_channels=arch.block_out_channels,
             layers_per_block=arch.layers_per_block,
@@ -59,14 +61,19 @@ class AutoencoderTask(Task):
         keys: Array,
         whole: Batch | None = None,
     ) -> tuple[Array, dict[str, Array]]:
+        # Images and one mask of each, through the autoencoder.
         vae = functional.merge(self.graphdef, params)
         image = to_unit(batch["image"])
         mask = encode_binary(batch["label"], batch["query_class"][:, :1])[:, 0]
         both = jnp.concatenate([image, mask])
         posterior = vae.encode(both)
+
+        # A sample of the posterior; an image and its mask draw from the image's key.
         draws = jax.vmap(lambda k: jax.random.normal(k, (2, *posterior.mean.shape[1:])))(keys)
         noise = jnp.concatenate([draws[:, 0], draws[:, 1]])
         decoded = vae.decode(posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise)
+
+        # The errors of images and masks, and how far the posterior is from the prior.
         n = image.shape[0]
         error = decoded[:n] - image
         image_loss = jnp.abs(error).mean() + jnp.square(error).mean()
@@ -74,6 +81,7 @@ class AutoencoderTask(Task):
         kl = 0.5 * (jnp.square(posterior.mean) + jnp.exp(posterior.logvar) - 1 - posterior.logvar)
         color = color_error(error, self.config.factor)
         loss = image_loss + mask_loss + self.kl_weight * kl.mean() + self.color_weight * color
+
         metrics = {
             "image_mae": jnp.abs(error).mean(),
             "color_mae": color,

@@ -306,8 +306,11 @@ def encode_bank(
         raise UserError(
             f"config.model.max_tokens={length}: at most {tower.max_length} for this text tower"
         )
+
+    # Words without a token are worth a warning.
     if words := tower.tokenizer.unknown(prompts):
         _tell_unknown(tuple(words))
+
     bank = encode_prompts(
         tower.graphdef,
         tower.params,
@@ -319,6 +322,8 @@ def encode_bank(
         mask_padding=config.mask_padding or not tower.causal,
         pooled=pooled and tower.causal,
     )
+
+    # What follows the tokens, or takes their place.
     if pooled:
         return bank if tower.causal else only_sentence_token(bank)
     return with_sentence_token(bank) if config.sentence_token else bank

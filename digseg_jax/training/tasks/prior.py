@@ -52,6 +52,8 @@ class PriorTask(Task):
     ):
         self.seed, self.diffusion = seed, diffusion
         self.schedule = schedule_from(diffusion)
+
+        # Frozen parts: the autoencoder, and every caption encoded once.
         self.vae, vae_params = load_vae(model, compute)
         tower = load_tower(model)
         self.prompts = tuple(captions)
@@ -59,6 +61,8 @@ class PriorTask(Task):
             "vae": vae_params,
             "bank": bank_arrays(encode_bank(tower, self.prompts, model)),
         }
+
+        # A small U-Net, whose text adapters bring the tokens to its width.
         levels = len(arch.block_out_channels)
         self.unet_config = UNetConfig(
             sample_size=size // self.vae.config.factor,
@@ -75,6 +79,8 @@ class PriorTask(Task):
         )
         check_size("data.image_size", size, self.vae, self.unet_config)
         check_tokens(tower, self.unet_config)
+
+        # Its structure and the parameters' shapes; nothing is allocated.
         self.graphdef, self.abstract = functional.abstract(
             lambda: UNet2DConditionModel(
                 self.unet_config,
@@ -82,6 +88,8 @@ class PriorTask(Task):
                 **unet_options(model, compute),
             )
         )
+
+        # Memory of a train step, for the choice of mesh and microbatches.
         cells, channels = self.unet_config.sample_size**2, arch.block_out_channels[0]
         self._activations = activation_bytes(cells, channels, model.dtype, compute.remat)
 

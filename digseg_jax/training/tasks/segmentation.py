@@ -109,8 +109,7 @@ class SegmentationTask(Task):
         data, channels = self.config.data, self.unet_config.block_out_channels[0]
         masks = self.codec.num_images(data.num_queries)
         cells = masks * (data.image_size // self.vae.config.factor) ** 2
-        dtype, remat = self.config.model.dtype, self.config.compute.remat
-        return activation_bytes(cells, channels, dtype, remat)
+        return activation_bytes(cells, channels, self.config.model.dtype, self.config.compute.remat)
 
     def loss(
         self,
