@@ -73,7 +73,7 @@ def test_a_trainers_devices_hold_the_same(config, tmp_path):
 
 def test_so_do_those_of_a_latent_cache(config):
     before = held()
-    task = FrozenParts(config)
+    task = FrozenParts(config.data, config.model, config.compute)
     encoder = LatentEncoder(task, tiny.mesh(1, DEVICES), rows=DEVICES)
     images = np.zeros((3, 64, 64, 3), np.uint8)
     assert encoder.images(images).shape == (3, 8, 8, 4)
