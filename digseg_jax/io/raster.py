@@ -15,7 +15,9 @@ from digseg_jax.arraytypes import UInt8
 from digseg_jax.io.files import UnreadableError, shown
 from digseg_jax.io.georeference import DRIVER, Place, has_rasterio, quiet, rgb_bands
 
-_AS_STORED = (1, 3, 4)  # bands of 8 bits that are gray or colors already; others are stretched
+# Kinds of the bands of 8 bits that are gray or colors already; the numbers of others are stretched.
+_RGB = ["red", "green", "blue"]
+_AS_STORED = (["gray"], ["gray", "alpha"], ["palette"], _RGB, [*_RGB, "alpha"])
 _READ = 2**24  # values that are read at a time where the whole raster is looked through
 
 
@@ -47,6 +49,10 @@ class Raster:
         self._bands = rgb_bands(self._file)
         self._range: tuple[float, float] | None = None
 
+        # What the bands of 8 bits mean, as in an image file.
+        self._kinds = [color.name for color in self._file.colorinterp]
+        self._stored = self._file.dtypes[0] == "uint8" and self._kinds in _AS_STORED
+
     def __enter__(self) -> Self:
         return self
 
@@ -57,24 +63,36 @@ class Raster:
         """RGB of the rows from `first` up to, not including, `last`.
 
         Numbers of 8 bits are colors; of others the smallest in the raster becomes 0, the largest 255.
+        Transparent pixels are laid over white.
 
         Raises:
           UnreadableError: the file is damaged.
         """
-        values = self._read(first, last)
-        if self._file.dtypes[0] == "uint8" and self._file.count in _AS_STORED:
-            return values.astype(np.uint8)
+        values = self._read(self._bands, first, last)
+        if self._stored:
+            return self._colors(values, first, last)
 
         # float32 holds 16 bits exactly.
         low, high = self._limits()
         wide: np.ndarray = values.astype("float32" if values.dtype.itemsize <= 2 else "float64")
         return (np.where(np.isfinite(wide), wide - low, 0) * (255 / (high - low))).astype(np.uint8)
 
-    def _read(self, first: int, last: int) -> np.ndarray:
-        """Values [h, w, 3] of some rows."""
+    def _colors(self, values: np.ndarray, first: int, last: int) -> UInt8[np.ndarray, "h w 3"]:
+        """RGB of values of 8 bits: by the palette, or over white where they are transparent."""
+        if self._kinds == ["palette"]:
+            palette = self._file.colormap(1)
+            return np.array([palette[i][:3] for i in range(256)], np.uint8)[values[..., 0]]
+        if "alpha" not in self._kinds:
+            return values
+
+        alpha = self._read([self._kinds.index("alpha") + 1], first, last) / np.float32(255)
+        return np.rint(values * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+    def _read(self, bands: list[int], first: int, last: int) -> np.ndarray:
+        """Values [h, w, bands] of some rows."""
         window = ((first, last), (0, self.shape[1]))
         try:
-            values = self._file.read(self._bands, window=window)
+            values = self._file.read(bands, window=window)
         except self._error as error:
             raise UnreadableError(f"{shown(self.path)}: cannot be read ({error})") from error
         return np.moveaxis(values, 0, -1)
@@ -91,7 +109,8 @@ class Raster:
         low, high = np.inf, -np.inf
         step = max(1, _READ // (3 * self.shape[1]))
         for first in range(0, self.shape[0], step):
-            values = self._read(first, min(first + step, self.shape[0])).astype(np.float64)
+            last = min(first + step, self.shape[0])
+            values = self._read(self._bands, first, last).astype(np.float64)
             finite = np.isfinite(values)
             low = min(low, values.min(where=finite, initial=np.inf))
             high = max(high, values.max(where=finite, initial=-np.inf))
