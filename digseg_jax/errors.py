@@ -54,6 +54,10 @@ class UserError(ValueError):
     """
 
 
+class DoesNotFit(UserError):
+    """What does not fit into the memory of a device or of the host; `main` exits with OVER_BUDGET."""
+
+
 class Transient(UserError):
     """A temporary fault: `main` prints it in one line and exits with PREEMPTED.
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from digseg_jax.aot.dry_run import check_evaluation
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config, DataConfig, EvalConfig
@@ -90,6 +91,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         log.info("%s", plan.length(config.train, config.task, config.seed))
         if isinstance(task, SegmentationTask):
             log.info("%s", plan.cost(config.eval, config.data, config.train.batch_size, task.codec))
+            check_evaluation(task, mesh, while_training=bool(config.logging.eval_every))
         log_summary(task, mesh)
 
         # Record revisions and checksums now, while the hub can be reached.
@@ -301,17 +303,17 @@ def evaluate(
     description = read_description(folder)
     config = with_settings(config or description.training_config(folder), settings or {})
     check_agreement(description, to_dict(config), folder)
-    if suite is None:
-        check_scored_splits(config.data, config.eval)
-    else:
-        suite_lib.check_root(suite, config.data.root)
+    with together("the data"):
+        if suite is None:
+            check_scored_splits(config.data, config.eval)
+        scored = suite_lib.check_data(suite, config.data, config.eval) if suite is not None else []
 
-    use_compile_cache(config.compute.compile_cache)
     if model is None and suite is None:
         claim_workdir(workdir, to_dict(config), accept_changes)
-
+    use_compile_cache(config.compute.compile_cache)
     segmenter = load_segmenter(folder, config)
     task, params, mesh = segmenter.task, segmenter.programs.params, segmenter.mesh
+    check_evaluation(task, mesh, scored)
     if suite is None:
         del segmenter  # frees its frozen parts on the devices: the evaluation places its own
         return evaluate_and_report(

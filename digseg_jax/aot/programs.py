@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,6 @@ class Program:
         images: images of one call on all devices; views for an evaluation.
         queries: masks of one call, on all devices.
         calls: how often it is called for each batch of images.
-        traced: what was lowered; only kept for an evaluation.
         waiting: bytes on a device of what lies there without being an argument: the next step's batch,
             or, while an evaluation decodes, the U-Net.
     """
@@ -52,8 +51,18 @@ class Program:
     images: int
     queries: int
     calls: int = 1
-    traced: jax.stages.Traced | None = None
     waiting: float = 0.0
+
+
+class Traced(NamedTuple):
+    """A program of an evaluation, traced for a mesh; the fields are those of `Program`."""
+
+    name: str
+    traced: jax.stages.Traced
+    images: int
+    queries: int
+    calls: int
+    waiting: float
 
 
 def abstract_task(config: Config, architecture: Architecture) -> SegmentationTask | UNetTask:
@@ -173,6 +182,24 @@ def evaluation_programs(
     classes: int = 0,
     platform: str | None = None,
 ) -> list[Program]:
+    """The programs of `trace_evaluation`, lowered; platform: as in `lower`."""
+    platforms = _platforms(mesh, platform)
+    return [
+        Program(
+            name=each.name,
+            lowered=each.traced.lower(lowering_platforms=platforms),
+            images=each.images,
+            queries=each.queries,
+            calls=each.calls,
+            waiting=each.waiting,
+        )
+        for each in trace_evaluation(task, architecture, mesh, views, classes)
+    ]
+
+
+def trace_evaluation(
+    task: SegmentationTask, architecture: Architecture, mesh: Mesh, views: int, classes: int = 0
+) -> list[Traced]:
     """Programs that `prediction.Segmenter` runs to ask a view for a whole vocabulary.
 
     All classes are asked for, or, beyond `eval.exhaustive_limit`, those that a coarse pass finds.
@@ -181,7 +208,6 @@ def evaluation_programs(
       task: of mere shapes.
       views: of a call on each device.
       classes: of the vocabulary; 0: those of the task's data.
-      platform: as in `lower`.
     """
     # Sizes as the segmenter chooses them.
     settings, codec = task.config.eval, task.codec
@@ -197,15 +223,14 @@ def evaluation_programs(
 
     def made(
         name: str, program: Any, shared: tuple[Any, ...], batch: Shapes, queries: int, slots: int
-    ) -> Program:
-        """A program traced and lowered; `slots` queries per call of the `queries` that are asked."""
+    ) -> Traced:
+        """A program traced; `slots` queries per call of the `queries` that are asked."""
         traced = prediction.trace(program, shared, batch, mesh)
-        lowered = traced.lower(lowering_platforms=_platforms(mesh, platform))
         masks = views * codec.num_images(slots)
         idle = 0.0 if any(x is params for x in shared) else _stored_bytes(params)
-        return Program(name, lowered, views, masks, -(-queries // slots), traced, idle)
+        return Traced(name, traced, views, masks, -(-queries // slots), idle)
 
-    def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Program:
+    def sample(name: str, estep: EStep, queries: int, slots: int, mean: bool) -> Traced:
         """The program that samples mask latents: [views, slots, members or 1, h, w, c]."""
         program = partial(prediction.sample_latents, task, estep=estep, mean=mean)
         root = jax.eval_shape(lambda: jax.random.key(0))
@@ -213,7 +238,7 @@ def evaluation_programs(
         batch = shapes.view_batch(task.config.model, architecture, views, size, texts)
         return made(name, program, (params, vae, root), batch, queries, slots)
 
-    def read(name: str, queries: int, slots: int) -> Program:
+    def read(name: str, queries: int, slots: int) -> Traced:
         """The program that turns mask latents into masks."""
         program = partial(
             prediction.read_masks,
@@ -295,12 +320,8 @@ def temporary_bytes(
     config, options = task.config, task.config.compile
     accumulation = config.compute.accumulation or 1
     if options.program == "eval" and isinstance(task, SegmentationTask):
-        # Traced for one device with its share of the views; their results are not counted.
-        alone = make_mesh(MeshConfig(1, 1, 1), [mesh.devices.flat[0]])
         views = options.per_device_batch or config.eval.batch_size
-        made = evaluation_programs(task, architecture, alone, views, options.eval_queries, "cuda")
-        traced = [program.traced.jaxpr.jaxpr for program in made if program.traced is not None]
-        needed = [peak_bytes(jaxpr, output_share=0.0) for jaxpr in traced]
+        needed = evaluation_bytes(task, architecture, mesh, views, options.eval_queries)
     else:
         # One device's images, a microbatch of them at a time.
         images = train_images(config.train.batch_size, options.per_device_batch, accumulation, mesh)
@@ -314,6 +335,16 @@ def temporary_bytes(
         width = jnp.dtype(config.model.dtype).itemsize
         gathered = float(width * count(task.abstract))
     return [each + gathered for each in needed]
+
+
+def evaluation_bytes(
+    task: SegmentationTask, architecture: Architecture, mesh: Mesh, views: int, classes: int = 0
+) -> list[float]:
+    """Bytes of results on one device for each program of `trace_evaluation`, by `aot.liveness`."""
+    # Traced for one device with its share of the views; their results are not counted.
+    alone = make_mesh(MeshConfig(1, 1, 1), [mesh.devices.flat[0]])
+    made = trace_evaluation(task, architecture, alone, views, classes)
+    return [peak_bytes(each.traced.jaxpr.jaxpr, output_share=0.0) for each in made]
 
 
 def _gradient_bytes(
@@ -335,6 +366,11 @@ def _gradient_bytes(
     if accumulation > 1:
         needed += 4 * count(task.abstract) * share  # float32 sum of the microbatches' gradients
     return needed
+
+
+def placed_bytes(tree: Any, mesh: Mesh) -> float:
+    """Bytes of a tree of arrays, or of their shapes, on one device of the mesh."""
+    return _stored_bytes(_placed(tree, infer_shardings(tree, mesh)))
 
 
 def _stored_bytes(placed: Any) -> float:

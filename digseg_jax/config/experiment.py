@@ -11,8 +11,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import ml_collections
 
 from digseg_jax.config.parse import check_key, default, parse, with_settings
 from digseg_jax.config.renamed import explained
@@ -126,4 +129,7 @@ def load_config(path_or_name: str | os.PathLike, **settings: Any) -> Config:
         reason = f"{type(error).__name__}: {explained(error)}"
         raise UserError(f"--config={path_or_name}: cannot be loaded ({reason})") from error
 
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        kind = type(values).__name__
+        raise UserError(f"--config={path_or_name}: get_config() returns {kind}, not a configuration")
     return with_settings(parse(values), settings)

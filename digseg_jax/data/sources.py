@@ -24,7 +24,7 @@ from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
-from digseg_jax.data.shards.fingerprint import check_unchanged
+from digseg_jax.data.shards.fingerprint import StaleShards, check_unchanged
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
 
@@ -160,7 +160,10 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """
     train = spec_of(part).train_split if part.held_out else ""
     if not part.held_out or split not in (HELD_OUT, train):
-        return _open_whole(part, split, narrow)
+        whole = _open_whole(part, split, narrow)
+        if not len(whole):  # an export that lists no image, or shards from which all were left out
+            raise UserError(f"{title_of(part)} {split}: no example in {part.root}")
+        return whole
 
     # Shards hold many images in a file: only single files have names of their own.
     source = _open_whole(part, train, narrow)
@@ -240,7 +243,7 @@ def check_training_data(data: DataConfig) -> None:
     for part, facts, split in training_parts(data):
         _check_classes(facts)
         if not data.latent_cache:  # a cache replaces the images and labels
-            _check_split(part, facts, split)
+            open_fresh(part, split)
 
 
 def check_scored_splits(
@@ -260,31 +263,43 @@ def check_scored_splits(
     splits += [evaluation.calibrate_split] if evaluation.calibrate else []
     splits += [validation_split(data, evaluation.split, chosen_by)] if while_training else []
     for split in dict.fromkeys(splits):
-        _check_split(part, facts, split)
+        open_fresh(part, split)
     if facts.undivided:
         log.info("data: %s", facts.title)
 
 
-def _check_split(part: PartConfig, facts: DatasetSpec, split: str) -> None:
-    """Opens a split; raises UserError if it is not there, or its shards are older than their files."""
-    open_part(part, split)
-    split = split_called(split, records.prepared_splits(part.root))
-    if part.name.startswith(registry.TFDS) or not records.is_prepared(part.root, split):
-        return
+def open_fresh(part: PartConfig, split: str) -> Source:
+    """Opens a split as `open_part` does, but no shards that are older than the files beside them.
+
+    Raises:
+      StaleShards: a file was changed, added or removed since, or the list of classes: the shards hold
+        the old labels.
+      UserError: no such data set, split or folder.
+    """
+    shards = open_part(part, split)
+    if not isinstance(shards, records.RecordSource):
+        return shards
+    split = shards.folder.name
     try:
         files = registry.open_source(part.name, part.root, split)
     except UserError:
-        return  # nothing but shards there
+        return shards  # nothing but shards there
 
-    # A corrected label would be left out of the training, and nobody would see it.
-    shards = records.RecordSource(part.root, split, facts)
     title = f"{title_of(part)} {split}: the shards in {shards.folder} are read instead of its files"
     root = shlex.quote(part.root)
     renewal = (
         f"renew them: python -m digseg_jax.tools.prepare_data --dataset={part.name} --root={root} "
         f"--out={root} --split={split} --renew"
     )
-    check_unchanged(files, shards.manifest, shards.folder / records.MANIFEST, title, renewal)
+    # A class list of the user's own may name or number the classes otherwise since.
+    facts = registry.spec(part.name, part.root)
+    if not records.has_classes_of(shards.manifest, facts):
+        raise StaleShards(f"{title}: its classes have other names or values now; {renewal}")
+
+    # Files of a package are as new as its installation, whatever is in them.
+    manifest = shards.folder / records.MANIFEST
+    check_unchanged(files, shards.manifest, manifest, title, renewal, times=not facts.from_package)
+    return shards
 
 
 def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:

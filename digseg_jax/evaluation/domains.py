@@ -14,7 +14,7 @@ from digseg_jax.config.schema import PartConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets.domains import DOMAINS, REST, Domain, wrong_names
 from digseg_jax.data.datasets.readers.folder import CLASSES
-from digseg_jax.data.sources import HELD_OUT, open_part, spec_of
+from digseg_jax.data.sources import HELD_OUT, open_fresh, spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.examples import EvalExamples, spread
 
@@ -41,7 +41,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
       num_images: evenly spread ones; 0: all.
 
     Raises:
-      UserError: no such data set, split or folder.
+      UserError: no such data set, split or folder, or shards older than the files beside them.
     """
     values = domain.part()
     folder = values["folder"] and os.path.join(os.path.expanduser(root), values["folder"])
@@ -56,7 +56,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
 
     # A background is what no class claims, whatever its name says.
     rest = [c for c, name in enumerate(facts.names) if name in REST]
-    source = Guarded(open_part(part, split), facts.num_classes)
+    source = Guarded(open_fresh(part, split), facts.num_classes)
     return EvalExamples(
         source,
         split,
@@ -66,6 +66,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
         METRIC,
         absent="detectron2",
         template=facts.template,
+        short_side=domain.short_side,
         rest=rest[0] if rest else -1,
         wrong_names=wrong_names(domain),
         colors=facts.colors,

@@ -10,7 +10,7 @@ from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.config.templates import PLACE
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets.spec import Color
-from digseg_jax.data.sources import open_part, spec_of
+from digseg_jax.data.sources import open_fresh, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class EvalExamples:
         classes that are asked for and occur.
       colors: official RGB of each class, None for a class without; empty: none has one.
       wrong_names: words for what no image of the data set can show.
+      short_side: pixels of an image's short side as it is seen; None: the segmenter's own.
       rest: id of a class that is never asked for: what no other class claims; -1: none.
     """
 
@@ -38,6 +39,7 @@ class EvalExamples:
     absent: str = "mmseg"
     inference: str = "window"
     template: str = PLACE
+    short_side: int | None = None
     rest: int = -1
     wrong_names: tuple[str, ...] = ()
     colors: tuple[Color | None, ...] = ()
@@ -65,12 +67,12 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
     would be another score.
 
     Raises:
-      UserError: no such data set, split or folder.
+      UserError: no such data set, split or folder, or shards older than the files beside them.
     """
     # `Guarded` checks each label's size and ids when the example is read.
     part = PartConfig(config.name, config.root)
     facts = spec_of(part)
-    source = Guarded(open_part(part, split), facts.num_classes)
+    source = Guarded(open_fresh(part, split), facts.num_classes)
 
     # Properties of the data set that its scores depend on travel with the examples.
     return EvalExamples(

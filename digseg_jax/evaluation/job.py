@@ -8,7 +8,7 @@ import datetime
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import DataConfig, EvalConfig, ModelConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.evaluator import Evaluator
@@ -81,7 +81,7 @@ def evaluate(
     folder = workdir / "eval"
     identity = identity_of(
         fetch_to_main(params),
-        _model_facts(task.config.model),
+        model_facts(to_dict(task.config.model), about),
         to_dict(data),
         to_dict(settings),
         seed,
@@ -161,13 +161,15 @@ def results_of(
     }
 
 
-def _model_facts(model: ModelConfig) -> dict[str, Any]:
-    """The model's settings but for the places of its parts.
+def model_facts(model: Mapping[str, Any], about: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What changes a model's counts beside the U-Net's weights: its settings, and its frozen parts.
 
-    Parts of an export in a bucket are read from a copy, which lies elsewhere at every start.
+    Parts are told by the checksums in the origin of the weights, not by their places: those of an
+    export in a bucket are read from a copy, which lies elsewhere at every start.
     """
     places = ("vae", "unet", "text", "unet_text")
-    return {key: value for key, value in to_dict(model).items() if key not in places}
+    settings = {key: value for key, value in model.items() if key not in places}
+    return settings | {"parts": (about or {}).get("parts")}
 
 
 def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[str, Any]:

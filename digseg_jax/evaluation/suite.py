@@ -18,13 +18,14 @@ from typing import Any
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
+from digseg_jax.data.shards.fingerprint import StaleShards
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.gallery import Shown
-from digseg_jax.evaluation.job import searched_on
+from digseg_jax.evaluation.job import model_facts, searched_on
 from digseg_jax.evaluation.journal import Journal, identity_of
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.evaluation.suite_tables import table
@@ -65,15 +66,36 @@ def check_suite(name: str) -> None:
         raise UserError(f"--suite={name}: legal values are {', '.join(NAMES)}")
 
 
-def check_root(name: str, root: str) -> None:
-    """Checks that a suite's folder of data sets is there; one in a bucket is not checked.
+def check_data(name: str, data: DataConfig, settings: EvalConfig) -> list[EvalExamples]:
+    """Opens every data set of a suite before anything is loaded; returns those that are there.
 
     Raises:
-      UserError: no such folder. Unchecked, the suite of the domains would score the land cover alone,
-        which needs no data.
+      UserError: no such folder (unchecked, the suite of the domains would score the land cover alone,
+        which needs no data), none of the suite's data sets in it, or shards older than their files.
     """
+    root = data.root
     if root and not is_remote(root) and not as_path(root).is_dir():
         raise UserError(f"--suite={name}: config.data.root={root!r}: no such folder")
+
+    # Rows that differ in their E-Step have the same data.
+    missing, there = [], []
+    for subject in {row.name: row for row in _subjects(data, settings, name)}.values():
+        try:
+            there.append(subject.examples())
+        except StaleShards:
+            raise
+        except UserError as error:
+            missing.append(str(error))
+    if not there:
+        raise _nothing_there(name, root, missing[0])
+    return there
+
+
+def _nothing_there(name: str, root: str, first: str) -> UserError:
+    """The error of a suite without data: most likely the root is wrong. first: what is missing."""
+    return UserError(
+        f"--suite={name}: no data set of it under config.data.root={root!r}; the first: {first}"
+    )
 
 
 def run_suite(
@@ -111,16 +133,13 @@ def run_suite(
     weights = fetch_to_main(params)
     results: dict[str, Any] = {"suite": name, "seed": seed, "rows": []}
     results |= {"weights": about} if about else {}
-    for subject in _subjects(data, settings, segmenter, name):
+    values = values | {"model": model_facts(values.get("model", {}), about)}
+    for subject in _subjects(data, settings, name):
         row = {"suite": subject.suite, "dataset": subject.name, "estep": str(subject.estep)}
-        results["rows"].append(row | _one(subject, settings, seed, values, weights, folder))
+        results["rows"].append(row | _one(subject, segmenter, settings, seed, values, weights, folder))
 
-    # Nothing was measured: most likely the root is wrong.
     if all("missing" in row for row in results["rows"]):
-        raise UserError(
-            f"--suite={name}: no data set of it under config.data.root={data.root!r}; "
-            f"the first: {results['rows'][0]['missing']}"
-        )
+        raise _nothing_there(name, data.root, results["rows"][0]["missing"])
 
     # Process 0 writes; `together` raises its error on all processes.
     with together("the files of the suite"):
@@ -134,32 +153,28 @@ def run_suite(
 class _Subject:
     """A row of a suite before it is scored: a data set under one E-Step.
 
-    segmenter: sees images at the data set's scale. examples: opens the split; raises UserError.
-    training: of those examples, the images for a threshold search. facts: JSON-ready, what else
-    changes the counts. shown: images of its gallery.
+    examples: opens the split; raises UserError. training: of those examples, the images for a threshold
+    search. facts: JSON-ready, what else changes the counts. shown: images of its gallery.
     """
 
     suite: str
     name: str
     estep: EStep
-    segmenter: Segmenter
     examples: Callable[[], EvalExamples]
     training: Callable[[EvalExamples], EvalExamples | None] = lambda examples: None
     facts: Any = None
     shown: int = 0
 
 
-def _subjects(
-    data: DataConfig, settings: EvalConfig, segmenter: Segmenter, name: str
-) -> Iterator[_Subject]:
+def _subjects(data: DataConfig, settings: EvalConfig, name: str) -> Iterator[_Subject]:
     """Yields the rows of a suite, not scored yet, in the table's order."""
     esteps = [EStep(settings.ensemble, settings.steps, settings.spacing)]
     if name == domains.SUITE:
         split, count = settings.split, settings.num_images
         for domain in domains.domains_below(data.root):
             opened = partial(domains.domain_examples, domain, data.root, split, count)
-            seen, facts = segmenter.seen_at(domain.short_side), domains.describe_domain(domain)
-            row = _Subject(name, domain.name, esteps[0], seen, opened, facts=facts)
+            facts = domains.describe_domain(domain)
+            row = _Subject(name, domain.name, esteps[0], opened, facts=facts)
             yield dataclasses.replace(row, shown=GALLERY)
         return
 
@@ -174,7 +189,7 @@ def _subjects(
             # The headline E-Step first, then the sweep's: the paper has them for one suite only.
             for estep in esteps if suite == "semantic" else esteps[:1]:
                 search = partial(searched_on, own)
-                yield _Subject(suite, dataset, estep, segmenter, opened, search)
+                yield _Subject(suite, dataset, estep, opened, training=search)
 
 
 def _paper_examples(data: DataConfig, num_images: int) -> EvalExamples:
@@ -184,6 +199,7 @@ def _paper_examples(data: DataConfig, num_images: int) -> EvalExamples:
 
 def _one(
     subject: _Subject,
+    segmenter: Segmenter,
     settings: EvalConfig,
     seed: int,
     values: dict[str, Any],
@@ -192,7 +208,7 @@ def _one(
 ) -> dict[str, Any]:
     """Scores of one data set under one E-Step, or {"missing": reason}.
 
-    values: the whole configuration, for the journal's identity.
+    values: the configuration, for the journal's identity.
     """
     # A missing data set is a row of the table, not the end of the suite.
     try:
@@ -201,13 +217,15 @@ def _one(
     except UserError as error:
         log.info("%s: not measured (%s)", subject.name, error)
         return {"missing": str(error)}
-    evaluator = Evaluator(subject.segmenter, examples, settings, seed=seed)
+    if examples.short_side is not None:
+        segmenter = segmenter.seen_at(examples.short_side)
+    evaluator = Evaluator(segmenter, examples, settings, seed=seed)
     log.info("%s: %d images of %s", subject.name, len(examples), examples.split)
 
     # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
     # change the counts as well.
     facts = [values, subject.name, str(subject.estep), len(examples)]
-    facts += [subject.segmenter.scale, evaluator.prompts, *filter(None, [subject.facts])]
+    facts += [segmenter.scale, evaluator.prompts, *filter(None, [subject.facts])]
     identity = identity_of(weights, facts)
     name = f"{subject.name}_{subject.estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)

@@ -203,6 +203,17 @@ def _kind_of(data: bytes) -> str:
     return next((k for start, k in _STARTS.items() if any(s.startswith(start) for s in starts)), "")
 
 
+def dimensions_of(path: Path) -> tuple[int, int] | None:
+    """Height and width by the head of an image file, as stored; None if it cannot be read."""
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return image.height, image.width
+    except Exception:  # reading all of it names the fault
+        return None
+
+
 def check_dimensions(data: bytes | memoryview) -> None:
     """Checks the header of a JPEG or PNG that another decoder than `decode` is going to read.
 

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from digseg_jax.errors import UserError
-from digseg_jax.io.storage import AnyPath, explained
+from digseg_jax.io.storage import AnyPath, explained, is_remote
 
 MAX_SIZE = 256 * 2**20  # bytes; a manifest with the statistics of 847 classes has some megabytes
 MAX_DEPTH = 40  # levels; a configuration has 4, results 6
@@ -19,7 +19,11 @@ Kind = type | tuple[type, ...]  # legal types of a key's value
 
 
 def read_json(
-    path: AnyPath, keys: Mapping[str, Kind] | None = None, remedy: str = ""
+    path: AnyPath,
+    keys: Mapping[str, Kind] | None = None,
+    remedy: str = "",
+    *,
+    nan_as_null: bool = False,
 ) -> dict[str, Any]:
     """Reads a JSON object.
 
@@ -27,36 +31,39 @@ def read_json(
       path: of the file, on a disk or in a bucket.
       keys: keys that it must have, and their types; `float` takes whole numbers too, but no nan.
       remedy: what to do about a bad file, for the message.
+      nan_as_null: read nan and infinities, which are no JSON, as null.
 
     Raises:
       UserError: missing, too large, no JSON, nested too deep, no object, or a key that is missing or of
         another type; in one line with the path.
     """
-    # The size first: a file of gigabytes must not fill the memory.
+    # Kind and size first: reading a pipe waits forever, and a file of gigabytes would fill the memory.
     after = f"; {remedy}" if remedy else ""
     with explained(path, "cannot be read"):
         size = epath.Path(path).stat().length
+        if not is_remote(path) and not path.is_file():
+            raise UserError(f"{path}: not a regular file{after}")
         if size > MAX_SIZE:
             raise UserError(f"{path}: {size} bytes, more than the {MAX_SIZE} that are read{after}")
         data = path.read_bytes()
 
     try:
-        value = parse_object(data)
+        value = parse_object(data, nan_as_null=nan_as_null)
         check_keys(value, keys or {})
     except ValueError as error:
         raise UserError(f"{path}: {error}{after}") from error
     return value
 
 
-def parse_object(data: bytes | str) -> dict[str, Any]:
-    """Parses a text of JSON that holds an object.
+def parse_object(data: bytes | str, *, nan_as_null: bool = False) -> dict[str, Any]:
+    """Parses a text of JSON that holds an object; nan_as_null: as in `read_json`.
 
     Raises:
       ValueError: no JSON, nested too deep, or something else than an object.
     """
     # Python's parser gives up at its own recursion limit, far above MAX_DEPTH.
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=(lambda _: None) if nan_as_null else None)
     except RecursionError as error:
         raise ValueError("nested too deep to be a file of this program") from error
     except ValueError as error:

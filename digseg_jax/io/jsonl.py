@@ -20,6 +20,7 @@ from typing import Any
 
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
+from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.log import log
 
@@ -174,10 +175,10 @@ class Mirror:
 def _parse(line: str) -> dict[str, Any] | None:
     """The row in a line; None if it is no JSON object with an integer "step"."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_object(line)
+    except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row.get("step"), int) else None
 
 
 def _dump(row: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ LOCK = "train.lock"  # held while a run trains there; names the process that hol
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"  # folder of the trained weights, in diffusers' layout
 VALIDATION = "validation"  # folder of the images that the last validation during training shows
+FOLDERS = (CHECKPOINTS, EXPORT, VALIDATION, "eval")
 CALIBRATION = "calibration.json"  # in EXPORT; what an evaluation fitted for these weights
 
 
@@ -44,12 +45,13 @@ def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = Fa
 
     Raises:
       UserError: the directory holds a run of another configuration (the message has the differing
-        keys), or it cannot be read or written.
+        keys), or it, or a folder of results in it, cannot be read or written.
     """
     path = workdir / CONFIG_NAME
 
     with storage.explained(path, "cannot be read"):
         known = path.exists()
+        _check_folders(workdir)
 
     # Compare only what changes the training: `differences` leaves out free keys.
     if known:
@@ -76,6 +78,17 @@ def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = Fa
         storage.write_json(path, values)
     except UserError as error:
         raise UserError(f"--workdir={workdir}: {error}") from error
+
+
+def _check_folders(workdir: AnyPath) -> None:
+    """Checks what a run writes into at its end, when it would be too late to find out.
+
+    Raises:
+      UserError: one of `FOLDERS` is a file, or cannot be written.
+    """
+    for place in () if storage.is_remote(workdir) else (workdir / name for name in FOLDERS):
+        if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
+            raise UserError(f"--workdir={workdir}: {place} is no folder that can be written")
 
 
 def stored_config(workdir: AnyPath) -> Config | None:

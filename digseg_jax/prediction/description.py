@@ -182,7 +182,8 @@ class Description:
     def provenance(self) -> dict[str, Any]:
         """The facts about the weights that go beside a table of scores."""
         names = ("parameters", "datasets", "steps", "checkpoint", "started_from", "seed", "versions")
-        return {name: getattr(self, name) for name in names}
+        parts = {"vae": self.vae.sha256, "text": self.text.sha256}
+        return {name: getattr(self, name) for name in names} | {"parts": parts}
 
 
 def describe(config: Config, abstract: Params, steps: int = 0, checkpoint: str = "") -> Description:

@@ -139,8 +139,11 @@ def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
 def keep_results(folder: AnyPath, path: AnyPath) -> None:
     """Adds the results.json at `path` to an export if it evaluated the same checkpoint."""
     if path.is_file():
-        results = read_json(path)
-        if results.get("weights") == read_description(folder).provenance():
+        results, own = read_json(path), read_description(folder).provenance()
+        weights = results.get("weights")
+        if (
+            weights and own | weights == own
+        ):  # results of before there were all of these facts lack some
             add_results(folder, results)
 
 

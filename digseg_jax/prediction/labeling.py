@@ -17,6 +17,7 @@ from digseg_jax.arraytypes import Bool, Int
 from digseg_jax.data.datasets.readers import rle
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import shown
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.names import key
 from digseg_jax.io.storage import write_bytes
 from digseg_jax.prediction.targets import PredictionFiles
@@ -50,7 +51,7 @@ def write_labeling(kind: str, path: Path, predictions: Sequence[PredictionFiles]
       UserError: a file cannot be read or written.
     """
     try:
-        found = [json.loads(files.coco.read_text(encoding="utf-8")) for files in predictions]
+        found = [read_json(files.coco) for files in predictions]
         made = json.dumps(KINDS[kind](found), ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--format={kind}: {shown(path)} cannot be made ({error})") from error

@@ -6,7 +6,6 @@ Script, style and images are inlined, so that the page opens from disk and can b
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from digseg_jax.data.datasets.registry import title
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
+from digseg_jax.io.json_file import read_json
 from digseg_jax.io.metric_writer import METRICS_NAME, read_metrics
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.report import sections
@@ -36,28 +36,14 @@ _REQUIRED = (
 )  # fmt: skip
 
 
-def _read(path: Path) -> Any:
-    """JSON of a file, with NaN and infinities read as null.
-
-    Raises:
-      UserError: not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
 def read_object(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """JSON object of a file.
+    """JSON object of a file, with nan and infinities read as null.
 
     Raises:
-      UserError: not an object, or without one of `keys`.
+      UserError: no JSON, not an object, or without one of `keys`.
     """
     # An older or edited file may be sound JSON and still lack keys: name them.
-    value = _read(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
+    value = read_json(path, nan_as_null=True)
     missing = [key for key in keys if key not in value]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; required are {', '.join(keys)}")
@@ -128,7 +114,7 @@ def page_of(workdir: Path) -> str:
     # Only results.json is required.
     gallery, estep = optional_object(gallery_path), optional_object(estep_path)
     benches = [read_object(path, ("title", "columns", "rows")) for path in bench_paths]
-    config = _read(config_path) if config_path.exists() else None
+    config = read_object(config_path) if config_path.exists() else None
     colors = shaped(gallery_path, lambda: class_table(results, gallery))
 
     # A section is empty where there is nothing to show.

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up settings for CPU back ends; call `tune` before JAX is imported."""
+"""The host's memory, and start-up settings for CPU back ends: call `tune` before JAX is imported."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+from pathlib import Path
 
 from digseg_jax.log import log
 
@@ -34,3 +36,14 @@ def tune() -> None:
             FLAG,
             TRIED,
         )
+
+
+def host_memory() -> float:
+    """Bytes of main memory that this process may have: the machine's, or its container's if less."""
+    found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    # The limit of control groups, version 2 or 1; "max" and huge numbers stand for none.
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            found = min(found, float(Path(path).read_text()))
+    return found

@@ -14,6 +14,7 @@ from digseg_jax.errors import (
     OVER_BUDGET,
     PREEMPTED,
     USER_ERROR,
+    DoesNotFit,
     Preempted,
     Transient,
     UserError,
@@ -33,7 +34,7 @@ def tell(error: BaseException) -> int:
     if isinstance(error, Transient):
         return _one_line(f"{error}; this is temporary: start the same command again", PREEMPTED)
     if isinstance(error, UserError):
-        return _one_line(str(error), USER_ERROR)
+        return _one_line(str(error), OVER_BUDGET if isinstance(error, DoesNotFit) else USER_ERROR)
     if isinstance(error, Preempted):
         log.info("%s; the same command continues from there", error)
         return PREEMPTED

@@ -3,14 +3,16 @@
 
     python -m digseg_jax.tools.check_data --dataset=NAME --root=DIR
 
-Reads every image and label and compares their number with the official one; finds labels of another
-size, unknown label values and unreadable files; prints pixel shares of the classes and draws a contact
-sheet. The exit status is 1 if something is wrong.
+Opens the splits as a run opens them, prepared shards included. Reads every image and label and compares
+their number with the official one; finds labels of another size, unknown label values and unreadable
+files; prints pixel shares of the classes and draws a contact sheet. The exit status is 1 if something
+is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -23,11 +25,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from digseg_jax.config.schema import PartConfig
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.decode import LabelValueError, SizeError
 from digseg_jax.data.datasets.judgment import judge
 from digseg_jax.data.datasets.spec import DatasetSpec
 from digseg_jax.data.datasets.splits import split_called
+from digseg_jax.data.sources import open_fresh, spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.io.storage import as_path, explained
 from digseg_jax.runtime.door import run_tool
@@ -38,6 +42,8 @@ _SUBSET = (
     "the data's own list names {count} of the official {official} examples: scores on them are not "
     "comparable with published ones"
 )
+TEST = "test"
+_NO_VAL = f"there is no val: have this split scored by --config.eval.split={TEST}"
 _SHEETS = (".png", ".jpg", ".jpeg")  # endings of contact sheets
 _SHOWN = 20  # messages kept per kind
 
@@ -50,14 +56,21 @@ def kind_of(error: UserError) -> str:
 
 
 def check_split(
-    spec: DatasetSpec, source: registry.Source, split: str, *, limit: int = 0, sheet: int = 0
+    spec: DatasetSpec,
+    source: registry.Source,
+    split: str,
+    *,
+    limit: int = 0,
+    sheet: int = 0,
+    seen: dict[bytes, str] | None = None,
 ) -> tuple[dict[str, Any], list[Tile]]:
     """Reads a split's examples, or `limit` of them evenly spread; returns findings and tiles to show.
 
-    sheet: number of tiles.
+    sheet: number of tiles. seen: checksum of each image that was read so far -> its split; receives
+    those of this split.
     """
     listed = getattr(source, "listed_as", "") or split
-    count, official = len(source), spec.splits[listed]
+    count, official = len(source), spec.splits.get(listed, 0)
     chosen = np.arange(count)
     if 0 < limit < count:
         chosen = np.linspace(0, count - 1, limit).round().astype(int)
@@ -69,6 +82,8 @@ def check_split(
     errors: dict[str, list[str]] = {kind: [] for kind in _KINDS}
     counts = dict.fromkeys(_KINDS, 0)
     tiles: list[Tile] = []
+    seen = {} if seen is None or split in spec.extra_splits else seen
+    elsewhere: list[tuple[str, str]] = []  # split and name of images that another split has too
 
     # Only the first messages of a kind are kept, as a wrong folder makes one per file; all are counted.
     for index, example in _examples(source, chosen.tolist()):
@@ -77,6 +92,11 @@ def check_split(
             counts[kind] += 1
             errors[kind] += [str(example)] if len(errors[kind]) < _SHOWN else []
             continue
+
+        image = np.ascontiguousarray(example["image"])
+        digest = hashlib.blake2b(image.data, digest_size=16).digest()
+        if (other := seen.setdefault(digest, split)) != split:
+            elsewhere.append((other, str(example["name"])))
 
         # Shifted by one: ignored pixels (-1) are the first entry here, and the last in `pixels`.
         found = np.bincount(example["label"].ravel() + 1, minlength=spec.num_classes + 1)
@@ -88,6 +108,9 @@ def check_split(
     # Fewer than officially: a download that is not complete, or a subset that says so itself.
     subset = getattr(source, "own_list", False) and count < official
     notes = [_SUBSET.format(count=count, official=official)] if subset else []
+    if elsewhere:
+        other, name = elsewhere[0]
+        notes.append(f"{other} has {len(elsewhere)} of these images as well, such as {name}")
 
     # What the counts say; of a part of the split only the notes are sure.
     findings = judge(spec, pixels[:-1], int(pixels[-1]), len(chosen) - sum(counts.values()))
@@ -160,20 +183,30 @@ def run(
     Raises:
       UserError: no such data set.
     """
-    spec = registry.spec(name, root)
+    part = PartConfig(name, str(root))
+    spec = spec_of(part)
     results: dict[str, Any] = {}
     tiles: list[Tile] = []
+    seen: dict[bytes, str] = {}
 
-    # A missing split is a finding too; the others are checked all the same.
+    # By default also the two splits that a run opens at its start, whether they are there or not.
     splits = [split_called(s, spec.splits) for s in splits]
-    for split in splits or [s for s in spec.splits if s not in spec.extra_splits]:
+    every = [s for s in spec.splits if s not in spec.extra_splits]
+    for split in splits or dict.fromkeys((*every, spec.train_split, spec.eval_split)):
+        # Opened as a run opens it: what that refuses is a finding, and the others are checked.
         try:
-            source = registry.open_source(name, root, split)
+            source = open_fresh(part, split)
         except UserError as error:
             results[split] = {"error": str(error)}
             continue
-        results[split], shown = check_split(spec, source, split, limit=limit, sheet=8 if sheet else 0)
+        results[split], shown = check_split(
+            spec, source, split, limit=limit, sheet=8 if sheet else 0, seen=seen
+        )
         tiles += shown
+
+    # Recipes for a user's own data score val.
+    if name == "folder" and spec.eval_split == TEST and "notes" in results.get(TEST, {}):
+        results[TEST]["notes"].append(_NO_VAL)
     if sheet and tiles:
         with explained(sheet, "cannot write it"):
             contact_sheet(spec, tiles).save(sheet)

@@ -156,8 +156,10 @@ class Counter:
         plain = {"compute.attention": "plain", "compute.feed_forward": "plain", "compute.conv": "xla"}
         evaluation = plain | {"compile.program": "eval", "eval.batch_size": 1}
         shown = programs.abstract_task(with_settings(task.config, evaluation), architecture)
-        made = programs.lower(shown, architecture, make_mesh(MeshConfig(1, 1, 1), self.devices[:1]))
-        called = ((p.traced.jaxpr.jaxpr, p.calls / p.images) for p in made if p.traced)
+        assert isinstance(shown, SegmentationTask)  # the U-Net alone is a train step
+        alone = make_mesh(MeshConfig(1, 1, 1), self.devices[:1])
+        made = programs.trace_evaluation(shown, architecture, alone, 1)
+        called = ((p.traced.jaxpr.jaxpr, p.calls / p.images) for p in made)
         return sum(traced_flops(jaxpr) * calls for jaxpr, calls in called)
 
     def _once(self, key: Sequence[Any], count: Callable[[], float]) -> float:

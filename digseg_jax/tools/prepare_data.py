@@ -29,7 +29,7 @@ from digseg_jax.data.datasets.statistics import ClassStatistics
 from digseg_jax.data.shards import files, records
 from digseg_jax.data.shards.fingerprint import KEY, UNTIMED_KEY, fingerprint
 from digseg_jax.errors import UserError
-from digseg_jax.io.storage import as_path
+from digseg_jax.io.storage import as_path, explained
 from digseg_jax.log import log, setup
 from digseg_jax.runtime.door import run_tool
 
@@ -60,7 +60,8 @@ def prepare_split(
       UserError: a broken example; or OUT holds shards of other examples, classes or shard sizes.
     """
     folder = epath.Path(as_path(out)) / split
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder, "cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
     source = open_split()
 
     # The plan is everything that the content of the shards depends on.
@@ -71,6 +72,7 @@ def prepare_split(
         "split": split,
         "class_hash": records.class_hash(spec),
         "spec": records.facts_of(spec),
+        records.VALUES: records.values_of(spec),
         "source_examples": len(source),
         KEY: fingerprint(source),
         UNTIMED_KEY: fingerprint(source, times=False),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from jax.sharding import Mesh
 
 from digseg_jax.config.schema import MeshConfig, OptimConfig
 from digseg_jax.log import log
+from digseg_jax.runtime.cpu import host_memory
 from digseg_jax.runtime.hardware import Chip, chip_of
 from digseg_jax.training.step import abstract_state
 from digseg_jax.training.tasks.base import Trainable
@@ -215,8 +215,7 @@ def least_memory(devices: list[jax.Device]) -> float:
     stats = own[0].memory_stats() or {}
 
     # Devices that do not report it (CPUs) get their share of the host's memory.
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(own)
-    found = float(stats.get("bytes_limit", host))
+    found = float(stats.get("bytes_limit", host_memory() / len(own)))
 
     if jax.process_count() == 1:
         return found

@@ -16,6 +16,7 @@ from PIL import Image
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.viz import images
 
 GALLERY_NAME = "gallery.json"
@@ -118,7 +119,7 @@ def gallery_strips(folder: Path) -> dict[str, UInt8[np.ndarray, "h w 3"]]:
     path = folder / GALLERY_NAME
     if not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     colors = {entry["name"]: images.from_hex(entry["color"]) for entry in found["classes"]}
 
     strips = {}

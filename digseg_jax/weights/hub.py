@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +48,12 @@ COMPANIONS = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, *_TOKENIZER_FILES, *_EXPORT_FI
 
 
 class _Repository(NamedTuple):
-    """A component's place on the hub."""
+    """A component's place on the hub; folder: the local one that its spec would name, "" for none."""
 
     id: str
     revision: str | None
     subfolder: str
+    folder: str = ""
 
     @property
     def prefix(self) -> str:
@@ -80,7 +83,10 @@ def resolve(path_or_hub_id: str | Path, subfolder: str = "") -> Path:
         UserError: there is no such folder, or the hub does not deliver it.
     """
     found = _locate(path_or_hub_id, subfolder)
-    return found if isinstance(found, Path) else _download(found)
+    if isinstance(found, Path):
+        return found
+    with _no_folder(found):
+        return _download(found)
 
 
 def resolve_pipeline(path_or_hub_id: str | Path) -> Path:
@@ -99,7 +105,8 @@ def resolve_pipeline(path_or_hub_id: str | Path) -> Path:
     # Exports have their weights in unet/, older ones beside segmenter.json.
     folders = [found.prefix, *(f"{found.prefix}{part}/" for part in _PIPELINE_PARTS)]
     patterns = [pattern for prefix in folders for pattern in _patterns(prefix, "")]
-    return _snapshot(found, [*patterns, f"{found.prefix}*.py", f"{found.prefix}*/*.py"])
+    with _no_folder(found):
+        return _snapshot(found, [*patterns, f"{found.prefix}*.py", f"{found.prefix}*/*.py"])
 
 
 def resolve_tokenizer(path_or_hub_id: str) -> Path:
@@ -111,7 +118,8 @@ def resolve_tokenizer(path_or_hub_id: str) -> Path:
     found = _locate(path_or_hub_id, TOKENIZER)
     if isinstance(found, Path):
         return found
-    return _snapshot(found, [f"{found.prefix}{file}" for file in _TOKENIZER_FILES])
+    with _no_folder(found):
+        return _snapshot(found, [f"{found.prefix}{file}" for file in _TOKENIZER_FILES])
 
 
 def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
@@ -130,7 +138,8 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
 
     # Weights are one file, or shards.
     files = [f for stem in stems for f in (f"{stem}.bin", f"{stem}-*-of-*.bin")]
-    return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
+    with _no_folder(found):
+        return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
 
 
 def converted_folder(path_or_hub_id: str | Path) -> Path:
@@ -171,18 +180,37 @@ def _locate(path_or_hub_id: str | Path, subfolder: str) -> Path | _Repository:
 
     # A spec that looks like a path was meant as one, though `./x` also has the form of a hub id.
     hub_id = _HUB_ID.fullmatch(catalog.expand(spec))
-    is_path = spec.startswith((".", "/", "~")) or single_file.ENDING in spec
-    written = spec.replace("/", ":", 1)  # sd-1.5/unet was meant as sd-1.5:unet
-    if hub_id is None or is_path or (written != spec and written in catalog.names()):
-        hint = nearest(written, catalog.names())
+    if hub_id is None or (catalog.find(spec) is None and _is_path(spec)):
         kind = "file" if single_file.ENDING in spec else "folder"
+        likely = _part_of(spec) or nearest(spec.replace("/", ":", 1), catalog.names())
         raise UserError(
-            f"no such {kind}: {spec}; legal: a folder, a Stable Diffusion's {single_file.ENDING} file "
-            f"without a part, or a hub id such as org/name:subfolder{hint}"
+            f"no such {kind}: {spec} (looked at {os.path.abspath(local)}); legal: a folder, a Stable "
+            f"Diffusion's {single_file.ENDING} file without a part, or a hub id such as "
+            f"org/name:subfolder{likely}"
         )
 
     inside = "/".join(filter(None, (hub_id["sub"], subfolder)))
-    return _Repository(hub_id["repo"], hub_id["revision"], inside)
+    looked = "" if catalog.find(spec) else os.path.abspath(local)
+    return _Repository(hub_id["repo"], hub_id["revision"], inside, looked)
+
+
+def _is_path(spec: str) -> bool:
+    """Whether a spec in the form of a hub id was meant as a path: by its look, or by what is there."""
+    if spec.startswith((".", "/", "~")) or single_file.ENDING in spec:
+        return True
+    if spec.replace("/", ":", 1) in catalog.names():  # sd-1.5/unet was meant as sd-1.5:unet
+        return True
+
+    # org/name beside a folder org that is here.
+    return "/" in spec and expanded(spec).parent.is_dir()
+
+
+def _part_of(spec: str) -> str:
+    """A hint where a part of an existing folder is written as one of a repository; "" otherwise."""
+    folder, _, part = spec.rpartition(":")
+    if not folder or not (expanded(folder) / part).is_dir():
+        return ""
+    return f"; did you mean {os.path.join(folder, part)!r}?"
 
 
 def _copied(place: AnyPath) -> Path:
@@ -251,6 +279,18 @@ def _download(repository: _Repository) -> Path:
         f"opened here; {part}convert it once, where torch is installed: {catalog.CONVERT} "
         f"{catalog.short(str(repository))}; it is found from then on"
     )
+
+
+@contextlib.contextmanager
+def _no_folder(repository: _Repository) -> Iterator[None]:
+    """Adds to the hub's errors that there is no such folder here either: one may have been meant."""
+    try:
+        yield
+    except UserError as error:
+        if not repository.folder:
+            raise
+        local = f"no such folder on this machine either: {repository.folder}"
+        raise type(error)(f"{error} ({local})") from error
 
 
 def _snapshot(repository: _Repository, patterns: list[str]) -> Path:

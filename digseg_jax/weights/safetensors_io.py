@@ -21,6 +21,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.files import LFS_POINTER, MAX_TEXT, read_bytes
 from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.storage import inside
+from digseg_jax.weights.catalog import CONVERT
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
@@ -305,6 +306,6 @@ def _nothing_found(folder: Path) -> str:
     if pickles:
         return (
             f"{folder} holds only {', '.join(pickles)}, which this project does not open; "
-            f"convert to {wanted}"
+            f"convert to {wanted}, where torch is installed: {CONVERT} {folder}"
         )
     return f"no {wanted} (or sharded index) in {folder}"

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from digseg_jax.config.sampling import NUM_TRAIN_TIMESTEPS
 from digseg_jax.config.schema import DiffusionConfig
 from digseg_jax.diffusion.schedule import BETA_END, BETA_START
+from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import read_json
 from digseg_jax.weights.hub import SCHEDULER_FILE
 
 # diffusers' name -> key of config.diffusion, and diffusers' default, which a file may leave out.
@@ -40,10 +41,8 @@ def schedule_differences(unet: Path, config: DiffusionConfig) -> list[str]:
     """
     # A comparison for a warning only, so a missing or damaged file is no error.
     try:
-        stored = json.loads((unet.absolute().parent / SCHEDULER_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    if not isinstance(stored, dict):
+        stored = read_json(unet.absolute().parent / SCHEDULER_FILE)
+    except UserError:
         return []
 
     # What a run can choose, then what is the same in every run.

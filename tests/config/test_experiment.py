@@ -57,6 +57,9 @@ def test_a_file_that_raises_is_one_line(tmp_path):
     (tmp_path / "bad.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(UserError, match="cannot be loaded .SystemExit: 0"):
         load_config(tmp_path / "bad.py")
+    (tmp_path / "bad.py").write_text("def get_config():\n    pass\n")
+    with pytest.raises(UserError, match="returns NoneType, not a configuration"):
+        load_config(tmp_path / "bad.py")
 
 
 def test_a_file_that_is_no_program_is_not_run(tmp_path):

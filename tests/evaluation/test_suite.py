@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from sklearn.metrics import f1_score, jaccard_score
 
 from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.data import sources
+from digseg_jax.data.datasets import registry
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import paper, suite, suite_tables
 from digseg_jax.metrics import binary
+from digseg_jax.tools.prepare_data import prepare_split
 
 CHANNEL = {"background": 0, "soil": 0, "road": 1, "crop": 1, "weed": 2}
 PARAMS = {"weight": np.ones(3, np.float32)}
@@ -107,9 +111,7 @@ def test_a_killed_suite_goes_on_and_ends_with_the_same_scores(tmp_path):
     assert dying.asked + second.asked == 3 * 4 + 1
 
 
-@pytest.mark.parametrize(
-    "change", [{"eval": {"gate_limit": 1}}, {"data": {"image_size": 128}}, {"model": {"vae": "other"}}]
-)
+@pytest.mark.parametrize("change", [{"eval": {"gate_limit": 1}}, {"data": {"image_size": 128}}])
 def test_other_settings_do_not_reuse_what_was_counted(tmp_path, change):
     phenobench(tmp_path)
     base = {"data": {"root": str(tmp_path)}, "eval": {"inference": "whole"}}
@@ -123,6 +125,21 @@ def test_other_settings_do_not_reuse_what_was_counted(tmp_path, change):
     weights = {"weight": np.zeros(3, np.float32)}
     run(parse(base), trained_on, tmp_path / "out", "phenobench", weights)
     assert trained_on.asked == 12, "other weights"
+
+
+def test_counts_of_another_autoencoder_are_not_reused_and_those_of_a_copy_are(tmp_path):
+    """An export in a bucket is read from a copy, which lies elsewhere at every start."""
+    phenobench(tmp_path)
+    asked = []
+    for vae, digest in (("/a/vae", "1f"), ("/b/vae", "1f"), ("/b/vae", "2e")):
+        settings = parse({
+            "data": {"root": str(tmp_path)}, "eval": {"inference": "whole"}, "model": {"vae": vae},
+        })  # fmt: skip
+        segmenter = colors()
+        about = {"datasets": [], "steps": 1, "started_from": "", "parts": {"vae": digest, "text": "3d"}}
+        run(settings, segmenter, tmp_path / "out", "phenobench", about=about)
+        asked.append(segmenter.asked)
+    assert asked[0] > 0 and asked[1] == 0 and asked[2] == asked[0]
 
 
 class Split:
@@ -168,11 +185,48 @@ def test_an_unknown_suite_is_told(tmp_path, name):
 
 def test_a_folder_of_data_sets_that_is_not_there_is_told_at_once(tmp_path):
     """Of the domains the land cover needs no data: it alone would be scored."""
+    settings = config(tmp_path / "gone")
     with pytest.raises(UserError, match="gone': no such folder") as caught:
-        suite.check_root("domains", str(tmp_path / "gone"))
+        suite.check_data("domains", settings.data, settings.eval)
     tiny.one_line(caught.value)
-    for root in ("", str(tmp_path), "gs://bucket/data"):
-        suite.check_root("domains", root)
+
+    # In a folder that is there, a suite needs one of its data sets; the domains have the land cover.
+    suite.check_data("domains", config(tmp_path).data, config(tmp_path).eval)
+    with pytest.raises(UserError, match="no data set of it under") as caught:
+        suite.check_data("medical", config(tmp_path).data, config(tmp_path).eval)
+    tiny.one_line(caught.value)
+
+
+@pytest.mark.parametrize("name", ["phenobench", "all", "domains"])
+def test_shards_older_than_the_files_beside_them_are_not_scored(tmp_path, name):
+    """Their labels are the old ones; the same refusal as in training, before anything is loaded."""
+    if name == "domains":
+        root = tmp_path / "own"
+        for kind in ("images", "masks"):
+            (root / kind / "val").mkdir(parents=True)
+        (root / "classes.txt").write_text("soil\nplant\n")
+        label = np.random.default_rng(0).integers(0, 2, (8, 9)).astype(np.uint8)
+        Image.fromarray(picture(label, 0)).save(root / "images/val/0.png")
+        Image.fromarray(label).save(mask := root / "masks/val/0.png")
+    else:
+        phenobench(tmp_path)
+        root = tmp_path / "phenobench"
+        mask = root / "val/semantics/0.png"
+    dataset = "folder" if name == "domains" else "phenobench"
+    opened = partial(registry.open_source, dataset, root, "val")
+    prepare_split(opened, registry.spec(dataset, root), "val", root)
+
+    settings = config(tmp_path, split="val", calibrate=False)
+    suite.check_data(name, settings.data, settings.eval)
+    os.utime(mask, (0, (root / "val/manifest.json").stat().st_mtime + 60))
+    with pytest.raises(UserError) as caught:
+        suite.check_data(name, settings.data, settings.eval)
+    assert f"such as {mask}; renew them: python -m digseg_jax" in tiny.one_line(caught.value)
+
+    # A label that is corrected while the weights load leaves no score behind.
+    if name == "phenobench":
+        with pytest.raises(UserError, match="newer than what was made from them"):
+            run(settings, colors(), tmp_path / "out", name)
 
 
 def test_a_suite_without_any_data_is_told(tmp_path):

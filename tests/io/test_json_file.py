@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import tiny
@@ -82,3 +83,18 @@ def test_size_is_looked_at_first(tmp_path, monkeypatch):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="none.json: cannot be read"):
         read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_not_read(tmp_path, kind):
+    """A pipe would be waited for, and /dev/zero has no end."""
+    path = tmp_path / "a.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError) as caught:
+        read_json(path, remedy="evaluate again")
+    assert tiny.one_line(caught.value) == f"{path}: not a regular file; evaluate again"

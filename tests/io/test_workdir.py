@@ -125,6 +125,15 @@ def test_a_config_file_that_is_no_config_is_one_clear_error(tmp_path, text):
     assert (tmp_path / CONFIG_NAME).read_text() == text
 
 
+@pytest.mark.parametrize("name", ["export", "eval", "checkpoints"])
+def test_a_file_in_the_place_of_a_folder_of_results_is_told_at_the_start(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is no folder that can be written") as caught:
+        claim(tmp_path, to_dict(parse({})))
+    one_line(caught.value)
+    assert (tmp_path / name).read_text() == "mine" and not (tmp_path / CONFIG_NAME).exists()
+
+
 def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:

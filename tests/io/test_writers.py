@@ -135,7 +135,10 @@ def test_a_whole_last_line_without_newline_is_kept(tmp_path):
     assert steps(write_steps(tmp_path, [2])) == [1, 2]
 
 
-@pytest.mark.parametrize("bad", ["oops", "[1]", '{"loss": 1}', '{"step": "1"}'])
+@pytest.mark.parametrize(
+    "bad",
+    ["oops", "[1]", '{"loss": 1}', '{"step": "1"}', pytest.param("[" * 100_000, id="deep")],
+)
 def test_a_bad_line_elsewhere_is_named(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n')

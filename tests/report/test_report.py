@@ -273,8 +273,9 @@ def test_no_results_names_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("path", "text", "message"),
     [
-        ("eval/results.json", "{", "not valid JSON"),
-        ("eval/results.json", "[]", "must be a JSON object"),
+        ("eval/results.json", "{", "not readable as JSON"),
+        ("eval/results.json", "[]", "holds list, expected an object"),
+        pytest.param("eval/results.json", "[" * 100_000, "nested too deep", id="deep"),
         ("eval/results.json", "{}", "lacks dataset"),
         ("bench/a.json", '{"title": "x"}', "lacks columns, rows"),
         ("eval/gallery/gallery.json", '{"items": [{"id": "a"}]}', "expected form"),

@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import official_trees as trees
 import pytest
+from experiments import get_config
 from official_trees import H, W, grid
 from PIL import Image
 
+from digseg_jax.config.parse import parse
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.sources import check_scored_splits, check_training_data
+from digseg_jax.errors import UserError
 from digseg_jax.tools import check_data
 from digseg_jax.tools.contact_sheet import Tile, contact_sheet, palette
+from digseg_jax.tools.prepare_data import prepare_split
 
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "camvid"
 
@@ -96,6 +104,100 @@ def test_a_split_that_is_not_there_is_wrong_unless_it_is_an_extra_one(tmp_path, 
     found = json.loads(out)
     assert "val.txt" in found["splits"]["val"]["error"] and "trainaug" not in found["splits"]
     assert any(v.startswith("val: ") for v in found["violations"])
+
+
+def what_a_run_says(root: Path) -> str:
+    """The refusal with which a run of the shipped recipe begins on a folder; "" if it begins."""
+    config = get_config("folder", "small")
+    config.data.root = str(root)
+    config = parse(config)
+    try:
+        check_training_data(config.data)
+        check_scored_splits(config.data, config.eval)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def without_val(root: Path) -> None:
+    for kind in ("images", "masks"):
+        shutil.rmtree(root / kind / "val")
+
+
+def only_train_is_empty(root: Path) -> None:
+    for kind in ("images", "masks"):
+        shutil.rmtree(root / kind / "train")
+        (root / kind / "train").mkdir()
+
+
+def one_class(root: Path) -> None:
+    (root / "classes.txt").write_text("0: background\n1: ignore\n")
+
+
+def old_shards(root: Path) -> None:
+    prepare(root)
+    mask = root / "masks" / "val" / "a.png"
+    os.utime(mask, (0, (root / "val" / "manifest.json").stat().st_mtime + 60))
+
+
+def other_values(root: Path) -> None:
+    prepare(root)
+    (root / "classes.txt").write_text("1: background\n0: road\n")
+
+
+def shards_of_train(root: Path) -> None:
+    prepare(root)
+    shutil.rmtree(root / "val")
+
+
+def prepare(root: Path) -> None:
+    for split in ("train", "val"):
+        opened = partial(registry.open_source, "folder", root, split)
+        prepare_split(opened, registry.spec("folder", root), split, root)
+
+
+def without_a_mask(root: Path) -> None:
+    (root / "masks/train/a.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        without_val, only_train_is_empty, one_class, old_shards, other_values, shards_of_train,
+        without_a_mask,
+    ],
+)  # fmt: skip
+def test_what_a_run_refuses_at_its_start_is_wrong_here_in_the_same_words(root, capsys, spoil):
+    assert what_a_run_says(root) == ""
+    assert run(capsys, "--dataset=folder", "--root", root, "--sheet=-")[0] == 0
+    spoil(root)
+    refused = what_a_run_says(root)
+    status, out = run(capsys, "--dataset=folder", "--root", root, "--sheet=-")
+    assert status == 1 and refused
+    assert refused.removeprefix("folder: ") in out
+
+
+def test_images_of_two_splits_are_told(root, capsys):
+    for kind, end in (("images", "jpg"), ("masks", "png")):
+        shutil.copy(root / f"{kind}/train/a.{end}", root / f"{kind}/val/other.{end}")
+    status, out = run(capsys, "--dataset=folder", "--root", root, "--sheet=-")
+    assert status == 0 and "train has 7 of these images as well, such as " in out
+
+
+def test_shards_alone_are_checked_as_they_are_read(root, capsys):
+    prepare(root)
+    for kind in ("images", "masks"):
+        shutil.rmtree(root / kind)
+    status, out = run(capsys, "--dataset=folder", "--root", root, "--sheet=-")
+    assert what_a_run_says(root) == ""
+    assert status == 0 and "val: 6 examples, 6 read" in out
+
+
+def test_without_a_val_the_test_split_is_scored_on_request(root, capsys):
+    for kind in ("images", "masks"):
+        (root / kind / "val").rename(root / kind / "test")
+    status, out = run(capsys, "--dataset=folder", "--root", root, "--sheet=-")
+    assert status == 0 and "no val: have this split scored by --config.eval.split=test" in out
 
 
 def test_a_limit_reads_a_spread_of_examples_and_counts_all(root, capsys):

@@ -15,7 +15,7 @@ import tiny
 from digseg_jax.data.datasets.readers import polygons
 from digseg_jax.errors import UserError
 from digseg_jax.weights import load_config, safetensors_io, tokenizer_files
-from digseg_jax.weights.hub import resolve
+from digseg_jax.weights.hub import resolve, resolve_pipeline, resolve_tokenizer
 
 
 def test_a_pickle_is_told_with_the_tool_that_converts_it(tmp_path):
@@ -31,14 +31,46 @@ def test_a_pickle_is_told_with_the_tool_that_converts_it(tmp_path):
     ("spec", "told"),
     [
         ("", "no weights are named"),
-        ("sd-1.5/unet", "no such folder: sd-1.5/unet; .* did you mean 'sd-1.5:unet'"),
-        ("models/sd.safetensors", "no such file: models/sd.safetensors; legal: a folder"),
-        ("https://huggingface.co/org/name", "no such folder: https://huggingface.co/org/name; legal"),
+        ("sd-1.5/unet", "no such folder: sd-1.5/unet .* did you mean 'sd-1.5:unet'"),
+        ("models/sd.safetensors", "no such file: models/sd.safetensors .*; legal: a folder"),
+        (
+            "https://huggingface.co/org/name",
+            "no such folder: https://huggingface.co/org/name .*; legal",
+        ),
+        ("runs/nothing", "no such folder: runs/nothing .looked at HERE/runs/nothing"),
+        ("runs/nothing:unet", "looked at HERE/runs/nothing:unet"),
+        ("runs/mine:unet", "did you mean 'runs/mine/unet'"),
+        ("runs/2024/mine", "looked at HERE/runs/2024/mine"),
+        ("./org/name", "looked at HERE/org/name"),
+        ("../name", "looked at HERE/../name"),
+        ("name", "looked at HERE/name"),
     ],
 )
-def test_names_that_people_type_are_not_asked_of_the_hub(spec, told):
-    with pytest.raises(UserError, match=told):
-        resolve(spec)
+def test_names_that_people_type_are_not_asked_of_the_hub(spec, told, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    told = told.replace("HERE/../", f"{tmp_path.parent}/").replace("HERE", str(tmp_path))
+    for ask in (resolve, resolve_pipeline, resolve_tokenizer):
+        with pytest.raises(UserError, match=told) as caught:
+            ask(spec)
+        tiny.one_line(caught.value)
+
+
+def test_an_id_that_the_hub_lacks_is_told_to_be_no_folder_here_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for ask in (resolve, resolve_pipeline, resolve_tokenizer):
+        with pytest.raises(UserError) as caught:
+            ask("orgg/name@v1:unet")
+        line = tiny.one_line(caught.value)
+        assert line.startswith("cannot get 'orgg/name@v1:unet")
+        assert line.endswith(f"(no such folder on this machine either: {tmp_path}/orgg/name@v1:unet)")
+
+    # A name of the table means the hub.
+    with pytest.raises(UserError, match="from the hub: ") as caught:
+        resolve("sd-1.5:unet")
+    assert "on this machine" not in str(caught.value)
 
 
 def test_a_whole_pipelines_folder_is_told_its_parts(tmp_path):

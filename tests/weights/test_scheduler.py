@@ -62,7 +62,7 @@ def test_other_betas_are_named(unet):
     )
 
 
-@pytest.mark.parametrize("text", ["{", "[]", None])
+@pytest.mark.parametrize("text", ["{", "[]", None, pytest.param("[" * 100_000, id="deep")])
 def test_where_nothing_is_known_nothing_is_told(unet, text):
     if text is not None:
         put(unet, text)

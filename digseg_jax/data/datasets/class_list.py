@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -153,7 +154,9 @@ def _parts(line: str, where: str, *, first: bool) -> tuple[str | None, list[str]
     if len(line) > LONGEST:
         raise UserError(f"{where}: {len(line)} characters, more than {LONGEST}; {FORM}")
     match = _LINE.fullmatch(line)
-    names = [n.strip() for n in match["names"].split(",")] if match else [""]
+    # One form for each name: other kinds of space, and of accents, would make another word of it.
+    plain = unicodedata.normalize("NFC", match["names"]) if match else ""
+    names = [" ".join(name.split()) for name in plain.split(",")]
     if match is None or not all(names):
         raise UserError(f"{where}: {line[:200]!r}; {FORM}")
 

@@ -18,6 +18,10 @@ KEY = "files (names, sizes, times)"
 UNTIMED_KEY = "files (names, sizes)"
 
 
+class StaleShards(UserError):
+    """What was made from files that have changed since: it holds the old labels."""
+
+
 def fingerprint(source: Source, *, times: bool = True) -> str:
     """Digest (24 hex digits) of the names, sizes and times of all files of a split, in their order.
 
@@ -44,7 +48,9 @@ def fingerprint(source: Source, *, times: bool = True) -> str:
     return digest.hexdigest()[:24]
 
 
-def difference(source: Source, made_from: Mapping[str, Any], since: float) -> str:
+def difference(
+    source: Source, made_from: Mapping[str, Any], since: float, *, times: bool = True
+) -> str:
     """Says in words how a split's files differ from those that something was made from; "" if not.
 
     Args:
@@ -52,11 +58,15 @@ def difference(source: Source, made_from: Mapping[str, Any], since: float) -> st
       made_from: manifest with the fingerprints; one of an older version may lack them.
       since: time of the manifest in seconds: files of the same names and sizes that are older than it
         were only copied.
+      times: whether the files' times count at all.
     """
     if made_from.get(KEY) in (None, fingerprint(source)):
         return ""
     if made_from.get(UNTIMED_KEY) not in (None, fingerprint(source, times=False)):
         return "the names or sizes of its files are others now"
+
+    if not times:
+        return ""
 
     # Whole seconds, which are all that some stores keep of a manifest's time.
     newer = [p for p in _files(source) if p.exists() and int(p.stat().st_mtime) > int(since)]
@@ -66,7 +76,13 @@ def difference(source: Source, made_from: Mapping[str, Any], since: float) -> st
 
 
 def check_unchanged(
-    source: Source, made_from: Mapping[str, Any], manifest: Any, title: str, renewal: str
+    source: Source,
+    made_from: Mapping[str, Any],
+    manifest: Any,
+    title: str,
+    renewal: str,
+    *,
+    times: bool = True,
 ) -> None:
     """Refuses what was made from files that have changed since: it still holds the old labels.
 
@@ -76,12 +92,13 @@ def check_unchanged(
       manifest: path of the manifest.
       title: names the split and what was made from it.
       renewal: says how to make it again.
+      times: whether the files' times count.
 
     Raises:
-      UserError: a file was changed, added or removed.
+      StaleShards: a file was changed, added or removed.
     """
-    if told := difference(source, made_from, float(manifest.stat().mtime)):
-        raise UserError(
+    if told := difference(source, made_from, float(manifest.stat().mtime), times=times):
+        raise StaleShards(
             f"{title}: {told}; {renewal} (if only the times of the files are new: touch {manifest})"
         )
 

@@ -34,6 +34,7 @@ from digseg_jax.io.storage import as_path, inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+VALUES = "values of the classes"
 REMEDY = "run digseg_jax.tools.prepare_data"
 _ENTRIES = {
     "split": str, "class_hash": str, "examples": int, "shards": list, "spec": dict, "statistics": dict,
@@ -53,6 +54,17 @@ def class_hash(spec: DatasetSpec) -> str:
     """Identifier of a class list (16 hex digits): names in their order, and ids that masks cover."""
     rows = [[c.name, list(spec.covers(i))] for i, c in enumerate(spec.classes)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def values_of(spec: DatasetSpec) -> list[list[int]]:
+    """Values of each class in the files of labels, then those that are ignored; JSON-ready."""
+    return [*(list(c.raw) for c in spec.classes), list(spec.ignored_raw)]
+
+
+def has_classes_of(manifest: dict[str, Any], spec: DatasetSpec) -> bool:
+    """Whether shards were made with this list of classes; an older manifest lacks the values."""
+    same_values = manifest.get(VALUES) in (None, values_of(spec))
+    return manifest["class_hash"] == class_hash(spec) and same_values
 
 
 def facts_of(spec: DatasetSpec) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def stored_spec(root: str | Path) -> DatasetSpec | None:
     facts = {key: stored[key] for key in _FACTS}
     check_template(facts["template"], f"{root}: the template of {MANIFEST}")
     classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in stored["classes"])
-    splits = {m["split"]: m["examples"] for m in manifests}
+    splits = dict.fromkeys((m["split"] for m in manifests), 0)  # only the user knows how many
     return DatasetSpec(classes=classes, splits=splits, **facts)
 
 

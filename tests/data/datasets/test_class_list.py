@@ -101,6 +101,17 @@ def test_the_heading_of_a_table_is_no_class(tmp_path, line):
         read_class_list(write(tmp_path, f"{line}\nsoil\n"))
 
 
+def test_other_spaces_and_forms_of_accents_make_no_other_name(tmp_path):
+    text = "bare\u00a0 soil\u00a0, O\u0308dland\nroad\u2009surface\n"
+    listed = read_class_list(write(tmp_path, text))
+    assert [(c.name, *c.synonyms) for c in listed.classes] == [
+        ("bare soil", "Ödland"),
+        ("road surface",),
+    ]
+    with pytest.raises(UserError, match="'öl' is named twice"):
+        read_class_list(write(tmp_path, "\u00d6l\nO\u0308l\n"))
+
+
 def test_encodings(tmp_path):
     marked = codecs.BOM_UTF8 + b"water\n"
     assert read_class_list(write(tmp_path, marked)).classes[0].name == "water"

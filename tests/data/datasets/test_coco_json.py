@@ -11,6 +11,7 @@ import tiny
 from PIL import Image
 
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.sources import open_dataset
 from digseg_jax.errors import UserError
 
 H, W = 6, 8
@@ -117,6 +118,7 @@ def row(**changes):
         (values(categories=[*CATEGORIES, {"id": 9, "name": "\ud83d"}]), r"'.ud83d' is not a name"),
         (row(category_id="x"), r"annotations\[0\]: 'category_id' is 'x', expected int"),
         (row(segmentation=[[1, 2]]), "annotation 1: a polygon of 2 numbers"),
+        (row(segmentation=[["1"] * 6]), "annotation 1: a polygon of other things than numbers"),
         (row(segmentation=[]), "annotation 1: a box without an outline"),
         (row(segmentation=[[1e9] * 6]), "annotation 1: a polygon far outside the image"),
         (row(segmentation={"size": [H, W], "counts": [1]}), "1: the run lengths do not fill"),
@@ -132,6 +134,13 @@ def test_what_cannot_be_read_is_one_line(tmp_path, content, told):
         registry.spec("folder", tmp_path)
         registry.open_source("folder", tmp_path, "train")[0]
     assert "instances_default.json" in tiny.one_line(caught.value)
+
+
+def test_a_split_without_an_image_is_told(tmp_path):
+    write(tmp_path, LAYOUTS["cvat"], values(images=[], annotations=[]))
+    with pytest.raises(UserError, match="train: no example in") as caught:
+        open_dataset("folder", str(tmp_path), "train")
+    tiny.one_line(caught.value)
 
 
 def test_pycocotools_fills_nearly_the_same_pixels(tmp_path):

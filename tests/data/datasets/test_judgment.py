@@ -222,6 +222,8 @@ def test_a_folder_above_the_data_is_told(tmp_path):
         ("Annotations/a.xml", "boxes in XML"),
         ("train/a.json", "labelme"),
         ("via_region_data.json", "VIA"),
+        ("data.zip", "archive: unpack it"),
+        ("data.tar.gz", "archive: unpack it"),
     ],
 )
 def test_other_layouts_are_recognized(tmp_path, file, told):
@@ -231,6 +233,25 @@ def test_other_layouts_are_recognized(tmp_path, file, told):
         registry.spec("folder", tmp_path)
     assert "classes.txt: no such file (this is" in tiny.one_line(caught.value)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["Classes.TXT", "classes.txt.txt", "labels.txt", "class_names.txt", "images/classes.txt"]
+)
+def test_a_list_of_classes_of_another_name_is_named(tmp_path, name):
+    root = folder(tmp_path, [mask(0, 1)])
+    (root / "classes.txt").rename(root / name)
+    with pytest.raises(UserError) as caught:
+        registry.spec("folder", root)
+    line = tiny.one_line(caught.value)
+    assert line.endswith(f"no such file; {root / name} is there: call it {root / 'classes.txt'}")
+
+
+def test_images_beside_the_folders_of_splits_are_not_left_out(tmp_path):
+    root = folder(tmp_path, [mask(0, 1)])
+    trees.image(root / "images" / "stray.jpg", H, W)
+    with pytest.raises(UserError, match="1 images beside the folders of splits, such as stray.jpg"):
+        registry.spec("folder", root)
 
 
 def test_a_folder_above_everything_is_taken_for_no_export(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import official_trees as trees
@@ -80,7 +81,7 @@ def test_shards_are_known_by_their_checksums(tmp_path):
     assert a == b and len(a) == 24
 
 
-def test_shards_beside_changed_files_are_refused_at_the_start(tmp_path):
+def test_shards_beside_changed_files_are_refused_at_the_start(tmp_path, monkeypatch):
     """The shards are what is trained on: a corrected mask would be left out without a word."""
     trees.folder(tmp_path)
     for split in ("train", "val"):
@@ -115,6 +116,15 @@ def test_shards_beside_changed_files_are_refused_at_the_start(tmp_path):
     assert "the names or sizes of its files are others now" in told()
     prepare(tmp_path, tmp_path, renew=True)
     assert told() == ""
+
+    # Files that came with a package are as new as its installation.
+    os.utime(mask, (0, (tmp_path / "train" / "manifest.json").stat().st_mtime + 9e3))
+    assert "newer than" in told()
+    with monkeypatch.context() as patched:
+        own = registry.spec("folder", tmp_path)
+        patched.setattr(registry, "spec", lambda name, root: replace(own, from_package=True))
+        assert told() == ""
+    os.utime(mask, (0, 0))
 
     # The evaluated split is judged in the same way; files that are not there are not.
     os.utime(tmp_path / "masks" / "val" / "a.png", (0, manifest.stat().st_mtime + 9e3))

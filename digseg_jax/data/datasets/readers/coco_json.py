@@ -220,6 +220,8 @@ def _mask(row: dict[str, Any], size: tuple[int, ...], where: str) -> np.ndarray:
         for numbers in found:
             if not 6 <= len(numbers) <= _MOST_POINTS or len(numbers) % 2:
                 raise ValueError(f"a polygon of {len(numbers)} numbers")
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError("a polygon of other things than numbers")
             points = np.asarray(numbers, np.float64).reshape(-1, 2)
             if not (np.abs(points) <= 1e6).all():
                 raise ValueError("a polygon far outside the image")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from digseg_jax.data.datasets.pairs import (
     DIVIDED,
     FileSource,
     divide,
+    is_junk,
     list_folders,
     pair_up,
     pick,
@@ -49,6 +51,8 @@ IMAGES = ("images", "image", "imgs", "img", "img_dir")
 MASKS = (
     "masks", "mask", "annotations", "annotation", "labels", "label", "ann_dir", "gt", "groundtruth",
 )  # fmt: skip
+# What such a list is called by other systems and habits.
+_NEARLY_CLASSES = r"(classes|class|class_names|labels|names)(\.txt)?(\.txt|\.csv|\.names)?"
 LABEL_MAP = "labelmap.txt"
 VOC_IMAGES, VOC_MASKS = "JPEGImages", "SegmentationClass"
 VOC_LISTS = "ImageSets/Segmentation"
@@ -85,6 +89,10 @@ _OTHERS = {
     "**/*.xml": "an export of boxes in XML, without masks: export semantic masks (PNG) or COCO instead",
     "**/*.json": "JSON of a labeling tool, such as labelme or VIA: export one file in COCO's form, as "
     "result.json, or semantic masks (PNG)",
+    **dict.fromkeys(
+        ("*.zip", "*.tar", "*.tar.gz", "*.tgz", "*.7z", "*.rar"),
+        "a folder with an archive: unpack it, and name the folder that comes out",
+    ),
 }
 _DEPTHS = ("", "*/", "*/*/")  # deeper, such files are of something else: of programs in a home folder
 
@@ -102,7 +110,7 @@ def folder_spec(root: Path) -> DatasetSpec:
             root, coco_classes(list(annotated.values())), (), list(annotated), undivided
         )
     if not voc and not (root / CLASSES).exists():
-        raise UserError(f"{shown(root / CLASSES)}: no such file{_recognized(root)}")
+        raise UserError(f"{shown(root / CLASSES)}: no such file{_likely(root) or _recognized(root)}")
     listed = read_label_map(root / LABEL_MAP) if voc else read_class_list(root / CLASSES)
 
     # 255 is void by convention; colors have no such convention.
@@ -127,7 +135,8 @@ def _folder_spec(
 
     undivided: whether `divide` makes the splits.
     """
-    # Only the user knows how many examples there are: 0 here.
+    # Only the user knows how many examples there are: 0 here. Without a val, test is what is scored.
+    named = partial(split_called, splits=splits)
     return DatasetSpec(
         name="folder",
         title=f"the user's own data in {shown(root.name)}{_NOT_SPLIT if undivided else ''}",
@@ -135,8 +144,8 @@ def _folder_spec(
         classes=classes,
         ignored_raw=ignored,
         splits=dict.fromkeys(splits, 0),
-        train_split=split_called("train", splits),
-        eval_split=split_called("val", splits),
+        train_split=named("train"),
+        eval_split=next((s for s in map(named, ("val", "test")) if s in splits), "val"),
         ignore=", ".join(written(v) for v in ignored) or "none",
         licence="the user's own",
     )
@@ -168,7 +177,13 @@ def _is_undivided(root: Path) -> bool:
     images, masks = _named(root, IMAGES), _named(root, MASKS)
     if not images or not masks or list_folders(root / images):
         return False
-    return any(path.suffix.lower() in IMAGE_ENDINGS for path in (root / images).iterdir())
+    return bool(_images_in(root / images))
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Names of the image files directly in a folder, sorted."""
+    names = sorted(path.name for path in folder.iterdir() if not is_junk(path.name))
+    return [name for name in names if name.lower().endswith(IMAGE_ENDINGS)]
 
 
 def _open_voc_export(spec: DatasetSpec, root: Path, split: str) -> FileSource:
@@ -210,6 +225,14 @@ def _splits(root: Path) -> list[str]:
             "masks/val"
         )
 
+    # Images beside the folders of splits belong to none of them, and would be left out.
+    beside = _images_in(root / images) if images else []
+    if beside:
+        raise UserError(
+            f"{shown(root / images)}: {len(beside)} images beside the folders of splits, such as "
+            f"{shown(beside[0])}; move them into one, as images/train"
+        )
+
     # DIR/NAME/images/train has the form of SPLIT/images, but NAME is the data set.
     if not images and len(found) == 1:
         inside = root / found[0] / _named(root / found[0], IMAGES)
@@ -218,6 +241,15 @@ def _splits(root: Path) -> list[str]:
                 f"{shown(inside)} holds splits: use {shown(root / found[0])} as the data set"
             )
     return found
+
+
+def _likely(root: Path) -> str:
+    """Text that ends a message: a file that was probably meant as the list of classes; "" for none."""
+    for place in (root, *(root / name for name in IMAGES)):
+        for path in sorted(place.glob("*")) if place.is_dir() else ():
+            if re.fullmatch(_NEARLY_CLASSES, path.name, re.IGNORECASE) and path.is_file():
+                return f"; {shown(path)} is there: call it {shown(root / CLASSES)}"
+    return ""
 
 
 def _recognized(root: Path) -> str:
