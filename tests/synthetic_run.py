@@ -66,6 +66,7 @@ def weights(**changes: Any) -> dict[str, Any]:
     return {
         "parameters": 6_049_124, "datasets": ["landcover"], "steps": 4000,
         "checkpoint": "checkpoints/4000", "started_from": "assets:prior", "seed": 0,
+        "parts": {"vae": "0" * 64, "text": "1" * 64},
         "versions": {"digseg_jax": "0.1.0", "jax": "0.10.0"}, **changes,
     }  # fmt: skip
 
