@@ -95,7 +95,7 @@ def run(
       UserError: the step needs more memory than the machine has left.
     """
     config = configuration(size, dtype, ema)
-    task = RandomTask(random_parts(config, unet or UNetConfig(), vae or VaeConfig()), config)
+    task = RandomTask(config, random_parts(config, unet or UNetConfig(), vae or VaeConfig()))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optim, config.train.steps)
 
