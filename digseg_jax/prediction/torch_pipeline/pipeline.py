@@ -138,7 +138,6 @@ class DigsegPipeline(DiffusionPipeline):
         s = self.config.settings
         if s["decoder"] == "latent_mean":
             latents = latents.mean(0, keepdim=True)
-
         rows = latents.flatten(0, 1) / self.vae.config.scaling_factor
         images = torch.cat([self.vae.decode(part).sample for part in rows.split(BATCH)]).float()
         if table := s["prototypes"]:  # minus half the squared distance to each class's color
