@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,9 +83,11 @@ def predict(
         jobs, broken = _unfinished(images, planned, identity, resumes=out.suffix.lower() != ".png")
         if jobs:
             segmenter = load_segmenter(folder, config)
+            _check_windows(segmenter, [path for path, _ in jobs if path in large])
             if far := far_queries(segmenter, texts):
                 log.info("%s", far_line(far))
-            broken += _segment_files(segmenter, sampling, seed, jobs, texts, colors, identity)
+            task = _Task(segmenter, sampling, seed, texts, colors, identity)
+            broken += _segment_files(task, jobs)
 
         # One file for a labeling tool, of all images whose masks are there.
         left_out = {*broken, *large}
@@ -140,26 +143,43 @@ def _unfinished(
     return jobs, broken
 
 
-def _segment_files(
-    segmenter: PretrainedSegmenter,
-    sampling: EvalConfig,
-    seed: int,
-    jobs: Sequence[Job],
-    texts: Sequence[str],
-    colors: UInt8[np.ndarray, "q 3"],
-    identity: str,
-) -> list[Path]:
+def _check_windows(segmenter: PretrainedSegmenter, large: Sequence[Path]) -> None:
+    """Raises UserError for large rasters that the settings want to be seen whole."""
+    if large and segmenter.mode != "window":
+        raise UserError(
+            f"config.eval.inference={segmenter.mode!r}: {shown(large[0])} is too large to be seen "
+            "whole; legal: window"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is asked of every image, and of which model.
+
+    identity: of the model and all settings; it is stored with each prediction.
+    """
+
+    segmenter: PretrainedSegmenter
+    sampling: EvalConfig
+    seed: int
+    texts: Sequence[str]
+    colors: UInt8[np.ndarray, "q 3"]
+    identity: str
+
+
+def _segment_files(task: _Task, jobs: Sequence[Job]) -> list[Path]:
     """Segments image files and writes the files of their predictions; returns the unreadable ones.
 
     One image after the other, so that memory holds one image's masks. A broken one among many costs
     only its own masks.
     """
     started, broken = time.monotonic(), []
-    label = f"predict {sampling.ensemble}x{sampling.steps}"
+    label = f"predict {task.sampling.ensemble}x{task.sampling.steps}"
     progress = Progress(len(jobs), label=label, unit="images")
     for done, (source, files) in enumerate(jobs, start=1):
+        segment = _segment_large if files.large else _segment_file
         try:
-            _segment_file(segmenter, sampling, seed, source, texts, colors, files, identity)
+            segment(task, source, files)
         except UnreadableError as error:
             broken.append(source)
             log.error("left out: %s", error)
@@ -168,81 +188,55 @@ def _segment_files(
     return broken
 
 
-def _segment_file(
-    segmenter: PretrainedSegmenter,
-    sampling: EvalConfig,
-    seed: int,
-    source: Path,
-    texts: Sequence[str],
-    colors: UInt8[np.ndarray, "q 3"],
-    files: PredictionFiles,
-    identity: str,
-) -> None:
+def _segment_file(task: _Task, source: Path, files: PredictionFiles) -> None:
     """Segments an image file, writes the files of its prediction, and logs them.
 
     Raises:
       UnreadableError: the image cannot be read.
       UserError: a file cannot be written.
     """
-    if files.large:
-        _segment_large(segmenter, sampling, seed, source, texts, colors, files, identity)
-        return
+    sampling = task.sampling
     with contextlib.closing(_ImageProgress(source)) as sampled:
-        masks = segmenter(
-            source, texts, sampling.ensemble, sampling.steps, seed,
+        masks = task.segmenter(
+            source, task.texts, sampling.ensemble, sampling.steps, task.seed,
             spacing=sampling.spacing, advance=sampled.update,
         )  # fmt: skip
-        masks.colors = colors
-        masks.facts |= marks_of(source, identity)
+        masks.colors = task.colors
+        masks.facts |= marks_of(source, task.identity)
 
         # Large masks are computed only now, see `Masks`.
         with contextlib.closing(_ImageProgress(source, "masks", quiet=5.0)) as written:
             summary = masks.write(files, written.update)
-    log.info("%s -> %s; also %s", shown(source), _told(summary), _beside(files))
+    log.info("%s -> %s; also %s", shown(source), _coverage_line(summary), _beside(files))
 
 
-def _segment_large(
-    segmenter: PretrainedSegmenter,
-    sampling: EvalConfig,
-    seed: int,
-    source: Path,
-    texts: Sequence[str],
-    colors: UInt8[np.ndarray, "q 3"],
-    files: PredictionFiles,
-    identity: str,
-) -> None:
+def _segment_large(task: _Task, source: Path, files: PredictionFiles) -> None:
     """Does the same as `_segment_file` for a raster that is read by windows.
 
     Raises:
       UnreadableError: the raster cannot be read.
-      UserError: a file cannot be written, or the images are to be seen whole.
+      UserError: a file cannot be written.
     """
-    if segmenter.mode != "window":
-        raise UserError(
-            f"config.eval.inference={segmenter.mode!r}: {shown(source)} is too large to be seen whole; "
-            "legal: window"
-        )
+    segmenter, sampling = task.segmenter, task.sampling
     estep = EStep(sampling.ensemble, sampling.steps, sampling.spacing)
     with Raster(source) as raster, contextlib.closing(_ImageProgress(source)) as sampled:
-        seen, short = (
-            min(segmenter.short_side or min(raster.shape), min(raster.shape)),
-            min(raster.shape),
-        )
+        height, width = raster.shape
+        short = min(height, width)
         log.info(
             "%s: %d x %d pixels, read by windows; its short side is seen as %d pixels of %d "
             "(config.eval.short_side)",
-            shown(source), raster.shape[1], raster.shape[0], seen, short,
+            shown(source), width, height, min(segmenter.short_side or short, short), short,
         )  # fmt: skip
-        bands = segment_raster(segmenter, raster, texts, estep, seed, sampled.update)
+        bands = segment_raster(segmenter, raster, task.texts, estep, task.seed, sampled.update)
         facts = {
-            "image": str(source), "estep": str(estep), "seed": seed,
-            "templates": list(segmenter.asks_in()), **marks_of(source, identity),
+            "image": str(source), "estep": str(estep), "seed": task.seed,
+            "templates": list(segmenter.asks_in()), **marks_of(source, task.identity),
         }  # fmt: skip
-        summary = write_large(files, raster, texts, bands, facts, colors)
-    log.info("%s -> %s; also %s", shown(source), _told(summary), shown(files.rasters[1]))
+        summary = write_large(files, raster, task.texts, bands, facts, task.colors)
+    log.info("%s -> %s; also %s", shown(source), _coverage_line(summary), shown(files.rasters[1]))
 
 
-def _told(summary: Mapping[str, Any]) -> str:
+def _coverage_line(summary: Mapping[str, Any]) -> str:
     """The file of each query's mask, and the percentage of the image that it covers."""
     rows = summary["queries"]
     return ", ".join(f"{r['mask']} ({r['query']}, {100 * r['coverage']:.1f} %)" for r in rows)

@@ -244,6 +244,17 @@ class TestGeoTiff:
         with pytest.raises(UserError, match="so large a raster gets GeoTIFFs; name a folder"):
             predict(tmp_path / "a.tif", out=tmp_path / "a.png")
 
+    def test_a_large_raster_that_is_to_be_seen_whole_is_refused_before_any_image(
+        self, model, photos, monkeypatch
+    ):
+        monkeypatch.setattr(job, "is_large", lambda path: path.name == "c.png")
+        model.mode = "whole"
+        with pytest.raises(
+            UserError, match=r"inference='whole': .*c.png is too large to be seen whole"
+        ):
+            predict(photos)
+        assert model.seen == []
+
     def test_without_rasterio_masks_are_made_and_a_hint_is_given(self, model, tmp_path, monkeypatch):
         image = Image.fromarray(np.zeros((6, 8, 3), np.uint8))
         tags = {33550: (10.0, 10.0, 0.0), 33922: (0.0, 0.0, 0.0, 5e5, 4.6e6, 0.0)}
