@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     pathway.add_argument("--seeds", type=int, default=3)
     pathway.add_argument("--steps", type=int, default=300)
     pathway.add_argument("--scales", default="1,10", help="optim.new_lr_scale, with commas")
+    drawn = jobs.add_parser("schedules", help="what members and steps bring, by training's timesteps")
+    drawn.add_argument("--seeds", type=int, default=3)
+    drawn.add_argument("--first-seed", type=int, default=0)
+    drawn.add_argument("--steps", type=int, default=300)
+    drawn.add_argument("--images", type=int, default=24, help="tiles, evenly spread; 0: all")
+    drawn.add_argument("--schedules", default="", help="names, with semicolons; empty: all")
     named = jobs.add_parser("prompted", help="the prompted codec against the binary one, equal FLOPs")
     named.add_argument("--seeds", type=int, default=3)
     named.add_argument("--steps", type=int, default=300, help="of the binary codec")
@@ -176,6 +182,15 @@ def _pathway(arguments: argparse.Namespace) -> dict[str, Any]:
     return pathway.run(arguments.seeds, arguments.steps, scales)
 
 
+def _schedules(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import schedules
+
+    _check_counts(arguments, "seeds", "steps")
+    only = tuple(filter(None, arguments.schedules.split(";"))) or tuple(schedules.SCHEDULES)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    return schedules.run(seeds, arguments.steps, arguments.images, only)
+
+
 def _prompted(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import prompted
 
@@ -283,6 +298,7 @@ JOBS = {
     "stamps": _stamps,
     "prior": _prior,
     "pathway": _pathway,
+    "schedules": _schedules,
     "prompted": _prompted,
     "step": _step,
     "checkpoint": _checkpoint,
