@@ -6,7 +6,8 @@
 #   TPU=my-slice ZONE=us-central2-b launch/tpu_vm.sh --config=configs/ade20k.py --workdir=gs://bucket/run
 #
 # PROJECT is optional; PYTHON names the Python of the hosts (default: one of 3.11 or newer is found there, or
-# installed, see prepare_host.sh). Hosts get the files that git tracks, as they are here; --dry-run lists them.
+# installed, see prepare_host.sh). Hosts get the files that git tracks, as they are here; --dry-run tells
+# how many, and what is left out.
 # Nothing but the same command is needed on each host: a slice knows its processes.
 # After a preemption (every host exits with 75) or a crash, the same command resumes the run.
 # Ctrl-C ends the ssh sessions but not the run; to end that:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from digseg_jax.arraytypes import Float, Int, UInt8
+from digseg_jax.config.templates import PLACE
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.class_list import read_class_list
 from digseg_jax.data.datasets.pairs import is_junk
@@ -152,6 +153,14 @@ def find_queries(queries: Sequence[str], vocabulary: str | None) -> list[str]:
         raise UserError("--mode=predict needs --query or --vocabulary")
     check_queries(texts)
     return texts
+
+
+def vocabulary_template(vocabulary: str | None) -> str:
+    """The template of the data set that --vocabulary names; the bare name for anything else."""
+    # A file comes before a data set of the same name, as in `find_queries`.
+    if not vocabulary or expanded(vocabulary).is_file():
+        return PLACE
+    return registry.spec(vocabulary).template if vocabulary in registry.names() else PLACE
 
 
 def check_queries(queries: Sequence[str], name: str = "--query") -> None:

@@ -16,6 +16,7 @@ from digseg_jax.arraytypes import UInt8
 from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, EvalConfig
+from digseg_jax.config.templates import PLACE
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, expanded, shown
 from digseg_jax.io.georeference import INSTALL, has_rasterio, is_georeferenced
@@ -23,7 +24,13 @@ from digseg_jax.io.progress import Progress
 from digseg_jax.io.raster import Raster
 from digseg_jax.log import log
 from digseg_jax.prediction.description import find_export, read_description
-from digseg_jax.prediction.files import find_images, find_queries, query_colors, read_rgb
+from digseg_jax.prediction.files import (
+    find_images,
+    find_queries,
+    query_colors,
+    read_rgb,
+    vocabulary_template,
+)
 from digseg_jax.prediction.known_names import far_line, far_queries
 from digseg_jax.prediction.labeling import labeling_file, write_labeling
 from digseg_jax.prediction.pretrained import SHIPPED, PretrainedSegmenter, load_segmenter
@@ -78,7 +85,9 @@ def predict(
         use_own_compile_cache(config.compute.compile_cache)
         sampling, seed = config.eval, config.seed
         colors = query_colors(texts, read_description(folder).datasets, vocabulary)
+        own = vocabulary_template(vocabulary)
         asked = [*map(to_dict, (config.model, config.diffusion, sampling)), seed]
+        asked += [own] if own != PLACE else []  # the same words are then other prompts
         identity = identity_of(folder, asked, texts, colors.tolist())
         jobs, broken = _unfinished(images, planned, identity, resumes=out.suffix.lower() != ".png")
         if jobs:
@@ -86,7 +95,7 @@ def predict(
             _check_windows(segmenter, [path for path, _ in jobs if path in large])
             if far := far_queries(segmenter, texts):
                 log.info("%s", far_line(far))
-            task = _Task(segmenter, sampling, seed, texts, colors, identity)
+            task = _Task(segmenter, sampling, seed, texts, segmenter.asks_in(own), colors, identity)
             broken += _segment_files(task, jobs)
 
         # One file for a labeling tool, of all images whose masks are there.
@@ -156,13 +165,15 @@ def _check_windows(segmenter: PretrainedSegmenter, large: Sequence[Path]) -> Non
 class _Task:
     """What is asked of every image, and of which model.
 
-    identity: of the model and all settings; it is stored with each prediction.
+    templates: see `Segmenter.asks_in`. identity: of the model and all settings; it is stored with each
+    prediction.
     """
 
     segmenter: PretrainedSegmenter
     sampling: EvalConfig
     seed: int
     texts: Sequence[str]
+    templates: Sequence[str]
     colors: UInt8[np.ndarray, "q 3"]
     identity: str
 
@@ -199,7 +210,7 @@ def _segment_file(task: _Task, source: Path, files: PredictionFiles) -> None:
     with contextlib.closing(_ImageProgress(source)) as sampled:
         masks = task.segmenter(
             source, task.texts, sampling.ensemble, sampling.steps, task.seed,
-            spacing=sampling.spacing, advance=sampled.update,
+            spacing=sampling.spacing, templates=task.templates, advance=sampled.update,
         )  # fmt: skip
         masks.colors = task.colors
         masks.facts |= marks_of(source, task.identity)
@@ -227,10 +238,12 @@ def _segment_large(task: _Task, source: Path, files: PredictionFiles) -> None:
             "(config.eval.short_side)",
             shown(source), width, height, min(segmenter.short_side or short, short), short,
         )  # fmt: skip
-        bands = segment_raster(segmenter, raster, task.texts, estep, task.seed, sampled.update)
+        bands = segment_raster(
+            segmenter, raster, task.texts, estep, task.seed, sampled.update, templates=task.templates
+        )
         facts = {
             "image": str(source), "estep": str(estep), "seed": task.seed,
-            "templates": list(segmenter.asks_in()), **marks_of(source, task.identity),
+            "templates": list(task.templates), **marks_of(source, task.identity),
         }  # fmt: skip
         summary = write_large(files, raster, task.texts, bands, facts, task.colors)
     log.info("%s -> %s; also %s", shown(source), _coverage_line(summary), shown(files.rasters[1]))

@@ -84,27 +84,34 @@ def segment_raster(
     estep: EStep,
     seed: int,
     advance: Callable[[int, int], None] | None = None,
+    *,
+    templates: Sequence[str],
 ) -> Iterator[tuple[int, Band]]:
     """Yields the first row of a band, and every query's probability there, from top to bottom.
 
-    advance: called with the steps of the network that are done, and their total.
+    templates: see `Request`. advance: called with the steps of the network that are done, and their
+    total.
     """
     # Never enlarged: a short side above the raster's own leaves it as it is.
     side = min(segmenter.short_side or min(raster.shape), min(raster.shape))
     scaled = _Scaled(raster, scaled_shape(raster.shape, side))
-    bands = _probabilities(segmenter, scaled, queries, estep, seed, advance)
+    asked = Request(np.zeros((0, 0, 3), np.uint8), 0, tuple(queries), templates=tuple(templates))
+    bands = _probabilities(segmenter, scaled, asked, estep, seed, advance)
     return _enlarged(bands, scaled.shape, raster.shape)
 
 
 def _probabilities(
     segmenter: Segmenter,
     scaled: _Scaled,
-    queries: Sequence[str],
+    asked: Request,
     estep: EStep,
     seed: int,
     advance: Callable[[int, int], None] | None,
 ) -> Iterator[Band]:
-    """Yields the rows of the scaled raster's probabilities, from top to bottom."""
+    """Yields the rows of the scaled raster's probabilities, from top to bottom.
+
+    asked: the queries and their templates; without an image.
+    """
     (height, width), size = scaled.shape, segmenter.size
     tops, columns = (starts(max(n, s), s) for n, s in zip(scaled.shape, size, strict=True))
 
@@ -116,27 +123,26 @@ def _probabilities(
     weights = weights[:, :width]
 
     # Sums of the rows from `top` on, to which further windows may add.
-    total = np.zeros((len(queries), size[0], width))
+    count = len(asked.queries)
+    total = np.zeros((count, size[0], width))
     norm = np.zeros((size[0], width))
     for number, top in enumerate(tops):
         strip = scaled.rows(top, min(top + size[0], height))
-        request = Request(
-            strip, 0, tuple(queries), templates=segmenter.asks_in(), first_view=number * len(columns)
-        )
+        request = dataclasses.replace(asked, image=strip, first_view=number * len(columns))
         told = None if advance is None else _part_of(advance, number, len(tops))
         options: dict[str, Any] = {"key": seed, "mode": "window", "advance": told}
         (answer,) = segmenter.seen_at(0).segment([request], estep, **options)
 
         # The strip's planes are means over its windows: the sums come back by their weights.
         rows = len(strip)
-        for query in range(len(queries)):
+        for query in range(count):
             total[query, :rows] += answer.probability(query) * weights[:rows]
         norm[:rows] += weights[:rows]
 
         # Rows above the next strip are final.
         final = (tops[number + 1] if number + 1 < len(tops) else top + rows) - top
         yield (total[:, :final] / norm[:final]).astype(np.float32)
-        total = np.concatenate([total[:, final:], np.zeros((len(queries), final, width))], axis=1)
+        total = np.concatenate([total[:, final:], np.zeros((count, final, width))], axis=1)
         norm = np.concatenate([norm[final:], np.zeros((final, width))])
 
 

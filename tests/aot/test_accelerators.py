@@ -32,7 +32,8 @@ CALLS = {"cuda": "@__cudnn$fmhaSoftmax", "tpu": "@tpu_custom_call"}  # of the ke
 CLASSES = 150
 
 platforms = pytest.mark.parametrize("platform", CHOSEN)
-versions = pytest.mark.parametrize("version", ["sd15", "sd21"])
+# sd21_clip: the parallel text pathway. biomedclip: texts whose padding is masked.
+versions = pytest.mark.parametrize("version", ["sd15", "sd21", "sd21_clip", "biomedclip"])
 
 
 def configured(version: str, platform: str, codec: str = "binary") -> Config:
@@ -88,8 +89,9 @@ def test_other_losses(version, platform, codec):
 @platforms
 @pytest.mark.parametrize(
     ("version", "codec"),
-    [("sd15", "binary"), ("sd21", "binary"), ("sd15", "palette"), ("sd15", "prompted")],
-)
+    [("sd15", "binary"), ("sd21", "binary"), ("sd21_clip", "binary"), ("sd15", "palette"),
+     ("sd15", "prompted")],
+)  # fmt: skip
 def test_evaluation_and_prediction_of_150_classes(version, platform, codec, monkeypatch):
     """8x2 with every decoder; a coarse pass first, which asks for all classes at once."""
     config = configured(version, platform, codec)

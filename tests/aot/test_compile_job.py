@@ -8,10 +8,12 @@ import json
 import os
 
 import jax
+import numpy as np
 import pytest
 import tiny
+from absl import flags as absl_flags
 
-from digseg_jax import trees
+from digseg_jax import main, trees
 from digseg_jax.aot import advice, cuda, programs, shapes, topology
 from digseg_jax.aot import job as compiling
 from digseg_jax.aot.advice import Needs, advise
@@ -19,9 +21,14 @@ from digseg_jax.aot.shapes import Architecture
 from digseg_jax.aot.table import as_text, size
 from digseg_jax.aot.topology import Topology
 from digseg_jax.config.parse import with_settings
+from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import CompileConfig
-from digseg_jax.errors import UserError
+from digseg_jax.data.datasets import registry
+from digseg_jax.errors import OVER_BUDGET, UserError
 from digseg_jax.io.storage import as_path
+from digseg_jax.prediction import programs as prediction
+from digseg_jax.prediction.request import Request
+from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime import gpu, tpu
 from digseg_jax.runtime.hardware import CHIPS
 from digseg_jax.runtime.sharding import make_mesh
@@ -122,6 +129,54 @@ def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     weights = {name: p["hbm_waiting_bytes"] for name, p in result["programs"].items()}
     assert weights == {"sample": 0, "read": 4 * programs.count(unet.abstract)}
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"decoder": "vae", "calibrate": False}, {"decode_limit": 2}])
+def test_it_compiles_the_programs_that_an_evaluation_runs(folders, monkeypatch, changes):
+    """The same functions, their arguments of the same shapes."""
+    seen: list[str] = []
+    trace = prediction.trace
+
+    def note(program, shared, batch, mesh):
+        arguments = jax.tree.map(lambda x: (tuple(np.shape(x)), str(x.dtype)), (shared, batch))
+        seen.append(repr((program.func.__name__, program.keywords, arguments)))
+        return trace(program, shared, batch, mesh)
+
+    monkeypatch.setattr(prediction, "trace", note)
+    settings = {f"eval__{key}": value for key, value in changes.items()}
+    made = config(folders, eval__batch_size=1, **settings)
+    names = registry.spec(made.data.name).names
+    task = tiny.load_task(made, prompts=names)
+    segmenter = Segmenter(task, task.initial(), mesh=make_mesh(made.mesh))
+    bias = (0.5,) * len(names) if made.eval.calibrate else None
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    estep = EStep(made.eval.ensemble, made.eval.steps)
+    segmenter.segment([Request(pixels, 0, names, bias)], estep)
+    ran, seen[:] = sorted(seen), []
+
+    mere = programs.abstract_task(made, Architecture.of(made.model))
+    programs.trace_evaluation(mere, Architecture.of(made.model), make_mesh(made.mesh), 1)
+    assert sorted(seen) == ran and len(ran) == 2
+
+
+def test_a_program_that_does_not_fit_ends_the_command_with_its_own_status(
+    folders, tmp_path, monkeypatch
+):
+    ended = []
+    monkeypatch.setattr(main, "_leave", ended.append)
+    monkeypatch.setattr(topology, "prepare", lambda _: None)  # the simulated devices are there
+    file = tiny.config_file(tmp_path, folders, model__dtype="bfloat16")
+    flags = ["--mode=compile", "--topology=t4:1", f"--config={file}", f"--workdir={tmp_path}"]
+    large = ["--config.compile.unet_only=True", "--config.compile.per_device_batch=9000000"]
+    try:
+        main.parse_flags(["main", *flags, *large, "--config.compile.advice=False"])
+        main.run()
+    finally:
+        absl_flags.FLAGS.unparse_flags()
+        absl_flags.FLAGS.mark_as_parsed()
+    result = json.loads((tmp_path / "compile.json").read_text())
+    assert ended == [OVER_BUDGET] == [3] and result["fits"] is False
+    assert result["compiler_options"].keys() == {"on", "left_out", "xla_flags"}
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,16 @@ TINY = (  # widths that compile in a minute
 )
 
 
-def compile_for(topology: str, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+def compile_for(
+    topology: str,
+    workdir: Path,
+    *flags: str,
+    config: str = "quickstart.py",
+    widths: tuple[str, ...] = TINY,
+) -> subprocess.CompletedProcess:
     command = [
-        sys.executable, "-m", "digseg_jax.main", f"--config={ROOT}/configs/quickstart.py",
-        "--mode=compile", f"--topology={topology}", f"--workdir={workdir}", *TINY, *flags,
+        sys.executable, "-m", "digseg_jax.main", f"--config={ROOT}/configs/{config}",
+        "--mode=compile", f"--topology={topology}", f"--workdir={workdir}", *widths, *flags,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run(
@@ -42,6 +48,31 @@ def test_a_tiny_step_for_four_chips(tmp_path):
     assert result["chips"] == 4 and result["fits"] and result["device_kind"].startswith("TPU v5")
     assert result["roofline_images_per_second_per_chip"] > 0
     assert "all-gather" in result["collectives"]  # of the sharded parameters
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--config.model.codec=palette", "--config.data.num_queries=1"),
+        ("--config.compile.program=eval", "--config.compile.eval_queries=150"),
+    ],
+    ids=["train", "train_palette", "eval"],
+)
+def test_a_miniature_of_stable_diffusion_for_four_chips(sd15_folders, tmp_path, flags):
+    """Its classes, levels, places of attention and 77 tokens, with what `auto` chooses on a TPU."""
+    parts = [f"--config.model.{part}={sd15_folders[part]}" for part in ("unet", "vae", "text")]
+    sizes = ["--config.data.image_size=64", "--config.train.batch_size=8", "--config.compile.effort=-1"]
+    done = compile_for("v5e:2x2", tmp_path, *parts, *sizes, *flags, config="ade20k.py:sd15", widths=())
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("compile*.json")
+    result = json.loads(file.read_text())
+    assert (
+        result["fits"] and result["chips"] == 4 and result["config"]["compute"]["attention"] == "splash"
+    )
+    names = {"sample", "read"} if "eval" in file.name else {"train"}
+    assert names <= set(result.get("programs", {result["program"]: 0}))
 
 
 @pytest.mark.slow  # minutes, for the search
@@ -60,7 +91,7 @@ def test_a_search_for_fast_convolutions_changes_no_number(tmp_path):
     assert untuned == tuned and untuned["effort"] == 0.0
 
 
-def test_too_large_a_batch_is_status_1_with_advice(tmp_path):
+def test_too_large_a_batch_is_status_3_with_advice(tmp_path):
     done = compile_for("v5e:2x2", tmp_path, "--config.compile.per_device_batch=60000",
                        "--config.compile.unet_only=True", "--config.compile.advice=False",
                        "--config.compile.effort=-1.0")  # fmt: skip

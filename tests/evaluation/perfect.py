@@ -44,5 +44,9 @@ class Reader:
         self.seconds += len(requests)
         self.asked += len(requests)
         if options.get("decoder") == "probe":
-            return [SimpleNamespace(cell_probabilities=lambda: self.presence) for _ in requests]
+            return [SimpleNamespace(cell_probabilities=lambda r=r: self._cells(r)) for r in requests]
         return [answer(np.stack([self.read(r.image, q) for q in r.queries]), r.bias) for r in requests]
+
+    def _cells(self, request: Request) -> Any:
+        """What a coarse pass finds: the given masks, or those of a function of the image."""
+        return self.presence(request.image) if callable(self.presence) else self.presence

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +117,28 @@ def test_prediction_reads_them_and_a_flag_asks_otherwise(export, tmp_path, read)
     read.clear()
     predict(None, str(export), source, [], tmp_path / "c", "phenobench", settings=ONE)
     assert set(read) == {f"{START}{n}{END}" for n in ("soil", "crop", "weed")}
+
+
+def test_prediction_asks_a_data_sets_classes_in_its_own_template(export, tmp_path, read, monkeypatch):
+    """As a suite does, where the weights were trained on several data sets with a template each."""
+    own = "a field with {}"
+    mixed = tmp_path / "mixed"
+    shutil.copytree(export, mixed)
+    stored = json.loads((mixed / FILE).read_text())
+    (mixed / FILE).write_text(json.dumps(stored | {"templates": [*stored["templates"], own]}))
+    facts = dataclasses.replace(registry.spec("phenobench"), template=own)
+    spec = registry.spec
+    monkeypatch.setattr(registry, "spec", lambda name: facts if name == "phenobench" else spec(name))
+
+    source, names = str(image(tmp_path)), ("soil", "crop", "weed")
+    predict(None, str(mixed), source, [], tmp_path / "a", "phenobench", settings=ONE)
+    assert set(read) == {f"a field with {name}" for name in names}
+    assert json.loads((tmp_path / "a" / "in.json").read_text())["templates"] == [own]
+
+    # The same words by hand are other prompts: the masks that are there are not taken for theirs.
+    read.clear()
+    predict(None, str(mixed), source, names, tmp_path / "a", settings=ONE)
+    assert set(read) == {f"{START}{name}{END}" for name in names}
 
 
 def test_python_asks_alike_and_several_templates_are_the_mean_of_their_probabilities(

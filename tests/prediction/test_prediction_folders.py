@@ -29,6 +29,9 @@ class Halves:
         self.seen = []
         self.description = types.SimpleNamespace(datasets=[])
 
+    def asks_in(self, own):
+        return (own,)
+
     def __call__(self, source, texts, ensemble, steps, seed, **_):
         self.seen.append(source.name)
         pixels = pixels_of(source)
@@ -207,7 +210,7 @@ class TestGeoTiff:
         self.save(rasterio, small, bands[:, :9])
         pixels, seen = read_image(tmp_path / "a.tif").upright(), []
 
-        def rows(segmenter, source, texts, estep, seed, advance):
+        def rows(segmenter, source, texts, estep, seed, advance, *, templates):
             """Answers like `Halves`, in bands of 15 rows, and keeps what it is shown."""
             for first in range(0, 40, 15):
                 seen.append(source.rows(first, min(first + 15, 40)))
@@ -216,7 +219,7 @@ class TestGeoTiff:
 
         monkeypatch.setattr(raster, "MAX_PIXELS", 1000)
         monkeypatch.setattr(job, "segment_raster", rows)
-        model.mode, model.short_side, model.asks_in = "window", 0, tuple
+        model.mode, model.short_side = "window", 0
         out = predict(tmp_path / "*.tif", formats=["coco"])
         # Pillow rounds what is transparent in another way.
         np.testing.assert_allclose(np.concatenate(seen), pixels, atol=1 if "alpha" in options else 0)

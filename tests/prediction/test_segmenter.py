@@ -21,6 +21,7 @@ from digseg_jax.prediction.segmenter import (
     trained_short_side,
     view_size,
 )
+from digseg_jax.runtime.sharding import infer_shardings
 from digseg_jax.segmentation.ensemble import probabilities
 
 QUERIES = ["water", "forest", "snow and ice"]
@@ -85,11 +86,12 @@ class TestMasks:
         monkeypatch.setattr(raster, "_HELD", 5000)  # several parts of a row, several rows of an output
         image, seen = noise(*shape), segmenter.seen_at(short_side)
         source = types.SimpleNamespace(shape=shape, rows=lambda first, last: image[first:last])
-        found = list(raster.segment_raster(seen, source, QUERIES, ONE, 0))
+        found = list(raster.segment_raster(seen, source, QUERIES, ONE, 0, templates=["a {}"]))
         firsts = np.cumsum([0, *(band.shape[1] for _, band in found)])
         assert [first for first, _ in found] == firsts[:-1].tolist() and len(found) > 1
         masks = np.concatenate([band for _, band in found], axis=1)
-        np.testing.assert_allclose(masks, ask(seen, [image])[0], atol=near)
+        asked = [f"a {query}" for query in QUERIES]
+        np.testing.assert_allclose(masks, ask(seen, [image], asked)[0], atol=near)
 
     def test_queries_share_the_noise_and_do_not_hear_each_other(self, segmenter):
         image = [noise(32, 32)]
@@ -115,6 +117,12 @@ class TestMasks:
     def test_views_are_spread_over_a_mesh(self, segmenter, task, params, axes):
         spread = Segmenter(task, params, mesh=tiny.mesh(**axes))
         image = [noise(64, 50)]
+
+        # Weights and autoencoder lie on the devices as a training's state does.
+        for held in (spread.programs.params, spread.programs.vae):
+            wanted = infer_shardings(held, spread.mesh)
+            for array, sharding in zip(*map(jax.tree.leaves, (held, wanted)), strict=True):
+                assert array.sharding.is_equivalent_to(sharding, array.ndim)
         np.testing.assert_allclose(ask(spread, image)[0], ask(segmenter, image)[0], atol=1e-4)
 
     def test_a_bias_moves_its_own_query(self, segmenter):

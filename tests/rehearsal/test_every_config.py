@@ -93,10 +93,12 @@ def test_what_the_small_models_are_made_of(stage, tmp_path, name):
     played(run)
 
 
-@pytest.mark.parametrize("name", story.MIXED)
+@pytest.mark.parametrize(
+    ("name", "version"), [(name, version) for name in story.MIXED for version in ("all", "shareable")]
+)
 @pytest.mark.usefixtures("cover")
-def test_a_mixture(stage, tmp_path, name):
-    run = story.Run(stage, tmp_path, name)
+def test_a_mixture(stage, tmp_path, name, version):
+    run = story.Run(stage, tmp_path, name, version)
     story.kill_and_resume(run)
     if run.segments:
         story.predict(run)

@@ -7,6 +7,11 @@ Lowering for accelerators, default meshes, frozen parts, counts and versions hav
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +23,7 @@ from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets import registry
 from digseg_jax.evaluation.examples import eval_examples
+from digseg_jax.evaluation.suite import SUITES
 from digseg_jax.prediction.segmenter import Segmenter, trained_short_side, view_size
 from digseg_jax.recipes import VERSIONS
 from digseg_jax.training.tasks.segmentation import SegmentationTask
@@ -25,6 +31,7 @@ from rehearsal import story, trees
 
 FILES = sorted(path.stem for path in CONFIGS.glob("*.py"))
 SIZE = 64
+TESTS = Path(__file__).parents[1]
 
 
 def configurations() -> list[tuple[str, str]]:
@@ -54,6 +61,19 @@ def test_evaluation_sees_images_at_a_scale_that_training_shows(name, version):
     assert data.scale_min <= side / data.image_size <= data.scale_max
 
 
+def test_the_closed_and_open_vocabularies_of_the_paper_are_seen_whole():
+    """Each image as one square of the training's size, as its protocol has it; streets by windows."""
+    whole = {name for name in registry.names() if name != "folder" and is_whole(name)}
+    rows = {*SUITES["semantic"], *SUITES["open_vocab"]} - {"cityscapes"}
+    assert rows <= whole and not {"cityscapes", "bdd100k", "camvid", "phenobench"} & whole
+    for name in rows:
+        assert config_of(name, "").eval.inference == "auto"
+
+
+def is_whole(name: str) -> bool:
+    return registry.spec(name).inference == "whole"
+
+
 @pytest.mark.parametrize("name", story.DATASETS)
 def test_a_rehearsals_data_are_read_as_the_data_set_is(name, tmp_path):
     facts, config = story.DATASETS[name], config_of(name, "")
@@ -65,6 +85,22 @@ def test_a_rehearsals_data_are_read_as_the_data_set_is(name, tmp_path):
         image, label = examples[i]["image"], examples[i]["label"]
         assert min(image.shape[:2]) > SIZE and label.shape == image.shape[:2]
         assert label.max() >= 0
+
+
+@pytest.mark.slow  # minutes
+def test_the_rehearsal_at_full_size_runs_in_miniature(tmp_path):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS / "parity")])
+    }
+    command = [sys.executable, "-m", "rehearsal.full_size", str(tmp_path), "--miniature"]
+    done = subprocess.run(
+        command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {"killed after step 1", "resumed, evaluated", "exported"} <= set(figures)
+    for one in ("killed after step 1", "resumed, evaluated", "exported"):
+        assert figures[one]["seconds"] > 0 and figures[one]["peak_gb"] > 0
 
 
 @pytest.fixture
