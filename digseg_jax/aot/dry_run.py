@@ -73,7 +73,8 @@ def check_evaluation(
 
     # A large vocabulary is asked for in other programs than a small one.
     counts = [len(each.asked) for each in scored]
-    ways = [[n for n in counts if (n > settings.exhaustive_limit) == gated] for gated in (False, True)]
+    limit = settings.exhaustive_limit
+    ways = [[n for n in counts if task.codec.asks_for_all(n, limit) == all_] for all_ in (True, False)]
     state = abstract_state(task.abstract, task.config.optim) if while_training else task.abstract
     beside = placed_bytes(state, mesh)
     memory = memory or least_memory(list(mesh.devices.flat))

@@ -258,8 +258,9 @@ def trace_evaluation(
         return made(name, program, (vae, scale), batch, queries, slots)
 
     # A large vocabulary: one step for every class, then all steps for those that pass the gate.
-    if classes > settings.exhaustive_limit and not codec.closed:
-        slots, asked = codec.slots(settings.gate_limit), settings.gate_limit
+    if not codec.asks_for_all(classes, settings.exhaustive_limit):
+        asked = codec.gate_limit(settings.gate_limit)
+        slots = codec.slots(asked)
         coarse = sample("coarse", EStep(1, 1), classes, codec.slots(classes), False)
         found = [coarse, sample("sample", estep, asked, slots, mean)]
     else:

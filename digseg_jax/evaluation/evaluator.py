@@ -103,8 +103,8 @@ class Evaluator:
 
         "exhaustive" asks for every class, "gated" only for the classes that a coarse pass finds.
         """
-        all_of_them = self.codec.closed or len(self.queries) <= self.settings.exhaustive_limit
-        return "exhaustive" if all_of_them else "gated"
+        limit = self.settings.exhaustive_limit
+        return "exhaustive" if self.codec.asks_for_all(len(self.queries), limit) else "gated"
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -277,10 +277,11 @@ class Evaluator:
             # A first pass judges presence; only the classes that survive are queried. The presence
             # goes into the row, for the recall of gates of other sizes.
             presence = self._presence(images, found)
-            limits = self.settings.gate_limit, self.settings.gate_cut
-            asked = [open_vocab.survivors(p, *limits).tolist() for p in presence]
+            most = self.codec.gate_limit(self.settings.gate_limit)
+            cut = self.settings.gate_cut
+            asked = [open_vocab.survivors(p, most, cut).tolist() for p in presence]
             facts = [{"presence": [float(x) for x in p]} for p in presence]
-            slots = self.codec.slots(self.settings.gate_limit)
+            slots = self.codec.slots(most)
         elif protocol == "oracle":
             # An image without a single label still needs a query: ask for class 0.
             shown = [np.unique(f["label"][f["label"] >= 0]).tolist() for f in found]

@@ -41,6 +41,13 @@ def cost(settings: EvalConfig, data: DataConfig, batch_size: int, codec: Codec) 
 def masks_of_a_view(settings: EvalConfig, codec: Codec, classes: int) -> int:
     """Masks that are denoised, one step each, to ask a view for all classes."""
     each = settings.ensemble * settings.steps
-    if classes > settings.exhaustive_limit and not codec.closed:
-        return codec.num_images(classes) + codec.num_images(settings.gate_limit) * each
-    return codec.num_images(classes) * each
+    if not codec.asks_for_all(classes, settings.exhaustive_limit):
+        few = codec.gate_limit(settings.gate_limit)
+        return _mask_images(codec, classes) + _mask_images(codec, few) * each
+    return _mask_images(codec, classes) * each
+
+
+def _mask_images(codec: Codec, classes: int) -> int:
+    """Mask images that show all classes; a codec that joins several in one has groups of them."""
+    groups = 1 if codec.closed or codec.one_by_one else -(-classes // codec.slots(classes))
+    return groups * codec.num_images(classes)

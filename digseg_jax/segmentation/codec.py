@@ -117,6 +117,17 @@ class Codec(Protocol):
         calls = -(-count // QUERY_LIMIT)
         return -(-count // calls)
 
+    def asks_for_all(self, classes: int, limit: int) -> bool:
+        """Whether a vocabulary is asked for whole, rather than the classes that a coarse pass finds.
+
+        limit: `eval.exhaustive_limit`.
+        """
+        return self.closed or classes <= limit
+
+    def gate_limit(self, limit: int) -> int:
+        """The most classes of an image that are asked for after a coarse pass; limit: of `eval`."""
+        return limit
+
     def check_queries(self, queries: Sequence[str]) -> None:
         """Raises UserError for queries that the codec cannot answer together."""
         return  # by default it answers any

@@ -94,6 +94,14 @@ class PromptedCodec(ColorCodec):
         """K, whatever the number of queries: one program serves every vocabulary."""
         return self.names
 
+    def asks_for_all(self, classes: int, limit: int) -> bool:
+        """Only of a vocabulary that one mask image can show."""
+        return classes <= min(limit, self.names)
+
+    def gate_limit(self, limit: int) -> int:
+        """As many as one mask image can show."""
+        return min(limit, self.names)
+
     def hide_empty(self, mask: Bool[np.ndarray, "t l"], asked: int) -> Bool[np.ndarray, "t l"]:
         """Hides the texts of empty places: a name must not have two colors."""
         return mask & (np.arange(len(mask)) < asked)[:, None]

@@ -21,6 +21,13 @@ def test_masks_are_counted_as_the_evaluation_asks_for_them(folders, classes, mas
     assert masks_of_a_view(SETTINGS, codec, classes) == masks
 
 
+def test_names_that_share_a_mask_image_cost_it_once(folders):
+    data = dataclasses.replace(tiny.config(folders).data, num_queries=32)
+    prompted = make_codec("prompted", data)
+    assert masks_of_a_view(SETTINGS, prompted, 30) == 16
+    assert masks_of_a_view(SETTINGS, prompted, 150) == 5 + 16  # a coarse pass of five groups first
+
+
 def test_the_cost_is_told_in_training_steps(folders):
     data = tiny.config(folders).data
     settings = dataclasses.replace(SETTINGS, split="test", num_images=10)

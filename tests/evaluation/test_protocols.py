@@ -19,6 +19,7 @@ from digseg_jax.metrics.presence import presence
 from digseg_jax.prediction.request import Request
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.segmentation.palette import PaletteCodec
+from digseg_jax.segmentation.prompted import PromptedCodec
 
 ONE = EStep(1, 1)
 PROMPTS = ("water", "forest", "snow and ice", "barren")
@@ -82,6 +83,17 @@ def test_a_palette_answers_all_of_its_classes(asked):
     palette = Reader(lambda image, query: np.ones(image.shape[:2], np.float32), codec=PaletteCodec(2))
     label = [np.zeros((4, 4), np.int32)]
     assert evaluator(palette, label, exhaustive_limit=1).protocols == ("exhaustive",)
+
+
+def test_more_names_than_one_mask_image_can_show_go_through_the_gate(reader, asked):
+    reader.task.codec = PromptedCodec(3)
+    label = [np.zeros((4, 4), np.int32)]
+    gated = evaluator(reader, label, gate_cut=0.0)
+    assert gated.protocol == "gated"
+    gated.scores(ONE)
+    assert asked == ["forest", "snow and ice", "barren"]  # three, although `gate_limit` is larger
+    reader.task.codec = PromptedCodec(4)
+    assert evaluator(reader, label).protocol == "exhaustive"
 
 
 def test_the_coarse_pass_is_one_step_through_the_probe(folders):

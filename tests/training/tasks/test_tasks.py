@@ -276,6 +276,17 @@ def test_every_choice_of_draws_gives_unit_noise_and_legal_timesteps(folders, noi
     assert at_the_end == pytest.approx(0.5 if sampling == "high_noise" else 0.0, abs=0.1)
 
 
+def test_multi_resolution_noise_is_plain_at_the_first_timestep_and_coarse_at_the_last(folders):
+    """Annealed as 0.9 t / T, so that neighbors correlate the more the noisier the timestep is."""
+    changes = {"diffusion__noise": "multires", "diffusion__timestep_sampling": "uniform"}
+    config = tiny.config(folders, **changes).diffusion
+    keys = example_keys(0, np.arange(512))
+    drawn, t = draw_noise_and_timestep(keys, (16, 16, 4), config, schedule_from(config))
+    neighbors = np.asarray((drawn[:, 1:] * drawn[:, :-1]).mean(axis=(1, 2, 3)))
+    early, middle, late = (neighbors[(t >= a) & (t < a + 100)].mean() for a in (0, 450, 900))
+    assert abs(early) < 0.02 and early + 0.05 < middle < late - 0.1
+
+
 def test_the_scaled_latent_is_the_means_times_the_factor(segmentation):
     _, task = segmentation
     image = to_unit(tiny.batch(1)["image"])
