@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags as absl_flags
+from absl.testing import flagsaver
 
 from digseg_jax import main, trees
 from digseg_jax.aot import advice, cuda, programs, shapes, topology
@@ -165,15 +165,13 @@ def test_a_program_that_does_not_fit_ends_the_command_with_its_own_status(
     ended = []
     monkeypatch.setattr(main, "_leave", ended.append)
     monkeypatch.setattr(topology, "prepare", lambda _: None)  # the simulated devices are there
-    file = tiny.config_file(tmp_path, folders, model__dtype="bfloat16")
+    large = {"compile__unet_only": True, "compile__per_device_batch": 9_000_000}
+    large |= {"compile__advice": False, "mesh__data": 1, "mesh__fsdp": 1}
+    file = tiny.config_file(tmp_path, folders, model__dtype="bfloat16", **large)
     flags = ["--mode=compile", "--topology=t4:1", f"--config={file}", f"--workdir={tmp_path}"]
-    large = ["--config.compile.unet_only=True", "--config.compile.per_device_batch=9000000"]
-    try:
-        main.parse_flags(["main", *flags, *large, "--config.compile.advice=False"])
+    with flagsaver.flagsaver():
+        main.parse_flags(["main", *flags])
         main.run()
-    finally:
-        absl_flags.FLAGS.unparse_flags()
-        absl_flags.FLAGS.mark_as_parsed()
     result = json.loads((tmp_path / "compile.json").read_text())
     assert ended == [OVER_BUDGET] == [3] and result["fits"] is False
     assert result["compiler_options"].keys() == {"on", "left_out", "xla_flags"}
