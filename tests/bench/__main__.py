@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     named.add_argument("--seeds", type=int, default=3)
     named.add_argument("--steps", type=int, default=300, help="of the binary codec")
     named.add_argument("--images", type=int, default=0, help="tiles, evenly spread; 0: all")
+    named.add_argument("--weights", help="RUN/export of the prompted codec: scored, nothing is trained")
+    named.add_argument("--binary", default="assets:segmenter", help="what it is compared with")
+    named.add_argument("--data", choices=("landcover", "landcover_igbp"), default="landcover")
     step = jobs.add_parser("step", help="one step of the full-size Stable Diffusion 1.5 model")
     step.add_argument("--size", type=int, default=256, help="pixels of a side of the one image")
     step.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -195,6 +198,8 @@ def _prompted(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import prompted
 
     _check_counts(arguments, "seeds", "steps")
+    if arguments.weights:
+        return prompted.compare(arguments.weights, arguments.binary, arguments.data, arguments.images)
     return prompted.run(arguments.seeds, arguments.steps, arguments.images)
 
 

@@ -4,7 +4,7 @@
 Each is trained on 8 classes and, apart, on 17. The binary codec takes the given number of steps; the
 other takes as many as have the same FLOPs. Scores are of 1x1, uncalibrated, with every decoder: a codec
 is judged by its best one. Told as well: the time of an image, scores with the colors permuted, and, for
-the 8 classes, with names that were never trained.
+the 8 classes, with names that were never trained. `compare` does the same with weights that are there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from digseg_jax.aot.programs import abstract_task, train_batch
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.arraytypes import Params
-from digseg_jax.config.parse import parse
+from digseg_jax.config.parse import parse, with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets.landcover import TILE
 from digseg_jax.data.datasets.landcover_prompts import HELD_OUT
@@ -30,6 +30,8 @@ from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.log import log
 from digseg_jax.metrics import confusion
+from digseg_jax.prediction.description import find_export, read_description
+from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.recipes import land_cover
 from digseg_jax.runtime.sharding import make_mesh
@@ -87,8 +89,8 @@ def permuted(task: SegmentationTask, seed: int) -> SegmentationTask:
 
 def scores(
     config: Config, task: SegmentationTask, params: Params, decoder: str, prompts: Sequence[str] = ()
-) -> dict[str, float]:
-    """mIoU and accuracy on test, and the seconds of an image."""
+) -> dict[str, Any]:
+    """mIoU, accuracy and IoU by class on test, and the seconds of an image."""
     settings = dataclasses.replace(config.eval, decoder=decoder)
     segmenter = Segmenter(task, params, settings, mesh=make_mesh(config.mesh))
     examples = eval_examples(config.data, "test", settings.num_images)
@@ -98,10 +100,11 @@ def scores(
         "miou": found.miou,
         "accuracy": confusion.pixel_accuracy(found.confusion),
         "seconds": segmenter.seconds / len(examples),
+        "per_class": found.per_class(),
     }
 
 
-def one(data: str, codec: str, seed: int, steps: int, images: int) -> dict[str, dict[str, float]]:
+def one(data: str, codec: str, seed: int, steps: int, images: int) -> dict[str, dict[str, Any]]:
     """Trains one codec and scores it: with each decoder, and what else can be asked of it."""
     config = configuration(data, codec, seed, steps, images)
     task = SegmentationTask(config)
@@ -118,6 +121,48 @@ def one(data: str, codec: str, seed: int, steps: int, images: int) -> dict[str, 
     return found
 
 
+def compare(weights: str, binary: str, data: str, images: int) -> dict[str, Any]:
+    """Scores of trained weights of both codecs on one class list, 1x1, uncalibrated.
+
+    weights, binary: exports of the prompted and of the binary codec. images: of test, 0 for all.
+
+    Returns:
+      Each codec's scores by decoder; of the prompted one's best decoder also with the colors permuted
+      and, for the 8 classes, with names that were never trained.
+    """
+    result: dict[str, Any] = {"data": data, "estep": str(ESTEP)}
+    for codec, where in (("prompted", weights), ("binary", binary)):
+        folder = find_export(where)
+        trained = read_description(folder).training_config(folder)
+        settings = {"data.name": data, "eval.view_size": (TILE,), "eval.num_images": images}
+        config = with_settings(trained, settings)
+        loaded = load_segmenter(folder, config)
+        config, task, params = loaded.task.config, loaded.task, loaded.programs.params
+        found = {decoder: scores(config, task, params, decoder) for decoder in DECODERS}
+        best = max(DECODERS, key=lambda decoder: found[decoder]["miou"])
+        if codec == "prompted":
+            found["permuted"] = scores(config, permuted(task, 0), params, best)
+        if data == "landcover":
+            names = eval_examples(config.data, "test", 1).classes
+            unseen = [UNSEEN.get(name, name) for name in names]
+            found["unseen names"] = scores(config, task, params, best, unseen)
+        result[codec] = found | {"best": best}
+        log.info("%s: %s", codec, found)
+    return result | ratios(result)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    """Of the best decoders: mIoU and time against the binary codec's, and what unseen names keep."""
+    ours, other = (result[codec][result[codec]["best"]] for codec in ("prompted", "binary"))
+    found = {"miou": ours["miou"] / other["miou"], "seconds": ours["seconds"] / other["seconds"]}
+    unseen = result["prompted"].get("unseen names")
+    if unseen:
+        pairs = [(unseen["per_class"][name], ours["per_class"][name]) for name in UNSEEN]
+        kept, known = (np.nansum([x or 0.0 for x in side]) for side in zip(*pairs, strict=True))
+        found["kept by unseen names"] = float(kept / known)
+    return {f"ratio of {name}": value for name, value in found.items()}
+
+
 def equal_steps(data: str, steps: int) -> int:
     """Steps of the prompted codec with the FLOPs of so many of the binary one."""
     costs = []
@@ -131,7 +176,7 @@ def equal_steps(data: str, steps: int) -> int:
 
 def run(seeds: int, steps: int, images: int) -> dict[str, Any]:
     """Both codecs on both class lists; within a seed only these differ. images: of test, 0 for all."""
-    runs: dict[str, list[dict[str, dict[str, float]]]] = {}
+    runs: dict[str, list[dict[str, dict[str, Any]]]] = {}
     taken = {}
     for data in DATA:
         taken[data] = {"binary": steps, "prompted": equal_steps(data, steps)}

@@ -34,6 +34,18 @@ def test_permuted_colors_are_the_same_colors_and_the_background_stays():
     np.testing.assert_array_equal(codec.palette.colors, state["colors"])  # the task's own is untouched
 
 
+def test_ratios_are_those_of_the_best_decoders():
+    def row(miou, seconds, sea):
+        return {"miou": miou, "seconds": seconds, "per_class": dict.fromkeys(prompted.UNSEEN, sea)}
+
+    ours = {"vae": row(0.3, 1.0, 0.2), "probe": row(0.4, 0.5, 0.5), "best": "probe"}
+    ours["unseen names"] = row(0.4, 0.5, 0.4)
+    other = {"vae": row(0.5, 5.0, 0.5), "probe": row(0.2, 4.0, 0.5), "best": "vae"}
+    found = prompted.ratios({"prompted": ours, "binary": other})
+    wanted = {"miou": 0.8, "seconds": 0.1, "kept by unseen names": 0.8}
+    assert found == {f"ratio of {name}": value for name, value in wanted.items()}
+
+
 def test_its_file_is_a_table_of_the_report():
     row = {"miou": 0.25, "accuracy": 0.5, "seconds": 0.1}
     runs = {"landcover, prompted": [{"vae": row, "permuted": row}, {"vae": row, "permuted": row}]}
