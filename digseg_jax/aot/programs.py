@@ -219,7 +219,7 @@ def trace_evaluation(
     params = _placed(task.abstract, infer_shardings(task.abstract, mesh))
     vae = _placed(task.frozen["vae"], infer_shardings(task.frozen["vae"], mesh))
     estep = EStep(settings.ensemble, settings.steps, settings.spacing)
-    mean = settings.decoder == "latent_mean"
+    mean = settings.decoder == "latent_mean" and not codec.recolored
 
     def made(
         name: str, program: Any, shared: tuple[Any, ...], batch: Shapes, queries: int, slots: int
@@ -254,8 +254,8 @@ def trace_evaluation(
         members = 1 if mean else settings.ensemble
         images = codec.num_images(slots)
         batch = shapes.latent_batch(architecture, views, size, images, members, slots)
-        scale = jax.ShapeDtypeStruct((), jnp.float32)
-        return made(name, program, (vae, scale), batch, queries, slots)
+        numbers = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        return made(name, program, (vae, *numbers), batch, queries, slots)
 
     # A large vocabulary: one step for every class, then all steps for those that pass the gate.
     if not codec.asks_for_all(classes, settings.exhaustive_limit):

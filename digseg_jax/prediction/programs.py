@@ -115,8 +115,8 @@ class Programs:
             steps = zip(*step_list(count, estep.steps, estep.spacing), strict=True)
             for number, now in enumerate(steps, start=1):
                 rows = {"image": drawn["image"], "x": x} | texts
-                program = partial(step_latents, self.task)
-                x, clean = self._call(("step",), program, (self.params, *now), rows)
+                program, which = partial(step_latents, self.task), np.int32(member)
+                x, clean = self._call(("step",), program, (self.params, which, *now), rows)
                 seen(member + 1, number, np.stack([*members, clean], axis=2))
             members.append(x)
         return np.stack(members, axis=2)
@@ -136,6 +136,7 @@ class Programs:
         rule: str,
         biased: bool = False,
         evidence: bool = False,
+        first: int = 0,
     ) -> dict[str, np.ndarray]:
         """Reads the masks of this process's views: "probability" [n, q, h, w], float32.
 
@@ -148,13 +149,14 @@ class Programs:
           rule: how the members are combined (see `ensemble.combine`).
           biased: return "alone" as well, the probabilities without the bias.
           evidence: return "evidence" [n, q, e, h, w] instead.
+          first: number of the first of the members.
         """
         # Scale and bias are arguments, not constants: another calibration compiles nothing.
         program = partial(
             read_masks, self.task, size=size, decoder=decoder, rule=rule, biased=biased, raw=evidence
         )
         key = ("read", size, decoder, rule, biased, evidence)
-        arguments = (self.vae, np.float32(scale))
+        arguments = (self.vae, np.float32(scale), np.int32(first))
         return self._call(key, program, arguments, {"latents": latents, "bias": bias})
 
     def agree_on_largest(self, *mine: int) -> tuple[int, ...]:
@@ -242,17 +244,24 @@ def start_sampling(
 
 
 def step_latents(
-    task: SegmentationTask, params: Params, t: Array, t_next: Array, is_last: Array, batch: Params
+    task: SegmentationTask,
+    params: Params,
+    member: Array,
+    t: Array,
+    t_next: Array,
+    is_last: Array,
+    batch: Params,
 ) -> tuple[Array, Array]:
     """One step of one member: the next latents and the clean ones so far, [n, k, h, w, c] each."""
     bank = {"tokens": batch["tokens"], "mask": batch["mask"]}
-    return task.step(params, bank, batch["image"], batch["x"], (t, t_next, is_last))
+    return task.step(params, bank, batch["image"], batch["x"], (t, t_next, is_last), member)
 
 
 def read_masks(
     task: SegmentationTask,
     vae: Params,
     scale: Array,
+    first: Array,
     batch: Params,
     *,
     size: tuple[int, int],
@@ -265,7 +274,7 @@ def read_masks(
     latents, bias = batch["latents"], batch["bias"]  # [n, k, e, h, w, c], [n, q]
     read = partial(task.read, {"vae": vae}, size=size, decoder=decoder)
     if raw:
-        return {"evidence": read(latents)}
+        return {"evidence": read(latents, first=first)}
 
     def combined(evidence: Array, bias: Array) -> Array:
         """Probabilities [n, q, h, w] from the evidence of the members [n, q, e, h, w]."""
@@ -276,20 +285,22 @@ def read_masks(
     # evidence of all members together would take e times the memory.
     if bias.shape[1] > latents.shape[1] and rule == "mean" and latents.shape[2] > 1:
 
-        def add(total: Params, member: Array) -> tuple[Params, None]:
+        def add(total: Params, member: tuple[Array, Array]) -> tuple[Params, None]:
             """Adds the probabilities of one member, with the bias and, if wanted, without."""
-            evidence = read(member[:, :, None])
+            number, own = member
+            evidence = read(own[:, :, None], first=number)
             return {name: total[name] + combined(evidence, b) for name, b in biases.items()}, None
 
         # `scan` runs over the leading axis, so the members go there.
         biases = {"probability": bias} | ({"alone": _without(bias)} if biased else {})
         empty = jnp.zeros((*bias.shape, *size), jnp.float32)
         members = jnp.moveaxis(latents, 2, 0)
-        total, _ = jax.lax.scan(add, dict.fromkeys(biases, empty), members)
+        numbers = first + jnp.arange(len(members))
+        total, _ = jax.lax.scan(add, dict.fromkeys(biases, empty), (numbers, members))
         return {name: value / len(members) for name, value in total.items()}
 
     # Otherwise read all members at once.
-    evidence = read(latents)
+    evidence = read(latents, first=first)
     masks = {"probability": combined(evidence, bias)}
     if biased:
         masks["alone"] = combined(evidence, _without(bias))

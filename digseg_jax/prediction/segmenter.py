@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -289,21 +290,29 @@ class Segmenter:
 
         rows: see `Programs.sample`. seen: the views, and the first query.
         """
-        mean = job.decoder == "latent_mean"
+        mean = job.decoder == "latent_mean" and not self.codec.recolored
         if job.watcher is None:
             return self.programs.sample(*rows, job.root, job.estep, mean=mean)
 
         def read(latents: np.ndarray) -> np.ndarray:
-            """Probabilities [n, q, h, w] by the mean latent of the members so far."""
-            latents = latents.mean(axis=2, keepdims=True)  # no program for each number of members
-            return self.read(latents, bias, job.scale, biased=job.biased)["probability"]
+            """Probabilities [n, q, h, w] of the members so far."""
+            # Their mean latent, or one member at a time: no program for each number of members.
+            rest: dict[str, Any] = {"biased": job.biased}
+            if not self.codec.recolored:
+                latents = latents.mean(axis=2, keepdims=True)
+                return self.read(latents, bias, job.scale, **rest)["probability"]
+            each = [
+                self.read(latents[:, :, [i]], bias, job.scale, first=i, **rest)["probability"]
+                for i in range(latents.shape[2])
+            ]
+            return np.mean(each, axis=0)
 
         told = job.watcher.sees(read, *seen)
         latents = self.programs.sample_in_steps(*rows, job.root, job.estep, told)
         return self.programs.mean(latents) if mean else latents
 
     def read(
-        self, latents: np.ndarray, bias: np.ndarray, scale: float, decoder: str = "", **options: bool
+        self, latents: np.ndarray, bias: np.ndarray, scale: float, decoder: str = "", **options: Any
     ) -> dict[str, np.ndarray]:
         """Reads masks from a call's latents by the segmenter's settings; see `Programs.read`."""
         decoder = decoder or self.settings.decoder

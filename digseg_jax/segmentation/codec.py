@@ -58,6 +58,8 @@ class Codec(Protocol):
         background: a pixel may also belong to none of the queries; evidence is then measured against
             that, which has the evidence 0. For codecs that are `exclusive`.
         redrawn: mask images of an example differ from one draw to the next, so they cannot be cached.
+        recolored: every member of an ensemble paints in colors of its own, so that latents of several
+            members cannot be averaged before they are read.
         pooled: a text enters as one token, its sentence feature, rather than word by word.
         scale: factor from evidence to logits; None if it is fitted to a split instead.
     """
@@ -68,6 +70,7 @@ class Codec(Protocol):
     exclusive: ClassVar[bool] = False
     background: ClassVar[bool] = False
     redrawn: ClassVar[bool] = False
+    recolored: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
 
     @property
@@ -165,6 +168,21 @@ class Codec(Protocol):
         Each is d features wide, and `mark_width` wider if the codec marks them.
         """
         return tokens, mask
+
+    def member_context(
+        self, tokens: Float[Array, "b t l d"], mask: Bool[Array, "b t l"], member: int | Array
+    ) -> tuple[Float[Array, "b k l2 d2"], Bool[Array, "b k l2"]]:
+        """`context` for one member of an ensemble in prediction; by default the same for all."""
+        return self.context(tokens, mask)
+
+    def in_places(
+        self, evidence: Float[Array, "n q e h w"], first: int | Array
+    ) -> Float[Array, "n q e h w"]:
+        """Brings evidence, as `decode` and `read_latents` order it, into the order of the queries.
+
+        first: number of the first of the e members.
+        """
+        return evidence
 
     def decode(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n s h w"]:
         """Reads each query's evidence from mask images: positive, or largest, where it is seen."""

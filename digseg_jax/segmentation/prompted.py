@@ -5,6 +5,8 @@ The context of an image is a list of up to K names, one token each: the text's s
 with a color. The U-Net paints every named class in its color, and what nobody named in one more color,
 the background's. The colors are a fixed set, chosen for the autoencoder as a palette's are; which name
 gets which color is drawn for every training example, so that the network must read it from the context.
+In prediction every member of an ensemble has the colors shifted by one place: what lies between two
+colors looks like a third, and that is another name's in every member.
 Ours: the paper says neither how its colored masks are asked for nor how they are read.
 """
 
@@ -60,6 +62,7 @@ class PromptedCodec(ColorCodec):
     name: ClassVar[str] = "prompted"
     background: ClassVar[bool] = True
     redrawn: ClassVar[bool] = True
+    recolored: ClassVar[bool] = True
     pooled: ClassVar[bool] = QUERY_FORMS[name].pooled
 
     def __init__(self, names: int, dropout: float = 0.0):
@@ -128,6 +131,22 @@ class PromptedCodec(ColorCodec):
         marks = jnp.asarray(self.marks(), tokens.dtype)[drawn.colors]
         marked = jnp.concatenate([tokens[:, :, 0], marks], axis=-1)
         return marked[:, None], (mask[:, :, 0] & drawn.named)[:, None]
+
+    def member_context(
+        self, tokens: Float[Array, "b t 1 d"], mask: Bool[Array, "b t 1"], member: int | Array
+    ) -> tuple[Float[Array, "b 1 t d2"], Bool[Array, "b 1 t"]]:
+        """Place p has color p + member, counted around."""
+        images, places = mask.shape[:2]
+        colors = jnp.broadcast_to((jnp.arange(places) + member) % self.names, (images, places))
+        return self.context(tokens, mask, Drawn(colors, jnp.ones((images, places), bool)))
+
+    def in_places(
+        self, evidence: Float[Array, "n k e h w"], first: int | Array
+    ) -> Float[Array, "n k e h w"]:
+        """Evidence comes in the order of the colors, which differs between members."""
+        members = first + jnp.arange(evidence.shape[2])
+        colors = (jnp.arange(self.names)[:, None] + members) % self.names  # [k, e]
+        return jnp.take_along_axis(evidence, colors[None, :, :, None, None], axis=1)
 
     def decode(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n k h w"]:
         """Evidence of the K names, in the order of the colors, against the background."""

@@ -40,8 +40,8 @@ def member_noise(
 def sample_mask_latents(
     predict_latent: PredictLatent,
     image_latent: Float[Array, "n h w c"],
-    tokens: Float[Array, "*n q l d"],
-    mask: Bool[Array, "*n q l"],
+    tokens: Float[Array, "*n q l d"] | Float[Array, "m q e l d"],
+    mask: Bool[Array, "*n q l"] | Bool[Array, "m q e l"],
     noise: Float[Array, "n e h w c"],
     schedule: Schedule,
     estep: EStep,
@@ -51,12 +51,13 @@ def sample_mask_latents(
     Args:
       predict_latent: the network's prediction, as the schedule's prediction type defines it.
       image_latent: scaled latents of the images.
-      tokens, mask: text of q queries, the same for all images, or with a leading axis a list each.
+      tokens, mask: text of q queries, the same for all images, or with a leading axis a list each; with
+        a text for each member the leading axis is there in any case, 1 if the images share it.
       noise: of every image and member, see `member_noise`.
       schedule: noise schedule.
       estep: number and spacing of the steps.
     """
-    q = tokens.shape[-3]
+    q = tokens.shape[1] if tokens.ndim == 5 else tokens.shape[-3]
     latents = sample(
         _denoiser(predict_latent, image_latent, tokens, mask, noise.shape[1]),
         _spread(noise, (1,), (noise.shape[0], q, noise.shape[1])),
@@ -88,13 +89,14 @@ def step_mask_latents(
 def _denoiser(
     predict_latent: PredictLatent,
     image_latent: Float[Array, "n h w c"],
-    tokens: Float[Array, "*n q l d"],
-    mask: Bool[Array, "*n q l"],
+    tokens: Float[Array, "*n q l d"] | Float[Array, "m q e l d"],
+    mask: Bool[Array, "*n q l"] | Bool[Array, "m q e l"],
     ensemble: int,
 ) -> Denoise:
     """The network's prediction for all images, queries and members as one batch."""
-    axes = (image_latent.shape[0], tokens.shape[-3], ensemble)
-    lacking = (2,) if tokens.ndim == 4 else (0, 2)
+    lacking = {3: (0, 2), 4: (2,), 5: ()}[tokens.ndim]
+    queries = tokens.shape[1] if tokens.ndim == 5 else tokens.shape[-3]
+    axes = (image_latent.shape[0], queries, ensemble)
     image = _spread(image_latent, (1, 2), axes)
     text, text_mask = _spread(tokens, lacking, axes), _spread(mask, lacking, axes)
     return lambda x, t: predict_latent(image, x, t, text, text_mask)

@@ -22,6 +22,7 @@ from digseg_jax.aot.programs import abstract_task, train_batch
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import parse, with_settings
+from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets.landcover import TILE
 from digseg_jax.data.datasets.landcover_prompts import HELD_OUT
@@ -46,6 +47,7 @@ from tests.bench.prior import ESTEP
 
 DATA = ("landcover", "landcover_igbp")
 DECODERS = ("vae", "probe")
+ENSEMBLES = (EStep(8, 1), EStep(8, 2))
 UNSEEN = {group: name for name, group in HELD_OUT.items()}  # class -> a name that was never trained
 
 
@@ -88,14 +90,19 @@ def permuted(task: SegmentationTask, seed: int) -> SegmentationTask:
 
 
 def scores(
-    config: Config, task: SegmentationTask, params: Params, decoder: str, prompts: Sequence[str] = ()
+    config: Config,
+    task: SegmentationTask,
+    params: Params,
+    decoder: str,
+    prompts: Sequence[str] = (),
+    estep: EStep = ESTEP,
 ) -> dict[str, Any]:
     """mIoU, accuracy and IoU by class on test, and the seconds of an image."""
     settings = dataclasses.replace(config.eval, decoder=decoder)
     segmenter = Segmenter(task, params, settings, mesh=make_mesh(config.mesh))
     examples = eval_examples(config.data, "test", settings.num_images)
     every = Evaluator(segmenter, examples, settings, seed=config.seed, prompts=prompts)
-    found = every.scores(ESTEP, protocol="exhaustive")
+    found = every.scores(estep, protocol="exhaustive")
     return {
         "miou": found.miou,
         "accuracy": confusion.pixel_accuracy(found.confusion),
@@ -127,8 +134,8 @@ def compare(weights: str, binary: str, data: str, images: int) -> dict[str, Any]
     weights, binary: exports of the prompted and of the binary codec. images: of test, 0 for all.
 
     Returns:
-      Each codec's scores by decoder; of the prompted one's best decoder also with the colors permuted
-      and, for the 8 classes, with names that were never trained.
+      Each codec's scores by decoder, and of its best decoder with 8 members; of the prompted codec also
+      with the colors permuted, and for the 8 classes with names that were never trained.
     """
     result: dict[str, Any] = {"data": data, "estep": str(ESTEP)}
     for codec, where in (("prompted", weights), ("binary", binary)):
@@ -146,6 +153,8 @@ def compare(weights: str, binary: str, data: str, images: int) -> dict[str, Any]
             names = eval_examples(config.data, "test", 1).classes
             unseen = [UNSEEN.get(name, name) for name in names]
             found["unseen names"] = scores(config, task, params, best, unseen)
+        for estep in ENSEMBLES:
+            found[str(estep)] = scores(config, task, params, best, estep=estep)
         result[codec] = found | {"best": best}
         log.info("%s: %s", codec, found)
     return result | ratios(result)
@@ -155,6 +164,8 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     """Of the best decoders: mIoU and time against the binary codec's, and what unseen names keep."""
     ours, other = (result[codec][result[codec]["best"]] for codec in ("prompted", "binary"))
     found = {"miou": ours["miou"] / other["miou"], "seconds": ours["seconds"] / other["seconds"]}
+    for estep in map(str, ENSEMBLES):
+        found[f"miou, {estep}"] = result["prompted"][estep]["miou"] / result["binary"][estep]["miou"]
     unseen = result["prompted"].get("unseen names")
     if unseen:
         pairs = [(unseen["per_class"][name], ours["per_class"][name]) for name in UNSEEN]

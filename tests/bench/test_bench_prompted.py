@@ -41,8 +41,11 @@ def test_ratios_are_those_of_the_best_decoders():
     ours = {"vae": row(0.3, 1.0, 0.2), "probe": row(0.4, 0.5, 0.5), "best": "probe"}
     ours["unseen names"] = row(0.4, 0.5, 0.4)
     other = {"vae": row(0.5, 5.0, 0.5), "probe": row(0.2, 4.0, 0.5), "best": "vae"}
+    for estep in map(str, prompted.ENSEMBLES):
+        ours[estep], other[estep] = row(0.6, 1.0, 0.5), row(0.5, 1.0, 0.5)
     found = prompted.ratios({"prompted": ours, "binary": other})
-    wanted = {"miou": 0.8, "seconds": 0.1, "kept by unseen names": 0.8}
+    wanted = {"miou": 0.8, "seconds": 0.1, "miou, 8x1": 1.2, "miou, 8x2": 1.2}
+    wanted["kept by unseen names"] = 0.8
     assert found == {f"ratio of {name}": value for name, value in wanted.items()}
 
 

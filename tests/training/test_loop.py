@@ -30,7 +30,7 @@ from digseg_jax.runtime import sharding
 from digseg_jax.runtime.door import tell
 from digseg_jax.tools.replay import replay
 from digseg_jax.training.failure import load_failure
-from digseg_jax.training.tasks.segmentation import part_losses
+from digseg_jax.training.tasks.shares import part_losses
 from digseg_jax.training.train_log import NotFinite
 
 ROOT = Path(__file__).parents[2]

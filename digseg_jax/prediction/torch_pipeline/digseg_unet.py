@@ -82,9 +82,20 @@ class DigsegUNet2DConditionModel(UNet2DConditionModel):
         model.register_to_config(**ours)
         return model
 
-    def marked(self, texts, marks):
+    def places(self, texts, marks, member):
+        """Marks of so many texts; for each member of an ensemble they are shifted by one."""
+        return [(place + member) % len(marks) for place in range(texts)]
+
+    def colors(self, table, texts, marks, members):
+        """Rows of a table of colors, [members, texts + 1, 3] for marked texts; else all of them."""
+        if not marks:
+            return torch.tensor(table)[None]
+        every = [self.places(texts, marks, member) + [-1] for member in range(members)]
+        return torch.tensor(table)[torch.tensor(every)]
+
+    def marked(self, texts, marks, member):
         """One context [1, q, d] of q texts, each with the features of its mark behind it; its mask."""
-        marks = torch.tensor(marks[: len(texts)]).to(texts)
+        marks = torch.tensor(marks)[self.places(len(texts), marks, member)].to(texts)
         return torch.cat([texts, marks], 1)[None], torch.ones(1, len(texts), device=texts.device)
 
     def forward(self, sample, timestep, encoder_hidden_states, **options):

@@ -52,20 +52,21 @@ class DigsegPipeline(DiffusionPipeline):
         if s["marks"]:
             # one context for as many words as there are marks; a word is the mean of its texts
             whole = contexts[0][0][:, 0].unflatten(0, (len(words), -1)).mean(1)
-            contexts = [self.unet.marked(part, s["marks"]) for part in whole.split(len(s["marks"]))]
+            contexts = whole.split(len(s["marks"]))
         crops, assemble = self.image_processor.views(_pixels(image))
 
         planes = []
         for view, crop in enumerate(crops):
             encoded = self._encode_image(crop)
-            if latents is None:
-                noise = self.scheduler.initial_noise(seed, view, ensemble, encoded.shape[1:])
-            else:
-                noise = torch.tensor(np.asarray(latents[view]))
+            noise = self.scheduler.initial_noise(seed, view, ensemble, encoded.shape[1:])
+            noise = noise if latents is None else torch.tensor(latents[view])
             found = []
-            for tokens, mask in contexts:
-                members = [self._denoise(encoded, x, tokens, mask, steps) for x in noise.to(encoded)]
-                found.append(self._read(torch.stack(members), mask.shape[1]))
+            for context in contexts:
+                members = []
+                for e, x in enumerate(noise.to(encoded)):
+                    own = self.unet.marked(context, s["marks"], e) if s["marks"] else context
+                    members.append(self._denoise(encoded, x, *own, steps))
+                found.append(self._read(torch.stack(members), len(context)))
             read = np.concatenate(found)  # of each text; a word is the mean of its texts
             planes.append(read.reshape(len(words), -1, *read.shape[1:]).mean(axis=1))
 
@@ -136,14 +137,13 @@ class DigsegPipeline(DiffusionPipeline):
     def _read(self, latents, asked):
         """Probabilities [q, h, w] of the members' latents [e, k, c, h, w], for `asked` texts."""
         s = self.config.settings
-        if s["decoder"] == "latent_mean":
+        if s["decoder"] == "latent_mean" and not s["marks"]:
             latents = latents.mean(0, keepdim=True)
         rows = latents.flatten(0, 1) / self.vae.config.scaling_factor
         images = torch.cat([self.vae.decode(part).sample for part in rows.split(BATCH)]).float()
         if table := s["prototypes"]:  # minus half the squared distance to each class's color
-            table = [*table[:asked], table[-1]] if s["background"] else table
-            colors = torch.tensor(table, device=images.device)[None, ..., None, None]
-            evidence = -0.5 * (images[:, None] - colors).square().sum(2)
+            colors = self.unet.colors(table, asked, s["marks"], len(images)).to(images.device)
+            evidence = -0.5 * (images[:, None] - colors[..., None, None]).square().sum(2)
             members = (s["scale"] * evidence).softmax(1)
         else:
             evidence = images.mean(1).clip(-1, 1).unflatten(0, latents.shape[:2])

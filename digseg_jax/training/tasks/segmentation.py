@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 from digseg_jax.arraytypes import Array, Batch, Bool, Float, Int, Params, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
-from digseg_jax.data.queries import FOREIGN, HARD_ABSENT, PRESENT
 from digseg_jax.data.sources import labels_of
 from digseg_jax.models import functional
 from digseg_jax.models.partition import in_slices
@@ -39,6 +37,7 @@ from digseg_jax.training.tasks.parts import (
     schedule_from,
     unet_options,
 )
+from digseg_jax.training.tasks.shares import negative_shares, part_losses
 from digseg_jax.training.tasks.unet_start import initial_unet
 from digseg_jax.weights import save_component
 
@@ -323,7 +322,7 @@ class SegmentationTask(Task):
         return sample_mask_latents(
             self._denoise(params),
             image_latent,
-            *self._context(frozen["bank"]),
+            *self._contexts(frozen["bank"], estep.ensemble),
             member_noise(seed, index, estep.ensemble, image_latent.shape[1:]),
             self.schedule,
             estep,
@@ -353,9 +352,10 @@ class SegmentationTask(Task):
         image_latent: Float[Array, "n h w c"],
         x: Float[Array, "n k h w c"],
         now: tuple[Array, Array, Array],
+        member: int | Array = 0,
     ) -> tuple[Float[Array, "n k h w c"], Float[Array, "n k h w c"]]:
         """One step of `sample` for one member; see `step_mask_latents`."""
-        context = self._context(bank)
+        context = self._context(bank, member)
         denoise = self._denoise(params)
         return step_mask_latents(denoise, image_latent, *context, x, self.schedule, now)
 
@@ -364,15 +364,24 @@ class SegmentationTask(Task):
         limit = self.config.compute.unet_batch
         return lambda *rows: in_slices(lambda part: self.predict_latent(params, *part), rows, limit)
 
-    def _context(self, bank: Params) -> tuple[Array, Array]:
+    def _context(self, bank: Params, member: int | Array = 0) -> tuple[Array, Array]:
         """Tokens for cross-attention, one row per mask image: [k, l, d], or [n, k, l, d] per image."""
         tokens, mask = bank["tokens"], bank["mask"]
 
         # The codec takes a leading axis of images: one for texts that all images share.
         if tokens.ndim == 4:
-            return self.codec.context(tokens, mask)
-        tokens, mask = self.codec.context(tokens[None], mask[None])
+            return self.codec.member_context(tokens, mask, member)
+        tokens, mask = self.codec.member_context(tokens[None], mask[None], member)
         return tokens[0], mask[0]
+
+    def _contexts(self, bank: Params, ensemble: int) -> tuple[Array, Array]:
+        """`_context` for all members; [n or 1, k, e, l, d] where they differ."""
+        if not self.codec.recolored:
+            return self._context(bank)
+        every = [self._context(bank, member) for member in range(ensemble)]
+        tokens = jnp.stack([tokens for tokens, _ in every], axis=-3)
+        mask = jnp.stack([mask for _, mask in every], axis=-2)
+        return (tokens, mask) if tokens.ndim == 5 else (tokens[None], mask[None])
 
     def read(
         self,
@@ -380,15 +389,16 @@ class SegmentationTask(Task):
         latents: Float[Array, "n k e h w c"],
         size: tuple[int, int],
         decoder: str = "vae",
+        first: int | Array = 0,
     ) -> Float[Array, "n q e H W"]:
         """Decodes mask latents to evidence at `size` = (height, width) pixels.
 
-        decoder: "vae" decodes each member, "latent_mean" their mean (e = 1); "probe" enlarges a linear
-        reading of the latents.
+        decoder: "vae" decodes each member, "latent_mean" their mean (e = 1), unless they are
+        `recolored`; "probe" enlarges a linear reading. first: number of the first member.
         """
         if decoder == "probe":
-            return enlarge(self.codec.read_latents(latents), *size)
-        if decoder == "latent_mean":
+            return enlarge(self.codec.in_places(self.codec.read_latents(latents), first), *size)
+        if decoder == "latent_mean" and not self.codec.recolored:
             latents = latents.mean(axis=2, keepdims=True)
 
         # Decode all rows, and read each mask image as the s queries that it shows (q = k * s). The
@@ -397,7 +407,7 @@ class SegmentationTask(Task):
         rows = latents.reshape(-1, *latents.shape[3:])
         evidence = self.vae.decode(frozen["vae"], rows, self.codec.decode)
         evidence = jnp.moveaxis(evidence.reshape(n, k, e, -1, *size), 3, 2)  # [n, k, s, e, h, w]
-        return evidence.reshape(n, -1, e, *size)
+        return self.codec.in_places(evidence.reshape(n, -1, e, *size), first)
 
     def predict_latent(
         self,
@@ -416,35 +426,3 @@ class SegmentationTask(Task):
         """Writes the U-Net to FOLDER/unet, in diffusers' layout, and the codec's state beside it."""
         save_component((self.unet_config, params), folder / "unet", metadata=metadata)
         save_state(self.codec, folder)
-
-
-def part_losses(
-    squared: Float[Array, "b n"],
-    valid: Bool[Array, "b n"],
-    part: Int[Array, " b"],
-    names: Sequence[str],
-) -> dict[str, Array]:
-    """Shares of a mixture's parts in a batch, and in the mean loss of its images.
-
-    The loss of a part over any number of steps is the mean of its "part_loss" over that of its "share".
-
-    squared, valid: squared errors of each image's latent cells, and which of them carry a label.
-    """
-    each = (squared * valid).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1)
-    metrics = {}
-    for k, name in enumerate(names):
-        metrics[f"share/{name}"] = (part == k).mean()
-        metrics[f"part_loss/{name}"] = ((part == k) * each).mean()
-    return metrics
-
-
-def negative_shares(batch: Batch) -> dict[str, Array]:
-    """Shares (0..1) of the batch's queries that name absent classes; empty if their kind is unknown."""
-    if "query_kind" not in batch:
-        return {}
-    kind = batch["query_kind"]
-    return {
-        "negative_share": (kind != PRESENT).mean(),
-        "hard_negative_share": (kind == HARD_ABSENT).mean(),
-        "foreign_negative_share": (kind == FOREIGN).mean(),
-    }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digseg_jax.training.tasks.segmentation import part_losses
+from digseg_jax.training.tasks.shares import part_losses
 from digseg_jax.training.train_log import with_part_losses
 
 NAMES = ("streets", "cells", "land")

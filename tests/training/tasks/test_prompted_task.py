@@ -115,6 +115,42 @@ def test_more_names_than_colors_are_asked_in_groups(segmenter):
     assert ways.shape == (2, 64, 64) and np.abs(ways - few).max() > 1e-6
 
 
+def test_each_member_has_the_colors_shifted_by_one_place(task):
+    """What lies between two colors looks like a third: in every member it is another name's."""
+    codec = task.codec
+    colors = (np.arange(NAMES)[:, None] + np.arange(4)) % NAMES  # by place and member
+    latents = jnp.asarray(codec.color_latents[colors.T])[None, None, :, None]  # [1, 1, e, 1, k, c]
+    found = codec.in_places(codec.read_latents(latents), 0)[0, :, :, 0].argmax(axis=0)
+    np.testing.assert_array_equal(found, [np.arange(NAMES)] * 4)
+    later = codec.in_places(codec.read_latents(latents[:, :, 2:]), 2)[0, :, :, 0].argmax(axis=0)
+    np.testing.assert_array_equal(later, [np.arange(NAMES)] * 2)
+
+    tokens, mask = jnp.ones((1, NAMES, 1, 4)), jnp.ones((1, NAMES, 1), bool)
+    for member in range(4):
+        marks = codec.member_context(tokens, mask, member)[0][0, 0, :, 4:]
+        np.testing.assert_allclose(marks, codec.marks()[colors[:, member]], atol=1e-6)
+
+
+def test_members_are_the_same_in_an_ensemble_and_one_by_one(segmenter):
+    request, estep = Request(noise_image(2), 0, ("water", "forest")), EStep(3, 2)
+    (whole,) = segmenter.segment([request], estep)
+    seen = []
+    (watched,) = segmenter.segment([request], estep, watch=lambda moment: seen.append(moment.masks()))
+    np.testing.assert_allclose(watched.stack(), whole.stack(), atol=1e-4)
+    np.testing.assert_allclose(seen[-1].stack(), whole.stack(), atol=1e-4)
+
+    (kept,) = segmenter.segment([request], estep, evidence=True)
+    (first,) = segmenter.segment([request], EStep(1, 2), evidence=True)
+    members = kept.evidence(0)
+    assert members.shape == (3, 64, 64) and np.abs(members[1] - members[0]).max() > 1e-3
+    np.testing.assert_allclose(members[:1], first.evidence(0), atol=1e-4)
+
+    # Latents in different colors have no meaning on average: every member is decoded.
+    (mean,) = segmenter.segment([request], estep, decoder="latent_mean")
+    (every,) = segmenter.segment([request], estep, decoder="vae")
+    np.testing.assert_allclose(mean.stack(), every.stack(), atol=1e-5)
+
+
 def test_an_export_gives_the_same_masks(config, params, segmenter, tmp_path):
     tiny.export(config, tmp_path, change=lambda _: params)
     assert len(json.loads((tmp_path / "prompted.json").read_text())["latents"]) == NAMES + 1
