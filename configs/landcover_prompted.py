@@ -34,6 +34,6 @@ def get_config():
     config.checkpoint.every = 100
     config.eval.decoder = "probe"
     config.eval.view_size = (128,)  # a tile
-    config.eval.ensemble = 1
+    config.eval.ensemble = 8  # every member has the colors shifted: they bring 2 to 6 points of mIoU
     config.eval.steps = 1
     return config
