@@ -56,12 +56,15 @@ def test_sigterm_before_the_first_step_is_a_preemption():
 
 def test_what_schedulers_and_terminals_send_is_like_sigterm():
     for number in ALIKE:
-        before = signal.getsignal(number)
-        with PreemptionWatch() as watch:
-            assert not watch.reached(1)
-            os.kill(os.getpid(), number)
-            assert watch.reached(2)
-        assert signal.getsignal(number) == before
+        before = signal.signal(number, signal.SIG_DFL)  # this run itself may be under nohup
+        try:
+            with PreemptionWatch() as watch:
+                assert not watch.reached(1)
+                os.kill(os.getpid(), number)
+                assert watch.reached(2)
+            assert signal.getsignal(number) == signal.SIG_DFL
+        finally:
+            signal.signal(number, before)
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():
