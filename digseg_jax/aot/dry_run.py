@@ -73,8 +73,8 @@ def check_evaluation(
 
     # A large vocabulary is asked for in other programs than a small one.
     counts = [len(each.asked) for each in scored]
-    limit = settings.exhaustive_limit
-    ways = [[n for n in counts if task.codec.asks_for_all(n, limit) == all_] for all_ in (True, False)]
+    whole = [n for n in counts if task.codec.asks_for_all(n, settings.exhaustive_limit)]
+    ways = [whole, [n for n in counts if n not in whole]]
     state = abstract_state(task.abstract, task.config.optim) if while_training else task.abstract
     beside = placed_bytes(state, mesh)
     memory = memory or least_memory(list(mesh.devices.flat))
