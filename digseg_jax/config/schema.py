@@ -69,6 +69,7 @@ class PartConfig:
     quarter_turns: bool = False  # turned by 0 to 3 quarters, as config.data.quarter_turns does for all
     jitter: float = setting(-1.0, at_least=-1.0, at_most=1.0)  # -1: config.data.jitter
     unasked: tuple[str, ...] = ()  # classes that nobody asks for by name, such as a background
+    synonyms: tuple[str, ...] = ()  # more words for classes, as in a class list: "road, street, lane"
     # Kind of its classes' things; without one they are never asked about other parts' images.
     group: str = ""
     # Groups and single names of other parts whose things its images may show without a label.
@@ -109,8 +110,7 @@ class DataConfig:
     # Scale 1 of a training crop: the image's short side fills it, or its pixels are the image's own
     # (for images of one scale on the ground).
     scale_unit: Literal["short_side", "pixel"] = "short_side"
-    # Range of the random scale (mmseg's).
-    scale_min: float = setting(0.5, above=0.0)
+    scale_min: float = setting(0.5, above=0.0)  # range of the random scale (mmseg's)
     scale_max: float = setting(2.0, above=0.0)
     # Largest share of labeled pixels that one class may take in a crop (mmseg's cat_max_ratio).
     class_share_cap: float = setting(0.75, at_least=0.0, at_most=1.0)

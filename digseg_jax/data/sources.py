@@ -20,7 +20,7 @@ from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.judgment import judge
 from digseg_jax.data.datasets.pairs import FileSource
 from digseg_jax.data.datasets.registry import Source
-from digseg_jax.data.datasets.spec import DatasetSpec
+from digseg_jax.data.datasets.spec import DatasetSpec, with_synonyms
 from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
@@ -67,14 +67,15 @@ def labels_of(parts: Sequence[PartConfig]) -> tuple[str, ...]:
 
 
 def spec_of(part: PartConfig) -> DatasetSpec:
-    """Spec of a data set.
+    """Spec of a data set, with the part's own synonyms.
 
     Raises:
-      UserError: no such data set.
+      UserError: no such data set, or synonyms for a class that it lacks.
     """
     # Shards of a user's own folder carry its class list; the folder itself may be elsewhere.
     stored = records.stored_spec(part.root) if part.name == "folder" else None
-    return stored or registry.spec(part.name, part.root)
+    found = stored or registry.spec(part.name, part.root)
+    return with_synonyms(found, part.synonyms) if part.synonyms else found
 
 
 def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, str]]:

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--steps", type=int, default=300)
     drawn.add_argument("--images", type=int, default=24, help="tiles, evenly spread; 0: all")
     drawn.add_argument("--schedules", default="", help="names, with semicolons; empty: all")
+    drawn.add_argument("--weights", default="assets:prior", help="what every run starts from")
     named = jobs.add_parser("prompted", help="the prompted codec against the binary one, equal FLOPs")
     named.add_argument("--seeds", type=int, default=3)
     named.add_argument("--steps", type=int, default=300, help="of the binary codec")
@@ -191,7 +192,7 @@ def _schedules(arguments: argparse.Namespace) -> dict[str, Any]:
     _check_counts(arguments, "seeds", "steps")
     only = tuple(filter(None, arguments.schedules.split(";"))) or tuple(schedules.SCHEDULES)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    return schedules.run(seeds, arguments.steps, arguments.images, only)
+    return schedules.run(seeds, arguments.steps, arguments.images, only, arguments.weights)
 
 
 def _prompted(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -44,10 +44,13 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
 }
 MEMBERS, STEPS = 8, (1, 2)
 PARTS = (1, 4, 8)  # members of a row
+PRIOR = "assets:prior"
 
 
-def configuration(schedule: str, seed: int, steps: int) -> Config:
-    """The quickstart's fine-tuning of the prior with one of `SCHEDULES`.
+def configuration(schedule: str, seed: int, steps: int, weights: str = PRIOR) -> Config:
+    """The quickstart's fine-tuning with one of `SCHEDULES`, from the prior or from trained weights.
+
+    Trained weights get a lower learning rate, as a longer run of theirs would.
 
     Raises:
       UserError: no such schedule.
@@ -59,6 +62,9 @@ def configuration(schedule: str, seed: int, steps: int) -> Config:
     values.data.text_noise, values.data.word_dropout = 0.2, 0.5
     values.eval.view_size, values.eval.decoder = (TILE,), "probe"
     values.diffusion.update(SCHEDULES[schedule])
+    if weights != PRIOR:
+        values.model.unet = weights
+        values.optim.learning_rate = 4e-4
     return parse(values)
 
 
@@ -115,16 +121,22 @@ def label_maps(answer: Answer) -> Iterator[tuple[int, list[np.ndarray]]]:
 
 
 def run(
-    seeds: range, steps: int, images: int, schedules: tuple[str, ...] = tuple(SCHEDULES)
+    seeds: range,
+    steps: int,
+    images: int,
+    schedules: tuple[str, ...] = tuple(SCHEDULES),
+    weights: str = PRIOR,
 ) -> dict[str, Any]:
     """Every schedule with every seed; within a seed only the schedule differs."""
     runs: dict[str, list[dict[str, dict[str, float]]]] = {}
     for seed in seeds:
         for schedule in schedules:
-            found = one(configuration(schedule, seed, steps), images)
+            found = one(configuration(schedule, seed, steps, weights), images)
             runs.setdefault(schedule, []).append(found)
             log.info("seed %d, %s: %s", seed, schedule, found)
-    result = {"steps": steps, "seeds": list(seeds), "images": images, "runs": runs}
+    result = {
+        "weights": weights, "steps": steps, "seeds": list(seeds), "images": images, "runs": runs
+    }  # fmt: skip
     return result | as_table(result)
 
 
@@ -139,7 +151,7 @@ def as_table(result: dict[str, Any]) -> dict[str, Any]:
         gains = [members.mean(), members.std(), second.mean(), second.std()]
         rows.append([schedule, *map(float, (*figures, *gains))])
     return {
-        "title": f"What members and steps bring: {result['steps']} steps, "
+        "title": f"What members and steps bring: {result['steps']} steps from {result['weights']}, "
         f"{len(result['seeds'])} seeds, uncalibrated",
         "columns": [
             "training", *names, "± of 8x2", "8x2 - 1x2", "±", "8x2 - 8x1", "±"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -89,6 +90,40 @@ def test_a_foreign_query_has_an_empty_mask_and_the_others_their_own(root):
             for c, kind in zip(ids, kinds, strict=True):
                 assert (c == NOWHERE) == (kind == FOREIGN)
                 assert (label == c).any() == (kind == PRESENT)
+
+
+def test_a_parts_synonyms_are_asked_and_known_as_names_of_the_class(root):
+    part = PartConfig(
+        "folder", folder="street", group="street", synonyms=("road, Street, lane", "car,")
+    )
+    fields = PartConfig("folder", folder="field", group="field", synonyms=("soil, lane",))
+    config = DataConfig(
+        root=root,
+        image_size=32,
+        num_queries=4,
+        mixture=(part, fields),
+        foreign_rate=0.5,
+        negative_rate=0.5,
+    )
+    assert bank_prompts(config)[:5] == ["background", "road", "street", "Street", "lane"]
+    texts = asked(config, batches(config))
+    assert "lane" in texts[0, PRESENT]
+    # "lane" means soil in a field, so a field's labels do not say whether there is a road.
+    assert texts[1, FOREIGN] == {"background"}
+    assert texts[0, FOREIGN] == {"crop"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("roads, lane", "synonyms 'roads, lane': folder has no class 'roads'; did you mean 'road'?"),
+        ("car, Street", "synonyms 'car, Street': 'Street' already means 'road' in folder"),
+    ],
+)
+def test_synonyms_of_no_class_or_of_two_are_told(root, line, message):
+    config = mixed(root, synonyms=(line,))
+    with pytest.raises(UserError, match=re.escape(message)):
+        bank_prompts(config)
 
 
 def test_classes_without_a_group_are_never_foreign(root):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from digseg_jax.data.datasets.more_words import MORE_WORDS
+
 REST = ("background",)  # a class that means "none of the others": the word says nothing of an image
 
 # One tile of each of six organs, as nothing official is set aside.
@@ -59,7 +61,8 @@ class Domain:
         shared = {f.name for f in dataclasses.fields(self)} & set(_PART_KEYS)
         values = {key: getattr(self, key) for key in sorted(shared - {"name"})}
         folder = "" if self.reader == "landcover" else self.name
-        return values | {"name": self.reader, "folder": folder, "unasked": REST}
+        own = {"name": self.reader, "folder": folder, "unasked": REST}
+        return values | own | {"synonyms": MORE_WORDS.get(self.name, ())}
 
 
 # Keys of `config.schema.PartConfig` that a domain has under the same name.
@@ -80,6 +83,7 @@ DOMAINS = (
         scale_max=1.8,
         may_show=_ANYTHING,
         shareable=True,
+        weight=0.5,
     ),
     Domain(
         "photos_voc",
@@ -88,7 +92,7 @@ DOMAINS = (
         group="thing",
         scale_min=0.8,
         scale_max=1.8,
-        weight=2.0,
+        weight=1.0,
         may_show=_ANYTHING,
     ),
     Domain(
@@ -97,6 +101,7 @@ DOMAINS = (
         group="clothing",
         scale_max=1.8,
         may_show=_ANYTHING,
+        weight=0.5,
     ),
     Domain(
         "camvid",
@@ -105,7 +110,7 @@ DOMAINS = (
         group="street",
         scale_min=0.8,
         scale_max=1.6,
-        weight=4.0,
+        weight=5.0,
         may_show=(
             "thing",
             "clothing",
@@ -128,6 +133,7 @@ DOMAINS = (
         quarter_turns=True,
         may_show=("cell",),
         shareable=True,
+        weight=0.7,
     ),
     Domain(
         "nuclei_monuseg",
@@ -146,7 +152,7 @@ DOMAINS = (
         terms="research",
         group="cell",
         short_side=168,
-        weight=1.5,
+        weight=2.0,
         quarter_turns=True,
     ),
     Domain(
@@ -166,7 +172,7 @@ DOMAINS = (
         short_side=256,
         scale_max=1.33,
         scale_min=0.6,
-        weight=2.0,
+        weight=2.5,
         may_show=("retina",),
     ),
     Domain(
@@ -182,7 +188,7 @@ DOMAINS = (
         terms="none stated; imagery of Google Maps",
         group="aerial",
         short_side=240,
-        weight=1.5,
+        weight=2.0,
         quarter_turns=True,
         may_show=("street", "thing", "land", "pavement"),
     ),
@@ -191,7 +197,7 @@ DOMAINS = (
         terms="non-commercial research",
         group="field",
         short_side=280,
-        weight=1.5,
+        weight=2.0,
         quarter_turns=True,
         may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
     ),
@@ -202,6 +208,7 @@ DOMAINS = (
         short_side=240,
         quarter_turns=True,
         may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
+        weight=0.5,
     ),
     Domain(
         "pavement_cracks",

@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
+
+from digseg_jax.errors import UserError, nearest
 
 Color = tuple[int, int, int]  # RGB, 0..255
 IGNORE = -1  # the one ignore label of every int32 label map in this package
@@ -135,6 +137,34 @@ def unambiguous(classes: list[ClassInfo]) -> tuple[ClassInfo, ...]:
     return tuple(
         dataclasses.replace(c, synonyms=tuple(s for s in c.synonyms if own(s))) for c in classes
     )
+
+
+def with_synonyms(spec: DatasetSpec, lines: Iterable[str]) -> DatasetSpec:
+    """Adds synonyms to classes; what a class has already is not repeated.
+
+    lines: as in a class list, "road, street, lane": the name of a class, then other words for it.
+
+    Raises:
+      UserError: the data set has no such class, or the word means another one of its classes.
+    """
+    classes = {c.name: c for c in spec.classes}
+    for line in lines:
+        name, *words = (word.strip() for word in line.split(","))
+        if name not in classes:
+            raise UserError(
+                f"synonyms {line!r}: {spec.name} has no class {name!r}{nearest(name, classes)}"
+            )
+
+        # A word that means two classes would make two masks right.
+        for other in classes.values():
+            known = {text.lower() for text in (other.name, *other.synonyms)}
+            if other.name != name and (taken := [word for word in words if word.lower() in known]):
+                raise UserError(
+                    f"synonyms {line!r}: {taken[0]!r} already means {other.name!r} in {spec.name}"
+                )
+        texts = dict.fromkeys((*classes[name].synonyms, *filter(None, words)))
+        classes[name] = dataclasses.replace(classes[name], synonyms=tuple(texts))
+    return dataclasses.replace(spec, classes=tuple(classes.values()))
 
 
 def _class_info(row: dict[str, Any]) -> ClassInfo:
