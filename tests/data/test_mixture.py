@@ -14,11 +14,13 @@ from PIL import Image
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
 from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
+from digseg_jax.data.datasets.more_words import MORE_WORDS
 from digseg_jax.data.pipeline import _rules, training_stream
 from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySampler
 from digseg_jax.data.sources import HELD_OUT, labels_of, open_part, parts_of
 from digseg_jax.data.vocabulary import bank_prompts, foreign_rows, trained_names
 from digseg_jax.errors import UserError
+from tests.bench.words import SYNONYMS
 
 LISTS = {
     "street": "0: background\n1: road, street\n2: car\n",
@@ -124,6 +126,13 @@ def test_synonyms_of_no_class_or_of_two_are_told(root, line, message):
     config = mixed(root, synonyms=(line,))
     with pytest.raises(UserError, match=re.escape(message)):
         bank_prompts(config)
+
+
+def test_more_words_of_the_domains_are_none_that_the_words_benchmark_calls_unseen():
+    added = {w.strip().lower() for lines in MORE_WORDS.values() for x in lines for w in x.split(",")}
+    unseen = {text.lower() for words in SYNONYMS.values() for text in words.values()}
+    assert not added & unseen
+    assert MORE_WORDS.keys() <= {domain.name for domain in DOMAINS}
 
 
 def test_classes_without_a_group_are_never_foreign(root):
