@@ -18,6 +18,12 @@ from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
 from digseg_jax.errors import UserError, nearest
 
 MARIGOLD = {"timestep_sampling": "uniform", "noise": "multires"}  # annealed, strength 0.9
+# what Stable Diffusion 1.5 was trained for; x0 term: SDSeg, without which a single step of this target
+# makes errors 15 times as large
+EPSILON: Mapping[str, Any] = {
+    "diffusion": {"prediction_type": "epsilon", "zero_snr": False},
+    "x0_weight": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +54,19 @@ class Version:
 
 
 VERSIONS = {
-    "sd15": Version("sd-1.5"),  # CLIP ViT-L/14, the text encoder of the paper's first table
+    # CLIP ViT-L/14, the text encoder of the paper's first table; moved to Marigold's target
+    "sd15": Version("sd-1.5"),
     # the default, ours: the paper names no version; Marigold's family, trained for v as here
     "sd21": Version("sd-2.1"),
     "marigold": Version("marigold"),  # a U-Net that takes the image latent already
-    "vitb16": Version("sd-1.5", "clip-b16"),  # paper: the other text encoder of its first table
-    "biomedclip": Version("sd-1.5", "biomedclip"),  # paper: its table of MoNuSeg
+    # paper: the other text encoders, of its first table and of its table of MoNuSeg. Their tokens are
+    # new to the U-Net, so it keeps the target that it knows.
+    "vitb16": Version("sd-1.5", "clip-b16", **EPSILON),
+    "biomedclip": Version("sd-1.5", "biomedclip", **EPSILON),
 }
 # the same checkpoints with another diffusion, or another pathway of the text
 RECIPES = {
-    # what Stable Diffusion 1.5 was trained for; x0 term: SDSeg, without which a single step of this
-    # target makes errors 15 times as large
-    "sd15_epsilon": Version(
-        "sd-1.5",
-        diffusion={"prediction_type": "epsilon", "zero_snr": False},
-        x0_weight=1.0,
-    ),
+    "sd15_epsilon": Version("sd-1.5", **EPSILON),
     "marigold_recipe": Version("sd-2.1", diffusion=MARIGOLD),  # Marigold 1.1
     # Marigold 1.0: at the last timestep of Stable Diffusion's own schedule some signal is left
     "marigold_recipe_v1": Version("sd-2.1", diffusion=MARIGOLD | {"zero_snr": False}),

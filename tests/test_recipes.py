@@ -59,6 +59,13 @@ def test_a_recipe_differs_from_its_checkpoints_version_in_the_diffusion_alone(na
     assert {(d.timestep_sampling, d.noise) for d in uniform} == {("uniform", "multires")}
 
 
+@pytest.mark.parametrize("version", ["vitb16", "biomedclip", "sd15_epsilon"])
+def test_where_the_text_is_new_to_it_stable_diffusion_15_keeps_its_own_target(version):
+    config = parse(get_config("monuseg", version))
+    assert (config.diffusion.prediction_type, config.diffusion.zero_snr) == ("epsilon", False)
+    assert config.loss.x0_weight == 1.0
+
+
 def test_the_parallel_recipe_differs_from_its_checkpoints_version_in_the_text_alone():
     ours, other = (parse(get_config("monuseg", version)) for version in ("sd21_clip", "sd21"))
     assert (ours.model.text_injection, other.model.text_injection) == ("parallel", "adapter")
