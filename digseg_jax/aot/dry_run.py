@@ -17,6 +17,7 @@ from digseg_jax.aot.programs import evaluation_bytes, placed_bytes
 from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.schema import EvalConfig
 from digseg_jax.errors import DoesNotFit
+from digseg_jax.evaluation.clip_presence import check_presence_model
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples, spread
 from digseg_jax.io.image_file import dimensions_of
 from digseg_jax.log import log
@@ -67,6 +68,7 @@ def check_evaluation(
 
     Raises:
       DoesNotFit: it does not fit; names the settings to lower.
+      UserError: `eval.presence_model` is missing or no CLIP.
     """
     settings = task.config.eval
     scored = scored or [eval_examples(task.config.data, settings.split, settings.num_images)]
@@ -74,6 +76,9 @@ def check_evaluation(
     # A large vocabulary is asked for in other programs than a small one.
     counts = [len(each.asked) for each in scored]
     whole = [n for n in counts if task.codec.asks_for_all(n, settings.exhaustive_limit)]
+    if settings.presence_model:
+        with together("the model of config.eval.presence_model"):
+            check_presence_model(settings.presence_model)
     ways = [whole, [n for n in counts if n not in whole]]
     state = abstract_state(task.abstract, task.config.optim) if while_training else task.abstract
     beside = placed_bytes(state, mesh)

@@ -257,12 +257,14 @@ def trace_evaluation(
         numbers = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         return made(name, program, (vae, *numbers), batch, queries, slots)
 
-    # A large vocabulary: one step for every class, then all steps for those that pass the gate.
+    # A large vocabulary: one step for every class, unless a CLIP looks at the image instead; then all
+    # steps for those that pass the gate.
     if not codec.asks_for_all(classes, settings.exhaustive_limit):
         asked = codec.gate_limit(settings.gate_limit)
         slots = codec.slots(asked)
-        coarse = sample("coarse", EStep(1, 1), classes, codec.slots(classes), False)
-        found = [coarse, sample("sample", estep, asked, slots, mean)]
+        found = [sample("sample", estep, asked, slots, mean)]
+        if not settings.presence_model:
+            found.insert(0, sample("coarse", EStep(1, 1), classes, codec.slots(classes), False))
     else:
         slots, asked = codec.slots(classes), classes
         found = [sample("sample", estep, asked, slots, mean)]

@@ -325,9 +325,8 @@ class EvalConfig:
     spacing: Literal["trailing", "leading"] = "trailing"
     # How the members' probabilities are combined (not in the paper).
     ensemble_rule: Literal["mean", "median", "vote"] = "mean"
-    # How mask latents become masks. latent_mean: decoded once, after the mean
-    # over members; vae: each member decoded; probe: read from the latents
-    # without a decoder, by a linear probe, or of a palette by the nearest color.
+    # How mask latents become masks. latent_mean: decoded once, after the mean over members; vae: each
+    # member decoded; probe: read from the latents, by a linear probe, of a palette the nearest color.
     decoder: Literal["latent_mean", "vae", "probe"] = "latent_mean"
     # latent_mean: number of masks of a view that are decoded, the probe's strongest first; the other
     # queries keep the probe's reading. 0: all masks are decoded.
@@ -345,12 +344,13 @@ class EvalConfig:
     # Prompts, {} for the class; empty: as the weights were trained. The probabilities of several are
     # averaged, which takes as many times longer.
     templates: tuple[str, ...] = ()
-    # Up to this many classes, all of them are asked for. Beyond, a coarse pass
-    # finds which are present (not in the paper): at most `gate_limit` of them
-    # pass (16 to 32 of hundreds), with a presence score of at least `gate_cut`.
+    # Up to this many classes, all are asked for. Beyond, a coarse pass finds which are present (not in
+    # the paper): at most `gate_limit` of them (16 to 32 of hundreds), with a score from `gate_cut` on.
     exhaustive_limit: int = setting(200, at_least=0)
     gate_limit: int = setting(16, at_least=1)
     gate_cut: float = 0.3
+    # A CLIP that judges presence in place of the coarse pass, by image and names, without a cut.
+    presence_model: str = ""
     # Views of a compiled call on each device. With 1, counts are the same integers on any devices.
     batch_size: int = setting(1, at_least=1)
     num_images: int = setting(0, at_least=0)  # 0: the whole split

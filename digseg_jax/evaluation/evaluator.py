@@ -20,6 +20,7 @@ import numpy as np
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import EvalConfig
 from digseg_jax.config.templates import PLACE, fill
+from digseg_jax.evaluation.clip_presence import load_presence
 from digseg_jax.evaluation.counts import (
     DEFAULT_THRESHOLD,
     Counted,
@@ -101,7 +102,7 @@ class Evaluator:
     def protocol(self) -> str:
         """Name of the headline's protocol.
 
-        "exhaustive" asks for every class, "gated" only for the classes that a coarse pass finds.
+        "exhaustive" asks for every class, "gated" only for those that a CLIP or a coarse pass finds.
         """
         limit = self.settings.exhaustive_limit
         return "exhaustive" if self.codec.asks_for_all(len(self.queries), limit) else "gated"
@@ -278,7 +279,7 @@ class Evaluator:
             # goes into the row, for the recall of gates of other sizes.
             presence = self._presence(images, found)
             most = self.codec.gate_limit(self.settings.gate_limit)
-            cut = self.settings.gate_cut
+            cut = 0.0 if self.settings.presence_model else self.settings.gate_cut
             asked = [open_vocab.survivors(p, most, cut).tolist() for p in presence]
             facts = [{"presence": [float(x) for x in p]} for p in presence]
             slots = self.codec.slots(most)
@@ -302,10 +303,15 @@ class Evaluator:
         return list(zip(answers, asked, facts, strict=True))
 
     def _presence(self, images: Sequence[int], found: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-        """Presence scores [classes] of each image, from one coarse step.
+        """Presence scores [classes] of each image, from a CLIP or from one coarse step.
 
-        The whole image is squeezed into one view, and masks are read with the linear latent decoder.
+        In the coarse step the whole image is squeezed into one view, and masks are read with the
+        linear latent decoder.
         """
+        if spec := self.settings.presence_model:
+            clip = load_presence(spec)
+            return [clip.scores(example["image"], self.queries) for example in found]
+
         queries = [self.queries] * len(images)
         answers = self._segment(images, found, queries, COARSE, mode="whole", decoder="probe")
         return [open_vocab.presence(answer.cell_probabilities()) for answer in answers]

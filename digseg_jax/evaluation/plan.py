@@ -43,7 +43,8 @@ def masks_of_a_view(settings: EvalConfig, codec: Codec, classes: int) -> int:
     each = settings.ensemble * settings.steps
     if not codec.asks_for_all(classes, settings.exhaustive_limit):
         few = codec.gate_limit(settings.gate_limit)
-        return _mask_images(codec, classes) + _mask_images(codec, few) * each
+        coarse = 0 if settings.presence_model else _mask_images(codec, classes)
+        return coarse + _mask_images(codec, few) * each
     return _mask_images(codec, classes) * each
 
 

@@ -10,11 +10,12 @@
 
 from .client import environment, variables
 from .server import Server, serve
-from .write import biomedclip_folder, pipeline_folders, write_all
+from .write import biomedclip_folder, clip_folder, pipeline_folders, write_all
 
 __all__ = [
     "Server",
     "biomedclip_folder",
+    "clip_folder",
     "environment",
     "pipeline_folders",
     "serve",

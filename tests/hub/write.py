@@ -40,14 +40,17 @@ _SHARDS = 3
 # the keys of an old AutoencoderKL's attention
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
+# OpenAI's, by their names in the catalog: width of the text encoder, pixels of a patch
+_CLIPS = {"clip-l14": (layouts.TEXT_WIDTH, 14), "clip-b16": (layouts.B16_TEXT_WIDTH, 16)}
+
 
 def write_all(folder: Path) -> Path:
     """Writes every repository that the configs can name, 130 MB in some seconds; returns folder."""
     for name, layout in _PIPELINES.items():
         write_pipeline(folder, layout, name)
     _write_branches(folder)
-    _write_clip(_revision(folder, "clip-l14"), layouts.clip(layouts.TEXT_WIDTH, 14))
-    _write_clip(_revision(folder, "clip-b16"), layouts.clip(layouts.B16_TEXT_WIDTH, 16))
+    for name in _CLIPS:
+        clip_folder(folder, name)
     _write_biomedclip(_revision(folder, "biomedclip"))
     _write_vaes(folder)
     return folder
@@ -58,6 +61,13 @@ def pipeline_folders(folder: Path, name: str = "sd-1.5") -> dict[str, str]:
     root = _revision(folder, name)
     parts = {"vae": "vae", "unet": "unet", "text": "text_encoder"}
     return {part: str(root / sub) for part, sub in parts.items()}
+
+
+def clip_folder(folder: Path, name: str) -> Path:
+    """Writes one of OpenAI's CLIPs, clip-l14 or clip-b16, below the folder, and returns its place."""
+    root = _revision(folder, name)
+    _write_clip(root, layouts.clip(*_CLIPS[name]))
+    return root
 
 
 def biomedclip_folder(folder: Path) -> Path:
