@@ -31,9 +31,18 @@ CHOSEN = {"cuda": "cudnn", "tpu": "splash"}
 CALLS = {"cuda": "@__cudnn$fmhaSoftmax", "tpu": "@tpu_custom_call"}  # of the kernels of `auto`
 CLASSES = 150
 
-platforms = pytest.mark.parametrize("platform", CHOSEN)
-# sd21_clip: the parallel text pathway. biomedclip: texts whose padding is masked.
-versions = pytest.mark.parametrize("version", ["sd15", "sd21", "sd21_clip", "biomedclip"])
+
+def for_both(*always: tuple[str, ...], once: dict[tuple[str, ...], str]) -> list[Any]:
+    """Cases for both platforms: some always, others on one; on the other platform they are slow tests.
+
+    once: a case -> the platform that it is always lowered for.
+    """
+    cases = [pytest.param(*case, platform) for case in always for platform in CHOSEN]
+    for case, own in once.items():
+        for platform in CHOSEN:
+            marks = () if platform == own else pytest.mark.slow
+            cases.append(pytest.param(*case, platform, marks=marks))
+    return cases
 
 
 def configured(version: str, platform: str, codec: str = "binary") -> Config:
@@ -53,8 +62,11 @@ def lowered(function: Any, platform: str, *arguments: Any) -> str:
         return step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-@platforms
-@versions
+# sd21_clip: the parallel text pathway. biomedclip: texts whose padding is masked.
+@pytest.mark.parametrize(
+    ("version", "platform"),
+    for_both(("sd15",), ("sd21",), once={("sd21_clip",): "tpu", ("biomedclip",): "cuda"}),
+)
 def test_the_train_step(version, platform):
     config = configured(version, platform)
     parts, mesh = Architecture.of(config.model), make_mesh(config.mesh)
@@ -66,12 +78,18 @@ def test_the_train_step(version, platform):
     assert CALLS[platform] in step.as_text()
 
 
-@platforms
 @pytest.mark.parametrize(
-    ("version", "codec"),
-    [("sd15", "palette"), ("sd21", "palette"), ("sd15", "prompted"), ("sd15", "cached")],
+    ("version", "codec", "platform"),
+    for_both(
+        once={
+            ("sd15", "palette"): "cuda",
+            ("sd21", "palette"): "tpu",
+            ("sd15", "prompted"): "tpu",
+            ("sd15", "cached"): "cuda",
+        }
+    ),
 )
-def test_other_losses(version, platform, codec):
+def test_other_losses(version, codec, platform):
     """Of images that show all answers in colors, and of latents that were cached."""
     config = configured(version, platform, "binary" if codec == "cached" else codec)
     if codec == "cached":
@@ -86,13 +104,19 @@ def test_other_losses(version, platform, codec):
     assert CALLS[platform] in text
 
 
-@platforms
 @pytest.mark.parametrize(
-    ("version", "codec"),
-    [("sd15", "binary"), ("sd21", "binary"), ("sd21_clip", "binary"), ("sd15", "palette"),
-     ("sd15", "prompted")],
-)  # fmt: skip
-def test_evaluation_and_prediction_of_150_classes(version, platform, codec, monkeypatch):
+    ("version", "codec", "platform"),
+    for_both(
+        ("sd15", "binary"),
+        ("sd21", "binary"),
+        once={
+            ("sd21_clip", "binary"): "tpu",
+            ("sd15", "palette"): "cuda",
+            ("sd15", "prompted"): "tpu",
+        },
+    ),
+)
+def test_evaluation_and_prediction_of_150_classes(version, codec, platform, monkeypatch):
     """8x2 with every decoder; a coarse pass first, which asks for all classes at once."""
     config = configured(version, platform, codec)
     compiled = dataclasses.replace(config.compile, program="eval", eval_queries=CLASSES)
