@@ -68,11 +68,12 @@ PARTS = ("model.vae", "model.text")
 # folders of an export: its own copies of the frozen parts, and its trained weights
 OWN = {"model.vae": "vae", "model.text": "text_encoder"}
 UNET = "unet"
-# settings of the run's evaluation: the defaults of prediction and evaluation with these weights
+# settings of the run's evaluation: the defaults of prediction and evaluation with these weights; another
+# model of the evaluation may be a folder of this machine
 SUGGESTED = (
     "model.dtype",
     "data.split",
-    *(f"eval.{field.name}" for field in dataclasses.fields(EvalConfig)),
+    *(f"eval.{f.name}" for f in dataclasses.fields(EvalConfig) if f.name != "presence_model"),
 )
 REQUIRED = (*BINDING, *CLOSED_BINDING, *PARTS)
 

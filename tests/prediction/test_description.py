@@ -176,6 +176,12 @@ def test_the_configuration_of_the_training_comes_back(config, made):
     assert (again.eval.ensemble, again.eval.steps) == (config.eval.ensemble, config.eval.steps)
 
 
+def test_the_model_of_a_gate_is_the_evaluations_own(config):
+    made = described(changed(config, "eval.presence_model", "/home/me/clip"))
+    assert "/home/me" not in str(made)
+    assert not made.training_config().eval.presence_model
+
+
 def test_a_part_that_is_not_here_is_named(config, made, tmp_path):
     gone = dataclasses.replace(made, vae=FrozenPart(str(tmp_path / "gone"), "", ""))
     with pytest.raises(UserError) as caught:
