@@ -68,8 +68,8 @@ PARTS = ("model.vae", "model.text")
 # folders of an export: its own copies of the frozen parts, and its trained weights
 OWN = {"model.vae": "vae", "model.text": "text_encoder"}
 UNET = "unet"
-# settings of the run's evaluation: the defaults of prediction and evaluation with these weights; another
-# model of the evaluation may be a folder of this machine
+# settings of the run's evaluation: the defaults of prediction and evaluation with these weights. The
+# model of a gate may be a folder of this machine, so it is none of them.
 SUGGESTED = (
     "model.dtype",
     "data.split",
