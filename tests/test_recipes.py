@@ -57,6 +57,9 @@ def test_a_recipe_differs_from_its_checkpoints_version_in_the_diffusion_alone(na
     uniform = [parse(get_config(name, recipe)).diffusion for recipe in marigold]
     assert [d.zero_snr for d in uniform] == [True, False]
     assert {(d.timestep_sampling, d.noise) for d in uniform} == {("uniform", "multires")}
+    # Ours draws half of the timesteps where the sampler of two steps is; Marigold's are all uniform.
+    shares = [parse(get_config(name, v)).diffusion.sampler_share for v in ("sd21", "vitb16", *marigold)]
+    assert shares == [0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("version", ["vitb16", "biomedclip", "sd15_epsilon"])

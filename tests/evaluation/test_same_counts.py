@@ -26,7 +26,7 @@ from digseg_jax.prediction.segmenter import Segmenter
 
 TWO = EStep(2, 1)
 GROWTH = 9  # times the side of the official trees' images of 6 x 4 pixels: several views
-DEVICES = (1, 2, 8)
+DEVICES = (1, 8)
 # data set -> the suite that has it; one for each kind of counts
 SETS = {"pascal_voc": "open_vocab", "deepglobe": "deepglobe", "refuge2": "medical"}
 # classes of the images that are added to Pascal VOC's one: few, one, and more than are decoded
