@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,15 @@ from digseg_jax.errors import UserError
 from digseg_jax.report.sections import bench_tables
 from digseg_jax.viz.templates import render_part
 from tests.bench import schedules
+
+
+def test_trained_weights_are_continued_at_a_lower_rate():
+    fresh, further = (
+        schedules.configuration("uniform", 0, 300, weights) for weights in (schedules.PRIOR, "DIR")
+    )
+    assert further.model.unet == "DIR" and further.optim.learning_rate < fresh.optim.learning_rate
+    model = dataclasses.replace(further.model, unet=schedules.PRIOR)
+    assert dataclasses.replace(further, model=model, optim=fresh.optim) == fresh
 
 
 def test_only_the_diffusion_differs_between_schedules():
@@ -44,8 +54,10 @@ def test_its_file_is_a_table_of_the_report():
         }
 
     runs = {"uniform": [scores(0.02, 0.0), scores(0.04, 0.0)]}
-    table = schedules.as_table({"runs": runs, "steps": 300, "seeds": [0, 1], "images": 24})
+    facts = {"steps": 300, "seeds": [0, 1], "images": 24, "weights": "assets:segmenter"}
+    table = schedules.as_table(facts | {"runs": runs})
     (row,) = table["rows"]
+    assert "300 steps from assets:segmenter" in table["title"]
     assert row[0] == "uniform" and len(row) == len(table["columns"])
     np.testing.assert_allclose(row[-4:], [0.03, 0.01, 0.0, 0.0], atol=1e-9)
     assert "8x2 - 1x2" in render_part("report/sections.html.j2", "benches", bench_tables([table]))
