@@ -78,19 +78,18 @@ def compare(
     words: list[str],
     members: int,
     steps: int,
-    worst: float = LIMIT,
+    limit: float = LIMIT,
 ) -> None:
-    """Masks of both sides, from the same seed; `worst`: of one pixel in a thousand."""
+    """Masks of both sides, from the same seed."""
     ours = segmenter(pixels, words, members, steps, seed=7)
     theirs = pipe(pixels, words, steps=steps, ensemble=members, seed=7)
     assert ours.probability.std() > 0.01, "an even mask compares nothing"
     assert theirs.probability.shape == (len(words), *pixels.shape[:2])
-    apart = np.abs(ours.probability - theirs.probability)
-    assert np.quantile(apart, 0.999) <= LIMIT and apart.max() <= worst
+    assert np.abs(ours.probability - theirs.probability).max() <= limit
 
     # Only where two words are as good as equal may the winner be the other one.
     second, first = np.sort(ours.probability, axis=0)[-2:]
-    assert (ours.label == theirs.label)[first - second > 2 * worst].all()
+    assert (ours.label == theirs.label)[first - second > 2 * limit].all()
     assert (ours.label == theirs.label).mean() > 0.999
 
 
@@ -105,11 +104,15 @@ def test_the_sampler_visits_our_timesteps(shipped, spacing):
         assert scheduler.timesteps.tolist() == timesteps(1000, steps, spacing).tolist()
 
 
-@pytest.mark.parametrize(("shape", "members", "steps"), [((128, 128), 4, 2), ((100, 150), 1, 3)])
-def test_the_shipped_model(shipped, shape, members, steps):
+# Each further step starts from what the last one painted: on such blocks, which no training showed, the
+# rounding of two libraries grows a hundredfold.
+@pytest.mark.parametrize(
+    ("shape", "members", "steps", "limit"),
+    [((128, 128), 4, 1, LIMIT), ((128, 128), 4, 2, 1e-3), ((100, 150), 1, 3, 1e-3)],
+)
+def test_the_shipped_model(shipped, shape, members, steps, limit):
     segmenter, folder = shipped
-    # Trained weights answer such blocks with steep edges, where two libraries' rounding shows.
-    compare(segmenter, opened(folder), image(*shape), WORDS, members, steps, worst=1e-3)
+    compare(segmenter, opened(folder), image(*shape), WORDS, members, steps, limit)
 
 
 @pytest.mark.parametrize("codec", ["binary", "palette", "prompted"])
@@ -143,8 +146,7 @@ def test_noise_from_elsewhere(shipped):
     )
     theirs = opened(folder)(pixels, "water", steps=1, latents=noise)
     ours = segmenter(pixels, "water", 1, 1, seed=3)
-    apart = np.abs(ours.probability - theirs.probability)
-    assert np.quantile(apart, 0.999) <= LIMIT and apart.max() <= worst
+    assert np.abs(ours.probability - theirs.probability).max() <= limit
 
 
 def test_what_it_does_not_answer_is_one_line(shipped):
