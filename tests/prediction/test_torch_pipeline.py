@@ -146,7 +146,7 @@ def test_noise_from_elsewhere(shipped):
     )
     theirs = opened(folder)(pixels, "water", steps=1, latents=noise)
     ours = segmenter(pixels, "water", 1, 1, seed=3)
-    assert np.abs(ours.probability - theirs.probability).max() <= limit
+    assert np.abs(ours.probability - theirs.probability).max() <= LIMIT
 
 
 def test_what_it_does_not_answer_is_one_line(shipped):
