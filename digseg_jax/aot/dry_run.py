@@ -71,14 +71,14 @@ def check_evaluation(
       UserError: `eval.presence_model` is missing or no CLIP.
     """
     settings = task.config.eval
+    if settings.presence_model:
+        with together("the model of config.eval.presence_model"):
+            check_presence_model(settings.presence_model)
     scored = scored or [eval_examples(task.config.data, settings.split, settings.num_images)]
 
     # A large vocabulary is asked for in other programs than a small one.
     counts = [len(each.asked) for each in scored]
     whole = [n for n in counts if task.codec.asks_for_all(n, settings.exhaustive_limit)]
-    if settings.presence_model:
-        with together("the model of config.eval.presence_model"):
-            check_presence_model(settings.presence_model)
     ways = [whole, [n for n in counts if n not in whole]]
     state = abstract_state(task.abstract, task.config.optim) if while_training else task.abstract
     beside = placed_bytes(state, mesh)

@@ -8,6 +8,8 @@ import json
 import shutil
 
 import hub
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -17,6 +19,7 @@ from digseg_jax.aot.dry_run import check_evaluation
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
+from digseg_jax.evaluation import clip_presence
 from digseg_jax.evaluation.clip_presence import ClipPresence, check_presence_model
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples
@@ -103,6 +106,14 @@ def test_a_network_is_asked_for_the_same_classes_on_every_number_of_devices(clip
     for one, two in zip(rows[1], rows[2], strict=True):
         assert one["presence"] == two["presence"] and one["queries"] == 3
         np.testing.assert_array_equal(unpack(one["confusion"]), unpack(two["confusion"]))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_its_program_is_lowered_for_accelerators(clip, platform):
+    presence = ClipPresence(str(clip))
+    image = jax.ShapeDtypeStruct((1, presence.size, presence.size, 3), jnp.float32)
+    traced = clip_presence._embed.trace(presence.graphdef, presence.params, image)
+    assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_no_coarse_pass_is_planned():

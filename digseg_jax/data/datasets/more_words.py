@@ -98,8 +98,8 @@ MORE_WORDS: Mapping[str, tuple[str, ...]] = {
         "nucleus, cell nucleus, nucleus of a white blood cell, nucleus of a leucocyte, cell kernel",
     ),
     "retina_drishti": (
-        "optic disc rim, disc rim, rim of the optic nerve head, outer rim of the optic disc",
-        "optic disc rim, disc margin",
+        "optic disc rim, disc rim, rim of the optic nerve head, outer rim of the optic disc, "
+        "disc margin",
         "optic cup, cup of the optic nerve head, cup of the optic disc, optic nerve cup, central cup",
     ),
     "retina_disc": (
