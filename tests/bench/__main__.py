@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
     words.add_argument("--images", type=int, default=12, help="of each domain's val; 0: all")
     words.add_argument("--only", default="", help="names of domains, with commas; empty: all")
+    words.add_argument("--rarer", action="store_true", help="ask with rarer synonyms")
     forest = jobs.add_parser("domain_trees", help="boosted trees on the pixels of each domain")
     forest.add_argument(
         "--root", required=True, help="folder of all domains, as --suite=domains has it"
@@ -287,7 +288,8 @@ def _words(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import words
 
     only = tuple(filter(None, arguments.only.split(",")))
-    return words.run(arguments.weights, arguments.root, arguments.images, only)
+    synonyms = words.RARER if arguments.rarer else words.SYNONYMS
+    return words.run(arguments.weights, arguments.root, arguments.images, only, synonyms)
 
 
 def _domain_trees(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySamp
 from digseg_jax.data.sources import HELD_OUT, labels_of, open_part, parts_of
 from digseg_jax.data.vocabulary import bank_prompts, foreign_rows, trained_names
 from digseg_jax.errors import UserError
-from tests.bench.words import SYNONYMS
+from tests.bench.words import RARER, SYNONYMS
 
 LISTS = {
     "street": "0: background\n1: road, street\n2: car\n",
@@ -130,7 +130,8 @@ def test_synonyms_of_no_class_or_of_two_are_told(root, line, message):
 
 def test_more_words_of_the_domains_are_none_that_the_words_benchmark_calls_unseen():
     added = {w.strip().lower() for lines in MORE_WORDS.values() for x in lines for w in x.split(",")}
-    unseen = {text.lower() for words in SYNONYMS.values() for text in words.values()}
+    lists = (*SYNONYMS.values(), *RARER.values())
+    unseen = {text.lower() for words in lists for text in words.values()}
     assert not added & unseen
     assert MORE_WORDS.keys() <= {domain.name for domain in DOMAINS}
 
