@@ -7,6 +7,9 @@ DIR holds a folder for each data set of digseg_jax/data/datasets/domains.py, whe
 and terms stand; the land cover needs none. Several of them are for research only, and so are weights
 that were trained on them. configs/generalist.py:shareable trains on those alone whose terms allow to
 pass on works derived from them: photographs, streets, cells and land, but no fields, retinas or roads.
+
+configs/generalist.py:DOMAIN trains a specialist of one of them (configs/generalist.py:camvid) on the
+crops that it has in the mixture, for its part of the mixture's steps.
 """
 
 from digseg_jax.recipes import on_domains
@@ -14,18 +17,21 @@ from digseg_jax.recipes import on_domains
 
 def get_config(version: str = "all"):
     config = on_domains(version)
+    many = len(config.data.mixture) > 1
     config.data.image_size = 96
     config.data.num_queries = 2
     config.data.negative_rate = 0.25
-    config.data.foreign_rate = 0.4
+    config.data.foreign_rate = 0.4 if many else 0.0
     config.data.text_noise = 0.3
     config.data.word_dropout = 0.5
     config.model.unet = "assets:segmenter"
     config.diffusion.terminal_fraction = 0.7
     config.loss.mask_weight = 0.2
-    config.train.steps = 21_300
+    config.train.steps = 21_300 if many else 1_420
     config.train.batch_size = 8
-    config.optim.cooldown_steps = 2_900
+    config.optim.cooldown_steps = 2_900 if many else 400
+    if not many:
+        config.optim.ema_decay = 0.998
     config.eval.split = "val"
     config.eval.calibrate = False
     config.eval.view_size = (128,)

@@ -195,12 +195,13 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run
     can be extended. `optim.cooldown_steps` lets the rate fall over the last steps.
 
-    version: "all", or "shareable" for the domains whose terms allow to pass on weights trained on them.
+    version: "all"; "shareable" for the domains whose terms allow to pass on weights trained on them; or
+      the name of one domain, which has no names of others to ask for.
 
     Raises:
       UserError: another version.
     """
-    versions = {"all": DOMAINS, "shareable": shareable_domains()}
+    versions = {"all": DOMAINS, "shareable": shareable_domains()} | {d.name: (d,) for d in DOMAINS}
     if version not in versions:
         raise UserError(
             f"--config: no version {version!r}; legal after the colon: {', '.join(versions)}"

@@ -15,6 +15,7 @@ from digseg_jax.aot.shapes import Architecture
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config, DataConfig
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.errors import UserError
 from digseg_jax.recipes import RECIPES, VERSIONS, stable_diffusion
 from digseg_jax.training.tasks.parts import Vae, check_size
@@ -114,6 +115,16 @@ def test_a_small_recipe_needs_no_hub(name):
         assert model.unet.startswith("assets:") and model.vae.startswith("assets:")
 
 
+@pytest.mark.parametrize("domain", DOMAINS, ids=lambda domain: domain.name)
+def test_a_specialist_has_the_crops_of_its_domain_and_its_part_of_the_steps(domain):
+    generalist, specialist = (parse(get_config("generalist", v)) for v in ("all", domain.name))
+    (part,) = specialist.data.mixture
+    assert part in generalist.data.mixture
+    assert specialist.data.foreign_rate == 0 < generalist.data.foreign_rate
+    assert specialist.train.steps * len(DOMAINS) == generalist.train.steps
+    assert specialist.model == generalist.model and specialist.loss == generalist.loss
+
+
 def test_another_version_is_refused_with_the_legal_ones():
     with pytest.raises(
         UserError, match="'sd14'.*sd15, sd21, marigold, vitb16, biomedclip, sd15_epsilon"
@@ -121,6 +132,8 @@ def test_another_version_is_refused_with_the_legal_ones():
         stable_diffusion("sd14", "ade20k")
     with pytest.raises(UserError, match="'sd14'.*sd15, sd21, .*marigold_recipe_v1, .*palette, binary$"):
         get_config("camvid", "sd14")
+    with pytest.raises(UserError, match="'sd14'.*all, shareable, photos_coco128, .*, landcover$"):
+        get_config("generalist", "sd14")
 
 
 def test_the_configuration_knows_exactly_the_registered_names():

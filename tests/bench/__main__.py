@@ -116,6 +116,21 @@ def _parser() -> argparse.ArgumentParser:
     forest.add_argument("--split", default="val", help="as the suite takes config.eval.split")
     forest.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
     forest.add_argument("--only", default="", help="names of domains, with commas; empty: all")
+    nets = jobs.add_parser("domain_unets", help="a torch U-Net trained on each domain alone")
+    nets.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
+    nets.add_argument("--split", default="val", help="as the suite takes config.eval.split")
+    nets.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
+    nets.add_argument("--minutes", type=float, default=23.0, help="of a core, for each training")
+    nets.add_argument("--only", default="", help="names of domains, with commas; empty: all")
+    nets.add_argument("--seed", type=int, default=0)
+    own = jobs.add_parser("domain_specialists", help="a specialist of ours for each domain")
+    own.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
+    own.add_argument("--runs", required=True, help="folder of the trainings, which go on after a kill")
+    own.add_argument("--split", default="val", help="as the suite takes config.eval.split")
+    own.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
+    own.add_argument("--steps", type=int, default=0, help="of each training; 0: the recipe's")
+    own.add_argument("--only", default="", help="names of domains, with commas; empty: all")
+    own.add_argument("--seed", type=int, default=0)
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
@@ -299,6 +314,36 @@ def _domain_trees(arguments: argparse.Namespace) -> dict[str, Any]:
     return domain_trees.run(arguments.root, arguments.split, arguments.images, only)
 
 
+def _domain_unets(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import sides
+
+    sides.require_torch("domain_unets")
+    from tests.bench import domain_unets
+
+    return domain_unets.run(
+        arguments.root,
+        arguments.split,
+        arguments.images,
+        arguments.minutes,
+        tuple(filter(None, arguments.only.split(","))),
+        arguments.seed,
+    )
+
+
+def _domain_specialists(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import domain_specialists
+
+    return domain_specialists.run(
+        arguments.root,
+        arguments.runs,
+        arguments.split,
+        arguments.images,
+        arguments.steps,
+        tuple(filter(None, arguments.only.split(","))),
+        arguments.seed,
+    )
+
+
 JOBS = {
     "landcover": _landcover,
     "estep": _estep,
@@ -317,6 +362,8 @@ JOBS = {
     "round_trip": _round_trip,
     "words": _words,
     "domain_trees": _domain_trees,
+    "domain_unets": _domain_unets,
+    "domain_specialists": _domain_specialists,
     "data": _data,
 }
 

@@ -7,12 +7,10 @@ mean IoU of the classes that are asked for and occur.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -21,9 +19,8 @@ from digseg_jax.data.datasets.domains import DOMAINS, Domain
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
-from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.log import log
-from digseg_jax.metrics import confusion
+from tests.bench.domain_scores import mean_row, scaled, score
 from tests.bench.trees import features
 
 TRAIN_PIXELS = 300_000
@@ -51,9 +48,8 @@ def run(root: str, split: str, images: int, only: Sequence[str] = (), seed: int 
         except UserError as error:
             rows[domain.name] = {"missing": str(error)}
         log.info("%s: %s", domain.name, rows[domain.name])
-    found = [row["asked_miou"] for row in rows.values() if "asked_miou" in row]
-    mean = float(np.mean(found)) if found else math.nan
-    return {"split": split, "pixels": TRAIN_PIXELS, "seed": seed, "domains": rows, "mean": mean}
+    facts = {"split": split, "pixels": TRAIN_PIXELS, "seed": seed}
+    return facts | {"domains": rows, "mean": mean_row(rows)}
 
 
 def _one(domain: Domain, root: str, split: str, images: int, seed: int) -> dict[str, Any]:
@@ -69,7 +65,8 @@ def _one(domain: Domain, root: str, split: str, images: int, seed: int) -> dict[
     share = -(-TRAIN_PIXELS // len(training))
     xs, ys = [], []
     for i in range(len(training)):
-        table, label = _seen(training, i, domain.short_side)
+        image, label = scaled(training[i]["image"], training[i]["label"], domain.short_side)
+        table = features(image)
         x, y = table.reshape(-1, table.shape[-1]), label.ravel()
         chosen = rng.permutation(np.flatnonzero(y >= 0))[:share]
         xs.append(x[chosen])
@@ -80,34 +77,9 @@ def _one(domain: Domain, root: str, split: str, images: int, seed: int) -> dict[
     model = HistGradientBoostingClassifier(max_iter=rounds, early_stopping=False, random_state=seed)
     model.fit(x, y)
 
-    # Predictions are scaled to the label's own size.
-    classes = len(scored.classes)
-    counts = np.zeros((classes, classes + 1), np.int64)
-    for i in range(len(scored)):
-        label = scored[i]["label"]
-        table, _ = _seen(scored, i, domain.short_side)
-        predicted = model.predict(table.reshape(-1, table.shape[-1])).reshape(table.shape[:2])
-        size = label.shape[::-1]
-        full = cv2.resize(predicted.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-        counts += confusion.confusion(label, full.astype(np.int32), classes)
-    occurring = [c for c in scored.asked if counts[c].sum()]
-    iou = confusion.iou_per_class(counts)
-    return {
-        "asked_miou": float(iou[occurring].mean()),
-        "images": len(scored),
-        "split": scored.split,
-        "rounds": rounds,
-        "seconds": round(time.monotonic() - started, 1),
-        "per_class": {scored.classes[c]: float(iou[c]) for c in occurring},
-    }
+    def predict(image: np.ndarray) -> np.ndarray:
+        table = features(image)
+        return model.predict(table.reshape(-1, table.shape[-1])).reshape(table.shape[:2])
 
-
-def _seen(examples: EvalExamples, index: int, short_side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features [h, w, 9] and label [h, w] of an example, scaled as the generalist sees it."""
-    example = examples[index]
-    image, label = example["image"], example["label"]
-    scale = short_side / min(label.shape)
-    size = tuple(max(1, round(side * scale)) for side in label.shape[::-1])
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    smaller = cv2.resize(label.astype(np.int16), size, interpolation=cv2.INTER_NEAREST)
-    return features(cv2.resize(image, size, interpolation=way)), smaller.astype(np.int32)
+    row = score(scored, domain.short_side, predict)
+    return row | {"rounds": rounds, "seconds": round(time.monotonic() - started, 1)}

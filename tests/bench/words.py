@@ -59,7 +59,7 @@ SYNONYMS = {
     "pavement_cracks": {"pavement": "tarmac", "crack": "fissure"},
     "landcover": {group: name for name, group in HELD_OUT.items()},
 }  # fmt: skip
-# Rarer ones, written after the training of the shipped weights: nobody who chose words for it knew them.
+# Rarer ones, written after the training of the shipped weights, whose words they could not know.
 RARER = {
     "camvid": {
         "sky": "firmament", "building": "edifice", "road": "thoroughfare", "pavement": "promenade",

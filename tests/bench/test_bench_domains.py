@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the generalist is compared with: trees, U-Nets and specialists of a domain, scored as it is."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import jaccard_score
+
+from digseg_jax.data.datasets.domains import DOMAINS
+from digseg_jax.errors import UserError
+from digseg_jax.evaluation.domains import domain_examples
+from tests.bench import domain_specialists, domain_trees
+from tests.bench.domain_scores import mean_row, score
+
+CELLS = next(domain for domain in DOMAINS if domain.name == "cells_wbc")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Cells of two colors on gray, as the domain cells_wbc has them; one pixel in ten is unlabeled."""
+    folder = tmp_path / "cells_wbc"
+    for split, count in (("train", 6), ("val", 2)):
+        for side in ("images", "masks"):
+            (folder / side / split).mkdir(parents=True)
+        for i in range(count):
+            rng = np.random.default_rng(i)
+            label = np.zeros((90, 100), np.uint8)
+            cv2.circle(label, (int(rng.integers(30, 70)), 45), 25, 1, -1)
+            cv2.circle(label, (int(rng.integers(40, 60)), 45), 10, 2, -1)
+            colors = np.array([[128, 128, 128], [230, 150, 40], [40, 30, 200]], np.uint8)
+            image = colors[label]
+            label[rng.random(label.shape) < 0.1] = 255
+            Image.fromarray(image).save(folder / f"images/{split}/{i}.png")
+            Image.fromarray(label).save(folder / f"masks/{split}/{i}.png")
+    (folder / "classes.txt").write_text("0: background\n1: cytoplasm\n2: nucleus\n")
+    return tmp_path
+
+
+def test_a_predictor_is_scored_at_the_size_of_the_labels(root):
+    examples = domain_examples(CELLS, str(root), "val")
+    sizes = []
+
+    def predict(image):
+        sizes.append(image.shape[:2])
+        return 1 + (image[..., 2] > 150) - (np.ptp(image.astype(int), axis=-1) < 40)
+
+    # At 45 rows each class is found up to the border pixels that the smaller size loses.
+    row = score(examples, 45, predict)
+    assert set(sizes) == {(45, 50)}
+    true, found = [], []
+    for i in range(len(examples)):
+        small = cv2.resize(examples[i]["image"], (50, 45), interpolation=cv2.INTER_AREA)
+        full = cv2.resize(predict(small).astype(np.uint8), (100, 90), interpolation=cv2.INTER_NEAREST)
+        labeled = examples[i]["label"] >= 0
+        true.append(examples[i]["label"][labeled])
+        found.append(full[labeled])
+    each = jaccard_score(np.concatenate(true), np.concatenate(found), labels=[1, 2], average=None)
+    assert row["asked_miou"] == pytest.approx(each.mean())
+    assert row["per_class"] == pytest.approx({"cytoplasm": each[0], "nucleus": each[1]})
+    assert row["asked_miou"] > 0.8
+
+
+def test_trees_learn_a_domain_and_a_missing_one_is_a_row(root):
+    found = domain_trees.run(str(root), "val", 0, only=("cells_wbc", "retina_disc"))
+    assert found["domains"]["cells_wbc"]["asked_miou"] > 0.8
+    assert "missing" in found["domains"]["retina_disc"]
+    assert found["mean"] == found["domains"]["cells_wbc"]["asked_miou"]
+
+
+def test_the_mean_is_of_the_domains_that_were_there():
+    assert mean_row({"a": {"asked_miou": 0.5}, "b": {"missing": "no"}}) == 0.5
+    assert np.isnan(mean_row({"b": {"missing": "no"}}))
+
+
+def test_a_domain_that_no_specialist_has_is_told_with_the_legal_ones(root):
+    with pytest.raises(UserError, match=r"no domain moon; legal: photos_coco128, .*landcover"):
+        domain_specialists.run(str(root), str(root / "runs"), "val", 0, only=("moon",))
+
+
+@pytest.mark.slow
+def test_a_specialist_is_trained_once_and_scored(root):
+    def rows():
+        return domain_specialists.run(str(root), str(root / "runs"), "val", 0, 2, ("cells_wbc",))
+
+    first, again = rows()["domains"]["cells_wbc"], rows()["domains"]["cells_wbc"]
+    assert first["steps"] == 2 and set(first["per_class"]) == {"cytoplasm", "nucleus"}
+    assert again["asked_miou"] == first["asked_miou"] and again["minutes"] < first["minutes"]
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def test_logits_of_a_unet_have_the_size_of_the_image_whatever_it_is(torch):
+    from tests.bench.domain_unets import UNet
+
+    network = UNet(3, widths=(4, 8, 8, 8)).eval()
+    for height, width in ((96, 96), (45, 50), (17, 33)):
+        assert network(torch.zeros(1, 3, height, width)).shape == (1, 3, height, width)
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_unet_has_about_the_parameters_of_the_generalist():
+    from tests.bench.domain_unets import WIDTHS, UNet
+
+    count = sum(p.numel() for p in UNet(2, WIDTHS).parameters())
+    assert 0.95 < count / 6.07e6 < 1.05
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_unet_learns_a_domain(root):
+    from tests.bench import domain_unets
+
+    only = ("cells_wbc",)
+    found = domain_unets.run(str(root), "val", 0, minutes=0.15, only=only, widths=(4, 8))
+    assert found["domains"]["cells_wbc"]["asked_miou"] > 0.3  # one class everywhere: 0.1
