@@ -116,6 +116,7 @@ def miniature(sd15_folders) -> Config:
     return parse(config)
 
 
+@pytest.mark.slow  # the parts alone, lowered for eight devices: tests/aot/test_accelerators.py
 def test_a_palette_is_traced_for_a_mesh(miniature, tmp_path):
     """With an autoencoder that has attention, which is a program of its own on several devices."""
     model = dataclasses.replace(miniature.model, codec="palette")
