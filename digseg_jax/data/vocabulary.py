@@ -112,6 +112,13 @@ def trained_names(config: DataConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def trained_synonyms(config: DataConfig) -> tuple[str, ...]:
+    """Further words that training asks with for the same classes, without repeats."""
+    asked = [(c, part) for part in parts_of(config) for c in spec_of(part).classes]
+    words = [word for c, part in asked if c.name not in part.unasked for word in c.synonyms]
+    return tuple(dict.fromkeys(words))
+
+
 def num_classes(config: DataConfig) -> int:
     """Number of classes of the data set that is evaluated."""
     return len(class_names(config))

@@ -27,8 +27,8 @@ from digseg_jax.config.parse import check_key, flat, parse, to_dict
 from digseg_jax.config.renamed import with_current_names
 from digseg_jax.config.schema import Config, EvalConfig, ModelConfig
 from digseg_jax.config.templates import check_template
+from digseg_jax.data import vocabulary
 from digseg_jax.data.sources import labels_of, parts_of
-from digseg_jax.data.vocabulary import class_names, trained_names, training_templates
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.files import expanded
@@ -121,6 +121,7 @@ class Description:
     parameters: number of trained parameters. datasets: names of the training data sets.
     steps, checkpoint: finished training steps, and their checkpoint below the working directory.
     started_from: the weights at step 0. versions: library -> version; empty if not recorded.
+    synonyms: further words that the training asked with; none in files of earlier versions.
     """
 
     schema: int
@@ -136,6 +137,7 @@ class Description:
     started_from: str
     seed: int
     versions: dict[str, str]
+    synonyms: list[str] = dataclasses.field(default_factory=list)
 
     def recorded_config(self) -> Config:
         """The default configuration with the recorded settings; frozen parts need not exist here."""
@@ -209,8 +211,8 @@ def describe(config: Config, abstract: Params, steps: int = 0, checkpoint: str =
         config=sections,
         vae=FrozenPart.find(config.model.vae),
         text=FrozenPart.find(config.model.text),
-        classes=list(trained_names(config.data) or class_names(config.data)),
-        templates=list(training_templates(config.data)),
+        classes=list(vocabulary.trained_names(config.data) or vocabulary.class_names(config.data)),
+        templates=list(vocabulary.training_templates(config.data)),
         parameters=sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract)),
         datasets=list(labels_of(parts_of(config.data))),
         steps=steps,
@@ -218,6 +220,7 @@ def describe(config: Config, abstract: Params, steps: int = 0, checkpoint: str =
         started_from=config.init_from or start,
         seed=config.seed,
         versions=installed_versions(),
+        synonyms=list(vocabulary.trained_synonyms(config.data)),
     )
 
 
@@ -419,13 +422,14 @@ def _config_of(values: dict[str, Any]) -> Config:
 
 
 def _typed(cls: type, values: dict[str, Any], path: str) -> Any:
-    """Builds a dataclass from a JSON object that has each of its fields and nothing else.
+    """Builds a dataclass from a JSON object that has each field without a default and no other key.
 
     Raises:
       UserError: a missing or unknown key, or a value of another type; `path` leads the message.
     """
     hints = typing.get_type_hints(cls)
-    if missing := sorted(hints.keys() - values.keys()):
+    newer = {f.name for f in dataclasses.fields(cls) if f.default_factory is not dataclasses.MISSING}
+    if missing := sorted(hints.keys() - values.keys() - newer):
         raise UserError(f"{path}: {', '.join(missing)} missing; write it again with --mode=export")
     if unknown := sorted(values.keys() - hints.keys()):
         raise UserError(f"{path}: {unknown[0]!r} is not one of its keys; legal: {', '.join(hints)}")

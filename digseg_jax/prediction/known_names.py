@@ -27,11 +27,12 @@ class Far(NamedTuple):
 
 
 def far_queries(segmenter: PretrainedSegmenter, queries: Sequence[str]) -> list[Far]:
-    """Finds the queries whose text features are far from those of every name of the training.
+    """Finds the queries whose text features are far from those of every word of the training.
 
     A closed codec knows all of its queries.
     """
-    names = list(dict.fromkeys(segmenter.description.classes))
+    description = segmenter.description
+    names = list(dict.fromkeys([*description.classes, *description.synonyms]))
     if segmenter.codec.closed or not names:
         return []
 

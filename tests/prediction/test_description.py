@@ -110,6 +110,15 @@ def test_a_file_from_before_a_setting_means_what_every_run_had_then(made, tmp_pa
     assert read_description(tmp_path).recorded_config().model.text_injection == "adapter"
 
 
+def test_the_words_of_a_training_are_its_classes_and_their_synonyms(made, tmp_path):
+    assert "open water" in made.synonyms and not set(made.synonyms) & set(made.classes)
+    write_description(tmp_path, made)
+    values = json.loads((tmp_path / FILE).read_text())
+    del values["synonyms"]  # as earlier versions wrote it
+    (tmp_path / FILE).write_text(json.dumps(values))
+    assert read_description(tmp_path) == dataclasses.replace(made, synonyms=[])
+
+
 def test_every_binding_setting_has_another_value_here():
     assert tuple(OTHER) == BINDING
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 from digseg_jax import load_segmenter
@@ -14,8 +15,17 @@ def test_synonyms_are_near_and_other_things_are_far():
     assert far_queries(segmenter, ["water", "ocean", "woodland", "desert"]) == []
     far = far_queries(segmenter, ["water", "guitar", "kitten"])
     assert [found.query for found in far] == ["guitar", "kitten"]
-    assert set(far[0].nearest) <= set(segmenter.description.classes)
+    known = segmenter.description
+    assert set(far[0].nearest) <= {*known.classes, *known.synonyms}
     assert "'guitar' (nearest: " in far_line(far) and "\n" not in far_line(far)
+
+
+def test_a_trained_synonym_is_as_near_as_a_name():
+    segmenter = load_segmenter("assets:segmenter")
+    assert far_queries(segmenter, ["people walking"])
+    described = dataclasses.replace(segmenter.description, synonyms=["pedestrians"])
+    other = SimpleNamespace(description=described, codec=segmenter.codec, task=segmenter.task)
+    assert far_queries(other, ["people walking"]) == []
 
 
 def test_the_line_stays_short_for_a_long_vocabulary():
@@ -24,6 +34,6 @@ def test_the_line_stays_short_for_a_long_vocabulary():
 
 
 def test_a_closed_list_knows_its_queries():
-    description = SimpleNamespace(classes=["water"])
+    description = SimpleNamespace(classes=["water"], synonyms=[])
     closed = SimpleNamespace(description=description, codec=SimpleNamespace(closed=True))
     assert far_queries(closed, ["guitar"]) == []
