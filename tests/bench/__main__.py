@@ -131,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--steps", type=int, default=0, help="of each training; 0: the recipe's")
     own.add_argument("--only", default="", help="names of domains, with commas; empty: all")
     own.add_argument("--seed", type=int, default=0)
+    few = jobs.add_parser("labels", help="starts of a training by the share of the labels")
+    few.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
+    few.add_argument("--journal", type=Path, required=True, help="file of the runs that have ended")
+    few.add_argument("--only", default="nuclei_dsb2018,cells_wbc,roads_epfl", help="with commas")
+    few.add_argument("--starts", default="random,prior", help="with commas")
+    few.add_argument("--percents", default="100,25,10,5", help="of the training images")
+    few.add_argument("--seeds", type=int, default=3)
+    few.add_argument("--steps", type=int, default=250, help="of each training")
+    few.add_argument("--images", type=int, default=12, help="of val, evenly spread; 0: all")
     data = jobs.add_parser("data", help="training crops per second against decoding and torch")
     data.add_argument("--torch-python", help="an interpreter with torch, for the comparison")
     data.add_argument("--crops", type=int, default=1024, help="how many each figure is taken from")
@@ -344,6 +353,22 @@ def _domain_specialists(arguments: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _labels(arguments: argparse.Namespace) -> dict[str, Any]:
+    _check_counts(arguments, "seeds", "steps")
+    from tests.bench import labels
+
+    return labels.run(
+        arguments.root,
+        arguments.journal,
+        arguments.only.split(","),
+        arguments.starts.split(","),
+        [int(percent) for percent in arguments.percents.split(",")],
+        arguments.seeds,
+        arguments.steps,
+        arguments.images,
+    )
+
+
 JOBS = {
     "landcover": _landcover,
     "estep": _estep,
@@ -364,6 +389,7 @@ JOBS = {
     "domain_trees": _domain_trees,
     "domain_unets": _domain_unets,
     "domain_specialists": _domain_specialists,
+    "labels": _labels,
     "data": _data,
 }
 

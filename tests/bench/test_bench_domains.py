@@ -12,7 +12,7 @@ from sklearn.metrics import jaccard_score
 from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
-from tests.bench import domain_specialists, domain_trees
+from tests.bench import domain_specialists, domain_trees, labels
 from tests.bench.domain_scores import mean_row, score
 
 CELLS = next(domain for domain in DOMAINS if domain.name == "cells_wbc")
@@ -88,6 +88,56 @@ def test_a_specialist_is_trained_once_and_scored(root):
     first, again = rows()["domains"]["cells_wbc"], rows()["domains"]["cells_wbc"]
     assert first["steps"] == 2 and set(first["per_class"]) == {"cytoplasm", "nucleus"}
     assert again["asked_miou"] == first["asked_miou"] and again["minutes"] < first["minutes"]
+
+
+def test_parts_of_the_labels_are_nested_and_keep_the_whole_val(root, tmp_path):
+    def part(percent):
+        target = tmp_path / "parts" / str(percent) / "cells_wbc"
+        count = labels.write_part(root / "cells_wbc", target, percent, seed=3)
+        trained = domain_examples(CELLS, str(target.parent), "train")
+        assert len(trained) == count and len(domain_examples(CELLS, str(target.parent), "val")) == 2
+        return {trained[i]["name"] for i in range(count)}
+
+    assert part(1) < part(50) < part(100)
+    assert [len(part_of) for part_of in (part(10), part(30))] == [1, 2]
+
+
+def test_starts_differ_in_the_weights_and_the_rate_alone():
+    recipes = [labels.configuration("cells_wbc", "DIR", s, 40, 1) for s in labels.STARTS]
+    same = [(c.data, c.train, c.diffusion, c.loss, c.eval, c.seed) for c in recipes]
+    assert all(other == same[0] for other in same)
+    assert len({(c.model.unet, c.model.unet_init, c.optim.learning_rate) for c in recipes}) == 4
+
+
+def test_a_killed_comparison_of_starts_goes_on_after_what_has_ended(root, tmp_path, monkeypatch):
+    seen: list[tuple[str, int]] = []
+    kill_at = [3]
+
+    def one(domain, config, images):
+        if len(seen) in kill_at:
+            raise KeyboardInterrupt
+        seen.append((config.model.unet_init, config.seed))
+        return 0.5 + 0.1 * config.seed
+
+    monkeypatch.setattr(labels, "one", one)
+    journal = tmp_path / "labels.json"
+    settings = ["cells_wbc"], ["random", "prior"], [50], 2
+    with pytest.raises(KeyboardInterrupt):
+        labels.run(str(root), journal, *settings, steps=4, images=2)
+    kill_at.clear()
+    found = labels.run(str(root), journal, *settings, steps=4, images=2)
+    assert seen == [("random", 0), ("pretrained", 0), ("random", 1), ("pretrained", 1)]
+    (row,) = found["rows"]
+    assert row[:2] == ["cells_wbc", "50 %"] and row[2:] == pytest.approx([0.55, 0.05] * 2)
+    with pytest.raises(UserError, match='of {"steps": 4, "images": 2}, not of'):
+        labels.run(str(root), journal, *settings, steps=5, images=2)
+
+
+def test_a_start_that_is_none_is_told_with_the_legal_ones(root, tmp_path):
+    with pytest.raises(UserError, match="--starts: zero unknown; legal: random, prior, "):
+        labels.run(str(root), tmp_path / "x", ["cells_wbc"], ["zero"], [50], 1, 4, 2)
+    with pytest.raises(UserError, match="--only: landcover unknown; legal: photos_coco128"):
+        labels.run(str(root), tmp_path / "x", ["landcover"], ["prior"], [50], 1, 4, 2)
 
 
 @pytest.fixture
