@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to start from when labels are few: the same short training from each start, on parts of a domain.
+"""Which weights to start from when labels are few: short trainings from each, on parts of a domain.
 
 The paper's premise is that a text-to-image model is the better start. A training sees some percent of
 the labeled images of a domain; within a seed only the start differs.
