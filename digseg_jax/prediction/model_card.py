@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,29 @@ MANY = 3  # from more data sets on, the title says how many
 RANDOM = "random weights"  # `Description.started_from` of a run without a checkpoint
 
 
-def model_card(description: Description, results: dict[str, Any] | None = None) -> str:
+def model_card(description: Description, results: dict[str, Any] | None = None, asset: str = "") -> str:
     """Builds the card of an export, with the front matter that the hub reads.
 
     results: content of results.json, from an evaluation of these weights, or of suite_domains.json;
       None: not evaluated.
+    asset: "assets:NAME" of weights that ship with the package and have a LICENSE of their own; "" for a
+      whole pipeline in a folder or on the hub.
     """
-    # A closed codec must be asked for all of its classes; else two make a short example.
+    # A closed codec must be asked for all of its classes; else two make a short example: those that
+    # the domains show it to know best.
     codec = CODECS[description.recorded_config().model.codec]
     trained = description.datasets
     several = f"{len(trained)} data sets" if len(trained) > MANY else ", ".join(trained)
     title = f"Segmentation by words, trained on {several}"
-    words = list(description.classes if codec.closed else description.classes[:2])
+    known = _best_known(results, description.classes) or description.classes
+    words = list(description.classes if codec.closed else known[:2])
 
-    license_name, license_said = _license(description)
+    license_name, license_said = _license(description, asset)
     return render(
         "prediction/model_card.md.j2",
         front_matter=_front_matter(description, license_name, title, results).to_yaml(),
         title=title,
+        asset=asset,
         words=json.dumps(words, ensure_ascii=False),
         training=description,
         started_from=_public(description.started_from),
@@ -127,8 +133,22 @@ def _scores(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return {"domains": rows, "sampling": sampling, "seed": results["seed"]}
 
 
-def _license(description: Description) -> tuple[str, str]:
+def _best_known(results: dict[str, Any] | None, classes: Sequence[str]) -> list[str]:
+    """Classes by falling IoU in a suite of domains; [] without one."""
+    if not results or "suite" not in results:
+        return []
+    found = [item for row in _measured(results) for item in row.get("per_class", {}).items()]
+    ranked = sorted(found, key=lambda item: -(item[1] or 0.0))
+    return list(dict.fromkeys(name for name, _ in ranked if name in classes))
+
+
+def _license(description: Description, asset: str) -> tuple[str, str]:
     """The hub's license identifier, and the sentence of the card."""
+    # Shipped weights with a LICENSE beside them.
+    if asset:
+        said = assets.terms_of(Path(assets.resolve(asset)))
+        return "other", f"{said} See LICENSE for the data sets and their terms."
+
     # A known checkpoint: fine-tuned weights inherit its license.
     start = description.started_from
     known = catalog.find(start)

@@ -68,6 +68,8 @@ def ship(run: Path, name: str, scores: Path | None = None) -> Path:
     scores: suite_domains.json of an evaluation of these weights, for the model card.
     """
     export = run / EXPORT
+    folder = FOLDER / name
+    earlier = read_description(folder) if (folder / description_lib.FILE).is_file() else None
     trained = unet_folder(export)
     model = load_component(trained)
     params = jax.tree.map(lambda x: np.asarray(x, np.float16), functional.split(model)[1])
@@ -81,7 +83,6 @@ def ship(run: Path, name: str, scores: Path | None = None) -> Path:
         "train": json.dumps(config["train"]),
         "license": f"see {LICENSE}" if domains else "Apache-2.0",
     }
-    folder = FOLDER / name
     model_config = model.config  # type: ignore[attr-defined]  # every model has one
     written = save_component((model_config, params), folder, metadata=metadata)
 
@@ -89,12 +90,21 @@ def ship(run: Path, name: str, scores: Path | None = None) -> Path:
     for beside in (CALIBRATION, description_lib.FILE):
         if (export / beside).is_file():
             shutil.copyfile(export / beside, folder / beside)
+        else:
+            (folder / beside).unlink(missing_ok=True)
+
+    # Weights that were trained on: their steps count from where the first training began.
+    made = read_description(folder) if (folder / description_lib.FILE).is_file() else None
+    if made and earlier and made.started_from == f"assets:{name}":
+        steps, start = earlier.steps + made.steps, earlier.started_from
+        write_description(folder, dataclasses.replace(made, steps=steps, started_from=start))
 
     # The terms of the data bind the weights.
     if domains:
         listed = "\n".join(f"- {domain.name}: {domain.terms}" for domain in domains)
         (folder / LICENSE).write_text(_TERMS.format(data=listed), encoding="utf-8")
-        card = model_card(read_description(folder), read_json(scores) if scores else None)
+        found = read_json(scores) if scores else None
+        card = model_card(read_description(folder), found, asset=f"assets:{name}")
         (folder / CARD).write_text(card, encoding="utf-8")
     return written
 

@@ -23,6 +23,7 @@ SCORES = {
     "seed": 5,
     "rows": [
         {"dataset": "camvid", "split": "val", "num_images": 101, "estep": "2x1", "asked_miou": 0.4321,
+         "per_class": {"forest": 0.8, "barren": 0.9, "unheard": 1.0, "water": None},
          "wrong_names": {"nucleus": 0.001, "weed": 0.003}},
         {"dataset": "cells_wbc", "missing": "no such folder"},
     ],
@@ -61,6 +62,24 @@ def test_the_card_has_the_scores_of_the_domains_that_were_there(shipped):
     card = (shipped / "README.md").read_text()
     assert "| camvid | 101 of val | 0.432 | 0.20% |" in card
     assert "| cells_wbc" not in card and "license: other" in card
+
+
+def test_the_card_says_what_works_with_these_files_and_asks_for_what_they_know(shipped):
+    card = (shipped / "README.md").read_text()
+    assert 'dj.load_segmenter("assets:generalist")' in card and "from_pretrained(" not in card
+    assert 'segment(image, ["barren", "forest"], ' in card
+    assert "For non-commercial research only" in card and "See LICENSE" in card
+
+
+def test_weights_that_were_trained_on_count_the_steps_of_both_parts(shipped, folders, tmp_path):
+    earlier = read_description(shipped)
+    run = run_on(["camvid", "cells_wbc"], tiny.config(folders), tmp_path / "more")
+    values = read_json(run / "export" / FILE) | {"started_from": "assets:generalist", "steps": 40}
+    (run / "export" / FILE).write_text(json.dumps(values))
+    ship_assets.ship(run, "generalist")
+    made = read_description(shipped)
+    assert made.steps == earlier.steps + 40 and made.started_from == earlier.started_from
+    assert "started from: assets:generalist" not in (shipped / "README.md").read_text()
 
 
 def test_weights_that_start_from_them_are_under_the_same_terms(shipped, folders, tmp_path):
