@@ -15,7 +15,7 @@ members 0.433. Read through the decoder instead of from the latents 0.370 and 0.
 four pixels of an image of 160x120: what is thinner than a cell is lost, and a band of a third class
 lies on some borders. The autoencoder lets 0.64 of palette masks through at 128 pixels, 0.71 at 192.
 
-Binary: 1.4 s a step on two idle cores (2.3 s on one), so two hours and a quarter. A run of 3,400 steps,
+Binary: 1.4 s a step on two idle cores (2.3 s on one): 2 hours 20 minutes. A run of 3,400 steps,
 stopped after 2,200 (85 minutes on one core), has 0.281 and 0.671; it was not run to its end.
 """
 

@@ -4,7 +4,7 @@
     python -m digseg_jax.main --config=configs/coco_stuff.py --config.data.root=DIR --workdir=RUN
 
 The model comes from the hub: Stable Diffusion 2.1, or another one of digseg_jax/recipes.py, as in
-configs/coco_stuff.py:vitb16. Comments here and there say where each setting is from.
+configs/coco_stuff.py:vitb16. Comments in both files say where each setting is from.
 Not run yet: the checkpoint and the images were not available.
 """
 

@@ -5,11 +5,12 @@
 
 DIR holds a folder for each data set of digseg_jax/data/datasets/domains.py, where their scales, weights
 and terms stand; the land cover needs none. Several of them are for research only, and so are weights
-that were trained on them. configs/generalist.py:shareable trains on those alone whose terms allow to
-pass on works derived from them: photographs, streets, cells and land, but no fields, retinas or roads.
+that were trained on them. configs/generalist.py:shareable trains only on those whose terms allow
+derived weights to be passed on: photographs, streets, cells and land, but no clothing, retinas, fields,
+cracks or aerial roads.
 
-configs/generalist.py:DOMAIN trains a specialist of one of them (configs/generalist.py:camvid) on the
-crops that it has in the mixture, for its part of the mixture's steps.
+configs/generalist.py:DOMAIN (configs/generalist.py:camvid) trains a specialist on one domain, with the
+crops that it has in the mixture, for a fifteenth of the mixture's steps.
 """
 
 from digseg_jax.recipes import on_domains

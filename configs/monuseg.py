@@ -4,7 +4,7 @@
     python -m digseg_jax.main --config=configs/monuseg.py --config.data.root=DIR --workdir=RUN
 
 The model comes from the hub: Stable Diffusion 2.1, or another one of digseg_jax/recipes.py, as in
-configs/monuseg.py:biomedclip. Comments here and there say where each setting is from.
+configs/monuseg.py:biomedclip. Comments in both files say where each setting is from.
 Not run yet: the checkpoint and the images were not available.
 """
 

@@ -5,7 +5,7 @@ trained as configs/coco_stuff.py. Paper: mIoU 68.4.
     python -m digseg_jax.main --config=configs/pascal_context_59.py --config.data.root=DIR --workdir=RUN
 
 The model comes from the hub: Stable Diffusion 2.1, or another one of digseg_jax/recipes.py, as in
-configs/pascal_context_59.py:sd15_epsilon. Comments here and there say where each setting is from.
+configs/pascal_context_59.py:sd15_epsilon. Comments in both files say where each setting is from.
 Not run yet: the checkpoint and the images were not available.
 """
 

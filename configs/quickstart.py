@@ -2,7 +2,7 @@
 """The main job in minutes: turn the shipped prior into a text-driven land-cover segmenter.
 
 Measured on two CPU cores: 8 min 40 s in all, 10 min 50 s on a machine at half its pace, 3.4 GB;
-held-out mIoU 0.432, accuracy 0.782 (2x1, seed 0; 0.420 to 0.457 and 0.782 to 0.800, as the processor
+held-out mIoU 0.432, accuracy 0.782 (2x1, seed 0; 0.420 to 0.457 and 0.782 to 0.808, as the processor
 rounds).
 """
 

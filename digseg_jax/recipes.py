@@ -195,8 +195,8 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run
     can be extended. `optim.cooldown_steps` lets the rate fall over the last steps.
 
-    version: "all"; "shareable" for the domains whose terms allow to pass on weights trained on them; or
-      the name of one domain, which has no names of others to ask for.
+    version: "all"; "shareable" for the domains whose terms allow weights trained on them to be passed
+      on; or the name of one domain, which has no names of others to ask for.
 
     Raises:
       UserError: another version.

@@ -54,7 +54,7 @@ DATASETS = (
 
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
-    """A data set of a mixture: where it is, how its images are cropped, what its labels leave open."""
+    """A data set of a mixture: its place, how its images are cropped, what they may show unlabeled."""
 
     name: str = "landcover"
     root: str = ""
@@ -70,7 +70,7 @@ class PartConfig:
     jitter: float = setting(-1.0, at_least=-1.0, at_most=1.0)  # -1: config.data.jitter
     unasked: tuple[str, ...] = ()  # classes that nobody asks for by name, such as a background
     synonyms: tuple[str, ...] = ()  # more words for classes, as in a class list: "road, street, lane"
-    # Kind of its classes' things; without one they are never asked about other parts' images.
+    # Kind of thing that its classes name; a part without one lends no names to other parts' images.
     group: str = ""
     # Groups and single names of other parts whose things its images may show without a label.
     may_show: tuple[str, ...] = ()
@@ -341,8 +341,8 @@ class EvalConfig:
     short_side: int = setting(0, at_least=0)
     # How a class that no label shows enters the mean; auto: by the data set's own rule.
     absent_rule: Literal["auto", "mmseg", "detectron2", "official"] = "auto"
-    # Prompts, {} for the class; empty: as the weights were trained. The probabilities of several are
-    # averaged, which takes as many times longer.
+    # Prompts, {} for the class; empty: as the weights were trained. With n of them their probabilities
+    # are averaged, which takes n times as long.
     templates: tuple[str, ...] = ()
     # Up to this many classes, all are asked for. Beyond, a coarse pass finds which are present (not in
     # the paper): at most `gate_limit` of them (16 to 32 of hundreds), with a score from `gate_cut` on.

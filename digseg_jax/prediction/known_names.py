@@ -12,7 +12,7 @@ from digseg_jax.arraytypes import Float
 from digseg_jax.prediction.pretrained import PretrainedSegmenter
 from digseg_jax.training.tasks.parts import encode_bank
 
-# Cosine of mean token features: of MiniLM, synonyms of trained names have 0.54 ("ocean", "water") to
+# Cosine of mean token features: of MiniLM, synonyms of trained names have 0.56 ("ocean", "water") to
 # 0.86 ("automobile", "car"); unrelated words mostly less.
 FAR = 0.54
 NEAREST = 3  # names listed for a query

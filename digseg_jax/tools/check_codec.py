@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m digseg_jax.tools.check_codec: what each codec loses in the autoencoder alone.
+"""python -m digseg_jax.tools.check_codec: what binary and palette masks lose in the autoencoder.
 
 Label maps of a data set are encoded, sent through the autoencoder and read back. The result is the
-upper bound for any model trained on that codec: label accuracy and mIoU of both codecs, the palette's
+upper bound for any model trained on that codec: label accuracy and mIoU of both, the palette's
 colors and sigma, and the share of the mask's variance that the linear latent decoder explains.
 """
 

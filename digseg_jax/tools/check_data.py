@@ -214,7 +214,7 @@ def run(
         "dataset": name,
         "title": spec.title,
         "root": str(root),
-        "licence": spec.licence,
+        "license": spec.license,
         "ignore_rule": spec.ignore,
         "splits": results,
         "contact_sheet": str(sheet) if sheet and tiles else None,
@@ -224,7 +224,7 @@ def run(
 
 def text(result: dict[str, Any]) -> str:
     """The result as text for people."""
-    lines = [f"{result['dataset']}: {result['title']}", f"licence: {result['licence']}"]
+    lines = [f"{result['dataset']}: {result['title']}", f"license: {result['license']}"]
     for split, found in result["splits"].items():
         if "error" in found:
             continue

@@ -50,7 +50,7 @@ SPEC = DatasetSpec(
     splits={"train": PICTURES},
     ignore="255",
     ignored_raw=(255,),
-    licence="",
+    license="",
 )
 
 

@@ -90,7 +90,7 @@ def run(
     Raises:
         UserError: torch or diffusers is not installed.
     """
-    require_torch("models")
+    require_torch("models", "diffusers")
     result: dict[str, Any] = {"size": size, "threads": threads, "best_of": repeats, "cases": {}}
     result |= {"conv": conv, "attention": attention}
     for case in cases:

@@ -70,7 +70,7 @@ def run(
         UserError: torch or diffusers is not installed, pixels that cannot be halved so often, a row
             that is no E-Step, or sides whose masks differ.
     """
-    require_torch("sample")
+    require_torch("sample", "diffusers")
     pixels = pixels or PIXELS[size]
     _check_pixels(size, pixels)
     spec = {

@@ -13,13 +13,14 @@ import numpy as np
 
 from digseg_jax.errors import UserError
 
-INSTALL = "pip install torch diffusers"
 
-
-def require_torch(job: str) -> None:
-    """Raises UserError if torch or diffusers is not installed."""
-    if missing := [name for name in ("torch", "diffusers") if not importlib.util.find_spec(name)]:
-        raise UserError(f"bench {job} needs {' and '.join(missing)}, to compare with: {INSTALL}")
+def require_torch(job: str, *others: str) -> None:
+    """Raises UserError if torch or one of the other packages is not installed."""
+    names = ("torch", *others)
+    if missing := [name for name in names if not importlib.util.find_spec(name)]:
+        raise UserError(
+            f"bench {job} needs {' and '.join(missing)}, to compare with: pip install {' '.join(names)}"
+        )
 
 
 def run_side(module: str, spec: dict[str, Any], job: str, where: str) -> dict[str, Any]:

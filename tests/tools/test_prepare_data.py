@@ -35,7 +35,7 @@ CLASSES = 300  # 255 is a class: labels need 16 bits as soon as it occurs
 
 def spec(classes=CLASSES, **changes):
     infos = tuple(ClassInfo(f"thing {i}") for i in range(classes))
-    values = {"name": "things", "title": "", "splits": {"train": COUNT}, "ignore": "", "licence": ""}
+    values = {"name": "things", "title": "", "splits": {"train": COUNT}, "ignore": "", "license": ""}
     return DatasetSpec(classes=infos, **(values | changes))
 
 

@@ -28,7 +28,7 @@ def _ade20k() -> DatasetSpec:
         inference="whole",
         splits={"train": 20_210, "val": 2_000},
         ignore="0 (other objects) and 255",
-        licence="annotations BSD-3-Clause, images for research; no registration",
+        license="annotations BSD-3-Clause, images for research; no registration",
         **load_classes("ade20k"),
     )
 
@@ -41,7 +41,7 @@ def _ade20k_847() -> DatasetSpec:
         inference="whole",
         splits={"train": 25_574, "val": 2_000},
         ignore="every object that is not one of the 847; 255 is the class 'pier'",
-        licence="terms of ade20k.csail.mit.edu; registration",
+        license="terms of ade20k.csail.mit.edu; registration",
         absent="detectron2",
         **load_classes("ade20k_847"),
     )
@@ -56,7 +56,7 @@ def _pascal_context_59() -> DatasetSpec:
         splits=_CONTEXT_SPLITS,
         extra_splits=("train_4996", "val_5104"),
         ignore="every raw label that is not one of the 59, 0 among them",
-        licence=_FLICKR,
+        license=_FLICKR,
         absent="detectron2",
         **load_classes("pascal_context_59"),
     )
@@ -71,7 +71,7 @@ def _pascal_context_459() -> DatasetSpec:
         splits=_CONTEXT_SPLITS,
         extra_splits=("train_4996", "val_5104"),
         ignore="0; 255 is the class 'monkey'",
-        licence=_FLICKR,
+        license=_FLICKR,
         absent="detectron2",
         **load_classes("pascal_context_459"),
     )
@@ -86,7 +86,7 @@ def _pascal_voc(name: str, title: str, ignore: str, absent: str) -> DatasetSpec:
         splits={"train": 1_464, "val": 1_449, "trainaug": 10_582},
         extra_splits=("trainaug",),
         ignore=ignore,
-        licence=_FLICKR,
+        license=_FLICKR,
         absent=absent,
         **load_classes(name),
     )
@@ -100,7 +100,7 @@ def _coco_stuff() -> DatasetSpec:
         inference="whole",
         splits={"train": 118_287, "val": 5_000},
         ignore="255 and the eleven values that no class has",
-        licence="annotations CC BY 4.0, images under Flickr terms; no registration",
+        license="annotations CC BY 4.0, images under Flickr terms; no registration",
         template="A photo of a {} in the scene",  # CAT-Seg's, the tables' common training
         **load_classes("coco_stuff"),
     )
@@ -113,7 +113,7 @@ def _cityscapes() -> DatasetSpec:
         title="Cityscapes, 19 classes, fine annotations (the test labels are not public)",
         splits={"train": 2_975, "val": 500},
         ignore="every labelId without a trainId",
-        licence=_RESEARCH,
+        license=_RESEARCH,
         **load_classes("cityscapes"),
     )
 
@@ -125,7 +125,7 @@ def _bdd100k() -> DatasetSpec:
         title="BDD100K semantic segmentation, 19 classes (the test labels are not public)",
         splits={"train": 7_000, "val": 1_000},
         ignore="255",
-        licence="UC Berkeley terms: education, research, not for profit; registration",
+        license="UC Berkeley terms: education, research, not for profit; registration",
         absent="detectron2",  # bdd100k's own evaluator: classes that occur
         **load_classes("bdd100k"),
     )
@@ -135,12 +135,12 @@ def _deepglobe() -> DatasetSpec:
     """DeepGlobe's roads on satellite images."""
     return DatasetSpec(
         name="deepglobe",
-        title="DeepGlobe road extraction 2018: the research split of the 6,226 labelled images",
+        title="DeepGlobe road extraction 2018: the research split of the 6,226 labeled images",
         splits={"train": 4_696, "test": 1_530, "all": 6_226},
         extra_splits=("all",),
         eval_split="test",
         ignore="none; 255 is road",
-        licence=_RESEARCH,
+        license=_RESEARCH,
         metric="foreground",
         **load_classes("deepglobe"),
     )
@@ -155,7 +155,7 @@ def _refuge2() -> DatasetSpec:
         splits={"train": 400, "val": 400, "test": 400},
         eval_split="test",
         ignore="none; 255 is background",
-        licence=_RESEARCH,
+        license=_RESEARCH,
         metric="region_dice",
         **load_classes("refuge2"),
     )
@@ -170,7 +170,7 @@ def _monuseg() -> DatasetSpec:
         extra_splits=("train_37",),
         eval_split="test",
         ignore="none",
-        licence="CC BY-NC-SA 4.0",
+        license="CC BY-NC-SA 4.0",
         metric="foreground",
         **load_classes("monuseg"),
     )
@@ -183,7 +183,7 @@ def _phenobench() -> DatasetSpec:
         title="PhenoBench crop and weed (the test labels are not public)",
         splits={"train": 1_407, "val": 772},
         ignore="none; partial plants count as their kind",
-        licence="CC BY-SA 4.0",
+        license="CC BY-SA 4.0",
         **load_classes("phenobench"),
     )
 
@@ -196,7 +196,7 @@ def _camvid() -> DatasetSpec:
         splits={"train": 367, "val": 101, "test": 233},
         extra_splits=("test",),
         ignore="11 (void)",
-        licence="CC BY-NC 4.0: research only",
+        license="CC BY-NC 4.0: research only",
         **load_classes("camvid"),
     )
 
@@ -214,7 +214,7 @@ def _landcover(label_set: str, name: str) -> DatasetSpec:
         caption="satellite image of {}",
         from_package=True,
         ignore="none",
-        licence="public domain (NASA); the packages' own licences for their files",
+        license="public domain (NASA); the packages' own licenses for their files",
     )
 
 

@@ -77,7 +77,7 @@ _ANYTHING = ("thing", "street", "clothing", "field", "pavement", "aerial", "land
 DOMAINS = (
     Domain(
         "photos_coco128",
-        terms="labels CC BY 4.0, images under the licences of Flickr's users",
+        terms="labels CC BY 4.0, images under the licenses of Flickr's users",
         group="thing",
         scale_min=0.8,
         scale_max=1.8,

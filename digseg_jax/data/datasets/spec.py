@@ -59,7 +59,7 @@ class DatasetSpec:
       ignore: the ignore rule in words.
       template: prompt of a class in training, with {} for its name.
       caption: description of an image, with {} for its classes.
-      licence: what the user has to know before using the data; the data themselves are not shipped.
+      license: what the user has to know before using the data; the data themselves are not shipped.
       undivided: the images come without splits, so that the reader splits them.
       from_package: the data come with Python packages, so the user names no folder.
       metric: "miou" over all classes, "foreground" (IoU, precision, recall, F1 of the last class) or
@@ -75,7 +75,7 @@ class DatasetSpec:
     classes: tuple[ClassInfo, ...]
     splits: Mapping[str, int]
     ignore: str
-    licence: str
+    license: str
     ignored_raw: tuple[int, ...] = ()
     extra_splits: tuple[str, ...] = ()
     train_split: str = "train"

@@ -139,7 +139,7 @@ def spec(name: str, root: str) -> DatasetSpec:
         ignored_raw=ignored,
         splits=splits,
         ignore=", ".join(map(str, ignored)) or "none",
-        licence="see the data set's page",
+        license="see the data set's page",
         eval_split=known[0] if known else next(iter(splits)),
     )
 

@@ -39,7 +39,7 @@ REMEDY = "run digseg_jax.tools.prepare_data"
 _ENTRIES = {
     "split": str, "class_hash": str, "examples": int, "shards": list, "spec": dict, "statistics": dict,
 }  # fmt: skip
-_FACTS = ("name", "title", "ignore", "licence", "template", "train_split", "eval_split")
+_FACTS = ("name", "title", "ignore", "license", "template", "train_split", "eval_split")
 _LENGTH = 4  # bytes of the header's length
 # Labels are written once and decoded in every epoch. The highest level decodes in 75 % of the time of
 # the default one; without PNG filters ids compress as well and decode in 60 % of the time (older
@@ -85,6 +85,9 @@ def stored_spec(root: str | Path) -> DatasetSpec | None:
 
     # All splits were made from one class list; the first manifest speaks for them.
     stored = manifests[0]["spec"]
+    stored = {
+        "license": stored.get("licence", "")
+    } | stored  # its name in manifests of earlier versions
     facts = {key: stored[key] for key in _FACTS}
     check_template(facts["template"], f"{root}: the template of {MANIFEST}")
     classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in stored["classes"])

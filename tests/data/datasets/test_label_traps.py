@@ -199,7 +199,7 @@ def test_files_that_other_projects_generate_do_not_double_the_set(tmp_path):
 
 
 def test_cityscapes_table_has_no_entry_at_minus_one(tmp_path):
-    """Careless: the licence plate's id -1 overwrites the last entry of a lookup table."""
+    """Careless: the license plate's id -1 overwrites the last entry of a lookup table."""
     trees.cityscapes(tmp_path)
     city = registry.spec("cityscapes")
     table = LabelTable.of(city)

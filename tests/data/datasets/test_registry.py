@@ -44,7 +44,7 @@ def test_numbers_of_classes_and_images(name):
     facts = registry.spec(name)
     counts = (facts.splits[facts.train_split], facts.splits[facts.eval_split])
     assert (facts.num_classes, *counts) == KNOWN[name]
-    assert facts.name == name and facts.licence and facts.ignore and facts.title
+    assert facts.name == name and facts.license and facts.ignore and facts.title
     assert set(facts.extra_splits) < set(facts.splits)
 
 

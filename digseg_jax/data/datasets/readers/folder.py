@@ -147,7 +147,7 @@ def _folder_spec(
         train_split=named("train"),
         eval_split=next((s for s in map(named, ("val", "test")) if s in splits), "val"),
         ignore=", ".join(written(v) for v in ignored) or "none",
-        licence="the user's own",
+        license="the user's own",
     )
 
 
