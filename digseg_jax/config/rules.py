@@ -75,6 +75,12 @@ def _check_train(checkpoint: CheckpointConfig, logging: LoggingConfig, optim: Op
             f"{optim.schedule!r} falls to its end by itself; legal: 0, or schedule='constant'"
         )
 
+    if optim.schedule == "exponential" and optim.final_scale == 0:
+        raise UserError(
+            "config.optim.final_scale=0.0: an exponential decay never reaches 0; legal: above 0, or "
+            "config.optim.schedule='cosine'"
+        )
+
     # That the regex matches a parameter is checked later (`training.optim.check_freeze`).
     for pattern in optim.freeze:
         try:
@@ -229,3 +235,19 @@ def _check_latent_cache(data: DataConfig) -> None:
             f"{found}: cached latents are augmented by mirroring alone; with config.data.latent_cache "
             f"legal is {wanted}"
         )
+
+    # A mixture's part may have ranges of its own.
+    for part in data.mixture:
+        own = {
+            "short_side": part.short_side not in (0, data.image_size),
+            "scale_min": part.scale_min not in (0.0, 1.0),
+            "scale_max": part.scale_max not in (0.0, 1.0),
+            "quarter_turns": part.quarter_turns,
+            "jitter": part.jitter > 0,
+        }
+        if differs := [f"{key}={getattr(part, key)}" for key, is_so in own.items() if is_so]:
+            raise UserError(
+                f"config.data.mixture, {part.folder or part.name}: {', '.join(differs)}: cached "
+                "latents are augmented by mirroring alone, and an image's short side has "
+                "config.data.image_size pixels; with config.data.latent_cache leave these keys out"
+            )

@@ -234,7 +234,8 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
             # Repeat examples of rare classes (LVIS); the guard goes around the repeated source, so
             # that replacements are drawn from it.
             if config.repeat_threshold:
-                shares = class_shares(opened, facts.num_classes)
+                counted = opened if hasattr(opened, "class_shares") else source  # some know them
+                shares = class_shares(counted, facts.num_classes)
                 counts = repeat_factors(shares, config.repeat_threshold)
                 source = Guarded(Repeated(opened, counts), facts.num_classes, on_error, seed)
 

@@ -25,7 +25,7 @@ from digseg_jax.data.datasets.splits import split_called
 from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
 from digseg_jax.data.shards.fingerprint import StaleShards, check_unchanged
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.log import log
 
 HELD_OUT = "held_out"  # split of the training images that a mixture's part keeps aside
@@ -283,6 +283,8 @@ def open_fresh(part: PartConfig, split: str) -> Source:
     split = shards.folder.name
     try:
         files = registry.open_source(part.name, part.root, split)
+    except Transient:
+        raise
     except UserError:
         return shards  # nothing but shards there
 
@@ -314,6 +316,8 @@ def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:
     """
     try:
         open_part(PartConfig(data.name, data.root), "val")
+    except Transient:
+        raise
     except UserError as error:
         # The scored split may be looked at, but must not choose the weights that are scored on it.
         if chosen_by:
@@ -321,6 +325,7 @@ def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:
                 f"config.checkpoint.best={chosen_by!r}: without val it would be chosen on "
                 f"the scored split ({error})"
             ) from error
+        log.info("no val (%s): evaluations during the training look at %r", error, scored)
         return scored
     return "val"
 

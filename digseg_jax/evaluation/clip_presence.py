@@ -95,7 +95,7 @@ def check_presence_model(spec: str) -> None:
             load_config(folder, expect=name)
         load_tower_tokenizer(folder)
     except UserError as error:
-        raise UserError(f"config.eval.presence_model={spec}: {error}") from error
+        raise type(error)(f"config.eval.presence_model={spec}: {error}") from error
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -144,14 +144,22 @@ class _OwnMetric:
             self._regions[c] = mask > DEFAULT_THRESHOLD
 
     def row(self) -> dict[str, Any]:
-        """Entries for the image's row; empty if the metric needs none or a region was not asked for."""
-        if self._foreground is not None:
+        """Entries for the image's row; empty if the metric needs none.
+
+        What a gate did not ask for was judged absent: its mask is empty.
+        """
+        if self.examples.metric == "foreground":
+            if self._foreground is None:
+                self.see(len(self.examples.classes) - 1, np.zeros(self.label.shape, np.float32))
+            assert self._foreground is not None  # `see` has counted it
             return {"foreground": self._foreground.tolist()}
-        if len(self._regions) < 2:
+        if self.examples.metric != "region_dice":
             return {}
 
         # Paint the cup over the disc: what remains of the disc is its rim.
         outer, inner = nested_classes(self.examples)
+        for c in {outer, inner} - self._regions.keys():
+            self._regions[c] = np.zeros(self.label.shape, bool)
         found = np.where(self._regions[outer], outer, -1)
         found[self._regions[inner]] = inner
         return {"regions": binary.cup_and_disc(self.label, found, cup=inner, rim=outer)}

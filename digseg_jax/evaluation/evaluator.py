@@ -105,7 +105,7 @@ class Evaluator:
         "exhaustive" asks for every class, "gated" only for those that a CLIP or a coarse pass finds.
         """
         limit = self.settings.exhaustive_limit
-        return "exhaustive" if self.codec.asks_for_all(len(self.queries), limit) else "gated"
+        return "exhaustive" if self.codec.asks_for_all(len(self.examples.asked), limit) else "gated"
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -198,9 +198,15 @@ class Evaluator:
         return dict(zip(names, covered.tolist(), strict=True))
 
     def threshold_counts(
-        self, estep: EStep, training: EvalExamples, journal: Journal | None = None
+        self,
+        estep: EStep,
+        training: EvalExamples,
+        journal: Journal | None = None,
+        scale: float | None = None,
     ) -> list[dict[str, Any]]:
         """Counts of the first training images, for searching the threshold of a foreground class.
+
+        scale: of the mask scores of the images that the threshold is for; None: the segmenter's own.
 
         Returns:
           One row per image, at most THRESHOLD_IMAGES; each names its split.
@@ -212,7 +218,7 @@ class Evaluator:
             """Counts pixels above each threshold, for the last class only."""
             # A closed codec always answers all of its classes.
             asked = self.queries if self.codec.closed else self.queries[-1:]
-            answers = self._segment(images, found, [asked] * len(images), estep)
+            answers = self._segment(images, found, [asked] * len(images), estep, scale=scale)
 
             # Only the metric's own counts are needed: no prediction and no masks are kept.
             rows = [
@@ -250,8 +256,15 @@ class Evaluator:
         tables = [_decoded(merged[str(i)]) for i in every]
         evidence = np.concatenate([evidence for evidence, _ in tables])
         label = np.concatenate([label for _, label in tables])
-        kind = {"exclusive": self.codec.exclusive, "background": self.codec.background}
-        return calibration_lib.fit(evidence, label, examples.split, self.codec.scale, **kind)
+        return calibration_lib.fit(
+            evidence,
+            label,
+            examples.split,
+            self.codec.scale,
+            exclusive=self.codec.exclusive,
+            background=self.codec.background,
+            covers=self.examples.covers,
+        )
 
     def _ask(
         self,
@@ -280,7 +293,7 @@ class Evaluator:
             presence = self._presence(images, found)
             most = self.codec.gate_limit(self.settings.gate_limit)
             cut = 0.0 if self.settings.presence_model else self.settings.gate_cut
-            asked = [open_vocab.survivors(p, most, cut).tolist() for p in presence]
+            asked = [open_vocab.survivors(self._askable(p), most, cut).tolist() for p in presence]
             facts = [{"presence": [float(x) for x in p]} for p in presence]
             slots = self.codec.slots(most)
         elif protocol == "oracle":
@@ -301,6 +314,11 @@ class Evaluator:
         scale = None if calibration is None else calibration.scale
         answers = self._segment(images, found, queries, estep, biases=biases, scale=scale, slots=slots)
         return list(zip(answers, asked, facts, strict=True))
+
+    def _askable(self, presence: np.ndarray) -> np.ndarray:
+        """Presence scores [classes] in which a class that is never asked for comes last."""
+        asked = np.isin(np.arange(len(presence)), self.examples.asked)
+        return np.where(asked, presence, -np.inf)
 
     def _presence(self, images: Sequence[int], found: Sequence[dict[str, Any]]) -> list[np.ndarray]:
         """Presence scores [classes] of each image, from a CLIP or from one coarse step.

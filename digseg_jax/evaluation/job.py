@@ -21,7 +21,7 @@ from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.sources import spec_of
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.gallery import IMAGES, Shown
@@ -99,7 +99,7 @@ def evaluate(
     # The headline E-Step is shown in the gallery; the sweep only gives rows of a table.
     estep = EStep(settings.ensemble, settings.steps, settings.spacing)
     scores, fitted = scored(estep, shown)
-    searching = evaluator.threshold_counts(estep, training, journal) if training else []
+    searching = evaluator.threshold_counts(estep, training, journal, fitted.scale) if training else []
     results = results_of(scores, evaluator, data.name, fitted, estep, searching)
     results |= {"weights": about} if about else {}
     rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, settings.sweep)]
@@ -202,6 +202,8 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
         with together("the training images of a threshold search"):
             split = data.split or spec_of(PartConfig(data.name, data.root)).train_split
             return None if split == examples.split else eval_examples(data, split)
+    except Transient:
+        raise
     except UserError as error:
         log.info("%s: no threshold search (%s)", data.name, error)
         return None

@@ -20,7 +20,7 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.shards.fingerprint import StaleShards
 from digseg_jax.data.sources import spec_of
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.evaluation import domains
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
@@ -82,7 +82,7 @@ def check_data(name: str, data: DataConfig, settings: EvalConfig) -> list[EvalEx
     for subject in {row.name: row for row in _subjects(data, settings, name)}.values():
         try:
             there.append(subject.examples())
-        except StaleShards:
+        except (StaleShards, Transient):
             raise
         except UserError as error:
             missing.append(str(error))
@@ -214,6 +214,8 @@ def _one(
     try:
         with together(f"the data set {subject.name}"):
             examples = subject.examples()
+    except Transient:  # the data may be there: to be started again
+        raise
     except UserError as error:
         log.info("%s: not measured (%s)", subject.name, error)
         return {"missing": str(error)}

@@ -239,11 +239,15 @@ class Checkpointer:
 
         meta = self._read_meta(step)
         state = self._read_state(abstract_state, step, meta)
-        return step, state, {name: value for name, value in meta.items() if name not in _OWN}
+        return step, state, _without_own(meta)
 
     def restore_part(self, abstract_part: dict[str, Any], step: int) -> dict[str, Any]:
         """Reads top-level entries of the state, such as {"ema": tree}; raises what `restore` does."""
         return self._read_state(abstract_part, step, self._read_meta(step), partial_restore=True)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """Reads what was saved beside the state; raises what `restore` does."""
+        return _without_own(self._read_meta(step))
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         """Reads `meta` and compares its checksum; logs a line if there is none."""
@@ -335,6 +339,11 @@ class Checkpointer:
         earlier = [s for s in self.manager.all_steps() if s < step]
         advice = f"; to go back to step {max(earlier)}, remove {path}" if earlier else ""
         return UserError(f"{path}: checkpoint cannot be read ({reason}){advice}")
+
+
+def _without_own(meta: dict[str, Any]) -> dict[str, Any]:
+    """Entries of `meta` that callers of `save` gave."""
+    return {name: value for name, value in meta.items() if name not in _OWN}
 
 
 def _bad_metrics(folder: epath.Path) -> UserError | None:

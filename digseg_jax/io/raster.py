@@ -62,7 +62,8 @@ class Raster:
     def rows(self, first: int, last: int) -> UInt8[np.ndarray, "h w 3"]:
         """RGB of the rows from `first` up to, not including, `last`.
 
-        Numbers of 8 bits are colors; of others the smallest in the raster becomes 0, the largest 255.
+        Numbers of 8 bits are colors; of others the smallest in the raster becomes 0, the largest 255;
+        equal ones count as numbers of 16 bits, as in other images.
         Transparent pixels are laid over white.
 
         Raises:
@@ -74,6 +75,8 @@ class Raster:
 
         # float32 holds 16 bits exactly.
         low, high = self._limits()
+        if low == high:
+            return np.full(values.shape, np.clip(low / 256, 0, 255), np.uint8)
         wide: np.ndarray = values.astype("float32" if values.dtype.itemsize <= 2 else "float64")
         return (np.where(np.isfinite(wide), wide - low, 0) * (255 / (high - low))).astype(np.uint8)
 
@@ -101,7 +104,7 @@ class Raster:
         """Smallest and largest number of the whole raster, which is looked through once.
 
         Raises:
-          UnreadableError: all numbers are equal, or none is finite.
+          UnreadableError: none of them is finite.
         """
         if self._range is not None:
             return self._range
@@ -114,10 +117,8 @@ class Raster:
             finite = np.isfinite(values)
             low = min(low, values.min(where=finite, initial=np.inf))
             high = max(high, values.max(where=finite, initial=-np.inf))
-        if not low < high:
-            raise UnreadableError(
-                f"{shown(self.path)}: all of its numbers are equal, or none is finite"
-            )
+        if low > high:
+            raise UnreadableError(f"{shown(self.path)}: none of its numbers is finite")
         self._range = float(low), float(high)
         return self._range
 

@@ -229,6 +229,8 @@ def write_prediction(
             summary["complete"] = True
             write_json(made.summary, summary)
             made.summary.replace(files.summary)
+    except UserError:  # of the image or the masks, which are computed meanwhile
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"--out={shown(files.base)}: cannot be written ({error})") from error
     return summary

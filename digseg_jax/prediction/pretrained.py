@@ -116,9 +116,10 @@ class PretrainedSegmenter(Segmenter):
     """
 
     def __init__(self, task: SegmentationTask, folder: Path, description: Description):
-        # Scale of the evidence: fitted by an evaluation of these weights, else the default.
-        calibration = folder / CALIBRATION
-        scale = stored_scale(calibration) if calibration.is_file() else 2.0
+        # Scale of the evidence: the codec's own, or fitted by an evaluation, else the default.
+        calibration, scale = folder / CALIBRATION, 2.0
+        if task.codec.scale is None and calibration.is_file():
+            scale = stored_scale(calibration)
 
         # Queries are asked in the templates that the weights were trained with.
         config = task.config

@@ -230,6 +230,8 @@ def write_large(
             write_json(made.summary, summary)
             for source, target in reversed(list(zip(made, files, strict=True))):
                 source.replace(target)
+    except UserError:  # of the image, which is read meanwhile
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"--out={shown(files.base)}: cannot be written ({error})") from error
     return summary

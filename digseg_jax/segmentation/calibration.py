@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ def fit(
     *,
     exclusive: bool = False,
     background: bool = False,
+    covers: Sequence[Sequence[int]] = (),
 ) -> Calibration:
     """Fits the scale by cross-entropy of the members' masks, and biases by mIoU of the argmax.
 
@@ -82,8 +84,11 @@ def fit(
       exclusive: True if a member's probabilities are a softmax over the classes, rather than one
         sigmoid for each class (`Codec.exclusive`).
       background: True if it is a softmax over the classes and none of them (`Codec.background`).
+      covers: for each class the labels whose pixels its mask covers, as `EvalExamples.covers`; empty:
+        its own alone. What a class covers is subtracted from its mask, as an evaluation does.
     """
-    kind = _Kind(exclusive, background)
+    inner = tuple(tuple(c for c in covered if c != k) for k, covered in enumerate(covers))
+    kind = _Kind(exclusive, background, inner if any(inner) else ())
 
     # Classes first, because a trial changes the values of one class only: [classes, pixels, members].
     evidence, label = evidence[label >= 0].astype(np.float32), label[label >= 0]
@@ -92,6 +97,9 @@ def fit(
     # The scale that makes the probabilities fit best, before any bias.
     if scale is None:
         true = np.eye(len(members), dtype=np.float32)[label].T[..., None]
+        if not exclusive:  # a disc's mask covers the cup; of colors a pixel has one
+            for c, covered in enumerate(kind.inner):
+                true[c] += true[list(covered)].sum(axis=0)
         scale = min(SCALES, key=lambda s: _cross_entropy(s * members, true, kind))
 
     # Coordinate ascent on mIoU, which has no gradient: one class at a time, a few steps each way. The
@@ -99,7 +107,7 @@ def fit(
     logits = scale * members
     bias = np.zeros(len(members), np.float32)
     values = _values(logits, bias, kind)
-    best = _argmax_miou(values, label)
+    best = _argmax_miou(values, label, kind.inner)
     for _ in range(SWEEPS):
         before = best
 
@@ -108,7 +116,7 @@ def fit(
                 trial = bias.copy()
                 trial[c] = np.clip(trial[c] + delta, -MAX_BIAS, MAX_BIAS)
                 tried = _rebiased(values, logits, trial, c, kind)
-                found = _argmax_miou(tried, label)
+                found = _argmax_miou(tried, label, kind.inner)
                 if found > best + 1e-5:
                     best, bias, values = found, trial, tried
 
@@ -122,12 +130,13 @@ class _Kind(NamedTuple):
 
     softmax: bool
     background: bool = False
+    inner: tuple[tuple[int, ...], ...] = ()  # for each class the others that it covers; (): none does
 
 
 def _values(logits: np.ndarray, bias: np.ndarray, kind: _Kind) -> np.ndarray:
     """Values that the argmax compares, [classes, pixels], from logits [classes, pixels, members]."""
     biased = logits + bias[:, None, None]
-    if biased.shape[2] == 1:  # one member's argmax needs no probabilities
+    if biased.shape[2] == 1 and not kind.inner:  # one member's argmax needs no probabilities
         return biased[..., 0]
     return (_softmax(biased, kind) if kind.softmax else _sigmoid(biased)).mean(axis=2)
 
@@ -166,8 +175,15 @@ def _cross_entropy(logits: np.ndarray, true: np.ndarray, kind: _Kind) -> float:
     return float((np.logaddexp(0.0, logits) - true * logits).mean())
 
 
-def _argmax_miou(values: np.ndarray, label: np.ndarray) -> float:
-    """mIoU of the argmax of values [classes, pixels] with the labels [pixels]."""
+def _argmax_miou(values: np.ndarray, label: np.ndarray, inner: Sequence[Sequence[int]] = ()) -> float:
+    """mIoU of the argmax of values [classes, pixels] with the labels [pixels]; inner: see `_Kind`."""
+    # A class gets what the classes that it covers leave of its mask, as in `counts.count_image`.
+    if inner:
+        masks, values = values, values.copy()
+        for c, covered in enumerate(inner):
+            for other in covered:
+                values[c] = np.minimum(values[c], 1.0 - masks[other])
+
     # Confusion counts in one `bincount`, as in `metrics.confusion`; the last column ("no class") is 0.
     n = len(values)
     cells = label * (n + 1) + values.argmax(axis=0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from digseg_jax import assets
 from digseg_jax.arraytypes import Batch, Params
@@ -116,6 +117,9 @@ class Trainer:
     def weights_of(self, workdir: str, *, best: bool = False) -> tuple[Params, str]:
         """Loads the averaged weights of a run's newest (or best) checkpoint.
 
+        The task takes over the constants that they were trained with, such as the colors of a palette,
+        unless its own have another form: then the weights are a start for other classes.
+
         Returns:
           The sharded parameters, and the path that they came from.
 
@@ -130,7 +134,12 @@ class Trainer:
             if step is None:
                 raise UserError(f"{other.folder}: no checkpoint here to start from")
             part = other.restore_part({name: self.abstract_state[name]}, step)
-            return part[name], f"{other.folder / str(step)}"
+            constants = other.read_meta(step).get("constants") or {}
+
+        # Found anew, on other hardware, colors could differ from those that the weights paint.
+        if constants and _shapes(constants) == _shapes(self.task.constants()):
+            self.task.restore_constants(constants)
+        return part[name], f"{other.folder / str(step)}"
 
     def _initial_params(self) -> tuple[Params, str]:
         """Parameters of step 0, sharded, and the words by which the log names their source."""
@@ -363,3 +372,8 @@ class Trainer:
             hosts=hosts,
             loading=self.config.loading,
         )
+
+
+def _shapes(constants: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each constant of a task."""
+    return {name: np.shape(value) for name, value in constants.items()}

@@ -110,7 +110,7 @@ def _of_family(file: Path, beside: Path) -> Tokenizer:
     try:
         return load_tokenizer(resolve_tokenizer(hub_id(family)), pad)
     except UserError as error:
-        raise UserError(
+        raise type(error)(
             f"{file} has no tokenizer, and {error}; or put CLIP's vocab.json and merges.txt into "
             f"{beside}"
         ) from error

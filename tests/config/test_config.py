@@ -146,6 +146,10 @@ def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
             "config.optim.cooldown_steps=5: config.optim.schedule='cosine' falls to its end by itself",
         ),
         (
+            {"optim": {"schedule": "exponential", "final_scale": 0.0}},
+            "config.optim.final_scale=0.0: an exponential decay never reaches 0",
+        ),
+        (
             {"model": {"unet_init": "random"}, "optim": {"new_lr_scale": 10.0}},
             "config.optim.new_lr_scale=10.0: config.model.unet_init='random' makes all parameters new",
         ),
@@ -153,6 +157,21 @@ def test_epsilon_prediction_needs_a_schedule_that_leaves_some_signal():
 )
 def test_settings_of_what_a_checkpoint_lacks_need_it(values, expected):
     assert expected in refused(values)
+
+
+def test_a_part_of_a_mixture_has_no_views_of_its_own_in_cached_latents():
+    plain = {
+        "latent_cache": "DIR",
+        "scale_min": 1.0,
+        "scale_max": 1.0,
+        "class_share_cap": 1.0,
+        "jitter": 0.0,
+    }
+    part = {"name": "folder", "folder": "roads"}
+    assert parse({"data": plain | {"mixture": (part,)}}).data.latent_cache == "DIR"
+    own = part | {"short_side": 240, "quarter_turns": True}
+    message = refused({"data": plain | {"mixture": (part, own)}})
+    assert "mixture, roads: short_side=240, quarter_turns=True: cached latents" in message
 
 
 def test_a_calibration_is_never_fitted_on_the_tiles_that_it_scores():

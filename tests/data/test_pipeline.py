@@ -10,11 +10,13 @@ import pytest
 from same import assert_same
 
 from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
+from digseg_jax.data import pipeline
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.pipeline import Repeated, _parts, training_stream
 from digseg_jax.data.stream import Part, mixed_stream
 from digseg_jax.data.vocabulary import vocabularies
+from digseg_jax.errors import UserError
 
 COUNT = 10  # examples in the toy source; batches cross its end
 
@@ -156,6 +158,21 @@ class TestLandCover:
         (plain,) = _parts(DataConfig(**LAND), "segmentation", 0)
         (repeated,) = _parts(DataConfig(**LAND, repeat_threshold=0.3), "segmentation", 0)
         assert (len(plain.source), len(repeated.source)) == (198, 221)
+
+    def test_a_broken_example_is_replaced_when_rare_classes_are_counted_too(self, monkeypatch):
+        class Broken(ToySource):
+            def __getitem__(self, index):
+                if index == 2:
+                    raise UserError("2.png: damaged")
+                label = np.arange(64, dtype=np.int32).reshape(8, 8) % 8
+                return {"image": np.zeros((8, 8, 3), np.uint8), "label": label, "name": str(index)}
+
+        monkeypatch.setattr(pipeline, "open_part", lambda part, split, narrow: Broken())
+        config = DataConfig(**LAND, repeat_threshold=0.3)
+        (part,) = _parts(config, "segmentation", 0, "skip")
+        assert len(part.source) == COUNT
+        with pytest.raises(UserError, match="damaged"):
+            _parts(config, "segmentation", 0)
 
 
 def test_an_example_is_repeated_as_often_as_told():

@@ -154,3 +154,25 @@ def test_masks_of_the_classes_that_are_there_are_kept_on_request():
     arguments = (examples_of(facts, source), label, answer(masks), range(facts.num_classes))
     assert not count_image(*arguments).masks
     assert set(count_image(*arguments, keep_masks=True).masks) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("refuge2", (0, 1)), ("refuge2", (0,)), ("monuseg", (0,)), ("deepglobe", (0,))]
+)
+def test_what_a_gate_did_not_ask_for_counts_as_an_empty_mask(name, asked):
+    facts = registry.spec(name)
+    source = made_up(facts)
+    examples = examples_of(facts, source)
+
+    def own_metric(classes, empty=()):
+        rows = []
+        for one in source:
+            label = one["label"]
+            masks = np.stack([np.isin(label, facts.covers(c)) & (c not in empty) for c in classes])
+            rows.append(count_image(examples, label, answer(masks.astype(np.float32)), classes).row)
+        return Scores(examples, "gated", tuple(rows)).own_metric()
+
+    every = range(facts.num_classes)
+    gated = own_metric(asked)
+    empty = own_metric(every, empty=set(every) - set(asked))
+    assert str(gated) == str(empty) != str(own_metric(every))  # as text: nan is none of its equals

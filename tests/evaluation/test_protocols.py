@@ -72,6 +72,16 @@ def test_the_gate_lets_the_surest_through(reader, asked):
     assert scores.gate_recall()[1]["classes"] == 0.0 and scores.gate_recall()[4]["classes"] == 1.0
 
 
+def test_a_gate_never_asks_for_what_no_class_claims(asked, reader):
+    """Of domains the background is such a class, and no part of the vocabulary's size."""
+    rest = dataclasses.replace(examples([np.zeros((4, 4), np.int32)]), rest=1)
+    settings = dataclasses.replace(Config().eval, exhaustive_limit=3, gate_limit=2, gate_cut=0.0)
+    gated = Evaluator(reader, rest, settings, seed=0)
+    assert gated.protocol == "exhaustive"
+    gated.scores(ONE, protocol="gated")
+    assert asked == ["snow and ice", "barren"]
+
+
 def test_an_oracle_knows_the_classes_and_one_of_an_empty_label_asks_something(reader, asked):
     labels = [np.array([[1, 3], [-1, 1]], np.int32), np.full((2, 2), -1, np.int32)]
     scores = evaluator(reader, labels).scores(ONE, protocol="oracle")

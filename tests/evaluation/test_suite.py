@@ -15,10 +15,14 @@ from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 
 from digseg_jax.config.parse import parse, to_dict
+from digseg_jax.config.sampling import EStep
+from digseg_jax.config.schema import Config
 from digseg_jax.data import sources
 from digseg_jax.data.datasets import registry
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.evaluation import paper, suite, suite_tables
+from digseg_jax.evaluation.evaluator import Evaluator
+from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.metrics import binary
 from digseg_jax.tools.prepare_data import prepare_split
 
@@ -174,6 +178,38 @@ def test_a_foreground_class_has_both_averages_and_a_threshold_found_elsewhere(tm
     assert reached == pytest.approx(best, abs=1e-9)
     text = suite_tables.table(results)
     assert "threshold 0.5" in text and "found on train" in text and "65.78" in text
+
+
+def test_the_threshold_is_found_on_masks_of_the_scale_of_those_that_are_scored(monkeypatch):
+    facts = sources.registry.spec("deepglobe")
+    monkeypatch.setattr(sources.registry, "open_source", lambda name, root, split: Split(2, 10))
+    data = parse({"data": {"name": "deepglobe", "root": "DIR"}, "eval": {"split": "test"}}).data
+    given = []
+
+    class Noted(Reader):
+        def segment(self, requests, estep, **options):
+            given.append(options["scale"])
+            return super().segment(requests, estep, **options)
+
+    reader = Noted(lambda image, query: image[..., 1].astype(np.float32) / 255)
+    examples = eval_examples(data, facts.eval_split)
+    found = Evaluator(reader, examples, Config().eval, seed=0)
+    found.threshold_counts(EStep(1, 1), examples, scale=4.0)
+    assert set(given) == {4.0}
+
+
+def test_a_bucket_that_does_not_answer_is_no_missing_data_set(tmp_path, monkeypatch):
+    def late(name, root, split):
+        raise Transient("gs://bucket: status 503")
+
+    monkeypatch.setattr(sources.registry, "open_source", late)
+    with pytest.raises(Transient, match="503"):
+        run(config(tmp_path), colors(), tmp_path, "deepglobe")
+    with pytest.raises(Transient, match="503"):
+        suite.check_data("deepglobe", config(tmp_path).data, config(tmp_path).eval)
+    data = parse({"data": {"name": "deepglobe", "root": "DIR"}, "eval": {"split": "test"}}).data
+    with pytest.raises(Transient, match="503"):
+        sources.validation_split(data, "test")
 
 
 @pytest.mark.parametrize("name", ["coco", ""])

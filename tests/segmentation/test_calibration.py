@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from sklearn.metrics import jaccard_score
 
 from digseg_jax.errors import UserError
 from digseg_jax.segmentation import calibration
@@ -153,3 +154,25 @@ def test_a_scale_that_no_fit_gives_is_refused(tmp_path, scale):
         stored_scale(path)
     path.write_text(json.dumps({"scale": 3}))
     assert stored_scale(path) == 3.0
+
+
+def test_a_class_that_covers_another_is_fitted_as_it_is_scored():
+    """Disc and cup of a retina: the disc's mask covers the cup, which is subtracted in evaluations."""
+    rng = np.random.default_rng(0)
+    label = rng.choice(3, 6000, p=(0.7, 0.2, 0.1))
+    covers = ((0,), (1, 2), (2,))
+    masks = np.stack([np.isin(label, covered) for covered in covers], axis=-1)
+    evidence = np.clip(np.where(masks, 0.4, -0.4) + 0.35 * rng.standard_normal((6000, 3)), -1, 1)
+
+    def scored(fitted):
+        logits = fitted.scale * evidence + np.asarray(fitted.bias)
+        disc, cup = (1 / (1 + np.exp(-logits[:, c])) for c in (1, 2))
+        background = 1 / (1 + np.exp(-logits[:, 0]))
+        found = np.stack([background, np.minimum(disc, 1 - cup), cup]).argmax(axis=0)
+        return jaccard_score(label, found, average="macro")
+
+    nested, plain = fit(evidence, label, "val", covers=covers), fit(evidence, label, "val")
+    assert scored(nested) >= scored(identity(3, nested.scale)) - 1e-9
+    assert scored(nested) > scored(plain) + 0.02
+    own = tuple((c,) for c in range(3))
+    assert fit(evidence, label, "val", covers=own) == plain

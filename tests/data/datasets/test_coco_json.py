@@ -99,6 +99,17 @@ def test_roboflows_heading_is_no_class(tmp_path):
     assert registry.spec("folder", tmp_path).names == ("background", "coat", "button")
 
 
+def test_a_class_that_is_its_own_heading_may_lack_in_a_split(tmp_path):
+    """COCO's person; and a heading that is a class in one split alone."""
+    own = [{"id": 1, "name": "person", "supercategory": "person"},
+           {"id": 7, "name": "button", "supercategory": "person"}]  # fmt: skip
+    first, second = LAYOUTS["coco"].items()
+    annotations = values()["annotations"]
+    write(tmp_path, dict([first]), values(categories=own))
+    write(tmp_path, dict([second]), values(categories=own, annotations=annotations[:1]))
+    assert registry.spec("folder", tmp_path).names == ("background", "person", "button")
+
+
 def row(**changes):
     return values(annotations=[values()["annotations"][1] | changes])
 

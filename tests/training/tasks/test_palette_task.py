@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,9 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.data.datasets.landcover import GROUPS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.job import evaluate
+from digseg_jax.io.checkpoint import Checkpointer
+from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.segmentation.ensemble import probabilities
 from digseg_jax.training.tasks.base import example_keys
 from digseg_jax.training.tasks.segmentation import SegmentationTask
@@ -95,6 +101,33 @@ def test_the_palette_is_stored_with_the_weights_and_adopted(config, task, tmp_pa
     (tmp_path / "palette.json").unlink()
     with pytest.raises(UserError, match="not trained with a palette"):
         again.adopt(tmp_path)
+
+
+def test_weights_of_a_checkpoint_come_with_its_colors(config, task, tmp_path):
+    """Found anew on other hardware, colors may differ; other classes have colors of their own."""
+    trainer = tiny.trainer(config, SegmentationTask(config), tiny.mesh(), tmp_path)
+    colors = trainer.task.constants()
+    stored = colors | {"colors": np.asarray(colors["colors"])[::-1].tolist()}
+    few = {name: value[:-1] if name == "colors" else value for name, value in colors.items()}
+    with Checkpointer(str(tmp_path), config.checkpoint) as checkpointer:
+        _, state = trainer.start_state(checkpointer)
+        checkpointer.save(1, state, {"constants": stored})
+        checkpointer.save(2, state, {"constants": few})
+
+    # The newest has another number of colors: only its weights are taken.
+    trainer.weights_of(str(tmp_path))
+    np.testing.assert_array_equal(trainer.task.constants()["colors"], colors["colors"])
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    trainer.weights_of(str(tmp_path))
+    np.testing.assert_array_equal(trainer.task.constants()["colors"], stored["colors"])
+
+
+def test_the_stored_scale_of_an_evaluation_is_none_of_a_palette_s(config, task, tmp_path):
+    """It follows from the colors; of a good autoencoder it is above what a fit gives."""
+    tiny.export(config, tmp_path)
+    values = {"scale": 250.0, "bias": [0.0] * len(GROUPS), "split": "val"}
+    (tmp_path / CALIBRATION).write_text(json.dumps(values))
+    assert load_segmenter(tmp_path).scale == pytest.approx(task.codec.scale)
 
 
 def test_it_is_evaluated_like_the_other_codec(config, task, params, cover, tmp_path):

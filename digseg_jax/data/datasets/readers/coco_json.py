@@ -56,7 +56,8 @@ def coco_classes(files: Sequence[Path]) -> tuple[ClassInfo, ...]:
     Raises:
       UserError: no categories, or files that disagree about them.
     """
-    lists = [_categories(path) for path in files]
+    used = {row["category_id"] for path in files for row in _read(path)["annotations"]}
+    lists = [_categories(path, used) for path in files]
     for path, names in zip(files[1:], lists[1:], strict=True):
         if names != lists[0]:
             raise UserError(f"{shown(path)}: its categories differ from those of {shown(files[0])}")
@@ -66,14 +67,20 @@ def coco_classes(files: Sequence[Path]) -> tuple[ClassInfo, ...]:
     return (ClassInfo(BACKGROUND, raw=(0,)), *rest)
 
 
-def _categories(path: Path) -> dict[int, str]:
+def _categories(path: Path, used: set[int]) -> dict[int, str]:
     """Names of the categories by id, without the headings above them and without a background.
+
+    used: ids of the categories that the export's annotations have.
 
     Raises:
       UserError: none, or two of one name.
     """
-    values, used = _read(path), {row["category_id"] for row in _read(path)["annotations"]}
-    above = {str(row.get("supercategory")) for row in values["categories"]}
+    values = _read(path)
+    above = {
+        str(row.get("supercategory"))
+        for row in values["categories"]
+        if row.get("supercategory") != row["name"]  # a class may be its own heading, as COCO's person
+    }
     names = {
         row["id"]: row["name"].strip()
         for row in values["categories"]
