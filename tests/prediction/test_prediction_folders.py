@@ -247,6 +247,29 @@ class TestGeoTiff:
         with pytest.raises(UserError, match="so large a raster gets GeoTIFFs; name a folder"):
             predict(tmp_path / "a.tif", out=tmp_path / "a.png")
 
+    def test_a_large_raster_without_a_finite_number_does_not_stop_the_others(
+        self, rasterio, model, tmp_path, monkeypatch
+    ):
+        """One whose numbers are all equal is seen as gray, like other images of 16 bits."""
+        flat = np.full((3, 40, 30), 20_000, np.uint16)
+        self.save(rasterio, tmp_path / "a.tif", np.full((3, 40, 30), np.nan, np.float32))
+        self.save(rasterio, tmp_path / "b.tif", flat)
+        self.save(rasterio, tmp_path / "c.tif", flat[:, :9])
+        seen = []
+
+        def rows(segmenter, source, texts, estep, seed, advance, *, templates):
+            seen.append(source.rows(0, 40))
+            yield 0, np.full((2, 40, 30), 0.25, np.float32)
+
+        monkeypatch.setattr(raster, "MAX_PIXELS", 1000)
+        monkeypatch.setattr(job, "segment_raster", rows)
+        model.mode, model.short_side = "window", 0
+        with pytest.raises(UserError, match="1 of 3 images could not be read: .*a.tif"):
+            predict(tmp_path / "*.tif")
+        np.testing.assert_array_equal(seen[0], 20_000 // 256)
+        assert (tmp_path / "out" / "b.labels.tif").exists()
+        assert model.seen == ["c.tif"]
+
     def test_a_large_raster_that_is_to_be_seen_whole_is_refused_before_any_image(
         self, model, photos, monkeypatch
     ):
