@@ -18,7 +18,7 @@ from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.judgment import judge
-from digseg_jax.data.datasets.pairs import FileSource
+from digseg_jax.data.datasets.pairs import FileSource, walk_files
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec, with_synonyms
 from digseg_jax.data.datasets.splits import split_called
@@ -26,6 +26,8 @@ from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
 from digseg_jax.data.shards.fingerprint import StaleShards, check_unchanged
 from digseg_jax.errors import Transient, UserError
+from digseg_jax.io.image_file import IMAGE_ENDINGS
+from digseg_jax.io.storage import is_remote
 from digseg_jax.log import log
 
 HELD_OUT = "held_out"  # split of the training images that a mixture's part keeps aside
@@ -281,14 +283,19 @@ def open_fresh(part: PartConfig, split: str) -> Source:
     if not isinstance(shards, records.RecordSource):
         return shards
     split = shards.folder.name
+    title = f"{title_of(part)} {split}: the shards in {shards.folder} are read instead of its files"
     try:
         files = registry.open_source(part.name, part.root, split)
     except Transient:
         raise
-    except UserError:
+    except UserError as error:
+        if _has_own_files(part, split):
+            raise StaleShards(
+                f"{title}, and cannot be compared with them: {error}; put that right, or move the "
+                "files away"
+            ) from error
         return shards  # nothing but shards there
 
-    title = f"{title_of(part)} {split}: the shards in {shards.folder} are read instead of its files"
     root = shlex.quote(part.root)
     renewal = (
         f"renew them: python -m digseg_jax.tools.prepare_data --dataset={part.name} --root={root} "
@@ -303,6 +310,16 @@ def open_fresh(part: PartConfig, split: str) -> Source:
     manifest = shards.folder / records.MANIFEST
     check_unchanged(files, shards.manifest, manifest, title, renewal, times=not facts.from_package)
     return shards
+
+
+def _has_own_files(part: PartConfig, split: str) -> bool:
+    """Whether a user's own folder has files of a split beside its shards, readable or not."""
+    if part.name != "folder" or is_remote(part.root):
+        return False
+    try:
+        return split in registry.spec(part.name, part.root).splits
+    except UserError:  # such as a list of classes that cannot be read
+        return bool(walk_files(Path(part.root), IMAGE_ENDINGS))
 
 
 def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:

@@ -9,6 +9,7 @@
   const { wire, choose, moveTo } = window.slider;
   let image = null; // a File, or the name of a sample
   let job = null; // the latest state that the server told
+  let canceling = false;
 
   // The form as the model wants it.
   $("words").value = facts.words.join("\n");
@@ -63,7 +64,7 @@
 
   async function ask(address, options = {}) {
     const reply = await fetch(address, options);
-    const value = await reply.json();
+    const value = await reply.json().catch(() => ({ error: `not understood (${reply.status})` }));
     if (!reply.ok) throw new Error(value.error);
     return value;
   }
@@ -75,18 +76,33 @@
     const query = new URLSearchParams(words.map((word) => ["word", word]));
     for (const name of ["members", "steps", "side"]) query.set(name, $(name).value);
     const isFile = image instanceof File;
+    if (isFile && image.size > facts.most) {
+      throw new Error(`the file has more than ${facts.most / 2 ** 20} MiB`);
+    }
     if (!isFile) query.set("sample", image);
     return ask(`jobs?${query}`, { method: "POST", body: isFile ? image : "" });
   }
 
   const running = () => job !== null && (job.state === "queued" || job.state === "running");
 
+  // A server that does not answer at once, say after the computer has slept, is asked again.
+  async function stateOf(id) {
+    for (let tries = 1; ; tries++) {
+      try {
+        return await ask(`jobs/${id}`);
+      } catch (error) {
+        if (!(error instanceof TypeError) || tries === 5) throw error;
+        await new Promise((resolve) => setTimeout(resolve, 1000));
+      }
+    }
+  }
+
   async function follow() {
     while (running()) {
       tell();
       await new Promise((resolve) => setTimeout(resolve, 200));
       const before = job.version;
-      job = await ask(`jobs/${job.id}`);
+      job = await stateOf(job.id);
       if (job.version !== before) showMasks();
     }
     if (job.state === "failed") throw new Error(job.error);
@@ -100,7 +116,8 @@
   function tell() {
     $("progress").hidden = false;
     $("progress").value = job.total ? job.done / job.total : 0;
-    if (job.state === "queued") say(`Waiting: number ${job.place} in the queue.`);
+    if (canceling) say("Canceling …");
+    else if (job.state === "queued") say(`Waiting: number ${job.place} in the queue.`);
     else if (!job.total) say("Working …");
     else {
       const where = `member ${job.member} of ${job.members}, step ${job.step} of ${job.steps}`;
@@ -112,6 +129,7 @@
     event.preventDefault();
     if (running()) return;
     $("go").disabled = true;
+    canceling = false;
     say("Sending …");
     try {
       job = await send();
@@ -128,11 +146,17 @@
   });
   $("cancel").addEventListener("click", async () => {
     try {
-      await ask(`jobs/${job.id}/cancel`, { method: "POST", body: "" });
+      canceling = true;
       say("Canceling …");
+      await ask(`jobs/${job.id}/cancel`, { method: "POST", body: "" });
     } catch (error) {
       say(error.message, true);
     }
+  });
+
+  // Nobody could cancel the order of a page that is gone, and others would wait for it.
+  window.addEventListener("pagehide", () => {
+    if (running()) navigator.sendBeacon(`jobs/${job.id}/cancel`);
   });
 
   // The card: input, then one small image of all words and one of each.

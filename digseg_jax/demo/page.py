@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 # domain), and nuclei of the Data Science Bowl 2018 (BBBC038, CC0), to which these words belong.
 NUCLEI = {"cell_nuclei": ["nucleus"], "stained_tissue": ["nucleus"]}
 SAMPLES = {path.stem: path for path in sorted((FOLDER / "samples").glob("*.jpg"))}
+MAX_UPLOAD = 64 * 2**20  # bytes of an image
 FIRST_WORDS = 6  # of the model's classes that the field shows at first
 # A transparent pixel: the images come later.
 _EMPTY = DataImage(
@@ -50,6 +51,7 @@ class Page:
                 "closed": self.closed,
                 "members": sampling.ensemble,
                 "steps": sampling.steps,
+                "most": MAX_UPLOAD,
                 "vocabularies": {} if self.closed else _vocabularies(),
             },
         )

@@ -7,6 +7,7 @@ rebinding). So every path begins with a secret token, and the headers Host and O
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hmac
 import io
@@ -26,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from digseg_jax.config.sampling import EStep
-from digseg_jax.demo.page import SAMPLES, Page
+from digseg_jax.demo.page import MAX_UPLOAD, SAMPLES, Page
 from digseg_jax.demo.work import Job, Order, Queue
 from digseg_jax.errors import UserError
 from digseg_jax.io.image_file import read_image
@@ -36,7 +37,8 @@ from digseg_jax.prediction.files import SHOWN, check_queries
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz import images as viz
 
-MAX_UPLOAD = 64 * 2**20  # bytes
+MOST_DROPPED = 4 * MAX_UPLOAD  # bytes of a refused one that are still read
+PATIENCE = 2  # seconds without such a byte
 MAX_SAMPLING = 64  # members, and steps of each
 SIDES = (256, 512, 1024, 2048)  # longer side of an image as it is segmented, pixels
 
@@ -127,6 +129,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(POST)
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answers what the base class refuses, such as too long an address, as the page reads it."""
+        told = "too many words for one request" if code == HTTPStatus.REQUEST_URI_TOO_LONG else message
+        self.close_connection = True
+        self.request_version = self.request_version or self.protocol_version
+        self._send(Reply.of({"error": told or "not understood"}, HTTPStatus(code)))
+
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
 
@@ -156,6 +165,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             reply = Reply.of({"error": str(error)}, error.status)
         self._send(reply)
+        if self.close_connection:
+            self._drop_body()
+
+    def _drop_body(self) -> None:
+        """Reads what is still sent: a browser that is cut off meanwhile does not show the answer."""
+        length = self.headers.get("Content-Length", "")
+        left = min(int(length), MOST_DROPPED) if length.isdecimal() else 0
+        self.connection.settimeout(PATIENCE)
+        with contextlib.suppress(OSError):
+            while left > 0 and (some := self.rfile.read1(min(left, 2**20))):
+                left -= len(some)
 
     def _check_origin(self) -> None:
         """Raises Refused unless the request is addressed to this server, by a page of its own."""

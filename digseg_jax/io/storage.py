@@ -174,22 +174,37 @@ def filled_locally(folder: AnyPath, *, replace: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def _filled_beside(folder: Path, replace: bool) -> Iterator[Path]:
     """Does the work of `filled_locally` on a disk."""
-    # Beside the target, on the same disk: there a file is moved by an atomic rename.
+    # A link stays one: the folder that it names gets the files.
+    folder = Path(os.path.realpath(folder))
+
+    # Beside the target, on the same disk: there a file is moved by an atomic rename. The folder above a
+    # mounted one is on another disk, or not ours to write.
     scratch = folder.with_name(f".{folder.name}.partial")
+    if folder.is_dir() and not _takes_renames(folder.parent, folder):
+        scratch = folder / ".partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir(parents=True)
     try:
         yield scratch
 
-        # Only now that all files are complete is the old folder deleted.
-        if replace and folder.exists():
-            shutil.rmtree(folder)
+        # Only now that all files are complete are the old contents deleted.
+        for old in list(folder.iterdir()) if replace and folder.exists() else []:
+            if old.is_dir() and not old.is_symlink():
+                if old != scratch:
+                    shutil.rmtree(old)
+            else:
+                old.unlink()
         for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
             target = folder / file.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _takes_renames(parent: Path, folder: Path) -> bool:
+    """Whether a file can be made in `parent` and moved into `folder`."""
+    return parent.stat().st_dev == folder.stat().st_dev and os.access(parent, os.W_OK)
 
 
 def upload(local: Path, folder: epath.Path) -> None:

@@ -207,9 +207,15 @@ def run(
     # Recipes for a user's own data score val.
     if name == "folder" and spec.eval_split == TEST and "notes" in results.get(TEST, {}):
         results[TEST]["notes"].append(_NO_VAL)
+
+    # Without the sheet the findings are still worth hours of reading.
+    problem = ""
     if sheet and tiles:
-        with explained(sheet, "cannot write it"):
-            contact_sheet(spec, tiles).save(sheet)
+        try:
+            with explained(sheet, "cannot write it"):
+                contact_sheet(spec, tiles).save(sheet)
+        except UserError as error:
+            problem = str(error)
     return {
         "dataset": name,
         "title": spec.title,
@@ -217,8 +223,9 @@ def run(
         "license": spec.license,
         "ignore_rule": spec.ignore,
         "splits": results,
-        "contact_sheet": str(sheet) if sheet and tiles else None,
-        "violations": [v for s, found in results.items() for v in violations(s, found)],
+        "contact_sheet": str(sheet) if sheet and tiles and not problem else None,
+        "violations": [v for s, found in results.items() for v in violations(s, found)]
+        + [problem] * bool(problem),
     }
 
 
@@ -278,6 +285,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--sheet={place}: must end in {' or '.join(_SHEETS)}, or be - for none")
     if sheet and not sheet.parent.is_dir():
         raise UserError(f"--sheet={place}: no such folder {sheet.parent}")
+    if sheet and not os.access(sheet.parent, os.W_OK):
+        raise UserError(f"--sheet={place}: {sheet.parent} is not yours to write in; - for no sheet")
     result = run(arguments.dataset, arguments.root, arguments.split, limit=arguments.limit, sheet=sheet)
     print(json.dumps(result) if arguments.json else text(result))
     return 1 if result["violations"] else 0

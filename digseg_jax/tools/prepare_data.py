@@ -59,10 +59,11 @@ def prepare_split(
     Raises:
       UserError: a broken example; or OUT holds shards of other examples, classes or shard sizes.
     """
+    # Opened first: an empty folder of OUT might be taken for one of the data set's own.
+    source = open_split()
     folder = epath.Path(as_path(out)) / split
     with explained(folder, "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    source = open_split()
 
     # The plan is everything that the content of the shards depends on.
     shards = -(-len(source) // shard_examples)

@@ -128,12 +128,15 @@ def _extended(fixed: tuple[str, ...], n: int) -> tuple[str, ...]:
     return tuple(chosen[:n])
 
 
+_MOST = 2000  # different colors of classes
+
+
 def class_colors(
     n: int,
     names: Sequence[str] | None = None,
     official: Sequence[tuple[int, int, int] | None] = (),
 ) -> UInt8[np.ndarray, "n 3"]:
-    """Chooses colors for n classes, all different, none of them the gray of ignored pixels.
+    """Chooses colors for n classes, none of them the gray of ignored pixels; 2000 are all different.
 
     A class gets its official color if it has one. Of the others, with names, the land-cover groups get
     their natural colors (water is blue), and the rest colors far from those. Of two classes with the
@@ -142,12 +145,17 @@ def class_colors(
     official: RGB of each class, None for a class without; empty: none has one.
 
     Raises:
-      UserError: n is negative, beyond 2000, or not the number of names or official colors.
+      UserError: n is negative, or not the number of names or official colors.
     """
-    if not 0 <= n <= 2000 or (names is not None and len(names) != n) or len(official) not in (0, n):
+    if n < 0 or (names is not None and len(names) != n) or len(official) not in (0, n):
         found = "" if names is None else f" with {len(names)} names"
         found += f" and {len(official)} official colors" if official else ""
-        raise UserError(f"class_colors({n}){found}: n must be 0..2000 and equal their number")
+        raise UserError(f"class_colors({n}){found}: n must be at least 0 and equal their number")
+
+    # Further classes have the colors of the first ones again: nobody tells so many apart.
+    if n > _MOST:
+        first = class_colors(_MOST, None if names is None else names[:_MOST], official[:_MOST])
+        return first[np.arange(n) % _MOST]
 
     # The classes whose colors are given, by index.
     table: dict[int, str] = {}

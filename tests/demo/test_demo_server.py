@@ -200,6 +200,23 @@ def test_a_file_that_is_too_long_is_refused_unread(demo):
         assert "64 MiB" in reply.read().decode()
 
 
+def test_a_browser_that_sends_too_long_a_file_reads_why(demo):
+    plain = http.client.HTTPConnection("127.0.0.1", demo.server_port, timeout=30)
+    with contextlib.closing(plain) as connection:
+        body = bytes(server_lib.MAX_UPLOAD + 2**20)
+        connection.request("POST", f"/{demo.token}/jobs?word=a", body)  # all of it, then the answer
+        reply = connection.getresponse()
+        assert reply.status == 413 and "64 MiB" in json.loads(reply.read())["error"]
+
+
+def test_too_many_words_for_an_address_are_told_as_json(demo):
+    plain = http.client.HTTPConnection("127.0.0.1", demo.server_port, timeout=30)
+    with contextlib.closing(plain) as connection:
+        connection.request("POST", f"/{demo.token}/jobs?word={'a' * 70_000}", b"")
+        reply = connection.getresponse()
+        assert reply.status == 414 and "too many words" in json.loads(reply.read())["error"]
+
+
 @pytest.mark.parametrize(
     ("headers", "token", "status"),
     [

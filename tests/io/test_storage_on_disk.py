@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from digseg_jax.errors import UserError
+from digseg_jax.io import storage
 from digseg_jax.io.storage import as_path, filled_locally
 from digseg_jax.prediction.files import find_images
 from digseg_jax.prediction.targets import targets
@@ -50,6 +51,20 @@ def test_what_a_killed_run_left_beside_is_removed(tmp_path):
     with filled_locally(tmp_path / "out") as folder:
         (folder / "whole").write_text("whole")
     assert names(tmp_path) == {"out/whole"}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_linked_or_mounted_folder_gets_the_files_itself(tmp_path, monkeypatch, replace):
+    real, link = tmp_path / "disk" / "real", tmp_path / "out"
+    real.mkdir(parents=True)
+    (real / "old").write_text("old")
+    link.symlink_to(real)
+    for mounted in (False, True):  # nothing can be renamed into a mounted folder from beside it
+        monkeypatch.setattr(storage, "_takes_renames", lambda parent, folder, is_so=not mounted: is_so)
+        with filled_locally(link, replace=replace) as folder:
+            (folder / "new").write_text(str(mounted))
+        assert link.is_symlink() and (real / "new").read_text() == str(mounted)
+        assert names(real) == ({"new"} if replace else {"new", "old"})
 
 
 def test_the_home_of_nobody_is_told(tmp_path):

@@ -372,6 +372,13 @@ def test_colors_of_any_number_of_classes(n, least):
     np.testing.assert_array_equal(colors, class_colors(n))
 
 
+def test_classes_beyond_the_colors_that_differ_have_them_again():
+    names = [f"class {i}" for i in range(2003)]
+    colors = class_colors(2003, names, [None] * 2003)
+    assert len(np.unique(colors[:2000], axis=0)) == 2000
+    np.testing.assert_array_equal(colors[2000:], colors[:3])
+
+
 def test_a_background_is_pale_and_its_things_are_not():
     colors = class_colors(6, ["background", "crop", "weed", "nucleus", "crack", "road"])
     lightness = seen_lab(colors)[0, :, 0]

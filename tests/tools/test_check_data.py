@@ -156,6 +156,18 @@ def prepare(root: Path) -> None:
         prepare_split(opened, registry.spec("folder", root), split, root)
 
 
+def other_words(root: Path) -> None:
+    prepare(root)
+    lines = (root / "classes.txt").read_text().splitlines()
+    (root / "classes.txt").write_text("\n".join([*lines[:-1], f"{lines[-1]}, another word"]) + "\n")
+
+
+def an_unlabeled_image_beside_old_shards(root: Path) -> None:
+    """The shards can no longer be compared with the files: they may be old."""
+    old_shards(root)
+    shutil.copy(root / "images/val/a.jpg", root / "images/val/unlabeled.jpg")
+
+
 def without_a_mask(root: Path) -> None:
     (root / "masks/train/a.png").unlink()
 
@@ -164,7 +176,7 @@ def without_a_mask(root: Path) -> None:
     "spoil",
     [
         without_val, only_train_is_empty, one_class, old_shards, other_values, shards_of_train,
-        without_a_mask,
+        without_a_mask, other_words, an_unlabeled_image_beside_old_shards,
     ],
 )  # fmt: skip
 def test_what_a_run_refuses_at_its_start_is_wrong_here_in_the_same_words(root, capsys, spoil):
@@ -218,6 +230,19 @@ def test_what_cannot_be_checked_ends_with_2(tmp_path, capsys):
     ):
         assert check_data.main(["--dataset=folder", f"--root={tmp_path}", option]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_sheet_that_cannot_be_written_takes_nothing_away(root, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(check_data.os, "access", lambda place, mode: False)
+        assert run(capsys, "--dataset=folder", "--root", root, f"--sheet={root}/a.png")[0] == 2
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(check_data, "contact_sheet", full)
+    status, out = run(capsys, "--dataset=folder", "--root", root, f"--sheet={root}/a.png")
+    assert status == 1 and "No space left" in out and "val: 6 examples, 6 read" in out
 
 
 def test_the_sheet_shows_each_label_in_the_colour_of_its_class(root):

@@ -34,7 +34,8 @@ def read_index_image(path: Path) -> np.ndarray:
     """Reads class indices [h, w], uint8 or wider, from a gray or palette file.
 
     Raises:
-      UnreadableError: also for colors or transparency: `convert("L")` would invent values.
+      UnreadableError: also for colors or transparency: `convert("L")` would invent values; and for a
+        palette of grays that are not numbered by their values.
     """
     image, bits = _decode_label_and_bits(path)
 
@@ -50,9 +51,28 @@ def read_index_image(path: Path) -> np.ndarray:
 
     # Pillow spreads 2 and 4 bits of gray over 0..255; indices are what the file stores.
     raw = np.asarray(image)
+    if image.mode == "P":
+        _check_grays(path, np.reshape(image.getpalette("RGB") or [], (-1, 3)), np.unique(raw))
     if image.mode == "L" and bits in (2, 4):
         raw = raw // (255 // (2**bits - 1))
     return raw.astype(np.uint8) if raw.dtype == bool else raw
+
+
+def _check_grays(path: Path, palette: np.ndarray, used: np.ndarray) -> None:
+    """Raises UnreadableError for a gray label that a tool has stored with a palette of its grays.
+
+    Its numbers are places in the palette then, no classes. A label painted with colors, as usual, has
+    its classes for numbers, and so has one of black and white.
+    """
+    grays = palette[:, 0]
+    if not len(palette) or (palette != palette[:, :1]).any() or set(grays) <= {0, 255}:
+        return
+    used = used[used < len(grays)]
+    if (grays[used] != used).any():
+        raise UnreadableError(
+            f"{path}: a palette of grays, whose numbers are not the values of the grays; save it as "
+            "gray with 8 bits, without a palette"
+        )
 
 
 def read_gray_label(path: Path) -> np.ndarray:

@@ -62,9 +62,14 @@ def values_of(spec: DatasetSpec) -> list[list[int]]:
 
 
 def has_classes_of(manifest: dict[str, Any], spec: DatasetSpec) -> bool:
-    """Whether shards were made with this list of classes; an older manifest lacks the values."""
+    """Whether shards were made with this list of classes; an older manifest lacks the values.
+
+    A user's own list is read from the shards, so its synonyms count too.
+    """
     same_values = manifest.get(VALUES) in (None, values_of(spec))
-    return manifest["class_hash"] == class_hash(spec) and same_values
+    words = facts_of(spec)["classes"]
+    same_words = spec.name != "folder" or manifest["spec"]["classes"] == words
+    return manifest["class_hash"] == class_hash(spec) and same_values and same_words
 
 
 def facts_of(spec: DatasetSpec) -> dict[str, Any]:
@@ -85,9 +90,7 @@ def stored_spec(root: str | Path) -> DatasetSpec | None:
 
     # All splits were made from one class list; the first manifest speaks for them.
     stored = manifests[0]["spec"]
-    stored = {
-        "license": stored.get("licence", "")
-    } | stored  # its name in manifests of earlier versions
+    stored = {"license": stored.get("licence", "")} | stored  # as earlier versions spelled it
     facts = {key: stored[key] for key in _FACTS}
     check_template(facts["template"], f"{root}: the template of {MANIFEST}")
     classes = tuple(ClassInfo(n, tuple(s), covers=tuple(c)) for n, s, c in stored["classes"])

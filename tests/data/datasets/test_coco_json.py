@@ -110,6 +110,56 @@ def test_a_class_that_is_its_own_heading_may_lack_in_a_split(tmp_path):
     assert registry.spec("folder", tmp_path).names == ("background", "person", "button")
 
 
+def named(*files):
+    """Annotations of images with these names, each with its own class."""
+    images = [
+        {"id": i, "file_name": name, "height": H, "width": W} for i, name in enumerate(files, start=1)
+    ]
+    annotations = [
+        {"id": i, "image_id": i, "category_id": 1, "segmentation": SQUARE}
+        for i in range(1, len(files) + 1)
+    ]
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+def save(root, *places):
+    for place in places:
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (W, H)).save(root / place)
+
+
+@pytest.mark.parametrize(
+    ("there", "listed"),
+    [
+        (["images/cam1/1.png", "images/cam2/1.png"], ["cam1\\1.png", "cam2\\1.png"]),
+        (["images/1.png", "images/cam2/1.png"], ["1.png", "cam2/1.png"]),
+        (["images/Stra\u00dfe_a\u0308.png", "images/b.png"], ["Stra\u00dfe_\u00e4.png", "b.png"]),
+        (["images/a b.png", "images/c.png"], ["a%20b.png", "c.png"]),
+        (["images/a%20b.png", "images/c.png"], ["a%20b.png", "some/where/c.png"]),
+    ],
+)
+def test_an_image_is_found_however_its_name_is_written(tmp_path, there, listed):
+    save(tmp_path, *there)
+    (tmp_path / "result.json").write_text(json.dumps(named(*listed)))
+    sources = [registry.open_source("folder", tmp_path, split) for split in ("train", "val")]
+    assert sorted(str(s[0]["name"]) for s in sources) == sorted(listed)
+    opened = {str(s.files(0)["image"].relative_to(tmp_path)) for s in sources}
+    assert opened == set(there)
+
+
+def test_an_image_that_was_not_copied_gets_no_others_masks(tmp_path):
+    save(tmp_path, "images/cam1/1.png")
+    (tmp_path / "result.json").write_text(json.dumps(named("cam1/1.png", "cam2/1.png")))
+    with pytest.raises(UserError, match="'cam1/1.png' and 'cam2/1.png' there is only one, "):
+        registry.open_source("folder", tmp_path, "train")
+
+
+def test_an_empty_folder_of_the_splits_name_holds_no_images(tmp_path):
+    write(tmp_path, {"annotations/instances_train.json": "images"})
+    (tmp_path / "train").mkdir()
+    assert len(registry.open_source("folder", tmp_path, "train")) == 2
+
+
 def row(**changes):
     return values(annotations=[values()["annotations"][1] | changes])
 

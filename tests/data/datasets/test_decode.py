@@ -58,6 +58,33 @@ def read(path: Path) -> np.ndarray | None:
         return None
 
 
+def palette_png(path: Path, indices: np.ndarray, palette: list[tuple[int, int, int]]) -> Path:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette([value for color in palette for value in color])
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("palette", "is_read"),
+    [
+        ([(0, 0, 0), (3, 3, 3)], False),  # values 0 and 3, renumbered by a tool
+        ([(3, 3, 3), (0, 0, 0)], False),
+        ([(i, i, i) for i in range(256)], True),
+        ([(0, 0, 0), (255, 255, 255)], True),  # black and white for classes 0 and 1
+        ([(0, 0, 0), (128, 0, 0), (3, 3, 3)], True),
+    ],
+)
+def test_a_palette_of_grays_must_number_them_by_their_values(tmp_path, palette, is_read):
+    indices = np.array([[0, 1], [1, 0]])
+    path = palette_png(tmp_path / "a.png", indices, palette)
+    if is_read:
+        np.testing.assert_array_equal(decode.read_index_image(path), indices)
+    else:
+        with pytest.raises(UnreadableError, match="a palette of grays"):
+            decode.read_index_image(path)
+
+
 class TestDamage:
     """Whatever happens to the bytes of a label: the right label, or an error."""
 

@@ -13,6 +13,8 @@ top. A pixel belongs to a polygon if its center does. The images of a single fil
 from __future__ import annotations
 
 import functools
+import unicodedata
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -242,26 +244,61 @@ def _find(root: Path, path: Path, names: Sequence[str]) -> dict[str, str]:
     """Places of the images, relative to root, by the names that the annotation file gives them.
 
     Raises:
-      UserError: an image that is not there, or that is in two places.
+      UserError: an image that is not there, one that is in two places, or two that are one file.
     """
-    # Tools write the bare name, or a path from some folder above: compare the bare names.
+    # The narrowest folder that has images; every image in it by its bare name.
     folder = path.parent if path.parent.name != "annotations" else root
     split = path.stem.removeprefix("instances_")
     narrower = [folder / "images" / split, folder / split, folder / "images", folder]
-    base = next(place for place in narrower if place.is_dir())
+    base, files = folder, list[Path]()
+    for base in narrower:
+        if files := list(walk_files(base, IMAGE_ENDINGS)) if base.is_dir() else []:
+            break
     found: dict[str, list[str]] = {}
-    for file in walk_files(base, IMAGE_ENDINGS):
-        found.setdefault(file.name, []).append((base / file).relative_to(root).as_posix())
+    for file in files:
+        found.setdefault(_spelled(file.name), []).append(Path(file).as_posix())
 
-    places = {}
+    places: dict[str, str] = {}
     for name in names:
-        own = found.get(name.replace("\\", "/").rsplit("/", 1)[-1], [])
-        own = [place for place in own if len(own) == 1 or place.endswith(name)]
+        own = _places_of(name, found)
         if len(own) != 1:
             what = "is in two places" if own else "is not there"
             raise UserError(f"{shown(path)}: the image {name!r} {what}, under {shown(base)}")
-        places[name] = own[0]
+        places[name] = (base / own[0]).relative_to(root).as_posix()
+
+    # Videos number their frames alike: an image that was not copied must not get another one's masks.
+    owners: dict[str, str] = {}
+    for name, place in places.items():
+        if (other := owners.setdefault(place, name)) != name:
+            raise UserError(
+                f"{shown(path)}: of the images {other!r} and {name!r} there is only one, "
+                f"{shown(root / place)}"
+            )
     return places
+
+
+def _places_of(name: str, found: dict[str, list[str]]) -> list[str]:
+    """Files that a name of the annotation file may mean.
+
+    Tools write the bare name, a path from some folder above, or an address with %20 for a space.
+
+    found: bare name, as `_spelled` has it -> files with that name.
+    """
+    for text in dict.fromkeys((name, urllib.parse.unquote(name))):
+        wanted = _spelled(text).lstrip("/")
+        own = found.get(wanted.rsplit("/", 1)[-1], [])
+
+        # The whole path, then one that ends with it, then the only file of this name.
+        same = [place for place in own if _spelled(place) == wanted]
+        ends = [place for place in own if f"/{_spelled(place)}".endswith(f"/{wanted}")]
+        if match := same or ends or (own if len(own) == 1 else []):
+            return match
+    return []
+
+
+def _spelled(name: str) -> str:
+    """A name with forward slashes and composed letters: archives from macOS have them decomposed."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
 def open_coco_json(spec: DatasetSpec, root: Path, split: str) -> CocoSource:
