@@ -124,6 +124,8 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
 
 # settings that may differ between hosts: folders on their disks, and their worker processes
 PER_HOST = ("data.root", "data.mixture", "loading.workers", "compute.compile_cache")
+# weights can be exported on any devices, whatever the mesh and the microbatches of their training
+ANY_DEVICES = {"mesh.data": -1, "mesh.fsdp": 0, "mesh.tensor": 1, "compute.accumulation": 0}
 
 
 def check_processes(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
@@ -177,7 +179,7 @@ def export(
     # A run that is still training will export newer weights, which these must not replace.
     with exclusive_run(workdir):
         claim_workdir(workdir, to_dict(stored), accept_changes)
-        setup = set_up(stored, TASKS[stored.task])
+        setup = set_up(stored if config else with_settings(stored, ANY_DEVICES), TASKS[stored.task])
         config, task = setup.config, setup.task
         trainer = Trainer(setup, str(workdir), accept_changes=accept_changes)
 
@@ -222,11 +224,7 @@ def _describe(setup: Setup[Task]) -> Description | None:
 
 
 def export_run(
-    setup: Setup[Task],
-    params: Params,
-    workdir: AnyPath,
-    source: str,
-    described: Description | None,
+    setup: Setup[Task], params: Params, workdir: AnyPath, source: str, described: Description | None
 ) -> None:
     """Writes a run's weights to the folder where evaluation, prediction and other runs look for them.
 
@@ -236,14 +234,14 @@ def export_run(
       described: as `_describe` returns it.
     """
     config, task = setup.config, setup.task
-    metadata = provenance(config.task, config.seed, config.train.steps)
+    step = source.rsplit("/", 1)[-1]
+    metadata = provenance(config.task, config.seed, int(step))
     if isinstance(task, AutoencoderTask):
         export_autoencoder(config.data, config.eval.split, task, params, workdir, metadata)
         return
 
     # Which checkpoint the weights are of is known only now.
     if described:
-        step = source.rsplit("/", 1)[-1]
         checkpoint = f"{CHECKPOINTS}/{step}"
         described = dataclasses.replace(described, steps=int(step), checkpoint=checkpoint)
     write_export(task, params, workdir, metadata, described)

@@ -58,6 +58,16 @@ one_line() {
   done
 }
 
+# Prints --start_timeout=$1 and a space, unless the flags after it have that flag: main takes it once.
+start_timeout() {
+  local seconds="$1" flag
+  shift
+  for flag in "$@"; do
+    [[ "$flag" != --start_timeout && "$flag" != --start_timeout=* ]] || return 0
+  done
+  printf -- '--start_timeout=%s ' "$seconds"
+}
+
 # A secret that the processes of a run share, so that no other program takes part in their roll call.
 new_token() {
   od -An -N16 -tx1 /dev/urandom | tr -d ' \n'

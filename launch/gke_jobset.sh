@@ -25,7 +25,7 @@ plain NAME IMAGE ACCELERATOR TOPOLOGY HOSTS CHIPS SLICES RESTARTS SERVICE_ACCOUN
 one_line "$@"
 
 flags=""
-for flag in "$@"; do
+for flag in $(start_timeout 600 "$@") "$@"; do
   quoted="${flag//\'/\'\'}" # YAML's single quotes
   flags+=$'\n'"                    - '$quoted'"
 done
@@ -70,7 +70,7 @@ spec:
                 - name: main
                   image: $IMAGE
                   workingDir: /app
-                  command: [python, -u, -m, digseg_jax.main, --start_timeout=600]
+                  command: [python, -u, -m, digseg_jax.main]
                   args:$flags
                   env:
                     - {name: DIGSEG_JAX_TOKEN, value: "$token"}

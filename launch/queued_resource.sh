@@ -35,8 +35,16 @@ remove() {
 }
 
 for ((attempt = 1; attempt <= ${ATTEMPTS:-1000}; attempt++)); do
+  status=0
   run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${place[@]}" \
-    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
+    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}" || status=$?
+  if ((status)); then
+    # At first a wrong setting; later a moment without an answer, or a slice that could not be removed.
+    ((attempt > 1 && status != 2)) || exit "$status"
+    remove || true
+    sleep "${POLL:-60}"
+    continue
+  fi
   if [[ -n "$dry_run" ]]; then
     echo "# until it is ACTIVE: gcloud compute tpus queued-resources describe $NAME ${place[*]}"
     TPU="$NAME" launch/tpu_vm.sh --dry-run "$@"

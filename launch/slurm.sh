@@ -5,7 +5,7 @@
 #   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] FLAGS_OF_MAIN...
 #
 # NODES (default 1), GPUS of a node (default 8), TIME (default 24:00:00), PARTITION, ACCOUNT: as sbatch
-# knows them. VENV: an environment with the requirements and jax[cuda13], activated on each node.
+# knows them. CPUS of a GPU's process (default 8) and MEM of a node (default 0: all of it). VENV: an environment with the requirements and jax[cuda13], activated on each node.
 # The working directory must be one that all nodes see. main learns from SLURM which processes take part. 90 s before the
 # time limit or at a preemption SLURM sends SIGTERM: main saves and ends with 75, and the job goes back
 # into the queue. So it does when a process was killed (137), which the others end with 75 or are aborted
@@ -20,13 +20,13 @@ if [[ "${1:-}" == --dry-run ]]; then
   shift
 fi
 [[ $# -ge 1 ]] || usage "$0"
-plain NODES GPUS TIME PARTITION ACCOUNT RESTARTS
+plain NODES GPUS TIME PARTITION ACCOUNT RESTARTS CPUS MEM
 optional=""
 [[ -z "${PARTITION:-}" ]] || optional+="#SBATCH --partition=$PARTITION"$'\n'
 [[ -z "${ACCOUNT:-}" ]] || optional+="#SBATCH --account=$ACCOUNT"$'\n'
 activate=""
 [[ -z "${VENV:-}" ]] || activate=". $(printf '%q' "$VENV/bin/activate")"
-flags="$(printf '%q ' "$@")"
+flags="$(start_timeout 300 "$@")$(printf '%q ' "$@")"
 
 script() {
   cat << EOF
@@ -35,15 +35,18 @@ script() {
 #SBATCH --nodes=${NODES:-1}
 #SBATCH --ntasks-per-node=${GPUS:-8}
 #SBATCH --gpus-per-node=${GPUS:-8}
+#SBATCH --cpus-per-task=${CPUS:-8}
+#SBATCH --mem=${MEM:-0}
 #SBATCH --time=${TIME:-24:00:00}
 #SBATCH --signal=TERM@90
 #SBATCH --requeue
 #SBATCH --open-mode=append
 ${optional}cd $(printf '%q' "$PWD")
 $activate
+export SRUN_CPUS_PER_TASK=${CPUS:-8}
 export DIGSEG_JAX_TOKEN="\$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
 status=0
-srun --kill-on-bad-exit=0 python -u -m digseg_jax.main --start_timeout=300 $flags || status=\$?
+srun --kill-on-bad-exit=0 python -u -m digseg_jax.main $flags || status=\$?
 case "\$status" in
   $PREEMPTED) again=1 ;;
   134 | 137) again=\$((\${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-20})) ;;

@@ -35,7 +35,7 @@ describe_tree "$scratch/files"
 run tar -czf "$archive" --null -T "$scratch/files"
 run gcloud compute tpus tpu-vm scp "$archive" "$TPU:/tmp/digseg_jax.tar.gz" "${place[@]}" --worker=all
 
-flags="$(printf '%q ' "$@")"
+flags="$(start_timeout 300 "$@")$(printf '%q ' "$@")"
 token="$(new_token)"
 [[ -z "$dry_run" ]] || token=TOKEN
 remote="set -e
@@ -43,5 +43,5 @@ mkdir -p ~/digseg_jax && tar -xzf /tmp/digseg_jax.tar.gz -C ~/digseg_jax && cd ~
 PYTHON=$(printf '%q' "${PYTHON:-}") launch/prepare_host.sh ~/venv
 . ~/venv/bin/activate
 export DIGSEG_JAX_TOKEN=$token
-python -u -m digseg_jax.main --start_timeout=300 $flags"
+python -u -m digseg_jax.main $flags"
 run gcloud compute tpus tpu-vm ssh "$TPU" "${place[@]}" --worker=all --command="$remote"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -39,6 +40,24 @@ def test_an_export_waits_for_no_run_that_trains_there(tmp_path):
         other.kill()
         other.wait()
         other.stdout.close()
+
+
+def test_an_export_needs_no_devices_of_its_training(tmp_path, monkeypatch):
+    """A pod's mesh and batch say nothing about the machine that exports, unless it is asked."""
+    trained = parse({"mesh": {"data": 4, "fsdp": 8}, "compute": {"accumulation": 8}})
+    claim(tmp_path, to_dict(trained))
+    seen = []
+
+    def set_up(config, task):
+        seen.append(config)
+        raise UserError("enough")
+
+    monkeypatch.setattr(jobs, "set_up", set_up)
+    for config in (None, trained):
+        with pytest.raises(UserError, match="enough"):
+            jobs.export(tmp_path, config)
+    assert dataclasses.astuple(seen[0].mesh)[:3] == (-1, 0, 1) and seen[0].compute.accumulation == 0
+    assert seen[1] == trained
 
 
 def test_older_weights_never_replace_newer_ones(tmp_path, monkeypatch):

@@ -49,6 +49,9 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
       UserError: no such topology, a mesh or a batch that its devices do not divide, or a program that
         the compiler rejects for another reason than memory.
     """
+    if config.task != "segmentation":
+        raise UserError(f"--mode=compile: for segmenters only, config.task is {config.task!r}")
+
     # The configuration and the mesh, as a run on these devices would choose them.
     target = open_topology(topology)
     architecture = Architecture.of(config.model)

@@ -122,7 +122,7 @@ def open_topology(text: str) -> Topology:
         return Topology(text, simulated(text, int(shape)), chip, budget, meant)
 
     # The compiler has no slice of one chip: take one of the smallest slice.
-    one = set(shape) <= {"1", "x"}
+    one = set(shape.split("x")) == {"1"}
     name = ONE_CHIP[kind] if one else shape
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{name}")

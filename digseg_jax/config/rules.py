@@ -34,7 +34,7 @@ def check_combinations(config: Config) -> None:
     for key, known in settings().items():
         _check_used(key, known, functools.reduce(getattr, key.split("."), config), config.task)
 
-    _check_train(config.checkpoint, config.logging, config.optim)
+    _check_train(config.checkpoint, config.logging, config.optim, config.train.steps)
     _check_diffusion(config.diffusion)
     _check_model(config.model, config.optim)
     _check_compute(config.compute, config.model, config.mesh)
@@ -55,12 +55,14 @@ def _check_used(key: str, known: Setting, value: object, task: str) -> None:
         )
 
 
-def _check_train(checkpoint: CheckpointConfig, logging: LoggingConfig, optim: OptimConfig) -> None:
+def _check_train(
+    checkpoint: CheckpointConfig, logging: LoggingConfig, optim: OptimConfig, steps: int
+) -> None:
     """Checks what training needs: an evaluation to choose by, a profile window, valid regexes."""
-    if checkpoint.best and not logging.eval_every:
+    if checkpoint.best and not 1 <= logging.eval_every <= steps:
         raise UserError(
             f"config.checkpoint.best={checkpoint.best!r}: needs config.logging.eval_every, which "
-            "measures it while training"
+            f"measures it while training: 1 to config.train.steps={steps}, not {logging.eval_every}"
         )
 
     window = logging.profile

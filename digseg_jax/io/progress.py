@@ -79,16 +79,14 @@ class Progress:
     def clear(self) -> None:
         """Erases the line on a terminal, so that another message can be written in its place."""
         if self._active and self._tty and self._line:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            self._write("\r\x1b[K")
 
     def close(self) -> None:
         """Shows the last state and ends the line."""
         if self._active and self._pending:
             self._show(self._clock())
         if self._active and self._tty and self._line:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
         self._line = ""
 
     def _format(self, step: int, rate: float | None, values: dict[str, float], now: float) -> str:
@@ -108,8 +106,15 @@ class Progress:
         """Writes the line: over the old one on a terminal, else below it."""
         if self._tty:
             width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be redrawn
-            self._stream.write(f"\r{self._line[:width]}\x1b[K")
+            self._write(f"\r{self._line[:width]}\x1b[K")
         else:
-            self._stream.write(self._line + "\n")
-        self._stream.flush()
+            self._write(self._line + "\n")
         self._shown, self._pending = now, False
+
+    def _write(self, text: str) -> None:
+        """Writes to the stream; never again once nobody reads it (a session that was closed)."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # a broken pipe; a closed file
+            self._active = False

@@ -23,7 +23,7 @@ import jax
 from jax._src import distributed as jax_distributed
 from jax._src.clusters import ClusterEnv
 
-from digseg_jax.errors import PREEMPTED, Transient, UserError
+from digseg_jax.errors import PREEMPTED, Transient, UserError, refusal
 from digseg_jax.log import log
 from digseg_jax.runtime.rendezvous import TOKEN, roll_call, split_address
 
@@ -89,6 +89,7 @@ def _detect(timeout: float) -> Cluster | None:
     """The cluster that JAX detects; None if it finds none, or only this process.
 
     Raises:
+      Transient: process 0 is late, or what describes the cluster does not answer.
       UserError: a cluster was found, but not its other processes.
     """
     try:
@@ -96,10 +97,13 @@ def _detect(timeout: float) -> Cluster | None:
             None, None, None, None, None, int(timeout)
         )
     except Exception as error:  # each kind of cluster raises its own exceptions
-        raise UserError(
+        told = (
             f"this looks like one process of several, but the others were not found ({error}); "
             "name them with --coordinator=HOST:PORT --num_processes=N --process_id=I"
-        ) from error
+        )
+        # A pod of process 0 that starts late has no name yet when JAX looks for it.
+        late = "recognize coordinator address" in str(error)
+        raise (Transient(told) if late else refusal(told, error)) from error
 
     if address is None or count is None or index is None or count == 1:
         return None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import traceback
@@ -53,7 +54,8 @@ def tell(error: BaseException) -> int:
         return _one_line(f"a file cannot be written: {error.strerror}", USER_ERROR)
 
     # The rest is for a developer: a traceback, and a hint where memory ran out.
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
     if lacks_memory(error):
         return _one_line("out of memory: take smaller batches or a larger device", OVER_BUDGET)
     return CRASH
@@ -74,5 +76,6 @@ def run_tool(job: Callable[[], int | None]) -> int:
 
 def _one_line(text: str, status: int) -> int:
     """Prints an error in one line, and returns the exit status that goes with it."""
-    print(f"error: {without_secrets(' '.join(text.split()))}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {without_secrets(' '.join(text.split()))}", file=sys.stderr)
     return status

@@ -73,8 +73,10 @@ def chip_of(device_kind: str) -> Chip | None:
     """The chip of a JAX device kind; None if it is unknown, such as a CPU.
 
     Of several kinds that the name begins with, the longest counts, and whole words only: an "NVIDIA
-    L40S" is not an "NVIDIA L4".
+    L40S" is not an "NVIDIA L4". A laptop's chip of the name, or a part of one (MIG), is another one.
     """
+    if re.search(r"\b(Laptop|MIG)\b", device_kind):
+        return None
     kinds = {chip.kind: chip for chip in CHIPS.values()}
     kinds |= {kind: CHIPS[name] for kind, name in _OTHER_KINDS.items()}
     # "NVIDIA A100" is also the beginning of the 40 GB boards' names: the longest match decides.

@@ -160,6 +160,20 @@ def infer_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def held_share(trees: Iterable[Any], fsdp: int) -> float:
+    """Share of the trees' bytes that each of `fsdp` devices holds; more than 1 / fsdp where dimensions
+    cannot be split evenly."""
+    mesh = AbstractMesh((1, fsdp, 1), AXES)
+    whole, held = 0.0, 0.0
+    for tree in trees:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+            is_split = "fsdp" in spec_of("." + ".".join(names), leaf.shape, mesh)
+            whole += _bytes(leaf)
+            held += _bytes(leaf) / (fsdp if is_split else 1)
+    return held / whole if whole else 1.0
+
+
 def replicated_bytes(tree: Any, shardings: Any) -> dict[str, int]:
     """Bytes of each leaf that every device holds whole, by its path, largest first.
 

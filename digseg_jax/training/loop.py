@@ -60,7 +60,6 @@ class Trainer:
         train = config.train
 
         # Bad input is answered before anything is placed on a device.
-        check_batch("config.train.batch_size", train.batch_size, mesh, config.compute.accumulation or 1)
         require_wandb(config.logging.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):
@@ -131,6 +130,9 @@ class Trainer:
         # create=False: reading from a mistyped folder must not create it.
         with Checkpointer(workdir, self.config.checkpoint, create=False) as other:
             step = other.best_step() if best else other.latest_step()
+            if step is None and best and (step := other.latest_step()) is not None:
+                measure = self.config.checkpoint.best
+                log.warning("%s: none has a %s; the newest is taken", other.folder, measure)
             if step is None:
                 raise UserError(f"{other.folder}: no checkpoint here to start from")
             part = other.restore_part({name: self.abstract_state[name]}, step)
@@ -212,8 +214,11 @@ class Trainer:
         Raises:
           NotFinite: the loss or the gradient norm is not finite; WORKDIR/failure has the step.
           Preempted: the process was asked to leave; the step that the message names is saved.
-          UserError: a checkpoint or a record cannot be read or written.
+          UserError: a batch that the devices do not divide, or a checkpoint or a record that cannot be
+            read or written.
         """
+        batch, parts = self.config.train.batch_size, self.config.compute.accumulation or 1
+        check_batch("config.train.batch_size", batch, self.mesh, parts)
         check_all_agree({"the training data (examples, names)": self.examples})
         with contextlib.ExitStack() as stack:
             checkpointer = Checkpointer(self.workdir, self.config.checkpoint)

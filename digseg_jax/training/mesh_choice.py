@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +28,13 @@ from digseg_jax.config.schema import MeshConfig, OptimConfig
 from digseg_jax.log import log
 from digseg_jax.runtime.cpu import host_memory
 from digseg_jax.runtime.hardware import Chip, chip_of
+from digseg_jax.runtime.sharding import held_share
 from digseg_jax.training.step import abstract_state
 from digseg_jax.training.tasks.base import Trainable
 
 GB = 1e9
 SMALL = 1 * GB  # bytes; a smaller state is held whole by every device
+WORTH = 0.9  # share of what a device held before, below which more devices are worth it
 WIDE = 16  # most devices that one state is split over where links are fast, if it fits
 
 # Usable share of a device's memory: on a GPU what JAX allocates of it, on other devices room for what
@@ -47,16 +50,19 @@ class Needs:
     frozen: autoencoder and prompts; split over fsdp.
     temporaries: estimated activations of one device's images; not split.
     gradients: what microbatches need in addition, the sum of their gradients; split over fsdp.
+    share: of all that is split, what each of so many devices holds. By default its even part; of real
+      arrays more, where the number divides none of their dimensions.
     """
 
     state: float
     frozen: float
     temporaries: float
     gradients: float = 0.0
+    share: Callable[[int], float] = dataclasses.field(default=lambda fsdp: 1 / fsdp, compare=False)
 
     def on_a_device(self, fsdp: int) -> float:
         """Bytes on one of `fsdp` devices that share the state."""
-        return (self.state + self.frozen) / fsdp + self.temporaries
+        return (self.state + self.frozen) * self.share(fsdp) + self.temporaries
 
 
 def choose_mesh(
@@ -97,7 +103,7 @@ def choose_mesh(
         "config.mesh.fsdp=0: %d chosen for %d x %s: of %.2f GB (state, gradients, frozen parts) a "
         "device holds %.2f GB, about %.2f GB with activations, of %.1f GB%s",
         fsdp, len(devices), chip.kind if chip else devices[0].device_kind,
-        held / GB, held / fsdp / GB, share / GB, memory / GB, over,
+        held / GB, held * needs.share(fsdp) / GB, share / GB, memory / GB, over,
     )  # fmt: skip
     return dataclasses.replace(mesh, fsdp=fsdp)
 
@@ -126,7 +132,7 @@ def choose_accumulation(
     def held(parts: int) -> float:
         """Bytes on a device."""
         split = dataclasses.replace(needs, temporaries=needs.temporaries / parts)
-        return split.on_a_device(fsdp) + (needs.gradients / fsdp if parts > 1 else 0.0)
+        return split.on_a_device(fsdp) + (needs.gradients * needs.share(fsdp) if parts > 1 else 0.0)
 
     # A batch that the devices do not divide is refused elsewhere.
     each = max(batch_size // shards, 1)
@@ -147,8 +153,15 @@ def _facts(
     devices: list[jax.Device], memory: float | None, chip: Chip | None
 ) -> tuple[Chip | None, float]:
     """Chip and memory of devices, as far as they are not given."""
-    chip = chip or chip_of(devices[0].device_kind)
-    return chip, memory or (chip.hbm_bytes if chip else least_memory(devices))
+    if chip is not None:  # planned for, not there
+        return chip, memory or chip.hbm_bytes
+    chip = chip_of(devices[0].device_kind)
+    if memory or chip is None:
+        return chip, memory or least_memory(devices)
+
+    # A device may have less than its kind, or less for this program: a laptop's, a shared one. On a
+    # GPU it reports what JAX allocates of it.
+    return chip, min(chip.hbm_bytes, least_memory(devices, USABLE * chip.hbm_bytes) / USABLE)
 
 
 def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
@@ -163,8 +176,13 @@ def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
     if needs.state < SMALL:
         return 1
 
-    # Each size that splits the group evenly, ascending.
-    sizes = [size for size in range(1, group + 1) if group % size == 0] or [1]
+    # Each size that splits the group evenly, ascending; none by which a device holds hardly less than by
+    # a smaller one, such as six, by which few dimensions of a network can be divided.
+    sizes: list[int] = []
+    for size in range(1, group + 1):
+        if group % size == 0 and all(needs.share(size) < WORTH * needs.share(other) for other in sizes):
+            sizes.append(size)
+    sizes = sizes or [1]
 
     if chip is not None and chip.ici_bandwidth:
         # Fast links: not less than the widest size up to WIDE, more only to fit.
@@ -180,9 +198,11 @@ def needs_of(task: Trainable, optim: OptimConfig, images: float, shards: int) ->
     images: of a batch, or of a microbatch. shards: equal parts that the devices split it into.
     """
     # Gradients have the parameters' shapes, so parameters count twice.
-    state, params = _bytes(abstract_state(task.abstract, optim)), _bytes(task.abstract)
+    whole = abstract_state(task.abstract, optim)
+    state, params = _bytes(whole), _bytes(task.abstract)
     temporaries = math.ceil(images / shards) * task.activation_bytes()
-    return Needs(state + params, _bytes(task.frozen), temporaries, params)
+    share = functools.cache(functools.partial(held_share, (whole, task.frozen)))
+    return Needs(state + params, _bytes(task.frozen), temporaries, params, share)
 
 
 def count_joined(devices: list[jax.Device]) -> int:
@@ -206,16 +226,15 @@ def count_joined(devices: list[jax.Device]) -> int:
     return math.gcd(*collections.Counter(map(group, devices)).values())
 
 
-def least_memory(devices: list[jax.Device]) -> float:
+def least_memory(devices: list[jax.Device], otherwise: float = 0.0) -> float:
     """Bytes of the device with the least memory, over all processes; all must call it.
 
-    Simulated devices share their host's memory.
+    otherwise: bytes of devices that do not report it; 0: such as are simulated, and share their host's.
     """
     own = [d for d in devices if d.process_index == jax.process_index()] or devices
     stats = own[0].memory_stats() or {}
 
-    # Devices that do not report it (CPUs) get their share of the host's memory.
-    found = float(stats.get("bytes_limit", host_memory() / len(own)))
+    found = float(stats.get("bytes_limit") or otherwise or host_memory() / len(own))
 
     if jax.process_count() == 1:
         return found

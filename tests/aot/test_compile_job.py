@@ -228,6 +228,13 @@ def test_the_unet_alone_on_a_gpu_that_lacks_memory(compiled, folders, tmp_path, 
     assert result["flops"] < compiled[0]["flops"]
 
 
+@pytest.mark.parametrize("task", ["autoencoder", "prior"])
+def test_other_tasks_than_a_segmenters_are_refused(folders, tmp_path, task):
+    made = dataclasses.replace(config(folders), task=task)
+    with pytest.raises(UserError, match=f"for segmenters only, config.task is '{task}'"):
+        compiling.run(made, "cpu:8", tmp_path)
+
+
 def test_a_gpus_program_is_really_lowered_for_it(folders, monkeypatch):
     """What JAX refuses for CUDA must not be told to fit."""
     seen = []

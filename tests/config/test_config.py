@@ -159,6 +159,14 @@ def test_settings_of_what_a_checkpoint_lacks_need_it(values, expected):
     assert expected in refused(values)
 
 
+def test_a_best_checkpoint_needs_a_measurement_before_the_end():
+    values = {"checkpoint": {"best": "val_miou"}, "train": {"steps": 400}}
+    for every in (0, 500):
+        message = refused(values | {"logging": {"eval_every": every}})
+        assert f"measures it while training: 1 to config.train.steps=400, not {every}" in message
+    assert parse(values | {"logging": {"eval_every": 400}}).checkpoint.best == "val_miou"
+
+
 def test_a_part_of_a_mixture_has_no_views_of_its_own_in_cached_latents():
     plain = {
         "latent_cache": "DIR",

@@ -256,6 +256,18 @@ def test_on_a_terminal_the_line_is_redrawn_in_place():
     assert text.count("\r") == 3
 
 
+def test_a_session_that_was_closed_does_not_end_the_run():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    progress = Progress(3, every=0, stream=Closed(), active=True)
+    for step in (1, 2, 3):
+        progress.update(step)
+    progress.clear()
+    progress.close()
+
+
 def test_an_inactive_process_shows_nothing():
     stream = Terminal()
     progress = Progress(3, stream=stream, active=False)

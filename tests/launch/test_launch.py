@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -275,6 +276,37 @@ def test_queued_resource_waits_through_a_look_that_fails(tmp_path):
     assert verbs == ["create", *["describe"] * 4, "scp", "ssh", "delete"]
 
 
+@pytest.mark.parametrize(
+    ("fails", "status", "verbs"),
+    [
+        ("1", 1, ["create"]),  # a wrong setting: at once
+        ("2", 0, ["create", "describe", "scp", "ssh", "delete", "create", "delete", "create"]),
+    ],
+)
+def test_queued_resource_outlives_a_create_that_fails_after_a_preemption(
+    tmp_path, fails, status, verbs
+):
+    body = (
+        'echo "$4 $5" >> "$OUT"\n'
+        'if [ "$4" = describe ]; then echo ACTIVE; fi\n'
+        f'if [ "$4" = create ] && [ "$(grep -c create "$OUT")" = {fails} ]; then exit 1; fi\n'
+        'if [ "$4" = ssh ] && [ "$(grep -c ssh "$OUT")" = 1 ]; then exit 75; fi'
+    )
+    path, out = fake(tmp_path / "bin", gcloud=body, sleep="exit 0"), tmp_path / "asked"
+    settings = {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out)}
+    done = run("queued_resource.sh", "--workdir=gs://b/r", **settings)
+    asked = [line.split()[0] for line in out.read_text().splitlines()]
+    assert done.returncode == status, done.stdout + done.stderr
+    assert asked[: len(verbs)] == verbs
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_jobset.sh", "slurm.sh"])
+def test_main_gets_one_start_timeout_the_users_if_there_is_one(script):
+    assert len(re.findall("--start_timeout=[36]00", dry(script))) == 1
+    own = run(script, "--dry-run", *FLAGS, "--start_timeout=1800", **SETTINGS[script])
+    assert own.stdout.count("--start_timeout") == own.stdout.count("--start_timeout=1800") == 1
+
+
 def test_queued_resource_ends_when_the_state_is_never_told(tmp_path):
     done, asked = queued(tmp_path, "echo no permission >&2; exit 1", MISSES="3")
     assert done.returncode == 1 and asked == ["create r", *["describe r"] * 3, "delete r"]
@@ -294,7 +326,7 @@ def test_the_jobset_manifest_is_what_kubernetes_will_read():
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["parallelism"] == job["completions"] == 8
     (container,) = job["template"]["spec"]["containers"]
-    assert container["args"] == FLAGS
+    assert container["args"] == ["--start_timeout=600", *FLAGS]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     (token,) = container["env"]
     assert token["name"] == TOKEN and len(token["value"]) == 32
@@ -328,6 +360,7 @@ def test_the_slurm_script_is_shell_and_goes_back_into_the_queue_after_what_passe
     tmp_path, status, starts, again
 ):
     text = dry("slurm.sh")
+    assert "#SBATCH --cpus-per-task=8" in text and "#SBATCH --mem=0" in text
     assert "#SBATCH --ntasks-per-node=4" in text and "--signal=TERM@90" in text
     # run it with the cluster's commands replaced by ones that say how they were called
     path = fake(

@@ -16,6 +16,7 @@ from pod import free_port
 from tiny import one_line
 
 from digseg_jax.errors import Transient, UserError
+from digseg_jax.runtime import distributed
 from digseg_jax.runtime.distributed import Cluster, find_cluster, start
 from digseg_jax.runtime.rendezvous import _Call, roll_call, split_address
 
@@ -255,3 +256,23 @@ def test_slurm_tells_who_takes_part(monkeypatch):
     assert cluster.local_device_ids == (1,)
     host, port = split_address(cluster.address)
     assert host == "node07" and port > 1024
+
+
+@pytest.mark.parametrize(
+    ("fault", "passes"),
+    [
+        (RuntimeError("Failed to recognize coordinator address 'slice-0-0.run:8080'"), True),
+        (ConnectionError("metadata.google.internal: refused"), True),
+        (RuntimeError("Number of TPU workers does not fit"), False),
+    ],
+)
+def test_a_process_0_that_is_late_is_no_final_error(monkeypatch, fault, passes):
+    """A launcher starts the run again on 75, and never on 2."""
+
+    def detect(*_):
+        raise fault
+
+    monkeypatch.setattr(distributed.ClusterEnv, "auto_detect_unset_distributed_params", detect)
+    with pytest.raises(UserError, match="the others were not found") as caught:
+        distributed._detect(1.0)
+    assert isinstance(caught.value, Transient) == passes

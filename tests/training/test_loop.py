@@ -200,7 +200,7 @@ def test_training_does_not_write_into_the_initial_parameters(config, tmp_path):
 def test_a_batch_that_does_not_divide_among_the_devices_is_refused(folders, tmp_path):
     config = tiny.config(folders, train__batch_size=6)
     with pytest.raises(UserError) as caught:
-        trainer(config, tmp_path, mesh=tiny.mesh(data=2, fsdp=2))
+        trainer(config, tmp_path, mesh=tiny.mesh(data=2, fsdp=2)).run()
     assert "config.train.batch_size=6" in tiny.one_line(caught.value)
     assert "multiple of 4" in str(caught.value)
 

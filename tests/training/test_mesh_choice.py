@@ -37,6 +37,7 @@ SD = Needs(state=17.3e9, frozen=0.4e9, temporaries=2.8e9)  # two images a device
 def devices(count: int, kind: str, platform: str, group: int, attribute: str) -> list[SimpleNamespace]:
     """Devices by their facts: `group` of them in each slice or host."""
     facts = {"device_kind": kind, "platform": platform, "process_index": 0}
+    facts["memory_stats"] = lambda: {}
     return [SimpleNamespace(**facts | {attribute: i // group}) for i in range(count)]
 
 
@@ -79,6 +80,35 @@ def test_without_known_links_only_as_many_as_it_takes():
     assert fsdp_for(SD, None, 8, 75e9) == 1
     assert fsdp_for(SD, None, 8, 15e9) == 2
     assert fsdp_for(SD, None, 8, 1e9) == 8
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(2, 2), (3, 3), (4, 4), (6, 2), (7, 1), (8, 8), (12, 4)])
+def test_a_number_that_divides_no_dimension_shares_nothing(sd15, count, wanted):
+    """Of 320, 640 and 1,280 channels six devices would hold nearly as much as one."""
+    config, task = sd15
+    needs = mesh_choice.needs_of(task, config.optim, config.train.batch_size, count)
+    assert fsdp_for(needs, CHIPS["h100"], count, 1e12) == wanted
+    even = (needs.state + needs.frozen) / wanted + needs.temporaries
+    assert even <= needs.on_a_device(wanted) < 1.3 * even
+
+
+@pytest.mark.parametrize(
+    ("kind", "reported", "memory"),
+    [
+        ("NVIDIA H100 80GB HBM3", {}, 80e9),
+        ("NVIDIA H100 80GB HBM3", {"bytes_limit": 60e9}, 80e9),  # what JAX takes of it
+        ("NVIDIA H100 80GB HBM3", {"bytes_limit": 30e9}, 40e9),  # XLA_CLIENT_MEM_FRACTION
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", {"bytes_limit": 12e9}, 12e9),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", {"bytes_limit": 7e9}, 7e9),
+    ],
+)
+def test_a_device_may_have_less_than_its_kind(kind, reported, memory):
+    there = devices(2, kind, "gpu", 2, "slice_index")
+    for device in there:
+        device.memory_stats = lambda: reported
+    assert mesh_choice._facts(there, None, None)[1] == pytest.approx(memory)
+    assert mesh_choice._facts(there, 5e9, None)[1] == 5e9
+    assert mesh_choice._facts(there, None, CHIPS["v5e"])[1] == CHIPS["v5e"].hbm_bytes
 
 
 def test_a_small_state_is_held_whole():
@@ -163,6 +193,7 @@ def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_p
     """--mode=eval, a suite and --mode=predict; a small model on devices that must share it."""
     monkeypatch.setattr(mesh_choice, "SMALL", 0)
     monkeypatch.setattr(mesh_choice, "least_memory", lambda devices: 1e3)
+    monkeypatch.setattr(mesh_choice, "held_share", lambda trees, fsdp: 1 / fsdp)
     config = tiny.config(folders, mesh__fsdp=0)
     tiny.export(config, tmp_path / "export")
     task = programs.abstract_task(config, Architecture.of(config.model))
