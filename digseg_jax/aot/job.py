@@ -128,10 +128,11 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
 
     # Over the memory: compute what would fit.
     if not result["fits"]:
+        parts = (config.compute.accumulation or 1) if config.compile.program == "train" else 1
         needs = Needs(
             result["hbm_args_bytes"],
             result["hbm_temp_bytes"],
-            max(1, math.ceil(result["images_per_chip"])),
+            max(1, math.ceil(result["images_per_chip"] / parts)),  # of a microbatch
             target.hbm_bytes,
         )
         with cuda.assumed_cudnn():

@@ -245,6 +245,10 @@ class Checkpointer:
         """Reads top-level entries of the state, such as {"ema": tree}; raises what `restore` does."""
         return self._read_state(abstract_part, step, self._read_meta(step), partial_restore=True)
 
+    def entries(self, step: int) -> tuple[str, ...]:
+        """Names of the state's entries, such as "ema"; () for a checkpoint that does not tell them."""
+        return tuple(self._read_meta(step).get("small") or ())
+
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads what was saved beside the state; raises what `restore` does."""
         return _without_own(self._read_meta(step))

@@ -97,17 +97,18 @@ class FrozenPart:
         folder, place = part_folder(reference), expanded(reference)
         reference = str(place.absolute()) if place.exists() else reference
 
-        # The hub's cache names the folder of a download after its commit.
+        # The hub's cache names the folder of a download after its commit; a folder has none of its own.
         commit = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
-        return cls(reference, commit[1] if commit else "", checksum(folder))
+        known = commit[1] if commit and not place.exists() else ""
+        return cls(reference, known, checksum(folder))
 
     @property
     def pinned(self) -> str:
-        """The reference, with "@commit" if the part came from the hub without a revision of its own."""
-        repository, colon, subfolder = catalog.expand(self.reference).partition(":")
-        if not self.revision or "@" in repository:
+        """The reference, of a part from the hub with its "@commit": a branch may have moved."""
+        if not self.revision:
             return self.reference
-        return f"{repository}@{self.revision}{colon}{subfolder}"
+        repository, colon, subfolder = catalog.expand(self.reference).partition(":")
+        return f"{repository.partition('@')[0]}@{self.revision}{colon}{subfolder}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,13 @@ from typing import Any
 
 from digseg_jax.errors import UserError
 from digseg_jax.runtime.door import run_tool
-from digseg_jax.weights.hub import COMPANIONS, converted_folder, resolve_pickles
+from digseg_jax.weights.hub import (
+    COMPANIONS,
+    SCHEDULER,
+    TOKENIZER,
+    converted_folder,
+    resolve_pickles,
+)
 from digseg_jax.weights.safetensors_io import DIFFUSERS_STEM, OPEN_CLIP_STEM, TRANSFORMERS_STEM
 
 # stem of the pickle -> stem of the safetensors file
@@ -52,9 +58,12 @@ def convert(source: str | Path, out: str | Path | None = None) -> Path:
     # Configuration and tokenizer go along, so that the folder is a complete component.
     out = converted_folder(source) if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    beside = {"text_encoder": folder.parent / TOKENIZER, "unet": folder.parent / SCHEDULER}
+    places = [folder, *filter(None, [beside.get(folder.name)])]  # a pipeline has some beside it
     for name in COMPANIONS:
-        if (folder / name).is_file() and folder.resolve() != out.resolve():
-            shutil.copyfile(folder / name, out / name)
+        place = next((place / name for place in places if (place / name).is_file()), None)
+        if place and place.parent.resolve() != out.resolve():
+            shutil.copyfile(place, out / name)
     target = out / f"{STEMS[stem]}.safetensors"
 
     # Tied tensors share memory, which safetensors rejects: store copies.

@@ -114,7 +114,7 @@ class Trainer:
         return 0, make(params)
 
     def weights_of(self, workdir: str, *, best: bool = False) -> tuple[Params, str]:
-        """Loads the averaged weights of a run's newest (or best) checkpoint.
+        """Loads the weights of a run's newest (or best) checkpoint, averaged if it has averages.
 
         The task takes over the constants that they were trained with, such as the colors of a palette,
         unless its own have another form: then the weights are a start for other classes.
@@ -125,8 +125,6 @@ class Trainer:
         Raises:
           UserError: there is no checkpoint, or it is one of another model.
         """
-        name = "ema" if "ema" in self.abstract_state else "params"
-
         # create=False: reading from a mistyped folder must not create it.
         with Checkpointer(workdir, self.config.checkpoint, create=False) as other:
             step = other.best_step() if best else other.latest_step()
@@ -135,7 +133,11 @@ class Trainer:
                 log.warning("%s: none has a %s; the newest is taken", other.folder, measure)
             if step is None:
                 raise UserError(f"{other.folder}: no checkpoint here to start from")
-            part = other.restore_part({name: self.abstract_state[name]}, step)
+
+            # The other run may keep averages where this one does not, or the other way round.
+            stored = other.entries(step) or tuple(self.abstract_state)
+            name = "ema" if "ema" in stored else "params"
+            part = other.restore_part({name: self.abstract_state["params"]}, step)
             constants = other.read_meta(step).get("constants") or {}
 
         # Found anew, on other hardware, colors could differ from those that the weights paint.

@@ -176,8 +176,8 @@ def fsdp_for(needs: Needs, chip: Chip | None, group: int, budget: float) -> int:
     if needs.state < SMALL:
         return 1
 
-    # Each size that splits the group evenly, ascending; none by which a device holds hardly less than by
-    # a smaller one, such as six, by which few dimensions of a network can be divided.
+    # Each size that splits the group evenly, ascending. By six a device holds little less than by two,
+    # as few dimensions of a network can be divided by it: such sizes are left out.
     sizes: list[int] = []
     for size in range(1, group + 1):
         if group % size == 0 and all(needs.share(size) < WORTH * needs.share(other) for other in sizes):

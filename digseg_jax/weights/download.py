@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from digseg_jax.errors import Transient, UserError
+from digseg_jax.errors import Transient, UserError, passes
 from digseg_jax.log import log
 
 ATTEMPTS = 3  # tries of a download that failed for a reason that may pass by itself
@@ -156,12 +156,12 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
         return refused, False
     if unfound:
         why = f"{constants.ENDPOINT} does not answer ({first_line(answer)})"
-        return f"{why}, and {lacking}; try again with a connection", False
+        return f"{why}, and {lacking}; try again with a connection", passes(answer)
 
     # Exceptions for lost connections carry neither an errno nor an HTTP status,
     # so whatever has neither is tried again; so are answers of 500 and above.
     final = isinstance(error, ValueError) or getattr(error, "errno", None) or 0 < status_of(error) < 500
-    return first_line(error), not final
+    return first_line(error), not final or passes(error)
 
 
 def refusal(answer: BaseException, repository: str, revision: str | None) -> str:

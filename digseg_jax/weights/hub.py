@@ -18,7 +18,13 @@ from digseg_jax.io.files import expanded
 from digseg_jax.io.storage import AnyPath, SomePath, as_path, explained, is_remote, local_copy
 from digseg_jax.weights import catalog, single_file
 from digseg_jax.weights.download import snapshot
-from digseg_jax.weights.safetensors_io import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, PIPELINE_FILE, STEMS
+from digseg_jax.weights.safetensors_io import (
+    CONFIG_FILE,
+    OPEN_CLIP_CONFIG_FILE,
+    PIPELINE_FILE,
+    STEMS,
+    component_files,
+)
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<sub>[\w./-]+))?")
 _TOKENIZER_FILES = (
@@ -41,6 +47,7 @@ _EXPORT_FILES = (  # files of an exported segmenter
     "scheduler_config.json",
     "preprocessor_config.json",
     "README.md",
+    "LICENSE",
 )
 SCHEDULER_FILE = f"{SCHEDULER}/scheduler_config.json"  # in a pipeline, whose U-Net is in unet/
 # Small files to download beside the weights.
@@ -139,7 +146,8 @@ def resolve_pickles(path_or_hub_id: str | Path, stems: tuple[str, ...]) -> Path:
     # Weights are one file, or shards.
     files = [f for stem in stems for f in (f"{stem}.bin", f"{stem}-*-of-*.bin")]
     with _no_folder(found):
-        return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)])
+        beside = _of_pipeline(found.prefix)
+        return _snapshot(found, [f"{found.prefix}{f}" for f in (*files, *COMPANIONS)] + beside)
 
 
 def converted_folder(path_or_hub_id: str | Path) -> Path:
@@ -261,7 +269,13 @@ def _download(repository: _Repository) -> Path:
 
     # Full precision, else half; never both, because each is a whole copy of the weights.
     for variant in ("", ".fp16"):
-        folder = _snapshot(repository, _patterns(repository.prefix, variant))
+        try:
+            folder = _snapshot(repository, _patterns(repository.prefix, variant))
+        except UserError as error:
+            # Without a network: what is cached may lack only what can be done without.
+            if cached := _complete_cached(error, repository):
+                return cached
+            raise
         if any(folder.glob("*.safetensors")):
             return folder
 
@@ -279,6 +293,19 @@ def _download(repository: _Repository) -> Path:
         f"opened here; {part}convert it once, where torch is installed: {catalog.CONVERT} "
         f"{catalog.short(str(repository))}; it is found from then on"
     )
+
+
+def _complete_cached(error: UserError, repository: _Repository) -> Path | None:
+    """The folder of a component whose configuration and weights are cached, of either variant."""
+    root = getattr(error.__cause__, "snapshot_path", None)  # of the client's IncompleteSnapshotError
+    if root is None:
+        return None
+    folder = Path(root) / repository.subfolder
+    try:
+        component_files(folder)
+    except UserError:
+        return None
+    return folder
 
 
 @contextlib.contextmanager
@@ -314,11 +341,15 @@ def _patterns(prefix: str, variant: str) -> list[str]:
         )
     ]
 
-    # A pipeline keeps the tokenizer beside its text encoder.
+    return [f"{prefix}{file}" for file in COMPANIONS] + _of_pipeline(prefix) + weights
+
+
+def _of_pipeline(prefix: str) -> list[str]:
+    """Names of the files that a pipeline keeps beside the component that needs them."""
+    # The tokenizer beside its text encoder.
     beside = prefix.removesuffix("text_encoder/")
     tokenizer = [f"{beside}{TOKENIZER}/{f}" for f in _TOKENIZER_FILES] if beside != prefix else []
 
     # Its scheduler says how the U-Net beside it was trained.
     above = prefix.removesuffix("unet/")
-    scheduler = [f"{above}{SCHEDULER_FILE}"] if above != prefix else []
-    return [f"{prefix}{file}" for file in COMPANIONS] + tokenizer + scheduler + weights
+    return tokenizer + ([f"{above}{SCHEDULER_FILE}"] if above != prefix else [])

@@ -40,8 +40,10 @@ def schedule_differences(unet: Path, config: DiffusionConfig) -> list[str]:
       scheduler: then nothing is known.
     """
     # A comparison for a warning only, so a missing or damaged file is no error.
+    beside = unet.absolute().parent / SCHEDULER_FILE
+    own = unet / Path(SCHEDULER_FILE).name  # converted weights have it in their folder
     try:
-        stored = read_json(unet.absolute().parent / SCHEDULER_FILE)
+        stored = read_json(beside if beside.is_file() else own)
     except UserError:
         return []
 

@@ -243,14 +243,18 @@ def _text_1x(infos: Infos) -> tuple[dict[str, Any], Infos]:
 
 
 def _text_2x(infos: Infos) -> tuple[dict[str, Any], Infos]:
-    """OpenCLIP's text encoder without its last layer: Stable Diffusion 2.x reads the one before."""
-    last = f"encoder.layers.{_count(infos, 'transformer.resblocks.') - 1}."
-    dropped = ("text_projection", "logit_scale", "attn_mask", last)
+    """OpenCLIP's text encoder without its last layer: Stable Diffusion 2.x reads the one before.
+
+    A file that was made from a pipeline has lost that layer already, and the projection behind it.
+    """
+    dropped = ["text_projection", "logit_scale", "attn_mask"]
+    if any(key.startswith("text_projection") for key in infos):
+        dropped.append(f"encoder.layers.{_count(infos, 'transformer.resblocks.') - 1}.")
 
     found: Infos = {}
     for key, info in _renamed(infos, _TEXT_2X).items():
         whole = re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", key)
-        if key.startswith(dropped):
+        if key.startswith(tuple(dropped)):
             continue
         if whole is None:
             found[key] = info

@@ -13,7 +13,7 @@ import pytest
 from tiny import one_line
 
 import hub
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.weights import catalog, download, load_config, resolve
 from digseg_jax.weights.hub import resolve_tokenizer
 from digseg_jax.weights.safetensors_io import weight_files
@@ -112,6 +112,25 @@ def test_offline_by_flag(server, tmp_path):
         assert "HF_HUB_OFFLINE is set" in message and str(tmp_path) in message
         assert "HF_HUB_OFFLINE is set" in refusal("taesd")
     assert not server.requests
+
+
+@pytest.mark.parametrize("revision", ["", "@half"])
+def test_a_cache_that_lacks_what_can_be_done_without_is_enough_offline(server, tmp_path, revision):
+    """Fetched by hand, say: without the scheduler, or in half precision alone."""
+    with hub.environment(server.endpoint, tmp_path):
+        folder = resolve(f"{SD15}{revision}:unet")
+    (folder.parent / "scheduler/scheduler_config.json").unlink()
+    with hub.environment(server.endpoint, tmp_path, offline=True):
+        assert resolve(f"{SD15}{revision}:unet") == folder
+        weight_files(folder)[0].unlink()
+        assert "HF_HUB_OFFLINE is set" in refusal(f"{SD15}{revision}:unet")
+
+
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_a_hub_that_is_busy_is_asked_again_and_no_final_error(online, impatient, status):
+    online.fail("revision/main", status)
+    with pytest.raises(Transient, match="does not answer"):
+        resolve("sd-1.5:unet")
 
 
 def test_what_does_not_exist(online):

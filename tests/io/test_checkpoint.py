@@ -116,6 +116,19 @@ class TestStart:
         starts = [line for line in lines if line.startswith("start:")]
         assert starts == [f"start: step 0, from {source[0] / 'checkpoints' / '6'}"]
 
+    def test_averages_are_taken_where_there_are_some(self, source, folders, tmp_path):
+        """Whatever this run keeps: a first run may have saved the memory of an average."""
+        _, state = train(
+            folders, tmp_path / "a", init_from=str(source[0]), train__steps=0, optim__ema_decay=0.0
+        )
+        assert_same_bits(state["params"], source[1]["ema"])
+        assert "ema" not in state
+
+        _, plain = train(folders, tmp_path / "b", optim__ema_decay=0.0)
+        _, state = train(folders, tmp_path / "c", init_from=str(tmp_path / "b"), train__steps=0)
+        assert_same_bits(state["params"], plain["params"])
+        assert_same_bits(state["ema"], plain["params"])
+
     def test_the_own_run_comes_first(self, source, folders, tmp_path, lines):
         first = train(folders, tmp_path, checkpoint__every=3)[1]
         again = train(folders, tmp_path, init_from=str(source[0]))[1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import hub
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import Config
 from digseg_jax.diffusion.ddim import timesteps
+from digseg_jax.io.image_file import to_rgb
 from digseg_jax.models.unet import NOTE
 from digseg_jax.prediction.pretrained import PretrainedSegmenter, load_segmenter
 from digseg_jax.recipes import stable_diffusion
@@ -192,3 +195,18 @@ def test_the_pipeline_is_short_and_its_index_names_what_is_there(shipped):
     index = json.loads((folder / PIPELINE_FILE).read_text())
     parts = [name for name, value in index.items() if isinstance(value, list) and name[0] != "_"]
     assert sorted(parts) == sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("kind", ["transparent", "palette", "16 bits", "float", "gray"])
+def test_images_of_any_mode_are_read_as_here(shipped, kind):
+    rng = np.random.default_rng(0)
+    images = {
+        "transparent": Image.fromarray(rng.integers(0, 256, (6, 7, 4), np.uint8), "RGBA"),
+        "16 bits": Image.fromarray(rng.integers(300, 40_000, (6, 7)).astype(np.uint16)),
+        "float": Image.fromarray(rng.normal(size=(6, 7)).astype(np.float32)),
+        "gray": Image.fromarray(rng.integers(0, 256, (6, 7), np.uint8)),
+    }
+    images["palette"] = images["gray"].convert("P")
+    images["palette"].info["transparency"] = 0
+    views = runpy.run_path(str(Path(shipped[1]) / "image_processor" / "digseg_views.py"))
+    np.testing.assert_allclose(views["_pixels"](images[kind]), to_rgb(images[kind]), atol=1)

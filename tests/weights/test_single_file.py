@@ -188,6 +188,22 @@ def test_components_of_a_single_file(checkpoint, part):
     assert {key: config.to_dict()[key] for key in written} == written
 
 
+def test_a_text_encoder_that_was_made_from_a_pipeline_has_lost_its_last_layer_already(tmp_path):
+    file = tmp_path / "sd.safetensors"
+    parts = write("2.x", file)
+    last = f"resblocks.{TEXT['num_hidden_layers'] - 1}."
+    with safe_open(file, "np") as opened:
+        kept = {
+            key: opened.get_tensor(key)
+            for key in opened.keys()  # noqa: SIM118  # no mapping
+            if last not in key and not key.endswith("text_projection")
+        }
+    save_file(kept, file)
+    config, tensors = loaded(file, "text")
+    assert config.num_hidden_layers == TEXT["num_hidden_layers"] - 1
+    assert tensors.keys() == parts["text"].keys()
+
+
 def test_an_open_clip_text_encoder_says_the_family(checkpoint, tmp_path):
     """Both families have the same words; only 2.x pads with the first of them."""
     family, file, _ = checkpoint

@@ -5,6 +5,7 @@ import importlib
 
 import numpy as np
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from PIL import Image, ImageOps
 
 OVERLAP = 0.25  # least overlap of neighboring windows, as a share of a window's side
 
@@ -28,7 +29,12 @@ class DigsegViews(ConfigMixin):
         return cls.from_config(cls.load_config(folder))
 
     def views(self, image):
-        """Returns crops uint8 [h, w, 3], and a function that joins planes [h, w] to one [H, W]."""
+        """Returns crops uint8 [h, w, 3], and a function that joins planes [h, w] to one [H, W].
+
+        image: RGB uint8 [H, W, 3], a file, or an image of Pillow.
+        """
+        image = _pixels(image)
+
         # Scale the image: to one view, into one view, or to the short side of the windows.
         size, (height, width) = self.config.size, image.shape[:2]
         if self.config.inference == "whole":
@@ -84,3 +90,27 @@ def _resized(image, height, width):
     shrinks = image.ndim == 3 and height * width < image.shape[0] * image.shape[1]
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), interpolation=how)
+
+
+def _pixels(image):
+    """RGB uint8 [H, W, 3], turned by the EXIF orientation; white behind transparent pixels."""
+    if isinstance(image, np.ndarray):
+        return image
+    image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+
+    # Of more than 8 bits the smallest value becomes 0 and the largest 255, where they differ.
+    if image.mode == "F" or image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.float64)
+        finite = np.isfinite(wide)
+        low, high = wide[finite].min(), wide[finite].max()
+        gray = (
+            np.where(finite, wide - low, 0) * (255 / (high - low))
+            if high > low
+            else wide * 0 + low / 256
+        )
+        return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))

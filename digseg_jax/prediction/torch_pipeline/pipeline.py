@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image, ImageOps
 
 BATCH = 8  # masks that the U-Net denoises, or the autoencoder decodes, at a time
 
@@ -53,7 +52,7 @@ class DigsegPipeline(DiffusionPipeline):
             # one context for as many words as there are marks; a word is the mean of its texts
             whole = contexts[0][0][:, 0].unflatten(0, (len(words), -1)).mean(1)
             contexts = whole.split(len(s["marks"]))
-        crops, assemble = self.image_processor.views(_pixels(image))
+        crops, assemble = self.image_processor.views(image)
 
         planes = []
         for view, crop in enumerate(crops):
@@ -154,11 +153,3 @@ class DigsegPipeline(DiffusionPipeline):
             members = (best if s["prototypes"] else members > 0.5).float()
         members = members.quantile(0.5, dim=0) if s["ensemble_rule"] == "median" else members.mean(0)
         return members[: -1 if s["background"] else None].cpu().numpy()
-
-
-def _pixels(image):
-    """RGB uint8 [H, W, 3] of an image, rotated by its EXIF orientation."""
-    if isinstance(image, np.ndarray):
-        return image
-    image = image if isinstance(image, Image.Image) else Image.open(image)
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
