@@ -63,7 +63,7 @@ start_timeout() {
   local seconds="$1" flag
   shift
   for flag in "$@"; do
-    [[ "$flag" != --start_timeout && "$flag" != --start_timeout=* ]] || return 0
+    [[ ! "$flag" =~ ^--?start_timeout(=|$) ]] || return 0
   done
   printf -- '--start_timeout=%s ' "$seconds"
 }

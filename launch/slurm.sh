@@ -5,7 +5,8 @@
 #   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] FLAGS_OF_MAIN...
 #
 # NODES (default 1), GPUS of a node (default 8), TIME (default 24:00:00), PARTITION, ACCOUNT: as sbatch
-# knows them. CPUS of a GPU's process (default 8) and MEM of a node (default 0: all of it). VENV: an environment with the requirements and jax[cuda13], activated on each node.
+# knows them. CPUS of each GPU's process and MEM of a node (such as 200G; 0: all of it), where the cluster
+# gives too few by default: reading and cropping images take about 8 CPUs a GPU. VENV: an environment with the requirements and jax[cuda13], activated on each node.
 # The working directory must be one that all nodes see. main learns from SLURM which processes take part. 90 s before the
 # time limit or at a preemption SLURM sends SIGTERM: main saves and ends with 75, and the job goes back
 # into the queue. So it does when a process was killed (137), which the others end with 75 or are aborted
@@ -24,6 +25,10 @@ plain NODES GPUS TIME PARTITION ACCOUNT RESTARTS CPUS MEM
 optional=""
 [[ -z "${PARTITION:-}" ]] || optional+="#SBATCH --partition=$PARTITION"$'\n'
 [[ -z "${ACCOUNT:-}" ]] || optional+="#SBATCH --account=$ACCOUNT"$'\n'
+[[ -z "${CPUS:-}" ]] || optional+="#SBATCH --cpus-per-task=$CPUS"$'\n'
+[[ -z "${MEM:-}" ]] || optional+="#SBATCH --mem=$MEM"$'\n'
+tasks="" # srun does not take sbatch's number over
+[[ -z "${CPUS:-}" ]] || tasks="export SRUN_CPUS_PER_TASK=$CPUS"
 activate=""
 [[ -z "${VENV:-}" ]] || activate=". $(printf '%q' "$VENV/bin/activate")"
 flags="$(start_timeout 300 "$@")$(printf '%q ' "$@")"
@@ -35,15 +40,13 @@ script() {
 #SBATCH --nodes=${NODES:-1}
 #SBATCH --ntasks-per-node=${GPUS:-8}
 #SBATCH --gpus-per-node=${GPUS:-8}
-#SBATCH --cpus-per-task=${CPUS:-8}
-#SBATCH --mem=${MEM:-0}
 #SBATCH --time=${TIME:-24:00:00}
 #SBATCH --signal=TERM@90
 #SBATCH --requeue
 #SBATCH --open-mode=append
 ${optional}cd $(printf '%q' "$PWD")
 $activate
-export SRUN_CPUS_PER_TASK=${CPUS:-8}
+$tasks
 export DIGSEG_JAX_TOKEN="\$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')"
 status=0
 srun --kill-on-bad-exit=0 python -u -m digseg_jax.main $flags || status=\$?

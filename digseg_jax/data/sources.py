@@ -18,7 +18,8 @@ from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.judgment import judge
-from digseg_jax.data.datasets.pairs import FileSource, walk_files
+from digseg_jax.data.datasets.pairs import FileSource
+from digseg_jax.data.datasets.readers.folder import CLASSES
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec, with_synonyms
 from digseg_jax.data.datasets.splits import split_called
@@ -26,7 +27,6 @@ from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
 from digseg_jax.data.shards import records
 from digseg_jax.data.shards.fingerprint import StaleShards, check_unchanged
 from digseg_jax.errors import Transient, UserError
-from digseg_jax.io.image_file import IMAGE_ENDINGS
 from digseg_jax.io.storage import is_remote
 from digseg_jax.log import log
 
@@ -318,8 +318,8 @@ def _has_own_files(part: PartConfig, split: str) -> bool:
         return False
     try:
         return split in registry.spec(part.name, part.root).splits
-    except UserError:  # such as a list of classes that cannot be read
-        return bool(walk_files(Path(part.root), IMAGE_ENDINGS))
+    except UserError:  # a list of classes that cannot be read, or none: then there are shards alone
+        return (Path(part.root) / CLASSES).is_file()
 
 
 def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:

@@ -150,13 +150,14 @@
       say("Canceling …");
       await ask(`jobs/${job.id}/cancel`, { method: "POST", body: "" });
     } catch (error) {
+      canceling = false;
       say(error.message, true);
     }
   });
 
   // Nobody could cancel the order of a page that is gone, and others would wait for it.
   window.addEventListener("pagehide", () => {
-    if (running()) navigator.sendBeacon(`jobs/${job.id}/cancel`);
+    if (running()) fetch(`jobs/${job.id}/cancel`, { method: "POST", body: "", keepalive: true });
   });
 
   // The card: input, then one small image of all words and one of each.

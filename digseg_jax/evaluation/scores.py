@@ -103,9 +103,10 @@ class Scores:
         """Share of the present classes that a gate of each size keeps; None if nothing was gated."""
         if not self.rows or "presence" not in self.rows[0]:
             return None
-        presence = np.array([row["presence"] for row in self.rows])
-        limits = open_vocab.recall_limits(len(self.examples.classes))
-        return open_vocab.gate_recall(presence, self.areas, limits)
+        asked = list(self.examples.asked)  # a gate chooses among these
+        presence = np.array([row["presence"] for row in self.rows])[:, asked]
+        limits = open_vocab.recall_limits(len(asked))
+        return open_vocab.gate_recall(presence, self.areas[:, asked], limits)
 
     def _occurring(self) -> list[int]:
         """Classes that were asked for and that a label shows."""

@@ -234,8 +234,11 @@ def together(name: str, timeout: float = BARRIER_TIMEOUT) -> Iterator[None]:
     # Process 0 serves the messages: it must not leave before all have read them.
     barrier(f"{name}, its errors", timeout)
 
-    if problem:
+    # What may pass counts first, on every process: some would go on after another kind of error.
+    passing = {name: text for name, text in said.items() if text[0] == "t"}
+    if problem and (isinstance(problem, Transient) or not passing):
         raise problem
+    said = passing or said
     name, message = next(iter(said.items()))
     kinds = {"t": Transient, "u": UserError}
     raise kinds[message[0]](f"process {name}: {message[1:]}")

@@ -145,7 +145,9 @@ def _rebiased(
     values: np.ndarray, logits: np.ndarray, bias: np.ndarray, c: int, kind: _Kind
 ) -> np.ndarray:
     """`_values` where only the bias of class c has changed since `values`."""
-    if kind.softmax and logits.shape[2] > 1:  # all classes of a softmax share a denominator
+    if kind.softmax and (
+        logits.shape[2] > 1 or kind.inner
+    ):  # all classes of a softmax share a denominator
         return _values(logits, bias, kind)
 
     # A copy: the caller keeps the old values if the trial is no better.

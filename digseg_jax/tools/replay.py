@@ -118,6 +118,7 @@ def _replay_run(workdir: str) -> None:
     if config is None:
         raise UserError(f"{place / CONFIG_NAME}: missing; --workdir must be that of a run")
     trainer = Trainer(set_up(config, TASKS[config.task]), str(place))
+    trainer.check_batch()
     report = replay(str(place), trainer)
     print(json.dumps(report, indent=2))
 

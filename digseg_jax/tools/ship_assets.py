@@ -20,6 +20,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from digseg_jax import trees
+from digseg_jax.arraytypes import Params
 from digseg_jax.assets import FOLDER, LICENSE
 from digseg_jax.config.experiment import load_config
 from digseg_jax.config.parse import to_dict
@@ -84,6 +86,7 @@ def ship(run: Path, name: str, scores: Path | None = None) -> Path:
         "license": f"see {LICENSE}" if domains else "Apache-2.0",
     }
     model_config = model.config  # type: ignore[attr-defined]  # every model has one
+    again = any(folder.glob("*.safetensors")) and _holds(folder, params)
     written = save_component((model_config, params), folder, metadata=metadata)
 
     # A segmenter comes with its calibration and description; the other assets have neither.
@@ -96,7 +99,9 @@ def ship(run: Path, name: str, scores: Path | None = None) -> Path:
     # Weights that were trained on: their steps count from where the first training began.
     made = read_description(folder) if (folder / description_lib.FILE).is_file() else None
     if made and earlier and made.started_from == f"assets:{name}":
-        steps, start = earlier.steps + made.steps, earlier.started_from
+        # The same weights once more, with their scores, were counted before.
+        steps = earlier.steps + (0 if again else made.steps)
+        start = earlier.started_from
         write_description(folder, dataclasses.replace(made, steps=steps, started_from=start))
 
     # The terms of the data bind the weights.
@@ -107,6 +112,13 @@ def ship(run: Path, name: str, scores: Path | None = None) -> Path:
         card = model_card(read_description(folder), found, asset=f"assets:{name}")
         (folder / CARD).write_text(card, encoding="utf-8")
     return written
+
+
+def _holds(folder: Path, params: Params) -> bool:
+    """Whether the folder has these parameters already."""
+    there = trees.flatten(functional.split(load_component(folder))[1])
+    here = trees.flatten(params)
+    return there.keys() == here.keys() and all(np.array_equal(there[path], here[path]) for path in here)
 
 
 def _domains_of(export: Path) -> list[Domain]:

@@ -64,7 +64,7 @@ class Trainer:
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):
             task.prepare()  # what a codec chose went into the cache
-            check_cache(task, config.data, config.model)
+            self._check_cache()
 
         # Shapes and shardings of the state; the state itself is made or restored by `start_state`.
         abstract = abstract_state(task.abstract, config.optim)
@@ -104,6 +104,7 @@ class Trainer:
         # Only the weights are taken over from another run; its moments and step count are not.
         if self.config.init_from:
             params, source = self.weights_of(self.config.init_from)
+            self._check_cache()  # against the colors that came with them
         else:
             params, source = self._initial_params()
 
@@ -112,6 +113,11 @@ class Trainer:
         make = jax.jit(self._initial_state, out_shardings=self.state_shardings)
         log.info("start: step 0, from %s", source)
         return 0, make(params)
+
+    def _check_cache(self) -> None:
+        """Raises UserError if cached latents were made with other settings or colors."""
+        if self.config.data.latent_cache and isinstance(self.task, SegmentationTask):
+            check_cache(self.task, self.config.data, self.config.model)
 
     def weights_of(self, workdir: str, *, best: bool = False) -> tuple[Params, str]:
         """Loads the weights of a run's newest (or best) checkpoint, averaged if it has averages.
@@ -138,10 +144,13 @@ class Trainer:
             stored = other.entries(step) or tuple(self.abstract_state)
             name = "ema" if "ema" in stored else "params"
             part = other.restore_part({name: self.abstract_state["params"]}, step)
-            constants = other.read_meta(step).get("constants") or {}
+            meta = other.read_meta(step)
 
-        # Found anew, on other hardware, colors could differ from those that the weights paint.
-        if constants and _shapes(constants) == _shapes(self.task.constants()):
+        # Found anew, on other hardware, colors could differ from those that the weights paint. Those of
+        # another autoencoder are none for this one.
+        constants, vae = meta.get("constants") or {}, self.config.model.vae
+        same_vae = meta.get("config", {}).get("model", {}).get("vae", vae) == vae
+        if constants and same_vae and _shapes(constants) == _shapes(self.task.constants()):
             self.task.restore_constants(constants)
         return part[name], f"{other.folder / str(step)}"
 
@@ -219,8 +228,7 @@ class Trainer:
           UserError: a batch that the devices do not divide, or a checkpoint or a record that cannot be
             read or written.
         """
-        batch, parts = self.config.train.batch_size, self.config.compute.accumulation or 1
-        check_batch("config.train.batch_size", batch, self.mesh, parts)
+        self.check_batch()
         check_all_agree({"the training data (examples, names)": self.examples})
         with contextlib.ExitStack() as stack:
             checkpointer = Checkpointer(self.workdir, self.config.checkpoint)
@@ -236,6 +244,11 @@ class Trainer:
             except NotFinite as error:
                 advice = self._save_failure(error, checkpointer)
                 raise NotFinite(error.step, error.metrics, advice) from None
+
+    def check_batch(self) -> None:
+        """Raises UserError if the devices do not divide a step's batch."""
+        batch, parts = self.config.train.batch_size, self.config.compute.accumulation or 1
+        check_batch("config.train.batch_size", batch, self.mesh, parts)
 
     def _steps(
         self,

@@ -156,7 +156,9 @@ def _explain(error: Exception, repository: str, revision: str | None) -> tuple[s
         return refused, False
     if unfound:
         why = f"{constants.ENDPOINT} does not answer ({first_line(answer)})"
-        return f"{why}, and {lacking}; try again with a connection", passes(answer)
+        # An answer, such as "too many requests": a machine without a network gets none, ever.
+        busy = bool(status_of(answer)) and passes(answer)
+        return f"{why}, and {lacking}; try again with a connection", busy
 
     # Exceptions for lost connections carry neither an errno nor an HTTP status,
     # so whatever has neither is tried again; so are answers of 500 and above.

@@ -303,8 +303,9 @@ def test_queued_resource_outlives_a_create_that_fails_after_a_preemption(
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_jobset.sh", "slurm.sh"])
 def test_main_gets_one_start_timeout_the_users_if_there_is_one(script):
     assert len(re.findall("--start_timeout=[36]00", dry(script))) == 1
-    own = run(script, "--dry-run", *FLAGS, "--start_timeout=1800", **SETTINGS[script])
-    assert own.stdout.count("--start_timeout") == own.stdout.count("--start_timeout=1800") == 1
+    for flag in ("--start_timeout=1800", "-start_timeout=1800"):
+        own = run(script, "--dry-run", *FLAGS, flag, **SETTINGS[script])
+        assert own.stdout.count("start_timeout") == own.stdout.count("start_timeout=1800") == 1
 
 
 def test_queued_resource_ends_when_the_state_is_never_told(tmp_path):
@@ -360,7 +361,10 @@ def test_the_slurm_script_is_shell_and_goes_back_into_the_queue_after_what_passe
     tmp_path, status, starts, again
 ):
     text = dry("slurm.sh")
-    assert "#SBATCH --cpus-per-task=8" in text and "#SBATCH --mem=0" in text
+    assert "cpus-per-task" not in text and "--mem" not in text  # the cluster's own, unless they are set
+    own = run("slurm.sh", "--dry-run", *FLAGS, **SETTINGS["slurm.sh"], CPUS="6", MEM="200G").stdout
+    assert "#SBATCH --cpus-per-task=6\n#SBATCH --mem=200G\n" in own
+    assert "\nexport SRUN_CPUS_PER_TASK=6\n" in own
     assert "#SBATCH --ntasks-per-node=4" in text and "--signal=TERM@90" in text
     # run it with the cluster's commands replaced by ones that say how they were called
     path = fake(

@@ -133,12 +133,13 @@ def test_biases_are_fitted_to_the_mean_of_the_members_probabilities():
 
 
 @pytest.mark.parametrize(("softmax", "background"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("inner", [(), ((), (2,), (), ())])
 @pytest.mark.parametrize("members", [1, 3])
-def test_a_bias_tried_alone_gives_the_values_of_all(softmax, background, members):
+def test_a_bias_tried_alone_gives_the_values_of_all(softmax, background, members, inner):
     rng = np.random.default_rng(0)
     logits, bias = rng.normal(size=(N, 50, members)), rng.normal(size=N)
     other = bias + np.eye(N)[2]
-    kind = calibration._Kind(softmax, background)
+    kind = calibration._Kind(softmax, background, inner)
     before = calibration._values(logits, bias, kind)
     after = calibration._rebiased(before, logits, other, 2, kind)
     np.testing.assert_array_equal(after, calibration._values(logits, other, kind))

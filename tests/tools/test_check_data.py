@@ -200,6 +200,9 @@ def test_shards_alone_are_checked_as_they_are_read(root, capsys):
     prepare(root)
     for kind in ("images", "masks"):
         shutil.rmtree(root / kind)
+    (root / "classes.txt").unlink()
+    (root / "run").mkdir()
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(root / "run/gallery.png")  # of a run there
     status, out = run(capsys, "--dataset=folder", "--root", root, "--sheet=-")
     assert what_a_run_says(root) == ""
     assert status == 0 and "val: 6 examples, 6 read" in out

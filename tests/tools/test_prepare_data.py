@@ -339,6 +339,21 @@ def test_a_manifests_template_is_never_formatted_and_its_other_facts_are_left(
     assert tiny.one_line(caught.value).startswith(str(tmp_path))
 
 
+def test_shards_of_an_earlier_version_are_complete_and_read_though_it_spelled_a_fact_otherwise(
+    folder, tmp_path
+):
+    facts = dataclasses.replace(spec(), name="folder")
+    prepare = partial(prepare_split, partial(Folder, folder), facts, "train", tmp_path)
+    prepare()
+    for path in (tmp_path / "train").glob("*.json"):
+        values = json.loads(path.read_text())
+        if "spec" in values:
+            values["spec"]["licence"] = values["spec"].pop("license")
+            path.write_text(json.dumps(values))
+    prepare()
+    assert spec_of(PartConfig("folder", str(tmp_path))).license == facts.license
+
+
 def test_a_foreign_record_is_an_error():
     for data in (b"", b"\x00", b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b"\x02\x00\x00\x0012"):
         with pytest.raises(UnreadableError, match="here, record 3"):

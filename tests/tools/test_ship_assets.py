@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 
@@ -30,9 +31,9 @@ SCORES = {
 }  # fmt: skip
 
 
-def run_on(datasets: list[str], config, run: Path) -> Path:
+def run_on(datasets: list[str], config, run: Path, change=lambda x: x) -> Path:
     """A working directory with an export that says that it was trained on these data sets."""
-    tiny.export(config, run / "export")
+    tiny.export(config, run / "export", change=lambda params: jax.tree.map(change, params))
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     described = read_json(run / "export" / FILE) | {"datasets": datasets}
     (run / "export" / FILE).write_text(json.dumps(described))
@@ -73,12 +74,14 @@ def test_the_card_says_what_works_with_these_files_and_asks_for_what_they_know(s
 
 def test_weights_that_were_trained_on_count_the_steps_of_both_parts(shipped, folders, tmp_path):
     earlier = read_description(shipped)
-    run = run_on(["camvid", "cells_wbc"], tiny.config(folders), tmp_path / "more")
+    run = run_on(["camvid", "cells_wbc"], tiny.config(folders), tmp_path / "more", lambda x: x + 1)
     values = read_json(run / "export" / FILE) | {"started_from": "assets:generalist", "steps": 40}
     (run / "export" / FILE).write_text(json.dumps(values))
     ship_assets.ship(run, "generalist")
     made = read_description(shipped)
     assert made.steps == earlier.steps + 40 and made.started_from == earlier.started_from
+    ship_assets.ship(run, "generalist", tmp_path / "suite_domains.json")  # again, now with scores
+    assert read_description(shipped) == made
     assert "started from: assets:generalist" not in (shipped / "README.md").read_text()
 
 

@@ -101,6 +101,10 @@ def clear(folder: epath.Path, plan: dict[str, Any], manifest: str) -> None:
 
 def _first_difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
     """The first setting that two plans have both, with other values; "" if there is none."""
+    # Earlier versions spelled one fact of a data set in another way.
+    if isinstance(spec := found.get("spec"), dict) and "licence" in spec:
+        rest = {key: value for key, value in spec.items() if key != "licence"}
+        found = found | {"spec": rest | {"license": spec["licence"]}}
     return next((key for key in plan if key in found and found[key] != plan[key]), "")
 
 

@@ -134,6 +134,7 @@ def save(root, *places):
         (["images/cam1/1.png", "images/cam2/1.png"], ["cam1\\1.png", "cam2\\1.png"]),
         (["images/1.png", "images/cam2/1.png"], ["1.png", "cam2/1.png"]),
         (["images/Stra\u00dfe_a\u0308.png", "images/b.png"], ["Stra\u00dfe_\u00e4.png", "b.png"]),
+        (["images/a/1.png", "images/b/1.png"], ["images/a/1.png", "images/b/1.png"]),
         (["images/a b.png", "images/c.png"], ["a%20b.png", "c.png"]),
         (["images/a%20b.png", "images/c.png"], ["a%20b.png", "some/where/c.png"]),
     ],

@@ -256,15 +256,17 @@ def _find(root: Path, path: Path, names: Sequence[str]) -> dict[str, str]:
             break
     found: dict[str, list[str]] = {}
     for file in files:
-        found.setdefault(_spelled(file.name), []).append(Path(file).as_posix())
+        place = (base / file).relative_to(root).as_posix()
+        found.setdefault(_spelled(file.name), []).append(place)
+    inside = base.relative_to(root).as_posix()
 
     places: dict[str, str] = {}
     for name in names:
-        own = _places_of(name, found)
+        own = _places_of(name, found, inside)
         if len(own) != 1:
             what = "is in two places" if own else "is not there"
             raise UserError(f"{shown(path)}: the image {name!r} {what}, under {shown(base)}")
-        places[name] = (base / own[0]).relative_to(root).as_posix()
+        places[name] = own[0]
 
     # Videos number their frames alike: an image that was not copied must not get another one's masks.
     owners: dict[str, str] = {}
@@ -277,19 +279,21 @@ def _find(root: Path, path: Path, names: Sequence[str]) -> dict[str, str]:
     return places
 
 
-def _places_of(name: str, found: dict[str, list[str]]) -> list[str]:
+def _places_of(name: str, found: dict[str, list[str]], base: str) -> list[str]:
     """Files that a name of the annotation file may mean.
 
     Tools write the bare name, a path from some folder above, or an address with %20 for a space.
 
-    found: bare name, as `_spelled` has it -> files with that name.
+    found: bare name, as `_spelled` has it -> files with that name, relative to the root. base: the
+      folder of the images, to which a name may be relative; "." for the root.
     """
     for text in dict.fromkeys((name, urllib.parse.unquote(name))):
         wanted = _spelled(text).lstrip("/")
         own = found.get(wanted.rsplit("/", 1)[-1], [])
 
         # The whole path, then one that ends with it, then the only file of this name.
-        same = [place for place in own if _spelled(place) == wanted]
+        paths = (wanted, wanted if base == "." else f"{base}/{wanted}")
+        same = [place for place in own if _spelled(place) in paths]
         ends = [place for place in own if f"/{_spelled(place)}".endswith(f"/{wanted}")]
         if match := same or ends or (own if len(own) == 1 else []):
             return match
