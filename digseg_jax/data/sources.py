@@ -19,7 +19,7 @@ from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.datasets.judgment import judge
 from digseg_jax.data.datasets.pairs import FileSource
-from digseg_jax.data.datasets.readers.folder import CLASSES
+from digseg_jax.data.datasets.readers.folder import IMAGES
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec, with_synonyms
 from digseg_jax.data.datasets.splits import split_called
@@ -318,8 +318,10 @@ def _has_own_files(part: PartConfig, split: str) -> bool:
         return False
     try:
         return split in registry.spec(part.name, part.root).splits
-    except UserError:  # a list of classes that cannot be read, or none: then there are shards alone
-        return (Path(part.root) / CLASSES).is_file()
+    except UserError:  # such as a list of classes that cannot be read; or there are shards alone
+        root = Path(part.root)
+        folders = (*root.glob("*"), *root.glob("*/*"))  # images/SPLIT, or SPLIT/images
+        return any(place.name.lower() in IMAGES and place.is_dir() for place in folders)
 
 
 def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:

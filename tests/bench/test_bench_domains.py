@@ -63,7 +63,9 @@ def test_a_predictor_is_scored_at_the_size_of_the_labels(root):
     assert row["asked_miou"] > 0.8
 
 
-def test_trees_learn_a_domain_and_a_missing_one_is_a_row(root):
+def test_trees_learn_a_domain_and_a_missing_one_is_a_row(root, monkeypatch):
+    monkeypatch.setattr(domain_trees, "ROUNDS", 5)
+    monkeypatch.setattr(domain_trees, "TRAIN_PIXELS", 3000)
     found = domain_trees.run(str(root), "val", 0, only=("cells_wbc", "retina_disc"))
     assert found["domains"]["cells_wbc"]["asked_miou"] > 0.8
     assert "missing" in found["domains"]["retina_disc"]

@@ -133,7 +133,7 @@ class TestAccumulation:
     def test_a_batch_that_cannot_be_parted_is_refused(self, folders, tmp_path):
         config = tiny.config(folders, compute__accumulation=4)
         with pytest.raises(UserError) as caught:
-            tiny.trainer(config, SegmentationTask(config), tiny.mesh(data=4), tmp_path)
+            tiny.trainer(config, SegmentationTask(config), tiny.mesh(data=4), tmp_path).check_batch()
         message = tiny.one_line(caught.value)
         assert "config.train.batch_size=8" in message and "multiple of 16" in message
         assert "config.compute.accumulation=4" in message
