@@ -304,7 +304,7 @@ def test_to_unit_maps_0_and_255_to_minus_and_plus_one():
     np.testing.assert_allclose(to_unit(np.array([[0, 255]], np.uint8)), [[-1, 1]])
 
 
-@pytest.mark.parametrize("codec", ["binary", "palette"])
+@pytest.mark.parametrize("codec", ["binary", pytest.param("palette", marks=pytest.mark.slow)])
 def test_the_auxiliary_mask_loss_is_added_with_its_weight_and_only_at_high_noise(codec, folders):
     batch, keys = tiny.batch(), example_keys(0, tiny.batch()["index"])
 
