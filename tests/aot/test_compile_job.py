@@ -131,7 +131,14 @@ def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
     assert (tmp_path / "compile_eval.json").exists() and not (tmp_path / "compile.json").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"decoder": "vae", "calibrate": False}, {"decode_limit": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"decoder": "vae", "calibrate": False}, marks=pytest.mark.slow),
+        {"decode_limit": 2},
+    ],
+)
 def test_it_compiles_the_programs_that_an_evaluation_runs(folders, monkeypatch, changes):
     """The same functions, their arguments of the same shapes."""
     seen: list[str] = []
