@@ -145,9 +145,8 @@ def _rebiased(
     values: np.ndarray, logits: np.ndarray, bias: np.ndarray, c: int, kind: _Kind
 ) -> np.ndarray:
     """`_values` where only the bias of class c has changed since `values`."""
-    if kind.softmax and (
-        logits.shape[2] > 1 or kind.inner
-    ):  # all classes of a softmax share a denominator
+    # All classes of a softmax share a denominator; where nothing is made a probability, there is none.
+    if kind.softmax and (logits.shape[2] > 1 or kind.inner):
         return _values(logits, bias, kind)
 
     # A copy: the caller keeps the old values if the trial is no better.

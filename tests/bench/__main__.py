@@ -110,27 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--only", default="", help="names of domains, with commas; empty: all")
     words.add_argument("--rarer", action="store_true", help="ask with rarer synonyms")
     forest = jobs.add_parser("domain_trees", help="boosted trees on the pixels of each domain")
-    forest.add_argument(
-        "--root", required=True, help="folder of all domains, as --suite=domains has it"
-    )
-    forest.add_argument("--split", default="val", help="as the suite takes config.eval.split")
-    forest.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
-    forest.add_argument("--only", default="", help="names of domains, with commas; empty: all")
     nets = jobs.add_parser("domain_unets", help="a torch U-Net trained on each domain alone")
-    nets.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
-    nets.add_argument("--split", default="val", help="as the suite takes config.eval.split")
-    nets.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
     nets.add_argument("--minutes", type=float, default=23.0, help="of a core, for each training")
-    nets.add_argument("--only", default="", help="names of domains, with commas; empty: all")
-    nets.add_argument("--seed", type=int, default=0)
     own = jobs.add_parser("domain_specialists", help="a specialist of ours for each domain")
-    own.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
     own.add_argument("--runs", required=True, help="folder of the trainings, which go on after a kill")
-    own.add_argument("--split", default="val", help="as the suite takes config.eval.split")
-    own.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
     own.add_argument("--steps", type=int, default=0, help="of each training; 0: the recipe's")
-    own.add_argument("--only", default="", help="names of domains, with commas; empty: all")
-    own.add_argument("--seed", type=int, default=0)
+    for job in (forest, nets, own):
+        root = "folder of all domains, as --suite=domains has it"
+        job.add_argument("--root", required=True, help=root)
+        job.add_argument("--split", default="val", help="as the suite takes config.eval.split")
+        job.add_argument("--images", type=int, default=0, help="of the scored split; 0: all")
+        job.add_argument("--only", default="", help="names of domains, with commas; empty: all")
+        job.add_argument("--seed", type=int, default=0)
     few = jobs.add_parser("labels", help="starts of a training by the share of the labels")
     few.add_argument("--root", required=True, help="folder of all domains, as --suite=domains has it")
     few.add_argument("--journal", type=Path, required=True, help="file of the runs that have ended")
@@ -316,11 +307,16 @@ def _words(arguments: argparse.Namespace) -> dict[str, Any]:
     return words.run(arguments.weights, arguments.root, arguments.images, only, synonyms)
 
 
+def _domains(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the comparisons on domains are asked alike."""
+    given = {name: getattr(arguments, name) for name in ("root", "split", "images", "seed")}
+    return given | {"only": tuple(filter(None, arguments.only.split(",")))}
+
+
 def _domain_trees(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import domain_trees
 
-    only = tuple(filter(None, arguments.only.split(",")))
-    return domain_trees.run(arguments.root, arguments.split, arguments.images, only)
+    return domain_trees.run(**_domains(arguments))
 
 
 def _domain_unets(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -329,28 +325,14 @@ def _domain_unets(arguments: argparse.Namespace) -> dict[str, Any]:
     sides.require_torch("domain_unets")
     from tests.bench import domain_unets
 
-    return domain_unets.run(
-        arguments.root,
-        arguments.split,
-        arguments.images,
-        arguments.minutes,
-        tuple(filter(None, arguments.only.split(","))),
-        arguments.seed,
-    )
+    return domain_unets.run(minutes=arguments.minutes, **_domains(arguments))
 
 
 def _domain_specialists(arguments: argparse.Namespace) -> dict[str, Any]:
     from tests.bench import domain_specialists
 
-    return domain_specialists.run(
-        arguments.root,
-        arguments.runs,
-        arguments.split,
-        arguments.images,
-        arguments.steps,
-        tuple(filter(None, arguments.only.split(","))),
-        arguments.seed,
-    )
+    own = {"runs": arguments.runs, "steps": arguments.steps}
+    return domain_specialists.run(**own, **_domains(arguments))
 
 
 def _labels(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,14 +4,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
+from digseg_jax.data.datasets.domains import DOMAINS, Domain
+from digseg_jax.errors import UserError
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.metrics import confusion
+
+
+def chosen_domains(only: Sequence[str]) -> list[Domain]:
+    """Domains by name, in this order; () for all.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    known = {domain.name: domain for domain in DOMAINS}
+    if wrong := [name for name in only if name not in known]:
+        raise UserError(f"--only: no domain {', '.join(wrong)}; legal: {', '.join(known)}")
+    return [known[name] for name in only or known]
 
 
 def scaled(image: np.ndarray, label: np.ndarray, short_side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from digseg_jax.config.experiment import load_config
-from digseg_jax.data.datasets.domains import DOMAINS, Domain
+from digseg_jax.data.datasets.domains import Domain
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
 from digseg_jax.evaluation.evaluator import Evaluator
@@ -23,7 +23,7 @@ from digseg_jax.training.loop import Trainer
 from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.segmentation import SegmentationTask
-from tests.bench.domain_scores import mean_row
+from tests.bench.domain_scores import chosen_domains, mean_row
 from tests.bench.prior import ESTEP
 
 
@@ -47,16 +47,13 @@ def run(
       only: names of domains, in the order in which they are trained; empty: all.
       seed: of the crops, the queries and the noise.
     """
-    known = {domain.name: domain for domain in DOMAINS}
-    if wrong := set(only) - known.keys():
-        raise UserError(f"--only: no domain {', '.join(sorted(wrong))}; legal: {', '.join(known)}")
     rows: dict[str, Any] = {}
-    for name in only or known:
+    for domain in chosen_domains(only):
         try:
-            rows[name] = _one(known[name], root, runs, split, images, steps, seed)
+            rows[domain.name] = _one(domain, root, runs, split, images, steps, seed)
         except UserError as error:
-            rows[name] = {"missing": str(error)}
-        log.info("%s: %s", name, rows[name])
+            rows[domain.name] = {"missing": str(error)}
+        log.info("%s: %s", domain.name, rows[domain.name])
     facts = {"split": split, "seed": seed, "estep": str(ESTEP)}
     return facts | {"domains": rows, "mean": mean_row(rows)}
 

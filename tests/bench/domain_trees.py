@@ -15,12 +15,12 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from digseg_jax.config.schema import PartConfig
-from digseg_jax.data.datasets.domains import DOMAINS, Domain
+from digseg_jax.data.datasets.domains import Domain
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
 from digseg_jax.log import log
-from tests.bench.domain_scores import mean_row, scaled, score
+from tests.bench.domain_scores import chosen_domains, mean_row, scaled, score
 from tests.bench.trees import features
 
 TRAIN_PIXELS = 300_000
@@ -40,9 +40,7 @@ def run(root: str, split: str, images: int, only: Sequence[str] = (), seed: int 
       seed: of the choice of pixels and of the trees.
     """
     rows: dict[str, Any] = {}
-    for domain in DOMAINS:
-        if only and domain.name not in only:
-            continue
+    for domain in chosen_domains(only):
         try:
             rows[domain.name] = _one(domain, root, split, images, seed)
         except UserError as error:

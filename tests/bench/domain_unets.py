@@ -19,12 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from digseg_jax.config.experiment import load_config
-from digseg_jax.data.datasets.domains import DOMAINS, Domain
+from digseg_jax.data.datasets.domains import Domain
 from digseg_jax.data.pipeline import training_stream
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
 from digseg_jax.log import log
-from tests.bench.domain_scores import mean_row, score
+from tests.bench.domain_scores import chosen_domains, mean_row, score
 
 WIDTHS = (28, 56, 112, 224)  # channels of the levels, the lowest has 448: 5.9 million parameters
 RATE = 1e-3
@@ -97,9 +97,7 @@ def run(
     """
     torch.set_num_threads(1)
     rows: dict[str, Any] = {}
-    for domain in DOMAINS:
-        if only and domain.name not in only:
-            continue
+    for domain in chosen_domains(only):
         try:
             rows[domain.name] = _one(domain, root, split, images, minutes, seed, widths)
         except UserError as error:

@@ -13,7 +13,7 @@ from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
 from tests.bench import domain_specialists, domain_trees, labels
-from tests.bench.domain_scores import mean_row, score
+from tests.bench.domain_scores import chosen_domains, mean_row, score
 
 CELLS = next(domain for domain in DOMAINS if domain.name == "cells_wbc")
 
@@ -77,9 +77,14 @@ def test_the_mean_is_of_the_domains_that_were_there():
     assert np.isnan(mean_row({"b": {"missing": "no"}}))
 
 
-def test_a_domain_that_no_specialist_has_is_told_with_the_legal_ones(root):
+def test_an_unknown_domain_is_told_with_the_legal_ones():
     with pytest.raises(UserError, match=r"no domain moon; legal: photos_coco128, .*landcover"):
-        domain_specialists.run(str(root), str(root / "runs"), "val", 0, only=("moon",))
+        chosen_domains(("cells_wbc", "moon"))
+    assert [domain.name for domain in chosen_domains(("landcover", "camvid"))] == [
+        "landcover",
+        "camvid",
+    ]
+    assert len(chosen_domains(())) == len(DOMAINS)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import numpy as np
 
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import PartConfig
-from digseg_jax.data.datasets.domains import DOMAINS, Domain, wrong_names
+from digseg_jax.data.datasets.domains import Domain, wrong_names
 from digseg_jax.data.datasets.landcover_prompts import HELD_OUT
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import UserError
@@ -27,6 +27,7 @@ from digseg_jax.io.progress import Progress
 from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.prediction.request import Request
 from digseg_jax.prediction.segmenter import Segmenter
+from tests.bench.domain_scores import chosen_domains
 
 ESTEP = EStep(1, 1)
 # domain -> {trained name: synonym that no training uses}
@@ -95,7 +96,7 @@ def run(
     Raises:
       UserError: a synonym that is a name in some domain's training.
     """
-    domains = [d for d in DOMAINS if d.name in synonyms and (not only or d.name in only)]
+    domains = [domain for domain in chosen_domains(only) if domain.name in synonyms]
     opened: dict[str, EvalExamples] = {}
     rows: dict[str, Any] = {}
     for domain in domains:
