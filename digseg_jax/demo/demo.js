@@ -55,6 +55,7 @@
   }
   for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
     document.addEventListener(kind, (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return; // text may go into the words
       event.preventDefault();
       $("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
       const [file] = kind === "drop" ? event.dataTransfer.files : [];
@@ -79,7 +80,7 @@
     if (isFile && image.size > facts.most) {
       throw new Error(`the file has more than ${facts.most / 2 ** 20} MiB`);
     }
-    if (!isFile) query.set("sample", image);
+    query.set(isFile ? "name" : "sample", isFile ? image.name : image);
     return ask(`jobs?${query}`, { method: "POST", body: isFile ? image : "" });
   }
 
@@ -137,8 +138,9 @@
       showInput();
       await follow();
     } catch (error) {
+      // An order that was refused leaves the one that is shown; one that was lost has ended.
       say(error.message, true);
-      job = null;
+      if (running()) job.state = "failed";
     }
     $("go").disabled = false;
     $("cancel").hidden = true;
@@ -257,7 +259,7 @@
     pressed = [event.clientX, event.clientY];
   });
   stage.addEventListener("click", (event) => {
-    if (!pressed || event.target.closest(".handle")) return;
+    if (job === null || !pressed || event.target.closest(".handle")) return;
     if (Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) > 4) return;
     const box = stage.getBoundingClientRect();
     const place = (share, size) => Math.min(size - 1, Math.max(0, Math.floor(share * size)));

@@ -10,7 +10,7 @@ from typing import Any
 
 from digseg_jax.config.parse import with_settings
 from digseg_jax.demo.page import Page
-from digseg_jax.demo.server import Demo
+from digseg_jax.demo.server import Demo, check_port
 from digseg_jax.demo.work import Queue
 from digseg_jax.prediction.description import find_export, read_description
 from digseg_jax.prediction.pretrained import SHIPPED, load_segmenter
@@ -31,6 +31,7 @@ def demo(
     Raises:
       UserError: there are no such weights, or the port is taken.
     """
+    check_port(port)
     name = model or SHIPPED
     folder = find_export(name)
     config = with_settings(read_description(folder).training_config(folder), settings or {})

@@ -33,12 +33,16 @@ class Page:
     Args:
       name: of the model, as the user knows it.
       segmenter: knows its classes, and whether it takes any word.
+
+    Attributes:
+      spacing: of the timesteps, as the weights or the user's configuration have it.
     """
 
     def __init__(self, name: str, segmenter: PretrainedSegmenter):
         self.classes, self.closed = list(segmenter.description.classes), segmenter.codec.closed
         self.datasets = tuple(segmenter.description.datasets)
         sampling = segmenter.settings
+        self.spacing = sampling.spacing
         self.html = render(
             "demo/demo.html.j2",
             model=name,

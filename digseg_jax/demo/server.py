@@ -14,10 +14,11 @@ import io
 import json
 import re
 import secrets
+import socket
 import sys
 import tempfile
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,14 +32,17 @@ from digseg_jax.demo.page import MAX_UPLOAD, SAMPLES, Page
 from digseg_jax.demo.work import Job, Order, Queue
 from digseg_jax.errors import UserError
 from digseg_jax.io.image_file import read_image
+from digseg_jax.io.names import UNSEEN
 from digseg_jax.log import log
 from digseg_jax.prediction.answer import MostProbable
 from digseg_jax.prediction.files import SHOWN, check_queries
 from digseg_jax.segmentation.resize import resize_image
 from digseg_jax.viz import images as viz
 
+HOST = "127.0.0.1"
 MOST_DROPPED = 4 * MAX_UPLOAD  # bytes of a refused one that are still read
 PATIENCE = 2  # seconds without such a byte
+MAX_NAME = 255  # characters of a file's name; no system has longer ones
 MAX_SAMPLING = 64  # members, and steps of each
 SIDES = (256, 512, 1024, 2048)  # longer side of an image as it is segmented, pixels
 
@@ -100,10 +104,8 @@ class Demo(ThreadingHTTPServer):
 
     def __init__(self, queue: Queue, page: Page, port: int = 0):
         self.queue, self.page, self.token = queue, page, secrets.token_urlsafe(18)
-        try:
-            super().__init__(("127.0.0.1", port), Handler)
-        except (OSError, OverflowError) as error:
-            raise UserError(f"--port={port}: cannot be used ({error}); 0 takes a free one") from error
+        with _told(port):
+            super().__init__((HOST, port), Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Logs an error of a connection; a browser that went away is none."""
@@ -113,7 +115,26 @@ class Demo(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Address of the page, with the token."""
-        return f"http://127.0.0.1:{self.server_port}/{self.token}/"
+        return f"http://{HOST}:{self.server_port}/{self.token}/"
+
+
+def check_port(port: int) -> None:
+    """Checks that a port is free, so that a taken one is told before a model is loaded.
+
+    Raises:
+      UserError: it is taken, or there is no such port.
+    """
+    with _told(port):
+        socket.create_server((HOST, port)).close()
+
+
+@contextlib.contextmanager
+def _told(port: int) -> Iterator[None]:
+    """Turns an error of opening a port into one line that names the flag."""
+    try:
+        yield
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port={port}: cannot be used ({error}); 0 takes a free one") from error
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -179,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_origin(self) -> None:
         """Raises Refused unless the request is addressed to this server, by a page of its own."""
-        names = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        names = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
         if self.headers.get("Host") not in names:
             raise Refused(HTTPStatus.FORBIDDEN, "the request was sent to another host's name")
         origin = self.headers.get("Origin")
@@ -236,11 +257,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def order(self, query: dict) -> Reply:
         """Puts an image, the body or a sample, into the queue."""
-        data = self._body()
-        if name := query.get("sample", [""])[0]:
-            if name not in SAMPLES:
-                raise UserError(f"sample={name}: legal are {', '.join(SAMPLES)}")
-            data = SAMPLES[name].read_bytes()
+        data, name = self._body(), plain_name(query.get("name", [""])[0])
+        if sample := query.get("sample", [""])[0]:
+            if sample not in SAMPLES:
+                raise UserError(f"sample={sample}: legal are {', '.join(SAMPLES)}")
+            data, name = SAMPLES[sample].read_bytes(), SAMPLES[sample].name
 
         words = tuple(word.strip() for word in query.get("word", []))
         if not words:
@@ -248,9 +269,10 @@ class Handler(BaseHTTPRequestHandler):
         check_queries(words, "words")
         self.server.page.check(words)
         image = pixels(data, _whole(query, "side", SIDES[-1]))
-        members, steps = (_whole(query, name, MAX_SAMPLING) for name in ("members", "steps"))
-        datasets = self.server.page.datasets
-        job = self.server.queue.put(Order(image, words, EStep(members, steps), datasets))
+        members, steps = (_whole(query, key, MAX_SAMPLING) for key in ("members", "steps"))
+        page = self.server.page
+        estep = EStep(members, steps, page.spacing)
+        job = self.server.queue.put(Order(image, words, estep, page.datasets, name))
         return Reply.of(self.server.queue.facts(job))
 
     def facts(self, _: dict, job_id: str) -> Reply:
@@ -339,6 +361,12 @@ def pixels(data: bytes, side: int) -> np.ndarray:
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     return resize_image(image, max(1, round(height * scale)), max(1, round(width * scale)))
+
+
+def plain_name(name: str) -> str:
+    """The name of an uploaded file without folders and without what cannot be seen; "" for none."""
+    last = re.split(r"[/\\]", UNSEEN.sub("", name))[-1].strip()
+    return "" if last in (".", "..") else last[:MAX_NAME]
 
 
 def _whole(query: dict[str, list[str]], name: str, most: int, least: int = 1) -> int:

@@ -20,7 +20,7 @@ from digseg_jax.arraytypes import Float, UInt8
 from digseg_jax.config.sampling import EStep
 from digseg_jax.errors import UserError
 from digseg_jax.log import log
-from digseg_jax.prediction.files import query_colors
+from digseg_jax.prediction.files import SHOWN, query_colors
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.progress import Moment
 from digseg_jax.prediction.targets import PredictionFiles
@@ -42,13 +42,15 @@ class Canceled(Exception):
 class Order:
     """An image, at the size at which it is segmented, and what is asked about it.
 
-    datasets: the weights' training data, whose classes have their official colors.
+    datasets: the weights' training data, whose classes have their official colors. name: of the image's
+    file, for the files that are made of it; "": not known.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
     words: tuple[str, ...]
     estep: EStep
     datasets: tuple[str, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Raises UserError for more masks than are kept in memory."""
@@ -71,6 +73,7 @@ class Job:
       state: queued, running, done, failed or canceled.
       planes: soft masks so far, float16 [q, h, w]; None before the first.
       version: counts the changes of `planes`.
+      shares: of the image that each word's mask covers, 0..1.
     """
 
     def __init__(self, order: Order):
@@ -78,7 +81,7 @@ class Job:
         self.state, self.error = "queued", ""
         self.moment: Moment | None = None
         self.planes: Float[np.ndarray, "q h w"] | None = None
-        self.version = 0
+        self.version, self.shares = 0, [0.0] * len(order.words)
         self.wanted = True  # False: the next step is the last one
         self.started = 0.0  # seconds, of the clock
         self.looking = 0.0  # seconds spent on masks that are only shown
@@ -98,15 +101,16 @@ class Job:
             found |= {name: getattr(self.moment, name) for name in names}
 
         # Each word with its color, and the share of the image that it covers.
-        planes, colors = self.planes, self.order.colors
-        shares = np.zeros(len(colors)) if planes is None else (planes > 0.5).mean(axis=(1, 2))
-        rows = zip(self.order.words, colors, shares, strict=True)
-        found["words"] = [{"word": w, "color": to_hex(c), "share": float(s)} for w, c, s in rows]
+        rows = zip(self.order.words, self.order.colors, self.shares, strict=True)
+        found["words"] = [{"word": w, "color": to_hex(c), "share": s} for w, c, s in rows]
         return found
 
     def show(self, planes: Float[np.ndarray, "q h w"]) -> None:
         """Puts new soft masks in place of the old ones."""
-        self.planes = planes.astype(np.float16)
+        # The shares are computed once: the page asks several times a second.
+        planes = planes.astype(np.float16)
+        self.shares = [float((plane > SHOWN).mean()) for plane in planes]
+        self.planes = planes
         self.version += 1
 
     def see(self, moment: Moment) -> None:
@@ -165,7 +169,7 @@ class Queue:
         """What the page shows of an order."""
         with self._changed:
             place = list(self._waiting).index(job) + 1 if job in self._waiting else 0
-            return job.facts(place)
+        return job.facts(place)
 
     def cancel(self, job: Job) -> None:
         """Takes an order out of the queue, or ends it after the step that is running."""
@@ -209,6 +213,8 @@ class Queue:
                 spacing=order.estep.spacing, watch=job.see,
             )  # fmt: skip
             job.show(masks.probability)
+            if order.name:
+                masks.facts = {"image": order.name} | masks.facts
             masks.write(job.files)
         except Canceled:
             return "canceled"

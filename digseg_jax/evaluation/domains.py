@@ -70,6 +70,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
         rest=rest[0] if rest else -1,
         wrong_names=wrong_names(domain),
         colors=facts.colors,
+        timed=not facts.from_package,
     )
 
 

@@ -53,7 +53,7 @@ class Shown:
         """Records an image's score, and keeps its masks if it is to be shown.
 
         Args:
-          score: mIoU of the image, 0..1; nan for an image without labels, which is never an extreme.
+          score: `Scores.of_an_image`; nan for an image without labels, which is never an extreme.
           counted: counts with masks, on the process that has them; None elsewhere, and for an image
             that was counted before a kill.
         """
@@ -165,6 +165,6 @@ def _item(
         masks=stored["masks"][order].astype(np.float32),
         queries=[examples.classes[c] for c in shown],
         ious=[None if np.isnan(iou[c]) else float(iou[c]) for c in shown],
-        miou=confusion.mean_iou(row.confusion),
+        miou=row.of_an_image,
         kind=kind,
     )

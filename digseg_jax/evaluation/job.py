@@ -20,6 +20,7 @@ from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
+from digseg_jax.data.datasets.registry import title
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import Transient, UserError
 from digseg_jax.evaluation.evaluator import Evaluator
@@ -102,6 +103,7 @@ def evaluate(
     searching = evaluator.threshold_counts(estep, training, journal, fitted.scale) if training else []
     results = results_of(scores, evaluator, data.name, fitted, estep, searching)
     results |= {"weights": about} if about else {}
+    results |= folder_title(data)
     rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, settings.sweep)]
 
     # The journal goes last: until the files are written, a killed run can still make them from it.
@@ -159,6 +161,12 @@ def results_of(
         "confusion": scores.confusion.tolist(),
         **scores.single_queries(),
     }
+
+
+def folder_title(data: DataConfig) -> dict[str, str]:
+    """Which of the user's own folders is scored, for results.json; empty for another data set."""
+    shown = title(data.name, data.root)
+    return {} if shown == data.name else {"title": shown}
 
 
 def model_facts(model: Mapping[str, Any], about: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -273,6 +281,9 @@ def _write_files(
     if rows:
         note = f"Measured by this run on the {results['split']} split of {results['dataset']}."
         write_json(folder / "estep.json", {"rows": rows, "note": note})
+    else:  # a table of an earlier evaluation is not of these results
+        with explained(folder / "estep.json", "cannot be removed"):
+            epath.Path(folder / "estep.json").unlink(missing_ok=True)
 
 
 def _circumstances(mesh: Mesh) -> dict[str, Any]:

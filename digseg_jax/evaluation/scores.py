@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,10 +108,22 @@ class Scores:
         limits = open_vocab.recall_limits(len(asked))
         return open_vocab.gate_recall(presence, self.areas[:, asked], limits)
 
-    def _occurring(self) -> list[int]:
-        """Classes that were asked for and that a label shows."""
-        shown = self.areas.sum(axis=0) > 0
-        return [c for c in self.examples.asked if shown[c]]
+    def _occurring(self) -> dict[str, float]:
+        """IoU (0..1) of the classes that were asked for and that a label shows, by name."""
+        shown, iou = self.areas.sum(axis=0) > 0, metrics.iou_per_class(self.confusion)
+        return {self.examples.classes[c]: float(iou[c]) for c in self.examples.asked if shown[c]}
+
+    @property
+    def of_an_image(self) -> float:
+        """The score by which a gallery ranks a single image, 0..1, by the data set's rule.
+
+        nan if it has no labels. The rule "official" also counts classes that no label shows, as most
+        are in a single image: there "mmseg" stands for it.
+        """
+        if self.examples.metric == "asked":
+            return _mean(self._occurring())
+        rule = "mmseg" if self.absent_rule == "official" else self.absent_rule
+        return metrics.mean_iou(self.confusion, rule)
 
     def own_metric(self, searching: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         """Scores of the data set's own metric, beside those of a label map; empty for most data sets.
@@ -121,9 +133,12 @@ class Scores:
         if self.examples.metric == "foreground":
             return _foreground(self, searching)
         if self.examples.metric == "asked":
-            known = metrics.iou_per_class(self.confusion)[self._occurring()]
-            mean = float(known.mean()) if len(known) else math.nan
-            return {"asked_miou": plain(mean), "scored": len(known)}
+            known = self._occurring()
+            return {
+                "asked_miou": plain(_mean(known)),
+                "scored": len(known),
+                "scored_classes": list(known),
+            }
         if self.examples.metric == "region_dice":
             return binary.mean_scores([row["regions"] for row in self.rows])
         return {}
@@ -145,6 +160,11 @@ def _foreground(scores: Scores, searching: Sequence[dict[str, Any]]) -> dict[str
         searched = binary.foreground_scores(counts[:, grid.index(found)])
         result["searched"] = {"threshold": found, "split": split, **searched}
     return result
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    """Mean of the values; nan without any."""
+    return float(np.mean(list(values.values()))) if values else math.nan
 
 
 def plain(value: float) -> float | None:

@@ -78,12 +78,12 @@ def _cells(row: dict[str, Any]) -> list[list[Any]]:
         cells = []
         for protocol, scores in row["protocols"].items():
             stated = _stated(row) if protocol == headline else "–"
-            rates = [f"{scores[k]:.3g}" for k in ("images_per_second", "queries_per_second")]
+            rates = [_rate(scores[k]) for k in ("images_per_second", "queries_per_second")]
             cells.append([protocol, "mIoU", percent(scores["miou"]), stated, *rates])
         return [*cells, [headline, "boundary IoU", percent(row["boundary_iou"]), *"–––"]]
 
     # A domain of the generalist: the classes that were asked for, pooled over the split.
-    rate = f"{speed:.3g}" if speed else "–"
+    rate = _rate(speed) if speed else "–"
     if row["metric"] == "asked":
         images = f"{row['num_images']} of {row['split']}"
         what = f"mean IoU (classes: {row['scored']}, images: {images})"
@@ -141,6 +141,11 @@ def _foreground_cells(
             score = percent(scores[f"{name}_{way}"])
             lines.append([f"{name} {way}, {label}", score, stated, rate, "–"])
     return lines
+
+
+def _rate(value: float) -> str:
+    """A rate with three digits, as plain digits: 1230, not 1.23e+03."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _stated(row: dict[str, Any]) -> str:

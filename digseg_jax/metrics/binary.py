@@ -55,7 +55,8 @@ def per_image(counts: Int[np.ndarray, "n 3"], empty: str = "one") -> dict[str, f
       counts: TP, FP, FN of each image.
       empty: rule for an image without foreground in label and prediction: "one" scores it 1 (nothing
         was there and nothing was found), "zero" 0, "skip" leaves it out of the mean. The precision of
-        an image whose foreground is missed completely is 0 under every rule.
+        an image whose foreground is missed completely, and the recall of one that has only false
+        alarms, are 0 under every rule.
 
     Raises:
       ValueError: another rule.
@@ -64,8 +65,9 @@ def per_image(counts: Int[np.ndarray, "n 3"], empty: str = "one") -> dict[str, f
         raise ValueError(f"empty rule {empty!r}; legal: {', '.join(EMPTY_RULES)}")
     tp, fp, fn = np.asarray(counts, np.int64).reshape(-1, 3).T
 
-    # An undefined score has two causes: an empty image, which follows the rule, and foreground that
-    # was missed completely, which scores 0.
+    # An undefined score has three causes. An empty image follows the rule. Foreground that was missed
+    # completely leaves no precision, and false alarms without any foreground leave no recall: these
+    # score 0.
     nothing = (tp + fp + fn) == 0
     means = {}
     for name, values in zip(NAMES, _quotients(tp, fp, fn), strict=True):

@@ -83,9 +83,9 @@ def counted_classes(counts: np.ndarray, rule: str) -> np.ndarray:
 
 
 def pixel_accuracy(counts: np.ndarray) -> float:
-    """Share of counted pixels with the right class; "no class" is wrong."""
+    """Share of counted pixels with the right class; "no class" is wrong. nan if none is counted."""
     counts = np.asarray(counts, np.int64)
-    return float(np.diag(counts[:, :-1]).sum() / max(counts.sum(), 1))
+    return _share(np.diag(counts[:, :-1]).sum(), counts.sum())
 
 
 def mean_accuracy(counts: np.ndarray) -> float:
@@ -126,6 +126,11 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
+def _share(part: np.int64, whole: np.int64) -> float:
+    """part / whole; nan, without a warning, if the whole is 0."""
+    return float(part / whole) if whole else float("nan")
+
+
 def _mean(values: np.ndarray, zero_if_nan: bool = False) -> float:
     """Mean of the defined values; nan, without a warning, if there are none."""
     values = np.nan_to_num(values) if zero_if_nan else values[~np.isnan(values)]
@@ -140,7 +145,8 @@ def query_scores(
     """Scores how well masks follow their text, each query's mask by itself, without argmax.
 
     Args:
-      overlaps: pixels of each query's mask by true class, for each image; query i asks for class i.
+      overlaps: pixels of each query's mask by true class, for each image; query i asks for class i. A
+        class that was not asked for, as a gate leaves it out, has an empty mask, and counts as such.
       areas: true pixels of each class, for each image.
       covers: [i, j] is True if the pixels of class j belong to the mask of class i; None: each mask
         covers its own class.
@@ -148,7 +154,8 @@ def query_scores(
     Returns:
       matching_iou: mean over classes of the pooled IoU of a present class with its own query;
       wrong_query_iou: the same with the queries of the other present classes;
-      absent_rate: share of pixels that masks of absent classes cover. All are in 0..1.
+      absent_rate: share of pixels that masks of absent classes cover. All are in 0..1, or nan where
+      there is nothing to measure.
     """
     # [n, q] and [n, 1]; taken before classes are joined to regions, which would count pixels twice.
     covered, pixels = overlaps.sum(axis=2), areas.sum(axis=1, keepdims=True)
@@ -172,7 +179,7 @@ def query_scores(
     return {
         "matching_iou": _mean_ratio(matching),
         "wrong_query_iou": _mean_ratio(wrong),
-        "absent_rate": float(covered[absent].sum() / max((absent * pixels).sum(), 1)),
+        "absent_rate": _share(covered[absent].sum(), (absent * pixels).sum()),
     }
 
 

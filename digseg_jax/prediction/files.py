@@ -393,5 +393,6 @@ def overlay(
 
     # The legend lists the queries that won some pixel, or all if none did.
     shown = [q for q in range(len(queries)) if (label == q).any()] or list(range(len(queries)))
-    strip = viz.legend([queries[q] for q in shown], colors[shown], width=image.shape[1])
+    names = [queries[q] for q in shown]
+    strip = viz.legend(names, colors[shown], width=image.shape[1], numbers=shown)
     return np.concatenate([painted, strip])

@@ -6,8 +6,10 @@ Script, style and images are inlined, so that the page opens from disk and can b
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from digseg_jax.io import storage
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.metric_writer import METRICS_NAME, read_metrics
 from digseg_jax.io.storage import AnyPath
+from digseg_jax.log import log
 from digseg_jax.report import sections
 from digseg_jax.report.cards import gallery_cards
 from digseg_jax.report.chart import training_charts
@@ -28,7 +31,13 @@ from digseg_jax.viz.templates import render
 
 T = TypeVar("T")
 
-_SOURCES = (METRICS_NAME, "config.json", "eval", "bench")  # files and folders that a report reads
+# files and folders that a report reads, beside eval/suite_*.json
+_SOURCES = (
+    METRICS_NAME, "config.json", "eval/results.json", "eval/speed.json", "eval/estep.json",
+    "eval/gallery", "bench",
+)  # fmt: skip
+# facts that tell the weights of two trainings, or of two steps of one, apart
+_IDENTITY = ("datasets", "steps", "checkpoint", "started_from", "seed", "parts")
 
 # keys of results.json without which there is no page
 _REQUIRED = (
@@ -96,43 +105,94 @@ def shaped(path: Path, make: Callable[[], T]) -> T:
     """Calls `make`, which reads one file; a file that is not of the expected form is a UserError."""
     try:
         return make()
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not of the expected form: {error!r}") from error
+
+
+@contextlib.contextmanager
+def on_disk(folder: AnyPath, names: tuple[str, ...], patterns: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields the folder, or of one in a bucket a copy of these files: rendering reads local files only.
+
+    names: files and folders in it. patterns: of more files, such as eval/suite_*.json.
+
+    Raises:
+      UserError: what is raised inside the block; it names the folder, never its copy.
+    """
+    if not storage.is_remote(folder):
+        yield Path(folder)
+        return
+
+    with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
+        copy = Path(scratch) / folder.name
+        with storage.explained(folder, "cannot be read"):
+            found = [path for pattern in patterns for path in folder.glob(pattern)]
+        more = tuple(str(path).removeprefix(f"{folder}/") for path in found)
+        storage.download(folder, copy, names + more)
+        try:
+            yield copy
+        except UserError as error:
+            raise type(error)(str(error).replace(str(copy), str(folder))) from error
+
+
+def _suites(workdir: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tables of eval/suite_*.json; those of other weights than the results' are left out."""
+    tables = []
+    for path in sorted((workdir / "eval").glob("suite_*.json")):
+        found = read_object(path)
+        if _other_weights(found.get("weights"), results.get("weights")):
+            log.info("%s: of other weights than results.json, so no part of the report", path.name)
+        else:
+            tables.append(shaped(path, partial(suite_tables, found)))
+    return tables
+
+
+def _other_weights(one: Any, other: Any) -> bool:
+    """Whether two records of weights are of different ones; False if either is missing."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return False
+    known = [key for key in _IDENTITY if key in one and key in other]
+    return any(one[key] != other[key] for key in known)
 
 
 def page_of(workdir: Path) -> str:
     """The page as HTML; parts whose files are absent are left out."""
-    results = _results(workdir)
+    results, results_path = _results(workdir), workdir / "eval" / "results.json"
     gallery_path, config_path = workdir / "eval" / "gallery" / "gallery.json", workdir / "config.json"
-    estep_path, bench_paths = (
-        workdir / "eval" / "estep.json",
-        sorted((workdir / "bench").glob("*.json")),
-    )
-    run_path, metrics = workdir / "eval" / "speed.json", read_training(workdir)
-    suite_paths = sorted((workdir / "eval").glob("suite_*.json"))
+    estep_path, run_path = workdir / "eval" / "estep.json", workdir / "eval" / "speed.json"
+    bench_paths, metrics = sorted((workdir / "bench").glob("*.json")), read_training(workdir)
 
     # Only results.json is required.
     gallery, estep = optional_object(gallery_path), optional_object(estep_path)
-    benches = [read_object(path, ("title", "columns", "rows")) for path in bench_paths]
+    benches = {path: read_object(path, ("title", "columns", "rows")) for path in bench_paths}
     config = read_object(config_path) if config_path.exists() else None
     colors = shaped(gallery_path, lambda: class_table(results, gallery))
 
     # A section is empty where there is nothing to show.
-    data = shaped(config_path, lambda: (config or {}).get("data") or {})
-    name = title(results["dataset"], data.get("root", ""))
+    data = shaped(config_path, lambda: {**((config or {}).get("data") or {})})
+    root = data.get("root") or ""
+    name = results.get("title") or shaped(config_path, lambda: title(results["dataset"], root))
+    trained_in = "" if data.get("mixture") else root
+    suites = _suites(workdir, results)
     return render(
         "report/run.html.j2",
         name=name,
         run=workdir.resolve().name,
-        scores=sections.headline(results, name),
+        scores=shaped(results_path, lambda: sections.headline(results, name, trained_in)),
         listening=sections.listening(results),
         gallery=shaped(gallery_path, lambda: gallery_cards(gallery, gallery_path.parent, colors)),
         classes=sections.class_bars(results["per_class"], colors),
-        confusions=shaped(workdir / "eval" / "results.json", lambda: confusions(results, colors)),
+        confusions=shaped(results_path, lambda: confusions(results, colors)),
         charts=training_charts(metrics),
         estep=shaped(estep_path, lambda: sections.estep_table(estep)),
-        suites=shaped(workdir / "eval", lambda: [suite_tables(read_object(p)) for p in suite_paths]),
-        benches=shaped(workdir / "bench", lambda: sections.bench_tables(benches)),
+        domains=[suite for suite in suites if suite["name"] == "domains"],
+        papers=[suite for suite in suites if suite["name"] != "domains"],
+        benches=[
+            table
+            for path, found in benches.items()
+            for table in shaped(path, partial(sections.bench_tables, [found]))
+        ],
         circumstances=shaped(
             run_path, lambda: circumstances(optional_object(run_path), metrics, config, results)
         ),
@@ -149,13 +209,7 @@ def build_report(workdir: AnyPath | str) -> AnyPath:
       UserError: no results (naming the command that makes them), or a file not of the expected form.
     """
     workdir = storage.as_path(workdir)
-
-    # The files of a bucket are fetched first: rendering reads local files only.
-    with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
-        source = workdir
-        if storage.is_remote(workdir):
-            source = Path(scratch) / workdir.name
-            storage.download(workdir, source, _SOURCES)
+    with on_disk(workdir, _SOURCES, ("eval/suite_*.json",)) as source:
         text = page_of(source)
 
     out = workdir / "report" / "index.html"

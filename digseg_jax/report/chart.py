@@ -53,11 +53,10 @@ def smooth(curve: Sequence[Point], share: float = 0.05) -> list[Point]:
     return smoothed
 
 
-def thin(curve: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
-    """At most `most` evenly picked points, and the last one; no values are averaged."""
-    stride = math.ceil(len(curve) / most)
-    kept = list(curve[::stride]) if stride > 1 else list(curve)
-    return kept if not curve or kept[-1] == curve[-1] else [*kept, curve[-1]]
+def thin(count: int, most: int = _MOST_POINTS) -> list[int]:
+    """Indices of at most `most` evenly picked ones of `count` points, and of the last one."""
+    kept = list(range(0, count, max(1, math.ceil(count / most))))
+    return kept if not kept or kept[-1] == count - 1 else [*kept, count - 1]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -69,21 +68,24 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [float(f"{d}e{e}") for e in decades for d in digits]
         ticks = [t for t in ticks if low <= t <= high]
         if len(ticks) >= 3:
-            break
-    return ticks
+            return ticks
+
+    # On a plateau such as 0.21 to 0.28 a logarithm is nearly straight.
+    return linear_ticks(low, high)
 
 
-def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round values between low and high, roughly `about` of them."""
+def linear_ticks(low: float, high: float, about: int = 5, least: float = 0.0) -> list[float]:
+    """Round values between low and high, roughly `about` of them, at least `least` apart."""
     if high <= low:
         return [low]
 
     # The next distance of the form 1, 2 or 5 times a power of ten; 0.999 and 1e-9 forgive rounding.
-    raw = (high - low) / about
-    base = 10.0 ** math.floor(math.log10(raw))
-    stride = next(base * m for m in (1, 2, 5, 10) if base * m >= raw * 0.999)
+    raw = max((high - low) / about, least)
+    power = math.floor(math.log10(raw))
+    stride = next(m * 10.0**power for m in (1, 2, 5, 10) if m * 10.0**power >= raw * 0.999)
     first = math.ceil(low / stride - 1e-9)
-    return [round(i * stride, 10) for i in range(first, math.floor(high / stride + 1e-9) + 1)]
+    ticks = range(first, math.floor(high / stride + 1e-9) + 1)
+    return [round(i * stride, 2 - power) for i in ticks]
 
 
 def _path(curve: Sequence[Point], x: Callable[..., float], y: Callable[..., float]) -> str:
@@ -124,7 +126,8 @@ def _step_axis(low: float, high: float) -> tuple[Callable[[float], float], list[
     def x(step: float) -> float:
         return FRAME.left + width * (step - low) / span
 
-    return x, [(x(tick), f"{tick:,.0f}") for tick in linear_ticks(low, high, 6)]
+    # Steps are whole numbers: a few of them are not divided.
+    return x, [(x(tick), f"{tick:,.0f}") for tick in linear_ticks(low, high, 6, least=1)]
 
 
 def _levels(ticks: Sequence[float], y: Callable[[float], float]) -> list[tuple[float, str]]:
@@ -156,7 +159,8 @@ def loss_chart(metrics: Sequence[dict[str, Any]]) -> Chart | None:
         return FRAME.top + scale * (high - math.log(value))
 
     # Smooth before thinning: the mean is over all logged values.
-    drawn, mean = thin(curve), thin(smooth(curve))
+    kept, smoothed = thin(len(curve)), smooth(curve)
+    drawn, mean = [curve[i] for i in kept], [smoothed[i] for i in kept]
     hover = [
         (x(s), y(m), f"step {s:,} · {v:.4g} · smoothed {m:.4g}")
         for (s, v), (_, m) in zip(drawn, mean, strict=True)

@@ -57,6 +57,7 @@ def training_hours(
     # A line's speed is the mean over the steps since the line before.
     seconds, last = 0.0, 0
     for line in known:
-        seconds += (line["step"] - last) * batch / max(line["images_per_second"], 1e-9)
-        last = line["step"]
+        new = max(0, line["step"] - last)
+        seconds += new * batch / max(line["images_per_second"], 1e-9)
+        last += new
     return seconds / 3600

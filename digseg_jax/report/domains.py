@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from digseg_jax.io import storage
+from digseg_jax.io.names import distinct
 from digseg_jax.io.storage import AnyPath
-from digseg_jax.report.build import class_table, optional_object, read_object, shaped
+from digseg_jax.report.build import class_table, on_disk, optional_object, read_object, shaped
 from digseg_jax.report.cards import gallery_cards
 from digseg_jax.report.sections import class_bars
+from digseg_jax.report.suites import scored_classes
 from digseg_jax.report.tables import Cell, Name, Number, Table
 from digseg_jax.viz.templates import render
 
@@ -30,35 +32,30 @@ def build_domain_pages(evaluated: AnyPath | str) -> AnyPath:
     """
     evaluated = storage.as_path(evaluated)
 
-    # The files of a bucket are fetched first: rendering reads local files only.
-    with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
-        source = evaluated
-        if storage.is_remote(evaluated):
-            source = Path(scratch) / "eval"
-            storage.download(evaluated, source, _SOURCES)
+    with on_disk(evaluated, _SOURCES) as source:
         path = source / "suite_domains.json"
         rows = read_object(path, ("rows",))["rows"]
-        pages = shaped(
-            path, lambda: {INDEX: _index(rows)} | {_file(r): _page(r, source) for r in _seen(rows)}
-        )
+        pages = shaped(path, lambda: _pages(rows, source))
 
     for name, text in pages.items():
         storage.write_bytes(evaluated / FOLDER / name, text.encode("utf-8"))
     return evaluated / FOLDER / INDEX
 
 
-def _seen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the domains that were measured."""
-    return [row for row in rows if "missing" not in row]
+def _pages(rows: Sequence[Mapping[str, Any]], source: Path) -> dict[str, str]:
+    """Text of every page by its file's name."""
+    seen = [row for row in rows if "missing" not in row]
+    files = dict(zip((row["dataset"] for row in seen), _files(seen), strict=True))
+    return {INDEX: _index(rows, files)} | {files[row["dataset"]]: _page(row, source) for row in seen}
 
 
-def _file(row: Mapping[str, Any]) -> str:
-    """File name of a domain's page."""
-    return f"{row['dataset']}.html"
+def _files(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """File name of each domain's page; one that is called index gets another than the index."""
+    return [f"{name}.html" for name in distinct(["index", *(row["dataset"] for row in rows)])][1:]
 
 
-def _index(rows: list[dict[str, Any]]) -> str:
-    """The page of all domains: one row each, with a link to its images."""
+def _index(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
+    """The page of all domains: one row each, with a link to its images. files: names of the pages."""
     cells: list[list[Cell]] = []
     for row in rows:
         if "missing" in row:
@@ -66,7 +63,7 @@ def _index(rows: list[dict[str, Any]]) -> str:
             continue
         wrong = row.get("wrong_names") or {}
         area = Number(sum(wrong.values()) / len(wrong)) if wrong else "–"
-        link = Name(str(row["dataset"]), link=_file(row))
+        link = Name(str(row["dataset"]), link=quote(files[row["dataset"]]))
         shown = f"{row['num_images']} of {row['split']}"
         cells.append([link, shown, str(row["scored"]), Number(row["asked_miou"]), area])
 
@@ -83,8 +80,8 @@ def _page(row: Mapping[str, Any], source: Path) -> str:
     return render(
         "report/domain.html.j2",
         name=row["dataset"],
-        run=f"{row['estep']}, {row['split']}",
+        measured=f"E-Step {row['estep']}, split {row['split']}",
         index=INDEX,
         gallery=shaped(path, lambda: gallery_cards(gallery, path.parent, colors)),
-        classes=class_bars(row["per_class"], colors),
+        classes=class_bars(scored_classes(row), colors),
     )

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
+from typing import Self
 
+from digseg_jax.config.schema import Config, DataConfig
+from digseg_jax.data.datasets.registry import title
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.metric_writer import METRICS_NAME, MetricWriter
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import VALIDATION
 from digseg_jax.log import log
-from digseg_jax.report.build import optional_object, read_training, shaped
+from digseg_jax.report.build import on_disk, optional_object, read_training, shaped
 from digseg_jax.report.cards import gallery_cards
 from digseg_jax.report.chart import training_charts
 from digseg_jax.runtime.distributed import is_main
@@ -22,6 +24,7 @@ from digseg_jax.viz.templates import render
 
 NAME = "live.html"
 REFRESH = 60  # seconds after which a browser loads the page again
+LISTED = 3  # data sets of a mixture that are named
 
 
 class LivePage:
@@ -31,10 +34,18 @@ class LivePage:
       workdir: the run's.
       name: what the run is trained on.
       steps: number of steps of the whole training.
+      every: steps from one validation to the next.
     """
 
-    def __init__(self, workdir: AnyPath, name: str, steps: int):
-        self.workdir, self.name, self.steps, self.told = workdir, name, steps, False
+    def __init__(self, workdir: AnyPath, name: str, steps: int, every: int = 1):
+        self.workdir, self.name, self.steps, self.every = workdir, name, steps, every
+        self.told = False
+
+    @classmethod
+    def of(cls, workdir: AnyPath, config: Config) -> Self:
+        """The page of a run of a configuration."""
+        every = config.logging.eval_every or config.train.steps
+        return cls(workdir, training_name(config.data), config.train.steps, every)
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
         """Shows a step's validation on process 0; writer: the run's.
@@ -51,14 +62,9 @@ class LivePage:
 
     def _write(self, step: int, writer: MetricWriter) -> None:
         """Writes the page and the images."""
-        # The files of a bucket are fetched first: rendering reads local files only.
-        with tempfile.TemporaryDirectory(prefix="digseg_jax_") as scratch:
-            source = self.workdir
-            if storage.is_remote(self.workdir):
-                source = Path(scratch) / self.workdir.name
-                storage.download(self.workdir, source, (METRICS_NAME, VALIDATION))
-            text = self.render(Path(source), step)
-            writer.write_images(step, gallery_strips(Path(source) / VALIDATION / "gallery"))
+        with on_disk(self.workdir, (METRICS_NAME, f"{VALIDATION}/gallery")) as source:
+            text = self.render(source, step)
+            writer.write_images(step, gallery_strips(source / VALIDATION / "gallery"))
 
         page = self.workdir / "report" / NAME
         storage.write_bytes(page, text.encode("utf-8"))
@@ -75,11 +81,13 @@ class LivePage:
             lambda: {c["name"]: to_hex(from_hex(c["color"])) for c in gallery.get("classes", [])},
         )
 
+        # Without another validation the page stays as it is.
+        last = step + self.every > self.steps
         return render(
             "report/live.html.j2",
             name=self.name,
             run=workdir.resolve().name,
-            refresh=REFRESH,
+            refresh=0 if last else REFRESH,
             step=step,
             steps=self.steps,
             gallery=shaped(
@@ -87,3 +95,11 @@ class LivePage:
             ),
             charts=training_charts(read_training(workdir)),
         )
+
+
+def training_name(data: DataConfig) -> str:
+    """What a run is trained on, as a page names it: a data set, or those of a mixture."""
+    if not data.mixture:
+        return title(data.name, data.root)
+    parts = [title(part.name, part.folder or part.root) for part in data.mixture]
+    return ", ".join(parts) if len(parts) <= LISTED else f"a mixture of {len(parts)} data sets"

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from digseg_jax.data.datasets.registry import title
 from digseg_jax.evaluation.tables import input_size, prompt_forms
 from digseg_jax.report.tables import Cell, Number, Table, cell_of
 from digseg_jax.viz.templates import is_number
@@ -24,10 +26,10 @@ _PROTOCOLS = {
 }
 
 
-def headline(results: Mapping[str, Any], name: str) -> dict[str, Any]:
+def headline(results: Mapping[str, Any], name: str, root: str = "") -> dict[str, Any]:
     """The scores, how they were measured, and what is known of the weights.
 
-    name: of the data set, as the page shows it.
+    name: of the data set, as the page shows it. root: folder that was trained on; "": not known.
     """
     # The default decoder averages before the mask exists, so that no rule applies.
     combined = _COMBINED.get(results.get("ensemble_rule", ""), "")
@@ -41,11 +43,12 @@ def headline(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     # Older results say less of how the network is asked, and of its weights.
     names = ("parameters", "steps", "started_from", "checkpoint")
     weights = results.get("weights") or {}
-    trained = weights.get("datasets") or []
+    trained, elsewhere = _training(weights.get("datasets") or [], results["dataset"], name, root)
     return {
         **{key: results[key] for key in ("split", "seed", "miou", "steps")},
         "dataset": name,
-        "trained": [name if one == results["dataset"] else one for one in trained],
+        "trained": trained,
+        "elsewhere": elsewhere,
         "accuracy": results.get("accuracy"),
         "images": results["num_images"],
         "members": results["ensemble"],
@@ -58,17 +61,33 @@ def headline(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
+def _training(datasets: Sequence[str], scored: str, name: str, root: str) -> tuple[list[str], bool]:
+    """Names of the training's data sets, and whether the scored one is surely none of them.
+
+    scored, name: the scored data set, and as the page shows it. root: as of `headline`.
+    """
+    # Of a user's own folder the weights record only that it is one: it may be the scored folder.
+    shown = [title(one, root) for one in datasets]
+    unknown = scored == "folder" and any(re.fullmatch(r"folder(_\d+)?", one) for one in shown)
+    own = ["a user's own folder" if one == "folder" else one for one in shown]
+    return own, name not in shown and not unknown
+
+
 def listening(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Whether the masks follow the words; None if it was not measured."""
+    """Whether the masks follow the words; None if it was not measured.
+
+    A class that a gate left out was not asked for, and counts as an empty mask.
+    """
     names = {"right": "matching_iou", "wrong": "wrong_query_iou", "absent": "absent_rate"}
     found = {name: results.get(key) for name, key in names.items()}
     if not any(map(is_number, found.values())):
         return None
 
-    # How many times less a wrong word finds.
+    # How many times less a wrong word finds, if it finds less.
     right, wrong = found["right"], found["wrong"]
-    times = right / wrong if is_number(right) and is_number(wrong) and wrong > 0 else None
-    return {**found, "times": times}
+    times = right / wrong if is_number(right) and is_number(wrong) and wrong > 0 else 0.0
+    gated = "gated" in str(results["protocol"]).lower()
+    return {**found, "times": times if round(times, 1) > 1 else None, "gated": gated}
 
 
 def class_bars(per_class: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any] | None:
@@ -92,22 +111,19 @@ def estep_table(estep: Mapping[str, Any]) -> Table | None:
         return None
     best = max((r["miou"] for r in rows if is_number(r.get("miou"))), default=None)
 
-    # Standard deviations are shown if any row has one.
     cells: list[list[Cell]] = []
     for row in rows:
         miou = row.get("miou")
-        score = Number(miou, best=is_number(miou) and miou == best, spread=row.get("miou_std"))
+        score = Number(miou, best=is_number(miou) and miou == best)
         size = f"{row.get('ensemble', '–')} × {row.get('steps', '–')}"
         speed = cell_of(row.get("queries_per_second"))
         cells.append([size, str(row.get("spacing", "–")), score, speed])
 
-    spread = any(is_number(r.get("miou_std")) for r in rows)
-    columns = ["E × S", "spacing", "mIoU ± std" if spread else "mIoU", "queries/s"]
-    return Table(columns, cells, estep.get("note") or "")
+    return Table(["E × S", "spacing", "mIoU", "queries/s"], cells, estep.get("note") or "")
 
 
 def bench_tables(tables: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The tables in bench/*.json, in the order of the file names."""
+    """The tables of files bench/*.json, in their order."""
     return [
         Table(
             columns=entry["columns"],

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's tables on the page: scores per protocol, recall of the gate, bars of every data set."""
+"""Tables of suites on the page: scores per protocol, recall of the gate, bars of every data set."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from digseg_jax.data.datasets.domains import REST
 from digseg_jax.evaluation.suite_tables import COLUMNS, lines, note
 from digseg_jax.report.tables import Cell, Number, Table
 from digseg_jax.viz.templates import is_number
 
+# columns whose texts may be numbers; a data set may be called 2021
+NUMERIC = ("measured", "the paper's figure", "images/s", "queries/s")
 MOST_BARS = 40  # classes shown of a large vocabulary: one half the best, the other the worst
 
 
 def suite_tables(results: Mapping[str, Any]) -> dict[str, Any]:
     """A suite_*.json as the page shows it: its table, and the details of each data set."""
-    rows: list[list[Cell]] = [[_cell(value) for value in row] for row in lines(results)]
+    rows = [[_cell(*pair) for pair in zip(COLUMNS, row, strict=True)] for row in lines(results)]
     return {
+        "name": results["suite"],
         "scores": Table(COLUMNS, rows, title=str(results["suite"]), note=note(results)),
         "rows": [
             {"dataset": row["dataset"], "recall": _recall(row), **_bars(row)} for row in results["rows"]
@@ -24,10 +29,23 @@ def suite_tables(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cell(value: Any) -> Cell:
+def scored_classes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """IoU by name of the classes in a data set's score.
+
+    A domain's background is left out, and of its other classes one that no label shows has None.
+    """
+    per_class = dict(row.get("per_class") or {})
+    if row.get("metric") != "asked":
+        return per_class
+    scored = row.get("scored_classes", per_class)  # results of earlier versions do not say
+    own = [name for name in per_class if name not in REST]
+    return {name: per_class[name] if name in scored else None for name in own}
+
+
+def _cell(column: str, value: Any) -> Cell:
     """A cell of the suite's table; measured numbers are given as text in percent."""
     text = str(value)
-    if not text.replace(".", "", 1).isdigit():
+    if column not in NUMERIC or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         return text
     digits = len(text.partition(".")[2])
     return Number(float(text) if digits else int(text), digits)
@@ -47,7 +65,7 @@ def _recall(row: Mapping[str, Any]) -> Table | None:
 
 def _bars(row: Mapping[str, Any]) -> dict[str, Any]:
     """(name, IoU) of the classes that have one, best first; of many, the middle is left out."""
-    known = {n: v for n, v in (row.get("per_class") or {}).items() if is_number(v)}
+    known = {name: iou for name, iou in scored_classes(row).items() if is_number(iou)}
     ranked = sorted(known.items(), key=lambda entry: -entry[1])
 
     # The middle of a large vocabulary says least.

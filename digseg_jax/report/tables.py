@@ -17,13 +17,11 @@ class Number:
     Attributes:
       digits: decimals of a float; None: as many as show three significant digits.
       best: set in bold.
-      spread: standard deviation, shown behind it if it is a number.
     """
 
     value: Any
     digits: int | None = 3
     best: bool = False
-    spread: Any = None
     kind: ClassVar[str] = "number"
 
 
@@ -42,13 +40,22 @@ Cell = str | Number | Name
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns and rows, with a caption above (its title in bold, or plain) and a note below."""
+    """Columns and rows, with a caption above (its title in bold, or plain) and a note below.
+
+    Raises:
+      ValueError: a row has more or fewer cells than there are columns.
+    """
 
     columns: Sequence[Any]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     title: str = ""
     note: str = ""
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows, start=1):
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {number} has {len(row)} cells, not {len(self.columns)}")
 
     @property
     def numeric(self) -> list[bool]:

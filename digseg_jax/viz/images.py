@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError
 from digseg_jax.viz.colors import IGNORE_COLOR, class_colors, from_hex, to_hex
+from digseg_jax.viz.fonts import fitting, shortened
 
 BAND = 256  # rows
 
@@ -76,26 +77,35 @@ def legend(
     colors: UInt8[np.ndarray, "n 3"],
     width: int = 512,
     size: int = 13,
+    numbers: Sequence[int] = (),
 ) -> UInt8[np.ndarray, "h width 3"]:
-    """Draws a white strip of swatches and names, `width` pixels wide; `size` is the text height."""
-    font = ImageFont.load_default(size=size)
+    """Draws a white strip of swatches and names, `width` pixels wide.
+
+    Args:
+      names: a name that is too long for the strip is cut.
+      size: height of the text, pixels.
+      numbers: of the names, by default from 0 on; stand for names whose letters no font here has.
+    """
     row, gap = round(size * 1.7), round(size * 0.6)
+    room = width - size - 3 * gap  # between a swatch at the left edge and the right edge
 
     # Where each entry begins; one that would pass the right edge opens a new row.
-    places, x, y = [], gap, gap
-    for name in names:
-        step = size + gap + round(font.getlength(name)) + 2 * gap
+    entries, x, y = [], gap, gap
+    for name, number in zip(names, numbers or range(len(names)), strict=True):
+        text, font = fitting(name, number, size)
+        text = shortened(text, font, room)
+        step = size + gap + round(font.getlength(text)) + 2 * gap
         if x > gap and x + step > width:
             x, y = gap, y + row
-        places.append((x, y))
+        entries.append((x, y, text, font))
         x += step
 
     strip = Image.new("RGB", (width, y + row), "white")
     draw = ImageDraw.Draw(strip)
-    for (x, y), name, color in zip(places, names, colors, strict=True):
+    for (x, y, text, font), color in zip(entries, colors, strict=True):
         box = (x, y, x + size, y + size)
         draw.rectangle(box, fill=tuple(int(c) for c in color), outline=(110, 110, 110))
-        draw.text((x + size + gap, y + size / 2), name, fill=(30, 30, 30), font=font, anchor="lm")
+        draw.text((x + size + gap, y + size / 2), text, fill=(30, 30, 30), font=font, anchor="lm")
     return np.asarray(strip)
 
 

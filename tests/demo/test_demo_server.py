@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import http.client
 import io
 import json
@@ -21,9 +23,11 @@ import pytest
 from PIL import Image
 from served_demo import serve, tiny_segmenter
 
+from digseg_jax.config.sampling import EStep
 from digseg_jax.data.datasets.readers.rle import decode
+from digseg_jax.demo import job as job_lib
 from digseg_jax.demo import server as server_lib
-from digseg_jax.demo.work import KEPT, MAX_VALUES, WAITING, Order
+from digseg_jax.demo.work import KEPT, MAX_VALUES, WAITING, Job, Order, Queue
 from digseg_jax.errors import INTERRUPTED, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -243,6 +247,70 @@ def test_its_own_page_is_answered_and_allows_nothing_from_outside(demo):
     assert headers["Referrer-Policy"] == "no-referrer"
     assert demo.token.encode() not in page
     assert demo.server_address[0] == "127.0.0.1"
+
+
+def summary(demo, job) -> dict:
+    assert wait(demo, job, "done", "failed")["state"] == "done"
+    return json.loads(send(demo, "GET", f"jobs/{job['id']}/files/summary")[2])
+
+
+def test_timesteps_are_spaced_as_the_weights_or_the_user_have_it(segmenter, gate):
+    spaced = copy.copy(segmenter)
+    spaced.settings = dataclasses.replace(segmenter.settings, spacing="leading")
+    with serve(spaced, gate) as demo:
+        assert summary(demo, order(demo)[1])["estep"] == "2x2:leading"
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ({"name": "my leaf.png"}, "my leaf.png"),
+        ({"name": "C:\\photos\\leaf.png"}, "leaf.png"),
+        ({"name": "../../etc/pass\x00wd\u202e"}, "passwd"),
+        ({"name": "x" * 900 + ".png"}, "x" * 255),
+        ({"sample": "morocco", "side": 256}, "morocco.jpg"),
+        ({"name": ".."}, "masks"),
+        ({}, "masks"),
+    ],
+)
+def test_annotations_name_the_file_that_was_uploaded(demo, sent, kept):
+    job = order(demo, words=["water"], members=1, steps=1, **sent)[1]
+    named = summary(demo, job).get("image", "masks")
+    coco = json.loads(send(demo, "GET", f"jobs/{job['id']}/files/coco")[2])
+    assert named == coco["images"][0]["file_name"] == kept
+
+
+def test_shares_are_computed_once_and_nobody_waits_for_them():
+    queue = Queue(lambda *_, **__: None, seed=0)
+    job = Job(Order(np.zeros((4, 6, 3), np.uint8), ("a", "b"), EStep(1, 1)))
+    assert [row["share"] for row in job.facts(0)["words"]] == [0.0, 0.0]
+    planes = np.zeros((2, 4, 6), np.float32)
+    planes[1, :2] = 0.9
+    job.show(planes)
+    job.planes = None  # a poll does not look at the masks
+    held = []
+
+    class Watched(Job):
+        def facts(self, place):
+            held.append(queue._changed._is_owned())
+            return Job.facts(self, place)
+
+    job.__class__ = Watched
+    assert [row["share"] for row in queue.facts(job)["words"]] == [0.0, 0.5]
+    assert held == [False]
+    queue.close()
+
+
+def test_the_page_tells_the_size_of_the_files(demo):
+    assert b"Files have the size at which the image was segmented" in send(demo, "GET", "")[2]
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(demo, monkeypatch):
+    monkeypatch.setattr(job_lib, "find_export", lambda model: pytest.fail("the model is looked for"))
+    for port, told in ((demo.server_port, "in use"), (70_000, "0-65535")):
+        with pytest.raises(UserError, match=f"--port={port}: cannot be used .*{told}") as caught:
+            job_lib.demo("weights", port, browser=False)
+        assert "\n" not in str(caught.value)
 
 
 def test_ctrl_c_ends_it_with_the_status_of_an_interrupt(tmp_path):

@@ -15,6 +15,9 @@ from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.data.datasets.domains import DOMAINS, WRONG_NAMES, wrong_names
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import domains, suite, suite_tables
+from digseg_jax.evaluation.examples import EvalExamples
+from digseg_jax.evaluation.journal import pack
+from digseg_jax.evaluation.scores import Scores
 
 PARAMS = {"weight": np.ones(3, np.float32)}
 CHANNEL = {"cytoplasm": 0, "nucleus": 1, "thing": 0}  # other names: 2
@@ -84,6 +87,12 @@ def test_a_background_is_what_no_class_claims(tmp_path):
     assert "mean IoU (classes: 2, images: 3 of val)" in text and "own scale" in text
     gallery = json.loads((tmp_path / "out" / "domains" / "cells_wbc" / "gallery.json").read_text())
     assert [item["id"] for item in gallery["items"]] == ["0", "1", "2"]
+    assert row["scored_classes"] == ["cytoplasm", "nucleus"]
+    for item, one, guess in zip(
+        gallery["items"], true.reshape(3, -1), found.reshape(3, -1), strict=True
+    ):
+        asked = jaccard_score(one, guess, average=None, labels=[1, 2])
+        assert item["miou"] == pytest.approx(asked.mean(), abs=1e-9)  # without the background
     again = run(tmp_path, tmp_path / "out", Seen(), num_images=3)  # from the journal
     assert again == results and (tmp_path / "out/domains/cells_wbc/gallery.json").is_file()
 
@@ -139,3 +148,53 @@ def test_the_table_ends_with_the_mean_of_the_domains_that_were_there():
     found = suite_tables.lines({"suite": "domains", "rows": [*rows, missing]})
     assert found[-1][1] == "mean of 2 domains" and "37.50" in found[-1]
     assert all(len(line) == len(suite_tables.COLUMNS) for line in found)
+
+
+def test_an_image_is_ranked_by_the_score_of_its_domain():
+    """Mean over the asked classes that the image shows, whatever its background's IoU is."""
+    counts = np.array([[90, 0, 10, 0], [0, 6, 0, 2], [0, 0, 0, 0]])
+    row = {"confusion": pack(counts), "area": pack(counts.sum(axis=1))}
+
+    def score(rule, metric="miou", rest=-1):
+        examples = EvalExamples(
+            None,
+            "val",
+            (0,),
+            ("background", "nucleus", "membrane"),
+            ((0,), (1,), (2,)),
+            metric,
+            rest=rest,
+        )
+        return Scores(examples, "exhaustive", (row,), rule).of_an_image
+
+    assert score("detectron2", "asked", rest=0) == 6 / 8
+    assert score("detectron2") == pytest.approx((0.9 + 6 / 8) / 2)
+    assert score("mmseg") == pytest.approx((0.9 + 6 / 8 + 0) / 3)
+    assert score("official") == score("mmseg")  # most classes are in no single image
+
+    # Nothing that was asked for is in it: it is neither the best nor the worst.
+    counts[1] = 0
+    row = {"confusion": pack(counts), "area": pack(counts.sum(axis=1))}
+    assert np.isnan(score("detectron2", "asked", rest=0)) and score("detectron2") == 0.9
+
+
+def test_the_worst_image_of_a_domain_is_the_one_whose_things_are_missed(tmp_path, monkeypatch):
+    """By a mean with the background, small things that are missed would hardly count."""
+    write(tmp_path / "mine", "0: background\n1: thing\n", count=12)
+    for i in range(12):
+        label = np.zeros((8, 9), np.uint8)
+        label[0, : 1 + i % 3] = 1
+        image = np.zeros((8, 9, 3), np.uint8)
+        image[..., 0] = 200 * label
+        if i == 7:
+            image[...] = 0  # all of a small thing is missed, and nothing else is wrong
+        if i == 4:
+            label[4:] = 1  # half of a large one is found, so that the background is wrong, too
+            image[4:6, :, 0] = 200
+        Image.fromarray(image).save(tmp_path / f"mine/images/val/{i}.png")
+        Image.fromarray(label).save(tmp_path / f"mine/masks/val/{i}.png")
+    monkeypatch.setattr(suite.domains, "DOMAINS", ())
+    run(tmp_path, tmp_path / "out", Seen())
+    gallery = json.loads((tmp_path / "out" / "domains" / "mine" / "gallery.json").read_text())
+    by_name = {item["id"]: item for item in gallery["items"]}
+    assert by_name["7"]["kind"] == "worst" and by_name["7"]["miou"] == 0.0

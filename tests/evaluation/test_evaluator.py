@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from digseg_jax.data.datasets import landcover
 from digseg_jax.data.datasets.landcover import GROUPS, TILE
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import eval_examples
-from digseg_jax.evaluation.job import evaluate, results_of
+from digseg_jax.evaluation.job import _write_files, evaluate, results_of
 from digseg_jax.evaluation.journal import Journal
 from digseg_jax.io.metric_writer import METRICS_NAME
 from digseg_jax.metrics import confusion as metrics
@@ -239,6 +240,19 @@ class TestFiles:
         assert build_report(workdir).is_file()
 
 
+def test_a_table_of_an_earlier_evaluation_goes_with_its_results(tmp_path):
+    scores = SimpleNamespace(speed=dict)
+    results = {
+        "dataset": "a", "split": "test", "num_images": 1, "ensemble": 1, "steps": 1, "seed": 0,
+        "protocol": "", "templates": [], "inference": "whole", "view_size": [8, 8], "per_class": {},
+    }  # fmt: skip
+    row = {"ensemble": 1, "steps": 1, "miou": 0.5}
+    for rows, there in (([row], True), ([], False), ([], False), ([row], True)):
+        _write_files(tmp_path, results, rows, scores, {})
+        assert (tmp_path / "estep.json").exists() == there
+        assert (tmp_path / "results.json").exists()
+
+
 class Killed(BaseException):
     """Ends an evaluation as a signal would."""
 
@@ -250,14 +264,20 @@ def files(workdir):
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
+@pytest.fixture(scope="module")
+def whole(folders, task, params, tmp_path_factory):
+    """An evaluation that was left alone: its configuration, folder and results."""
+    config = tiny.config(folders, eval__num_images=3, eval__batch_size=1)
+    workdir = tmp_path_factory.mktemp("whole")
+    settings = config.data, config.eval, config.seed
+    return settings, workdir, evaluate(*settings, task, params, tiny.mesh(), workdir)
+
+
 @pytest.mark.parametrize("survived", [0, 1, 2])
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
-    folders, task, params, tmp_path, monkeypatch, survived
+    whole, task, params, tmp_path, monkeypatch, survived
 ):
-    config = tiny.config(folders, eval__num_images=3, eval__batch_size=1)
-    whole = evaluate(
-        config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path / "whole"
-    )
+    settings, left_alone, results = whole
     add, finished = Journal.add, []
 
     def dies(self, key, value):
@@ -268,16 +288,13 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(
 
     monkeypatch.setattr(Journal, "add", dies)
     with pytest.raises(Killed):
-        evaluate(config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path / "killed")
-    assert not (tmp_path / "killed" / "eval" / "results.json").exists()
+        evaluate(*settings, task, params, tiny.mesh(), tmp_path)
+    assert not (tmp_path / "eval" / "results.json").exists()
     monkeypatch.setattr(
         Journal, "add", lambda self, key, value: (finished.append(key), add(self, key, value))
     )
-    assert (
-        evaluate(config.data, config.eval, config.seed, task, params, tiny.mesh(), tmp_path / "killed")
-        == whole
-    )
+    assert evaluate(*settings, task, params, tiny.mesh(), tmp_path) == results
     counted = [key for key in finished if key != "prompts"]
     assert len(counted) == len(set(counted)) == 3, "no image is counted twice"
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert "results.md" in files(tmp_path / "whole")
+    assert files(tmp_path) == files(left_alone)
+    assert "results.md" in files(left_alone)

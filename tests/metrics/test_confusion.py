@@ -108,10 +108,11 @@ def test_no_class_is_wrong_for_iou_and_accuracy():
     assert confusion.pixel_accuracy(counts) == 0.75
 
 
-def test_nothing_counted_is_no_accuracy_rather_than_a_crash():
+def test_nothing_counted_is_no_score_rather_than_a_crash_or_the_worst():
     empty = np.zeros((N, N + 1), int)
-    assert confusion.pixel_accuracy(empty) == 0.0
+    assert np.isnan(confusion.pixel_accuracy(empty))
     assert np.isnan(confusion.iou_per_class(empty)).all()
+    assert all(np.isnan(score) for score in confusion.closed_set_scores(empty).values())
 
 
 def test_counts_beyond_int32_survive_on_the_host():
@@ -153,7 +154,8 @@ HALVES = np.array([[[0, 0, 1, 1]] * 2])
 
 def test_masks_that_follow_their_text_match_and_no_wrong_query_does():
     got = scores([[HALVES[0] == 0, HALVES[0] == 1]], HALVES)
-    assert got == {"matching_iou": 1.0, "wrong_query_iou": 0.0, "absent_rate": 0.0}
+    assert got["matching_iou"] == 1.0 and got["wrong_query_iou"] == 0.0
+    assert np.isnan(got["absent_rate"])  # both classes are there: nothing is absent
 
 
 def test_masks_that_ignore_their_text_score_the_same_with_any_query():
@@ -169,6 +171,11 @@ def test_absent_queries_are_judged_by_the_area_they_claim():
     got = scores([[label[0] == 0, claimed]], label)
     assert got["matching_iou"] == 1.0 and got["absent_rate"] == 1 / 8
     assert np.isnan(got["wrong_query_iou"])  # there is no pair of present classes
+
+
+def test_an_empty_mask_of_an_absent_class_covers_nothing():
+    label = np.zeros((1, 2, 4), int)
+    assert scores([[label[0] == 0, label[0] == 1]], label)["absent_rate"] == 0.0
 
 
 def test_query_iou_pools_over_images_and_is_nan_where_nothing_is():
@@ -208,7 +215,7 @@ def oracle(label, prediction, rule, n=N):
         if rule == "official" or true or (rule == "mmseg" and either):
             ious.append(hit / either if either else 0.0)
     mean = lambda x: sum(x) / len(x) if x else float("nan")  # noqa: E731
-    accuracy = sum(g == p for g, p in pairs) / len(pairs) if pairs else 0.0
+    accuracy = sum(g == p for g, p in pairs) / len(pairs) if pairs else float("nan")
     fwiou = weighted if pairs else float("nan")
     return {"miou": mean(ious), "accuracy": accuracy, "mean_accuracy": mean(recalls), "fwiou": fwiou}
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from synthetic_run import CLASSES, make_item
 from tensorboardX.proto.event_pb2 import Event
 
+from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.io.metric_writer import MetricWriter
 from digseg_jax.log import log
-from digseg_jax.report.live import LivePage
+from digseg_jax.report.live import LivePage, training_name
 from digseg_jax.viz.gallery import write_gallery
 
 
@@ -50,6 +53,31 @@ def test_it_shows_the_masks_and_the_curve_so_far_and_is_rewritten(gallery, tmp_p
     # photo, truth, prediction, and eight masks with their colored edges
     (size,) = shown(tmp_path).values()
     assert size == (32, 3 * 32 + 8 * (32 + 6))
+
+
+@pytest.mark.parametrize(("every", "last"), [(10, 30), (20, 20), (7, 28), (0, 30)])
+def test_after_the_last_validation_it_is_not_loaded_again(gallery, tmp_path, every, last):
+    config = parse({"train": {"steps": 30}, "logging": {"eval_every": every}})
+    page = LivePage.of(tmp_path, config)
+    with MetricWriter(tmp_path, active=True) as writer:
+        for step in range(every or 30, 31, every or 30):
+            page(step, writer)
+            text = (tmp_path / "report" / "live.html").read_text()
+            assert ('http-equiv="refresh"' in text) == (step != last)
+            assert ("last validation" in text) == (step == last)
+            assert ("is written again" in text) == (step != last)
+    assert 'href="index.html"' in text
+
+
+def test_its_title_names_what_is_trained_on():
+    leaves = PartConfig("folder", folder="leaves")
+    others = (PartConfig("camvid"), PartConfig("folder", root="/data/my cells/"))
+    data = DataConfig("landcover", root="/data", mixture=(leaves, *others))
+    assert training_name(data) == "leaves, camvid, my cells"
+    data = dataclasses.replace(data, mixture=(leaves, *others, PartConfig("monuseg")))
+    assert training_name(data) == "a mixture of 4 data sets"
+    assert training_name(DataConfig("folder", root="/data/my cells/")) == "my cells"
+    assert training_name(DataConfig("camvid", root="/data/x")) == "camvid"
 
 
 def test_a_page_that_cannot_be_written_does_not_stop_the_run(gallery, tmp_path, monkeypatch):

@@ -23,9 +23,8 @@ from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.unet import UNet2DConditionModel, UNetConfig
 from digseg_jax.prediction.description import describe
-from digseg_jax.report import build_report, class_colors, legend, overlay, paint, write_gallery
+from digseg_jax.report import build_report, class_colors, overlay, paint, write_gallery
 from digseg_jax.report.cards import load_image
-from digseg_jax.report.chart import log_ticks, smooth, thin
 from digseg_jax.report.circumstances import training_hours
 from digseg_jax.report.confusions import confusions
 from digseg_jax.viz.colors import IGNORE_COLOR, NATURAL, seen_lab, separation, to_hex
@@ -442,26 +441,6 @@ def test_overlay_mixes_and_leaves_ignored_pixels():
     assert mixed.tolist() == [[[125, 75, 100], [100, 100, 100]]]
     with pytest.raises(UserError, match="does not fit"):
         overlay(image, np.zeros((2, 2), int), np.zeros((1, 3), np.uint8))
-
-
-def test_the_legend_shows_each_color_and_wraps():
-    colors = class_colors(8, CLASSES)
-    wide, narrow = legend(CLASSES, colors, width=900), legend(CLASSES, colors, width=200)
-    assert wide.shape[1] == 900
-    assert narrow.shape[0] > wide.shape[0]
-    for strip in (wide, narrow):
-        seen = {tuple(c) for c in strip.reshape(-1, 3)}
-        assert {tuple(c) for c in colors} <= seen
-
-
-def test_curves_keep_their_ends_and_constants():
-    line = [(i, 2.0) for i in range(1000)]
-    assert smooth(line)[500] == pytest.approx((500, 2.0))
-    assert thin(line)[0] == line[0]
-    assert thin(line)[-1] == line[-1]
-    assert len(thin(line)) <= 401
-    assert log_ticks(0.009, 1.2) == [0.01, 0.1, 1.0]
-    assert len(log_ticks(0.031, 0.049)) >= 1
 
 
 def test_images_go_into_the_page_small_and_classes_keep_their_exact_colors(tmp_path):

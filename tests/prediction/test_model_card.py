@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The license in a model card: terms of the data bind the weights as those of their start do."""
+"""The model card: its license, by the terms of the data and of the start, and its scores."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ def test_weights_from_our_own_are_under_the_terms_of_their_data(datasets, licens
     described = read_description(assets.FOLDER / "segmenter")
     card = model_card(dataclasses.replace(described, datasets=datasets))
     assert f"license: {license}\n" in card and said in card
+
+
+def test_a_score_that_nothing_was_measured_for_is_a_dash():
+    described = read_description(assets.FOLDER / "segmenter")
+    facts = {
+        "dataset": "folder", "split": "val", "num_images": 1, "ensemble": 1, "steps": 1,
+        "spacing": "trailing", "protocol": "exhaustive", "inference": "slide", "view_size": [64],
+    }  # fmt: skip
+    card = model_card(described, {**facts, "miou": 0.5, "accuracy": None})
+    assert "| 0.500 | – |" in card
+
+    row = {"dataset": "folder", "num_images": 1, "split": "val", "asked_miou": None, "estep": "1x1"}
+    assert "| folder | 1 of val | – |" in model_card(
+        described, {"suite": "domains", "seed": 0, "rows": [row]}
+    )
