@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     forest = jobs.add_parser("domain_trees", help="boosted trees on the pixels of each domain")
     nets = jobs.add_parser("domain_unets", help="a torch U-Net trained on each domain alone")
     nets.add_argument("--minutes", type=float, default=23.0, help="of a core, for each training")
+    nets.add_argument(
+        "--sees", default="pixels", choices=("pixels", "decoded", "latents"),
+        help="the images, or what the generalist's autoencoder makes of them",
+    )  # fmt: skip
     own = jobs.add_parser("domain_specialists", help="a specialist of ours for each domain")
     own.add_argument("--runs", required=True, help="folder of the trainings, which go on after a kill")
     own.add_argument("--steps", type=int, default=0, help="of each training; 0: the recipe's")
@@ -325,7 +329,8 @@ def _domain_unets(arguments: argparse.Namespace) -> dict[str, Any]:
     sides.require_torch("domain_unets")
     from tests.bench import domain_unets
 
-    return domain_unets.run(minutes=arguments.minutes, **_domains(arguments))
+    own = {"minutes": arguments.minutes, "sees": arguments.sees}
+    return domain_unets.run(**own, **_domains(arguments))
 
 
 def _domain_specialists(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,32 +4,44 @@
 It gets the crops that a specialist of ours gets (same data, scales, turns and colors), all classes of a
 crop at once, cross-entropy, AdamW, and about as many parameters as the generalist's U-Net: 6 million.
 It is trained for so many minutes of a core; the rate falls to 0 over them along a cosine.
+
+What it sees tells what limits the generalist, whose U-Net gets latents of the frozen autoencoder: the
+pixels, the pixels that the autoencoder gives back, or the latents.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from digseg_jax.config.experiment import load_config
+from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets.domains import Domain
 from digseg_jax.data.pipeline import training_stream
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
 from digseg_jax.log import log
+from digseg_jax.training.tasks.base import to_unit
+from digseg_jax.training.tasks.parts import load_vae
 from tests.bench.domain_scores import chosen_domains, mean_row, score
 
 WIDTHS = (28, 56, 112, 224)  # channels of the levels, the lowest has 448: 5.9 million parameters
+LATENT_WIDTHS = (96, 160, 256)  # of a U-Net on latents, the lowest has 512: 8.4 million parameters
+SEES = ("pixels", "decoded", "latents")
 RATE = 1e-3
 WEIGHT_DECAY = 1e-2
 BATCH = 8
+
+Inputs = Callable[[np.ndarray], torch.Tensor]  # images uint8 [b, h, w, 3] to [b, c, h / f, w / f]
 
 
 class Block(nn.Sequential):
@@ -44,11 +56,15 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """The U-Net of Ronneberger et al. (2015) with padding: [b, 3, h, w] -> logits [b, c, h, w]."""
+    """The U-Net of Ronneberger et al. (2015) with padding: [b, i, h, w] -> logits [b, c, H, W].
 
-    def __init__(self, classes: int, widths: Sequence[int]):
+    enlarge: H / h.
+    """
+
+    def __init__(self, classes: int, widths: Sequence[int], inputs: int = 3, enlarge: int = 1):
         super().__init__()
-        pairs = list(zip((3, *widths), widths, strict=False))
+        self.enlarge = enlarge
+        pairs = list(zip((inputs, *widths), widths, strict=False))
         self.down = nn.ModuleList(Block(a, b) for a, b in pairs)
         self.middle = Block(widths[-1], widths[-1] * 2)
         below = (*widths[1:], widths[-1] * 2)
@@ -72,7 +88,8 @@ class UNet(nn.Module):
         x = self.middle(x)
         for up, merge in reversed(list(zip(self.up, self.merge, strict=True))):
             x = merge(torch.cat([kept.pop(), up(x)], 1))
-        return self.head(x)[..., :height, :width]
+        logits = self.head(x)[..., :height, :width]
+        return F.interpolate(logits, scale_factor=self.enlarge, mode="bilinear")
 
 
 def run(
@@ -82,7 +99,8 @@ def run(
     minutes: float,
     only: Sequence[str] = (),
     seed: int = 0,
-    widths: Sequence[int] = WIDTHS,
+    widths: Sequence[int] = (),
+    sees: str = "pixels",
 ) -> dict[str, Any]:
     """Mean IoU of a U-Net on every domain, each trained on this domain.
 
@@ -93,17 +111,21 @@ def run(
       minutes: of one core, for each training.
       only: names of domains; empty: all.
       seed: of the weights and of the crops.
-      widths: channels of the levels.
+      widths: channels of the levels; empty: WIDTHS or, on latents, LATENT_WIDTHS.
+      sees: "pixels"; "decoded", the pixels after the generalist's autoencoder; or its "latents".
     """
     torch.set_num_threads(1)
+    widths = widths or (LATENT_WIDTHS if sees == "latents" else WIDTHS)
+    inputs = make_inputs(sees)
     rows: dict[str, Any] = {}
     for domain in chosen_domains(only):
         try:
-            rows[domain.name] = _one(domain, root, split, images, minutes, seed, widths)
+            rows[domain.name] = _one(domain, root, split, images, minutes, seed, widths, inputs)
         except UserError as error:
             rows[domain.name] = {"missing": str(error)}
         log.info("%s: %s", domain.name, rows[domain.name])
     facts = {"split": split, "minutes": minutes, "seed": seed, "batch": BATCH, "widths": list(widths)}
+    facts["sees"] = sees
     return facts | {"domains": rows, "mean": mean_row(rows)}
 
 
@@ -115,23 +137,27 @@ def _one(
     minutes: float,
     seed: int,
     widths: Sequence[int],
+    inputs: Inputs,
 ) -> dict[str, Any]:
     """The row of one domain."""
     scored = domain_examples(domain, root, split, images)
     torch.manual_seed(seed)
-    model = UNet(len(scored.classes), widths).to(memory_format=torch.channels_last)
-    steps = _train(model, domain, root, minutes, seed)
+    shape = inputs(np.zeros((1, 32, 32, 3), np.uint8)).shape
+    model = UNet(len(scored.classes), widths, shape[1], 32 // shape[-1])
+    model = model.to(memory_format=torch.channels_last)
+    steps = _train(model, domain, root, minutes, seed, inputs)
     model.eval()
 
     def predict(image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
         with torch.inference_mode():
-            return model(_pixels(image[None]))[0].argmax(0).numpy()
+            return model(inputs(image[None]))[0].argmax(0).numpy()[:height, :width]
 
     parameters = sum(p.numel() for p in model.parameters())
     return score(scored, domain.short_side, predict) | {"steps": steps, "parameters": parameters}
 
 
-def _train(model: UNet, domain: Domain, root: str, minutes: float, seed: int) -> int:
+def _train(model: UNet, domain: Domain, root: str, minutes: float, seed: int, inputs: Inputs) -> int:
     """Trains on the domain's crops until the minutes are over; returns the number of steps."""
     config = load_config(f"generalist:{domain.name}", **{"data.root": root})
     stream = training_stream(
@@ -152,7 +178,7 @@ def _train(model: UNet, domain: Domain, root: str, minutes: float, seed: int) ->
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 + math.cos(math.pi * done)) / 2
         label = torch.from_numpy(np.asarray(batch["label"])).long()
-        logits = model(_pixels(np.asarray(batch["image"])))
+        logits = model(inputs(np.asarray(batch["image"])))
         loss = F.cross_entropy(logits, label, ignore_index=-1)
         if bool((label >= 0).any()):
             optimizer.zero_grad(set_to_none=True)
@@ -167,7 +193,29 @@ def _train(model: UNet, domain: Domain, root: str, minutes: float, seed: int) ->
     return steps
 
 
-def _pixels(images: np.ndarray) -> torch.Tensor:
-    """float32 [b, 3, h, w] in [-1, 1] of uint8 [b, h, w, 3]."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def make_inputs(sees: str) -> Inputs:
+    """The function that makes the network's input of images, for a word of SEES."""
+    if sees == "pixels":
+        return lambda images: _channels_first(to_unit(images))
+    defaults = Config()
+    vae, weights = load_vae(dataclasses.replace(defaults.model, vae="assets:vae"), defaults.compute)
+    encode = jax.jit(lambda images: vae.encode(weights, images))
+    decode = jax.jit(lambda latents: vae.decode(weights, latents))
+
+    def inputs(images: np.ndarray) -> torch.Tensor:
+        # The sides are made divisible by a latent cell; what is added is cut from the answer again.
+        height, width = images.shape[1:3]
+        factor = vae.config.factor
+        more = ((0, 0), (0, -height % factor), (0, -width % factor), (0, 0))
+        latents = encode(to_unit(np.pad(images, more, mode="edge")))
+        if sees == "latents":
+            return _channels_first(latents)
+        return _channels_first(np.clip(decode(latents), -1, 1)[:, :height, :width])
+
+    return inputs
+
+
+def _channels_first(images: Any) -> torch.Tensor:
+    """float32 [b, c, h, w] of [b, h, w, c], in the memory layout that torch's convolutions like."""
+    x = torch.from_numpy(np.array(images, np.float32).transpose(0, 3, 1, 2))
     return x.contiguous(memory_format=torch.channels_last)

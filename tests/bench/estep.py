@@ -25,12 +25,12 @@ from digseg_jax.prediction.description import unet_folder
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.codecs import state_file
-from digseg_jax.segmentation.sampling import DECODERS
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from tests.bench.landcover import bench_config
 
 CALIBRATED_ON = "val"
+DECODERS = ("latent_mean", "vae", "probe")
 
 
 def run(

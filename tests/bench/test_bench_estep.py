@@ -36,10 +36,8 @@ def weights(folders, tmp_path, monkeypatch):
 
 
 def test_rows_by_seed_and_decoder(weights):
-    result = estep.run(weights, ("1x1", "2x1"), ("vae", "probe"), seeds=(3, 4), images=2)
-    assert [(r["decoder"], r["estep"]) for r in result["rows"]] == [
-        ("vae", "1x1"), ("vae", "2x1"), ("probe", "1x1"), ("probe", "2x1"),
-    ]  # fmt: skip
+    result = estep.run(weights, ("1x1",), ("vae", "probe"), seeds=(3, 4), images=2)
+    assert [(r["decoder"], r["estep"]) for r in result["rows"]] == [("vae", "1x1"), ("probe", "1x1")]
     for row in result["rows"]:
         assert len(row["miou"]) == 2 and row["miou"][0] != row["miou"][1]  # other noise
         assert row["mean"] == pytest.approx(sum(row["miou"]) / 2)

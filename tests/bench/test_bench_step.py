@@ -12,6 +12,7 @@ from digseg_jax.errors import UserError
 from tests.bench import step
 
 
+@pytest.mark.slow
 def test_a_step_moves_every_parameter_and_says_what_it_needs():
     result = step.run(32, "float32", ema=True, unet=tiny.UNET, vae=tiny.VAE)
     assert math.isfinite(result["loss"]) and result["unmoved"] == []
