@@ -152,8 +152,8 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)):
             raise UserError(f"{path}={value!r}: expected a list")
-        item = typing.get_args(hint)[0]
-        return tuple(_value(item, v, {}, path) for v in value)
+        item, bounds = typing.get_args(hint)[0], {"bounds": about.get("bounds", {})}
+        return tuple(_value(item, v, bounds, path) for v in value)
 
     # A Literal is a string from a closed list.
     names, kind = about.get("names", ()), hint

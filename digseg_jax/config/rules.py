@@ -189,12 +189,21 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
 
 
 def _check_crops(data: DataConfig) -> None:
-    """Checks the range of scales."""
+    """Checks the ranges of scales, of a mixture's parts too."""
     if data.scale_min > data.scale_max:
         raise UserError(
             f"config.data.scale_min={data.scale_min}, scale_max={data.scale_max}: the minimum must be "
             "at most the maximum"
         )
+
+    # A part that sets one bound alone takes the other from the section.
+    for part in data.mixture:
+        low, high = part.scale_min or data.scale_min, part.scale_max or data.scale_max
+        if low > high:
+            raise UserError(
+                f"config.data.mixture, {part.folder or part.name}: scale_min={low}, scale_max={high} "
+                "(a bound that is not set is config.data's): the minimum must be at most the maximum"
+            )
 
 
 def _check_templates(data: DataConfig, evaluation: EvalConfig, model: ModelConfig) -> None:

@@ -33,7 +33,7 @@ def setting(
 
     Args:
         default: the value unless a file or the command line sets another.
-        at_least, at_most, above, below: bounds of a number.
+        at_least, at_most, above, below: bounds of a number, or of each number of a list.
         names, prefixes: legal strings, and beginnings of other legal strings; a closed list is a
           `Literal` type instead.
         free: True if it does not change what is trained, so that a run may continue with another value.
@@ -50,6 +50,7 @@ DATASETS = (
     "coco_stuff", "deepglobe", "folder", "monuseg", "pascal_context_59", "pascal_context_459",
     "pascal_voc", "pascal_voc_21", "phenobench", "refuge2",
 )  # fmt: skip
+WITH_MASKS, WITH_TEXT = ("segmentation", "autoencoder"), ("segmentation", "prior")  # tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +88,23 @@ class DataConfig:
     # digseg_jax.tools.prepare_data; the land cover needs none.
     root: str = ""
     image_size: int = setting(64, at_least=1)  # pixels; side of the square training crop
-    num_queries: int = setting(2, at_least=1)  # per image in training
+    num_queries: int = setting(2, at_least=1, tasks=WITH_MASKS)  # per image in training
     # Share of a crop's queries whose class is not in it.
-    negative_rate: float = setting(0.15, at_least=0.0, below=1.0)
+    negative_rate: float = setting(0.15, at_least=0.0, below=1.0, tasks=WITH_MASKS)
     # Repeat-factor sampling (LVIS) of images with rare classes: its threshold; 0 turns it off. Every
     # label is read at the start.
     repeat_threshold: float = setting(0.0, at_least=0.0)
     # Noise added to text tokens in training: its standard deviation, relative to the tokens' own.
-    text_noise: float = setting(0.0, at_least=0.0)
+    text_noise: float = setting(0.0, at_least=0.0, tasks=("segmentation",))
     # Share of training queries whose words are hidden, so that only the sentence token is left.
-    word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0)
+    word_dropout: float = setting(0.0, at_least=0.0, at_most=1.0, tasks=("segmentation",))
     # model.codec=prompted: share of images whose names are thinned out to a random number.
     name_dropout: float = setting(0.0, at_least=0.0, at_most=1.0, tasks=("segmentation",))
     split: str = ""  # the split that is trained on; empty: the data set's training split
     # Trains on these instead; `name` is still the data set that is evaluated.
-    mixture: tuple[PartConfig, ...] = setting((), tasks=("segmentation", "autoencoder", "prior"))
-    templates: tuple[str, ...] = ()  # training prompts, {} for the class; empty: the data set's own
+    mixture: tuple[PartConfig, ...] = ()
+    # Training prompts, {} for the class; empty: the data set's own.
+    templates: tuple[str, ...] = setting((), tasks=("segmentation",))
     # Share of absent queries that name a class likely to occur in such an image (not in the paper).
     hard_negative_rate: float = setting(0.5, at_least=0.0, at_most=1.0)
     # Share of absent queries that name a class of another part, which the image cannot show (ours).
@@ -129,21 +131,21 @@ class ModelConfig:
     """Weights to start from, the text encoder, and how text and masks become their inputs."""
 
     # assets:NAME (shipped), a folder, or a hub id[:subfolder].
-    vae: str = setting("assets:vae", tasks=("segmentation", "prior"))
+    vae: str = setting("assets:vae", tasks=WITH_TEXT)
     unet: str = setting("assets:prior", tasks=("segmentation",))  # the initial U-Net; same forms
     # random: the architecture of `unet`, from scratch.
     unet_init: Literal["pretrained", "random"] = setting("pretrained", tasks=("segmentation",))
     # minilm (pip package), a folder, a hub id, or a name of digseg_jax.weights.catalog.
-    text: str = setting("minilm", tasks=("segmentation", "prior"))
+    text: str = setting("minilm", tasks=WITH_TEXT)
     # Last layers of a CLIP text encoder to leave out; 1: the output of the penultimate layer.
-    text_skip_layers: int = setting(0, at_least=0)
-    max_tokens: int = setting(16, at_least=1)  # text length after padding
+    text_skip_layers: int = setting(0, at_least=0, tasks=WITH_TEXT)
+    max_tokens: int = setting(16, at_least=1, tasks=WITH_TEXT)  # text length after padding
     # False: CLIP's padding tokens are attended to like any other, as Stable
     # Diffusion was trained. The padding of other text encoders is always masked.
-    mask_padding: bool = True
+    mask_padding: bool = setting(True, tasks=WITH_TEXT)
     # Append the mean token embedding: helps synonyms that were never trained (not in the paper).
-    sentence_token: bool = True
-    text_adapters: bool = True  # one per resolution, between text tokens and what attends to them
+    sentence_token: bool = setting(True, tasks=WITH_TEXT)
+    text_adapters: bool = setting(True, tasks=WITH_TEXT)  # one per resolution, before the attention
     # adapter: the cross-attention reads the text. parallel: it reads the empty prompt, and a second one
     # beside it, which starts without effect, the text.
     text_injection: Literal["adapter", "parallel"] = setting("adapter", tasks=("segmentation",))
@@ -160,12 +162,12 @@ class ModelConfig:
 class VaeArch:
     """Architecture of an autoencoder trained from scratch, and its losses (task=autoencoder)."""
 
-    block_out_channels: tuple[int, ...] = (8, 16, 48, 96)
-    layers_per_block: int = 1
-    norm_num_groups: int = 4
+    block_out_channels: tuple[int, ...] = setting((8, 16, 48, 96), at_least=1)
+    layers_per_block: int = setting(1, at_least=1)
+    norm_num_groups: int = setting(4, at_least=1)
     mid_block_add_attention: bool = False
-    kl_weight: float = 5e-4
-    color_weight: float = 0.0  # weight of the error of each latent cell's mean color
+    kl_weight: float = setting(5e-4, at_least=0.0)
+    color_weight: float = setting(0.0, at_least=0.0)  # of the error of each latent cell's mean color
     # Initialize with a path that passes colors through exactly (models/vae_init.py).
     carry_colors: bool = False
 
@@ -174,14 +176,14 @@ class VaeArch:
 class UnetArch:
     """Architecture of a U-Net trained from scratch (task=prior)."""
 
-    block_out_channels: tuple[int, ...] = (64, 96, 128)
-    layers_per_block: int = 1
-    norm_num_groups: int = 16
-    attention_head_dim: tuple[int, ...] = (2, 3, 4)  # diffusers' name for the number of heads
+    block_out_channels: tuple[int, ...] = setting((64, 96, 128), at_least=1)
+    layers_per_block: int = setting(1, at_least=1)
+    norm_num_groups: int = setting(16, at_least=1)
+    attention_head_dim: tuple[int, ...] = setting((2, 3, 4), at_least=1)  # the number of heads
     # Which up blocks attend, lowest resolution first; every down block does. The highest one costs
     # a third of the time here and adds little: its skip connections come from a block that attends.
     up_attention: tuple[bool, ...] = (True, True, False)
-    cross_attention_dim: int = 128  # text adapters bring the tokens to this width
+    cross_attention_dim: int = setting(128, at_least=1)  # text adapters bring the tokens to this width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,7 @@ class OptimConfig:
     ema_decay: float = setting(0.995, at_least=0.0, below=1.0)
     # Type of Adam's first moment. The second stays float32: bfloat16 loses its updates at b2 = 0.999.
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Factor on the learning rate of text adapters and of the parallel text pathway (DiffDIS: 10).
+    # Factor on the learning rate of the text's parameters that model.unet lacks (DiffDIS: 10).
     new_lr_scale: float = setting(1.0, above=0.0, tasks=("segmentation",))
     freeze: tuple[str, ...] = ()  # regexes on paths of parameters that stay fixed: "^down_blocks"
 
@@ -248,8 +250,7 @@ class ComputeConfig:
 
     # cpu: fewer products (models/kernels/conv.py); xla: XLA's own convolution; auto: by platform.
     conv: Literal["auto", "xla", "cpu"] = "auto"
-    # chunked: bounded memory on any platform; headwise: CPU; splash: TPU; cudnn:
-    # NVIDIA GPU; auto: by platform. All give the same result up to rounding.
+    # chunked: bounded memory; headwise: CPU; splash: TPU; cudnn: NVIDIA GPU; auto: by platform.
     attention: Literal["plain", "auto", "chunked", "headwise", "splash", "cudnn"] = "plain"
     # plain: layer by layer; fused: one kernel, TPU; auto: by platform.
     feed_forward: Literal["auto", "plain", "fused"] = "auto"
@@ -279,10 +280,10 @@ class LoadingConfig:
 class MeshConfig:
     """Sizes of the mesh's axes; their product is the number of devices."""
 
-    data: int = -1  # -1: all remaining devices
+    data: int = setting(-1, at_least=-1)  # -1: all remaining devices
     # Devices that share one state. 0: chosen from the chip and their number (mesh_choice.py).
-    fsdp: int = 1
-    tensor: int = 1  # devices that share one weight matrix of attention and feed-forward
+    fsdp: int = setting(1, at_least=-1)
+    tensor: int = setting(1, at_least=-1)  # devices that share a matrix of attention or feed-forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +295,7 @@ class CheckpointConfig:
     keep_every: int = setting(0, at_least=0)  # steps; multiples are never removed; 0: none
     # Metric of the in-training evaluation whose best checkpoint is kept and exported; "": the last one.
     best: Literal["", "val_miou"] = ""
-    # Seconds that a save may take before the run stops.
-    timeout: float = setting(900.0, above=0.0)
+    timeout: float = setting(900.0, above=0.0)  # seconds of a save before the run stops
 
 
 @dataclasses.dataclass(frozen=True)

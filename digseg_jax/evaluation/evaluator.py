@@ -29,10 +29,10 @@ from digseg_jax.evaluation.counts import (
 )
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.evaluation.gallery import Shown
-from digseg_jax.evaluation.journal import Journal, unpack
+from digseg_jax.evaluation.journal import Journal
 from digseg_jax.evaluation.scores import Scores
 from digseg_jax.io.progress import Progress
-from digseg_jax.metrics import confusion
+from digseg_jax.log import log
 from digseg_jax.metrics import presence as open_vocab
 from digseg_jax.prediction.answer import Answer
 from digseg_jax.prediction.request import Request
@@ -161,12 +161,12 @@ class Evaluator:
         name = f"{estep} {protocol}"
         for image in range(len(self.examples)):
             if f"{name} {image}" in journal:
-                shown.offer(image, _image_miou(journal[f"{name} {image}"]), None)
+                shown.offer(image, self._of_an_image(journal[f"{name} {image}"]), None)
 
         # Count the rest; the masks are known only on the process that segmented the image.
         for counted in self._counted(self.examples, name, journal, count):
             for image, row, own in counted:
-                shown.offer(image, _image_miou(row), own)
+                shown.offer(image, self._of_an_image(row), own)
 
         # Read all rows back from the journal, so that counts of this run and an earlier one are alike.
         rows = tuple(journal[f"{name} {i}"] for i in range(len(self.examples)))
@@ -241,6 +241,13 @@ class Evaluator:
         """
         if examples.split == self.examples.split:
             raise ValueError(f"a calibration on {examples.split!r}, the split that is scored")
+
+        # Of more names than compete in one mask image, a prediction asks for some: biases that were
+        # fitted among all would be of another competition.
+        limit = self.settings.exhaustive_limit
+        if self.codec.exclusive and not self.codec.asks_for_all(len(self.queries), limit):
+            log.info("no calibration of %s: not all classes are asked for in one mask image", estep)
+            return calibration_lib.identity(len(self.queries), self.segmenter.scale)
 
         # Each process collects mask scores of its own images.
         every = range(len(examples))
@@ -360,6 +367,10 @@ class Evaluator:
         ]
         return self.segmenter.segment(requests, estep, key=self.seed, mode=mode or self.mode, **options)
 
+    def _of_an_image(self, row: dict[str, Any]) -> float:
+        """Score (0..1) of a single image's row, for a gallery."""
+        return Scores(self.examples, self.protocol, (row,), self.absent).of_an_image
+
     def _counted(
         self,
         examples: EvalExamples,
@@ -415,11 +426,6 @@ class Evaluator:
             done = start + len(group)
             progress.update(done, done / max(time.monotonic() - started, 1e-9))
         progress.close()
-
-
-def _image_miou(row: dict[str, Any]) -> float:
-    """mIoU (0..1) of a single image's row; nan if it has no labels."""
-    return confusion.mean_iou(unpack(row["confusion"]))
 
 
 def _few_pixels(label: np.ndarray, answer: Answer) -> dict[str, np.ndarray]:

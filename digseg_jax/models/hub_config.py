@@ -161,7 +161,9 @@ def _legal(key: str, hint: Any) -> str:
 
 
 def check_groups(name: str, widths: tuple[int, ...], groups: int) -> None:
-    """Raises UserError unless the groups of the norms divide the channels of every level."""
+    """Raises UserError unless there is a level, and the groups of the norms divide all channels."""
+    if not widths:
+        raise UserError(f"{name} config: block_out_channels=(); legal: a number for each level")
     for width in widths:
         if width % groups:
             raise UserError(

@@ -49,7 +49,7 @@ def load_state(codec: Codec, folder: Path) -> None:
     """Takes over what was stored beside the weights of `folder`.
 
     Raises:
-      UserError: there is no state for this codec, or it is of other classes.
+      UserError: there is no state for this codec, it is damaged, or of other classes.
     """
     path = state_file(codec.name, folder)
     stored = read_json(path) if path.is_file() else {}

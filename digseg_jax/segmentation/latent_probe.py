@@ -31,7 +31,10 @@ class LatentProbe:
 
     def __call__(self, latent: Float[Array, "*b h w c"]) -> Float[Array, "*b h w"]:
         """Evidence of each latent cell, clipped to [-1, 1] as a decoded mask is."""
-        return jnp.clip(latent @ jnp.asarray(self.weight) + self.offset, -1.0, 1.0)
+        # All bits: TPUs and GPUs would round the factors.
+        exact = jax.lax.Precision.HIGHEST
+        evidence = jnp.matmul(latent, jnp.asarray(self.weight), precision=exact) + self.offset
+        return jnp.clip(evidence, -1.0, 1.0)
 
 
 def fit_probe(encode: Encode, count: int = 32, size: int = 64) -> LatentProbe:

@@ -17,6 +17,7 @@ from digseg_jax.arraytypes import Array, Bool, Float, Int
 SHARPNESS = 4.0  # logits per unit of evidence, which runs from -1 (empty) to 1 (full)
 MAX_WEIGHT = 10.0  # of foreground cells against background cells
 MARGIN = 2.0  # logits by which the closest two colors of a palette are told apart
+EXACT = jax.lax.Precision.HIGHEST  # products of all bits: TPUs and GPUs would round the factors
 
 
 def latent_evidence(
@@ -25,7 +26,8 @@ def latent_evidence(
     """Position between `ends`, the latents of an empty (-1) and of a full (1) mask."""
     empty, full = ends.mean(axis=(1, 2))
     direction = full - empty
-    return 2.0 * ((latent - empty) @ direction) / (direction @ direction) - 1.0
+    along = jnp.matmul(latent - empty, direction, precision=EXACT)
+    return 2.0 * along / jnp.matmul(direction, direction, precision=EXACT) - 1.0
 
 
 def cell_shares(mask: Float[Array, "n H W 3"], factor: int) -> Float[Array, "n h w"]:
@@ -72,7 +74,7 @@ def palette_logits(
     """
     # The latent's own square is left out: it is the same for every class, and a softmax ignores it.
     square = jnp.square(colors).sum(axis=-1)
-    distance = square - 2.0 * latent @ colors.T
+    distance = square - jnp.matmul(2.0 * latent, colors.T, precision=EXACT)
 
     # Squared distance of the closest two; of a single color there is none.
     apart = jnp.square(colors[:, None] - colors[None]).sum(axis=-1)

@@ -10,9 +10,10 @@ autoencoder's round trip.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,9 +66,39 @@ class Palette:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Palette:
-        """Reads what `to_dict` returned."""
-        colors, prototypes = (np.asarray(values[k], np.float32) for k in ("colors", "prototypes"))
-        return cls(colors, prototypes, float(values["sigma"]))
+        """Reads what `to_dict` returned.
+
+        Raises:
+          UserError: something is missing, or is not what it was.
+        """
+        colors, prototypes = (stored_rows(values, key, 3) for key in ("colors", "prototypes"))
+        sigma: Any = values.get("sigma")
+        if len(colors) != len(prototypes):
+            raise UserError(f"damaged: {len(colors)} colors, but {len(prototypes)} prototypes")
+        if type(sigma) not in (int, float) or not 0 < sigma < np.inf:
+            raise UserError(f"damaged: sigma={str(sigma):.40}, expected a number above 0")
+        return cls(colors, prototypes, float(sigma))
+
+
+def stored_rows(values: Mapping[str, Any], key: str, width: int = 0) -> Float[np.ndarray, "n w"]:
+    """A table of numbers from a codec's stored state; `width` of them in a row, 0: any number.
+
+    Raises:
+      UserError: it is missing, or no such table.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            table = np.asarray(values[key], np.float32)
+    except KeyError as error:
+        raise UserError(f"damaged: no {key}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"damaged: {key} has something else than rows of numbers") from error
+    if table.ndim != 2 or not table.size or table.shape[1] != (width or table.shape[1]):
+        legal = f"rows of {width} numbers" if width else "rows of numbers"
+        raise UserError(f"damaged: {key} has the shape {list(table.shape)}, expected {legal}")
+    if not np.isfinite(table).all():
+        raise UserError(f"damaged: {key} has values that are no numbers (nan or infinite)")
+    return table
 
 
 class ColorCodec(Codec):
@@ -211,7 +242,9 @@ def decode_palette(
 ) -> Float[Array, "*b c h w"]:
     """Evidence of every class: minus half the squared distance to its color, at most 0."""
     # Expanded square: differences between every pixel and every color would need 3 c values a pixel.
-    cross = jnp.einsum("...hwk,ck->...chw", image, prototypes)
+    # Its terms nearly cancel, so the products must be exact: TPUs and GPUs would round the factors.
+    exact = jax.lax.Precision.HIGHEST
+    cross = jnp.einsum("...hwk,ck->...chw", image, prototypes, precision=exact)
     squares = jnp.square(image).sum(axis=-1)[..., None, :, :]
     own = jnp.square(prototypes).sum(axis=-1)[:, None, None]
     return jnp.minimum(cross - 0.5 * (squares + own), 0.0)
@@ -268,7 +301,7 @@ def build_palette(num_classes: int, round_trip: ImageMap, encode: ImageMap) -> P
 
     # Rounded: another machine's last digits must not give another palette.
     drawn = Palette(colors[chosen], means[chosen].round(4).astype(np.float32), 1.0)
-    return dataclasses.replace(drawn, sigma=fit_sigma(drawn, round_trip))
+    return dataclasses.replace(drawn, sigma=round(fit_sigma(drawn, round_trip), 5))
 
 
 def candidates() -> Float[np.ndarray, "n 3"]:

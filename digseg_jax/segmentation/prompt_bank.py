@@ -25,12 +25,14 @@ class PromptBank:
     Attributes:
         prompts: the texts.
         tokens: [n, l, d] last hidden states, as the tower gives them (not normalized), or one vector.
-        mask: [n, l] True on real tokens.
+        mask: [n, l] True on tokens that are attended to.
+        real: [n, l] True on those of the text itself, which padding is not.
     """
 
     prompts: tuple[str, ...]
     tokens: Float[np.ndarray, "n l d"]
     mask: Bool[np.ndarray, "n l"]
+    real: Bool[np.ndarray, "n l"]
 
 
 def encode_prompts(
@@ -46,7 +48,8 @@ def encode_prompts(
 ) -> PromptBank:
     """Encodes prompts in batches of one static shape, so the tower compiles once.
 
-    The tower is on this process's first device while it encodes, and nothing stays there.
+    The tower is on this process's first device while it encodes, and nothing stays there. Products use
+    all bits of their factors, which GPUs and TPUs would round.
 
     Args:
         graphdef: of the text tower, from `models.functional.split`.
@@ -63,9 +66,8 @@ def encode_prompts(
     """
     if not prompts:
         raise UserError("no prompts to encode")
-    ids, mask = tokenizer(prompts, max_length)
-    if not mask_padding:
-        mask = np.ones_like(mask)
+    ids, real = tokenizer(prompts, max_length)
+    mask = real if mask_padding else np.ones_like(real)
 
     size = min(batch_size, len(prompts))
     params, parts = jax.device_put(params), []
@@ -73,33 +75,36 @@ def encode_prompts(
         # The last batch is shifted back to stay full; its first rows are computed twice.
         begin = min(start, len(prompts) - size)
         rows = slice(begin, begin + size)
-        out = _encode(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), pooled)
+        with jax.default_matmul_precision("highest"):
+            out = _encode(graphdef, params, jnp.asarray(ids[rows]), jnp.asarray(mask[rows]), pooled)
         parts.append(np.asarray(out)[start - begin :])
 
     if pooled:
-        mask = np.ones((len(mask), 1), bool)
-    return PromptBank(tuple(prompts), np.concatenate(parts), np.asarray(mask, bool))
+        mask = real = np.ones((len(mask), 1), bool)
+    tokens = np.concatenate(parts)
+    return PromptBank(tuple(prompts), tokens, np.asarray(mask, bool), np.asarray(real, bool))
 
 
 def with_sentence_token(bank: PromptBank) -> PromptBank:
-    """Appends a token to every prompt: the mean of its real tokens.
+    """Appends a token to every prompt: the mean of its real tokens, also where padding is attended to.
 
     Sentence encoders are trained to compare such means, not the states of single words.
     """
-    weight = bank.mask[..., None].astype(bank.tokens.dtype)
+    weight = bank.real[..., None].astype(bank.tokens.dtype)
     mean = (bank.tokens * weight).sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
     here = np.ones((len(bank.mask), 1), bool)
     return PromptBank(
         bank.prompts,
         np.concatenate([bank.tokens, mean], axis=1),
         np.concatenate([bank.mask, here], axis=1),
+        np.concatenate([bank.real, here], axis=1),
     )
 
 
 def only_sentence_token(bank: PromptBank) -> PromptBank:
     """Leaves of every prompt the token that `with_sentence_token` appends."""
     bank = with_sentence_token(bank)
-    return PromptBank(bank.prompts, bank.tokens[:, -1:], bank.mask[:, -1:])
+    return PromptBank(bank.prompts, bank.tokens[:, -1:], bank.mask[:, -1:], bank.real[:, -1:])
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -34,6 +34,7 @@ from digseg_jax.segmentation.palette import (
     decode_palette,
     encode_palette,
     flat_latents,
+    stored_rows,
 )
 
 DRAWS = 0x636F6C  # folded into an example's key, so that its noise does not depend on its colors
@@ -191,9 +192,10 @@ class PromptedCodec(ColorCodec):
             raise UserError("missing; these weights were not trained with the prompted codec")
 
         # The weights know how many names they were trained with.
-        self._palette = Palette.from_dict(state)
-        self._latents = np.asarray(state["latents"], np.float32)
-        self.names = len(self._latents) - 1
+        palette, latents = Palette.from_dict(state), stored_rows(state, "latents")
+        if len(latents) != len(palette.colors) or len(latents) < 2:
+            raise UserError(f"damaged: {len(palette.colors)} colors, but {len(latents)} latents")
+        self._palette, self._latents, self.names = palette, latents, len(latents) - 1
 
     def _drawn(self, drawn: Drawn | None, images: int, names: int) -> Drawn:
         """What was drawn; by default, as in prediction, every name in the color of its place."""

@@ -13,8 +13,6 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.diffusion.ddim import Denoise, sample, step
 from digseg_jax.diffusion.schedule import Schedule
 
-DECODERS = ("latent_mean", "vae", "probe")
-
 # (image latents [n h w c], x_t [n h w c], t [n], tokens [n l d], mask [n l]) -> prediction [n h w c]
 PredictLatent = Callable[[Array, Array, Array, Array, Array], Array]
 

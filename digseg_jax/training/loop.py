@@ -41,7 +41,7 @@ from digseg_jax.training.optim import check_freeze, make_optimizer
 from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import TrainState, abstract_state, initial_state, make_train_step
 from digseg_jax.training.tasks.base import Task
-from digseg_jax.training.tasks.latents import check_cache
+from digseg_jax.training.tasks.latents import check_cache, check_cached_colors
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.training.train_log import NotFinite, TrainLog
 from digseg_jax.weights import resolve
@@ -63,8 +63,13 @@ class Trainer:
         require_wandb(config.logging.wandb)
         check_freeze(task.abstract, config.optim.freeze)
         if config.data.latent_cache and isinstance(task, SegmentationTask):
-            task.prepare()  # what a codec chose went into the cache
-            self._check_cache()
+            task.prepare()
+            check_cache(task, config.data, config.model, colors=False)  # `start_state` knows the colors
+        if config.optim.new_lr_scale != 1 and not task.new:
+            log.warning(
+                "config.optim.new_lr_scale=%g changes nothing: %s lacks no parameter of this network",
+                *(config.optim.new_lr_scale, config.model.unet),
+            )
 
         # Shapes and shardings of the state; the state itself is made or restored by `start_state`.
         abstract = abstract_state(task.abstract, config.optim)
@@ -96,16 +101,21 @@ class Trainer:
             step, state, meta = checkpointer.restore(self.abstract_state)
             self._check_vocabulary(meta.get("vocabulary", self.vocabulary))
             self._check_examples(meta.get("examples", {}))
-            if constants := meta.get("constants"):
-                self.task.restore_constants(constants)
+            if (differs := self._take_constants(meta)) and not self.accept_changes:
+                raise UserError(
+                    f"{self.workdir}: its checkpoint was trained with other colors ({differs}); "
+                    "--accept_changes continues with new ones"
+                )
+            self._check_cached_colors()
             log.info("start: resumed from %s at step %d", checkpointer.folder, step)
             return step, state
 
         # Only the weights are taken over from another run; its moments and step count are not.
         if self.config.init_from:
             params, source = self.weights_of(self.config.init_from)
-            self._check_cache()  # against the colors that came with them
+            self._check_cached_colors()
         else:
+            self._check_cached_colors()
             params, source = self._initial_params()
 
         # Under jit with output shardings the optimizer's
@@ -114,10 +124,10 @@ class Trainer:
         log.info("start: step 0, from %s", source)
         return 0, make(params)
 
-    def _check_cache(self) -> None:
-        """Raises UserError if cached latents were made with other settings or colors."""
+    def _check_cached_colors(self) -> None:
+        """Raises UserError if cached latents were made with other colors than the run now has."""
         if self.config.data.latent_cache and isinstance(self.task, SegmentationTask):
-            check_cache(self.task, self.config.data, self.config.model)
+            check_cached_colors(self.task, self.config.data)
 
     def weights_of(self, workdir: str, *, best: bool = False) -> tuple[Params, str]:
         """Loads the weights of a run's newest (or best) checkpoint, averaged if it has averages.
@@ -146,13 +156,32 @@ class Trainer:
             part = other.restore_part({name: self.abstract_state["params"]}, step)
             meta = other.read_meta(step)
 
-        # Found anew, on other hardware, colors could differ from those that the weights paint. Those of
-        # another autoencoder are none for this one.
-        constants, vae = meta.get("constants") or {}, self.config.model.vae
-        same_vae = meta.get("config", {}).get("model", {}).get("vae", vae) == vae
-        if constants and same_vae and _shapes(constants) == _shapes(self.task.constants()):
-            self.task.restore_constants(constants)
+        self._take_constants(meta)
         return part[name], f"{other.folder / str(step)}"
+
+    def _take_constants(self, meta: dict[str, Any]) -> str:
+        """Takes over the task's constants from a checkpoint's `meta`, unless they do not fit this run.
+
+        Found anew, on other hardware, colors could differ from those that the weights paint. Those of
+        another autoencoder, or another number of them, do not fit: the run then keeps its own.
+
+        Returns:
+          Why they do not fit; "" if they do, or there are none.
+        """
+        constants, vae = meta.get("constants") or {}, self.config.model.vae
+        if not constants:
+            return ""
+
+        differs, theirs = "", meta.get("config", {}).get("model", {}).get("vae", vae)
+        if theirs != vae:
+            differs = f"config.model.vae={theirs!r}, now {vae!r}"
+        elif _shapes(constants) != _shapes(self.task.constants()):
+            differs = "another number of classes or names, or another config.model.codec"
+        if differs:
+            log.warning("colors: new ones, not those of the weights (%s)", differs)
+        else:
+            self.task.restore_constants(constants)
+        return differs
 
     def _initial_params(self) -> tuple[Params, str]:
         """Parameters of step 0, sharded, and the words by which the log names their source."""

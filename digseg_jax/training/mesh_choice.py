@@ -77,14 +77,14 @@ def choose_mesh(
     Every process must call it: all get the same answer.
 
     Args:
-      mesh: one whose fsdp is not 0 is returned as it is.
+      mesh: one whose fsdp is not 0, or whose tensor axis has no size, is returned as it is.
       needs_on: what has to fit, by the number of parts that the batch is split into.
       devices: all devices of the mesh.
       memory: bytes of one device. By default the chip's, or for an unknown chip the least that any
         process finds.
       chip: the kind of the devices, to plan for another kind than theirs. By default that of the first.
     """
-    if mesh.fsdp != 0:
+    if mesh.fsdp != 0 or mesh.tensor < 1:  # the latter is judged by `make_mesh`
         return mesh
     if mesh.data != -1:
         return dataclasses.replace(mesh, fsdp=-1)  # there is no choice left

@@ -50,9 +50,10 @@ def make_optimizer(
       depend on them.
     """
 
-    # Biases and the scales of norms have one dimension.
+    # Neither biases and the scales of norms, nor a prompt that is learned: a table of vectors.
     def kernels(params: Params) -> Params:
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+        flat = trees.flatten(params)
+        return trees.unflatten({path: path.rpartition(".")[2] == "kernel" for path in flat})
 
     optimizer = optax.chain(
         # Clipping first: AdamW's moments then see bounded gradients.

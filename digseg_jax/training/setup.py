@@ -20,7 +20,7 @@ from digseg_jax.data.captions import captions_of
 from digseg_jax.log import log
 from digseg_jax.runtime.hardware import Chip
 from digseg_jax.runtime.interrupts import check_interrupts
-from digseg_jax.runtime.sharding import make_mesh
+from digseg_jax.runtime.sharding import check_batch, make_mesh
 from digseg_jax.training.mesh_choice import choose_accumulation, choose_mesh, needs_of
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task, Trainable
@@ -97,6 +97,20 @@ def set_up(config: Config, build: Callable[[Config], T], machine: Machine | None
         parts = choose_accumulation(config.train.batch_size, needs_on, mesh, memory, chip)
         config = with_settings(config, {"compute.accumulation": parts})
     return Setup(config, task, mesh)
+
+
+def check_batch_size(config: Config) -> None:
+    """Checks that this machine's devices divide a step's batch; before `set_up` loads any weights.
+
+    Raises:
+      UserError: they do not, or the mesh does not fit them.
+    """
+    # Data and fsdp together split the batch: the parts are the same whatever fsdp will be chosen.
+    wanted = config.mesh
+    if wanted.fsdp == 0 and wanted.data != -1:
+        wanted = dataclasses.replace(wanted, fsdp=-1)
+    parts = config.compute.accumulation or 1
+    check_batch("config.train.batch_size", config.train.batch_size, make_mesh(wanted), parts)
 
 
 def log_summary(task: Task, mesh: Mesh) -> None:

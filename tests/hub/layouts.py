@@ -13,7 +13,7 @@ Values = dict[str, Any]
 
 TEXT_WIDTH = 32  # of CLIP ViT-L/14 and ViT-H/14 here; 768 and 1024 in the real ones
 B16_TEXT_WIDTH = 16  # 512
-BERT_WIDTH = 64  # 768; open_clip's heads are 64 wide
+BERT_WIDTH = 64  # 768
 _UNET_WIDTHS = [16, 32, 32, 32]  # 320, 640, 1280, 1280
 _VAE_WIDTHS = [8, 8, 16, 16]  # 128, 256, 512, 512
 
@@ -283,6 +283,7 @@ BIOMEDCLIP = {
             "hf_proj_type": "mlp",
             "hf_pooler_type": "cls_last_hidden_state_pooler",
             "context_length": 256,
+            "heads": 1,  # not in the real file: of a BERT 768 wide they are known
         },
     },
     "preprocess_cfg": {

@@ -273,6 +273,7 @@ def described(platform: str, capability: str | None = None) -> types.SimpleNames
         (described("gpu", "12.0"), "bfloat16", "cudnn"),
         (described("gpu", "7.5"), "bfloat16", "chunked"),  # a T4
         (described("cuda", "9.0"), "float32", "chunked"),
+        (described("gpu", "gfx942"), "bfloat16", "chunked"),  # AMD's
         (described("cpu"), "bfloat16", "headwise"),
     ],
 )
@@ -287,6 +288,8 @@ def test_cudnn_on_a_gpu_before_ampere_is_refused_by_name(folders):
     config = tiny.config(folders, compute__attention="cudnn", model__dtype="bfloat16")
     with pytest.raises(UserError, match="cudnn' needs a GPU of compute capability 8.0.* have 7.0"):
         tiny.for_devices(config, [described("gpu", "7.0")])
+    with pytest.raises(UserError, match="cudnn' runs on NVIDIA's GPUs only, .* the kind 'gfx942'"):
+        tiny.for_devices(config, [described("gpu", "gfx942")])
 
 
 def test_a_model_takes_a_function():

@@ -57,7 +57,7 @@ BERT = {
     "intermediate_size": 40,
     "max_position_embeddings": 20,
 }
-# open_clip's own file; the BERT behind it is 128 wide, so that it has two heads of 64
+# open_clip's own file, with the heads of the BERT behind it, which is 128 wide
 OPEN_CLIP = {
     "model_cfg": {
         "embed_dim": 16,
@@ -66,6 +66,7 @@ OPEN_CLIP = {
             "hf_proj_type": "mlp",
             "hf_pooler_type": "cls_last_hidden_state_pooler",
             "context_length": 16,
+            "heads": 2,
         },
     }
 }

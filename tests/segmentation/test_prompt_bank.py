@@ -177,3 +177,13 @@ def test_the_sentence_token_is_the_mean_of_the_real_ones(tower, tokenizer):
     for i, mask in enumerate(np.asarray(bank.mask)):
         expected = np.asarray(bank.tokens)[i][mask].mean(axis=0)
         np.testing.assert_allclose(longer.tokens[i, -1], expected, atol=1e-6)
+
+
+def test_padding_that_is_attended_to_is_no_part_of_the_mean(tower, tokenizer):
+    bank = encode_prompts(*tower, tokenizer, PROMPTS, max_length=6, mask_padding=False)
+    longer, alone = with_sentence_token(bank), only_sentence_token(bank)
+    assert longer.mask.all() and alone.real.all()
+    for i, own in enumerate(tokenizer(PROMPTS, 6)[1]):
+        expected = np.asarray(bank.tokens)[i][own.astype(bool)].mean(axis=0)
+        np.testing.assert_allclose(longer.tokens[i, -1], expected, atol=1e-6)
+        np.testing.assert_allclose(alone.tokens[i, 0], expected, atol=1e-6)

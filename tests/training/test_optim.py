@@ -71,6 +71,16 @@ def test_only_kernels_decay():
     np.testing.assert_array_equal(update["scale"], 0)
 
 
+def test_a_learned_prompt_does_not_decay_though_it_is_a_table():
+    params = {
+        "attn2": {"prompt": {"embedding": jnp.ones((3, 2))}, "to_k": {"kernel": jnp.ones((2, 2))}}
+    }
+    zero = jax.tree.map(jnp.zeros_like, params)
+    update = first_update(params, zero, weight_decay=0.5)["attn2"]
+    np.testing.assert_array_equal(update["prompt"]["embedding"], 0)
+    np.testing.assert_allclose(update["to_k"]["kernel"], -0.05, rtol=1e-5)
+
+
 def test_a_gradient_of_any_size_moves_adam_by_the_learning_rate():
     params = {"kernel": jnp.zeros((2, 2))}
     for size in (1e-3, 1e3):

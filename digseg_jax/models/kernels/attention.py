@@ -50,7 +50,10 @@ def unfit(name: str, device: Any, dtype: str) -> str:
     if jnp.dtype(dtype).itemsize != 2:
         return f"takes 16-bit activations only, config.model.dtype is {dtype!r}"
     capability = getattr(device, "compute_capability", None) or "8.0"
-    if tuple(map(int, capability.split("."))) < CUDNN_CAPABILITY:
+    numbers = capability.split(".")
+    if not all(number.isdecimal() for number in numbers):  # AMD's have names, such as gfx942
+        return f"runs on NVIDIA's GPUs only, the devices here are of the kind {capability!r}"
+    if tuple(map(int, numbers)) < CUDNN_CAPABILITY:
         return f"needs a GPU of compute capability 8.0 or later, those here have {capability}"
     return ""
 

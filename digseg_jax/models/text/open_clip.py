@@ -23,11 +23,15 @@ from digseg_jax.models.text.bert import BertConfig, BertModel, masked_mean
 from digseg_jax.models.text.output import TextOutput
 
 HEAD_WIDTH = 64  # channels of a head in every BERT of base and large size; open_clip's config lacks it
+WIDTHS = (768, 1024)  # those sizes; a MiniLM, say, has heads of another width
+ROBERTA_POSITIONS = 514  # 512, and two for the padding, where RoBERTa's positions begin
 POOLERS = ("cls_last_hidden_state_pooler", "cls_pooler", "mean_pooler")
 PROJECTIONS = ("mlp", "linear")
+_DEFAULTS = {"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}  # open_clip's
+_OLD_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}  # of open_clip's first files
 _TEXT_KEYS = (
     "hf_model_name", "hf_tokenizer_name", "hf_proj_type", "hf_pooler_type", "hf_model_pretrained",
-    "context_length",
+    "context_length", "heads",
 )  # fmt: skip
 
 
@@ -36,7 +40,7 @@ class OpenClipTextConfig:
     """Config of the text encoder, from open_clip_config.json and the stored shapes.
 
     open_clip_config.json names a BERT on the hub instead of describing it, so sizes come from the
-    shapes; heads are 64 wide.
+    shapes; heads are 64 wide, unless the file states their number.
 
     Attributes:
       bert: the encoder without its projection.
@@ -64,14 +68,15 @@ class OpenClipTextConfig:
             UserError: a setting that is missing, not implemented or not known, or no BERT under
               `text.transformer.`.
         """
-        model, text = values["model_cfg"], values["model_cfg"]["text_cfg"]
+        model, given = values["model_cfg"], values["model_cfg"]["text_cfg"]
+        text = _DEFAULTS | {_OLD_NAMES.get(key, key): value for key, value in given.items()}
         _check(text, "hf_pooler_type", POOLERS)
         _check(text, "hf_proj_type", PROJECTIONS)
-        _check_types(model)
+        _check_types({**model, "text_cfg": text})
 
-        pooler = text["hf_pooler_type"]
+        pooler, bert = text["hf_pooler_type"], _bert_config(shapes, text)
         return cls(
-            bert=_bert_config(shapes, pooler == "cls_pooler"),
+            bert=dataclasses.replace(bert, add_pooling_layer=pooler == "cls_pooler"),
             embed_dim=model["embed_dim"],
             projection=text["hf_proj_type"],
             pooler=pooler,
@@ -98,6 +103,8 @@ class OpenClipTextConfig:
             "hf_pooler_type": self.pooler,
             "context_length": self.context_length,
         }
+        if self.hidden_size not in WIDTHS:  # a reader could not tell them from the width
+            text["heads"] = self.bert.num_attention_heads
         return {"model_cfg": {"embed_dim": self.embed_dim, "text_cfg": text}}
 
 
@@ -159,8 +166,8 @@ def _check_types(model: Mapping[str, Any]) -> None:
     try:
         check_keys(model, {"embed_dim": int})
         check_keys(model["text_cfg"], {"hf_model_name": str})
-        if "context_length" in model["text_cfg"]:
-            check_keys(model["text_cfg"], {"context_length": int})
+        sizes = [key for key in ("context_length", "heads") if key in model["text_cfg"]]
+        check_keys(model["text_cfg"], dict.fromkeys(sizes, int))
     except ValueError as error:
         raise UserError(f"open_clip_config.json: {error}") from error
 
@@ -181,11 +188,13 @@ def _check(text: Mapping[str, Any], key: str, legal: tuple[str, ...]) -> None:
         )
 
 
-def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertConfig:
+def _bert_config(shapes: Mapping[str, tuple[int, ...]], text: Mapping[str, Any]) -> BertConfig:
     """Infers the sizes of the text encoder from the stored shapes: open_clip's config has none.
 
+    text: the config's `text_cfg`.
+
     Raises:
-        UserError: a key of a BERT is missing.
+        UserError: a key of a BERT is missing, it is a RoBERTa, or its heads are not known.
     """
     prefix = "text.transformer."
     try:
@@ -197,6 +206,7 @@ def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertCon
         raise UserError(
             f"open_clip checkpoint without a BERT text tower: no key {error.args[0]!r}"
         ) from error
+    _check_no_roberta(text["hf_model_name"], positions, types)
 
     # Layers are counted by their keys; the heads follow from their width.
     layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
@@ -206,9 +216,38 @@ def _bert_config(shapes: Mapping[str, tuple[int, ...]], pooler: bool) -> BertCon
         vocab_size=vocab,
         hidden_size=width,
         num_hidden_layers=max(numbers) + 1,
-        num_attention_heads=max(width // HEAD_WIDTH, 1),
+        num_attention_heads=_heads(text, width),
         intermediate_size=inner,
         max_position_embeddings=positions,
         type_vocab_size=types,
-        add_pooling_layer=pooler,
     )
+
+
+def _check_no_roberta(name: str, positions: int, types: int) -> None:
+    """Raises UserError for a tower with BERT's keys that computes something else.
+
+    RoBERTa and XLM-R number positions from 2 on, pad with 1, and have another epsilon in their norms.
+    """
+    if "roberta" in name.lower() or positions == ROBERTA_POSITIONS or types != 2:
+        raise UserError(
+            f"open_clip_config.json: hf_model_name={name!r} is no BERT ({positions} positions, {types} "
+            "token types; a RoBERTa has 514 and 1); legal: BERTs, which have 2 token types"
+        )
+
+
+def _heads(text: Mapping[str, Any], width: int) -> int:
+    """The number of heads: the config's, else as many as BERTs of a usual width have.
+
+    Raises:
+        UserError: another width without their number, or a number that no BERT of that width has.
+    """
+    usual, heads = width // HEAD_WIDTH, text.get("heads")
+    if width in WIDTHS and heads in (None, usual):
+        return usual
+    if width in WIDTHS or heads is None or heads < 1 or width % heads:
+        legal = f"{usual}" if width in WIDTHS else f"a divisor of {width}"
+        raise UserError(
+            f"open_clip_config.json: text_cfg.heads={heads}: the number of heads of {width} channels "
+            f"is not known; legal: {legal}, as in the config.json of {text['hf_model_name']!r}"
+        )
+    return heads

@@ -93,6 +93,7 @@ class DigsegPipeline(DiffusionPipeline):
         if max(map(len, found.input_ids)) > s["max_tokens"]:
             raise ValueError(f"{texts}: a text has more than {s['max_tokens']} tokens")
         ids, mask = (torch.tensor(x, device=device) for x in (found.input_ids, found.attention_mask))
+        real = mask
         mask = mask if s["mask_padding"] else torch.ones_like(mask)
         out = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
 
@@ -109,7 +110,7 @@ class DigsegPipeline(DiffusionPipeline):
             ends = ids.argmax(1) if last == 2 else (ids == last).int().argmax(1)
             return tokens[torch.arange(len(ids)), ends][:, None].to(self.unet.dtype), mask[:, :1]
         if s["sentence_token"] or s["marks"]:  # append the mean of the real tokens
-            weight = mask[..., None].to(tokens)
+            weight = real[..., None].to(tokens)
             mean = (tokens * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             tokens, mask = torch.cat([tokens, mean], 1), torch.nn.functional.pad(mask, (0, 1), value=1)
         keep = slice(-1 if s["marks"] else 0, None)

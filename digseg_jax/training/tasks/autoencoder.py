@@ -10,11 +10,13 @@ import jax.numpy as jnp
 
 from digseg_jax.arraytypes import Array, Batch, Float, Params
 from digseg_jax.config.schema import ComputeConfig, VaeArch
+from digseg_jax.errors import UserError
 from digseg_jax.models import functional
 from digseg_jax.models.vae import AutoencoderKL, VaeConfig
 from digseg_jax.models.vae_init import carry_colors
 from digseg_jax.segmentation.binary import encode_binary
 from digseg_jax.training.tasks.base import Task, to_unit
+from digseg_jax.training.tasks.parts import attention_of
 from digseg_jax.weights import save_component
 
 MASK_SHARPNESS = 4.0  # turns a decoded mask in [-1, 1] into logits; only the sign matters later
@@ -24,6 +26,9 @@ class AutoencoderTask(Task):
     """Absolute and squared error on images, cross-entropy on masks, a little KL.
 
     dtype: of activations. size: pixels of a crop's side. seed: of the initial weights.
+
+    Raises:
+      UserError: a size that the levels cannot halve often enough.
     """
 
     def __init__(self, arch: VaeArch, compute: ComputeConfig, *, dtype: str, size: int, seed: int):
@@ -38,12 +43,18 @@ class AutoencoderTask(Task):
             mid_block_add_attention=arch.mid_block_add_attention,
             sample_size=size,
         )
+        if size % self.config.factor:
+            raise UserError(
+                f"config.data.image_size={size}: must be a multiple of {self.config.factor} pixels for "
+                f"config.vae_arch.block_out_channels={arch.block_out_channels}"
+            )
         self.graphdef, self.abstract = functional.abstract(
             lambda: AutoencoderKL(
                 self.config,
                 rngs=functional.FixedRngs(),
                 dtype=jnp.dtype(dtype),
                 conv="cpu" if compute.conv == "cpu" else "xla",
+                attention=attention_of(compute),
                 remat=compute.remat,
             )
         )

@@ -37,6 +37,8 @@ from digseg_jax.training.tasks.base import to_unit
 from digseg_jax.training.tasks.parts import Vae, load_vae
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
+_STATE = "codec_state"  # key of `shards.latents.MADE_WITH`
+
 
 class Crop(NamedTuple):
     """The square of an example that is encoded.
@@ -80,7 +82,7 @@ class FrozenParts:
     ) -> Float[Array, "b h w c"]:
         """Encodes one mask of each label: of the ids that `covers` names, or of all classes at once.
 
-        covers: ids of the class that is asked for, padded with -1.
+        covers: ids of the class that is asked for, filled up by repeating the last.
         """
         masks = self.codec.encode(label, covers[:, None])[:, 0]
         return self.vae.encode(frozen["vae"], masks)
@@ -97,7 +99,7 @@ def cache_facts(
         "vae": fingerprint(parts.vae, parts.frozen["vae"]),
     }
     if state := parts.codec.state():
-        facts["codec_state"] = state
+        facts[_STATE] = state
     return facts
 
 
@@ -145,7 +147,7 @@ class LatentEncoder:
     def records(self, crops: Sequence[Crop], covers: Int[np.ndarray, "c m"]) -> Iterator[bytes]:
         """Yields two records for each crop: as it is, then mirrored.
 
-        covers: ids of each class's mask, padded with -1.
+        covers: ids of each class's mask, filled up by repeating the last.
         """
         # Every view of every crop, and the (view, class) pairs whose masks are encoded.
         images = np.stack([view for c in crops for view in (c.image, c.image[:, ::-1])])
@@ -202,16 +204,22 @@ class LatentEncoder:
         return np.concatenate([np.asarray(part) for part in parts])[:count]
 
 
-def check_cache(parts: FrozenParts | SegmentationTask, data: DataConfig, model: ModelConfig) -> None:
+def check_cache(
+    parts: FrozenParts | SegmentationTask, data: DataConfig, model: ModelConfig, *, colors: bool = True
+) -> None:
     """Checks that a latent cache was made with these parts, and from the data as they are now.
 
     Data that are not here, as a cache needs none, are not compared.
+
+    colors: False leaves out what the codec chose, for `check_cached_colors`.
 
     Raises:
       UserError: it is not finished, or made with another autoencoder, size, codec or precision, or from
         files that have changed since.
     """
     facts, sets = cache_facts(parts, data.image_size, model), training_parts(data)
+    if not colors:
+        facts.pop(_STATE, None)
     for (part, _, split), folder in zip(sets, cache_folders(data.latent_cache, sets), strict=True):
         manifest = read_manifest(folder)
         require(folder, manifest, facts)
@@ -220,6 +228,17 @@ def check_cache(parts: FrozenParts | SegmentationTask, data: DataConfig, model: 
         with together("the data of the latents"):
             if is_main():
                 _compare_with_data(folder, manifest, part, split)
+
+
+def check_cached_colors(parts: FrozenParts | SegmentationTask, data: DataConfig) -> None:
+    """Checks that a latent cache was made with what the codec chose, such as these colors.
+
+    Raises:
+      UserError: it was made with others.
+    """
+    if state := parts.codec.state():
+        for folder in cache_folders(data.latent_cache, training_parts(data)):
+            require(folder, read_manifest(folder), {_STATE: state})
 
 
 def _compare_with_data(

@@ -63,12 +63,13 @@ def identity(x: Array) -> Array:
 class Vae:
     """The frozen autoencoder as functions of its parameters; latents here are *scaled*.
 
-    limit: images that a device takes at a time; 0: all of a batch.
+    limit: images that a device takes at a time; 0: all of a batch. dtype: of activations.
     """
 
     graphdef: nnx.GraphDef
     config: VaeConfig | TinyVaeConfig
     limit: int = 0
+    dtype: str = "float32"
 
     def encode(self, params: Params, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Posterior mean times the scaling factor (Marigold: mean, never a sample)."""
@@ -95,13 +96,19 @@ class Vae:
         return in_slices(decode, latent, self.limit)
 
     def on_host(self, params: Params) -> HostAutoencoder:
-        """The autoencoder with these parameters, compiled, for host arrays."""
-        encode, decode = jax.jit(self.encode), jax.jit(self.decode)
-        return HostAutoencoder(
-            lambda image: np.asarray(encode(params, jnp.asarray(image))),
-            lambda latent: np.asarray(decode(params, jnp.asarray(latent))),
-            self.config.factor,
-        )
+        """The autoencoder with these parameters, compiled, for host arrays.
+
+        Constants come from it: products use all bits of their factors, which GPUs and TPUs would round.
+        """
+        # Those of 16-bit numbers do so anyway, and kernels for TPUs refuse the wish.
+        precision = "highest" if self.dtype == "float32" else None
+
+        def exactly(compiled: Callable[..., Array], x: np.ndarray) -> np.ndarray:
+            with jax.default_matmul_precision(precision):
+                return np.asarray(compiled(params, jnp.asarray(x)))
+
+        encode, decode = (partial(exactly, jax.jit(f)) for f in (self.encode, self.decode))
+        return HostAutoencoder(encode, decode, self.config.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +192,15 @@ def adapt_unet(
     """A checkpoint's U-Net configuration with both latents as input, and this text tower's pathway.
 
     empty: see `unet_start.prompt_length`, whose errors it raises.
+
+    Raises:
+      UserError: the U-Net predicts latents of another autoencoder.
     """
+    if unet.out_channels != vae.config.latent_channels:
+        raise UserError(
+            f"config.model.unet={model.unet!r} predicts latents of {unet.out_channels} channels, those "
+            f"of config.model.vae={model.vae!r} have {vae.config.latent_channels}; name fitting ones"
+        )
     return dataclasses.replace(
         unet,
         in_channels=2 * vae.config.latent_channels,
@@ -203,13 +218,18 @@ def new_parameters(model: ModelConfig, stored: UNetConfig, unet: UNetConfig) -> 
 
 def compute_options(model: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
     """Constructor arguments of a model: precision and kernels."""
-    attention = PORTABLE if compute.attention == "auto" else compute.attention
     return {
         "dtype": jnp.dtype(model.dtype),
         "conv": "xla" if compute.conv == "auto" else compute.conv,
         "weights": gathered,
-        "attention": LocalAttention(attention) if attention in PLATFORMS else attention,
+        "attention": attention_of(compute),
     }
+
+
+def attention_of(compute: ComputeConfig) -> str | LocalAttention:
+    """The attention of a model; a kernel of one platform is run on each device's own examples."""
+    name = PORTABLE if compute.attention == "auto" else compute.attention
+    return LocalAttention(name) if name in PLATFORMS else name
 
 
 def unet_options(model: ModelConfig, compute: ComputeConfig) -> dict[str, Any]:
@@ -265,7 +285,7 @@ def load_vae(config: ModelConfig, compute: ComputeConfig) -> tuple[Vae, Params]:
     model = load_component(assets.resolve(config.vae), expect=AUTOENCODERS, **options)
     graphdef, params = functional.split(model)
     vae_config = model.config  # type: ignore[attr-defined]  # every model has one
-    return Vae(graphdef, vae_config, compute.vae_batch), params
+    return Vae(graphdef, vae_config, compute.vae_batch, config.dtype), params
 
 
 def load_tower(config: ModelConfig) -> TextTower:
@@ -379,7 +399,8 @@ def _draw(
             time_key, schedule, a=TAIL_SCALE, terminal_fraction=config.terminal_fraction
         )
 
-    # The sampler's own timesteps, with a key of their own: a share of 0 changes no draw.
+    # The sampler's own timesteps; a share of 0 changes no draw. Their key is none of its own: it equals
+    # the second of `split(time_key)`, from which `high_noise` draws its tail; here it is split again.
     if config.sampler_share:
         points = ddim.timesteps(schedule.num_timesteps, config.sampler_steps, "trailing")
         mixed_key = jax.random.fold_in(time_key, 1)

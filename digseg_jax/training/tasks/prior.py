@@ -66,6 +66,8 @@ class PriorTask(Task):
         levels = len(arch.block_out_channels)
         self.unet_config = UNetConfig(
             sample_size=size // self.vae.config.factor,
+            in_channels=self.vae.config.latent_channels,
+            out_channels=self.vae.config.latent_channels,
             block_out_channels=arch.block_out_channels,
             down_block_types=(DOWN_TYPES[0],) * levels,
             up_block_types=tuple(UP_TYPES[0 if attend else 1] for attend in arch.up_attention),

@@ -124,7 +124,7 @@ class SegmentationTask(Task):
           frozen: {"vae", "bank"}, and the anchors of a codec that needs them.
           batch: image uint8 [b, H, W, 3] or its cached latent; label int32 [b, H, W], -1 is ignored;
             query int32 [b, q], rows of the bank; query_class.
-          keys: one random key per image, a function of (seed, step, example index).
+          keys: one random key per image, a function of (seed, running index of the example).
           whole: the full batch if `batch` is a microbatch of it; see `Trainable.loss`.
         """
         label, rows = batch["label"], self.codec.text_rows(batch["query"])

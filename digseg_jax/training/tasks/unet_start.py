@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from digseg_jax.arraytypes import Array, Float, Params
 from digseg_jax.config.schema import ModelConfig
 from digseg_jax.errors import UserError
 from digseg_jax.io.files import expanded
+from digseg_jax.io.storage import as_path, explained, is_remote
 from digseg_jax.log import log
 from digseg_jax.models import functional
 from digseg_jax.models.layers import Compute
@@ -25,8 +27,20 @@ from digseg_jax.models.text_branch import ADAPTERS, ZERO_INIT, lacking, start_br
 from digseg_jax.models.unet import UNetConfig
 from digseg_jax.packages import minilm_folder
 from digseg_jax.segmentation.prompt_bank import encode_prompts, with_sentence_token
-from digseg_jax.weights import TextTower, load_config, load_text_tower, load_unet_params
+from digseg_jax.weights import TextTower, catalog, load_config, load_text_tower, load_unet_params
 from digseg_jax.weights.text_tower import TEXT_CLASSES
+
+_UNET, _ENCODER = "unet", "text_encoder"  # folders of a pipeline
+
+
+class _Tower(NamedTuple):
+    """Size of a CLIP text encoder."""
+
+    layers: int
+    width: int
+
+
+_WHOLE_H14 = _Tower(24, 1024)  # OpenCLIP's ViT-H/14, of which Stable Diffusion 2.x has 23 layers
 
 
 class PromptShape(NamedTuple):
@@ -45,15 +59,73 @@ def native_text(model: ModelConfig) -> str:
     if model.unet_text:
         return model.unet_text
 
-    # A pipeline's folders lie side by side, in a repository and on the disk, or in a single file.
+    # A pipeline's folders lie side by side in a repository, maybe below another folder of it.
+    remote = is_remote(model.unet)
     repository, _, part = model.unet.rpartition(":")
-    if part == "unet":
-        return f"{repository}:text_encoder"
-    folder = expanded(assets.resolve(model.unet))
-    if folder.is_file():
-        return str(folder)
-    beside = folder.parent / "text_encoder"
-    return str(beside) if folder.name == "unet" and beside.is_dir() else model.text
+    if not remote and re.search(r"(^|/)unet$", part) and repository:
+        return f"{repository}:{part.removesuffix(_UNET)}{_ENCODER}"
+
+    # On the disk and in a bucket too, or they are in a single file.
+    place = as_path(model.unet) if remote else expanded(assets.resolve(model.unet))
+    with explained(place, "cannot be read"):
+        if place.is_file():
+            return os.fspath(place)
+        beside = place.parent / _ENCODER
+        return os.fspath(beside) if place.name == _UNET and beside.is_dir() else model.text
+
+
+def skipped_layers(model: ModelConfig) -> int:
+    """Last layers to leave out of `native_text`, for the output that the U-Net was trained with.
+
+    Stable Diffusion 2.x reads the penultimate layer, and its pipelines come with an encoder of 23 of
+    the 24 layers. Where a whole one is named instead, the layer that the pipeline's lacks is left out;
+    where the pipeline's is not known, a warning is logged.
+
+    Raises:
+      UserError: there is no such encoder.
+    """
+    spec = native_text(model)
+    if spec == model.text and model.text_skip_layers:  # the encoder of the queries, as it is configured
+        return model.text_skip_layers
+    config = _encoder_config(spec)
+    if not isinstance(config, ClipTextConfig):
+        return 0
+
+    whole = _Tower(config.num_hidden_layers, config.hidden_size)
+    own = _pipeline_tower(model)
+    if own == whole._replace(layers=whole.layers - 1):
+        log.info("start: %s without its last layer, as the encoder of the U-Net's pipeline", spec)
+        return 1
+
+    # Only such U-Nets take tokens of this width, and `prompt_length` has refused any other.
+    if whole == _WHOLE_H14 and own in (None, whole):
+        log.warning(
+            "start: %s has 24 layers, Stable Diffusion 2.x was trained with the output of the 23rd; "
+            "if %s descends from it, set config.model.unet_text to its pipeline's text_encoder, or, if "
+            "the queries have the same encoder, config.model.text_skip_layers to 1",
+            *(spec, model.unet),
+        )
+    return 0
+
+
+def _pipeline_tower(model: ModelConfig) -> _Tower | None:
+    """Size of the text encoder in the U-Net's pipeline; None: not known without a download."""
+    own = native_text(dataclasses.replace(model, unet_text=""))
+    known = catalog.find(own)
+    if known is not None:
+        penultimate = known.parts and known.text_width == _WHOLE_H14.width
+        return _WHOLE_H14._replace(layers=_WHOLE_H14.layers - 1) if penultimate else None
+    if is_remote(own) or not expanded(own).exists():
+        return None
+    config = _encoder_config(own)
+    found = isinstance(config, ClipTextConfig)
+    return _Tower(config.num_hidden_layers, config.hidden_size) if found else None
+
+
+def _encoder_config(spec: str) -> Any:
+    """The configuration of a text encoder."""
+    folder = minilm_folder() if spec == "minilm" else assets.resolve(spec)
+    return load_config(folder, expect=TEXT_CLASSES)
 
 
 def empty_length(model: ModelConfig, *, causal: bool, longest: int) -> int:
@@ -71,9 +143,7 @@ def empty_shape(model: ModelConfig) -> PromptShape:
     Raises:
       UserError: there is no such encoder.
     """
-    spec = native_text(model)
-    folder = minilm_folder() if spec == "minilm" else assets.resolve(spec)
-    config = load_config(folder, expect=TEXT_CLASSES)
+    config = _encoder_config(native_text(model))
     causal, longest = isinstance(config, ClipTextConfig), config.max_position_embeddings
     return PromptShape(empty_length(model, causal=causal, longest=longest), config.hidden_size)
 
@@ -145,6 +215,12 @@ def initial_unet(
         text_adapters=stored.text_adapters and bool(starts or config.text_adapters),
         text_dim=(stored if stored.text_adapters or stored.mark_width else config).text_width,
     )
+    if stored.in_channels == config.in_channels and not stored.text_adapters:  # not one of ours
+        log.info(
+            "start: of the %d input channels of %s the first half are taken as the image's latent, the "
+            "others as the mask's, as Marigold has them",
+            *(stored.in_channels, model.unet),
+        )
     loaded = load_unet_params(source, base)
     new = lacking(stored, config)
     if base.text_adapters and ADAPTERS in new:
@@ -170,9 +246,9 @@ def _native_prompts(
     model: ModelConfig, stored: UNetConfig, params: Params, tower: TextTower | None
 ) -> list[Float[Array, "m d"]]:
     """The empty prompt as each level's cross-attention reads it, the highest resolution first."""
-    spec = native_text(model)
-    if tower is None or spec != model.text:
-        tower = load_text_tower(assets.resolve(spec))
+    spec, skipped = native_text(model), skipped_layers(model)
+    if tower is None or spec != model.text or skipped != model.text_skip_layers:
+        tower = load_text_tower(assets.resolve(spec), skip_layers=skipped)
     tokens = jnp.asarray(encode_empty(tower, model))
 
     # A checkpoint's own adapters are part of what it was trained with.
