@@ -18,7 +18,6 @@ from digseg_jax.aot.dry_run import check_evaluation
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config, DataConfig, EvalConfig
-from digseg_jax.data.datasets.registry import title
 from digseg_jax.data.sources import check_scored_splits, check_training_data
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import autoencoder, domains, plan
@@ -84,6 +83,8 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         if config.task == "segmentation":
             looks, best = bool(config.logging.eval_every), config.checkpoint.best
             check_scored_splits(config.data, config.eval, while_training=looks, chosen_by=best)
+        elif config.task == "autoencoder":
+            autoencoder.check_scored_split(config.data)
     with exclusive_run(workdir):
         claim_workdir(workdir, to_dict(config), accept_changes)
         setup = set_up(config, TASKS[config.task])
@@ -104,12 +105,10 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             limit, best = config.logging.eval_images, config.checkpoint.best
             examples = validation_examples(config.data, config.eval, limit, best)
             on_eval = make_validation(examples, config.eval, config.seed, task, mesh, workdir)
-        state = trainer.run(
-            on_eval, LivePage(workdir, title(config.data.name, config.data.root), config.train.steps)
-        )
+        state = trainer.run(on_eval, LivePage.of(workdir, config))
 
         # Export the last or the best weights.
-        params, source = averaged(state), f"{CHECKPOINTS}/{config.train.steps}"
+        params, source = averaged(state), f"{CHECKPOINTS}/{int(state['step'])}"
         del state  # frees the moments on the devices before the evaluation
         if config.checkpoint.best:
             params, source = trainer.weights_of(str(workdir), best=True)
@@ -237,7 +236,7 @@ def export_run(
     step = source.rsplit("/", 1)[-1]
     metadata = provenance(config.task, config.seed, int(step))
     if isinstance(task, AutoencoderTask):
-        export_autoencoder(config.data, config.eval.split, task, params, workdir, metadata)
+        export_autoencoder(config.data, task, params, workdir, metadata)
         return
 
     # Which checkpoint the weights are of is known only now.
@@ -327,6 +326,8 @@ def evaluate(
     with together("the pages of the suite"):
         if suite == domains.SUITE and is_main():
             log.info("pages: %s", build_domain_pages(folder))
+        if is_main() and (folder / "results.json").exists():  # the report shows suites, too
+            log.info("report: %s", build_report(workdir))
     return results
 
 
@@ -414,22 +415,18 @@ def evaluate_and_report(
             page = build_report(workdir)
 
     log.info("IoU by class, percent:\n%s", class_lines(results["per_class"]))
-    scores = [results[key] for key in ("miou", "accuracy", "num_images", "split")]
-    log.info("mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s", *scores, page)
+    scores = [float("nan") if results[key] is None else results[key] for key in ("miou", "accuracy")]
+    facts = [*scores, results["num_images"], results["split"], page]
+    log.info("mIoU %.3f, accuracy %.3f on %d held-out images (%s); report: %s", *facts)
     return results
 
 
 def export_autoencoder(
-    data: DataConfig,
-    split: str,
-    task: AutoencoderTask,
-    params: Params,
-    workdir: AnyPath,
-    metadata: dict[str, str],
+    data: DataConfig, task: AutoencoderTask, params: Params, workdir: AnyPath, metadata: dict[str, str]
 ) -> dict[str, Any]:
-    """Measures the latent scale and the round trip, then writes DIR/export and DIR/eval.
+    """Measures the latent scale and writes DIR/export; then the round trip, written to DIR/eval.
 
-    split: the held-out images of the round trip. metadata: of the exported weights.
+    metadata: of the exported weights.
     """
     # An autoencoder fits into the host's memory; every process measures by itself.
     params = jax.tree.map(fetch, params)
@@ -438,11 +435,14 @@ def export_autoencoder(
     factor = task.config.factor
     scaling = autoencoder.measure_scaling(task.graphdef, params, data, factor)
     task.config = dataclasses.replace(task.config, scaling_factor=scaling)
-    results = autoencoder.round_trip(task.graphdef, params, data, split, factor)
+    write_export(task, params, workdir, metadata)
+
+    # The weights are safe by now, whatever the scoring meets; its score is then added to them.
+    results = autoencoder.round_trip(task.graphdef, params, data, factor)
     log.info("round trip on held-out images: %s", json.dumps(results))
     with together("the results"):
         if is_main():
             write_json(workdir / "eval" / "results.json", results)
-    metadata = metadata | {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
-    write_export(task, params, workdir, metadata)
+    score = {"round_trip_mask_iou": f"{results['mask_iou']:.4f}"}
+    write_export(task, params, workdir, metadata | score)
     return results

@@ -49,8 +49,11 @@ class Pod:
         folder.mkdir(parents=True, exist_ok=True)
         address = f"127.0.0.1:{port or free_port()}"
         # as the main job has it: without the tests' settings for speed the numbers would be others
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
+        (scratch := folder / "tmp").mkdir(exist_ok=True)  # what a kill leaves goes with the folder
+        ours = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "TMPDIR": str(scratch)}
+        env = os.environ | ours | (env or {})
         self.logs, self.processes, self.drains = [], [], []
+        self._began: list[float] = []  # when each process wrote its first line
         for i in range(count) if only is None else only:
             command = [sys.executable, "-u", "-m", "digseg_jax.main", *flags]
             if count > 1:
@@ -64,7 +67,7 @@ class Pod:
                 command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             self.processes.append(process)
-            drain = threading.Thread(target=_drain, args=(process, self.logs[-1]), daemon=True)
+            drain = threading.Thread(target=self._drain, args=(process, self.logs[-1]), daemon=True)
             drain.start()
             self.drains.append(drain)
 
@@ -83,6 +86,10 @@ class Pod:
         """Waits for success; otherwise fails with the end of the logs."""
         codes = self.wait()
         assert codes == [0] * len(codes), f"{codes}\n{self.text()}"
+
+    def said_for(self) -> float:
+        """Seconds since the first line of a process, without the time to load the libraries."""
+        return time.monotonic() - min(self._began)
 
     def text(self) -> str:
         return "\n".join(f"--- {log}\n{log.read_text()[-4000:]}" for log in self.logs)
@@ -104,11 +111,12 @@ class Pod:
             for process in self.processes:
                 process.wait()
 
-
-def _drain(process: subprocess.Popen, path: Path) -> None:
-    with path.open("wb", buffering=0) as log:
-        while block := os.read(process.stdout.fileno(), 2**16):
-            log.write(block)
+    def _drain(self, process: subprocess.Popen, path: Path) -> None:
+        with path.open("wb", buffering=0) as log:
+            for block in iter(lambda: os.read(process.stdout.fileno(), 2**16), b""):
+                if not log.tell():
+                    self._began.append(time.monotonic())
+                log.write(block)
 
 
 def last_step(workdir: Path) -> int:

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The export of a run beside a training of it, and after it."""
+"""A run's jobs: what is checked at its start, and what is exported beside it and after it."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
+from PIL import Image
+from safetensors import safe_open
 
 from digseg_jax import jobs
 from digseg_jax.config.parse import parse, to_dict
 from digseg_jax.errors import UserError
+from digseg_jax.io.checkpoint import Checkpointer
 from digseg_jax.io.workdir import claim
+from digseg_jax.training.setup import TASKS
 
 HOLDS = """
 import sys, time
@@ -68,3 +74,74 @@ def test_older_weights_never_replace_newer_ones(tmp_path, monkeypatch):
     jobs.check_not_older(tmp_path, "checkpoints/400")
     with pytest.raises(UserError, match="weights of step 400, newer than checkpoints/280"):
         jobs.check_not_older(tmp_path, "checkpoints/280")
+
+
+def photos(root, *splits):
+    """A folder of two images a split, with their masks."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for kind, shape in (("images", (40, 48, 3)), ("masks", (40, 48))):
+            (root / kind / split).mkdir(parents=True)
+            for i in range(2):
+                values = rng.integers(0, 256 if kind == "images" else 2, shape, np.uint8)
+                Image.fromarray(values).save(root / kind / split / f"{i}.png")
+    (root / "classes.txt").write_text("soil\nroad\n")
+    return str(root)
+
+
+def autoencoder(folders, root, steps=0, **changes):
+    """A training of a tiny autoencoder on a folder; without steps, it ends with its initial weights."""
+    return tiny.config(
+        folders, task="autoencoder", data__name="folder", data__root=root, train__steps=steps, **changes
+    )
+
+
+def exported(workdir):
+    """What the file of an exported autoencoder says of itself."""
+    with safe_open(workdir / "export/diffusion_pytorch_model.safetensors", "np") as file:
+        return file.metadata()
+
+
+class TestAutoencoder:
+    """Its round trip is measured on the held-out images that the data set has."""
+
+    def test_a_data_set_without_a_test_split_is_scored_on_its_val(self, folders, tmp_path):
+        """It was trained to the end, and then neither scored nor exported."""
+        root = photos(tmp_path / "data", "train", "val")
+        jobs.train(autoencoder(folders, root), tmp_path / "run")
+        results = json.loads((tmp_path / "run/eval/results.json").read_text())
+        assert results["split"] == "val" and results["per_class"].keys() == {"soil", "road"}
+        told = exported(tmp_path / "run")
+        assert told["round_trip_mask_iou"] == f"{results['mask_iou']:.4f}"
+
+    def test_without_held_out_images_nothing_is_trained(self, folders, tmp_path):
+        config = autoencoder(folders, photos(tmp_path / "data", "train"), steps=5)
+        with pytest.raises(UserError, match="val"):
+            jobs.train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_weights_are_exported_before_they_are_scored(self, folders, tmp_path, monkeypatch):
+        """An image that cannot be read costs the score, not the weights."""
+
+        def damaged(*_):
+            raise UserError("a damaged image")
+
+        monkeypatch.setattr(jobs.autoencoder, "round_trip", damaged)
+        config = autoencoder(folders, photos(tmp_path / "data", "train", "val"))
+        with pytest.raises(UserError, match="a damaged image"):
+            jobs.train(config, tmp_path / "run")
+        assert exported(tmp_path / "run")["steps"] == "0"
+
+    def test_a_run_that_was_shortened_exports_the_step_that_its_weights_are_of(self, folders, tmp_path):
+        """Two steps were asked for, the checkpoint has three: they cannot be taken back."""
+        config = autoencoder(folders, photos(tmp_path / "data", "train", "val"), steps=3)
+        task = TASKS["autoencoder"](config)
+        trainer = tiny.trainer(config, task, tiny.mesh(), tmp_path / "run")
+        with Checkpointer(str(tmp_path / "run"), config.checkpoint) as checkpointer:
+            _, state = trainer.start_state(checkpointer)
+            checkpointer.save(3, state | {"step": state["step"] + 3}, {})
+        claim(tmp_path / "run", to_dict(config))
+
+        shorter = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+        jobs.train(shorter, tmp_path / "run", accept_changes=True)
+        assert exported(tmp_path / "run")["steps"] == "3"

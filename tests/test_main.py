@@ -259,7 +259,7 @@ def test_predict_on_a_missing_image_is_one_line(folders, tmp_path, workdir):
     assert "--image=no.png: no such file" in message
 
 
-def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folders, tmp_path):
+def test_ctrl_c_before_there_is_anything_to_save_is_one_line(cover, tmp_path):
     """While the configuration is known, and JAX and the models are still being loaded."""
     command = [
         sys.executable,
@@ -268,9 +268,12 @@ def test_ctrl_c_before_there_is_anything_to_save_is_one_line(folders, tmp_path):
         "digseg_jax.main",
         QUICKSTART,
         f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps=1000000",
     ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 900
     while not (tmp_path / "run" / "config.json").exists() and process.poll() is None:
+        assert time.monotonic() < end
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=900)[1].splitlines()

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Params
-from digseg_jax.config.schema import DataConfig
-from digseg_jax.data.sources import training_parts
+from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.data.sources import open_fresh, spec_of, training_parts
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.models import functional
 from digseg_jax.segmentation.binary import encode_binary
@@ -22,6 +22,20 @@ from digseg_jax.training.tasks.base import to_unit
 
 SCALED_IMAGES = 50  # training images on which the latent scale is measured
 MASK_PIXELS = 64  # least area of a mask that counts in the mean over single masks
+
+
+def scored_split(data: DataConfig) -> str:
+    """Names the split of the round trip: the one that the data set's own tables use."""
+    return spec_of(PartConfig(data.name, data.root)).eval_split
+
+
+def check_scored_split(data: DataConfig) -> None:
+    """Opens the split of the round trip, before anything expensive is loaded.
+
+    Raises:
+      UserError: no such data set, split or folder, or shards older than the files beside them.
+    """
+    open_fresh(PartConfig(data.name, data.root), scored_split(data))
 
 
 def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, factor: int) -> float:
@@ -52,16 +66,15 @@ def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, fa
     return float(1.0 / np.sqrt(square - mean**2))
 
 
-def round_trip(
-    graphdef: nnx.GraphDef, params: Params, data: DataConfig, split: str, factor: int
-) -> dict[str, Any]:
-    """Measures the round trip mask -> latent -> mask (threshold 0) of each class in a split's images.
+def round_trip(graphdef: nnx.GraphDef, params: Params, data: DataConfig, factor: int) -> dict[str, Any]:
+    """Measures the round trip mask -> latent -> mask (threshold 0) of each class in held-out images.
 
     Returns:
       mask_iou (mean over the classes shown of the IoU pooled over images), mask_iou_per_mask (mean over
       single masks of at least 64 pixels), per_class (pooled IoU by class name; None: not shown), and
       image_mae_255 (the images' mean absolute error, 0..255).
     """
+    split = scored_split(data)
     examples = eval_examples(data, split)
     n = len(examples.classes)
 

@@ -10,6 +10,7 @@ from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.config.templates import PLACE
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets.spec import Color
+from digseg_jax.data.shards.fingerprint import fingerprint
 from digseg_jax.data.sources import open_fresh, spec_of
 
 
@@ -28,6 +29,7 @@ class EvalExamples:
       wrong_names: words for what no image of the data set can show.
       short_side: pixels of an image's short side as it is seen; None: the segmenter's own.
       rest: id of a class that is never asked for: what no other class claims; -1: none.
+      timed: whether the times of the files tell a change; those of a package tell its installation.
     """
 
     source: Any
@@ -43,6 +45,7 @@ class EvalExamples:
     rest: int = -1
     wrong_names: tuple[str, ...] = ()
     colors: tuple[Color | None, ...] = ()
+    timed: bool = True
 
     @property
     def asked(self) -> tuple[int, ...]:
@@ -54,6 +57,13 @@ class EvalExamples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.source[self.rows[index]]
+
+    def digest(self) -> str:
+        """Digest of the split's files: their names, sizes and times, or their shards' checksums.
+
+        What was counted holds for these files: a corrected mask is another one.
+        """
+        return fingerprint(self.source.source, times=self.timed)  # of what `Guarded` reads
 
     def first(self, count: int) -> EvalExamples:
         """The first `count` examples."""
@@ -86,6 +96,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
         facts.inference,
         facts.template,
         colors=facts.colors,
+        timed=not facts.from_package,
     )
 
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
+import digseg_jax
 from digseg_jax.arraytypes import Params
 from digseg_jax.io.json_file import parse_object, read_json
 from digseg_jax.io.storage import AnyPath, explained, is_remote, write_bytes
@@ -167,12 +168,13 @@ class _Objects:
 
 
 def identity_of(params: Params | None, *facts: Any) -> str:
-    """Digest of weights and settings, 24 hex digits.
+    """Digest of weights, settings and this program's version, 24 hex digits.
 
     params: arrays must be addressable by this process; None if it does not hold them.
     facts: JSON-ready, or with a `str` that is the same in every process.
     """
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    told = (digseg_jax.__version__, facts)  # another version may count otherwise
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
 
     # crc32 of each array: fast, and enough to distinguish two sets of weights.
     for leaf in jax.tree.leaves(params):

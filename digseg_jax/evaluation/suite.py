@@ -225,15 +225,16 @@ def _one(
     log.info("%s: %d images of %s", subject.name, len(examples), examples.split)
 
     # The whole configuration is part of the identity: view size, root, autoencoder and text encoder
-    # change the counts as well.
+    # change the counts as well. So do the images and masks.
+    training = subject.training(examples)
     facts = [values, subject.name, str(subject.estep), len(examples)]
     facts += [segmenter.scale, evaluator.prompts, *filter(None, [subject.facts])]
+    facts += [split.digest() for split in (examples, training) if split]
     identity = identity_of(weights, facts)
     name = f"{subject.name}_{subject.estep}".replace(":", "_")
     journal = Journal.shared(folder / "journal", name, identity)
     shown = Shown(subject.shown, len(examples), folder / "journal" / f"{name}_masks")
     try:
-        training = subject.training(examples)
         found, headline = scores_of(evaluator, subject.estep, journal, training, shown)
     finally:
         journal.close()

@@ -27,7 +27,7 @@ from etils import epath
 
 from digseg_jax.errors import USER_ERROR, UserError
 from digseg_jax.io.json_file import check_keys, parse_object
-from digseg_jax.io.storage import explained
+from digseg_jax.io.storage import explained, remove_copies
 from digseg_jax.log import log
 
 SECONDS = "DIGSEG_JAX_LEASE"  # environment variable: how long the claim of a killed run lasts
@@ -146,6 +146,7 @@ def _give_way(path: epath.Path, held: _Claim, other: _Claim) -> None:
         f"{other.holder} took the folder over; it ends without saving\n"
     )
     sys.stderr.flush()
+    remove_copies()
     os._exit(USER_ERROR)
 
 

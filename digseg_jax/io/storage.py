@@ -253,6 +253,16 @@ def local_copy(place: AnyPath, beside: tuple[str, ...] = ()) -> Path:
 
     # Removed at exit: weights may be loaded from it at any time until then.
     scratch = Path(tempfile.mkdtemp(prefix="digseg_jax_"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    _copies.append(scratch)
     download(epath.Path(place).parent, scratch, (place.name, *beside))
     return scratch / place.name
+
+
+_copies: list[Path] = []  # folders of the local copies
+
+
+@atexit.register
+def remove_copies() -> None:
+    """Removes all local copies. `os._exit` must be preceded by it: it runs no function at exit."""
+    while _copies:
+        shutil.rmtree(_copies.pop(), ignore_errors=True)

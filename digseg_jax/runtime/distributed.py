@@ -24,6 +24,7 @@ from jax._src import distributed as jax_distributed
 from jax._src.clusters import ClusterEnv
 
 from digseg_jax.errors import PREEMPTED, Transient, UserError, refusal
+from digseg_jax.io.storage import remove_copies
 from digseg_jax.log import log
 from digseg_jax.runtime.rendezvous import TOKEN, roll_call, split_address
 
@@ -152,7 +153,8 @@ def leave(status: int) -> NoReturn:
         if is_main():
             time.sleep(2.0)  # the others abort once process 0 is gone: let them say why
 
-    # `os._exit` flushes nothing itself.
+    # `os._exit` flushes and tidies nothing itself.
+    remove_copies()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

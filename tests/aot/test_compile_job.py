@@ -166,24 +166,6 @@ def test_it_compiles_the_programs_that_an_evaluation_runs(folders, monkeypatch, 
     assert sorted(seen) == ran and len(ran) == 2
 
 
-def test_a_program_that_does_not_fit_ends_the_command_with_its_own_status(
-    folders, tmp_path, monkeypatch
-):
-    ended = []
-    monkeypatch.setattr(main, "_leave", ended.append)
-    monkeypatch.setattr(topology, "prepare", lambda _: None)  # the simulated devices are there
-    large = {"compile__unet_only": True, "compile__per_device_batch": 9_000_000}
-    large |= {"compile__advice": False, "mesh__data": 1, "mesh__fsdp": 1}
-    file = tiny.config_file(tmp_path, folders, model__dtype="bfloat16", **large)
-    flags = ["--mode=compile", "--topology=t4:1", f"--config={file}", f"--workdir={tmp_path}"]
-    with flagsaver.flagsaver():
-        main.parse_flags(["main", *flags])
-        main.run()
-    result = json.loads((tmp_path / "compile.json").read_text())
-    assert ended == [OVER_BUDGET] == [3] and result["fits"] is False
-    assert result["compiler_options"].keys() == {"on", "left_out", "xla_flags"}
-
-
 @pytest.fixture(scope="module")
 def estimated(folders, tmp_path_factory):
     """The same for two GPUs, with what `auto` chooses there."""
@@ -218,14 +200,25 @@ def test_the_evaluation_of_a_gpu_is_estimated_too(folders, tmp_path):
     assert all(p["hbm_temp_bytes"] > 0 for p in result["programs"].values())
 
 
-def test_the_unet_alone_on_a_gpu_that_lacks_memory(compiled, folders, tmp_path, monkeypatch):
+def test_the_unet_alone_on_a_gpu_that_lacks_memory_ends_the_command_with_its_own_status(
+    compiled, folders, tmp_path, monkeypatch
+):
+    ended = []
+    monkeypatch.setattr(main, "_leave", ended.append)
+    monkeypatch.setattr(topology, "prepare", lambda _: None)  # the simulated devices are there
     monkeypatch.setattr(gpu, "memory_share", lambda: 1e-5)
     monkeypatch.setattr(advice, "MODES", FEW_MODES)
     changes = {"compute__attention": "auto", "model__dtype": "bfloat16"}
     changes |= {"compile__unet_only": True, "compile__per_device_batch": 1}
-    made = config(folders, mesh__data=1, mesh__fsdp=1, **changes)
-    result = compiling.run(made, "a100-40gb:1", as_path(tmp_path))
-    assert not result["fits"] and result["hbm_limit_bytes"] == pytest.approx(400_000)
+    file = tiny.config_file(tmp_path, folders, mesh__data=1, mesh__fsdp=1, **changes)
+    flags = ["--mode=compile", "--topology=a100-40gb:1", f"--config={file}", f"--workdir={tmp_path}"]
+    with flagsaver.flagsaver():
+        main.parse_flags(["main", *flags])
+        main.run()
+    result = json.loads((tmp_path / "compile.json").read_text())
+    assert ended == [OVER_BUDGET] == [3] and result["fits"] is False
+    assert result["hbm_limit_bytes"] == pytest.approx(400_000)
+    assert result["compiler_options"].keys() == {"on", "left_out", "xla_flags"}
     assert any(line.startswith("rematerialization") for line in result["advice"])
     assert result["config"]["compute"]["attention"] == "cudnn"
 

@@ -60,10 +60,7 @@ def test_rematerialization_keeps_less():
 
 @pytest.mark.parametrize(
     ("chips", "images", "allotted"),
-    [
-        (8, 4, 2.62 * GB),
-        (8, 16, 5.51 * GB),
-    ],
+    [(8, 4, 2.62 * GB), pytest.param(8, 16, 5.51 * GB, marks=pytest.mark.slow)],
 )
 def test_against_what_the_tpu_compiler_allots(chips, images, allotted):
     """The U-Net of Stable Diffusion 2.1, images a chip, 16 chips there (aot/RECORD.md): not too little,

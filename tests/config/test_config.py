@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
@@ -12,10 +13,11 @@ import pytest
 from tiny import one_line
 
 from digseg_jax.config.parse import default, parse, sampling_settings, to_dict, with_settings
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import Config, settings
 from digseg_jax.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
 def refused(values) -> str:
@@ -89,6 +91,26 @@ def test_an_int_may_stand_for_a_float_and_a_list_for_a_tuple():
         ({"eval": {"steps": 2000}}, "config.eval.steps=2000", "1000"),
         ({"eval": {"sweep": ["4by2"]}}, "'4by2'", "8x2"),
         ({"eval": {"sweep": ["1x2000"]}}, "1x2000", "1000"),
+        ({"mesh": {"tensor": -2}}, "config.mesh.tensor=-2", "at least -1"),
+        ({"mesh": {"fsdp": -2}}, "config.mesh.fsdp=-2", "at least -1"),
+        ({"task": "autoencoder", "vae_arch": {"norm_num_groups": 0}}, "norm_num_groups=0", "least 1"),
+        ({"task": "autoencoder", "vae_arch": {"layers_per_block": 0}}, "layers_per_block=0", "least 1"),
+        ({"task": "autoencoder", "vae_arch": {"kl_weight": -0.1}}, "kl_weight=-0.1", "at least 0"),
+        (
+            {"task": "autoencoder", "vae_arch": {"block_out_channels": [8, 0]}},
+            "config.vae_arch.block_out_channels=0",
+            "at least 1",
+        ),
+        (
+            {"task": "prior", "unet_arch": {"attention_head_dim": [2, -1]}},
+            "config.unet_arch.attention_head_dim=-1",
+            "at least 1",
+        ),
+        (
+            {"task": "prior", "unet_arch": {"cross_attention_dim": 0}},
+            "cross_attention_dim=0",
+            "least 1",
+        ),
     ],
 )
 def test_an_illegal_value_is_refused_with_what_is_legal(values, key, legal):
@@ -104,6 +126,26 @@ def test_an_illegal_value_is_refused_with_what_is_legal(values, key, legal):
         ({"task": "autoencoder", "diffusion": {"noise": "multires"}}, "only segmentation, prior"),
         ({"vae_arch": {"kl_weight": 1.0}}, "only autoencoder; leave it at 0.0005"),
         ({"unet_arch": {"norm_num_groups": 4}}, "config.unet_arch.norm_num_groups=4"),
+        *(
+            ({"task": "prior", "data": {key: value}}, f"config.data.{key}={value}: config.task='prior'")
+            for key, value in {
+                "text_noise": 0.1,
+                "word_dropout": 0.1,
+                "num_queries": 3,
+                "negative_rate": 0.3,
+                "templates": ("a {}",),
+            }.items()
+        ),
+        *(
+            ({"task": "autoencoder", section: {key: value}}, f"config.{section}.{key}={value}")
+            for section, key, value in [
+                ("data", "text_noise", 0.1),
+                ("data", "word_dropout", 0.1),
+                ("model", "max_tokens", 9),
+                ("model", "text_adapters", False),
+                ("model", "sentence_token", False),
+            ]
+        ),
     ],
 )
 def test_a_key_that_the_task_does_not_use_is_refused(values, expected):
@@ -180,6 +222,29 @@ def test_a_part_of_a_mixture_has_no_views_of_its_own_in_cached_latents():
     own = part | {"short_side": 240, "quarter_turns": True}
     message = refused({"data": plain | {"mixture": (part, own)}})
     assert "mixture, roads: short_side=240, quarter_turns=True: cached latents" in message
+
+
+def test_the_scales_of_each_part_of_a_mixture_make_a_range():
+    """With the bound that a part leaves to the section; it was drawn from the range turned round."""
+    whole, high = {"name": "landcover"}, {"name": "folder", "folder": "roads", "scale_min": 3.0}
+    message = refused({"data": {"mixture": (whole, high)}})
+    assert message.startswith("config.data.mixture, roads: scale_min=3.0, scale_max=2.0 ")
+    low = {"name": "landcover", "scale_max": 0.4}
+    assert "landcover: scale_min=0.5, scale_max=0.4 " in refused({"data": {"mixture": (low,)}})
+    parse({"data": {"mixture": (whole, high | {"scale_max": 4.0})}})
+    parse({"data": {"mixture": (whole, high), "scale_max": 3.0}})
+
+
+def test_every_key_does_something():
+    """Each is read outside the schema, its rules and its parser: of an object, which is not `self`."""
+    read = set()
+    for path in (ROOT / "digseg_jax").rglob("*.py"):
+        nodes = [] if path.parent.name == "config" else ast.walk(ast.parse(path.read_bytes()))
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                own = isinstance(node.value, ast.Name) and node.value.id == "self"
+                read |= set() if own else {node.attr}
+    assert [key for key in settings() if key.rsplit(".", 1)[-1] not in read] == []
 
 
 def test_a_calibration_is_never_fitted_on_the_tiles_that_it_scores():

@@ -92,3 +92,9 @@ def test_other_weights_or_settings_are_another_identity():
     assert base == identity_of(jax.tree.map(jax.numpy.asarray, params), {"seed": 0}, "1x1")
     changed = {"a": {"kernel": 1.01 * np.ones((2, 3), np.float32)}, "b": np.zeros(4, np.float32)}
     assert len({base, identity_of(changed, {"seed": 0}, "1x1"), identity_of(params, {"seed": 1})}) == 3
+
+
+def test_another_version_of_the_program_is_another_identity(monkeypatch):
+    before = identity_of(None, {"seed": 0})
+    monkeypatch.setattr("digseg_jax.__version__", "9.9.9")
+    assert identity_of(None, {"seed": 0}) != before

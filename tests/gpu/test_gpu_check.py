@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_all_its_stages_on_a_cpu(tmp_path):
     command = [
         sys.executable, "-m", "tests.gpu", "--tiny", f"--out={tmp_path}/gpu.json", f"--work={tmp_path}",
@@ -19,7 +22,7 @@ def test_all_its_stages_on_a_cpu(tmp_path):
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "gpu.json").read_text())

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from same import assert_same_bits
 from toy import ToyTask
 
 from digseg_jax.config.schema import CheckpointConfig
-from digseg_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
+from digseg_jax.errors import PREEMPTED, USER_ERROR, Preempted, Transient, UserError
 from digseg_jax.io import checkpoint
 from digseg_jax.io.checkpoint import Checkpointer
 from digseg_jax.io.metric_writer import read_metrics
@@ -203,6 +204,22 @@ def test_a_slow_save_holds_up_the_step_that_would_be_lost_too(overlap, waits_at,
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["beside a step", "at the end"])
+def test_a_save_that_hangs_ends_the_run_in_time_and_may_be_tried_again(tmp_path, monkeypatch, waits):
+    save_steps(tmp_path, [5])
+    with Checkpointer(str(tmp_path), CheckpointConfig()) as checkpointer:
+        checkpointer.save(10, {"x": np.zeros(3, np.float32)}, {})
+        monkeypatch.setattr(checkpointer.manager, "is_saving_in_progress", lambda: True)
+        checkpointer.config = CheckpointConfig(timeout=0.2)
+        time.sleep(0 if waits else 0.3)
+        with pytest.raises(Transient) as caught:
+            checkpointer.wait() if waits else checkpointer.check(10)
+        message = tiny.one_line(caught.value)
+        assert message.startswith(f"{tmp_path / 'checkpoints' / '10'}: checkpoint cannot be written")
+        assert "(not written after 0 s); of the older ones those of steps 5 are whole" in message
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_sigterm_or_ctrl_c_saves_the_step_and_leaves(cover, folders, tmp_path, sent):
     """One process: the signal may come at any moment of a step."""
@@ -282,6 +299,6 @@ def test_a_directory_that_cannot_be_written_is_told_by_main(tmp_path, folders):
     config = tiny.config_file(tmp_path, folders)
     workdir = tmp_path / "file" / "run"
     command = [sys.executable, "-m", "digseg_jax.main", f"--config={config}", f"--workdir={workdir}"]
-    done = subprocess.run(command, cwd=pod.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=pod.ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == USER_ERROR
     assert done.stderr.splitlines()[-1].startswith(f"error: --workdir={workdir}")

@@ -8,58 +8,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-import tiny
-from pod import ROOT, losses
+from launched import FLAGS, LAUNCH, SETTINGS, TOKEN, dry, fake, refused, run
+from pod import ROOT
 
-LAUNCH = ROOT / "launch"
-FLAGS = ["--config=configs/quickstart.py", "--workdir=gs://bucket/a run's"]
-SETTINGS = {
-    "tpu_vm.sh": {"TPU": "slice", "ZONE": "us-east5-b"},
-    "queued_resource.sh": {"NAME": "r", "ZONE": "z", "TYPE": "v6e-8", "RUNTIME": "v2"},
-    "gke_jobset.sh": {
-        "NAME": "r", "IMAGE": "i:1", "ACCELERATOR": "tpu-v6e-slice", "TOPOLOGY": "4x8",
-        "HOSTS": "8", "CHIPS": "4",
-    },
-    "slurm.sh": {"NODES": "2", "GPUS": "4", "VENV": "/opt/a venv"},
-}  # fmt: skip
-TOKEN = "DIGSEG_JAX_TOKEN"
 OTHERS = {"local_pod.sh", "prepare_host.sh", "common.sh"}
-
-
-def run(
-    script: str, *arguments: str, folder: Path = LAUNCH, **settings: str
-) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHON": sys.executable, **settings}
-    command = [str(folder / script), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/", timeout=600)
-
-
-def refused(done: subprocess.CompletedProcess) -> str:
-    """The one line of a refusal."""
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
-def fake(folder: Path, **commands: str) -> str:
-    """Puts commands with these bodies in front of PATH; returns that PATH."""
-    folder.mkdir(exist_ok=True)
-    for name, body in commands.items():
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / name).chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def dry(script: str) -> str:
-    done = run(script, "--dry-run", *FLAGS, **SETTINGS[script])
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -77,9 +33,10 @@ def test_without_arguments_the_head_of_the_script_is_shown(script):
     assert script == "prepare_host.sh" or "--dry-run" in done.stderr
 
 
-@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("script", [name for name in SETTINGS if name != "slurm.sh"])
 def test_a_missing_setting_is_named(script):
-    for name in SETTINGS[script] if script != "slurm.sh" else ():
+    """SLURM has a default for each of its own."""
+    for name in SETTINGS[script]:
         rest = {k: v for k, v in SETTINGS[script].items() if k != name}
         done = run(script, "--dry-run", *FLAGS, **rest)
         assert done.returncode == 2 and f"error: set {name} " in done.stderr
@@ -89,7 +46,7 @@ OPTIONAL = {
     "tpu_vm.sh": ["PROJECT"],
     "queued_resource.sh": ["PROJECT"],
     "gke_jobset.sh": ["SLICES", "RESTARTS", "SERVICE_ACCOUNT"],
-    "slurm.sh": ["TIME", "PARTITION", "ACCOUNT", "RESTARTS"],
+    "slurm.sh": ["TIME", "PARTITION", "ACCOUNT", "RESTARTS", "CPUS", "MEM"],
 }
 
 
@@ -120,6 +77,7 @@ def tree(tmp_path):
         (tree / name).write_text(name)
     (tree / ".gitignore").write_text(".venv/\nruns/\n__pycache__/\n")
     git = ["git", "-C", str(tree), "-c", "user.name=t", "-c", "user.email=t@t"]
+    git += ["-c", "commit.gpgsign=false"]
     subprocess.run([*git[:3], "init", "-q"], check=True)
     subprocess.run([*git, "add", "-A"], check=True)
     subprocess.run([*git, "commit", "-qm", "m"], check=True)
@@ -185,11 +143,12 @@ class TestPrepareHost:
 
     def host(self, tmp_path, **commands):
         """Runs the script where only these commands and a few tools are; returns it and the log."""
-        for tool in ("bash", "dirname", "basename", "sed", "hostname", "mkdir", "cp"):
+        for tool in ("bash", "dirname", "basename", "sed", "mkdir", "cp"):
             (tmp_path / "bin").mkdir(exist_ok=True)
             (tmp_path / "bin" / tool).unlink(missing_ok=True)
             (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
         settings = {"PYTHON": commands.pop("PYTHON", "")}
+        commands = {"hostname": "echo here"} | commands
         fake(tmp_path / "bin", **{name.replace("_", "."): body for name, body in commands.items()})
         log, made = tmp_path / "log", str(tmp_path / "a venv")
         env = {"PATH": str(tmp_path / "bin"), "LOG": str(log), "HERE": str(tmp_path), **settings}
@@ -259,9 +218,11 @@ class TestPrepareHost:
         assert "no Python of 3.11 or newer" in refused(done)
 
 
-def queued(tmp_path, describe: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """A run of queued_resource.sh with a gcloud whose `describe` is given; and what was asked of it."""
-    body = f'echo "$4 $5" >> "$OUT"\nif [ "$4" = describe ]; then {describe}; fi'
+def queued(
+    tmp_path, describe: str, ssh: str = "exit 0", **settings: str
+) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """A run of queued_resource.sh with a gcloud of this `describe` and `ssh`; and what was asked."""
+    body = f'echo "$4 $5" >> "$OUT"\ncase "$4" in describe) {describe} ;; ssh) {ssh} ;; esac'
     path, out = fake(tmp_path / "bin", gcloud=body, sleep="exit 0"), tmp_path / "asked"
     settings = {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out), **settings}
     done = run("queued_resource.sh", "--workdir=gs://b/r", **settings)
@@ -274,6 +235,22 @@ def test_queued_resource_waits_through_a_look_that_fails(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     verbs = [line.split()[0] for line in asked]
     assert verbs == ["create", *["describe"] * 4, "scp", "ssh", "delete"]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_a_slice_that_was_never_had_is_removed_and_asked_for_again(tmp_path, state):
+    describe = f'[ "$(grep -c describe "$OUT")" -gt 1 ] && echo ACTIVE || echo {state}'
+    done, asked = queued(tmp_path, describe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verbs = [line.split()[0] for line in asked]
+    assert verbs == ["create", "describe", "delete", "create", "describe", "scp", "ssh", "delete"]
+
+
+@pytest.mark.parametrize("status", [2, 3])
+def test_what_would_fail_on_the_next_slice_too_ends_it(tmp_path, status):
+    done, asked = queued(tmp_path, "echo ACTIVE", ssh=f"exit {status}")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert asked[-1] == "delete r" and sum(line == "create r" for line in asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -350,71 +327,6 @@ def test_the_image_holds_what_the_jobset_runs_and_nothing_secret():
     rules = [r for r in (LAUNCH / "Dockerfile.dockerignore").read_text().split("\n") if r[:1] != "#"]
     assert rules[0] == "*" and {rule[1:] for rule in rules if rule[:1] == "!"} == sources
     assert {"**/__pycache__", "**/.*"} <= set(rules)
-
-
-@pytest.mark.parametrize(
-    ("status", "starts", "again"),
-    [(75, 0, True), (75, 99, True), (137, 0, True), (134, 19, True), (134, 20, False), (2, 0, False),
-     (1, 0, False), (0, 0, False)],
-)  # fmt: skip
-def test_the_slurm_script_is_shell_and_goes_back_into_the_queue_after_what_passes(
-    tmp_path, status, starts, again
-):
-    text = dry("slurm.sh")
-    assert "cpus-per-task" not in text and "--mem" not in text  # the cluster's own, unless they are set
-    own = run("slurm.sh", "--dry-run", *FLAGS, **SETTINGS["slurm.sh"], CPUS="6", MEM="200G").stdout
-    assert "#SBATCH --cpus-per-task=6\n#SBATCH --mem=200G\n" in own
-    assert "\nexport SRUN_CPUS_PER_TASK=6\n" in own
-    assert "#SBATCH --ntasks-per-node=4" in text and "--signal=TERM@90" in text
-    # run it with the cluster's commands replaced by ones that say how they were called
-    path = fake(
-        tmp_path / "bin", srun=f'printf "%s|" "${TOKEN}" "$@" >> "$OUT"; exit {status}',
-        scontrol='echo "$@" >> "$OUT"',
-    )  # fmt: skip
-    script = text.replace(". /opt/a\\ venv/bin/activate", "")
-    assert script != text
-    env = {**os.environ, "OUT": str(tmp_path / "out"), "SLURM_JOB_ID": "77", "PATH": path}
-    env["SLURM_RESTART_COUNT"] = str(starts)
-    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    out = (tmp_path / "out").read_text()
-    assert out.endswith("requeue 77\n") == again and all(flag + "|" in out for flag in FLAGS)
-    assert len(out.partition("|")[0]) == 32
-
-
-@pytest.mark.parametrize(
-    ("statuses", "expected"),
-    [((0, 0), 0), ((75, 134), 75), ((134, 75), 75), ((137, 75), 75), ((2, 75), 2), ((75, 2), 2),
-     ((134, 1), 134), ((0, 3), 3), ((3, 134), 3)],
-)  # fmt: skip
-def test_local_pod_tells_what_a_launcher_has_to_do(tmp_path, statuses, expected):
-    """Refused beats what passes, which beats the abort of the other processes."""
-    first, second = statuses
-    body = f"for last; do :; done; set {first} {second}; shift ${{last#*=}}; exit $1"
-    path = fake(tmp_path / "bin", python=body)
-    settings = {"PATH": path, "PYTHON": "python"}
-    assert run("local_pod.sh", "--port", "1", "2", *FLAGS, **settings).returncode == expected
-
-
-def test_local_pod_prints_one_command_for_each_process():
-    done = run("local_pod.sh", "--dry-run", "--port", "4321", "2", *FLAGS)
-    lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert [line[-1] for line in lines] == ["--process_id=0", "--process_id=1"]
-    assert all({*FLAGS, "--coordinator=127.0.0.1:4321"} <= set(line) for line in lines)
-
-
-def test_local_pod_trains_with_two_processes(cover, folders, tmp_path):
-    config = tiny.config_file(tmp_path, folders, task="prior", train__steps=2)
-    flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--start_timeout=300"]
-    done = run("local_pod.sh", "2", *flags)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    assert list(losses(tmp_path / "run")) == [1, 2]
-    assert "[1] " in done.stdout and "process 1 of 2" in done.stdout
-
-
-def test_local_pod_hands_on_the_status_of_main(tmp_path):
-    done = run("local_pod.sh", "2", "--config=absent.py", f"--workdir={tmp_path}")
-    assert done.returncode == 2 and "absent.py" in done.stdout
 
 
 def test_no_launcher_is_left_out_here():

@@ -173,12 +173,11 @@ def test_a_suite_goes_on_after_one_of_two_processes_was_killed(victim, suite, co
 
 @pytest.mark.parametrize("timeout", [2.0, pytest.param(50.0, marks=pytest.mark.slow)])
 def test_a_start_that_cannot_succeed_says_why_within_a_minute(timeout, folders, tmp_path):
-    """50 s is the default; loading the libraries comes on top."""
+    """50 s is the default; the time counts from the first line: loading the libraries comes on top."""
     command = flags(tmp_path, folders, tmp_path / "run")
     missing, wrong = pod.free_port(), pod.free_port()
     with socket.create_server(("", 0)) as server:
         taken = server.getsockname()[1]
-        began = time.monotonic()
         cases = {
             f"process 1 of 2 did not come to 127.0.0.1:{missing}": (0, missing, PREEMPTED),
             f"process 0 cannot be reached at 127.0.0.1:{wrong}": (1, wrong, PREEMPTED),
@@ -193,8 +192,7 @@ def test_a_start_that_cannot_succeed_says_why_within_a_minute(timeout, folders, 
         for told, processes in pods.items():
             assert processes.wait() == [cases[told][2]], processes.text()
             (line,) = [x for x in processes.text().splitlines() if x.startswith("error: ")]
-            assert told in line
-    print(f"told after {time.monotonic() - began:.0f} s")
+            assert told in line and processes.said_for() < 120  # a minute, on a busy machine
 
 
 def test_processes_with_other_settings_are_told_before_the_first_step(folders, tmp_path):

@@ -22,8 +22,8 @@ SIZE = (200, 300)
 PLANE = 4 * SIZE[0] * SIZE[1]
 
 
-def image():
-    return np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+def image(size=SIZE):
+    return np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def test_masks_are_written_and_labeled_a_few_planes_at_a_time(export, tmp_path):
 
 
 def test_groups_of_queries_give_the_same_bits_as_all_at_once(export, monkeypatch):
-    segment, told = load_segmenter(export), []
-    whole = segment(image(), WORDS, ensemble=1, steps=1)
+    segment, told, two_views = load_segmenter(export), [], image((128, 160))
+    whole = segment(two_views, WORDS, ensemble=1, steps=1)
     monkeypatch.setattr(pretrained, "HELD", 0)
-    apart = segment(image(), WORDS, ensemble=1, steps=1, advance=lambda *n: told.append(n))
+    apart = segment(two_views, WORDS, ensemble=1, steps=1, advance=lambda *n: told.append(n))
     assert told == []  # nothing is computed before it is asked for
     np.testing.assert_array_equal(apart.probability, whole.probability)
     np.testing.assert_array_equal(apart.label, whole.label)
@@ -72,13 +72,13 @@ def test_a_palette_is_sampled_once_and_read_again_for_the_same_bits(
         eval__batch_size=1,
     )  # fmt: skip
     tiny.export(config, tmp_path)
-    segment, told = load_segmenter(tmp_path), []
-    whole = segment(image(), GROUPS, ensemble=2, steps=1)
+    segment, told, few_views = load_segmenter(tmp_path), [], image((80, 100))
+    whole = segment(few_views, GROUPS, ensemble=2, steps=1)
 
     queries = 3  # of a group; the last one has two
     views = len(whole._answer.masks)
     monkeypatch.setattr(pretrained, "HELD", queries * 4 * views * 64 * 64)
-    apart = segment(image(), GROUPS, ensemble=2, steps=1, advance=lambda *n: told.append(n))
+    apart = segment(few_views, GROUPS, ensemble=2, steps=1, advance=lambda *n: told.append(n))
     sampled = len(told)
     np.testing.assert_array_equal(apart.probability, whole.probability)
     assert sampled > 0 and told == [(i + 1, 4 * sampled) for i in range(4 * sampled)]

@@ -139,6 +139,9 @@ def test_long_names_are_cut_and_stay_apart(tmp_path):
     write(PredictionFiles.of(tmp_path / "a", queries), queries)
     (files,) = targets([Path("b" * 240 + ".png")], tmp_path, queries)
     write(files, queries)
+    written = [path.name for path in tmp_path.iterdir()]
+    assert len(written) == len({key(name) for name in written}) == 2 * (5 + 2 * len(queries))
+    assert max(len(os.fsencode(name)) for name in written) <= 255  # what a file system takes
 
 
 def test_many_images_take_no_quadratic_time(tmp_path):

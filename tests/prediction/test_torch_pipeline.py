@@ -127,6 +127,13 @@ def test_structure_true_stable_diffusion(repositories, tmp_path, version, codec)
     compare(segmenter, opened(tmp_path), image(VIEW, VIEW), words, 2, 2)
 
 
+def test_a_sentence_token_leaves_out_padding_that_is_attended_to(repositories, tmp_path):
+    config = miniature(repositories, "sd21", sentence_token=True)
+    assert not config.model.mask_padding
+    tiny.export(config, tmp_path, ("road",))
+    compare(load_segmenter(tmp_path), opened(tmp_path), image(VIEW, VIEW), ["road", "tree"], 1, 2)
+
+
 @pytest.mark.parametrize(("version", "adapters"), [("sd15", False), ("sd21", True)])
 def test_a_parallel_text_pathway(repositories, tmp_path, version, adapters):
     """With text of another width than the U-Net's own."""

@@ -181,13 +181,13 @@ def test_one_that_died_after_it_came_keeps_nobody_from_being_told(address):
     def come_and_die() -> None:
         peer = connected(address)
         peer.sendall(forged(of=4, proof=_Call(address, "", 0, 4, "", 0.0).proof(1)))
-        time.sleep(0.2)
+        time.sleep(1.0)  # until it was read
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
         peer.close()
 
     dead = threading.Thread(target=come_and_die)
     dead.start()
-    for message in call(address, [0, 2], of=4, timeout=2):
+    for message in call(address, [0, 2], of=4, timeout=6):
         assert "process 3 of 4 did not come" in message
     dead.join()
 

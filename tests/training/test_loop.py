@@ -288,14 +288,13 @@ class TestNotFinite:
         config_file = tiny.config_file(tmp_path, folders, **options)
         workdir = tmp_path / "run"
         command = TestKill.command(config_file, workdir)
-        failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert failed.returncode == USER_ERROR and "Traceback" not in failed.stderr
         assert "no step is saved, the batch in" in failed.stderr
         again = f"python -m digseg_jax.tools.replay --workdir={workdir}"
         assert "at step 2" in failed.stderr and again in failed.stderr
-        replayed = subprocess.run(
-            [sys.executable, *again.split()[1:]], cwd=ROOT, capture_output=True, text=True
-        )
+        command = [sys.executable, *again.split()[1:]]
+        replayed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert replayed.returncode == 0, replayed.stderr[-3000:]
         report = json.loads(replayed.stdout)
         assert report["step"] == 2 and report["from_checkpoint"] == 0
@@ -371,7 +370,7 @@ class TestKill:
 
     def finish(self, config_file: Path, workdir: Path) -> None:
         command = self.command(config_file, workdir)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def kill(self, config_file: Path, workdir: Path, after: int) -> None:
@@ -380,8 +379,9 @@ class TestKill:
             self.command(config_file, workdir),
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+        end = time.monotonic() + 900
         try:
-            while process.poll() is None and last_step(workdir) < after:
+            while process.poll() is None and last_step(workdir) < after and time.monotonic() < end:
                 time.sleep(0.01)
         finally:
             if process.poll() is None:

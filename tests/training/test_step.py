@@ -69,6 +69,7 @@ def dtypes(tree):
     return {np.dtype(x.dtype).name for x in jax.tree.leaves(tree)}
 
 
+PLAIN = ("none", "block")  # modes that are compared always; each takes a compilation
 OPTIONS = {"optim__clip_norm": 1e9, "optim__learning_rate": 1e-3, "data__text_noise": 0.2}
 
 
@@ -140,7 +141,10 @@ class TestAccumulation:
 
 
 class TestRematerialization:
-    @pytest.mark.parametrize("mode", [m for m in remat.MODES if m != "none"])
+    @pytest.mark.parametrize(
+        "mode",
+        ["block", *(pytest.param(m, marks=pytest.mark.slow) for m in remat.MODES if m not in PLAIN)],
+    )
     def test_it_changes_no_gradient(self, mode, folders, reference):
         config = tiny.config(folders, compute__remat=mode, **OPTIONS)
         assert_same_step(one_step(config), reference, config, atol=1e-6)

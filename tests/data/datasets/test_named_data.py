@@ -147,6 +147,7 @@ def test_a_run_trains_evaluates_and_reports(folders, camvid, tmp_path):
 
 def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, tmp_path):
     from digseg_jax import jobs
+    from digseg_jax.io.checkpoint import Checkpointer
     from digseg_jax.io.workdir import claim
     from digseg_jax.runtime.sharding import make_mesh
     from digseg_jax.training.tasks.segmentation import SegmentationTask
@@ -158,7 +159,12 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
     )  # fmt: skip
     claim(tmp_path, to_dict(config))
     task = SegmentationTask(config)
-    state = tiny.trainer(config, task, make_mesh(config.mesh), tmp_path).run()
+    trainer = tiny.trainer(config, task, make_mesh(config.mesh), tmp_path)
+    with Checkpointer(str(tmp_path), config.checkpoint) as checkpointer:
+        # Of a trained state the average differs, too.
+        _, state = trainer.start_state(checkpointer)
+        state["ema"] = jax.tree.map(lambda x: x + 0.01, state["ema"])
+        checkpointer.save(2, state | {"step": state["step"] + 2}, {})
     jobs.export(tmp_path, config)
     jobs.evaluate(tmp_path, config=config)
     assert (tmp_path / "eval" / "results.json").is_file()

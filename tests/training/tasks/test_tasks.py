@@ -44,7 +44,7 @@ def segmentation(folders):
 
 
 def train(config, task, mesh, steps):
-    """Losses of `steps` steps on made-up batches, and the gradients after the last."""
+    """Losses of `steps` steps on made-up batches, and the state after the last."""
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = initial_state(task.initial(), optimizer, config.optim)
     shardings, frozen = infer_shardings(state, mesh), infer_shardings(task.frozen, mesh)
@@ -63,11 +63,13 @@ def test_every_parameter_learns(named_task):
     config, task = named_task
     losses, state = train(config, task, tiny.mesh(), 2)
     assert np.isfinite(losses).all()
-    batch = tiny.batch(seed=9)
-    keys = example_keys(config.seed, batch["index"])
-    grads = jax.jit(jax.grad(lambda p: task.loss(p, task.frozen, batch, keys)[0]))(state["params"])
-    for path, grad in trees.flatten(grads).items():
-        assert np.isfinite(grad).all() and float(jnp.abs(grad).max()) > 0, path
+
+    # Adam's first moment is the sum of the gradients so far, each with a weight.
+    leaves = jax.tree.leaves(state["opt"], is_leaf=lambda node: hasattr(node, "mu"))
+    (moments,) = [trees.flatten(leaf.mu) for leaf in leaves if hasattr(leaf, "mu")]
+    assert moments.keys() == trees.flatten(state["params"]).keys()
+    for path, moment in moments.items():
+        assert np.isfinite(moment).all() and float(jnp.abs(moment).max()) > 0, path
 
 
 def test_the_loss_falls_on_a_batch_seen_again_and_again(segmentation):
@@ -89,14 +91,20 @@ def one_device(segmentation):
     return train(*segmentation, tiny.mesh(), 3)
 
 
-MESHES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [
+    {"data": 8},
+    pytest.param({"data": 1, "fsdp": 8}, marks=pytest.mark.slow),
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
 
 
 class TestMesh:
-    """Three steps on one device and on eight simulated ones give the same losses."""
+    """Three steps on one device and on eight simulated ones give the same losses and parameters."""
 
     @pytest.mark.parametrize("axes", MESHES, ids=json.dumps)
-    def test_the_loss_does_not_depend_on_the_mesh(self, axes, segmentation, one_device, monkeypatch):
+    def test_what_is_learned_does_not_depend_on_the_mesh(
+        self, axes, segmentation, one_device, monkeypatch
+    ):
         monkeypatch.setattr(sharding, "FSDP_MIN_SIZE", 64)  # else nothing this small is split
         mesh = tiny.mesh(**axes)
         losses, state = train(*segmentation, mesh, 3)
@@ -104,9 +112,6 @@ class TestMesh:
         specs = {str(x.sharding.spec) for x in jax.tree.leaves(state["params"])}
         for axis in ("fsdp", "tensor"):
             assert any(axis in s for s in specs) == (axes.get(axis, 1) > 1)
-
-    def test_the_learned_parameters_agree_too(self, segmentation, one_device):
-        _, state = train(*segmentation, tiny.mesh(data=8), 3)
         expected = trees.flatten(one_device[1]["params"])
         for path, value in trees.flatten(state["params"]).items():
             # Adam's first steps turn rounding in tiny gradients into steps of the learning rate
