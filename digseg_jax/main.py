@@ -8,6 +8,7 @@ A mode may come first, by itself: digseg demo is digseg --mode=demo.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -285,9 +286,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 def _check_repeats(argv: list[str]) -> None:
     """Raises UserError for a flag that is given twice: absl would drop the first value."""
     seen: dict[str, str] = {}  # name -> the argument that set it
-    for argument in argv[1:]:
+    for before, argument in itertools.pairwise(argv):
         name = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not name:
+            continue
+
+        # The value of the flag before it: a negative number, or a text that begins with a dash.
+        if before.startswith("--") and "=" not in before and not argument.startswith("--"):
             continue
 
         # Some flags may be repeated: --query, --image, --template and --format.

@@ -127,6 +127,11 @@ def test_a_wrong_flag_is_one_line(arguments, expected, workdir):
     assert expected in refused(*arguments, workdir)
 
 
+def test_negative_numbers_after_a_space_are_values_not_flags_given_twice():
+    main._check_repeats(["main", "--config.mesh.data", "-1", "--config.compile.effort", "-1"])
+    main._check_repeats(["main", "--query", "-x", "--query", "-x"])
+
+
 def test_a_word_that_is_no_flag_is_told(workdir):
     assert "unexpected argument 'extra'" in refused(QUICKSTART, "extra", workdir)
 

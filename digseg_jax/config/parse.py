@@ -153,7 +153,10 @@ def _value(hint: Any, value: Any, about: Mapping[str, Any], path: str) -> Any:
         if not isinstance(value, (tuple, list)):
             raise UserError(f"{path}={value!r}: expected a list")
         item, bounds = typing.get_args(hint)[0], {"bounds": about.get("bounds", {})}
-        return tuple(_value(item, v, bounds, path) for v in value)
+        # A section among several is named by its place; a plain value tells itself.
+        several = dataclasses.is_dataclass(item)
+        paths = [f"{path}[{place}]" if several else path for place in range(len(value))]
+        return tuple(_value(item, v, bounds, where) for v, where in zip(value, paths, strict=True))
 
     # A Literal is a string from a closed list.
     names, kind = about.get("names", ()), hint

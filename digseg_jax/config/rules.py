@@ -40,6 +40,7 @@ def check_combinations(config: Config) -> None:
     _check_compute(config.compute, config.model, config.mesh)
     _check_eval(config.eval)
     _check_data(config.data, config.model)
+    _check_parts(config.data)
     _check_crops(config.data)
     _check_templates(config.data, config.eval, config.model)
     _check_latent_cache(config.data)
@@ -85,12 +86,15 @@ def _check_train(
 
     # That the regex matches a parameter is checked later (`training.optim.check_freeze`).
     for pattern in optim.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"config.optim.freeze: {pattern!r} is not a regular expression ({error})"
-            ) from error
+        _check_regex("config.optim.freeze", pattern)
+
+
+def _check_regex(key: str, pattern: str) -> None:
+    """Raises UserError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is not a regular expression ({error})") from error
 
 
 def _check_diffusion(diffusion: DiffusionConfig) -> None:
@@ -185,6 +189,20 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
         raise UserError(
             f"config.data.word_dropout={data.word_dropout} leaves queries without any text unless "
             "config.model.sentence_token=True"
+        )
+
+
+def _check_parts(data: DataConfig) -> None:
+    """Checks the images that parts keep aside, and that there are names of others to ask for."""
+    for part in data.mixture:
+        _check_regex(f"config.data.mixture, {part.folder or part.name}: held_out", part.held_out)
+
+    # Those of other parts: a palette's classes are those of one data set.
+    lends = len(data.mixture) > 1 and any(part.group for part in data.mixture)
+    if data.foreign_rate and not lends:
+        raise UserError(
+            f"config.data.foreign_rate={data.foreign_rate}: names of other parts are asked for only in "
+            "a mixture (config.data.mixture) whose parts have a group; leave it at 0.0"
         )
 
 

@@ -32,7 +32,8 @@ class Captions:
 
     def __init__(self, spec: DatasetSpec, first: int = 0, unasked: Sequence[str] = ()):
         self.num_classes, self.first = spec.num_classes, first
-        self._asked = np.array([name not in unasked for name in spec.names])
+        left_out = {name.lower() for name in unasked}
+        self._asked = np.array([name.lower() not in left_out for name in spec.names])
 
         # As many names in a caption as the number of captions allows; one name is always possible.
         every = [math.comb(self.num_classes, n) for n in range(1, MOST_CLASSES + 1)]

@@ -26,6 +26,7 @@ from digseg_jax.data.shards.latents import LatentSource, cache_folders
 from digseg_jax.data.shards.records import RecordSource, class_hash
 from digseg_jax.data.sources import (
     check_labels,
+    is_asked,
     open_part,
     parts_of,
     statistics_of,
@@ -290,7 +291,7 @@ def _askable(part: PartConfig, facts: DatasetSpec) -> np.ndarray | None:
     Raises:
       UserError: the part leaves no class to ask for.
     """
-    asked = np.array([name not in part.unasked for name in facts.names])
+    asked = np.array([is_asked(part, name) for name in facts.names])
     if not asked.any():
         raise UserError(
             f"config.data.mixture: {part.name} has only the classes {', '.join(facts.names)}"

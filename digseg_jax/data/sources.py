@@ -80,6 +80,11 @@ def spec_of(part: PartConfig) -> DatasetSpec:
     return with_synonyms(found, part.synonyms) if part.synonyms else found
 
 
+def is_asked(part: PartConfig, name: str) -> bool:
+    """Whether a class is asked for by name; capitals do not count."""
+    return name.lower() not in {unasked.lower() for unasked in part.unasked}
+
+
 def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, str]]:
     """Data sets that training draws from, each with its spec and the name of its split.
 
@@ -104,7 +109,7 @@ def training_examples(config: DataConfig) -> dict[str, list[Any]]:
     parts = [] if config.latent_cache else training_parts(config)
     for label, (part, _, split) in zip(labels_of([p for p, _, _ in parts]), parts, strict=True):
         source = open_part(part, split)
-        names = "\n".join(pair.name for pair in source.pairs) if isinstance(source, FileSource) else ""
+        names = "\n".join(pair.name for pair in getattr(source, "pairs", ()))
         digest = hashlib.sha256(names.encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
         found[label] = [len(source), digest if names else ""]
     return found
@@ -134,11 +139,12 @@ def open_dataset(name: str, root: str = "", split: str = "") -> Source:
 
 
 class Rows:
-    """Some examples of another source, in its order."""
+    """Some examples of single files, in the order of their source."""
 
-    def __init__(self, source: Source, rows: Sequence[int]):
+    def __init__(self, source: FileSource, rows: Sequence[int]):
         self.source, self.rows = source, tuple(rows)
         self.image_is_file = source.image_is_file
+        self.pairs = tuple(source.pairs[row] for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -153,15 +159,19 @@ class Rows:
 def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     """Opens the examples of a split; a root that holds prepared shards of the split is read as such.
 
-    The training split of a part with `held_out` lacks the images that it names; the split HELD_OUT has
-    them alone.
+    What a part with `held_out` trains on lacks the images that it names; the split HELD_OUT has them
+    alone.
 
     narrow: shards give labels of the narrowest type, see `RecordSource`.
 
     Raises:
       UserError: no such data set, split or folder, or nothing is left of the split.
     """
-    train = spec_of(part).train_split if part.held_out else ""
+    train = ""
+    if part.held_out:  # a split may be called by another name, and capitals do not count
+        facts = spec_of(part)
+        train, named = (split_called(s, facts.splits) for s in (part.split or facts.train_split, split))
+        split = train if named == train else split
     if not part.held_out or split not in (HELD_OUT, train):
         whole = _open_whole(part, split, narrow)
         if not len(whole):  # an export that lists no image, or shards from which all were left out
@@ -172,8 +182,8 @@ def open_part(part: PartConfig, split: str, *, narrow: bool = False) -> Source:
     source = _open_whole(part, train, narrow)
     if not isinstance(source, FileSource):
         raise UserError(f"{part.root}: config.data.mixture's held_out needs single files, not shards")
-    named = [bool(re.search(part.held_out, pair.name)) for pair in source.pairs]
-    rows = [i for i, is_named in enumerate(named) if is_named == (split == HELD_OUT)]
+    kept_out = [bool(re.search(part.held_out, pair.name)) for pair in source.pairs]
+    rows = [i for i, is_kept_out in enumerate(kept_out) if is_kept_out == (split == HELD_OUT)]
     if not rows:
         raise UserError(f"{part.root}: held_out={part.held_out!r} leaves no image in {split!r}")
     return Rows(source, rows)
@@ -333,11 +343,16 @@ def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:
     Raises:
       UserError: there is no val, and the best checkpoint would be chosen on the scored split.
     """
+    part = PartConfig(data.name, data.root)
     try:
-        open_part(PartConfig(data.name, data.root), "val")
+        open_part(part, "val")
     except Transient:
         raise
     except UserError as error:
+        # One that is there, but cannot be read, is not replaced in silence.
+        if _has_own_files(part, "val"):
+            raise
+
         # The scored split may be looked at, but must not choose the weights that are scored on it.
         if chosen_by:
             raise UserError(

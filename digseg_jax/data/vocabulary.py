@@ -8,7 +8,7 @@ import dataclasses
 from digseg_jax.config.schema import DataConfig, PartConfig
 from digseg_jax.config.templates import fill
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
-from digseg_jax.data.sources import parts_of, spec_of
+from digseg_jax.data.sources import is_asked, parts_of, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,14 +108,14 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
 def trained_names(config: DataConfig) -> tuple[str, ...]:
     """Names of the classes that a mixture asks for, without repeats; empty without a mixture."""
     parts = parts_of(config) if config.mixture else ()
-    names = [name for part in parts for name in spec_of(part).names if name not in part.unasked]
+    names = [name for part in parts for name in spec_of(part).names if is_asked(part, name)]
     return tuple(dict.fromkeys(names))
 
 
 def trained_synonyms(config: DataConfig) -> tuple[str, ...]:
     """Further words that training asks with for the same classes, without repeats."""
     asked = [(c, part) for part in parts_of(config) for c in spec_of(part).classes]
-    words = [word for c, part in asked if c.name not in part.unasked for word in c.synonyms]
+    words = [word for c, part in asked if is_asked(part, c.name) for word in c.synonyms]
     return tuple(dict.fromkeys(words))
 
 

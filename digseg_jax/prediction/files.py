@@ -28,9 +28,9 @@ from digseg_jax.errors import UserError
 from digseg_jax.io.files import UnreadableError, expanded, shown
 from digseg_jax.io.georeference import write_raster
 from digseg_jax.io.image_file import IMAGE_ENDINGS, read_image, upright_rgb
-from digseg_jax.io.names import UNSEEN
+from digseg_jax.io.names import UNSEEN, key
 from digseg_jax.prediction.answer import MostProbable
-from digseg_jax.prediction.targets import PredictionFiles, check_not_replaced
+from digseg_jax.prediction.targets import PredictionFiles, check_not_replaced, names_of_predictions
 from digseg_jax.viz import images as viz
 
 SHOWN = 0.5  # an overlay colors a pixel by its most probable query if the probability exceeds this
@@ -54,13 +54,17 @@ def _images_of(text: str) -> list[Path]:
     Raises:
       UserError: no image there.
     """
-    # A folder: its images by their endings, without the hidden files that systems leave behind.
+    # A folder: its images by their endings, without the hidden files that systems leave behind, and
+    # without the files of predictions: an interrupted one may have written into the same folder.
     path = expanded(text)
     if text and path.is_dir():
+        entries = list(os.scandir(path))
+        written = names_of_predictions(path, {entry.name for entry in entries})
         found = [
             Path(entry.path)
-            for entry in os.scandir(path)
+            for entry in entries
             if entry.name.lower().endswith(IMAGE_ENDINGS)
+            and entry.name not in written
             and not (is_junk(entry.name) or entry.is_dir())
         ]
         if not found:
@@ -182,6 +186,21 @@ def check_queries(queries: Sequence[str], name: str = "--query") -> None:
         if words in seen:
             raise UserError(f"{name}={query!r}: asked twice")
         seen.add(words)
+
+
+def check_order(queries: Sequence[str], classes: Sequence[str]) -> None:
+    """Checks that no class of a palette is asked for at another's place: its masks come in its order.
+
+    Raises:
+      UserError: a class is not at its place; other words stand for the class at theirs.
+    """
+    places = {key(name): place for place, name in enumerate(classes)}
+    for place, query in enumerate(queries):
+        if places.get(key(query.strip()), place) != place:
+            raise UserError(
+                f"--query={query!r}: this palette answers its classes in their order; ask for "
+                f"{', '.join(classes)}"
+            )
 
 
 def write_prediction(

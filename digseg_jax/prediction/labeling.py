@@ -7,6 +7,7 @@ It is made of each image's NAME.coco.json, so that a resumed prediction has the 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from digseg_jax.io.files import shown
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.names import key
 from digseg_jax.io.storage import write_bytes
-from digseg_jax.prediction.targets import PredictionFiles
+from digseg_jax.prediction.targets import PredictionFiles, read_summary
 
 Content = dict[str, Any]  # of a COCO file of one image
 # Label Studio's run lengths: bits of a value, and the numbers of bits that a length may have.
@@ -51,11 +52,34 @@ def write_labeling(kind: str, path: Path, predictions: Sequence[PredictionFiles]
       UserError: a file cannot be read or written.
     """
     try:
-        found = [read_json(files.coco) for files in predictions]
+        found = _named_apart([read_json(files.coco) for files in predictions], predictions)
         made = json.dumps(KINDS[kind](found), ensure_ascii=False).encode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--format={kind}: {shown(path)} cannot be made ({error})") from error
     write_bytes(path, made)
+
+
+def _named_apart(found: Sequence[Content], predictions: Sequence[PredictionFiles]) -> list[Content]:
+    """COCO files whose images have different names: their files', from their common folder if needed.
+
+    found: the COCO files of the predictions, in their order.
+    """
+    names = [one["images"][0]["file_name"] for one in found]
+    if len(set(names)) == len(names):
+        return list(found)
+
+    # Images of several folders: what follows the folder that holds them all.
+    summaries = [read_summary(files) or {} for files in predictions]
+    paths = [
+        os.path.abspath(summary.get("image", name))
+        for summary, name in zip(summaries, names, strict=True)
+    ]
+    common = os.path.commonpath(paths)
+    images = [Path(os.path.relpath(path, common)).as_posix() for path in paths]
+    return [
+        one | {"images": [one["images"][0] | {"file_name": name}]}
+        for one, name in zip(found, images, strict=True)
+    ]
 
 
 def coco_of(found: Sequence[Content]) -> Content:

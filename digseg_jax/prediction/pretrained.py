@@ -35,7 +35,7 @@ from digseg_jax.prediction.description import (
     unet_folder,
 )
 from digseg_jax.prediction.export import copy_export, push_export
-from digseg_jax.prediction.files import check_queries, pixels_of, query_colors
+from digseg_jax.prediction.files import check_order, check_queries, pixels_of, query_colors
 from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.progress import Watch
 from digseg_jax.prediction.request import Request, filled
@@ -167,6 +167,8 @@ class PretrainedSegmenter(Segmenter):
         # Bad arguments are reported before the network runs.
         texts = (queries,) if isinstance(queries, str) else tuple(queries)
         check_queries(texts, "queries")
+        if self.codec.closed:
+            check_order(texts, self.description.classes)
         timesteps = self.task.schedule.num_timesteps
         if ensemble < 1 or not 1 <= steps <= timesteps or spacing not in ("trailing", "leading"):
             raise UserError(

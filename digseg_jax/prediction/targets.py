@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ def targets(
     there, inputs = set(names), _ids(images) if names else set[FileId]()
     stems = Counter(key(path.stem) for path in images)
 
-    # For each image the first name whose files are free, or left by an earlier prediction.
+    # For each image the first name whose files are free, or left by an earlier prediction of it.
     planned, taken = [], set[str]()
     for image in images:
         for name in _candidates(image, alone=stems[key(image.stem)] == 1):
@@ -165,7 +166,7 @@ def targets(
                 out / name, queries, georeferenced=image in placed, large=image in large
             )
             keys = {key(file.name) for file in files}
-            if not keys & taken and (not keys & there or _replaceable(files, inputs)):
+            if not keys & taken and (not keys & there or _replaceable(files, inputs, image)):
                 break
         taken |= keys
         planned.append(files)
@@ -236,11 +237,27 @@ def _short(name: str) -> str:
     return name.encode()[:LONGEST].decode("utf-8", errors="ignore")
 
 
-def _replaceable(files: PredictionFiles, inputs: set[FileId]) -> bool:
-    """Whether all of these files that exist were written by a prediction and none is an input."""
+def _replaceable(files: PredictionFiles, inputs: set[FileId], image: Path) -> bool:
+    """Whether all of these files that exist are a prediction's of this image, and none is an input."""
     # A dangling link counts as an existing file: it is not a prediction's.
     found = [file for file in files if os.path.lexists(file)]
-    return not found or (_ours(files) and not any(_id(file) in inputs for file in found))
+    return not found or (_is_of(files, image) and not any(_id(file) in inputs for file in found))
+
+
+def _is_of(files: PredictionFiles, image: Path) -> bool:
+    """Whether NAME.json was written by a prediction of this image; an older one may not say of which.
+
+    The image may have been changed since, or lie at another path: its path or its content is the same.
+    """
+    summary = read_summary(files)
+    if summary is None:
+        return False
+    if summary.get("image") in (None, shown(image)):
+        return True
+    try:
+        return summary.get("image_crc32") == zlib.crc32(read_bytes(image))
+    except UnreadableError:
+        return False
 
 
 def _ours(files: PredictionFiles) -> bool:
@@ -260,6 +277,29 @@ def read_summary(files: PredictionFiles) -> dict[str, Any] | None:
         return None
     ours = isinstance(found, dict) and {"estep", "queries", "height", "width"} <= found.keys()
     return found if ours else None
+
+
+def names_of_predictions(folder: Path, names: Collection[str]) -> set[str]:
+    """The names of a folder's files that predictions wrote.
+
+    names: of all files of the folder.
+    """
+    written: set[str] = set()
+    for name in names:
+        base = folder / name.removesuffix(".json")
+        beside = (f"{base.name}{ending}" for ending in (".overlay.png", ".labels.tif"))
+        if not name.endswith(".json") or not any(file in names for file in beside):
+            continue
+
+        # The prediction's own list of queries tells the names of its masks.
+        plain = PredictionFiles.of(base, (), georeferenced=True)
+        summary = read_summary(plain)
+        rows = summary["queries"] if summary and isinstance(summary["queries"], list) else []
+        queries = [str(row["query"]) for row in rows if isinstance(row, dict) and "query" in row]
+        if summary is not None:
+            files = PredictionFiles.of(base, queries, georeferenced=True)
+            written |= {file.name for file in files} | {file.name for file in plain}
+    return written
 
 
 def _ids(paths: Sequence[Path]) -> set[FileId]:

@@ -44,7 +44,7 @@ from digseg_jax.data.shards.latents import (
     cache_folders,
 )
 from digseg_jax.data.shards.records import class_hash
-from digseg_jax.data.sources import open_part, training_parts
+from digseg_jax.data.sources import open_fresh, training_parts
 from digseg_jax.errors import UserError
 from digseg_jax.io.progress import Progress
 from digseg_jax.io.storage import explained
@@ -93,7 +93,7 @@ def run(
     tables = cover_tables([spec for _, spec, _ in parts])
     folders = cache_folders(data.latent_cache, parts)
     for (part, spec, split), table, folder in zip(parts, tables, folders, strict=True):
-        opened = open_part(part, split)
+        opened = open_fresh(part, split)
         source = Guarded(opened, spec.num_classes)
         plan = {
             "format": FORMAT,

@@ -115,7 +115,9 @@ def _tensors(torch: Any, file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not a checkpoint of tensors only: {reason}") from error
 
     # Trainers wrap the tensors in "state_dict", and data-parallel ones prefix the names with "module.".
-    values = values.get("state_dict", values)
+    values = values.get("state_dict", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no tensors by name, but a {type(values).__name__}")
     other = [key for key, value in values.items() if not isinstance(value, torch.Tensor)]
     if other:
         raise UserError(f"{file} holds more than tensors: {', '.join(map(str, other[:3]))}")

@@ -224,6 +224,20 @@ def test_a_part_of_a_mixture_has_no_views_of_its_own_in_cached_latents():
     assert "mixture, roads: short_side=240, quarter_turns=True: cached latents" in message
 
 
+def test_a_part_of_a_mixture_is_named_by_its_place_or_its_name():
+    whole, part = {"name": "landcover"}, {"name": "folder", "folder": "roads"}
+    message = refused({"data": {"mixture": (whole, part | {"weight": 0.0})}})
+    assert "config.data.mixture[1].weight=0.0" in message
+    message = refused({"data": {"mixture": (whole, part | {"held_out": "*night"})}})
+    assert "mixture, roads: held_out: '*night' is not a regular expression" in message
+
+
+@pytest.mark.parametrize("mixture", [(), ({"name": "landcover"}, {"name": "camvid"})])
+def test_names_of_other_parts_need_parts_that_lend_some(mixture):
+    message = refused({"data": {"foreign_rate": 0.5, "mixture": mixture}})
+    assert message.startswith("config.data.foreign_rate=0.5: names of other parts")
+
+
 def test_the_scales_of_each_part_of_a_mixture_make_a_range():
     """With the bound that a part leaves to the section; it was drawn from the range turned round."""
     whole, high = {"name": "landcover"}, {"name": "folder", "folder": "roads", "scale_min": 3.0}

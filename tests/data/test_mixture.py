@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import re
@@ -17,7 +18,14 @@ from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
 from digseg_jax.data.datasets.more_words import MORE_WORDS
 from digseg_jax.data.pipeline import _rules, training_stream
 from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySampler
-from digseg_jax.data.sources import HELD_OUT, labels_of, open_part, parts_of
+from digseg_jax.data.sources import (
+    HELD_OUT,
+    labels_of,
+    open_part,
+    parts_of,
+    training_examples,
+    training_parts,
+)
 from digseg_jax.data.vocabulary import bank_prompts, foreign_rows, trained_names
 from digseg_jax.errors import UserError
 from tests.bench.words import RARER, SYNONYMS
@@ -196,6 +204,28 @@ def test_held_out_images_are_the_rest_of_the_training_split(root):
     for split, pattern in (("train", "."), (HELD_OUT, "nobody")):
         with pytest.raises(UserError, match="leaves no image"):
             names(split, pattern)
+
+
+@pytest.mark.parametrize("split", ["training", "train", ""])
+def test_held_out_images_are_not_trained_on_whatever_the_split_is_called(root, split):
+    part = PartConfig("folder", f"{root}/cells", held_out="^1_", split=split)
+    ((part, _, asked),) = training_parts(DataConfig(mixture=(part,)))
+    assert len(open_part(part, asked)) == 3
+
+
+def test_a_run_knows_exchanged_images_of_a_part_that_keeps_some_aside(root):
+    part = PartConfig("folder", f"{root}/cells", held_out="^1_")
+    count, digest = training_examples(DataConfig(mixture=(part,)))["folder"]
+    other = dataclasses.replace(part, held_out="^0_")
+    assert count == 3 and digest
+    assert training_examples(DataConfig(mixture=(other,)))["folder"] != [count, digest]
+
+
+def test_capitals_of_classes_that_nobody_asks_for_do_not_count(root):
+    part = PartConfig("folder", folder="field", unasked=("SOIL",))
+    config = DataConfig(root=root, mixture=(part,), num_queries=4, image_size=32)
+    assert "soil" not in trained_names(config)
+    assert 0 not in np.stack([batch["query_class"] for batch in batches(config)])
 
 
 def test_folders_lie_below_the_root_and_name_the_parts(root):

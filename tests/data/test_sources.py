@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import official_trees
 import pytest
+import tiny
 from experiments import CONFIGS, get_config
 from rehearsal import trees
 
 from digseg_jax.config.parse import parse
+from digseg_jax.config.schema import DataConfig
 from digseg_jax.data.sources import check_scored_splits, check_training_data, validation_split
+from digseg_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,13 @@ def test_every_public_configuration_finds_its_splits(name, tmp_path):
     check_scored_splits(config.data, config.eval, while_training=bool(config.logging.eval_every))
     without_val = {"deepglobe": "test", "monuseg": "test"}
     assert validation_split(config.data, config.eval.split) == without_val.get(name, "val")
+
+
+def test_a_val_that_cannot_be_read_is_not_replaced_by_the_scored_split(tmp_path):
+    official_trees.folder(tmp_path)
+    data = DataConfig(name="folder", root=str(tmp_path))
+    assert validation_split(data, "test") == "val"
+    next((tmp_path / "masks" / "val").iterdir()).unlink()
+    with pytest.raises(UserError) as caught:
+        validation_split(data, "test")
+    assert "without a label" in tiny.one_line(caught.value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -65,7 +66,7 @@ def photos(tmp_path):
 def predict(photos, **options):
     once = {"eval.ensemble": 1, "eval.steps": 1}
     options = {"queries": WORDS, "out": photos.parent / "out", "settings": once} | options
-    job.predict(None, None, str(photos), **options)
+    job.predict(None, None, options.pop("images", str(photos)), **options)
     return options["out"]
 
 
@@ -128,6 +129,16 @@ def decoded(data):
 def test_brush_runs_hold_the_mask(share):
     mask = np.random.default_rng(0).random((160, 150)) < share  # long runs are split
     assert decoded(brush_rle(mask)) == np.repeat(255 * mask.ravel(), 4).tolist()
+
+
+def test_images_of_equal_names_are_named_from_their_common_folder(model, photos, tmp_path):
+    """A labeling tool would show one image with the masks of both."""
+    other = tmp_path / "more" / "deep"
+    other.mkdir(parents=True)
+    shutil.copy(photos / "b.png", other / "a.png")
+    out = predict(photos, images=[str(photos / "a.png"), str(other / "a.png")], formats=["coco"])
+    found = [i["file_name"] for i in json.loads((out / "all.coco.json").read_text())["images"]]
+    assert len(set(found)) == 2 and all(name.endswith("/a.png") for name in found)
 
 
 def test_one_file_of_all_images_for_each_tool(model, photos):

@@ -247,6 +247,9 @@ def test_a_palette_of_somebodys_own_folder_answers_without_the_folder(folders, t
     shutil.rmtree(data)
 
     names = ["soil", "crop", "weed"]
-    answer = load_segmenter(weights)(noise(32, 32), names, ensemble=1, steps=1)
+    segment = load_segmenter(weights)
+    with pytest.raises(UserError, match="'crop': this palette answers .* ask for soil, crop, weed"):
+        segment(noise(32, 32), sorted(names), ensemble=1, steps=1)
+    answer = segment(noise(32, 32), names, ensemble=1, steps=1)
     assert answer.probability.shape == (3, 32, 32)
     np.testing.assert_allclose(answer.probability.sum(axis=0), 1.0, rtol=1e-5)

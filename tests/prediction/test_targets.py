@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from digseg_jax.errors import UserError
 from digseg_jax.io.names import distinct, key
-from digseg_jax.prediction.files import write_prediction
+from digseg_jax.prediction.files import find_images, write_prediction
 from digseg_jax.prediction.targets import PredictionFiles, targets
 
 SUMMARY = {"estep": "1x1", "queries": [], "height": 1, "width": 1}
@@ -154,3 +155,33 @@ def test_home_is_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (files,) = targets([Path("a.jpg")], Path("~/masks"), ["ice"])
     assert files.base == tmp_path / "masks" / "a"
+
+
+def test_a_second_folder_of_equal_names_replaces_nothing_of_the_first(tmp_path):
+    """Both have an a.png: the first one's prediction was replaced without a word."""
+    first, second, out = (tmp_path / name for name in ("first", "second", "out"))
+    for folder in (first, second, out):
+        folder.mkdir()
+    source, other = image(first / "a.png"), second / "a.png"
+    Image.new("RGB", (4, 3), "blue").save(other)
+    (files,) = targets([source], out, ["ice"])
+    write(files, ["ice"], source)
+    (again,) = targets([source], out, ["ice"])
+    (beside,) = targets([other], out, ["ice"])
+    assert files == again and not {*names([files])} & {*names([beside])}
+
+
+def test_the_same_image_at_another_path_is_the_same_image(tmp_path):
+    source = image(tmp_path / "a.png")
+    facts = {"image": "photos/a.png", "image_crc32": zlib.crc32(source.read_bytes())}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.json").write_text(json.dumps(SUMMARY | facts))
+    assert targets([source], tmp_path / "out", ["ice"])[0].summary == tmp_path / "out" / "a.json"
+
+
+def test_masks_beside_the_images_are_not_segmented_in_the_next_run(tmp_path):
+    sources = [image(tmp_path / "a.png"), image(tmp_path / "b c.jpg"), image(tmp_path / "a_ice.png")]
+    queries = ["ice", "snow"]
+    for source, files in zip(sources, targets(sources, tmp_path, queries), strict=True):
+        write(files, queries, source)
+    assert find_images(str(tmp_path)) == sorted(sources)

@@ -394,6 +394,20 @@ def test_data_that_changed_since_the_cache_was_made_are_told_at_the_start(copied
         check(copied, task)
 
 
+def test_old_shards_beside_corrected_masks_are_told_with_a_cache_too(copied, folders, tmp_path):
+    """The cache would be made of the shards, and agree with them: old labels without a word."""
+    root = tmp_path / "data"
+    opened = partial(registry.open_source, "folder", root, "train")
+    prepare_split(opened, registry.spec("folder", root), "train", root)
+    manifest, mask = root / "train" / "manifest.json", root / "masks" / "train" / "000.png"
+    later = manifest.stat().st_mtime + 60
+    os.utime(mask, (later, later))
+    with pytest.raises(UserError, match="the shards in .* are read instead of its files"):
+        check(copied, SegmentationTask(copied))
+    with pytest.raises(UserError, match="the shards in .* are read instead of its files"):
+        run(configured(folders, root, tmp_path / "new"))
+
+
 def test_a_run_with_another_autoencoder_does_not_start(cached, folders, other_vae, tmp_path):
     config = changed(cached, folders, model__vae=other_vae)
     with pytest.raises(UserError, match="the autoencoder's weights"):

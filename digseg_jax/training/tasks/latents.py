@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from digseg_jax import trees
 from digseg_jax.arraytypes import Array, Float, Int, Params, UInt8
 from digseg_jax.config.schema import ComputeConfig, DataConfig, ModelConfig, PartConfig
-from digseg_jax.data.shards.fingerprint import check_unchanged
+from digseg_jax.data.shards.fingerprint import StaleShards, check_unchanged
 from digseg_jax.data.shards.latents import (
     MANIFEST,
     MODE,
@@ -26,8 +25,8 @@ from digseg_jax.data.shards.latents import (
     read_manifest,
     require,
 )
-from digseg_jax.data.sources import open_part, training_parts
-from digseg_jax.errors import UserError
+from digseg_jax.data.sources import open_fresh, spec_of, training_parts
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.log import log
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.runtime.sharding import BATCH, infer_shardings, on_mesh, place
@@ -245,13 +244,16 @@ def _compare_with_data(
     folder: epath.Path, manifest: dict[str, Any], part: PartConfig, split: str
 ) -> None:
     """Raises UserError if the data of a cache are here, and have changed since it was made."""
-    source = None
-    with contextlib.suppress(UserError):  # not here, or no longer readable
-        source = open_part(part, split)
-    if not source:
+    try:
+        source = open_fresh(part, split)
+    except (StaleShards, Transient):
+        raise
+    except UserError:  # not here, or no longer readable
         log.info("%s: the data that it was made from are not here to be compared", folder)
         return
 
+    # Files of a package are as new as its installation, whatever is in them.
     title = f"config.data.latent_cache: {folder} does not fit the data under {part.root}"
     renewal = f"make it again in another folder with {MODE}"
-    check_unchanged(source, manifest, folder / MANIFEST, title, renewal)
+    timed = not spec_of(part).from_package
+    check_unchanged(source, manifest, folder / MANIFEST, title, renewal, times=timed)
