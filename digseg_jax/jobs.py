@@ -53,7 +53,7 @@ from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.training.loop import Trainer
-from digseg_jax.training.setup import TASKS, Setup, log_summary, set_up
+from digseg_jax.training.setup import TASKS, Setup, check_batch_size, log_summary, set_up
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.autoencoder import AutoencoderTask
 from digseg_jax.training.tasks.base import Task
@@ -85,6 +85,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             check_scored_splits(config.data, config.eval, while_training=looks, chosen_by=best)
         elif config.task == "autoencoder":
             autoencoder.check_scored_split(config.data)
+    check_batch_size(config)
     with exclusive_run(workdir):
         claim_workdir(workdir, to_dict(config), accept_changes)
         setup = set_up(config, TASKS[config.task])

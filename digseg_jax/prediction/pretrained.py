@@ -23,6 +23,8 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config
 from digseg_jax.config.templates import check_template
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
+from digseg_jax.io.image_file import MAX_PIXELS
 from digseg_jax.io.storage import AnyPath, as_path, filled_locally
 from digseg_jax.io.workdir import CALIBRATION
 from digseg_jax.log import log
@@ -43,6 +45,7 @@ from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.calibration import stored_scale
+from digseg_jax.segmentation.resize import scaled_shape
 from digseg_jax.segmentation.views import count_views
 from digseg_jax.training.mesh_choice import choose_mesh, needs_of
 from digseg_jax.training.tasks.parts import choose_kernels, load_parts
@@ -161,8 +164,8 @@ class PretrainedSegmenter(Segmenter):
                 than `HELD` bytes are made without.
 
         Raises:
-            UserError: an unreadable image, a blank or too long query, an illegal template, or a number
-                below 1.
+            UserError: an unreadable or too thin image, a blank or too long query, an illegal template,
+                or a number below 1.
         """
         # Bad arguments are reported before the network runs.
         texts = (queries,) if isinstance(queries, str) else tuple(queries)
@@ -181,6 +184,7 @@ class PretrainedSegmenter(Segmenter):
         words = self.asks_in(wanted=[check_template(word, "templates") for word in words])
 
         pixels, sampling = pixels_of(image), EStep(ensemble, steps, spacing)
+        self._check_length(pixels.shape[0], pixels.shape[1])
         request = Request(pixels, index, texts, templates=words)
         answer = self._answer(request, sampling, seed, advance, watch)
 
@@ -189,6 +193,17 @@ class PretrainedSegmenter(Segmenter):
         if isinstance(image, (str, os.PathLike)):
             facts = {"image": os.fspath(image)} | facts
         return Masks(pixels, texts, answer, facts, query_colors(texts, self.description.datasets))
+
+    def _check_length(self, height: int, width: int) -> None:
+        """Raises UnreadableError for a strip so thin that it would be enlarged beyond the memory."""
+        if self.mode != "window" or not self.short_side:
+            return
+        seen = scaled_shape((height, width), self.short_side)
+        if seen[0] * seen[1] > MAX_PIXELS:
+            raise UnreadableError(
+                f"an image of {width} x {height} pixels would be seen as {seen[1]} x {seen[0]} "
+                f"(config.eval.short_side={self.short_side}), {MAX_PIXELS} pixels at most; cut it"
+            )
 
     def _answer(
         self,

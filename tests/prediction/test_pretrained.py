@@ -16,6 +16,7 @@ from digseg_jax import jobs
 from digseg_jax.config.parse import sampling_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.errors import UserError
+from digseg_jax.io.files import UnreadableError
 from digseg_jax.metrics import confusion
 from digseg_jax.prediction.job import predict
 from digseg_jax.prediction.pretrained import load_segmenter
@@ -235,6 +236,15 @@ def test_evaluation_suite_and_python_give_the_same_integers(folders, tmp_path, m
     rows = [json.loads(line) for line in journal[1:]]
     found = [r["value"]["confusion"] for r in rows if "exhaustive" in r["key"]]
     np.testing.assert_array_equal(sum(unpack(c) for c in found), counts)
+
+
+def test_a_strip_that_would_be_enlarged_beyond_the_memory_is_told(folders, tmp_path):
+    """Its short side of one pixel would be seen as 64: the process was killed, and its whole folder."""
+    tiny.export(tiny.config(folders, eval__short_side=64), tmp_path)
+    segment = load_segmenter(tmp_path)
+    assert segment.mode == "window"
+    with pytest.raises(UnreadableError, match="60000 x 1 pixels would be seen as 3840000 x 64 "):
+        segment(np.zeros((1, 60_000, 3), np.uint8), ["sky"], ensemble=1, steps=1)
 
 
 def test_a_palette_of_somebodys_own_folder_answers_without_the_folder(folders, tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
+from digseg_jax import jobs
 from digseg_jax.errors import UserError
 from digseg_jax.training.mesh_choice import choose_mesh
 from digseg_jax.training.setup import check_batch_size
@@ -34,6 +35,14 @@ def test_microbatches_and_the_tensor_axis_count():
     assert "multiple of 32" in message and "config.compute.accumulation=" in message
     check_batch_size(tiny.config(NOWHERE, train__batch_size=16, compute__accumulation=0))
     check_batch_size(tiny.config(NOWHERE, train__batch_size=4, mesh__tensor=2))
+
+
+def test_a_training_tells_it_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "check_training_data", lambda data: None)
+    monkeypatch.setattr(jobs, "check_scored_splits", lambda *splits, **options: None)
+    with pytest.raises(UserError, match="batch_size=12: must be a multiple of 8"):
+        jobs.train(tiny.config(NOWHERE, train__batch_size=12), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes", [{"mesh__tensor": 0}, {"mesh__tensor": 0, "mesh__fsdp": 0}])
