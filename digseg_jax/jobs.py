@@ -85,7 +85,7 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             check_scored_splits(config.data, config.eval, while_training=looks, chosen_by=best)
         elif config.task == "autoencoder":
             autoencoder.check_scored_split(config.data)
-    check_batch_size(config)
+    check_batch_size(config.train.batch_size, config.compute, config.mesh)
     with exclusive_run(workdir):
         claim_workdir(workdir, to_dict(config), accept_changes)
         setup = set_up(config, TASKS[config.task])
@@ -106,7 +106,8 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
             limit, best = config.logging.eval_images, config.checkpoint.best
             examples = validation_examples(config.data, config.eval, limit, best)
             on_eval = make_validation(examples, config.eval, config.seed, task, mesh, workdir)
-        state = trainer.run(on_eval, LivePage.of(workdir, config))
+        every, steps = config.logging.eval_every, config.train.steps
+        state = trainer.run(on_eval, LivePage.of(workdir, config.data, steps, every))
 
         # Export the last or the best weights.
         params, source = averaged(state), f"{CHECKPOINTS}/{int(state['step'])}"

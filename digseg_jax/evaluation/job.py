@@ -86,6 +86,7 @@ def evaluate(
         to_dict(data),
         to_dict(settings),
         seed,
+        [split.digest() for split in (examples, training, fitted_on) if split],
         len(examples),
         evaluator.prompts,
     )

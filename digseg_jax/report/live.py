@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from digseg_jax.config.schema import Config, DataConfig
+from digseg_jax.config.schema import DataConfig
 from digseg_jax.data.datasets.registry import title
 from digseg_jax.errors import UserError
 from digseg_jax.io import storage
@@ -42,10 +42,9 @@ class LivePage:
         self.told = False
 
     @classmethod
-    def of(cls, workdir: AnyPath, config: Config) -> Self:
-        """The page of a run of a configuration."""
-        every = config.logging.eval_every or config.train.steps
-        return cls(workdir, training_name(config.data), config.train.steps, every)
+    def of(cls, workdir: AnyPath, data: DataConfig, steps: int, every: int) -> Self:
+        """The page of a run: its data, its length, and the steps between validations (0: none)."""
+        return cls(workdir, training_name(data), steps, every or steps)
 
     def __call__(self, step: int, writer: MetricWriter) -> None:
         """Shows a step's validation on process 0; writer: the run's.

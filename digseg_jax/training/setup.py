@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import with_settings
-from digseg_jax.config.schema import Config
+from digseg_jax.config.schema import ComputeConfig, Config, MeshConfig
 from digseg_jax.data.captions import captions_of
 from digseg_jax.log import log
 from digseg_jax.runtime.hardware import Chip
@@ -99,18 +99,17 @@ def set_up(config: Config, build: Callable[[Config], T], machine: Machine | None
     return Setup(config, task, mesh)
 
 
-def check_batch_size(config: Config) -> None:
+def check_batch_size(batch_size: int, compute: ComputeConfig, mesh: MeshConfig) -> None:
     """Checks that this machine's devices divide a step's batch; before `set_up` loads any weights.
 
     Raises:
       UserError: they do not, or the mesh does not fit them.
     """
     # Data and fsdp together split the batch: the parts are the same whatever fsdp will be chosen.
-    wanted = config.mesh
-    if wanted.fsdp == 0 and wanted.data != -1:
-        wanted = dataclasses.replace(wanted, fsdp=-1)
-    parts = config.compute.accumulation or 1
-    check_batch("config.train.batch_size", config.train.batch_size, make_mesh(wanted), parts)
+    if mesh.fsdp == 0 and mesh.data != -1:
+        mesh = dataclasses.replace(mesh, fsdp=-1)
+    parts = compute.accumulation or 1
+    check_batch("config.train.batch_size", batch_size, make_mesh(mesh), parts)
 
 
 def log_summary(task: Task, mesh: Mesh) -> None:

@@ -58,7 +58,7 @@ def test_it_shows_the_masks_and_the_curve_so_far_and_is_rewritten(gallery, tmp_p
 @pytest.mark.parametrize(("every", "last"), [(10, 30), (20, 20), (7, 28), (0, 30)])
 def test_after_the_last_validation_it_is_not_loaded_again(gallery, tmp_path, every, last):
     config = parse({"train": {"steps": 30}, "logging": {"eval_every": every}})
-    page = LivePage.of(tmp_path, config)
+    page = LivePage.of(tmp_path, config.data, config.train.steps, config.logging.eval_every)
     with MetricWriter(tmp_path, active=True) as writer:
         for step in range(every or 30, 31, every or 30):
             page(step, writer)

@@ -14,9 +14,13 @@ from digseg_jax.training.setup import check_batch_size
 NOWHERE = {"vae": "/nowhere/vae", "unet": "/nowhere/unet", "text": "/nowhere/text"}
 
 
+def check(config) -> None:
+    check_batch_size(config.train.batch_size, config.compute, config.mesh)
+
+
 def refused(**changes) -> str:
     with pytest.raises(UserError) as caught:
-        check_batch_size(tiny.config(NOWHERE, **changes))
+        check(tiny.config(NOWHERE, **changes))
     return tiny.one_line(caught.value)
 
 
@@ -27,14 +31,14 @@ def test_eight_devices_split_a_batch_whatever_fsdp_will_be(mesh):
     assert "config.train.batch_size=12: must be a multiple of 8" in refused(
         train__batch_size=12, **mesh
     )
-    check_batch_size(tiny.config(NOWHERE, train__batch_size=16, **mesh))
+    check(tiny.config(NOWHERE, train__batch_size=16, **mesh))
 
 
 def test_microbatches_and_the_tensor_axis_count():
     message = refused(train__batch_size=16, compute__accumulation=4)
     assert "multiple of 32" in message and "config.compute.accumulation=" in message
-    check_batch_size(tiny.config(NOWHERE, train__batch_size=16, compute__accumulation=0))
-    check_batch_size(tiny.config(NOWHERE, train__batch_size=4, mesh__tensor=2))
+    check(tiny.config(NOWHERE, train__batch_size=16, compute__accumulation=0))
+    check(tiny.config(NOWHERE, train__batch_size=4, mesh__tensor=2))
 
 
 def test_a_training_tells_it_first(tmp_path, monkeypatch):
