@@ -245,3 +245,14 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def serve_this_process(**more: str) -> Iterator[Server]:
+    """Starts the store for clients in this process, too. more: further environment variables."""
+    import fsspec
+
+    # A client that was made for another store is kept otherwise.
+    with serve() as server, environment(server.env() | more):
+        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+        yield server

