@@ -104,8 +104,8 @@ def test_the_other_tasks_train_on_it_too(data):
         ({"templates": ["a photo"]}, "needs one {} for the class"),
         ({"templates": ["{} and {}"]}, "needs one {} for the class"),
         ({"templates": ["{0} {}"]}, "needs one {} for the class"),
-        ({"mixture": [{"name": "camvid", "weight": 0.0}]}, "config.data.mixture.weight=0.0"),
-        ({"mixture": [{"nam": "camvid"}]}, "config.data.mixture.nam"),
+        ({"mixture": [{"name": "camvid", "weight": 0.0}]}, "config.data.mixture[0].weight=0.0"),
+        ({"mixture": [{"nam": "camvid"}]}, "config.data.mixture[0].nam"),
     ],
 )
 def test_what_is_illegal_is_told(values, expected):
