@@ -137,7 +137,7 @@ class CropWithNames:
 
     def __init__(self, rules: CropRules, queries: NamedQueries, part: int | None = None):
         self.rules, self.queries = rules, queries
-        self.part = {} if part is None else {"part": np.asarray(part, np.int32)}
+        self.part = _part(part)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         image, label = random_view(example["image"], example["label"], self.rules, rng)
@@ -149,12 +149,16 @@ class CachedWithNames:
     """Reads the latents of a cached crop, mirrored or not, and draws queries by name for it.
 
     The result has {"image_latent" float32 [h, w, c], "mask_latent" float32 [q, h, w, c]} in place of
-    the "image" of `CropWithNames`; with a palette there is one mask, whatever q is. The argument is
-    the example's number, because only the draw decides which of its two records is read.
+    the "image" of `CropWithNames`, whose other entries it shares; with a palette there is one mask,
+    whatever q is. The argument is the example's number, because only the draw decides which of its two
+    records is read.
     """
 
-    def __init__(self, source: LatentSource, flip: float, queries: NamedQueries):
+    def __init__(
+        self, source: LatentSource, flip: float, queries: NamedQueries, part: int | None = None
+    ):
         self.source, self.flip, self.queries = source, flip, queries
+        self.part = _part(part)
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         # Mirrored crops were encoded too, so mirroring means reading the other record.
@@ -165,7 +169,12 @@ class CachedWithNames:
             "image_latent": stored.picture,
             "mask_latent": self.source.masks(stored, classes),
         }
-        return latents | {"label": stored.label} | asked
+        return latents | {"label": stored.label} | asked | self.part
+
+
+def _part(place: int | None) -> Example:
+    """What an example says of its data set: the place in the mixture; nothing without a mixture."""
+    return {} if place is None else {"part": np.asarray(place, np.int32)}
 
 
 def cover_tables(specs: Sequence[DatasetSpec]) -> list[np.ndarray]:
@@ -205,6 +214,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
 
     made, told = [], False
     for k, (part, facts, split) in enumerate(chosen):
+        place = k if config.mixture else None
         asked = partial(_asked, config, part, facts, words[k].rows, covers[k], foreign[k])
         rules = _rules(config, part)
         source: Any
@@ -216,7 +226,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
             known = {"image_size": config.image_size, "class_hash": class_hash(facts)}
             latents = LatentSource(folders[k], known)
             source = range(len(latents))
-            make = CachedWithNames(latents, config.flip, asked(latents.statistics()))
+            make = CachedWithNames(latents, config.flip, asked(latents.statistics()), place)
 
         # Files or shards: narrow labels, because nothing before the batch needs 32 bits.
         else:
@@ -230,7 +240,7 @@ def _parts(config: DataConfig, task: str, seed: int, on_error: str = "raise") ->
                     told = True
                 statistics = statistics_of(opened, source)
                 check_labels(facts, title_of(part), split, statistics, len(opened))
-                make = CropWithNames(rules, asked(statistics), k if config.mixture else None)
+                make = CropWithNames(rules, asked(statistics), place)
 
             # Repeat examples of rare classes (LVIS); the guard goes around the repeated source, so
             # that replacements are drawn from it.
