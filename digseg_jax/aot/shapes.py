@@ -211,6 +211,10 @@ def train_batch(data: DataConfig, codec: Codec, architecture: Architecture, imag
         batch["image_latent"] = _float(images, *latent)
         batch["mask_latent"] = _float(images, masks, *latent)
 
+    # A mixture's crops say which data set they are of: its loss is logged.
+    if data.mixture:
+        batch["part"] = _int(np.int32, images)
+
     return batch
 
 

@@ -24,6 +24,7 @@ from digseg_jax.config.parse import with_settings
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import CompileConfig
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.pipeline import training_stream
 from digseg_jax.errors import OVER_BUDGET, UserError
 from digseg_jax.io.storage import as_path
 from digseg_jax.prediction import programs as prediction
@@ -114,6 +115,17 @@ def test_nothing_is_needed_but_shapes(folders):
     batch = shapes.train_batch(made.data, task.codec, Architecture.of(made.model), 8)
     for name, value in tiny.batch().items():
         assert (batch[name].shape, batch[name].dtype) == (value.shape, value.dtype), name
+
+
+@pytest.mark.parametrize("mixture", [(), ({"name": "landcover"}, {"name": "landcover_igbp"})])
+def test_the_described_batch_is_that_of_the_stream(folders, mixture):
+    made = config(folders, data__mixture=mixture)
+    place = {"start": 0, "host": 0, "hosts": 1, "loading": made.loading}
+    with training_stream(made.data, made.task, seed=0, batch_size=8, **place) as stream:
+        got = {name: (value.shape, value.dtype) for name, value in next(iter(stream)).items()}
+    codec = SegmentationTask(made, tiny.shapes_of(made)).codec
+    described = shapes.train_batch(made.data, codec, Architecture.of(made.model), 8)
+    assert got == {name: (value.shape, value.dtype) for name, value in described.items()}
 
 
 def test_the_evaluation_is_its_own_program_with_its_own_file(folders, tmp_path):
