@@ -4,6 +4,8 @@
 
 # exit status of digseg_jax.main after a preemption: saved, start again (digseg_jax/errors.py)
 export PREEMPTED=75
+# exit status of tpu_vm.sh where another command runs on the hosts
+export BUSY=69
 export dry_run=""
 
 # Prints the comment at the head of a script, and ends it.
@@ -21,6 +23,28 @@ show() {
 # Runs a command, or prints it in a dry run.
 run() {
   if [[ -n "$dry_run" ]]; then show "$@"; else "$@"; fi
+}
+
+# Prints the one of these exit statuses that says what has to be done: another run that is in the way is for
+# a person to end; what main refuses (2, 3) would come again; a crash hides behind what it does to the other
+# processes, which save (75) or are aborted or killed.
+verdict() {
+  local status rank worst=0 highest=0
+  for status in "$@"; do
+    case "$status" in
+      0) rank=0 ;;
+      134 | 137 | 143) rank=1 ;;
+      "$PREEMPTED") rank=2 ;;
+      2 | 3) rank=4 ;;
+      "$BUSY") rank=5 ;;
+      *) rank=3 ;;
+    esac
+    if ((rank > highest)); then
+      highest="$rank"
+      worst="$status"
+    fi
+  done
+  echo "$worst"
 }
 
 # Ends with a message unless every named variable has a value.

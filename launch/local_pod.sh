@@ -6,8 +6,9 @@
 #   launch/local_pod.sh 2 --config=configs/quickstart.py --workdir=/tmp/run --config.mesh.fsdp=2
 #
 # --devices: CPU devices of each process (default 1). Each line of output starts with the process's number.
-# The exit status is 2 or 3 if a process ended with it (it would again), else 75 if one did (run it again to
-# go on), else the first other than 0. SIGTERM is handed on to all processes.
+# The exit status is 2 or 3 if a process ended with it (it would again), else that of a process that crashed,
+# else 75 if one ended with it (run it again to go on), else the first other than 0. SIGTERM is handed on to
+# all processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -45,16 +46,13 @@ for ((i = 0; i < count; i++)); do
   fi
 done
 
-status=0
+statuses=()
 for pid in "${pids[@]}"; do
   while true; do
     code=0
     wait "$pid" || code=$?
     kill -0 "$pid" 2>/dev/null || break # a trapped signal ends `wait` early
   done
-  case "$code,$status" in
-    *,2 | *,3 | 0,*) ;;
-    2,* | 3,* | "$PREEMPTED",* | *,0) status="$code" ;;
-  esac
+  statuses+=("$code")
 done
-exit "$status"
+exit "$(verdict "${statuses[@]}")"

@@ -18,10 +18,11 @@ from pod import losses
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [((0, 0), 0), ((75, 134), 75), ((134, 75), 75), ((137, 75), 75), ((2, 75), 2), ((75, 2), 2),
-     ((134, 1), 134), ((0, 3), 3), ((3, 134), 3)],
+     ((134, 1), 1), ((75, 1), 1), ((1, 75), 1), ((1, 2), 2), ((0, 3), 3), ((3, 134), 3),
+     ((143, 75), 75)],
 )  # fmt: skip
 def test_local_pod_tells_what_a_launcher_has_to_do(tmp_path, statuses, expected):
-    """Refused beats what passes, which beats the abort of the other processes."""
+    """Refused beats crashed, which beats what passes, which beats the abort of the other processes."""
     first, second = statuses
     body = f"for last; do :; done; set {first} {second}; shift ${{last#*=}}; exit $1"
     path = fake(tmp_path / "bin", python=body)
