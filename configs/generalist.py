@@ -7,10 +7,11 @@ DIR holds a folder for each data set of digseg_jax/data/datasets/domains.py, whe
 and terms stand; the land cover needs none. Several of them are for research only, and so are weights
 that were trained on them. configs/generalist.py:shareable trains only on those whose terms allow
 derived weights to be passed on: photographs, streets, cells and land, but no clothing, retinas, fields,
-cracks or aerial roads.
+cracks or aerial roads. The evaluation at the end scores the land cover alone; --suite=domains scores
+every domain.
 
 configs/generalist.py:DOMAIN (configs/generalist.py:camvid) trains a specialist on one domain, with the
-crops that it has in the mixture, for a fifteenth of the mixture's steps.
+crops that it has in the mixture, for a fifteenth of the mixture's steps, and scores that domain.
 """
 
 from digseg_jax.recipes import on_domains
@@ -34,10 +35,8 @@ def get_config(version: str = "all"):
     if not many:
         config.optim.warmup_steps = 50
         config.optim.ema_decay = 0.998
-    config.eval.split = "val"
     config.eval.calibrate = False
     config.eval.view_size = (128,)
-    config.eval.short_side = 128  # of a photograph; domains have sizes of their own
     config.eval.ensemble = 1
     config.eval.steps = 1
     return config

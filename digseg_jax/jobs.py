@@ -121,6 +121,8 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
         del trainer, on_eval
         if isinstance(task, SegmentationTask):
             evaluate_and_report(config.data, config.eval, config.seed, task, params, mesh, workdir)
+            if left_out := plan.not_scored(config.data, workdir):
+                log.info("%s", left_out)
 
 
 # settings that may differ between hosts: folders on their disks, and their worker processes

@@ -196,7 +196,7 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     can be extended. `optim.cooldown_steps` lets the rate fall over the last steps.
 
     version: "all"; "shareable" for the domains whose terms allow weights trained on them to be passed
-      on; or the name of one domain, which has no names of others to ask for.
+      on; or the name of one domain, which has no names of others to ask for, and is what is scored.
 
     Raises:
       UserError: another version.
@@ -207,7 +207,17 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
             f"--config: no version {version!r}; legal after the colon: {', '.join(versions)}"
         )
     config = default()
-    config.data.mixture = tuple(domain.part() for domain in versions[version])
+    chosen = versions[version]
+    config.data.mixture = tuple(domain.part() for domain in chosen)
+    config.eval.split = "val"
+    config.eval.short_side = 128  # of a land cover's tile, and of a photograph
+
+    # A run's own evaluations score one data set: of a single domain itself, else the land cover, which
+    # needs no files.
+    if len(chosen) == 1:
+        config.data.name = chosen[0].reader
+        config.eval.split = chosen[0].val
+        config.eval.short_side = chosen[0].short_side
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 500
     config.optim.schedule = "constant"

@@ -56,6 +56,22 @@ def parts_of(config: DataConfig) -> tuple[PartConfig, ...]:
     )
 
 
+def scored_part(config: DataConfig) -> PartConfig:
+    """The data set that a run's own evaluations score: config.name, in config.root.
+
+    Of a mixture of that data set alone it is the part itself: its folder below config.root, with the
+    classes that nobody asks for, the images that are held out, and the scale of its crops.
+
+    Raises:
+      UserError: as for `parts_of`.
+    """
+    if [part.name for part in config.mixture] == [config.name]:
+        (part,) = parts_of(config)
+        if config.mixture[0].root in ("", config.root):  # else another folder is to be scored
+            return dataclasses.replace(part, root=part.root or config.root)
+    return PartConfig(config.name, config.root)
+
+
 def title_of(part: PartConfig) -> str:
     """Name of a part's data set for a person: several parts may be folders of the user's own."""
     place = part.folder or os.path.basename(os.path.normpath(part.root))
@@ -269,7 +285,7 @@ def check_scored_splits(
     Raises:
       UserError: as for `check_training_data`.
     """
-    part = PartConfig(data.name, data.root)
+    part = scored_part(data)
     facts = spec_of(part)
     _check_classes(facts)
     splits: list[str] = [evaluation.split]
@@ -343,7 +359,7 @@ def validation_split(data: DataConfig, scored: str, chosen_by: str = "") -> str:
     Raises:
       UserError: there is no val, and the best checkpoint would be chosen on the scored split.
     """
-    part = PartConfig(data.name, data.root)
+    part = scored_part(data)
     try:
         open_part(part, "val")
     except Transient:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.config.schema import DataConfig
 from digseg_jax.config.templates import fill
 from digseg_jax.data.datasets.spec import ClassInfo, DatasetSpec
-from digseg_jax.data.sources import is_asked, parts_of, spec_of
+from digseg_jax.data.sources import is_asked, parts_of, scored_part, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def bank_prompts(config: DataConfig) -> list[str]:
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
     """Names of the classes of the data set that is evaluated."""
-    return spec_of(PartConfig(config.name, config.root)).names
+    return spec_of(scored_part(config)).names
 
 
 def trained_names(config: DataConfig) -> tuple[str, ...]:

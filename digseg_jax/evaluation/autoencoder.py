@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from digseg_jax.arraytypes import Array, Params
-from digseg_jax.config.schema import DataConfig, PartConfig
-from digseg_jax.data.sources import open_fresh, spec_of, training_parts
+from digseg_jax.config.schema import DataConfig
+from digseg_jax.data.sources import open_fresh, scored_part, spec_of, training_parts
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.models import functional
 from digseg_jax.segmentation.binary import encode_binary
@@ -26,7 +26,7 @@ MASK_PIXELS = 64  # least area of a mask that counts in the mean over single mas
 
 def scored_split(data: DataConfig) -> str:
     """Names the split of the round trip: the one that the data set's own tables use."""
-    return spec_of(PartConfig(data.name, data.root)).eval_split
+    return spec_of(scored_part(data)).eval_split
 
 
 def check_scored_split(data: DataConfig) -> None:
@@ -35,7 +35,7 @@ def check_scored_split(data: DataConfig) -> None:
     Raises:
       UserError: no such data set, split or folder, or shards older than the files beside them.
     """
-    open_fresh(PartConfig(data.name, data.root), scored_split(data))
+    open_fresh(scored_part(data), scored_split(data))
 
 
 def measure_scaling(graphdef: nnx.GraphDef, params: Params, data: DataConfig, factor: int) -> float:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from digseg_jax.config.schema import DataConfig, PartConfig
+from digseg_jax.config.schema import DataConfig
 from digseg_jax.config.templates import PLACE
 from digseg_jax.data.checked import Guarded
 from digseg_jax.data.datasets.spec import Color
 from digseg_jax.data.shards.fingerprint import fingerprint
-from digseg_jax.data.sources import open_fresh, spec_of
+from digseg_jax.data.sources import is_asked, open_fresh, scored_part, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class EvalExamples:
 
 
 def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalExamples:
-    """Opens the examples of a split of `config.name`: all, or `num_images` evenly spread ones.
+    """Opens the examples of a split of `scored_part`: all, or `num_images` evenly spread ones.
 
     A broken example raises an error here, whatever `loading.on_error` says: a score over fewer images
     would be another score.
@@ -80,9 +80,12 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
       UserError: no such data set, split or folder, or shards older than the files beside them.
     """
     # `Guarded` checks each label's size and ids when the example is read.
-    part = PartConfig(config.name, config.root)
+    part = scored_part(config)
     facts = spec_of(part)
     source = Guarded(open_fresh(part, split), facts.num_classes)
+
+    # The word of a class that nobody asked for in the training, such as a background, means nothing.
+    rest = [c for c, name in enumerate(facts.names) if not is_asked(part, name)]
 
     # Properties of the data set that its scores depend on travel with the examples.
     return EvalExamples(
@@ -95,6 +98,7 @@ def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalEx
         facts.absent,
         facts.inference,
         facts.template,
+        rest=rest[0] if rest else -1,
         colors=facts.colors,
         timed=not facts.from_package,
     )

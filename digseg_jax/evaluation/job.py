@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.parse import to_dict
 from digseg_jax.config.sampling import EStep
-from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
+from digseg_jax.config.schema import DataConfig, EvalConfig
 from digseg_jax.data.datasets.registry import title
-from digseg_jax.data.sources import spec_of
+from digseg_jax.data.sources import scored_part, spec_of
 from digseg_jax.errors import Transient, UserError
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
@@ -75,7 +75,7 @@ def evaluate(
     examples = eval_examples(data, settings.split, settings.num_images)
     evaluator = Evaluator(segmenter, examples, settings, seed=seed)
     training = searched_on(data, examples)
-    fitted_on = _calibrated_on(data, settings)
+    fitted_on = calibrated_on(data, settings)
     _tell_scale(data, examples, evaluator)
 
     # Counts are only continued for the same weights, model, data, settings and seed.
@@ -165,8 +165,9 @@ def results_of(
 
 
 def folder_title(data: DataConfig) -> dict[str, str]:
-    """Which of the user's own folders is scored, for results.json; empty for another data set."""
-    shown = title(data.name, data.root)
+    """Which of several folders of a layout is scored, for results.json; empty for another data set."""
+    part = scored_part(data)
+    shown = part.folder or title(part.name, part.root)
     return {} if shown == data.name else {"title": shown}
 
 
@@ -191,7 +192,7 @@ def estep_row(estep: EStep, scores: Scores, calibration: Calibration) -> dict[st
     }
 
 
-def _calibrated_on(data: DataConfig, settings: EvalConfig) -> EvalExamples | None:
+def calibrated_on(data: DataConfig, settings: EvalConfig) -> EvalExamples | None:
     """Examples for fitting scale and biases; None if config.eval.calibrate is off."""
     if not settings.calibrate:
         return None
@@ -209,7 +210,7 @@ def searched_on(data: DataConfig, examples: EvalExamples) -> EvalExamples | None
         return None
     try:
         with together("the training images of a threshold search"):
-            split = data.split or spec_of(PartConfig(data.name, data.root)).train_split
+            split = data.split or spec_of(scored_part(data)).train_split
             return None if split == examples.split else eval_examples(data, split)
     except Transient:
         raise
@@ -235,12 +236,16 @@ def _tell_scale(data: DataConfig, examples: EvalExamples, evaluator: Evaluator) 
     )  # fmt: skip
 
     # Scale in the unit of the training crops: relative to the crop's size, or to the image's own size.
-    scale = side / (data.image_size if data.scale_unit == "short_side" else min(height, width))
-    if not data.scale_min <= scale <= data.scale_max:
+    # A part of a mixture may have a unit and a range of its own.
+    part = scored_part(data)
+    unit = data.image_size if data.scale_unit == "short_side" else min(height, width)
+    scale = side / (part.short_side or unit)
+    least, most = part.scale_min or data.scale_min, part.scale_max or data.scale_max
+    if not least <= scale <= most:
         log.warning(
             "evaluation at scale %.2f, trained from %.2f to %.2f: set config.eval.short_side nearer to "
-            "config.data.image_size=%d",
-            scale, data.scale_min, data.scale_max, data.image_size,
+            "%d, scale 1 of the training",
+            scale, least, most, part.short_side or unit,
         )  # fmt: skip
 
 
