@@ -140,7 +140,8 @@ def check_processes(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> No
       UserError: on every process: names the processes that differ, and in what.
     """
     values = {f"config.{key}": value for key, value in settings.items() if key not in PER_HOST}
-    check_all_agree({**flags, **values, "the code's checksum": _checksum_of_the_code()})
+    versions = {f"the version of {name}": text for name, text in process_versions().items()}
+    check_all_agree({**flags, **values, **versions, "the code's checksum": _checksum_of_the_code()})
 
 
 def _checksum_of_the_code() -> int:
@@ -310,7 +311,7 @@ def evaluate(
         scored = suite_lib.check_data(suite, config.data, config.eval) if suite is not None else []
 
     if model is None and suite is None:
-        claim_workdir(workdir, to_dict(config), accept_changes)
+        claim_workdir(workdir, to_dict(config), accept_changes, keep=True)
     use_compile_cache(config.compute.compile_cache)
     segmenter = load_segmenter(folder, config)
     task, params, mesh = segmenter.task, segmenter.programs.params, segmenter.mesh
@@ -349,15 +350,19 @@ def exclusive_run(workdir: AnyPath) -> Iterator[None]:
         yield
 
 
-def claim_workdir(workdir: AnyPath, values: dict[str, Any], accept_changes: bool) -> None:
+def claim_workdir(
+    workdir: AnyPath, values: dict[str, Any], accept_changes: bool, *, keep: bool = False
+) -> None:
     """Claims the working directory on process 0, and checks that all processes see it.
+
+    keep: a configuration that is stored there stays as it is.
 
     Raises:
       UserError: on every process: the error of process 0, or that a process cannot see the directory.
     """
     with together("the working directory"):
         if is_main():
-            claim(workdir, values, accept_changes=accept_changes)
+            claim(workdir, values, accept_changes=accept_changes, keep=keep)
 
     with together("a look at the working directory"):
         if not (workdir / CONFIG_NAME).exists():

@@ -105,6 +105,9 @@ def evaluate(
     results = results_of(scores, evaluator, data.name, fitted, estep, searching)
     results |= {"weights": about} if about else {}
     results |= folder_title(data)
+    if fitted_on:
+        facts = {"images": len(fitted_on), "split_images": len(fitted_on.source)}
+        results |= {f"calibration_{name}": count for name, count in facts.items()}
     rows = [estep_row(row, *scored(row)) for row in map(EStep.parse, settings.sweep)]
 
     # The journal goes last: until the files are written, a killed run can still make them from it.
@@ -137,6 +140,7 @@ def results_of(
         "protocol": f"{dataset}: held-out images, counts pooled over the split, mean over "
         f"{COUNTED[scores.absent_rule]}, {scores.protocol} queries",
         "num_images": len(scores.rows),
+        "split_images": len(evaluator.examples.source),
         "absent_rule": scores.absent_rule,
         "codec": evaluator.segmenter.codec.name,
         "ensemble_rule": settings.ensemble_rule,

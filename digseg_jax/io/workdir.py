@@ -33,7 +33,9 @@ FOLDERS = (CHECKPOINTS, EXPORT, VALIDATION, "eval")
 CALIBRATION = "calibration.json"  # in EXPORT; what an evaluation fitted for these weights
 
 
-def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = False) -> None:
+def claim(
+    workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = False, keep: bool = False
+) -> None:
     """Writes DIR/config.json, or checks that the stored one trains the same weights.
 
     A run that ended before it made anything, say because of a wrong path, does not bind the directory.
@@ -42,6 +44,7 @@ def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = Fa
       workdir: the run's directory; made if missing.
       values: configuration of the run that begins, as `to_dict` gives it.
       accept_changes: continue a run despite a changed configuration, and store the new one.
+      keep: compare only; what is stored stays. For an evaluation, whose settings are of one time.
 
     Raises:
       UserError: the directory holds a run of another configuration (the message has the differing
@@ -73,6 +76,8 @@ def claim(workdir: AnyPath, values: dict[str, Any], *, accept_changes: bool = Fa
         # The run continues with the new configuration; the log keeps the old values.
         if changes:
             log.warning("configuration changed: %s", "; ".join(changes))
+        if keep:
+            return
 
     try:
         storage.write_json(path, values)

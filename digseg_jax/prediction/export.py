@@ -26,6 +26,7 @@ from digseg_jax.io import storage
 from digseg_jax.io.json_file import read_json
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.io.workdir import CALIBRATION
+from digseg_jax.log import log
 from digseg_jax.models.unet import OWN_CLASS
 from digseg_jax.prediction.description import FILE as DESCRIPTION
 from digseg_jax.prediction.description import (
@@ -40,7 +41,7 @@ from digseg_jax.prediction.description import (
 )
 from digseg_jax.prediction.model_card import model_card
 from digseg_jax.prediction.segmenter import trained_short_side, view_size
-from digseg_jax.segmentation.calibration import stored_scale
+from digseg_jax.segmentation.calibration import UNFITTED, stored_scale
 from digseg_jax.segmentation.codecs import make_codec, state_file
 from digseg_jax.training.tasks.parts import AUTOENCODERS
 from digseg_jax.weights import load_config
@@ -122,18 +123,46 @@ def copy_export(source: Path, target: Path) -> None:
 
 
 def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
-    """Adds an evaluation's results to an export: the calibration, and the scores in the model card."""
+    """Adds an evaluation's results to an export: the calibration, and the scores in the model card.
+
+    Only of the whole split, or of as many images as the training's own configuration evaluates: a trial
+    on a few images, or without a calibration, leaves the calibration as it is.
+    """
+    description = read_description(folder)
+    own = description.recorded_config().eval
+    if not _enough(results, "num_images", "split_images", own.num_images):
+        log.info("a trial: the export keeps its calibration and the scores of its card")
+        return
+
+    # What was not fitted is the default scale without any biases.
+    wanted = own.calibrate_images or own.num_images
+    fitted = results["calibration"]["split"] != UNFITTED
+    fitted &= _enough(results, "calibration_images", "calibration_split_images", wanted)
+    if fitted:
+        storage.write_json(folder / CALIBRATION, results["calibration"])
+
     # Exports of older versions have neither a card nor a list of components.
-    storage.write_json(folder / CALIBRATION, results["calibration"])
     if not (folder / PIPELINE_FILE).is_file():
         return
 
     # Torch reads the fitted scale too; a palette has a scale of its own and keeps it.
-    storage.write_bytes(folder / CARD, model_card(read_description(folder), results).encode())
+    storage.write_bytes(folder / CARD, model_card(description, results).encode())
     index = read_json(folder / PIPELINE_FILE)
-    if not index["settings"]["prototypes"]:
+    if fitted and not index["settings"]["prototypes"]:
         index["settings"]["scale"] = results["calibration"]["scale"]
         storage.write_json(folder / PIPELINE_FILE, index)
+
+
+def _enough(results: dict[str, Any], used: str, there: str, wanted: int) -> bool:
+    """Whether results are of all images, or of the wanted number (0: all).
+
+    used, there: their keys for the images that were used, and for those of the split. Results of
+    earlier versions lack them, and are taken as they are.
+    """
+    if used not in results or there not in results:
+        return True
+    whole: int = results[there]
+    return bool(results[used] >= min(wanted or whole, whole))
 
 
 def keep_results(folder: AnyPath, path: AnyPath) -> None:

@@ -16,6 +16,7 @@ from digseg_jax.metrics.confusion import mean_iou
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the candidates
 BIAS_STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # changes of a bias that are tried
+UNFITTED = "none"  # `Calibration.split` of `identity`
 MAX_SCALE = 100.0  # of a stored calibration; far above every candidate
 MAX_BIAS = 4.0  # logits; largest absolute bias
 SWEEPS = 3  # most passes over the classes; a pass without improvement is the last
@@ -28,7 +29,7 @@ class Calibration:
     Attributes:
       scale: logits per unit of the mask score, which lies in [-1, 1].
       bias: logits, one for each class.
-      split: the split that both were fitted on; "none" for `identity`.
+      split: the split that both were fitted on; UNFITTED for `identity`.
     """
 
     scale: float
@@ -59,7 +60,7 @@ def stored_scale(path: Path) -> float:
 
 def identity(num_classes: int, scale: float = 2.0) -> Calibration:
     """Calibration without fitting: the given scale, no bias."""
-    return Calibration(scale, (0.0,) * num_classes, "none")
+    return Calibration(scale, (0.0,) * num_classes, UNFITTED)
 
 
 def fit(

@@ -174,3 +174,18 @@ def test_what_cannot_be_locked_is_for_the_claim_to_explain(tmp_path):
     (tmp_path / "file").write_text("")
     with hold(tmp_path / "file" / "run"), pytest.raises(UserError, match="--workdir="):
         claim(tmp_path / "file" / "run", to_dict(parse({})))
+
+
+def test_an_evaluation_compares_and_writes_nothing_where_a_configuration_is(tmp_path):
+    """A trial on ten images made every later evaluation of the run one of ten images."""
+    run, trial = parse({"train": {"steps": 9}}), {"train": {"steps": 9}, "eval": {"num_images": 10}}
+    claim(tmp_path, to_dict(run))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = contents(tmp_path)
+    claim(tmp_path, to_dict(parse(trial)), keep=True)
+    with pytest.raises(UserError, match="train.steps: 9 -> 8"):
+        claim(tmp_path, to_dict(parse({"train": {"steps": 8}})), keep=True)
+    claim(tmp_path, to_dict(parse({"train": {"steps": 8}})), accept_changes=True, keep=True)
+    assert contents(tmp_path) == before
+    claim(tmp_path / "new", to_dict(run), keep=True)
+    assert contents(tmp_path / "new").keys() == {CONFIG_NAME}
