@@ -28,6 +28,7 @@ from digseg_jax.segmentation.codecs import state_file
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import load_params
 from tests.bench.landcover import bench_config
+from tests.bench.spread import deviation
 
 CALIBRATED_ON = "val"
 DECODERS = ("latent_mean", "vae", "probe")
@@ -103,7 +104,7 @@ def _row(decoder: str, estep: EStep, confusions: list[np.ndarray], seconds: floa
         "estep": str(estep),
         "miou": mious,
         "mean": statistics.fmean(mious),
-        "deviation": statistics.stdev(mious) if len(mious) > 1 else None,
+        "deviation": deviation(mious),
         "accuracy": statistics.fmean(map(confusion.pixel_accuracy, confusions)),
         "seconds_per_image": seconds,
     }

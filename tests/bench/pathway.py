@@ -10,6 +10,7 @@ same about words, and every difference between the two is the pathway's.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import tempfile
 from typing import Any
 
@@ -46,6 +47,7 @@ from digseg_jax.training.tasks.parts import (
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from digseg_jax.weights import TextTower, load_config, minilm_folder
 from tests.bench.prior import ESTEP
+from tests.bench.spread import deviation
 
 WIDTH = 512  # of the other encoder's tokens
 
@@ -147,7 +149,7 @@ def as_table(result: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for name, found in result["runs"].items():
         values = [[one[kind] for one in found] for kind in ("miou", "accuracy")]
-        figures = [float(function(x)) for x in values for function in (np.mean, np.std)]
+        figures = [function(x) for x in values for function in (statistics.fmean, deviation)]
         rows.append([name, *figures])
     return {
         "title": f"How text enters: {result['steps']} steps, {result['seeds']} seeds, "

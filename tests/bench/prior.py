@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import tempfile
 from typing import Any
-
-import numpy as np
 
 from digseg_jax.config.parse import parse
 from digseg_jax.config.sampling import EStep
@@ -24,6 +23,7 @@ from digseg_jax.training.loop import Trainer
 from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.segmentation import SegmentationTask
+from tests.bench.spread import deviation
 
 ESTEP = EStep(1, 1)
 
@@ -57,10 +57,10 @@ def run(seeds: int, steps: int) -> dict[str, Any]:
             rows[start].append(one(config))
             log.info("seed %d, %s: %s", seed, start, rows[start][-1])
     summary = {
-        f"{start}_{name}_{kind}": float(function([r[name] for r in values]))
+        f"{start}_{name}_{kind}": function([r[name] for r in values])
         for start, values in rows.items()
         for name in ("miou", "accuracy")
-        for kind, function in (("mean", np.mean), ("std", np.std))
+        for kind, function in (("mean", statistics.fmean), ("std", deviation))
     }
     result = {"steps": steps, "seeds": seeds, "estep": str(ESTEP), **summary, "runs": rows}
     return result | as_table(result)

@@ -44,6 +44,7 @@ from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.parts import choose_kernels
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from tests.bench.prior import ESTEP
+from tests.bench.spread import deviation
 
 DATA = ("landcover", "landcover_igbp")
 DECODERS = ("vae", "probe")
@@ -207,7 +208,7 @@ def as_table(result: dict[str, Any]) -> dict[str, Any]:
         data, codec = name.split(", ")
         for kind in found[0]:
             values = [[one[kind][key] for one in found] for key in ("miou", "accuracy", "seconds")]
-            figures = [float(np.mean(values[0])), float(np.std(values[0]))]
+            figures = [float(np.mean(values[0])), deviation(values[0])]
             figures += [float(np.mean(x)) for x in values[1:]]
             rows.append([name, result["steps"][data][codec], kind, *figures])
     return {

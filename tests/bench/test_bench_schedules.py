@@ -59,5 +59,7 @@ def test_its_file_is_a_table_of_the_report():
     (row,) = table["rows"]
     assert "300 steps from assets:segmenter" in table["title"]
     assert row[0] == "uniform" and len(row) == len(table["columns"])
-    np.testing.assert_allclose(row[-4:], [0.03, 0.01, 0.0, 0.0], atol=1e-9)
+    np.testing.assert_allclose(
+        row[-6:], [0.03, 0.02 * 0.5**0.5, 0.0, 0.0, 0.03, 0.02 * 0.5**0.5], atol=1e-9
+    )
     assert "8x2 - 1x2" in render_part("report/sections.html.j2", "benches", bench_tables([table]))
