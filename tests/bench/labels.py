@@ -7,7 +7,10 @@ the labeled images of a domain; within a seed only the start differs.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from digseg_jax.config.experiment import load_config
+from digseg_jax.config.parse import to_dict
 from digseg_jax.config.schema import Config
 from digseg_jax.data.datasets.domains import DOMAINS, Domain
 from digseg_jax.errors import UserError
@@ -31,6 +35,7 @@ from digseg_jax.training.setup import Setup
 from digseg_jax.training.step import averaged
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 from tests.bench.prior import ESTEP
+from tests.bench.spread import deviation
 
 # start -> what differs from the recipe of the domain's specialist
 STARTS: dict[str, dict[str, Any]] = {
@@ -80,6 +85,16 @@ def configuration(domain: str, root: str, start: str, steps: int, seed: int) -> 
     return load_config(f"generalist:{domain}", **short | STARTS[start])
 
 
+def recipe(steps: int) -> str:
+    """A digest of what the trainings of a journal have in common: any other setting changes it.
+
+    It is of one domain and start, at a fixed root and seed, so it is the same for every run.
+    """
+    config = configuration(FOLDERS[0], "ROOT", "random", steps, 0)
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def one(domain: Domain, config: Config, images: int) -> float:
     """Trains in a scratch directory; mean IoU on val at 1x1, of the classes that are asked for."""
     task, mesh = SegmentationTask(config), make_mesh(config.mesh)
@@ -114,11 +129,11 @@ def run(
       images: of val, evenly spread; 0: all.
 
     Raises:
-      UserError: no such domain or start, or a journal of other steps or images.
+      UserError: no such domain or start, or a journal of other steps, images or settings.
     """
     _check("--only", only, FOLDERS)
     _check("--starts", starts, tuple(STARTS))
-    facts = {"steps": steps, "images": images}
+    facts = {"steps": steps, "images": images, "recipe": recipe(steps)}
     found: dict[str, Any] = read_json(journal) if journal.exists() else {"facts": facts, "runs": {}}
     if found["facts"] != facts:
         raise UserError(f"{journal}: of {json.dumps(found['facts'])}, not of {json.dumps(facts)}")
@@ -154,9 +169,9 @@ def as_table(found: dict[str, Any]) -> dict[str, Any]:
     columns = [text for start in starts for text in (start, "±")]
     rows = []
     for (name, percent), row in cells.items():
-        values = [row.get(start, [float("nan")]) for start in starts]
-        figures = [float(function(v)) for v in values for function in (np.mean, np.std)]
-        rows.append([name, f"{percent} %", *figures])
+        values = [row.get(start, []) for start in starts]
+        figures = [(statistics.fmean(v) if v else None, deviation(v)) for v in values]
+        rows.append([name, f"{percent} %", *itertools.chain(*figures)])
     return {
         "title": f"Starts by share of the labels: {found['facts']['steps']} steps, {ESTEP}",
         "columns": ["domain", "labels", *columns],

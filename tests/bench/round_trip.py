@@ -19,7 +19,7 @@ from digseg_jax.training.tasks.base import to_unit
 from digseg_jax.training.tasks.parts import load_vae
 
 MASK_PIXELS = 64  # least area of a mask that counts: in a smaller one a few pixels decide
-MASKS = 3  # of an image, those of the lowest class ids
+BATCH = 4  # crops and masks that the autoencoder takes at a time
 
 
 def run(vae: str, root: str, images: int, size: int) -> dict[str, Any]:
@@ -56,14 +56,16 @@ def _one(
         example = examples[i]
         image, label = random_view(example["image"], example["label"], rules, rng)
 
-        # The image and a few masks of what it shows, always in a batch of one size.
+        # The image and the masks of all classes that it shows: a crop has room for few of them. Empty
+        # masks (of a class that is none) fill the last batch, so that one program is compiled.
         areas = {c: int((label == c).sum()) for c in examples.asked}
-        shown = [c for c, area in areas.items() if area >= MASK_PIXELS][:MASKS]
-        asked = np.array([shown + [-2] * (MASKS - len(shown))])
-        batch = np.concatenate([to_unit(image)[None], encode_binary(label[None], asked)[0]])
-        decoded = np.asarray(there_and_back(batch))
+        shown = [c for c, area in areas.items() if area >= MASK_PIXELS]
+        asked = np.array([shown + [-2] * (-(1 + len(shown)) % BATCH)], int)
+        everything = np.concatenate([to_unit(image)[None], encode_binary(label[None], asked)[0]])
+        batches = np.split(everything, len(everything) // BATCH)
+        decoded = np.concatenate([there_and_back(batch) for batch in batches])
 
-        errors.append(127.5 * np.abs(np.clip(decoded[0], -1, 1) - batch[0]).mean())
+        errors.append(127.5 * np.abs(np.clip(decoded[0], -1, 1) - everything[0]).mean())
         for mask, c in zip(decoded[1:], shown, strict=False):
             found, true = mask.mean(axis=-1) > 0, label == c
             overlaps.append((found & true).sum() / (found | true).sum())

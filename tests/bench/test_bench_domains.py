@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
-from tests.bench import domain_specialists, domain_trees, labels
+from tests.bench import domain_specialists, domain_trees, labels, round_trip
 from tests.bench.domain_scores import chosen_domains, mean_row, score
 
 CELLS = next(domain for domain in DOMAINS if domain.name == "cells_wbc")
@@ -72,6 +72,20 @@ def test_trees_learn_a_domain_and_a_missing_one_is_a_row(root, monkeypatch):
     assert found["domains"]["cells_wbc"]["asked_miou"] > 0.8
     assert "missing" in found["domains"]["retina_disc"]
     assert found["mean"] == found["domains"]["cells_wbc"]["asked_miou"]
+
+
+def test_every_class_that_a_crop_shows_is_measured_in_batches_of_one_size(root, monkeypatch):
+    monkeypatch.setattr(round_trip, "BATCH", 2)
+    sizes = []
+
+    def gray_for_the_last(batch):
+        sizes.append(len(batch))
+        return np.concatenate([batch[:1], np.zeros_like(batch[1:])])
+
+    # The image and two masks take two batches: of (image, mask) and of (mask, filling).
+    row = round_trip._one(gray_for_the_last, CELLS, str(root), 2, 96)
+    assert sizes == [2] * 4 and row["masks"] == 4
+    assert row["image_error"] == 0.0 and row["mask_iou"] == 0.5
 
 
 def test_the_mean_is_of_the_domains_that_were_there():
@@ -137,9 +151,29 @@ def test_a_killed_comparison_of_starts_goes_on_after_what_has_ended(root, tmp_pa
     found = labels.run(str(root), journal, *settings, steps=4, images=2)
     assert seen == [("random", 0), ("pretrained", 0), ("random", 1), ("pretrained", 1)]
     (row,) = found["rows"]
-    assert row[:2] == ["cells_wbc", "50 %"] and row[2:] == pytest.approx([0.55, 0.05] * 2)
-    with pytest.raises(UserError, match='of {"steps": 4, "images": 2}, not of'):
+    assert row[:2] == ["cells_wbc", "50 %"]
+    assert row[2:] == pytest.approx([0.55, 0.1 * 0.5**0.5] * 2)  # n - 1
+    with pytest.raises(UserError, match='of {"steps": 4, "images": 2, "recipe": .*, not of'):
         labels.run(str(root), journal, *settings, steps=5, images=2)
+
+    # A journal of other settings is refused, too.
+    changed = labels.load_config
+
+    def of_today(name, **settings):
+        return changed(name, **settings | {"optim.ema_decay": 0.9})
+
+    monkeypatch.setattr(labels, "load_config", of_today)
+    with pytest.raises(UserError, match='of {"steps": 4, "images": 2, "recipe": .*, not of'):
+        labels.run(str(root), journal, *settings, steps=4, images=2)
+
+
+def test_a_share_that_one_seed_or_start_has_not_reached_has_a_dash():
+    runs = {"cells_wbc 5 random 0": 0.5, "cells_wbc 5 prior 0": 0.6, "cells_wbc 10 prior 0": 0.7}
+    table = labels.as_table({"facts": {"steps": 4}, "runs": runs})
+    assert table["rows"] == [
+        ["cells_wbc", "5 %", 0.5, None, 0.6, None],
+        ["cells_wbc", "10 %", None, None, 0.7, None],
+    ]
 
 
 def test_a_start_that_is_none_is_told_with_the_legal_ones(root, tmp_path):
