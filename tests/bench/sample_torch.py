@@ -43,7 +43,7 @@ class Loop:
             timestep_spacing=spacing,
             clip_sample=False,
             set_alpha_to_one=True,
-            steps_offset=0,
+            steps_offset=1,
             **self.schedule,
         )
         scheduler.set_timesteps(steps)

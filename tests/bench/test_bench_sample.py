@@ -52,11 +52,12 @@ def test_both_sides_compute_the_same_masks(monkeypatch, capsys, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     out = tmp_path / "sample.json"
-    flags = ("--size=small", "--pixels=32", "--rows=3x2", "--queries=2", "--repeats=1")
+    flags = ("--size=small", "--pixels=32", "--rows=3x2,2x2:leading", "--queries=2", "--repeats=1")
     assert run(monkeypatch, *flags, "--torch-batch=2", f"--out={out}") == 0
     result = json.loads(capsys.readouterr().out)
     assert json.loads(out.read_text()) == result
-    row = result["rows"].pop("3x2")
+    row, leading = result["rows"].pop("3x2"), result["rows"].pop("2x2:leading")
+    assert leading["relative_l2"] <= sample.LIMIT
     assert not result["rows"] and result["pixels"] == 32 and result["queries"] == 2
     assert row["relative_l2"] <= sample.LIMIT
     assert row["mask_deviation"] > 0.01  # else a constant would agree as well
