@@ -40,21 +40,21 @@ from digseg_jax.errors import UserError
 from digseg_jax.runtime.malloc import keep_freed_memory
 from digseg_jax.tools.prepare_data import prepare_split
 
-SIZE, BATCH, PICTURES = 512, 16, 1024
+SIZE, BATCH, IMAGES = 512, 16, 1024
 TURNS = 3  # of every measurement, in turn with the others: machines speed up and slow down
 WIDTH, HEIGHT = 640, 480
 SPEC = DatasetSpec(
     name="bench",
     title="",
     classes=tuple(ClassInfo(n, raw=(i,)) for i, n in enumerate(landcover.GROUPS)),
-    splits={"train": PICTURES},
+    splits={"train": IMAGES},
     ignore="255",
     ignored_raw=(255,),
     license="",
 )
 
 
-def write_pictures(folder: Path, count: int = PICTURES) -> None:
+def write_images(folder: Path, count: int = IMAGES) -> None:
     """Windows with land in them: folder/images/*.jpg, folder/annotations/*.png."""
     cover = landcover.load()
     rng = np.random.default_rng(0)
@@ -68,8 +68,8 @@ def write_pictures(folder: Path, count: int = PICTURES) -> None:
         rows, columns = slice(top, top + HEIGHT), slice(left, left + WIDTH)
         if (label[rows, columns] == 0).mean() > 0.5:
             continue
-        picture = Image.fromarray(cover.image[rows, columns])
-        picture.save(folder / "images" / f"{written:04d}.jpg", quality=90)
+        image = Image.fromarray(cover.image[rows, columns])
+        image.save(folder / "images" / f"{written:04d}.jpg", quality=90)
         Image.fromarray(label[rows, columns]).save(folder / "annotations" / f"{written:04d}.png")
         written += 1
 
@@ -171,7 +171,7 @@ def torch_rate(python: str, folder: Path, count: int) -> float:
 
 
 def _turn(folder: Path, root: Path, torch_python: str | None, count: int) -> dict[str, float]:
-    rates = limit(folder, max(1, count // PICTURES))
+    rates = limit(folder, max(1, count // IMAGES))
     rates["ours"] = per_core(root, count)
     if torch_python:
         rates["torch"] = torch_rate(torch_python, folder, count)
@@ -184,7 +184,7 @@ def run(torch_python: str | None, count: int) -> dict[str, Any]:
     keep_freed_memory()  # the bare limit gets it too
     with tempfile.TemporaryDirectory() as scratch:
         folder, root = Path(scratch) / "folder", Path(scratch) / "shards"
-        write_pictures(folder)
+        write_images(folder)
         prepare_split(partial(open_folder, folder), SPEC, "train", root, shard_examples=256)
         turns = [_turn(folder, root, torch_python, count) for _ in range(TURNS)]
     result: dict[str, Any] = {k: statistics.median(t[k] for t in turns) for k in turns[0]}

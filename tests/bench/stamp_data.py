@@ -38,8 +38,8 @@ def write_set(folder: Path, scenes: Scenes, split: str, count: int, key: list[in
     progress = Progress(count, label=f"{folder.name} {split}", unit="scenes")
     started = time.monotonic()
     for i in range(count):
-        picture, label = scenes.scene(np.random.default_rng([*key, i]))
-        Image.fromarray(picture).save(folder / "images" / split / f"{i:06d}.png")
+        image, label = scenes.scene(np.random.default_rng([*key, i]))
+        Image.fromarray(image).save(folder / "images" / split / f"{i:06d}.png")
         Image.fromarray(label).save(folder / "masks" / split / f"{i:06d}.png")
         progress.update(i + 1, (i + 1) / (time.monotonic() - started))
     progress.close()

@@ -61,7 +61,7 @@ def _stamp(root: Path, path: Path) -> Stamp | None:
     try:
         rgba = np.asarray(Image.open(path).convert("RGBA"))
     except (OSError, SyntaxError) as error:  # Pillow's word for a PNG that breaks its own rules
-        raise UserError(f"{path}: no readable picture ({error})") from error
+        raise UserError(f"{path}: no readable image ({error})") from error
     opaque = (rgba[..., 3] > 127).mean()
     if min(rgba.shape[:2]) < MIN_SIDE or not OPAQUE[0] < opaque < OPAQUE[1]:
         return None

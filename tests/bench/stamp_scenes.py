@@ -33,14 +33,14 @@ class Scenes:
         """
         count = int(rng.integers(2, 4))
         for _ in range(TRIES):
-            picture, label = self._background(rng), np.zeros((self.size, self.size), np.uint16)
+            image, label = self._background(rng), np.zeros((self.size, self.size), np.uint16)
             pasted = {}
             for k in rng.permutation(len(self.names))[:count]:
                 cutout, top, left = self._placed(int(k), rng)
-                pasted[int(k) + 1] = paste(picture, label, cutout, top, left, int(k) + 1).sum()
+                pasted[int(k) + 1] = paste(image, label, cutout, top, left, int(k) + 1).sum()
             shown = [(label == value).sum() / max(n, 1) for value, n in pasted.items()]
             if min(shown) >= VISIBLE:
-                return picture, label
+                return image, label
         raise UserError(f"--size={self.size}: in {TRIES} tries no scene shows its stamps; larger?")
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
@@ -70,7 +70,7 @@ def shrunk(rgba: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def paste(
-    picture: np.ndarray, label: np.ndarray, cutout: np.ndarray, top: int, left: int, value: int
+    image: np.ndarray, label: np.ndarray, cutout: np.ndarray, top: int, left: int, value: int
 ) -> np.ndarray:
     """Draws uint8 [h, w, 4] onto both in place; returns where it now is, bool as label.
 
@@ -79,8 +79,8 @@ def paste(
     h, w = cutout.shape[:2]
     place = (slice(top, top + h), slice(left, left + w))
     alpha = cutout[..., 3:].astype(np.float32) / 255
-    mixed = alpha * cutout[..., :3] + (1 - alpha) * picture[place]
-    picture[place] = mixed.round().astype(np.uint8)
+    mixed = alpha * cutout[..., :3] + (1 - alpha) * image[place]
+    image[place] = mixed.round().astype(np.uint8)
     inside = np.zeros(label.shape, bool)
     inside[place] = cutout[..., 3] > 127
     label[inside] = value

@@ -37,22 +37,22 @@ def sheet(scenes: Sequence[Answered]) -> Image.Image:
         for i, name in enumerate(scene.names):
             truth = scene.objects[i] if i < len(scene.objects) else None
             cells.append((name, _answer(scene.image, scene.answers[i], truth)))
-        for column, (text, picture) in enumerate(cells):
+        for column, (text, shown) in enumerate(cells):
             left = column * (SIDE + _GAP)
             draw.text((left, top + 1), text[:24], fill="black", font=font)
-            page.paste(Image.fromarray(picture), (left, top + _LINE))
+            page.paste(Image.fromarray(shown), (left, top + _LINE))
     return page
 
 
 def _answer(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None) -> np.ndarray:
-    picture = _enlarged(image)
+    tinted = _enlarged(image)
     inside = _enlarged(mask.astype(np.uint8)).astype(bool)
-    picture[inside] = (0.5 * picture[inside] + 0.5 * np.array(_MASK)).astype(np.uint8)
+    tinted[inside] = (0.5 * tinted[inside] + 0.5 * np.array(_MASK)).astype(np.uint8)
     if truth is not None:
         filled = _enlarged(truth.astype(np.uint8))
         lines, _ = cv2.findContours(filled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(picture, lines, -1, _TRUTH, 1)
-    return picture
+        cv2.drawContours(tinted, lines, -1, _TRUTH, 1)
+    return tinted
 
 
 def _enlarged(values: np.ndarray) -> np.ndarray:

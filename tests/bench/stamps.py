@@ -80,9 +80,9 @@ def _open(root: Path, part: str) -> tuple[Source, tuple[str, ...]]:
 
 
 def _asker(segmenter: Segmenter, estep: EStep, seed: int) -> Ask:
-    def ask(picture: np.ndarray, names: Sequence[str], index: int) -> np.ndarray:
+    def ask(image: np.ndarray, names: Sequence[str], index: int) -> np.ndarray:
         return segmenter.predict_masks(
-            [picture],
+            [image],
             names,
             ensemble=estep.ensemble,
             steps=estep.steps,

@@ -18,11 +18,11 @@ from tests.bench import data
 @pytest.fixture(scope="module")
 def folder(cover, tmp_path_factory):
     path = tmp_path_factory.mktemp("bench")
-    data.write_pictures(path, 4)
+    data.write_images(path, 4)
     return path
 
 
-def test_the_pictures_are_of_one_size_and_show_land(folder):
+def test_the_images_are_of_one_size_and_show_land(folder):
     names = sorted(p.stem for p in (folder / "images").iterdir())
     assert len(names) == 4
     for name in names:

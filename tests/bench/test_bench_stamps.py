@@ -80,7 +80,7 @@ def scenes(count):
 def test_scenes_are_asked_for_their_names_and_one_that_is_absent():
     asked = []
 
-    def ask(picture, names, index):
+    def ask(image, names, index):
         asked.append(names)
         return np.stack([COW, OWL, np.zeros_like(COW)]).astype(np.float32)
 
@@ -119,8 +119,8 @@ def test_a_probability_of_a_half_is_no_mask():
 
 def test_the_sheet_shows_each_name_beside_its_scene():
     answers = np.stack([COW, COW, OWL])
-    picture = np.zeros((16, 16, 3), np.uint8)
-    page = np.asarray(sheet([Answered("a", picture, ["x", "y", "z"], answers, np.stack([COW, OWL]))]))
+    image = np.zeros((16, 16, 3), np.uint8)
+    page = np.asarray(sheet([Answered("a", image, ["x", "y", "z"], answers, np.stack([COW, OWL]))]))
     cells = [page[16:160, i * 150 : i * 150 + 144] for i in range(4)]
     assert not cells[0].any()  # the scene itself
     assert cells[1][18, 18].tolist() == [127, 0, 40]  # a mask on black

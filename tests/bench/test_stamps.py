@@ -102,25 +102,25 @@ def test_a_name_left_out_is_told_and_shown_nowhere(package, cover, tmp_path, mon
 
 
 def test_a_cut_out_is_mixed_by_its_alpha_and_its_mask_is_where_it_is_more_than_half_opaque():
-    picture, label = np.full((4, 4, 3), 100, np.uint8), np.zeros((4, 4), np.uint16)
+    image, label = np.full((4, 4, 3), 100, np.uint8), np.zeros((4, 4), np.uint16)
     cutout = np.zeros((2, 3, 4), np.uint8)
     cutout[..., :3] = 200
     cutout[..., 3] = [[255, 128, 127], [0, 51, 255]]
-    inside = paste(picture, label, cutout, 1, 0, 7)
+    inside = paste(image, label, cutout, 1, 0, 7)
     assert label.tolist() == [[0] * 4, [7, 7, 0, 0], [0, 0, 7, 0], [0] * 4]
     assert (inside == (label == 7)).all()
-    assert picture[1:3, :3, 0].tolist() == [[200, 150, 150], [100, 120, 200]]
-    picture[1:3, :3] = 100
-    assert (picture == 100).all()
+    assert image[1:3, :3, 0].tolist() == [[200, 150, 150], [100, 120, 200]]
+    image[1:3, :3] = 100
+    assert (image == 100).all()
 
 
 def test_every_stamp_of_a_scene_stays_visible(package, cover, monkeypatch):
     pasted = {}
 
-    def recorded(picture, label, cutout, top, left, value):
+    def recorded(image, label, cutout, top, left, value):
         if not label.any():
             pasted.clear()
-        pasted[value] = paste(picture, label, cutout, top, left, value)
+        pasted[value] = paste(image, label, cutout, top, left, value)
         return pasted[value]
 
     monkeypatch.setattr("tests.bench.stamp_scenes.paste", recorded)
@@ -208,7 +208,7 @@ def test_bad_input_is_told(package, cover, tmp_path, capsys, monkeypatch):
     assert "is a file" in told(out=tmp_path / "used" / "file")
     assert stamp_data.main([f"--stamps={package}", f"--out={tmp_path / 'used'}"]) == 2
     assert capsys.readouterr().err.startswith("error: --out=")
-    for name, png, text in (("a", b"no picture", b"An owl."), ("b", None, b"\xff\xfe")):
+    for name, png, text in (("a", b"no image", b"An owl."), ("b", None, b"\xff\xfe")):
         folder = tmp_path / name / "animals"
         folder.mkdir(parents=True)
         Image.new("RGBA", (60, 60)).save(folder / "x.png")

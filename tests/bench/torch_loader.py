@@ -40,7 +40,7 @@ class Crops(torch.utils.data.Dataset):
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             label = label.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(colours(image)))
+        pixels = torch.from_numpy(np.array(colors(image)))
         return pixels, torch.from_numpy(np.array(label).astype(np.int32))
 
     def _scale(self, image: Image.Image, label: Image.Image) -> tuple[Image.Image, Image.Image]:
@@ -61,16 +61,16 @@ class Crops(torch.utils.data.Dataset):
                 break
         return self._padded(image.crop(box), 127), self._padded(label.crop(box), 255)
 
-    def _padded(self, picture: Image.Image, fill: int) -> Image.Image:
-        if picture.size == (self.size, self.size):
-            return picture
-        colour = fill if picture.mode != "RGB" else (fill,) * 3
-        out = Image.new(picture.mode, (self.size, self.size), colour)
-        out.paste(picture)
+    def _padded(self, image: Image.Image, fill: int) -> Image.Image:
+        if image.size == (self.size, self.size):
+            return image
+        color = fill if image.mode != "RGB" else (fill,) * 3
+        out = Image.new(image.mode, (self.size, self.size), color)
+        out.paste(image)
         return out
 
 
-def colours(image: Image.Image) -> Image.Image:
+def colors(image: Image.Image) -> Image.Image:
     """Brightness, contrast, saturation and hue, each with probability 1/2."""
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for kind in kinds:

@@ -17,8 +17,8 @@ PLAIN = CropRules(size=64, flip=0.0, jitter=0.0, class_share_cap=1.0)
 def chequers(height, width, cell):
     """Label 0 and 1 in squares; the picture shows the label: 40 or 200."""
     label = (np.add.outer(np.arange(height) // cell, np.arange(width) // cell) % 2).astype(np.int32)
-    grey = np.where(label, 200, 40).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2), label
+    gray = np.where(label, 200, 40).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=2), label
 
 
 def rng(seed=0):
@@ -32,7 +32,7 @@ def test_a_chequer_board_stays_aligned_to_the_pixel(seed, shape):
     rules = CropRules(size=64, flip=0.5, jitter=0.0)
     image, label = random_view(image, label, rules, rng(seed))
     seen = image[..., 0] > 120
-    # between two squares, linear and nearest may round a pixel centre on the border otherwise
+    # between two squares, linear and nearest may round a pixel center on the border otherwise
     inside = label >= 0
     for shift, axis in ((-1, 0), (1, 0), (-1, 1), (1, 1)):
         inside &= label == np.roll(label, shift, axis=axis)
@@ -60,7 +60,7 @@ def test_no_label_is_invented():
         assert got.dtype == np.int32 and set(np.unique(got)) <= {-1, 0, 254, 255, 430, 846}
 
 
-def test_what_lies_outside_the_picture_is_ignored_and_grey():
+def test_what_lies_outside_the_picture_is_ignored_and_gray():
     image, label = np.full((40, 100, 3), 255, np.uint8), np.ones((40, 100), np.int32)
     rules = CropRules(size=64, scale_min=0.5, scale_max=0.5, flip=0.0, jitter=0.0)
     got, ids = random_view(image, label, rules, rng())
@@ -111,11 +111,11 @@ def test_flips_happen_at_their_rate_and_take_the_label_along():
     assert np.mean([ids[0, 0] == 31 for _, ids in views]) == pytest.approx(0.25, abs=0.06)
 
 
-def test_greys_keep_their_hue_and_strength_zero_changes_nothing():
+def test_grays_keep_their_hue_and_strength_zero_changes_nothing():
     for seed in range(20):
         matrix = crops.color_matrix(1.0, rng(seed))
-        grey = matrix @ np.array([90, 90, 90, 1.0])
-        np.testing.assert_allclose(grey, grey[0], atol=1e-9)
+        gray = matrix @ np.array([90, 90, 90, 1.0])
+        np.testing.assert_allclose(gray, gray[0], atol=1e-9)
     identity = np.concatenate([np.eye(3), np.zeros((3, 1))], axis=1)
     np.testing.assert_allclose(crops.color_matrix(0.0, rng()), identity, atol=1e-12)
 
@@ -133,15 +133,15 @@ def test_saturation_and_hue_are_those_of_independent_formulas():
         def uniform(self, low, high, n):
             return np.asarray(self.draws)
 
-    colour = np.array([200.0, 40.0, 90.0])
-    dull = crops.color_matrix(1.0, Fixed([0, 0, -1, 0]))[:, :3] @ colour
+    color = np.array([200.0, 40.0, 90.0])
+    dull = crops.color_matrix(1.0, Fixed([0, 0, -1, 0]))[:, :3] @ color
     luma = 0.299 * 200 + 0.587 * 40 + 0.114 * 90
-    np.testing.assert_allclose(dull, luma + 0.5 * (colour - luma))
-    turned = crops.color_matrix(1.0, Fixed([0, 0, 0, 1]))[:, :3] @ colour
-    assert turned.sum() == pytest.approx(colour.sum())  # a rotation about the grey axis
-    assert np.linalg.norm(turned) == pytest.approx(np.linalg.norm(colour))
-    bright = crops.color_matrix(1.0, Fixed([1, 1, 0, 0])) @ np.append(colour, 1)
-    np.testing.assert_allclose(bright, 1.5 * (colour - 127.5) + 127.5 + 32)
+    np.testing.assert_allclose(dull, luma + 0.5 * (color - luma))
+    turned = crops.color_matrix(1.0, Fixed([0, 0, 0, 1]))[:, :3] @ color
+    assert turned.sum() == pytest.approx(color.sum())  # a rotation about the gray axis
+    assert np.linalg.norm(turned) == pytest.approx(np.linalg.norm(color))
+    bright = crops.color_matrix(1.0, Fixed([1, 1, 0, 0])) @ np.append(color, 1)
+    np.testing.assert_allclose(bright, 1.5 * (color - 127.5) + 127.5 + 32)
 
 
 def test_the_same_generator_gives_the_same_crop():

@@ -132,7 +132,7 @@ def test_round_trip_through_our_files_is_bit_identical(torch_tower, tmp_path, na
 
 
 @pytest.mark.parametrize("name", ["text_gelu"])
-def test_the_penultimate_layer_is_hidden_state_minus_two_normalised(torch_tower, name):
+def test_the_penultimate_layer_is_hidden_state_minus_two_normalized(torch_tower, name):
     import torch
 
     theirs, folder = torch_tower
@@ -168,10 +168,10 @@ def test_each_tower_of_a_whole_clip_model(tmp_path):
         load_component(tmp_path, expect=f"CLIP{kind}")
         for kind in ("TextModelWithProjection", "TextModel", "VisionModelWithProjection")
     )
-    normalise = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    normalize = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     hidden, embeds = our_outputs("text_projected", text)
-    assert relative_l2(normalise(embeds), both.text_embeds.numpy()) <= LIMIT
-    assert relative_l2(normalise(our_outputs("vision", vision)[1]), both.image_embeds) <= LIMIT
+    assert relative_l2(normalize(embeds), both.text_embeds.numpy()) <= LIMIT
+    assert relative_l2(normalize(our_outputs("vision", vision)[1]), both.image_embeds) <= LIMIT
     np.testing.assert_array_equal(our_outputs("text_gelu", plain)[0], hidden)
 
 

@@ -228,12 +228,12 @@ def train_on_one_device(run: Run) -> None:
 
 def evaluate_in_every_way(run: Run) -> None:
     """Each decoder evaluates the same pixels."""
-    labelled = run.confusion().sum(axis=1)
+    labeled = run.confusion().sum(axis=1)
     for decoder in ("vae", "probe"):
         decoded = (f"--config.eval.decoder={decoder}", "--accept_changes")
         run.do(FOUR, "--mode=eval", *decoded, name=f"eval {decoder}")
         check_results(run, decoder)
-        np.testing.assert_array_equal(run.confusion().sum(axis=1), labelled)
+        np.testing.assert_array_equal(run.confusion().sum(axis=1), labeled)
 
 
 def evaluate_suite(run: Run) -> None:

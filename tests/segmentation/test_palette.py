@@ -86,7 +86,7 @@ def test_few_classes_are_far_apart():
     assert pairs[~np.eye(8, dtype=bool)].min() > 1.5  # the cube's corners would have 2
 
 
-def test_ignored_pixels_are_grey():
+def test_ignored_pixels_are_gray():
     image = np.asarray(encode_palette(np.array([[[-1, 0]]]), np.ones((1, 3))))
     np.testing.assert_array_equal(image[0, 0], [[0, 0, 0], [1, 1, 1]])
 

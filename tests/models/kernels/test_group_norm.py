@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group normalisation: values and written-out gradients against the plain formula's."""
+"""Group normalization: values and written-out gradients against the plain formula's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ GROUPS, EPS = 4, 1e-5
 def plain(x, scale, bias, silu):
     b, c = x.shape[0], x.shape[-1]
     grouped = x.astype(jnp.float32).reshape(b, -1, GROUPS, c // GROUPS)
-    centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
-    variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
-    y = (centred / jnp.sqrt(variance + EPS)).reshape(x.shape) * scale + bias
+    centered = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+    variance = jnp.square(centered).mean(axis=(1, 3), keepdims=True)
+    y = (centered / jnp.sqrt(variance + EPS)).reshape(x.shape) * scale + bias
     return jax.nn.silu(y) if silu else y
 
 
@@ -50,9 +50,9 @@ def test_float32_statistics_do_not_cancel(mean, outlier):
     x += np.arange(8)
     x[:, 0, 0] += outlier
     grouped = x.astype(np.float64).reshape(2, -1, GROUPS, 2)
-    centred = grouped - grouped.mean(axis=(1, 3), keepdims=True)
-    deviation = np.sqrt(np.square(centred).mean(axis=(1, 3), keepdims=True) + EPS)
-    expected = (centred / deviation).reshape(x.shape) * scale + bias
+    centered = grouped - grouped.mean(axis=(1, 3), keepdims=True)
+    deviation = np.sqrt(np.square(centered).mean(axis=(1, 3), keepdims=True) + EPS)
+    expected = (centered / deviation).reshape(x.shape) * scale + bias
     # half a digit of x itself, in units of the deviation
     tolerance = 2e-5 + np.abs(x).max() * 1e-7 / deviation.min()
     np.testing.assert_allclose(ours(x, scale, bias, False), expected, rtol=1e-5, atol=tolerance)
