@@ -63,7 +63,7 @@ elif ! python="$(find_python)"; then
   fi
 fi
 
-# an environment of an older Python is made anew
+# An environment of an older Python is made anew. pip ends with 2 when a connection breaks: that may pass.
 [[ -z "$python" ]] || fits "$environment/bin/python" || "$python" -m venv --clear "$environment"
-"$environment/bin/python" -m pip install --quiet -r requirements.txt 'jax[tpu]'
-"$environment/bin/python" -m pip install --quiet --no-deps -r requirements-data.txt
+"$environment/bin/python" -m pip install --quiet -r requirements.txt 'jax[tpu]' || exit 1
+"$environment/bin/python" -m pip install --quiet --no-deps -r requirements-data.txt || exit 1

@@ -15,7 +15,7 @@ import pytest
 from launched import FLAGS, LAUNCH, SETTINGS, TOKEN, dry, fake, refused, run
 from pod import ROOT
 
-OTHERS = {"local_pod.sh", "prepare_host.sh", "common.sh"}
+OTHERS = {"local_pod.sh", "prepare_host.sh", "tpu_host.sh", "common.sh"}
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -62,7 +62,7 @@ def test_tpu_vm_runs_the_same_command_on_every_host():
     *_, last = dry("tpu_vm.sh").splitlines()
     words = shlex.split(last.replace("$'", "'").replace("\\n", " ; ").replace("\\'", "'\\''"))
     assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "slice"]
-    assert "--worker=all" in words and "digseg_jax.main" in words[-1]
+    assert "--worker=all" in words and "launch/tpu_host.sh" in words[-1] and FLAGS[0] in words[-1]
 
 
 @pytest.fixture
@@ -195,6 +195,11 @@ class TestPrepareHost:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "ppa:deadsnakes/ppa" in log and "python3.12-venv" in log and self.installed(log)
+
+    def test_a_broken_download_does_not_pass_for_a_refusal(self, tmp_path):
+        """pip ends with 2 then, which for main is final."""
+        done, log = self.host(tmp_path, python3=self.NEW + '\n[ "$2" != pip ] || exit 2')
+        assert done.returncode == 1 and "-r requirements.txt" in log.splitlines()[-1]
 
     def test_nothing_works_is_one_line(self, tmp_path):
         done, log = self.host(tmp_path, python3="exit 1", sudo="exit 1")
