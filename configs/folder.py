@@ -5,7 +5,7 @@ classes.txt is described in digseg_jax/data/datasets/readers/folder.py.
     python -m digseg_jax.main --config=configs/folder.py --config.data.root=DIR --workdir=RUN
 
 configs/folder.py:small starts from the shipped segmenter: two cores, nothing downloaded. Images are
-seen with a short side of 128 pixels, so what is thinner than a hundredth of an image is lost.
+seen with a short side of 128 pixels, so what is thinner than a thirtieth of an image is lost.
 
 Without :small the model comes from the hub: Stable Diffusion 2.1, or another one of
 digseg_jax/recipes.py, as in configs/folder.py:sd15_epsilon. That has not been run yet: the checkpoint
