@@ -223,84 +223,12 @@ class TestPrepareHost:
         assert "no Python of 3.11 or newer" in refused(done)
 
 
-def queued(
-    tmp_path, describe: str, ssh: str = "exit 0", **settings: str
-) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """A run of queued_resource.sh with a gcloud of this `describe` and `ssh`; and what was asked."""
-    body = f'echo "$4 $5" >> "$OUT"\ncase "$4" in describe) {describe} ;; ssh) {ssh} ;; esac'
-    path, out = fake(tmp_path / "bin", gcloud=body, sleep="exit 0"), tmp_path / "asked"
-    settings = {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out), **settings}
-    done = run("queued_resource.sh", "--workdir=gs://b/r", **settings)
-    return done, out.read_text().splitlines()
-
-
-def test_queued_resource_waits_through_a_look_that_fails(tmp_path):
-    describe = '[ "$(grep -c describe "$OUT")" -gt 3 ] || exit 1; echo ACTIVE'
-    done, asked = queued(tmp_path, describe)
-    assert done.returncode == 0, done.stdout + done.stderr
-    verbs = [line.split()[0] for line in asked]
-    assert verbs == ["create", *["describe"] * 4, "scp", "ssh", "delete"]
-
-
-@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_a_slice_that_was_never_had_is_removed_and_asked_for_again(tmp_path, state):
-    describe = f'[ "$(grep -c describe "$OUT")" -gt 1 ] && echo ACTIVE || echo {state}'
-    done, asked = queued(tmp_path, describe)
-    assert done.returncode == 0, done.stdout + done.stderr
-    verbs = [line.split()[0] for line in asked]
-    assert verbs == ["create", "describe", "delete", "create", "describe", "scp", "ssh", "delete"]
-
-
-@pytest.mark.parametrize("status", [2, 3])
-def test_what_would_fail_on_the_next_slice_too_ends_it(tmp_path, status):
-    done, asked = queued(tmp_path, "echo ACTIVE", ssh=f"exit {status}")
-    assert done.returncode == status, done.stdout + done.stderr
-    assert asked[-1] == "delete r" and sum(line == "create r" for line in asked) == 1
-
-
-@pytest.mark.parametrize(
-    ("fails", "status", "verbs"),
-    [
-        ("1", 1, ["create"]),  # a wrong setting: at once
-        ("2", 0, ["create", "describe", "scp", "ssh", "delete", "create", "delete", "create"]),
-    ],
-)
-def test_queued_resource_outlives_a_create_that_fails_after_a_preemption(
-    tmp_path, fails, status, verbs
-):
-    body = (
-        'echo "$4 $5" >> "$OUT"\n'
-        'if [ "$4" = describe ]; then echo ACTIVE; fi\n'
-        f'if [ "$4" = create ] && [ "$(grep -c create "$OUT")" = {fails} ]; then exit 1; fi\n'
-        'if [ "$4" = ssh ] && [ "$(grep -c ssh "$OUT")" = 1 ]; then exit 75; fi'
-    )
-    path, out = fake(tmp_path / "bin", gcloud=body, sleep="exit 0"), tmp_path / "asked"
-    settings = {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out)}
-    done = run("queued_resource.sh", "--workdir=gs://b/r", **settings)
-    asked = [line.split()[0] for line in out.read_text().splitlines()]
-    assert done.returncode == status, done.stdout + done.stderr
-    assert asked[: len(verbs)] == verbs
-
-
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_jobset.sh", "slurm.sh"])
 def test_main_gets_one_start_timeout_the_users_if_there_is_one(script):
     assert len(re.findall("--start_timeout=[36]00", dry(script))) == 1
     for flag in ("--start_timeout=1800", "-start_timeout=1800"):
         own = run(script, "--dry-run", *FLAGS, flag, **SETTINGS[script])
         assert own.stdout.count("start_timeout") == own.stdout.count("start_timeout=1800") == 1
-
-
-def test_queued_resource_ends_when_the_state_is_never_told(tmp_path):
-    done, asked = queued(tmp_path, "echo no permission >&2; exit 1", MISSES="3")
-    assert done.returncode == 1 and asked == ["create r", *["describe r"] * 3, "delete r"]
-    assert "no permission" in done.stderr and "3 times in a row" in done.stderr.splitlines()[-1]
-
-
-def test_queued_resource_asks_runs_and_gives_back():
-    text = dry("queued_resource.sh")
-    wanted = ("queued-resources create r", "tpu-vm ssh r", "queued-resources delete r")
-    places = [text.index(command) for command in wanted]
-    assert places == sorted(places) and "--spot" in text
 
 
 def test_the_jobset_manifest_is_what_kubernetes_will_read():
