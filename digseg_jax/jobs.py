@@ -52,6 +52,7 @@ from digseg_jax.report.live import LivePage
 from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
+from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.setup import TASKS, Setup, check_batch_size, log_summary, set_up
 from digseg_jax.training.step import averaged
@@ -303,12 +304,17 @@ def evaluate(
     # Compare the configuration with the weights' training before anything is written.
     folder = find_export(model or str(workdir / EXPORT))
     description = read_description(folder)
-    config = with_settings(config or description.training_config(folder), settings or {})
+    settings = settings or {} if suite is None else suite_lib.used_settings(suite, settings or {})
+    config = with_settings(config or description.training_config(folder), settings)
     check_agreement(description, to_dict(config), folder)
     with together("the data"):
         if suite is None:
             check_scored_splits(config.data, config.eval)
-        scored = suite_lib.check_data(suite, config.data, config.eval) if suite is not None else []
+        closed = CODECS[config.model.codec].closed
+        answers = description.classes if closed else ()  # the only classes that a palette knows
+        scored = []
+        if suite is not None:
+            scored = suite_lib.check_data(suite, config.data, config.eval, answers)
 
     if model is None and suite is None:
         claim_workdir(workdir, to_dict(config), accept_changes, keep=True)
@@ -325,8 +331,9 @@ def evaluate(
 
     folder, about = workdir / "eval", description.provenance()
     results = suite_lib.run_suite(
-        config.data, config.eval, config.seed, segmenter, params, folder, suite, to_dict(config), about
-    )
+        config.data, config.eval, config.seed, segmenter, params, folder, suite, to_dict(config), about,
+        answers,
+    )  # fmt: skip
     log.info("suite %s: %s", suite, folder / f"suite_{suite}.md")
     with together("the pages of the suite"):
         if suite == domains.SUITE and is_main():

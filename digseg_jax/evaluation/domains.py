@@ -2,8 +2,9 @@
 """The generalist's domains as data to score: --suite=domains, from folders below config.data.root.
 
 Each is seen at its own scale (`data.datasets.domains`) and queried for its own classes; a background is
-what no class claims. The score is the mean IoU of the queried classes that occur; with one class it is
-that class's IoU. Names of other domains are queried too, and whatever they cover is an error.
+what no class claims. A folder that is no domain is seen at the evaluation's scale. The score is the
+mean IoU of the queried classes that occur; with one class it is that class's IoU. Names of other
+domains are queried too, and whatever they cover is an error.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ METRIC = "asked"  # mean IoU of the classes that were asked for
 
 
 def domains_below(root: str) -> tuple[Domain, ...]:
-    """The domains of the table, then every other folder below root that has a list of classes."""
+    """The domains of the table, then every other folder below root that has a list of classes.
+
+    Nothing is known of the scale of others (short_side 0): `eval.short_side` holds for them.
+    """
     root = os.path.expanduser(root)
     known = {domain.name for domain in DOMAINS}
     names = sorted(os.listdir(root)) if os.path.isdir(root) else []
     others = [n for n in names if n not in known and os.path.isfile(os.path.join(root, n, CLASSES))]
-    return (*DOMAINS, *(Domain(name) for name in others))
+    return (*DOMAINS, *(Domain(name, short_side=0) for name in others))
 
 
 def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) -> EvalExamples:
@@ -66,7 +70,7 @@ def domain_examples(domain: Domain, root: str, split: str, num_images: int = 0) 
         METRIC,
         absent="detectron2",
         template=facts.template,
-        short_side=domain.short_side,
+        short_side=domain.short_side or None,
         rest=rest[0] if rest else -1,
         wrong_names=wrong_names(domain),
         colors=facts.colors,

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from digseg_jax.arraytypes import Params
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import DataConfig, EvalConfig, PartConfig
+from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.data.shards.fingerprint import StaleShards
 from digseg_jax.data.sources import spec_of
 from digseg_jax.errors import Transient, UserError
@@ -53,6 +54,7 @@ SUITES = {
     "phenobench": ("phenobench",),
 }
 GALLERY = 8  # images shown of each domain
+ESTEPS = ("semantic", "all")  # suites with several E-Steps: the paper has them for this table only
 NAMES = (*SUITES, domains.SUITE, "all")  # all: the tables of the paper
 
 
@@ -66,8 +68,26 @@ def check_suite(name: str) -> None:
         raise UserError(f"--suite={name}: legal values are {', '.join(NAMES)}")
 
 
-def check_data(name: str, data: DataConfig, settings: EvalConfig) -> list[EvalExamples]:
-    """Opens every data set of a suite before anything is loaded; returns those that are there.
+def used_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a user gave for a suite, without a calibration, which no suite makes.
+
+    Logs in one line those that this suite does not use.
+    """
+    unused = {"eval.calibrate_split", "eval.calibrate_images", "data.name", "data.split"}
+    unused |= set() if name in ESTEPS else {"eval.sweep"}
+    unused |= set() if name == domains.SUITE else {"eval.split"}
+    unused |= {"eval.calibrate"} if given.get("eval.calibrate") else set()
+    if told := [f"config.{key}" for key in given if key in unused]:
+        log.info("--suite=%s does not use %s", name, ", ".join(told))
+    return {**given, "eval.calibrate": False}
+
+
+def check_data(
+    name: str, data: DataConfig, settings: EvalConfig, answers: Sequence[str] = ()
+) -> list[EvalExamples]:
+    """Opens every data set of a suite before anything is loaded; returns those that can be scored.
+
+    answers: classes of weights that answer no others, a palette's; () of weights that take any words.
 
     Raises:
       UserError: no such folder (unchecked, the suite of the domains would score the land cover alone,
@@ -81,7 +101,7 @@ def check_data(name: str, data: DataConfig, settings: EvalConfig) -> list[EvalEx
     missing, there = [], []
     for subject in {row.name: row for row in _subjects(data, settings, name)}.values():
         try:
-            there.append(subject.examples())
+            there.append(_answerable(subject.examples(), answers))
         except (StaleShards, Transient):
             raise
         except UserError as error:
@@ -94,8 +114,26 @@ def check_data(name: str, data: DataConfig, settings: EvalConfig) -> list[EvalEx
 def _nothing_there(name: str, root: str, first: str) -> UserError:
     """The error of a suite without data: most likely the root is wrong. first: what is missing."""
     return UserError(
-        f"--suite={name}: no data set of it under config.data.root={root!r}; the first: {first}"
+        f"--suite={name}: no data set of it under config.data.root={root!r} can be scored; the first: "
+        f"{first}"
     )
+
+
+def _answerable(examples: EvalExamples, answers: Sequence[str]) -> EvalExamples:
+    """The examples, if the weights answer just the classes that are asked for.
+
+    Raises:
+      UserError: they answer others, or in another order: their masks would count for wrong classes.
+    """
+    asked = [examples.classes[c] for c in examples.asked]
+    if answers and [name.lower() for name in asked] != [name.lower() for name in answers]:
+        differs = [name for name in asked if name not in answers]
+        more = f", which lack {', '.join(differs[:3])}" if differs else ", in their own order"
+        raise UserError(
+            f"these weights answer their own {len(answers)} classes alone{more}; a palette is scored "
+            "on the data set that it was trained on"
+        )
+    return examples
 
 
 def run_suite(
@@ -108,6 +146,7 @@ def run_suite(
     name: str,
     values: dict[str, Any],
     about: dict[str, Any] | None = None,
+    answers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores a suite's data sets; writes FOLDER/suite_NAME.json and .md.
 
@@ -120,6 +159,7 @@ def run_suite(
       values: of the whole configuration: a killed run's journal is only continued for equal values and
         weights.
       about: origin of the weights, for suite_NAME.json.
+      answers: see `check_data`.
 
     Returns:
       The content of suite_NAME.json.
@@ -135,8 +175,10 @@ def run_suite(
     results |= {"weights": about} if about else {}
     values = values | {"model": model_facts(values.get("model", {}), about)}
     for subject in _subjects(data, settings, name):
-        row = {"suite": subject.suite, "dataset": subject.name, "estep": str(subject.estep)}
-        results["rows"].append(row | _one(subject, segmenter, settings, seed, values, weights, folder))
+        row: dict[str, Any] = {"suite": subject.suite, "dataset": subject.name}
+        row |= {"estep": str(subject.estep)} | ({"unlisted": True} if subject.unlisted else {})
+        row |= _one(subject, segmenter, settings, seed, values, weights, folder, answers)
+        results["rows"].append(row)
 
     if all("missing" in row for row in results["rows"]):
         raise _nothing_there(name, data.root, results["rows"][0]["missing"])
@@ -154,7 +196,8 @@ class _Subject:
     """A row of a suite before it is scored: a data set under one E-Step.
 
     examples: opens the split; raises UserError. training: of those examples, the images for a threshold
-    search. facts: JSON-ready, what else changes the counts. shown: images of its gallery.
+    search. facts: JSON-ready, what else changes the counts. shown: images of its gallery. unlisted: a
+    folder of the user's own among the domains.
     """
 
     suite: str
@@ -164,6 +207,7 @@ class _Subject:
     training: Callable[[EvalExamples], EvalExamples | None] = lambda examples: None
     facts: Any = None
     shown: int = 0
+    unlisted: bool = False
 
 
 def _subjects(data: DataConfig, settings: EvalConfig, name: str) -> Iterator[_Subject]:
@@ -174,8 +218,8 @@ def _subjects(data: DataConfig, settings: EvalConfig, name: str) -> Iterator[_Su
         for domain in domains.domains_below(data.root):
             opened = partial(domains.domain_examples, domain, data.root, split, count)
             facts = domains.describe_domain(domain)
-            row = _Subject(name, domain.name, esteps[0], opened, facts=facts)
-            yield dataclasses.replace(row, shown=GALLERY)
+            row = _Subject(name, domain.name, esteps[0], opened, facts=facts, shown=GALLERY)
+            yield dataclasses.replace(row, unlisted=domain not in DOMAINS)
         return
 
     # Each data set under its own name, whatever the weights were trained on.
@@ -186,8 +230,8 @@ def _subjects(data: DataConfig, settings: EvalConfig, name: str) -> Iterator[_Su
             own = dataclasses.replace(data, name=dataset, root=root, split="", mixture=())
             opened = partial(_paper_examples, own, settings.num_images)
 
-            # The headline E-Step first, then the sweep's: the paper has them for one suite only.
-            for estep in esteps if suite == "semantic" else esteps[:1]:
+            # The headline E-Step first, then the sweep's.
+            for estep in esteps if suite in ESTEPS else esteps[:1]:
                 search = partial(searched_on, own)
                 yield _Subject(suite, dataset, estep, opened, training=search)
 
@@ -205,15 +249,16 @@ def _one(
     values: dict[str, Any],
     weights: Params | None,
     folder: AnyPath,
+    answers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of one data set under one E-Step, or {"missing": reason}.
 
-    values: the configuration, for the journal's identity.
+    values: the configuration, for the journal's identity. answers: see `check_data`.
     """
     # A missing data set is a row of the table, not the end of the suite.
     try:
         with together(f"the data set {subject.name}"):
-            examples = subject.examples()
+            examples = _answerable(subject.examples(), answers)
     except Transient:  # the data may be there: to be started again
         raise
     except UserError as error:
@@ -294,8 +339,8 @@ def scores_of(
         "per_class": headline.per_class(),
     }
 
-    # What is covered by masks of names that no image can show.
-    if examples.wrong_names:
+    # What is covered by masks of names that no image can show; a palette is not asked for others.
+    if examples.wrong_names and not evaluator.codec.closed:
         result["wrong_names"] = evaluator.coverage(examples.wrong_names, estep, journal)
 
     # How many of the present classes gates of other sizes would have kept.

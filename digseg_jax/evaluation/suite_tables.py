@@ -22,6 +22,7 @@ COLUMNS = (
     "images/s",
     "queries/s",
 )
+MOST_REASON = 90  # letters of the reason why a row was not measured
 
 
 def lines(results: Mapping[str, Any]) -> list[list[Any]]:
@@ -30,20 +31,34 @@ def lines(results: Mapping[str, Any]) -> list[list[Any]]:
     for row in results["rows"]:
         where = [row["suite"], row["dataset"], row["estep"]]
         if "missing" in row:
-            found.append([*where, *"–––", "not measured: no data", *"––––"])
+            found.append([*where, *"–––", not_measured(row), *"––––"])
             continue
         asked = [prompt_forms(row), input_size(row)]
         found += [[*where, *asked, *cells] for cells in _cells(row)]
     return found + _mean_of_domains(results["rows"])
 
 
+def not_measured(row: Mapping[str, Any]) -> str:
+    """Why a row has no scores, in short: without a remedy, and without the middle of a long path."""
+    reason = str(row["missing"]).partition("; ")[0]
+    if len(reason) > MOST_REASON:
+        reason = f"{reason[: MOST_REASON // 3]} … {reason[-MOST_REASON // 2 :]}"
+    return f"not measured: {reason}"
+
+
 def _mean_of_domains(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """The line with the mean over all measured domains; none for the paper's suites."""
-    known = [row for row in rows if row.get("asked_miou") is not None]
+    """The line with the mean over all measured domains; none for the paper's suites.
+
+    A user's own folder is no domain: with it, means of two machines would not be of the same data.
+    """
+    scored = [row for row in rows if row.get("asked_miou") is not None]
+    known = [row for row in scored if not row.get("unlisted")]
     if len(known) < 2:
         return []
     mean = sum(row["asked_miou"] for row in known) / len(known)
-    where = [known[0]["suite"], f"mean of {len(known)} domains", known[0]["estep"]]
+    others = len(scored) - len(known)
+    without = f" (without {others} other folder{'s' * (others > 1)})" if others else ""
+    where = [known[0]["suite"], f"mean of {len(known)} domains{without}", known[0]["estep"]]
     return [[*where, *"–––", "mean IoU", percent(mean), *"–––"]]
 
 
@@ -54,7 +69,8 @@ def note(results: Mapping[str, Any]) -> str:
         return (
             f"Domains, seed {results['seed']}; percent. {about} Each domain is seen at its own scale; "
             "its score is the mean IoU of the classes that were asked for and occur. A background is "
-            "what no class claims. Names of other domains should cover nothing."
+            "what no class claims. Names of other domains should cover nothing. Folders that are no "
+            "domains are seen with config.eval.short_side and do not count in the mean."
         )
     return (
         f"Suite {results['suite']}, seed {results['seed']}; percent. {about} Oracle asks only for "
@@ -149,8 +165,10 @@ def _rate(value: float) -> str:
 
 
 def _stated(row: dict[str, Any]) -> str:
-    """The paper's mIoU in percent; in the semantic suite, its mIoU under this E-Step."""
-    if row["suite"] == "semantic" and row["estep"] in paper.ESTEP:
+    """The paper's mIoU in percent; in the semantic suite, its mIoU under this E-Step, or a dash."""
+    if row["suite"] == "semantic":
+        if row["estep"] not in paper.ESTEP:
+            return "–"
         coco, ade, fps = paper.ESTEP[row["estep"]]
         return f"{coco if row['dataset'] == 'coco_stuff' else ade} at {fps} FPS"
     return paper.figure(row["suite"], row["dataset"], "miou")

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from digseg_jax.config.sampling import EStep
+
 MOST_LINES = 60  # classes that the log lists
 
 
@@ -40,6 +42,12 @@ def trained_on(about: Mapping[str, Any] | None) -> str:
         return "Nothing is known of the weights' training."
     datasets = ", ".join(about["datasets"])
     return f"Weights trained on {datasets}, {about['steps']} steps from {about['started_from']}."
+
+
+def estep_of(results: Mapping[str, Any]) -> str:
+    """The E-Step of results.json, as "4x2:leading"; results of earlier versions lack the spacing."""
+    spacing = results.get("spacing") or "trailing"
+    return str(EStep(results["ensemble"], results["steps"], spacing))
 
 
 def class_lines(per_class: Mapping[str, float | None]) -> str:
@@ -81,7 +89,7 @@ def results_markdown(results: dict[str, Any]) -> str:
 
     # Scores in results.json are shares (0..1); the page prints percent.
     classes = [[name, percent(value)] for name, value in results["per_class"].items()]
-    estep = f"E-Step {results['ensemble']}x{results['steps']}"
+    estep = f"E-Step {estep_of(results)}"
     lines = [
         f"# {results['dataset']}, {results['split']} split: measured by this run\n",
         f"{results['num_images']} images, {estep}, seed {results['seed']}. {results['protocol']}.\n",

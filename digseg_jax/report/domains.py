@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from digseg_jax.evaluation.suite_tables import not_measured
 from digseg_jax.io import storage
 from digseg_jax.io.names import distinct
 from digseg_jax.io.storage import AnyPath
@@ -59,7 +60,7 @@ def _index(rows: Sequence[Mapping[str, Any]], files: Mapping[str, str]) -> str:
     cells: list[list[Cell]] = []
     for row in rows:
         if "missing" in row:
-            cells.append([str(row["dataset"]), "–", "–", "not measured: no data", "–"])
+            cells.append([str(row["dataset"]), "–", "–", not_measured(row), "–"])
             continue
         wrong = row.get("wrong_names") or {}
         area = Number(sum(wrong.values()) / len(wrong)) if wrong else "–"

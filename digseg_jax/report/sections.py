@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from digseg_jax.data.datasets.registry import title
-from digseg_jax.evaluation.tables import input_size, prompt_forms
+from digseg_jax.evaluation.tables import estep_of, input_size, prompt_forms
 from digseg_jax.report.tables import Cell, Number, Table, cell_of
 from digseg_jax.viz.templates import is_number
 
@@ -52,6 +52,7 @@ def headline(results: Mapping[str, Any], name: str, root: str = "") -> dict[str,
         "accuracy": results.get("accuracy"),
         "images": results["num_images"],
         "members": results["ensemble"],
+        "estep": estep_of(results).replace("x", " × ", 1),
         "combined": combined if results["ensemble"] > 1 else "",
         "protocol": protocol,
         "protocol_meaning": known or "how classes are asked for and counted",

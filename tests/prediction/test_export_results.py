@@ -61,9 +61,8 @@ def test_results_count_if_they_are_of_the_whole_split_or_of_the_runs_own_number(
         "calibration_images": used, "calibration_split_images": there,
     }  # fmt: skip
     exports.add_results(tmp_path, results)
-    assert ((tmp_path / exports.CALIBRATION).exists(), (tmp_path / exports.CARD).read_bytes() != card) == (
-        written, written,
-    )  # fmt: skip
+    assert (tmp_path / exports.CALIBRATION).exists() == written
+    assert ((tmp_path / exports.CARD).read_bytes() != card) == written
 
     # Results of earlier versions do not say of how many images they could have been.
     earlier = {k: v for k, v in results.items() if not k.endswith(("split_images", "ation_images"))}

@@ -27,7 +27,7 @@ class Domain:
       name: its folder below config.data.root, and its row in the suite's table.
       reader: what config.data.name calls data of its layout.
       group: the kind of things that its classes name; `may_show` refers to it.
-      short_side: pixels of an image's short side at scale 1.
+      short_side: pixels of an image's short side at scale 1; 0: not known.
       scale_min, scale_max: range of the random scale in training.
       quarter_turns: whether its images have no upright.
       jitter: strength of color augmentation; 0 where the color is the class.
