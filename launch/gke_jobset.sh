@@ -9,8 +9,9 @@
 # SERVICE_ACCOUNT: Kubernetes account that may write to the bucket (default "default"). The image is made by
 # docker build -f launch/Dockerfile -t IMAGE . && docker push IMAGE; the cluster needs the JobSet controller.
 # A configuration error (status 2) or too little memory (3) ends the job; everything else, preemption (75)
-# included, starts it again, and the run goes on from its last checkpoint. --dry-run prints the manifest and
-# the command.
+# included, starts it again, and the run goes on from its last checkpoint. The same command starts a run again
+# whose JobSet has ended: that is deleted first, with its pods. While it has not, a second start is refused.
+# --dry-run prints the manifest and the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -80,9 +81,23 @@ spec:
 EOF
 }
 
+delete=(kubectl delete jobset "$NAME" --cascade=foreground)
+
 if [[ -n "$dry_run" ]]; then
   manifest
+  echo "# if a JobSet $NAME has ended: ${delete[*]}"
   echo "# kubectl apply -f -"
-else
-  manifest | kubectl apply -f -
+  exit 0
 fi
+# The specification of a JobSet cannot be changed, and each start has a new token: there must be none.
+conditions='{range .status.conditions[?(@.status=="True")]} {.type}{end}'
+there="$(kubectl get jobset "$NAME" --ignore-not-found -o jsonpath="{.metadata.name}$conditions")"
+case "$there " in
+  " ") ;;
+  *" Completed "* | *" Failed "*) "${delete[@]}" ;;
+  *)
+    echo "error: JobSet $NAME is there and has not ended; to end it: ${delete[*]}" >&2
+    exit 2
+    ;;
+esac
+manifest | kubectl apply -f -

@@ -246,6 +246,31 @@ def test_the_jobset_manifest_is_what_kubernetes_will_read():
     assert rule == {"action": "FailJob", "onExitCodes": codes}
 
 
+def jobset(tmp_path, there: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """A run of gke_jobset.sh where `kubectl get` says this; and what was asked after that."""
+    body = 'echo "$1 $2 $3" >> "$OUT"\ncase $1 in get) printf %s "$THERE" ;; apply) cat ;; esac'
+    path, out = fake(tmp_path / "bin", kubectl=body), tmp_path / "asked"
+    settings = {"PATH": path, "OUT": str(out), "THERE": there, **SETTINGS["gke_jobset.sh"]}
+    done = run("gke_jobset.sh", *FLAGS, **settings)
+    first, *asked = out.read_text().splitlines()
+    assert first == "get jobset r"
+    return done, asked
+
+
+@pytest.mark.parametrize("there", ["", "r Completed", "r Suspended Failed"])
+def test_a_jobset_that_has_ended_makes_room(tmp_path, there):
+    """Its specification cannot be changed: the same command would be refused."""
+    done, asked = jobset(tmp_path, there)
+    assert done.returncode == 0 and "kind: JobSet" in done.stdout
+    assert asked == ["delete jobset r"] * bool(there) + ["apply -f -"]
+
+
+@pytest.mark.parametrize("there", ["r", "r StartupPolicyCompleted"])
+def test_a_jobset_that_has_not_ended_is_left_alone(tmp_path, there):
+    done, asked = jobset(tmp_path, there)
+    assert "has not ended" in refused(done) and not asked
+
+
 def test_a_flag_of_two_lines_is_refused_where_yaml_would_join_them():
     done = run("gke_jobset.sh", "--dry-run", "--config=a\nb", **SETTINGS["gke_jobset.sh"])
     assert "must be one line" in refused(done)
