@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,10 +21,14 @@ from etils import epath
 
 import digseg_jax
 from digseg_jax.arraytypes import Params
-from digseg_jax.io.json_file import parse_object, read_json
+from digseg_jax.errors import UserError
+from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.storage import AnyPath, explained, is_remote, write_bytes
 from digseg_jax.runtime.collectives import tell_all
 from digseg_jax.runtime.distributed import is_main, together
+
+READERS = 32  # objects of a bucket that are read at a time
+PATIENCE = 7200.0  # seconds that processes wait for process 0 to read a long journal
 
 
 class Journal:
@@ -57,7 +62,7 @@ class Journal:
         Raises:
           UserError: on every process, if the disk or the bucket cannot be written.
         """
-        with together("the journal"):
+        with together("the journal", PATIENCE):
             journal = cls(folder if is_main() else None, name, identity)
         journal.done = tell_all(journal.done)
         return journal
@@ -141,20 +146,33 @@ class _Objects:
     def begin(self, identity: str) -> list[dict[str, Any]]:
         """Returns the rows of this identity in their order; removes the rows of any other identity."""
         self.identity = identity
-        rows = []
 
         # Zero-padded numbers: the order of names is the order of the pieces.
         with explained(self.folder, "cannot be read"):
             names = sorted(p.name for p in self.folder.iterdir()) if self.folder.exists() else []
-        for name in names:
-            row = read_json(self.folder / name)
-            if row.pop("identity", None) != identity:
-                with explained(self.folder, "cannot be cleared"):
-                    self.folder.rmtree()
-                return []
-            rows.append(row)
+
+        # Each read waits for its bucket: one after another, ten thousand take hours. The first tells
+        # whether there is anything to read.
+        rows = [self._row(name) for name in names[:1]]
+        if all(row.get("identity") == identity for row in rows):
+            with ThreadPoolExecutor(READERS) as pool:
+                rows += pool.map(self._row, names[1:])
+        if any(row.pop("identity", None) != identity for row in rows):
+            with explained(self.folder, "cannot be cleared"):
+                self.folder.rmtree()
+            return []
         self.count = len(rows)
         return rows
+
+    def _row(self, name: str) -> dict[str, Any]:
+        """Content of a piece, with its identity."""
+        path = self.folder / name
+        with explained(path, "cannot be read"):
+            data = path.read_bytes()
+        try:
+            return parse_object(data)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row as the next object."""

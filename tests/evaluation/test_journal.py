@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from etils import epath
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation import journal as journal_module
 from digseg_jax.evaluation.journal import Journal, identity_of, pack, unpack
+from digseg_jax.runtime import distributed
 
 
 def filled(folder, n=3, identity="a"):
@@ -98,3 +101,44 @@ def test_another_version_of_the_program_is_another_identity(monkeypatch):
     before = identity_of(None, {"seed": 0})
     monkeypatch.setattr("digseg_jax.__version__", "9.9.9")
     assert identity_of(None, {"seed": 0}) != before
+
+
+def test_pieces_in_a_bucket_are_read_side_by_side_and_keep_their_order(tmp_path, monkeypatch):
+    """One after another, a long journal took longer than the other processes wait for it."""
+    monkeypatch.setattr(journal_module, "is_remote", lambda folder: True)
+    folder = epath.Path(tmp_path)
+    filled(folder, n=150).close()
+    kind, running, most = type(folder), [], []
+    read = kind.read_bytes
+
+    def slow(path):
+        running.append(path)
+        most.append(len(running))
+        time.sleep(0.02 + 0.01 * (int(path.stem) % 3))  # later ones may be faster
+        running.remove(path)
+        return read(path)
+
+    monkeypatch.setattr(kind, "read_bytes", slow)
+    assert list(Journal(folder, "set", "a").done) == [str(i) for i in range(150)]
+    assert 8 < max(most) <= journal_module.READERS
+
+    # Of another identity one piece is enough to know; a broken one is named.
+    most.clear()
+    (tmp_path / "set" / "00007.json").write_text("{")
+    with pytest.raises(UserError, match="00007.json: not readable as JSON"):
+        Journal(folder, "set", "a")
+    most.clear()
+    assert Journal(folder, "set", "b").done == {} and len(most) == 1
+
+
+def test_processes_wait_long_for_a_long_journal(tmp_path, monkeypatch):
+    waited = []
+
+    @contextlib.contextmanager
+    def noted(name, timeout=distributed.BARRIER_TIMEOUT):
+        waited.append(timeout)
+        yield
+
+    monkeypatch.setattr(journal_module, "together", noted)
+    Journal.shared(tmp_path, "set", "a").close()
+    assert waited and min(waited) >= 3600
