@@ -6,7 +6,7 @@ trained as configs/coco_stuff.py. Paper: mIoU 19.9 (ViT-L/14).
 
 The model comes from the hub: Stable Diffusion 2.1, or another one of digseg_jax/recipes.py, as in
 configs/ade20k_847.py:sd15_epsilon. Comments in both files say where each setting is from.
-Not run yet: the checkpoint and the images were not available.
+Not run yet.
 """
 
 from digseg_jax.recipes import stable_diffusion

@@ -8,8 +8,8 @@ configs/folder.py:small starts from the shipped segmenter: two cores, nothing do
 seen with a short side of 128 pixels, so what is thinner than a thirtieth of an image is lost.
 
 Without :small the model comes from the hub: Stable Diffusion 2.1, or another one of
-digseg_jax/recipes.py, as in configs/folder.py:sd15_epsilon. That has not been run yet: the checkpoint
-was not available. Comments here and in digseg_jax/recipes.py say where each setting is from.
+digseg_jax/recipes.py, as in configs/folder.py:sd15_epsilon. That has not been run yet. Comments here
+and in digseg_jax/recipes.py say where each setting is from.
 """
 
 from digseg_jax.config import default

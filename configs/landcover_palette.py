@@ -3,7 +3,7 @@
 
 Trained on the same tiles as configs/landcover.py, for a comparison of the two codecs. One image per
 image instead of one per query: a step costs about half, an evaluation about an eighth.
-Measured, the whole recipe on one busy core, 81 held-out tiles: read from the latents by the nearest
+Measured, the whole recipe on one core, 81 held-out tiles: read from the latents by the nearest
 color (`eval.decoder=probe`, 1x1) mIoU 0.490, accuracy 0.801; through the decoder (`vae`, 4x2) 0.397
 and 0.736. The auxiliary loss trains what the former reads: where the U-Net is unsure between two
 colors, the decoder paints a third one. The binary codec's recipe has 0.547 and 0.858 (2x2).
