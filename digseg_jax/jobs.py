@@ -323,10 +323,11 @@ def evaluate(
     task, params, mesh = segmenter.task, segmenter.programs.params, segmenter.mesh
     check_evaluation(task, mesh, scored)
     if suite is None:
+        scale = segmenter.scale
         del segmenter  # frees its frozen parts on the devices: the evaluation places its own
         return evaluate_and_report(
             config.data, config.eval, config.seed, task, params, mesh, workdir,
-            description=description, own=model is None,
+            description=description, own=model is None, scale=scale,
         )  # fmt: skip
 
     folder, about = workdir / "eval", description.provenance()
@@ -413,14 +414,18 @@ def evaluate_and_report(
     *,
     description: Description | None = None,
     own: bool = True,
+    scale: float | None = None,
 ) -> dict[str, Any]:
     """Evaluates, writes the report, and logs the mIoU and the report's path; returns the results.
 
     description: of the weights; by default of the run's export. own: whether they are that export.
+    scale: that an earlier evaluation has fitted for them; None: not known.
     """
     description = description or read_description(workdir / EXPORT)
     about, templates = description.provenance(), description.templates
-    results = evaluation.evaluate(data, settings, seed, task, params, mesh, workdir, about, templates)
+    results = evaluation.evaluate(
+        data, settings, seed, task, params, mesh, workdir, about, templates, scale
+    )
 
     page = workdir
     with together("the report"):

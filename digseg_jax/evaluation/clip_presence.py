@@ -9,6 +9,7 @@ paper mentions no gate. The model is transformers' CLIPModel (Radford et al., ar
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,12 +56,21 @@ class ClipPresence:
         self.graphdef, params = functional.split(vision)
         self.params = jax.device_put(params, jax.local_devices()[0])
         self._features: dict[tuple[str, ...], np.ndarray] = {}
+        self.seconds, self._compiled = 0.0, False  # in `scores`, without compilation and texts
 
     def scores(self, image: UInt8[np.ndarray, "h w 3"], names: Sequence[str]) -> np.ndarray:
         """Probabilities of the names, float [names]: a softmax over the whole vocabulary."""
+        named = self._named(names)
+        if not self._compiled:  # once, as every image is brought to one size
+            blank = jnp.zeros((1, self.size, self.size, 3))
+            jax.block_until_ready(_embed(self.graphdef, self.params, blank))
+            self._compiled = True
+
+        started = time.monotonic()
         pixels = to_unit(jnp.asarray(resize_image(image, self.size, self.size))[None])
-        cosines = np.asarray(_embed(self.graphdef, self.params, pixels))[0] @ self._named(names).T
+        cosines = np.asarray(_embed(self.graphdef, self.params, pixels))[0] @ named.T
         odds = np.exp(LOGIT_SCALE * (cosines - cosines.max()))
+        self.seconds += time.monotonic() - started
         return np.asarray(odds / odds.sum(), np.float64)
 
     def _named(self, names: Sequence[str]) -> Float[np.ndarray, "n d"]:

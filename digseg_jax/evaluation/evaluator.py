@@ -8,9 +8,7 @@ stopped, and the result is the same integers on any number of devices.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import EvalConfig
 from digseg_jax.config.templates import PLACE, fill
+from digseg_jax.evaluation import fitting
 from digseg_jax.evaluation.clip_presence import load_presence
 from digseg_jax.evaluation.counts import (
     DEFAULT_THRESHOLD,
@@ -42,7 +41,6 @@ from digseg_jax.runtime.distributed import together
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation.calibration import Calibration
 
-CALIBRATION_STRIDE = 4  # pixels in both axes; a scale and one bias per class need no more samples
 COARSE = EStep(1, 1)  # sampling of the pass that finds the classes present, one member and one step
 THRESHOLD_IMAGES = 30  # training images for the threshold search of a foreground class
 
@@ -81,6 +79,7 @@ class Evaluator:
         self.mode = examples.inference if settings.inference == "auto" else settings.inference
         self.absent = examples.absent if settings.absent_rule == "auto" else settings.absent_rule
         self.codec = segmenter.task.codec
+        self._gate_seconds = 0.0  # in the passes of a CLIP, which the segmenter's clock does not see
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -233,8 +232,28 @@ class Evaluator:
             pass
         return [journal[f"{name} {i}"] for i in range(len(training))]
 
+    @property
+    def fits(self) -> bool:
+        """Whether biases can be fitted.
+
+        Of more names than compete in one mask image, a prediction asks for some: biases that were
+        fitted among all would be of another competition.
+        """
+        limit = self.settings.exhaustive_limit
+        return not self.codec.exclusive or self.codec.asks_for_all(len(self.queries), limit)
+
+    def fitted_to(self, estep: EStep, examples: EvalExamples) -> tuple[EvalExamples, int]:
+        """The images that a calibration is fitted to, and the most pixels of each."""
+        # The mean of latents is decoded once; otherwise each member has a score, for each of its texts.
+        once = self.settings.decoder == "latent_mean" and not self.codec.recolored
+        texts = 1 if self.codec.pooled else max(1, len(self.templates))
+        members = texts * (1 if once else estep.ensemble)
+        return fitting.choose(examples, len(self.queries), members)
+
     def calibrate(self, estep: EStep, examples: EvalExamples) -> Calibration:
         """Fits scale and class biases for one E-Step, with all its members, on a split not scored.
+
+        The pixels of a large split are too many: see `fitted_to`.
 
         Raises:
           ValueError: `examples` are of the split that is scored.
@@ -242,27 +261,23 @@ class Evaluator:
         if examples.split == self.examples.split:
             raise ValueError(f"a calibration on {examples.split!r}, the split that is scored")
 
-        # Of more names than compete in one mask image, a prediction asks for some: biases that were
-        # fitted among all would be of another competition.
-        limit = self.settings.exhaustive_limit
-        if self.codec.exclusive and not self.codec.asks_for_all(len(self.queries), limit):
+        if not self.fits:
             log.info("no calibration of %s: not all classes are asked for in one mask image", estep)
             return calibration_lib.identity(len(self.queries), self.segmenter.scale)
 
         # Each process collects mask scores of its own images.
+        examples, most = self.fitted_to(estep, examples)
         every = range(len(examples))
         pixels: dict[str, str] = {}  # image index -> encoded arrays, as JSON has only text keys
         for _, images, found in self._groups(examples, every, f"calibration {estep}"):
             queries = [self.queries] * len(images)
             answers = self._segment(images, found, queries, estep, evidence=True)
             for i, example, answer in zip(images, found, answers, strict=True):
-                pixels[str(i)] = _encoded(_few_pixels(example["label"], answer))
+                pixels[str(i)] = fitting.encoded(fitting.few_pixels(example["label"], answer, most))
 
         # Every process fits the same numbers to all processes' pixels, in the order of the images.
         merged = {i: text for part in gather_all(pixels) for i, text in part.items()}
-        tables = [_decoded(merged[str(i)]) for i in every]
-        evidence = np.concatenate([evidence for evidence, _ in tables])
-        label = np.concatenate([label for _, label in tables])
+        evidence, label = fitting.joined([merged[str(i)] for i in every])
         return calibration_lib.fit(
             evidence,
             label,
@@ -335,7 +350,10 @@ class Evaluator:
         """
         if spec := self.settings.presence_model:
             clip = load_presence(spec)
-            return [clip.scores(example["image"], self.queries) for example in found]
+            before = clip.seconds
+            scores = [clip.scores(example["image"], self.queries) for example in found]
+            self._gate_seconds += clip.seconds - before
+            return scores
 
         queries = [self.queries] * len(images)
         answers = self._segment(images, found, queries, COARSE, mode="whole", decoder="probe")
@@ -386,10 +404,10 @@ class Evaluator:
         """
         pending = [i for i in range(len(examples)) if f"{name} {i}" not in journal]
         for group, images, found in self._groups(examples, pending, f"eval {name}"):
-            # The segmenter's clock excludes compilation; every image gets the mean of its group.
-            before = self.segmenter.seconds
+            # The clocks exclude compilation; every image gets the mean of its group.
+            before = self.segmenter.seconds + self._gate_seconds
             counted = dict(zip(images, count(images, found), strict=True))
-            seconds = (self.segmenter.seconds - before) / len(group)
+            seconds = (self.segmenter.seconds + self._gate_seconds - before) / len(group)
 
             # Every process gets all rows; `gather_all` sends JSON, whose keys are texts.
             own = {str(i): c.row for i, c in counted.items()}
@@ -426,24 +444,3 @@ class Evaluator:
             done = start + len(group)
             progress.update(done, done / max(time.monotonic() - started, 1e-9))
         progress.close()
-
-
-def _few_pixels(label: np.ndarray, answer: Answer) -> dict[str, np.ndarray]:
-    """Mask scores [pixels, q, e] and labels [pixels] at every 4th pixel, for fitting a calibration."""
-    stride = slice(None, None, CALIBRATION_STRIDE)
-    planes = [answer.evidence(q)[:, stride, stride] for q in range(answer.num_queries)]
-    evidence = np.stack([p.reshape(len(p), -1) for p in planes])
-    return {"evidence": np.moveaxis(evidence, -1, 0), "label": label[stride, stride].ravel()}
-
-
-def _encoded(arrays: dict[str, np.ndarray]) -> str:
-    """Arrays as base64 text, bit for bit."""
-    data = io.BytesIO()
-    np.savez(data, **arrays)  # type: ignore[arg-type]  # no array is named as an option
-    return base64.b64encode(data.getvalue()).decode("ascii")
-
-
-def _decoded(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mask scores and labels from the text of `_encoded`."""
-    with np.load(io.BytesIO(base64.b64decode(text))) as stored:
-        return stored["evidence"], stored["label"]

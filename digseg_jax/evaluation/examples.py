@@ -69,6 +69,12 @@ class EvalExamples:
         """The first `count` examples."""
         return dataclasses.replace(self, rows=self.rows[:count])
 
+    def evenly(self, count: int) -> EvalExamples:
+        """`count` evenly spread examples; all of them if there are not more."""
+        if count >= len(self):
+            return self
+        return dataclasses.replace(self, rows=tuple(self.rows[i] for i in spread(len(self), count)))
+
 
 def eval_examples(config: DataConfig, split: str, num_images: int = 0) -> EvalExamples:
     """Opens the examples of a split of `scored_part`: all, or `num_images` evenly spread ones.

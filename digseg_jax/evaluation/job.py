@@ -23,6 +23,7 @@ from digseg_jax.config.schema import DataConfig, EvalConfig
 from digseg_jax.data.datasets.registry import title
 from digseg_jax.data.sources import scored_part, spec_of
 from digseg_jax.errors import Transient, UserError
+from digseg_jax.evaluation import fitting
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
 from digseg_jax.evaluation.gallery import IMAGES, Shown
@@ -52,6 +53,7 @@ def evaluate(
     workdir: AnyPath,
     about: dict[str, Any] | None = None,
     templates: Sequence[str] = (),
+    scale: float | None = None,
 ) -> dict[str, Any]:
     """Scores weights; writes DIR/eval/{results.json, results.md, speed.json, estep.json, gallery/}.
 
@@ -63,6 +65,7 @@ def evaluate(
       seed: of the initial noise.
       about: origin of the weights; goes into results.json.
       templates: prompts of the weights' training; by default those of the configuration's data sets.
+      scale: of the mask scores, if none is fitted: what an earlier evaluation fitted for the weights.
 
     Returns:
       The content of results.json.
@@ -71,12 +74,16 @@ def evaluate(
       UserError: no such data set, split or folder, or a file that cannot be written.
     """
     # Open every split before the first image is segmented, so that a missing one is reported early.
-    segmenter = Segmenter(task, params, settings, mesh=mesh, templates=templates)
+    scales = {} if scale is None or settings.calibrate else {"scale": scale}
+    segmenter = Segmenter(task, params, settings, mesh=mesh, templates=templates, **scales)
     examples = eval_examples(data, settings.split, settings.num_images)
     evaluator = Evaluator(segmenter, examples, settings, seed=seed)
     training = searched_on(data, examples)
     fitted_on = calibrated_on(data, settings)
     _tell_scale(data, examples, evaluator)
+    estep = EStep(settings.ensemble, settings.steps, settings.spacing)
+    if fitted_on:
+        _tell_fit(evaluator, estep, fitted_on)
 
     # Counts are only continued for the same weights, model, data, settings and seed.
     folder = workdir / "eval"
@@ -89,6 +96,7 @@ def evaluate(
         [split.digest() for split in (examples, training, fitted_on) if split],
         len(examples),
         evaluator.prompts,
+        segmenter.scale,
     )
     journal = Journal.shared(folder / UNFINISHED, "counts", identity)
     shown = Shown(IMAGES, len(examples), folder / UNFINISHED)
@@ -99,7 +107,6 @@ def evaluate(
         return evaluator.scores(estep, fitted, journal=journal, shown=shown), fitted
 
     # The headline E-Step is shown in the gallery; the sweep only gives rows of a table.
-    estep = EStep(settings.ensemble, settings.steps, settings.spacing)
     scores, fitted = scored(estep, shown)
     searching = evaluator.threshold_counts(estep, training, journal, fitted.scale) if training else []
     results = results_of(scores, evaluator, data.name, fitted, estep, searching)
@@ -250,6 +257,18 @@ def _tell_scale(data: DataConfig, examples: EvalExamples, evaluator: Evaluator) 
             "evaluation at scale %.2f, trained from %.2f to %.2f: set config.eval.short_side nearer to "
             "%d, scale 1 of the training",
             scale, least, most, part.short_side or unit,
+        )  # fmt: skip
+
+
+def _tell_fit(evaluator: Evaluator, estep: EStep, fitted_on: EvalExamples) -> None:
+    """Logs what a calibration will be fitted to."""
+    if evaluator.fits:
+        chosen, pixels = evaluator.fitted_to(estep, fitted_on)
+        log.info(
+            "calibration of %s: on %d of %d images of %s, every %dth pixel in both axes and at most %d "
+            "of an image, so that the mask scores stay below %d MiB",
+            estep, len(chosen), len(fitted_on), fitted_on.split, fitting.STRIDE, pixels,
+            fitting.EVIDENCE // 2**20,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from digseg_jax.data.sources import labels_of, scored_part
 from digseg_jax.data.vocabulary import training_templates
 from digseg_jax.evaluation.evaluator import COARSE, THRESHOLD_IMAGES
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
+from digseg_jax.evaluation.fitting import choose
 from digseg_jax.evaluation.job import calibrated_on, searched_on
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.prediction.description import installed_versions
@@ -76,11 +77,14 @@ def passes(
 
     # Biases fitted among more names than a mask image shows are not used, and so not fitted.
     fits = not codec.exclusive or codec.asks_for_all(classes, settings.exhaustive_limit)
-    fitted = len(fitted_on) if fitted_on and fits else 0
+    once = settings.decoder == "latent_mean" and not codec.recolored
     found = 0
     for estep in (headline, *map(EStep.parse, settings.sweep)):
         found += len(examples) * masks_of_a_view(settings, codec, asked, estep, texts)
-        found += fitted * _mask_images(codec, classes * texts) * estep.ensemble * estep.steps
+        if fitted_on and fits:
+            members = texts * (1 if once else estep.ensemble)
+            fitted = len(choose(fitted_on, classes, members)[0])
+            found += fitted * _mask_images(codec, classes * texts) * estep.ensemble * estep.steps
 
     if searched:
         images = min(len(searched), THRESHOLD_IMAGES)

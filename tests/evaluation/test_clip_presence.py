@@ -88,6 +88,13 @@ def test_the_gate_asks_for_the_best_classes_of_the_clip_whatever_the_network_fin
     best = sorted(np.argsort(-expected)[:2])
     assert asked == [NAMES[c] for c in best]
 
+    # The reader says one second an image; the gate's pass is part of the time, its compilation is not.
+    gate = clip_presence.load_presence(str(clip))
+    assert row["seconds"] == pytest.approx(1 + gate.seconds) and gate.seconds > 0
+    before = gate.seconds
+    gate.scores(image, NAMES)
+    assert before < 20 * (gate.seconds - before)
+
 
 def test_a_network_is_asked_for_the_same_classes_on_every_number_of_devices(clip, folders, image):
     changes = {"eval__presence_model": str(clip), "eval__gate_limit": 3, "eval__view_size": (32,)}

@@ -69,3 +69,14 @@ def test_results_count_if_they_are_of_the_whole_split_or_of_the_runs_own_number(
     exports.add_results(tmp_path, earlier)
     assert (tmp_path / exports.CALIBRATION).exists()
     assert read_description(tmp_path).recorded_config().eval.num_images == own
+
+
+@pytest.mark.usefixtures("cover")
+def test_without_a_calibration_the_weights_have_the_scale_that_was_fitted_for_them(folders, tmp_path):
+    """As in a prediction: the evaluation alone took 2.0."""
+    tiny.export(tiny.config(folders, eval__num_images=1), tmp_path / "weights")
+    fitted = {"scale": 6.0, "bias": [0.0] * 8, "split": "val"}
+    (tmp_path / "weights" / exports.CALIBRATION).write_text(json.dumps(fitted))
+    once = {"eval.calibrate": False, "eval.sweep": ()}
+    results = jobs.evaluate(tmp_path / "out", model=str(tmp_path / "weights"), settings=once)
+    assert results["calibration"] == {"scale": 6.0, "bias": [0.0] * 8, "split": "none"}
