@@ -66,8 +66,12 @@ class Transient(UserError):
     """
 
 
-class Preempted(Exception):
-    """The machine wants its processes back; everything is saved. `main` exits with PREEMPTED."""
+class Preempted(BaseException):
+    """The machine wants its processes back; everything is saved. `main` exits with PREEMPTED.
+
+    Like KeyboardInterrupt it is no `Exception`: a signal raises it inside whatever code is running, and
+    what catches the errors of a damaged file or of a bucket must not take it for one of them.
+    """
 
 
 def lacks_memory(error: BaseException) -> bool:

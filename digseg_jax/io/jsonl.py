@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.io import storage
 from digseg_jax.io.json_file import parse_object
 from digseg_jax.io.storage import AnyPath
@@ -102,12 +102,20 @@ class Record:
         """Closes the file, and uploads to a bucket what `sync` has not.
 
         Args:
-          kind: type of the exception that ends the run. After a UserError there is no last upload: if
-            it is the bucket that refuses, trying again would only hide the first reason.
+          kind: type of the exception that ends the run. What led to it is uploaded as well, but where
+            the bucket refuses that, the first reason is the one to be told.
         """
         self._file.close()
-        if self.mirror:
-            self.mirror.close(upload=kind is None or not issubclass(kind, UserError))
+        if not self.mirror:
+            return
+        if kind is None:
+            self.mirror.close()
+            return
+        try:
+            # A bucket that does not answer would only be waited for once more.
+            self.mirror.close(upload=not issubclass(kind, Transient))
+        except UserError as error:
+            log.warning("the last rows are lost: %s", error)
 
     def close(self) -> None:
         """Closes the file at the regular end of a run."""

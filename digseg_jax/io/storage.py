@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,18 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
+
+
+def check_writable(folder: AnyPath) -> None:
+    """Makes a folder, and checks by a small file that it can be written: a bucket has no folders.
+
+    Raises:
+      UserError: the disk or the bucket refuses.
+    """
+    probe = folder / f".writable-{socket.gethostname()}-{os.getpid()}"
+    write_bytes(probe, b"")
+    with explained(folder, "cannot be written"):
+        probe.unlink(missing_ok=True)
 
 
 def write_json(path: AnyPath, value: Any) -> None:

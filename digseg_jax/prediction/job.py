@@ -18,7 +18,7 @@ from digseg_jax.config.sampling import EStep
 from digseg_jax.config.schema import Config, EvalConfig
 from digseg_jax.config.templates import PLACE
 from digseg_jax.errors import UserError
-from digseg_jax.io.files import UnreadableError, expanded, shown
+from digseg_jax.io.files import UnreadableError, expanded_target, shown
 from digseg_jax.io.georeference import INSTALL, has_rasterio, is_georeferenced
 from digseg_jax.io.progress import Progress
 from digseg_jax.io.raster import Raster
@@ -68,7 +68,7 @@ def predict(
         weights that were trained with another configuration, unwritable output.
     """
     # Check all input and output before the slow part: queries, images and file names.
-    texts, out = find_queries(queries, vocabulary), expanded(out)
+    texts, out = find_queries(queries, vocabulary), expanded_target(out, "--out")
     images = find_images(image)
     with no_empty_folder(out):
         large = [path for path in images if is_large(path)]

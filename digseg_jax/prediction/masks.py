@@ -13,7 +13,7 @@ import numpy as np
 
 from digseg_jax.arraytypes import Float, Int, UInt8
 from digseg_jax.errors import UserError, nearest
-from digseg_jax.io.files import expanded
+from digseg_jax.io.files import expanded_target
 from digseg_jax.prediction.answer import GroupedAnswer, MostProbable, Planes
 from digseg_jax.prediction.files import SHOWN, overlay, write_prediction
 from digseg_jax.prediction.targets import PredictionFiles
@@ -106,7 +106,7 @@ class Masks:
         Raises:
           UserError: the folder cannot be written.
         """
-        folder = expanded(folder)
+        folder = expanded_target(folder, "folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

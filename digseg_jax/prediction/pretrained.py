@@ -42,6 +42,7 @@ from digseg_jax.prediction.masks import Masks
 from digseg_jax.prediction.progress import Watch
 from digseg_jax.prediction.request import Request, filled
 from digseg_jax.prediction.segmenter import Segmenter
+from digseg_jax.runtime.distributed import together
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import make_mesh
 from digseg_jax.segmentation.calibration import stored_scale
@@ -96,11 +97,13 @@ def load_segmenter(
 
     # The prompt bank stays empty, as the segmenter encodes its own queries. The classes are the
     # description's: the data set may not be on this machine.
-    loaded = load_parts(
-        config.data, config.model, kernels, config.loss, prompts=(), classes=len(description.classes)
-    )
-    task = SegmentationTask(config, loaded)
-    task.adopt(folder)
+    with together("the weights"):
+        classes = len(description.classes)
+        loaded = load_parts(
+            config.data, config.model, kernels, config.loss, prompts=(), classes=classes
+        )
+        task = SegmentationTask(config, loaded)
+        task.adopt(folder)
     check_interrupts()
     return PretrainedSegmenter(task, folder, description)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from digseg_jax.errors import UserError
-from digseg_jax.io.storage import as_path
+from digseg_jax.errors import UserError, refusal
+from digseg_jax.io.storage import as_path, check_writable
 from digseg_jax.log import log
 
 AUTO = "auto"  # config.compute.compile_cache: the user's own folder where a person waits, else none
@@ -23,18 +23,17 @@ def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` (created if missing; gs:// too); "" and AUTO change nothing.
 
     Raises:
-      UserError: the folder cannot be made.
+      UserError: the folder cannot be made, or the bucket not be written.
     """
     if folder in ("", AUTO):
         return
 
+    # JAX would go on without a cache: nobody would know why every start compiles.
     place = as_path(folder)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"config.compute.compile_cache={folder!r}: cannot be written ({error.strerror})"
-        ) from error
+        check_writable(place)
+    except UserError as error:
+        raise refusal(f"config.compute.compile_cache={folder!r}: {error}", error) from error
     _keep_in(str(place))
 
 

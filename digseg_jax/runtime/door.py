@@ -70,7 +70,7 @@ def run_tool(job: Callable[[], int | None]) -> int:
 
     try:
         return job() or 0
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, Preempted, KeyboardInterrupt) as error:
         return tell(error)
 
 

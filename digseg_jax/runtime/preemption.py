@@ -16,15 +16,38 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from digseg_jax.errors import Preempted
 from digseg_jax.log import log
 from digseg_jax.runtime.interrupts import check_interrupts
 
 # A closed terminal, SLURM's early warning as many scripts ask for it, and a limit of processor time.
 ALIKE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
+_number = 0  # of the last point at which the processes could leave; JAX asks for numbers that grow
+_watched = False  # whether a training loop is running, which leaves at its own steps
+
+
+def leave_if_asked() -> None:
+    """Lets a run leave between two pieces of work outside the training loop, such as an evaluation's.
+
+    Of several processes, each must call it equally often: JAX's coordination service, which takes
+    SIGTERM away from Python, chooses a call that all of them reach. Within a training loop it does
+    nothing: there the step decides.
+
+    Raises:
+      Preempted: on every process; or what a signal has raised before on a process of its own.
+    """
+    global _number
+    check_interrupts()
+    if _watched or jax.process_count() == 1:
+        return
+    _number += 1
+    if multihost_utils.reached_preemption_sync_point(_number):
+        raise Preempted("preempted outside of the training loop: what was saved is there")
+
 
 class PreemptionWatch:
-    """A context manager around the training loop; outside of it the signals end the process."""
+    """A context manager around the training loop; see `leave_if_asked` for what lies outside of it."""
 
     def __init__(self) -> None:
         self._alone = jax.process_count() == 1
@@ -32,7 +55,9 @@ class PreemptionWatch:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> PreemptionWatch:
+        global _watched
         check_interrupts()
+        _watched = True
 
         # Python accepts signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
@@ -45,6 +70,8 @@ class PreemptionWatch:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        global _watched
+        _watched = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -72,6 +99,8 @@ class PreemptionWatch:
 
     def reached(self, step: int) -> bool:
         """True if all processes save and leave after `step`; each must call it after every step."""
+        global _number
         if self._alone:
             return self._asked
+        _number = step
         return multihost_utils.reached_preemption_sync_point(step)

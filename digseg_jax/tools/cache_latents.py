@@ -80,18 +80,19 @@ def run(
 
     use_compile_cache(compute.compile_cache)
 
-    # Each process works alone on its own devices, with its share of the batch.
-    devices = jax.local_devices()
-    kernels = choose_kernels(compute, devices, model.dtype, tensor=1)
-    frozen = FrozenParts(data, model, kernels)
-    rows = math.ceil(batch_size / jax.process_count())
-    encoder = LatentEncoder(frozen, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
+    with together("the weights and the data"):
+        # Each process works alone on its own devices, with its share of the batch.
+        devices = jax.local_devices()
+        kernels = choose_kernels(compute, devices, model.dtype, tensor=1)
+        frozen = FrozenParts(data, model, kernels)
+        rows = math.ceil(batch_size / jax.process_count())
+        encoder = LatentEncoder(frozen, make_mesh(MeshConfig(data=1, fsdp=-1), devices), rows)
 
-    # The same settings go into every plan, so that training can tell whether a cache fits.
-    facts = cache_facts(frozen, data.image_size, model)
-    parts = training_parts(data)
-    tables = cover_tables([spec for _, spec, _ in parts])
-    folders = cache_folders(data.latent_cache, parts)
+        # The same settings go into every plan, so that training can tell whether a cache fits.
+        facts = cache_facts(frozen, data.image_size, model)
+        parts = training_parts(data)
+        tables = cover_tables([spec for _, spec, _ in parts])
+        folders = cache_folders(data.latent_cache, parts)
     for (part, spec, split), table, folder in zip(parts, tables, folders, strict=True):
         opened = open_fresh(part, split)
         source = Guarded(opened, spec.num_classes)

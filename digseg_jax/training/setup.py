@@ -18,6 +18,7 @@ from digseg_jax.config.parse import with_settings
 from digseg_jax.config.schema import ComputeConfig, Config, MeshConfig
 from digseg_jax.data.captions import captions_of
 from digseg_jax.log import log
+from digseg_jax.runtime.distributed import together
 from digseg_jax.runtime.hardware import Chip
 from digseg_jax.runtime.interrupts import check_interrupts
 from digseg_jax.runtime.sharding import check_batch, make_mesh
@@ -86,8 +87,10 @@ def set_up(config: Config, build: Callable[[Config], T], machine: Machine | None
     kernels = choose_kernels(config.compute, machine.meant, dtype, tensor)
     config = dataclasses.replace(config, compute=kernels)
 
-    # The task first: the choice of the mesh needs the shapes of its state.
-    task = build(config)
+    # The task first: the choice of the mesh needs the shapes of its state. A host whose weights are
+    # missing, or whose disk is full, tells all of them.
+    with together("the weights"):
+        task = build(config)
     check_interrupts()
     images = config.train.batch_size / (kernels.accumulation or 1)
     needs_on = partial(needs_of, task, config.optim, images)

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError, passes
 from digseg_jax.log import log
 from digseg_jax.weights import download
 
@@ -69,8 +69,8 @@ def push_folder(
 
             # The last attempt, or a reason that no attempt would change.
             if not passing or attempt == download.ATTEMPTS:
-                again = "; the same command continues where it ended" if passing else ""
-                raise UserError(f"cannot push {target!r} to the hub: {reason}{again}") from error
+                kind = Transient if passing else UserError
+                raise kind(f"cannot push {target!r} to the hub: {reason}") from error
             log.warning("%s: %s; attempt %d of %d", target, reason, attempt + 1, download.ATTEMPTS)
             time.sleep(download.PAUSE * attempt)
     raise AssertionError("not reached")
@@ -140,6 +140,6 @@ def _explain(error: BaseException, repository: str, branch: str) -> tuple[str, b
             return f"{why}; {download.LOGIN}, with a token that may write", False
         if refused := download.refusal(link, repository, branch):
             return refused, False
-        if 0 < status < 500:  # refused for another reason; from 500 on it is the hub's own trouble
-            return download.first_line(link), False
+        if 0 < status < 500:  # another reason, such as too many requests, which pass
+            return download.first_line(link), passes(link)
     return download.first_line(chain[-1]), True

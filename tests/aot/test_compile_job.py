@@ -103,6 +103,15 @@ def test_without_an_exact_effort_its_level_is_taken(monkeypatch):
     assert compiling.effort_options(0.1, jax.devices()[0]) == {"optimization_level": "O3"}
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_compiled(
+    folders, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(compiling, "open_topology")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        compiling.run(config(folders), "cpu:8", as_path(tmp_path / "file" / "out"))
+
+
 def test_nothing_is_needed_but_shapes(folders):
     """The task without values has the shapes of the real one, and the same step."""
     made = config(folders)

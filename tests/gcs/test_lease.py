@@ -155,7 +155,7 @@ def test_something_else_under_that_name_counts_as_a_claim(store, workdir):
     assert lease._read(workdir / LOCK).holder == "another program"
 
 
-@pytest.mark.parametrize("text", ["", "x", "0", "-5", "nan", "1e9"])
+@pytest.mark.parametrize("text", ["", "x", "0", "-5", "nan", "600"])
 def test_a_senseless_duration_is_refused(workdir, monkeypatch, text):
     monkeypatch.setenv(lease.SECONDS, text)
     with pytest.raises(UserError, match=lease.SECONDS), hold(workdir):

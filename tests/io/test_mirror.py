@@ -99,9 +99,10 @@ def test_an_upload_that_is_waited_for_says_that_the_bucket_refuses(mirror, bucke
 
 
 @pytest.mark.parametrize(
-    ("ended_by", "uploaded"), [(None, True), (KeyboardInterrupt, True), (UserError, False)]
+    ("ended_by", "uploaded"),
+    [(None, True), (KeyboardInterrupt, True), (UserError, True), (Transient, False)],
 )
-def test_the_last_rows_are_uploaded_unless_the_bucket_may_be_what_refuses(
+def test_the_last_rows_are_uploaded_unless_the_bucket_may_not_answer(
     bucket, tmp_path, monkeypatch, ended_by, uploaded
 ):
     monkeypatch.setattr(jsonl.storage, "is_remote", lambda path: True)
@@ -110,3 +111,14 @@ def test_the_last_rows_are_uploaded_unless_the_bucket_may_be_what_refuses(
     record.leave(ended_by)
     assert bucket.objects == ([("metrics.jsonl", b'{"step": 1}\n')] if uploaded else [])
     assert not record.mirror.local.exists()
+
+
+def test_a_bucket_that_refuses_the_last_rows_does_not_hide_why_the_run_ended(
+    bucket, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(jsonl.storage, "is_remote", lambda path: True)
+    record = Record(tmp_path / "metrics.jsonl")
+    record.write({"step": 1})
+    bucket.closed = True
+    record.leave(UserError)
+    assert "the last rows are lost" in caplog.text

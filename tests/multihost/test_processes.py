@@ -152,6 +152,20 @@ def test_a_suite_is_shared_by_the_processes(count, devices, suite, counted):
     assert suite.rows(run) == counted
 
 
+def test_sigterm_to_one_of_two_processes_ends_an_evaluation_on_both(suite, counted):
+    """Asked to leave between two groups of images, they go on where they were."""
+    run, command = suite.run("asked")
+    processes = pod.Pod(suite.folder / "asked", command, 2)
+    processes.when(lambda: len(suite.lines(run)) > 3)
+    processes.processes[1].send_signal(signal.SIGTERM)
+    assert processes.wait() == [PREEMPTED, PREEMPTED], processes.text()
+    done = suite.lines(run)
+    assert 3 < len(done) <= suite.ROWS, "it was over before it was asked to leave"
+
+    pod.Pod(suite.folder / "asked_again", command, 2).check()
+    assert suite.lines(run)[: len(done)] == done and suite.rows(run) == counted
+
+
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_suite_goes_on_after_one_of_two_processes_was_killed(victim, suite, counted):
     run, command = suite.run(f"killed{victim}")

@@ -355,6 +355,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         tmp_path / "folder.png",
         tmp_path / "m.xyz",
         tmp_path / "file",
+        Path("gs://bucket/masks"),
     ):
         assert f"--out={out}" in refused(config, str(workdir), image, ["water"], out)
 

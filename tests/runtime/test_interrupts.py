@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
 import pytest
 
 from digseg_jax.errors import Preempted
+from digseg_jax.io.storage import explained
 from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
-from digseg_jax.runtime.preemption import ALIKE, PreemptionWatch
+from digseg_jax.runtime.preemption import ALIKE, PreemptionWatch, leave_if_asked
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +54,22 @@ def test_sigterm_before_the_first_step_is_a_preemption():
         os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted, match="what was saved is there"):
         check_interrupts()
+
+
+@pytest.mark.parametrize("place", ["a file of the run", "gs://bucket/run"])
+def test_sigterm_while_a_file_is_read_is_not_taken_for_a_fault_of_the_file(place):
+    with pytest.raises(Preempted), explained(place, "cannot be read"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+
+def test_between_two_images_of_an_evaluation_a_dropped_sigterm_is_heard():
+    leave_if_asked()
+    with contextlib.suppress(Preempted):
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted):
+        leave_if_asked()
 
 
 def test_what_schedulers_and_terminals_send_is_like_sigterm():
