@@ -22,6 +22,7 @@ from digseg_jax.evaluation.examples import EvalExamples, eval_examples, spread
 from digseg_jax.io.image_file import dimensions_of
 from digseg_jax.log import log
 from digseg_jax.prediction.segmenter import chooses_masks, trained_short_side, view_size
+from digseg_jax.runtime.collectives import processes_on_this_host
 from digseg_jax.runtime.cpu import host_memory
 from digseg_jax.runtime.distributed import together
 from digseg_jax.runtime.sharding import data_share
@@ -83,6 +84,7 @@ def check_evaluation(
     state = abstract_state(task.abstract, task.config.optim) if while_training else task.abstract
     beside = placed_bytes(state, mesh)
     memory = memory or least_memory(list(mesh.devices.flat))
+    neighbors = processes_on_this_host()
     with together("the memory of the evaluation"):
         for way in filter(None, ways):
             if SMALL * _activations(task, max(way)) + beside > memory:
@@ -92,7 +94,8 @@ def check_evaluation(
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         views = settings.batch_size * shards // data_share(mesh)[1]
         largest = max((host_need(task, each, views) for each in scored), key=lambda need: need.bytes)
-        _compare(largest, host or host_memory(), "the host has")
+        who = "the host has" if neighbors == 1 else f"each of {neighbors} processes of the host has"
+        _compare(largest, host or host_memory() / neighbors, who)
 
 
 def _activations(task: SegmentationTask, classes: int) -> float:

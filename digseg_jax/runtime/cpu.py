@@ -38,12 +38,30 @@ def tune() -> None:
         )
 
 
-def host_memory() -> float:
-    """Bytes of main memory that this process may have: the machine's, or its container's if less."""
+def host_memory(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of main memory that the processes of a job share here: the machine's, or its job's if less.
+
+    A container and a job of SLURM or systemd have limits of their own, as control groups.
+
+    proc: names the process's control groups. mount: the folder of all groups.
+    """
     found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
-    # The limit of control groups, version 2 or 1; "max" and huge numbers stand for none.
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            found = min(found, float(Path(path).read_text()))
+    # Lines such as 0::/slurm/job_7/step_0 (version 2) and 9:memory:/slurm/job_7 (version 1). A container
+    # may not see its own group below the mount, but then the mount is its group.
+    groups = {(mount, "memory.max", "/"), (mount / "memory", "memory.limit_in_bytes", "/")}
+    with contextlib.suppress(OSError, ValueError):
+        for line in proc.read_text().splitlines():
+            number, kinds, group = line.split(":", 2)
+            if number == "0":
+                groups.add((mount, "memory.max", group))
+            elif "memory" in kinds.split(","):
+                groups.add((mount / "memory", "memory.limit_in_bytes", group))
+
+    # A group has no more than those above it; "max" and huge numbers stand for no limit.
+    for top, name, group in groups:
+        own = top / group.lstrip("/")
+        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
+            with contextlib.suppress(OSError, ValueError):
+                found = min(found, float((folder / name).read_text()))
     return found

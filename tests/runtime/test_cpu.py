@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The XLA flag that CPUs need for speed: set for a tried jaxlib, left out with a line for another."""
+"""The host's memory; and the XLA flag that CPUs need for speed, set for a tried jaxlib only."""
 
 from __future__ import annotations
 
@@ -40,3 +40,25 @@ def test_what_the_user_has_set_stays(monkeypatch, caplog):
     with_jaxlib(monkeypatch, "9.1.0")
     cpu.tune()
     assert os.environ["XLA_FLAGS"] == own and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("line", "limits", "expected"),
+    [
+        ("0::/", {"memory.max": "7000"}, 7000),
+        ("0::/slurm/job/step", {"slurm/memory.max": "max", "slurm/job/memory.max": "5000"}, 5000),
+        ("0::/job", {"memory.max": "3000", "job/memory.max": "5000"}, 3000),
+        ("9:cpu,memory:/job", {"memory/job/memory.limit_in_bytes": "4000"}, 4000),
+        ("0::/not/seen/here", {"memory.max": "6000"}, 6000),
+        ("9:cpu:/job", {"memory/job/memory.limit_in_bytes": "4000"}, None),
+    ],
+)
+def test_a_jobs_limit_counts_wherever_in_the_tree_of_groups_it_stands(
+    tmp_path, line, limits, expected
+):
+    for name, text in limits.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text + "\n")
+    (tmp_path / "cgroup").write_text(f"5:freezer:/\n{line}\n")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert cpu.host_memory(tmp_path / "cgroup", tmp_path / "groups") == (expected or machine)
