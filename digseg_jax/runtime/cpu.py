@@ -47,8 +47,8 @@ def host_memory(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys
     """
     found = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
-    # Lines such as 0::/slurm/job_7/step_0 (version 2) and 9:memory:/slurm/job_7 (version 1). A container
-    # may not see its own group below the mount, but then the mount is its group.
+    # Lines such as 0::/slurm/job_7/step_0 (version 2) and 9:memory:/slurm/job_7 (version 1). A
+    # container may not see its own group below the mount, but then the mount is its group.
     groups = {(mount, "memory.max", "/"), (mount / "memory", "memory.limit_in_bytes", "/")}
     with contextlib.suppress(OSError, ValueError):
         for line in proc.read_text().splitlines():

@@ -53,9 +53,7 @@ def test_what_the_user_has_set_stays(monkeypatch, caplog):
         ("9:cpu:/job", {"memory/job/memory.limit_in_bytes": "4000"}, None),
     ],
 )
-def test_a_jobs_limit_counts_wherever_in_the_tree_of_groups_it_stands(
-    tmp_path, line, limits, expected
-):
+def test_a_jobs_limit_counts_wherever_in_the_tree_of_groups_it_stands(tmp_path, line, limits, expected):
     for name, text in limits.items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text + "\n")
