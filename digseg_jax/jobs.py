@@ -6,9 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,7 +47,7 @@ from digseg_jax.prediction.pretrained import load_segmenter
 from digseg_jax.report import build_report
 from digseg_jax.report.domains import build_domain_pages
 from digseg_jax.report.live import LivePage
-from digseg_jax.runtime.collectives import check_all_agree, fetch, fetch_to_main
+from digseg_jax.runtime.collectives import fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
 from digseg_jax.segmentation.codecs import CODECS
@@ -126,31 +124,9 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
                 log.info("%s", left_out)
 
 
-# settings that may differ between hosts: folders on their disks, and their worker processes
-PER_HOST = ("data.root", "data.mixture", "loading.workers", "compute.compile_cache")
+PATIENCE = 3600.0  # seconds; weights of gigabytes go into a bucket or to a hub meanwhile
 # weights can be exported on any devices, whatever the mesh and the microbatches of their training
 ANY_DEVICES = {"mesh.data": -1, "mesh.fsdp": 0, "mesh.tensor": 1, "compute.accumulation": 0}
-
-
-def check_processes(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    """Checks that all processes of the run have the same flags, configuration and code.
-
-    settings: values of the configuration by key; those that are known already.
-
-    Raises:
-      UserError: on every process: names the processes that differ, and in what.
-    """
-    values = {f"config.{key}": value for key, value in settings.items() if key not in PER_HOST}
-    versions = {f"the version of {name}": text for name, text in process_versions().items()}
-    check_all_agree({**flags, **values, **versions, "the code's checksum": _checksum_of_the_code()})
-
-
-def _checksum_of_the_code() -> int:
-    """CRC-32 of the package's source files."""
-    checksum = 0
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        checksum = zlib.crc32(path.read_bytes(), checksum)
-    return checksum
 
 
 def export(
@@ -198,7 +174,7 @@ def export(
                     exports.keep_results(workdir / EXPORT, workdir / "eval" / "results.json")
     log.info("exported %s to %s", source, workdir / EXPORT)
     if hub:
-        with together("the upload to the hub"):
+        with together("the upload to the hub", PATIENCE):
             if is_main():
                 pushed = exports.push_export(local_copy(workdir / EXPORT), hub)
                 log.info("pushed to the hub: %s", pushed)
@@ -286,28 +262,29 @@ def evaluate(
     if suite is not None:
         suite_lib.check_suite(suite)
     workdir = as_path(workdir)
-    if config is None and model is None:
-        config = stored_config(workdir)
-    if config is not None and config.task != "segmentation":
-        raise UserError(f"--mode=eval: only for config.task='segmentation', not {config.task!r}")
-    if model is None and not (workdir / EXPORT).is_dir():
-        raise UserError(
-            f"{workdir / EXPORT}: no trained weights; run --mode=train first, or --mode=export for the "
-            "newest checkpoint of a run that is not finished"
-        )
-    if model is not None and (workdir / CONFIG_NAME).is_file():
-        raise UserError(
-            f"--workdir={workdir}: it holds a run, whose results would be replaced; choose another "
-            "folder for those of --model"
-        )
+    # `together`: a host that does not see the run, or could not fetch the weights, tells all of them.
+    with together("the run and its data"):
+        if config is None and model is None:
+            config = stored_config(workdir)
+        if config is not None and config.task != "segmentation":
+            raise UserError(f"--mode=eval: only for config.task='segmentation', not {config.task!r}")
+        if model is None and not (workdir / EXPORT).is_dir():
+            raise UserError(
+                f"{workdir / EXPORT}: no trained weights; run --mode=train first, or --mode=export for "
+                "the newest checkpoint of a run that is not finished"
+            )
+        if model is not None and (workdir / CONFIG_NAME).is_file():
+            raise UserError(
+                f"--workdir={workdir}: it holds a run, whose results would be replaced; choose another "
+                "folder for those of --model"
+            )
 
-    # Compare the configuration with the weights' training before anything is written.
-    folder = find_export(model or str(workdir / EXPORT))
-    description = read_description(folder)
-    settings = settings or {} if suite is None else suite_lib.used_settings(suite, settings or {})
-    config = with_settings(config or description.training_config(folder), settings)
-    check_agreement(description, to_dict(config), folder)
-    with together("the data"):
+        # Compare the configuration with the weights' training before anything is written.
+        folder = find_export(model or str(workdir / EXPORT))
+        description = read_description(folder)
+        settings = settings or {} if suite is None else suite_lib.used_settings(suite, settings or {})
+        config = with_settings(config or description.training_config(folder), settings)
+        check_agreement(description, to_dict(config), folder)
         if suite is None:
             check_scored_splits(config.data, config.eval)
         closed = CODECS[config.model.codec].closed
@@ -390,7 +367,7 @@ def write_export(
     """Writes DIR/export on process 0; every process must call it."""
     # Collective: sharded leaves are gathered from all processes.
     whole = fetch_to_main(params)
-    with together("the exported weights"):
+    with together("the exported weights", PATIENCE):
         if is_main():
             with filled_locally(workdir / EXPORT) as folder:
                 task.export(whole, folder, metadata)

@@ -38,6 +38,7 @@ from digseg_jax.prediction.request import Request
 from digseg_jax.prediction.segmenter import Segmenter
 from digseg_jax.runtime.collectives import gather_all
 from digseg_jax.runtime.distributed import together
+from digseg_jax.runtime.preemption import leave_if_asked
 from digseg_jax.segmentation import calibration as calibration_lib
 from digseg_jax.segmentation.calibration import Calibration
 
@@ -436,6 +437,7 @@ class Evaluator:
         share = size // parts
         started = time.monotonic()
         for start in range(0, len(pending), size):
+            leave_if_asked()
             group = pending[start : start + size]
             mine = group[part * share : (part + 1) * share]
             with together(f"the images of {label}"):
