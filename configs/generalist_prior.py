@@ -13,7 +13,7 @@ from digseg_jax.recipes import on_domains
 
 
 def get_config(version: str = "all"):
-    config = on_domains(version)
+    config = on_domains(version, scored=False)
     config.task = "prior"
     config.data.image_size = 128
     config.diffusion.timestep_sampling = "uniform"

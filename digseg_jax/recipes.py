@@ -189,7 +189,7 @@ def _training(config: ml_collections.ConfigDict) -> None:
     config.mesh.fsdp = 0  # ours: chosen from the chips and their number
 
 
-def on_domains(version: str) -> ml_collections.ConfigDict:
+def on_domains(version: str, *, scored: bool = True) -> ml_collections.ConfigDict:
     """Data and optimization of a training on the generalist's domains.
 
     The learning rate is constant and the weights are averaged: every checkpoint can be used, and a run
@@ -197,6 +197,7 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
 
     version: "all"; "shareable" for the domains whose terms allow weights trained on them to be passed
       on; or the name of one domain, which has no names of others to ask for, and is what is scored.
+    scored: whether the run is evaluated; only a segmenter is.
 
     Raises:
       UserError: another version.
@@ -209,15 +210,14 @@ def on_domains(version: str) -> ml_collections.ConfigDict:
     config = default()
     chosen = versions[version]
     config.data.mixture = tuple(domain.part() for domain in chosen)
-    config.eval.split = "val"
-    config.eval.short_side = 128  # of a land cover's tile, and of a photograph
 
     # A run's own evaluations score one data set: of a single domain itself, else the land cover, which
     # needs no files.
-    if len(chosen) == 1:
-        config.data.name = chosen[0].reader
-        config.eval.split = chosen[0].val
-        config.eval.short_side = chosen[0].short_side
+    if scored:
+        one = chosen[0] if len(chosen) == 1 else next(d for d in DOMAINS if d.name == "landcover")
+        config.data.name = one.reader
+        config.eval.split = one.val
+        config.eval.short_side = one.short_side
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 500
     config.optim.schedule = "constant"

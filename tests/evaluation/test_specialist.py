@@ -37,6 +37,12 @@ def test_a_specialist_scores_its_own_domain(domain):
     assert config.eval.split == domain.val and config.eval.short_side == domain.short_side
 
 
+@pytest.mark.parametrize("version", ["all", "camvid", "nuclei_monuseg"])
+def test_a_prior_of_the_same_domains_scores_nothing(version):
+    config = parse(get_config("generalist_prior", version))
+    assert config.task == "prior" and config.eval == parse({}).eval
+
+
 def test_a_mixture_scores_what_it_names_and_tells_what_it_leaves_out():
     config = specialist("all", "/my data")
     assert scored_part(config.data).name == "landcover" and config.eval.short_side == 128
