@@ -25,7 +25,7 @@ def stand_ins(tmp_path: Path, look: str = "exit 1", **verbs: str) -> tuple[dict[
         f'echo "$verb $5" >> "$OUT"\ncase "$verb" in\n{cases}esac'
     )
     path, out = fake(tmp_path / "bin", gcloud=body, sleep="exit 0"), tmp_path / "asked"
-    return {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out)}, out
+    return {**SETTINGS["queued_resource.sh"], "PATH": path, "OUT": str(out), "ATTEMPTS": "5"}, out
 
 
 def queued(
