@@ -155,7 +155,7 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
 
     config = tiny.config(
         folders, data__name="camvid", data__root=camvid, train__steps=2, eval__split="val",
-        eval__num_images=1, eval__batch_size=1,
+        eval__num_images=1, eval__batch_size=1, eval__calibrate=True, eval__calibrate_split="train",
     )  # fmt: skip
     claim(tmp_path, to_dict(config))
     task = SegmentationTask(config)
