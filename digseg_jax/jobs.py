@@ -76,8 +76,8 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
     """
     # A wrong folder or a missing split is reported before any weights are loaded.
     workdir = as_path(workdir)
-    use_compile_cache(config.compute.compile_cache)
     with together("the data"):
+        use_compile_cache(config.compute.compile_cache)
         check_training_data(config.data)
         if config.task == "segmentation":
             looks, best = bool(config.logging.eval_every), config.checkpoint.best
@@ -151,11 +151,12 @@ def export(
     if hub:
         check_target(hub)
     workdir = as_path(workdir)
-    stored = stored_config(workdir) if config is None else config
-    if hub and stored is not None and stored.task != "segmentation":
-        raise UserError(f"--hub: for segmenters only, this run's config.task is {stored.task!r}")
-    if stored is None or not (workdir / CONFIG_NAME).is_file():
-        raise UserError(f"{workdir}: no run here to export; run --mode=train first")
+    with together("the run"):
+        stored = stored_config(workdir) if config is None else config
+        if hub and stored is not None and stored.task != "segmentation":
+            raise UserError(f"--hub: for segmenters only, this run's config.task is {stored.task!r}")
+        if stored is None or not (workdir / CONFIG_NAME).is_file():
+            raise UserError(f"{workdir}: no run here to export; run --mode=train first")
 
     # A run that is still training will export newer weights, which these must not replace.
     with exclusive_run(workdir):
@@ -167,11 +168,14 @@ def export(
         params, source = trainer.weights_of(str(workdir), best=bool(config.checkpoint.best))
         if not config.checkpoint.best:  # the best weights replace any others, even newer ones
             check_not_older(workdir, source)
+        with together("the calibration of the exported weights"):
+            fitted = exports.fitted_there(workdir / EXPORT) if is_main() else None
         export_run(setup, params, workdir, source, _describe(setup))
         if isinstance(task, SegmentationTask):
             with together("the scores of the exported weights"):
                 if is_main():
                     exports.keep_results(workdir / EXPORT, workdir / "eval" / "results.json")
+                    exports.put_back(workdir / EXPORT, fitted)
     log.info("exported %s to %s", source, workdir / EXPORT)
     if hub:
         with together("the upload to the hub", PATIENCE):
@@ -292,10 +296,10 @@ def evaluate(
         scored = []
         if suite is not None:
             scored = suite_lib.check_data(suite, config.data, config.eval, answers)
+        use_compile_cache(config.compute.compile_cache)
 
     if model is None and suite is None:
         claim_workdir(workdir, to_dict(config), accept_changes, keep=True)
-    use_compile_cache(config.compute.compile_cache)
     segmenter = load_segmenter(folder, config)
     task, params, mesh = segmenter.task, segmenter.programs.params, segmenter.mesh
     check_evaluation(task, mesh, scored)

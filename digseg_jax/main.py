@@ -23,7 +23,7 @@ from digseg_jax.config.schema import Config
 from digseg_jax.errors import OVER_BUDGET, USER_ERROR, Preempted, UserError
 from digseg_jax.log import setup
 from digseg_jax.runtime.door import tell
-from digseg_jax.runtime.interrupts import remember_interrupts
+from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
 
 MODES = ("train", "eval", "export", "predict", "demo", "compile", "cache_latents")
 
@@ -164,7 +164,14 @@ def _chosen() -> dict[str, Any]:
 
 def _experiment() -> Config | None:
     """The configuration of --config with what the other flags change; None without a file."""
-    return None if _config_file() is None else with_settings(parse(_CONFIG.value), _chosen())
+    if _config_file() is None:
+        return None
+    values = _CONFIG.value.copy_and_resolve_references()
+
+    # No suite calibrates: it may score whatever split the file fits a calibration on.
+    if _SUITE.value is not None and "calibrate" in values.get("eval", {}):
+        values.eval.calibrate = False
+    return with_settings(parse(values), _chosen())
 
 
 def run() -> None:
@@ -228,6 +235,7 @@ def _run_on_all_processes(mode: str) -> None:
 
     # JAX's coordination service has taken SIGTERM over, for trainings and evaluations to ask it. These
     # modes have no steps that all processes share: there the signal ends each process again.
+    check_interrupts()
     if mode in ("cache_latents", "export"):
         remember_interrupts()
 
@@ -248,6 +256,10 @@ def _run_on_all_processes(mode: str) -> None:
     # With a configuration, `run` has put --sampling and --template into it already.
     workdir, suite = as_path(_WORKDIR.value), _SUITE.value
     settings = _settings() | (_chosen() if config is None else {})
+    if suite is not None and config is not None:
+        from digseg_jax.evaluation.suite import used_settings
+
+        used_settings(suite, dict(config_flags.get_override_values(flags.FLAGS["config"])))
     options = {"config": config, "accept_changes": _ACCEPT_CHANGES.value}
     if mode == "train":
         jobs.train(workdir=workdir, **options)

@@ -82,12 +82,16 @@ one_line() {
   done
 }
 
-# Prints --start_timeout=$1 and a space, unless the flags after it have that flag: main takes it once.
+# Prints --start_timeout=$1 and a space, unless the flags after it have that flag, which main takes once,
+# or name a mode of one process, which does not take it.
 start_timeout() {
-  local seconds="$1" flag
+  local seconds="$1" flag before=""
   shift
   for flag in "$@"; do
     [[ ! "$flag" =~ ^--?start_timeout(=|$) ]] || return 0
+    [[ ! "$before$flag" =~ ^--?mode=(predict|demo|compile)$ ]] || return 0
+    before=""
+    [[ ! "$flag" =~ ^--?mode$ ]] || before="$flag="
   done
   printf -- '--start_timeout=%s ' "$seconds"
 }

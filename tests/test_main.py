@@ -92,6 +92,12 @@ def test_a_flag_that_the_mode_does_not_use_is_refused(arguments, expected, workd
     assert expected in refused(QUICKSTART, workdir, *arguments)
 
 
+def test_a_suite_calibrates_nothing_so_a_file_may_fit_on_the_split_that_it_scores(workdir):
+    arguments = [QUICKSTART, workdir, "--mode=eval", "--config.eval.split=val"]
+    assert "calibrat" in refused(*arguments)
+    assert "no trained weights" in refused(*arguments, "--suite=domains")
+
+
 def test_a_missing_config_file_is_named(workdir):
     assert "nowhere.py" in refused("--config=nowhere.py", workdir)
 

@@ -67,7 +67,12 @@ class Evaluator:
         seed: int,
         prompts: Sequence[str] = (),
     ):
-        self.segmenter, self.examples, self.settings = segmenter, examples, settings
+        self.segmenter, self.settings, self.codec = segmenter, settings, segmenter.task.codec
+
+        # A palette has a color for every class, one for what is none of the others among them.
+        if self.codec.closed:
+            examples = dataclasses.replace(examples, rest=-1)
+        self.examples = examples
         self.seed, self.queries = seed, tuple(prompts or examples.classes)
         if len(self.queries) != len(examples.classes):
             raise ValueError(f"{len(self.queries)} queries for {len(examples.classes)} classes")
@@ -79,7 +84,6 @@ class Evaluator:
         # "auto" takes the data set's own convention from its `DatasetSpec`.
         self.mode = examples.inference if settings.inference == "auto" else settings.inference
         self.absent = examples.absent if settings.absent_rule == "auto" else settings.absent_rule
-        self.codec = segmenter.task.codec
         self._gate_seconds = 0.0  # in the passes of a CLIP, which the segmenter's clock does not see
 
     @property
@@ -235,13 +239,9 @@ class Evaluator:
 
     @property
     def fits(self) -> bool:
-        """Whether biases can be fitted.
-
-        Of more names than compete in one mask image, a prediction asks for some: biases that were
-        fitted among all would be of another competition.
-        """
+        """Whether biases can be fitted: see `fitting.same_competition`."""
         limit = self.settings.exhaustive_limit
-        return not self.codec.exclusive or self.codec.asks_for_all(len(self.queries), limit)
+        return fitting.same_competition(self.examples, self.codec, limit)
 
     def fitted_to(self, estep: EStep, examples: EvalExamples) -> tuple[EvalExamples, int]:
         """The images that a calibration is fitted to, and the most pixels of each."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from digseg_jax.evaluation.examples import EvalExamples
 from digseg_jax.prediction.answer import Answer
+from digseg_jax.segmentation.codec import Codec
 
 EVIDENCE = 2**29  # bytes of all scores and labels; every process holds all of them at the end
 STRIDE = 4  # least distance of two pixels, in both axes
@@ -37,6 +38,16 @@ def choose(examples: EvalExamples, classes: int, members: int) -> tuple[EvalExam
     room = max(EVIDENCE // (4 * (classes * members + 1)), 1)
     images = min(len(examples), max(room // LEAST, 1))
     return examples.evenly(images), room // max(images, 1)
+
+
+def same_competition(examples: EvalExamples, codec: Codec, exhaustive_limit: int) -> bool:
+    """Whether the classes compete in a calibration as they do in a prediction.
+
+    They do not where a prediction asks for some of them, as there are more than one mask image shows;
+    nor where a class that is never asked for takes the pixels that no other one claims.
+    """
+    whole = not codec.exclusive or codec.asks_for_all(len(examples.classes), exhaustive_limit)
+    return whole and (examples.rest < 0 or codec.closed)
 
 
 def few_pixels(label: np.ndarray, answer: Answer, most: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from digseg_jax.data.sources import labels_of, scored_part
 from digseg_jax.data.vocabulary import training_templates
 from digseg_jax.evaluation.evaluator import COARSE, THRESHOLD_IMAGES
 from digseg_jax.evaluation.examples import EvalExamples, eval_examples
-from digseg_jax.evaluation.fitting import choose
+from digseg_jax.evaluation.fitting import choose, same_competition
 from digseg_jax.evaluation.job import calibrated_on, searched_on
 from digseg_jax.io.storage import AnyPath
 from digseg_jax.prediction.description import installed_versions
@@ -37,6 +37,9 @@ def cost(settings: EvalConfig, data: DataConfig, batch_size: int, codec: Codec) 
     """
     examples = eval_examples(data, settings.split, settings.num_images)
     fitted_on, searched = calibrated_on(data, settings), searched_on(data, examples)
+
+    if not same_competition(examples, codec, settings.exhaustive_limit):
+        fitted_on = None
     masks = passes(settings, data, codec, examples, fitted_on, searched)
 
     # What is counted in, beside the scored images under the headline's E-Step.
@@ -75,13 +78,11 @@ def passes(
     ways = asked_templates(settings.templates, training_templates(data), examples.template)
     texts = 1 if codec.pooled or codec.closed else len(ways)
 
-    # Biases fitted among more names than a mask image shows are not used, and so not fitted.
-    fits = not codec.exclusive or codec.asks_for_all(classes, settings.exhaustive_limit)
     once = settings.decoder == "latent_mean" and not codec.recolored
     found = 0
     for estep in (headline, *map(EStep.parse, settings.sweep)):
         found += len(examples) * masks_of_a_view(settings, codec, asked, estep, texts)
-        if fitted_on and fits:
+        if fitted_on:
             members = texts * (1 if once else estep.ensemble)
             fitted = len(choose(fitted_on, classes, members)[0])
             found += fitted * _mask_images(codec, classes * texts) * estep.ensemble * estep.steps
@@ -120,10 +121,15 @@ def not_scored(data: DataConfig, workdir: AnyPath) -> str:
     """What a run's own evaluation leaves out of a mixture, and the command for it; "" if nothing."""
     if len(data.mixture) < 2:
         return ""
+    rest = ""
     command = ["python", "-m", "digseg_jax.main", "--mode=eval", "--suite=domains"]
     command += [f"--model={workdir}/export", f"--config.data.root={data.root}", "--workdir=SCORES"]
+    if data.root and any(part.folder for part in data.mixture):
+        rest = (
+            "; this scores all of them that are domains or lie below config.data.root: "
+            f"{shlex.join(command)}"
+        )
     return (
         f"this evaluation scored {labels_of([scored_part(data)])[0]} alone, of a mixture of "
-        f"{len(data.mixture)} data sets; this scores all of them that are domains or lie below "
-        f"config.data.root: {shlex.join(command)}"
+        f"{len(data.mixture)} data sets{rest}"
     )

@@ -125,9 +125,13 @@ def _answerable(examples: EvalExamples, answers: Sequence[str]) -> EvalExamples:
     Raises:
       UserError: they answer others, or in another order: their masks would count for wrong classes.
     """
-    asked = [examples.classes[c] for c in examples.asked]
-    if answers and [name.lower() for name in asked] != [name.lower() for name in answers]:
-        differs = [name for name in asked if name not in answers]
+    if not answers:
+        return examples
+
+    # A palette has a color for every class, one for what is none of the others among them.
+    own = [name.lower() for name in answers]
+    if [name.lower() for name in examples.classes] != own:
+        differs = [name for name in examples.classes if name.lower() not in own]
         more = f", which lack {', '.join(differs[:3])}" if differs else ", in their own order"
         raise UserError(
             f"these weights answer their own {len(answers)} classes alone{more}; a palette is scored "

@@ -11,6 +11,7 @@ README.md                           for this program; the model card for people
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,41 @@ def copy_export(source: Path, target: Path) -> None:
     complete_export(target, description)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What evaluations have added to an export, and the checkpoint that it is of."""
+
+    checkpoint: str
+    calibration: dict[str, Any]
+    card: bytes
+
+
+def fitted_there(folder: AnyPath) -> Fitted | None:
+    """What evaluations have added to the export in a folder; None if nothing was fitted."""
+    if not (folder / CALIBRATION).is_file() or not (folder / CARD).is_file():
+        return None
+    checkpoint = read_description(folder).checkpoint
+    return Fitted(checkpoint, read_json(folder / CALIBRATION), (folder / CARD).read_bytes())
+
+
+def put_back(folder: AnyPath, fitted: Fitted | None) -> None:
+    """Adds to an export what an earlier one of the same checkpoint had, unless it has its own."""
+    description = read_description(folder)
+    if not fitted or fitted.checkpoint != description.checkpoint or (folder / CALIBRATION).exists():
+        return
+    storage.write_json(folder / CALIBRATION, fitted.calibration)
+    storage.write_bytes(folder / CARD, fitted.card)
+    _write_scale(folder, fitted.calibration["scale"])
+
+
+def _write_scale(folder: AnyPath, scale: float) -> None:
+    """Writes the fitted scale for torch, too; a palette has a scale of its own and keeps it."""
+    index = read_json(folder / PIPELINE_FILE)
+    if not index["settings"]["prototypes"]:
+        index["settings"]["scale"] = scale
+        storage.write_json(folder / PIPELINE_FILE, index)
+
+
 def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
     """Adds an evaluation's results to an export: the calibration, and the scores in the model card.
 
@@ -145,12 +181,9 @@ def add_results(folder: AnyPath, results: dict[str, Any]) -> None:
     if not (folder / PIPELINE_FILE).is_file():
         return
 
-    # Torch reads the fitted scale too; a palette has a scale of its own and keeps it.
     storage.write_bytes(folder / CARD, model_card(description, results).encode())
-    index = read_json(folder / PIPELINE_FILE)
-    if fitted and not index["settings"]["prototypes"]:
-        index["settings"]["scale"] = results["calibration"]["scale"]
-        storage.write_json(folder / PIPELINE_FILE, index)
+    if fitted:
+        _write_scale(folder, results["calibration"]["scale"])
 
 
 def _enough(results: dict[str, Any], used: str, there: str, wanted: int) -> bool:

@@ -23,8 +23,11 @@ from digseg_jax.runtime.interrupts import check_interrupts
 # A closed terminal, SLURM's early warning as many scripts ask for it, and a limit of processor time.
 ALIKE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
-_number = 0  # of the last point at which the processes could leave; JAX asks for numbers that grow
+# Of the points at which the processes could leave so far. JAX asks for numbers that grow, and takes the
+# one after the last when the signal came: no number may be left out.
+_number = 0
 _watched = False  # whether a training loop is running, which leaves at its own steps
+_late = False  # whether a training loop was asked to leave after its last step, and so ended as usual
 
 
 def leave_if_asked() -> None:
@@ -32,18 +35,23 @@ def leave_if_asked() -> None:
 
     Of several processes, each must call it equally often: JAX's coordination service, which takes
     SIGTERM away from Python, chooses a call that all of them reach. Within a training loop it does
-    nothing: there the step decides.
+    nothing: there the step decides. Whoever was asked during the last step leaves here.
 
     Raises:
       Preempted: on every process; or what a signal has raised before on a process of its own.
     """
-    global _number
     check_interrupts()
-    if _watched or jax.process_count() == 1:
-        return
-    _number += 1
-    if multihost_utils.reached_preemption_sync_point(_number):
+    if not _watched and (_late or _all_asked()):
         raise Preempted("preempted outside of the training loop: what was saved is there")
+
+
+def _all_asked() -> bool:
+    """Whether several processes have agreed to leave at this point, which all of them must reach."""
+    global _number
+    if jax.process_count() == 1:
+        return False
+    _number += 1
+    return multihost_utils.reached_preemption_sync_point(_number)
 
 
 class PreemptionWatch:
@@ -55,9 +63,9 @@ class PreemptionWatch:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> PreemptionWatch:
-        global _watched
+        global _watched, _late
         check_interrupts()
-        _watched = True
+        _watched, _late = True, False
 
         # Python accepts signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
@@ -69,9 +77,9 @@ class PreemptionWatch:
                 self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        global _watched
-        _watched = False
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        global _watched, _late
+        _watched, _late = False, self._asked and kind is None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -97,10 +105,8 @@ class PreemptionWatch:
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def reached(self, step: int) -> bool:
-        """True if all processes save and leave after `step`; each must call it after every step."""
-        global _number
-        if self._alone:
-            return self._asked
-        _number = step
-        return multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """True if all processes save and leave after this step; each must call it after every step."""
+        if not self._alone:
+            self._asked = _all_asked()
+        return self._asked

@@ -78,9 +78,9 @@ def run(
     if not data.latent_cache:
         raise UserError(f"{MODE} needs --config.data.latent_cache=DIR or gs://BUCKET/DIR")
 
-    use_compile_cache(compute.compile_cache)
-
     with together("the weights and the data"):
+        use_compile_cache(compute.compile_cache)
+
         # Each process works alone on its own devices, with its share of the batch.
         devices = jax.local_devices()
         kernels = choose_kernels(compute, devices, model.dtype, tensor=1)
@@ -93,16 +93,18 @@ def run(
         parts = training_parts(data)
         tables = cover_tables([spec for _, spec, _ in parts])
         folders = cache_folders(data.latent_cache, parts)
-    for (part, spec, split), table, folder in zip(parts, tables, folders, strict=True):
-        opened = open_fresh(part, split)
+        found = [open_fresh(part, split) for part, _, split in parts]
+
+    for (_, spec, split), opened, table, folder in zip(parts, found, tables, folders, strict=True):
         source = Guarded(opened, spec.num_classes)
+        with together("the names of the files"):
+            names = {KEY: fingerprint(opened), UNTIMED_KEY: fingerprint(opened, times=False)}
         plan = {
             "format": FORMAT,
             "dataset": spec.name,
             "split": split,
             "source_examples": len(source),
-            KEY: fingerprint(opened),
-            UNTIMED_KEY: fingerprint(opened, times=False),
+            **names,
             "shard_examples": SHARD_EXAMPLES,
             "on_error": loading.on_error,
             "class_hash": class_hash(spec),

@@ -338,13 +338,14 @@ class Trainer:
                         on_logged(step, log.writer)
 
                 # Save. `reached` is collective: every process leaves after the same step.
-                leaving = preemption.reached(step)
+                leaving = preemption.reached()
                 if leaving or self._is_saved(step, extra):
                     log.check()  # a state that is not finite must not become a checkpoint
                     with log.watch("checkpoint"):
                         self._save(step, state, extra, checkpointer, log, examples)
 
-                # After the last step there is nothing to resume: the run ends as any other.
+                # After the last step there is nothing to resume: weights are exported, and an
+                # evaluation leaves before its first image.
                 if leaving and step < steps:
                     checkpointer.wait()
                     raise Preempted(f"preempted: step {step} is saved in {checkpointer.folder}")

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from digseg_jax.config.schema import MeshConfig, OptimConfig
 from digseg_jax.log import log
+from digseg_jax.runtime.collectives import processes_on_this_host
 from digseg_jax.runtime.cpu import host_memory
 from digseg_jax.runtime.hardware import Chip, chip_of
 from digseg_jax.runtime.sharding import held_share
@@ -234,7 +235,8 @@ def least_memory(devices: list[jax.Device], otherwise: float = 0.0) -> float:
     own = [d for d in devices if d.process_index == jax.process_index()] or devices
     stats = own[0].memory_stats() or {}
 
-    found = float(stats.get("bytes_limit") or otherwise or host_memory() / len(own))
+    here = processes_on_this_host()
+    found = float(stats.get("bytes_limit") or otherwise or host_memory() / here / len(own))
 
     if jax.process_count() == 1:
         return found

@@ -16,7 +16,9 @@ from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.data.sources import check_scored_splits, scored_part, validation_split
 from digseg_jax.evaluation import plan
 from digseg_jax.evaluation.examples import eval_examples
+from digseg_jax.evaluation.fitting import same_competition
 from digseg_jax.evaluation.job import evaluate
+from digseg_jax.segmentation.palette import PaletteCodec
 from digseg_jax.training.tasks.segmentation import SegmentationTask
 
 CELLS = "0: background\n1: cytoplasm\n2: nucleus\n"
@@ -51,6 +53,11 @@ def test_a_mixture_scores_what_it_names_and_tells_what_it_leaves_out():
     assert "--mode=eval --suite=domains --model=RUN/export '--config.data.root=/my data'" in told
     assert plan.not_scored(specialist("camvid", "/DIR").data, "RUN") == ""
 
+    # Parts with roots of their own are no suite: there is no command for them.
+    apart = [dataclasses.replace(part, folder="", root="/X") for part in config.data.mixture]
+    told = plan.not_scored(dataclasses.replace(config.data, mixture=tuple(apart)), "RUN")
+    assert "alone, of a mixture of 15 data sets" in told and "--suite" not in told
+
     # A data set that was named on purpose is scored in its own place, even if the part has its layout.
     own = specialist("cells_wbc", "/DIR").data
     (part,) = own.mixture
@@ -80,4 +87,9 @@ def test_its_results_are_of_its_own_domain(folders, tmp_path, caplog):
     assert (results["dataset"], results["title"]) == ("folder", "cells_wbc")
     assert list(results["per_class"]) == ["background", "cytoplasm", "nucleus"]
     assert results["num_images"] == 2 and results["short_side"] == 168
+
+    # Biases would be fitted to a competition that knows the background: none are, but a palette's.
+    examples = eval_examples(data, "val")
+    assert not same_competition(examples, task.codec, own.eval.exhaustive_limit)
+    assert same_competition(examples, PaletteCodec(3), own.eval.exhaustive_limit)
     assert "evaluation at scale" not in caplog.text  # 168 pixels are scale 1 of this domain's crops

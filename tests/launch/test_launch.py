@@ -231,6 +231,14 @@ def test_main_gets_one_start_timeout_the_users_if_there_is_one(script):
         assert own.stdout.count("start_timeout") == own.stdout.count("start_timeout=1800") == 1
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_jobset.sh", "slurm.sh"])
+def test_a_mode_of_one_process_gets_no_start_timeout(script):
+    for mode in (["--mode=compile"], ["--mode", "predict"]):
+        own = run(script, "--dry-run", *FLAGS, *mode, **SETTINGS[script])
+        assert "start_timeout" not in own.stdout
+    assert "start_timeout" in run(script, "--dry-run", *FLAGS, "--mode=eval", **SETTINGS[script]).stdout
+
+
 def test_the_jobset_manifest_is_what_kubernetes_will_read():
     yaml = pytest.importorskip("yaml")
     jobset = yaml.safe_load(dry("gke_jobset.sh"))

@@ -44,6 +44,22 @@ def test_a_trial_leaves_calibration_card_and_configuration_as_they_are(folders, 
     assert jobs.evaluate(tmp_path)["num_images"] == 2  # as the run was made, not as the trial
 
 
+@pytest.mark.usefixtures("cover")
+def test_another_export_of_the_same_checkpoint_keeps_what_was_fitted_for_it(folders, tmp_path):
+    """Even after a trial, whose results are not those of the export."""
+    config = tiny.config(
+        folders, train__steps=1, eval__num_images=2, eval__calibrate_images=2, eval__calibrate=True,
+        eval__batch_size=1,
+    )  # fmt: skip
+    jobs.train(config, tmp_path)
+    names = ("calibration.json", "README.md", "model_index.json")
+    before = {name: (tmp_path / "export" / name).read_bytes() for name in names}
+    assert json.loads(before["calibration.json"])["split"] == "val"
+    jobs.evaluate(tmp_path, settings={"eval.num_images": 1, "eval.calibrate": False})
+    jobs.export(tmp_path)
+    assert {name: (tmp_path / "export" / name).read_bytes() for name in names} == before
+
+
 @pytest.mark.parametrize(
     ("used", "there", "own", "written"),
     [(8, 81, 0, False), (81, 81, 0, True), (8, 81, 8, True), (3, 3, 200, True), (8, 81, 40, False)],

@@ -7,10 +7,12 @@ import contextlib
 import os
 import signal
 
+import jax
 import pytest
 
 from digseg_jax.errors import Preempted
 from digseg_jax.io.storage import explained
+from digseg_jax.runtime import preemption
 from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
 from digseg_jax.runtime.preemption import ALIKE, PreemptionWatch, leave_if_asked
 
@@ -77,9 +79,9 @@ def test_what_schedulers_and_terminals_send_is_like_sigterm():
         before = signal.signal(number, signal.SIG_DFL)  # this run itself may be under nohup
         try:
             with PreemptionWatch() as watch:
-                assert not watch.reached(1)
+                assert not watch.reached()
                 os.kill(os.getpid(), number)
-                assert watch.reached(2)
+                assert watch.reached()
             assert signal.getsignal(number) == signal.SIG_DFL
         finally:
             signal.signal(number, before)
@@ -90,6 +92,39 @@ def test_under_nohup_a_closed_terminal_is_ignored():
     try:
         with PreemptionWatch() as watch:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not watch.reached(1)
+            assert not watch.reached()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_who_is_asked_during_the_last_step_leaves_before_an_evaluation():
+    with PreemptionWatch() as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.reached()  # the loop ends by itself: its weights are exported
+        leave_if_asked()
+    with pytest.raises(Preempted):
+        leave_if_asked()
+
+    # A loop that was left by an exception has told it already.
+    with contextlib.suppress(Preempted), PreemptionWatch() as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Preempted("step 3 is saved")
+    leave_if_asked()
+
+
+def test_several_processes_number_the_points_where_they_can_leave_without_a_gap(monkeypatch):
+    """JAX takes the point after the last one: a number left out would be waited for in vain."""
+    numbers: list[int] = []
+    monkeypatch.setattr(preemption, "_number", 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    asked = preemption.multihost_utils
+    monkeypatch.setattr(asked, "reached_preemption_sync_point", lambda n: numbers.append(n) or n == 6)
+    leave_if_asked()
+    with PreemptionWatch() as watch:
+        assert not watch.reached() and not watch.reached()
+        leave_if_asked()  # an evaluation within the training: the step decides
+        assert not watch.reached()
+    leave_if_asked()
+    with pytest.raises(Preempted):
+        leave_if_asked()
+    assert numbers == [1, 2, 3, 4, 5, 6]

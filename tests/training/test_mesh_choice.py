@@ -189,6 +189,14 @@ def test_simulated_devices_hold_small_models_whole(folders):
     assert dict(mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
+def test_processes_of_one_host_share_its_memory(monkeypatch):
+    monkeypatch.setattr(mesh_choice, "host_memory", lambda: 64e9)
+    alone = mesh_choice.least_memory(jax.devices())
+    assert alone == 64e9 / jax.device_count()
+    monkeypatch.setattr(mesh_choice, "processes_on_this_host", lambda: 4)
+    assert mesh_choice.least_memory(jax.devices()) == alone / 4
+
+
 def test_an_evaluation_by_itself_runs_on_the_mesh_of_its_training(folders, tmp_path, monkeypatch):
     """--mode=eval, a suite and --mode=predict; a small model on devices that must share it."""
     monkeypatch.setattr(mesh_choice, "SMALL", 0)
