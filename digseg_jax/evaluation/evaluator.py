@@ -220,8 +220,8 @@ class Evaluator:
 
         def count(images: Sequence[int], found: Sequence[dict]) -> list[Counted]:
             """Counts pixels above each threshold, for the last class only."""
-            # A closed codec always answers all of its classes.
-            asked = self.queries if self.codec.closed else self.queries[-1:]
+            # Where classes compete, it has the same rivals as in the scored images.
+            asked = self.queries if self.codec.exclusive else self.queries[-1:]
             answers = self._segment(images, found, [asked] * len(images), estep, scale=scale)
 
             # Only the metric's own counts are needed: no prediction and no masks are kept.

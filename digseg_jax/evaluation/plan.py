@@ -89,7 +89,7 @@ def passes(
 
     if searched:
         images = min(len(searched), THRESHOLD_IMAGES)
-        queried = classes if codec.closed else 1
+        queried = classes if codec.exclusive else 1
         each = _mask_images(codec, queried * texts) * headline.ensemble * headline.steps
         found += images * each
     return found

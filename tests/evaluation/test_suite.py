@@ -24,6 +24,9 @@ from digseg_jax.evaluation import paper, suite, suite_tables
 from digseg_jax.evaluation.evaluator import Evaluator
 from digseg_jax.evaluation.examples import eval_examples
 from digseg_jax.metrics import binary
+from digseg_jax.segmentation.binary import BinaryCodec
+from digseg_jax.segmentation.palette import PaletteCodec
+from digseg_jax.segmentation.prompted import PromptedCodec
 from digseg_jax.tools.prepare_data import prepare_split
 
 CHANNEL = {"background": 0, "soil": 0, "road": 1, "crop": 1, "weed": 2}
@@ -232,6 +235,25 @@ def test_the_threshold_is_found_on_masks_of_the_scale_of_those_that_are_scored(m
     found = Evaluator(reader, examples, Config().eval, seed=0)
     found.threshold_counts(EStep(1, 1), examples, scale=4.0)
     assert set(given) == {4.0}
+
+
+@pytest.mark.parametrize(
+    ("codec", "rivals"), [(BinaryCodec(), False), (PromptedCodec(4), True), (PaletteCodec(2), True)]
+)
+def test_the_threshold_is_found_beside_the_rivals_of_the_scored_images(monkeypatch, codec, rivals):
+    facts = sources.registry.spec("deepglobe")
+    monkeypatch.setattr(sources.registry, "open_source", lambda name, root, split: Split(1, 10))
+    data = parse({"data": {"name": "deepglobe", "root": "DIR"}, "eval": {"split": "test"}}).data
+    asked = []
+
+    def read(image, query):
+        asked.append(query)
+        return image[..., 1].astype(np.float32) / 255
+
+    examples = eval_examples(data, facts.eval_split)
+    found = Evaluator(Reader(read, codec=codec), examples, Config().eval, seed=0)
+    found.threshold_counts(EStep(1, 1), examples)
+    assert asked == list(found.queries if rivals else found.queries[-1:])
 
 
 def test_a_bucket_that_does_not_answer_is_no_missing_data_set(tmp_path, monkeypatch):
