@@ -354,10 +354,7 @@ class EvalConfig:
     # Views of a compiled call on each device. With 1, counts are the same integers on any devices.
     batch_size: int = setting(1, at_least=1)
     num_images: int = setting(0, at_least=0)  # 0: the whole split
-    # Fit the probability's scale and each query's bias, on calibrate_split: to every 4th pixel in both
-    # axes, or fewer pixels, evenly chosen, and of very large vocabularies fewer images, so that all
-    # mask scores take 512 MiB at most.
-    calibrate: bool = True
+    calibrate: bool = True  # fit scale and biases on calibrate_split, as in evaluation/fitting.py
     calibrate_split: Literal["val", "train"] = "val"  # train: for data sets without a third split
     calibrate_images: int = setting(0, at_least=0)  # images of that split; 0: num_images
     # Further samplings to score, rows of the E-Step table: "4x2", "4x2:leading".
