@@ -22,7 +22,7 @@ def evaluator(names: int, classes: int, limit: int = 200) -> Evaluator:
     codec.assume_colors(names + 1, 4)
     facts = SimpleNamespace(
         classes=tuple(f"c{i}" for i in range(classes)), asked=range(classes), split="test",
-        template="{}", inference="whole", absent="mmseg", covers=(),
+        template="{}", inference="whole", absent="mmseg", covers=(), rest=-1,
     )  # fmt: skip
     reader = Reader(lambda image, query: np.zeros((8, 8)), codec=codec)
     return Evaluator(reader, facts, EvalConfig(exhaustive_limit=limit), seed=0)

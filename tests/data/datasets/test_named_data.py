@@ -178,6 +178,9 @@ def test_an_unfinished_runs_newest_checkpoint_can_be_exported(folders, camvid, t
     results["weights"]["steps"] = 1
     (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
     jobs.export(tmp_path, config)
+    assert calibration.is_file() and "| camvid | val | 1 |" in card.read_text()  # its own
+    calibration.unlink()
+    jobs.export(tmp_path, config)
     assert not calibration.exists() and "not been evaluated" in card.read_text()
     exported = load_params(tmp_path / "export" / "unet", task.abstract)
     jax.tree.map(np.testing.assert_array_equal, exported, dict(state["ema"]))
