@@ -110,7 +110,8 @@ class NamedQueries:
         query = [row[int(rng.integers(len(row)))] for row in words]
 
         # [q, 1] where no classes are nested: the usual batch then has plain ids, [q].
-        covers = np.where(classes[:, None] == NOWHERE, np.int32(NOWHERE), self.covers[classes])
+        own = self.covers[np.maximum(classes, 0)]
+        covers = np.where(classes[:, None] == NOWHERE, np.int32(NOWHERE), own)
         return classes, {
             "query": np.asarray(query, np.int32),
             "query_class": covers[:, 0] if covers.shape[1] == 1 else covers,
@@ -118,8 +119,13 @@ class NamedQueries:
         }
 
     def _foreign(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """Rows of a class that the image cannot show: any of the other data sets, then any class."""
-        classes = self.foreign[int(rng.integers(len(self.foreign)))]
+        """Rows of a class that the image cannot show: one of the other data sets, then any class of it.
+
+        A data set is drawn by the square root of its number of classes. Drawn evenly, each of a hundred
+        names of things would hardly be asked for; drawn by class, the others would not.
+        """
+        shares = np.sqrt([len(classes) for classes in self.foreign])
+        classes = self.foreign[int(rng.choice(len(shares), p=shares / shares.sum()))]
         return classes[int(rng.integers(len(classes)))]
 
 

@@ -109,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     words.add_argument("--images", type=int, default=12, help="of each domain's val; 0: all")
     words.add_argument("--only", default="", help="names of domains, with commas; empty: all")
     words.add_argument("--rarer", action="store_true", help="ask with rarer synonyms")
+    foreign = jobs.add_parser("foreign_names", help="a generalist's masks of what images cannot show")
+    foreign.add_argument("--weights", default="assets:generalist", help="assets:NAME or DIR/export")
+    foreign.add_argument(
+        "--root", required=True, help="folder of all domains, as --suite=domains has it"
+    )
+    foreign.add_argument("--split", default="val", choices=("val", "train"))
+    foreign.add_argument("--images", type=int, default=4, help="of each domain, evenly spread")
+    foreign.add_argument("--only", default="", help="names of domains, with commas; empty: all")
     forest = jobs.add_parser("domain_trees", help="boosted trees on the pixels of each domain")
     nets = jobs.add_parser("domain_unets", help="a torch U-Net trained on each domain alone")
     nets.add_argument("--minutes", type=float, default=23.0, help="of a core, for each training")
@@ -311,6 +319,15 @@ def _words(arguments: argparse.Namespace) -> dict[str, Any]:
     return words.run(arguments.weights, arguments.root, arguments.images, only, synonyms)
 
 
+def _foreign_names(arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.bench import foreign_names
+
+    _check_counts(arguments, "images")
+    only = tuple(filter(None, arguments.only.split(",")))
+    given = arguments.weights, arguments.root, arguments.split, arguments.images
+    return foreign_names.run(*given, only)
+
+
 def _domains(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the comparisons on domains are asked alike."""
     given = {name: getattr(arguments, name) for name in ("root", "split", "images", "seed")}
@@ -373,6 +390,7 @@ JOBS = {
     "suite_on_two": _suite_on_two,
     "round_trip": _round_trip,
     "words": _words,
+    "foreign_names": _foreign_names,
     "domain_trees": _domain_trees,
     "domain_unets": _domain_unets,
     "domain_specialists": _domain_specialists,

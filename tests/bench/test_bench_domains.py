@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from digseg_jax.data.datasets.domains import DOMAINS
 from digseg_jax.errors import UserError
 from digseg_jax.evaluation.domains import domain_examples
-from tests.bench import domain_specialists, domain_trees, labels, round_trip
+from tests.bench import domain_specialists, domain_trees, foreign_names, labels, round_trip
 from tests.bench.domain_scores import chosen_domains, mean_row, score
 
 CELLS = next(domain for domain in DOMAINS if domain.name == "cells_wbc")
@@ -101,6 +101,45 @@ def test_an_unknown_domain_is_told_with_the_legal_ones():
         "camvid",
     ]
     assert len(chosen_domains(())) == len(DOMAINS)
+
+
+def test_a_domain_is_asked_for_every_name_of_the_others_in_a_view_as_large_as_a_crop(root, monkeypatch):
+    # CamVid's classes stand in no file, and the land cover's data is everywhere.
+    asked = {}
+
+    class Painter:
+        """Paints a tenth of the rows for one name, all of them for another, nothing for the rest."""
+
+        def seen_at(self, short_side):
+            return self
+
+        def asks_in(self, template):
+            return ("{}",)
+
+        def segment(self, requests, estep):
+            (request,) = requests
+            asked.setdefault(request.image.shape, request.queries)
+            return [self]
+
+        def alone(self, query):
+            mask = np.zeros((10, 10))
+            name = next(iter(asked.values()))[query]
+            mask[: {"wetland": 1, "car": 10}.get(name, 0)] = 1.0
+            return mask
+
+    monkeypatch.setattr(foreign_names, "load_segmenter", lambda weights: Painter())
+    only = ("cells_wbc", "retina_disc")
+    found = foreign_names.run("assets:generalist", str(root), "val", 2, only)
+    row = found["domains"]["cells_wbc"]
+    ((shape, names),) = asked.items()
+
+    # Short side 90, seen with 168 pixels: 128 of them are 69 of the image's own.
+    assert shape == (69, 69, 3)
+    assert len(set(names)) == len(names) == row["names"]
+    assert {"wetland", "car", "sky"} < set(names) and not {"nucleus", "cytoplasm"} & set(names)
+    assert list(row["worst"].items())[:2] == [("car", 1.0), ("wetland", pytest.approx(0.1))]
+    assert row["above_half_a_percent"] == 2 and row["mean"] == pytest.approx(1.1 / len(names))
+    assert "missing" in found["domains"]["retina_disc"] and found["mean"] == row["mean"]
 
 
 @pytest.mark.slow

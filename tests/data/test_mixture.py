@@ -16,7 +16,7 @@ from digseg_jax.config.parse import parse
 from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
 from digseg_jax.data.datasets.domains import DOMAINS, shareable_domains
 from digseg_jax.data.datasets.more_words import MORE_WORDS
-from digseg_jax.data.pipeline import _rules, training_stream
+from digseg_jax.data.pipeline import NamedQueries, _rules, training_stream
 from digseg_jax.data.queries import ABSENT, FOREIGN, NOWHERE, PRESENT, QuerySampler
 from digseg_jax.data.sources import (
     HELD_OUT,
@@ -100,6 +100,22 @@ def test_a_foreign_query_has_an_empty_mask_and_the_others_their_own(root):
             for c, kind in zip(ids, kinds, strict=True):
                 assert (c == NOWHERE) == (kind == FOREIGN)
                 assert (label == c).any() == (kind == PRESENT)
+
+
+def test_data_sets_of_many_classes_lend_more_names_but_not_all():
+    """By the square root of 16, 4 and 1 classes: 4, 2 and 1 of seven, each class of a set alike."""
+    sets = tuple(tuple((10 * k + c,) for c in range(n)) for k, n in ((0, 4), (1, 1), (2, 16)))
+    covers = np.array([[0]], np.int32)
+    named = NamedQueries(
+        7000, QuerySampler(np.ones(1), 0.999, foreign_rate=1.0), ((99,),), covers, sets
+    )
+    _, drawn = named.draw(np.zeros((4, 4), np.int32), np.random.default_rng(0))
+    rows = drawn["query"][drawn["query_kind"] == FOREIGN]
+    counts = np.bincount(rows, minlength=36) / len(rows)
+    for first, size, share in ((0, 4, 2 / 7), (10, 1, 1 / 7), (20, 16, 4 / 7)):
+        each = counts[first : first + size]
+        assert each.sum() == pytest.approx(share, abs=0.02)
+        assert each == pytest.approx(np.full(size, share / size), abs=0.01)
 
 
 def test_a_parts_synonyms_are_asked_and_known_as_names_of_the_class(root):

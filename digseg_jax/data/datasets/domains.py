@@ -162,7 +162,7 @@ DOMAINS = (
         short_side=400,
         scale_max=1.33,
         scale_min=0.6,
-        weight=1.5,
+        weight=2.0,
         may_show=("retina",),
     ),
     Domain(
@@ -208,7 +208,7 @@ DOMAINS = (
         short_side=240,
         quarter_turns=True,
         may_show=("land", "tree", "vegetation", "potted plant", "carrot"),
-        weight=0.5,
+        weight=1.0,
     ),
     Domain(
         "pavement_cracks",
@@ -216,6 +216,7 @@ DOMAINS = (
         group="pavement",
         short_side=400,
         quarter_turns=True,
+        weight=1.5,
         may_show=("street", "aerial"),
     ),
     Domain(
