@@ -57,7 +57,7 @@ def test_a_name_is_on_one_side_and_takes_its_plural_along(package):
     assert held_out(found, 0.4, 3) == held_out(found, 0.4, 3)
 
 
-def test_hidden_colours_do_not_show_at_a_stamps_edge():
+def test_hidden_colors_do_not_show_at_a_stamps_edge():
     rgba = np.zeros((40, 40, 4), np.uint8)
     rgba[..., 1] = 255  # green wherever nothing is to be seen
     rgba[6:31, 6:31] = (200, 10, 20, 255)

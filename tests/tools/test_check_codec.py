@@ -13,7 +13,7 @@ from digseg_jax.training.tasks.parts import Vae
 
 
 class Identity(Vae):
-    """Latents are cells' mean colours and a constant: flat cells come back exactly."""
+    """Latents are cells' mean colors and a constant: flat cells come back exactly."""
 
     def encode(self, params, image):
         b, h, w, c = image.shape

@@ -249,7 +249,7 @@ def test_a_sheet_that_cannot_be_written_takes_nothing_away(root, capsys, monkeyp
     assert status == 1 and "No space left" in out and "val: 6 examples, 6 read" in out
 
 
-def test_the_sheet_shows_each_label_in_the_colour_of_its_class(root):
+def test_the_sheet_shows_each_label_in_the_color_of_its_class(root):
     facts = registry.spec("camvid")
     label = np.repeat([[0, 3, -1]], 30, axis=0).repeat(10, axis=1)
     sheet = np.asarray(contact_sheet(facts, [Tile(np.zeros((30, 30, 3), np.uint8), label, "t")]))

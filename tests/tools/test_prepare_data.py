@@ -145,7 +145,7 @@ def test_jpegs_stay_as_they_are(folder, tmp_path):
     make(folder, tmp_path)
     shards = b"".join(p.read_bytes() for p in sorted(tmp_path.glob("train/*.array_record")))
     kept = [(folder / f"{i}.jpg").read_bytes() in shards for i in range(COUNT)]
-    # 3 is CMYK, whose colours OpenCV would convert otherwise, 4 is no JPEG: both become PNG
+    # 3 is CMYK, whose colors OpenCV would convert otherwise, 4 is no JPEG: both become PNG
     assert [i for i, k in enumerate(kept) if not k] in ([3, 4], [4])
     assert kept[0] and kept[1] and kept[2]
 

@@ -318,17 +318,17 @@ LABEL_FILES = {  # by data set: the label file of its evaluation split
 
 def damages(data: bytes, rng: np.random.Generator) -> dict[str, bytes]:
     """The bytes of a file after some accident; none of them is a label of the same size."""
-    other, lossy, grey = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    other, lossy, gray = io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (H, W, 4), np.uint8)).save(other, "PNG")
     Image.fromarray(rng.integers(0, 256, (H, W), np.uint8)).save(lossy, "JPEG")
-    Image.fromarray(np.zeros((H + 1, W), np.uint8)).save(grey, "PNG")
+    Image.fromarray(np.zeros((H + 1, W), np.uint8)).save(gray, "PNG")
     cuts = {f"cut at {n}": data[:n] for n in rng.integers(0, int(len(data) * 0.9), 30)}
     zeros = {f"zeros from {n}": data[:n] + bytes(len(data) - n) for n in rng.integers(0, 40, 5)}
     return cuts | zeros | {
         "nothing": b"",
         "mode": other.getvalue(),
         "JPEG": lossy.getvalue(),
-        "size": grey.getvalue(),
+        "size": gray.getvalue(),
         "noise": rng.bytes(len(data)),
         "huge": png_of_size(60_000, 60_000),
     }  # fmt: skip

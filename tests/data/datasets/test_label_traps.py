@@ -71,8 +71,8 @@ def test_ade_names_are_whole_and_clean():
         assert all(w == w.strip() and w and "  " not in w for w in words), name
 
 
-def test_ade_colours_cannot_be_decoded_and_are_not_used_to_show_classes():
-    """Careless: road and skyscraper have one colour."""
+def test_ade_colors_cannot_be_decoded_and_are_not_used_to_show_classes():
+    """Careless: road and skyscraper have one color."""
     from digseg_jax.tools.contact_sheet import palette
 
     ade = registry.spec("ade20k")
@@ -159,7 +159,7 @@ def test_unknown_is_a_class_of_pascal_context_459(tmp_path):
 
 
 def test_voc_palette_files_are_read_by_index(tmp_path):
-    """Careless: convert('L') makes luminances of indices, OpenCV gives colours."""
+    """Careless: convert('L') makes luminances of indices, OpenCV gives colors."""
     trees.pascal_voc(tmp_path)
     file = next(tmp_path.rglob("SegmentationClass/2007_000033.png"))
     with Image.open(file) as opened:
@@ -219,7 +219,7 @@ def test_bdd_masks_hold_train_ids_already(tmp_path):
     assert names("bdd100k") == names("cityscapes")
 
 
-def test_bdd_wall_and_fence_have_their_own_colours():
+def test_bdd_wall_and_fence_have_their_own_colors():
     """Careless: the tool's configuration file swaps the two."""
     colors = {c.name: c.color for c in registry.spec("bdd100k").classes}
     assert colors["wall"] == (102, 102, 156) and colors["fence"] == (190, 153, 153)
@@ -241,16 +241,16 @@ def test_deepglobe_masks_are_cut_at_128_in_any_mode(tmp_path, monkeypatch, mode)
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "reversed palette"])
 def test_refuge_is_inverted_and_its_palette_is_looked_up(tmp_path, mode):
-    """Careless: 0 is background; or a palette file's indices are taken for grey values."""
+    """Careless: 0 is background; or a palette file's indices are taken for gray values."""
     trees.refuge2(tmp_path)
     file = next(tmp_path.rglob("V0001.bmp"))
-    grey = Image.fromarray(grid(255, 128, 0, 128, 255).astype(np.uint8))
+    gray = Image.fromarray(grid(255, 128, 0, 128, 255).astype(np.uint8))
     if mode == "reversed palette":
-        grey = Image.fromarray(255 - np.asarray(grey))
-        grey.putpalette([v for v in range(255, -1, -1) for _ in range(3)])
+        gray = Image.fromarray(255 - np.asarray(gray))
+        gray.putpalette([v for v in range(255, -1, -1) for _ in range(3)])
     else:
-        grey = grey.convert(mode)
-    grey.save(file)
+        gray = gray.convert(mode)
+    gray.save(file)
     label = first("refuge2", tmp_path)["label"]
     np.testing.assert_array_equal(label, grid(0, 1, 2, 1, 0))
     for wrong in (grid(0, 60), grid(0)):  # a value between, and no background at all
@@ -429,8 +429,8 @@ class TestExif:
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "1"])
-def test_images_of_any_colour_mode_come_as_rgb(tmp_path, mode):
-    """Careless: grey JPEGs arrive with one channel, CMYK ones with four."""
+def test_images_of_any_color_mode_come_as_rgb(tmp_path, mode):
+    """Careless: gray JPEGs arrive with one channel, CMYK ones with four."""
     trees.camvid(tmp_path)
     picture = next(tmp_path.glob("images/val/*.jpg"))
     trees.image(picture, mode="L" if mode == "1" else mode)
@@ -455,8 +455,8 @@ def test_png_images_of_any_mode_come_as_rgb(tmp_path, mode):
         assert (image == 0x80).all()
 
 
-def test_lossy_or_coloured_label_files_are_refused(tmp_path):
-    """Careless: a JPEG mask has classes that nobody drew; a colour picture is no index map."""
+def test_lossy_or_colored_label_files_are_refused(tmp_path):
+    """Careless: a JPEG mask has classes that nobody drew; a color picture is no index map."""
     trees.camvid(tmp_path)
     file = next(tmp_path.glob("annotations/val/*.png"))
     trees.image(tmp_path / "mask.jpg", mode="L")

@@ -64,7 +64,7 @@ class TestModeFilter:
         np.testing.assert_array_equal(landcover.mode_filter(label, 3), label)
 
     def test_a_tie_keeps_the_pixels_own_label(self):
-        # around the centre: four 1, four 2 and its own; whichever it is makes it five
+        # around the center: four 1, four 2 and its own; whichever it is makes it five
         for own in (1, 2):
             label = np.array([[1, 1, 1], [1, own, 2], [2, 2, 2]], np.uint8)
             assert landcover.mode_filter(label, 3)[1, 1] == own

@@ -135,11 +135,11 @@ def test_a_run_trains_evaluates_and_reports(folders, camvid, tmp_path):
     facts = registry.spec("camvid")
     assert results["dataset"] == "camvid" and results["num_images"] == 3
     assert tuple(results["per_class"]) == facts.names
-    labelled = sum(
+    labeled = sum(
         int((example["label"] >= 0).sum())
         for example in (registry.open_source("camvid", camvid, "val")[i] for i in range(3))
     )
-    assert int(np.sum(results["confusion"])) == labelled  # no padding, no ignored pixel
+    assert int(np.sum(results["confusion"])) == labeled  # no padding, no ignored pixel
     assert (tmp_path / "report" / "index.html").is_file()
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 <= line["hard_negative_share"] <= line["negative_share"] <= 1

@@ -34,7 +34,7 @@ LABELS = {
     "pascal_voc_21": ("val", grid(0, 1, 20, -1, 15)),
     "phenobench": ("val", grid(0, 1, 2, 1, 2, 0)),
     "refuge2": ("test", grid(0, 1, 2, 1, 0)),
-    # the triangle (0.5, 0.5), (3.5, 0.5), (0.5, 3.5): centres with x, y >= 0.5 and x + y <= 4
+    # the triangle (0.5, 0.5), (3.5, 0.5), (0.5, 3.5): centers with x, y >= 0.5 and x + y <= 4
     "monuseg": ("test", np.array([[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0],
                                   [0, 1, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0]])),
 }  # fmt: skip
@@ -267,7 +267,7 @@ class TestFolder:
         label = registry.open_source("folder", tmp_path, "val")[0]["label"]
         np.testing.assert_array_equal(label, grid(1, 0))
 
-    def test_colours(self, tmp_path):
+    def test_colors(self, tmp_path):
         from PIL import Image
 
         colors = np.array([[0, 0, 0], [255, 0, 16], [8, 8, 8]], np.uint8)

@@ -18,7 +18,7 @@ from digseg_jax.tools import check_data
 FACTS = Path(__file__).parents[4] / "shared" / "classes"
 ALL = sorted(set(registry.names()) - {"folder"})
 
-# data set -> classes, official labelled images of train and of the split for evaluation
+# data set -> classes, official labeled images of train and of the split for evaluation
 KNOWN = {
     "ade20k": (150, 20_210, 2_000),
     "ade20k_847": (847, 25_574, 2_000),

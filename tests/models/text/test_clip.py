@@ -128,12 +128,12 @@ def test_bfloat16_computes_near_float32():
 
 
 def test_pixels_have_clips_mean_and_deviation():
-    grey = normalize_pixels(jnp.zeros((1, 4, 6, 3)), 8)
-    assert grey.shape == (1, 8, 8, 3)
+    gray = normalize_pixels(jnp.zeros((1, 4, 6, 3)), 8)
+    assert gray.shape == (1, 8, 8, 3)
     expected = (0.5 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
         [0.26862954, 0.26130258, 0.27577711]
     )
-    np.testing.assert_allclose(grey[0, 3, 3], expected, atol=1e-5)
+    np.testing.assert_allclose(gray[0, 3, 3], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [TEXT, VISION])
