@@ -315,7 +315,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     low, high = wide.min(where=finite, initial=np.inf), wide.max(where=finite, initial=-np.inf)
     if low == high:
         return np.full(values.shape, np.clip(low / 256, 0, 255), np.uint8)
-    return (np.where(finite, wide - low, 0) * (255 / float(high - low))).astype(np.uint8)
+    return np.rint(np.where(finite, wide - low, 0) * (255 / float(high - low))).astype(np.uint8)
 
 
 def _reason(error: BaseException) -> str:

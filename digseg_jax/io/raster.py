@@ -78,7 +78,8 @@ class Raster:
         if low == high:
             return np.full(values.shape, np.clip(low / 256, 0, 255), np.uint8)
         wide: np.ndarray = values.astype("float32" if values.dtype.itemsize <= 2 else "float64")
-        return (np.where(np.isfinite(wide), wide - low, 0) * (255 / (high - low))).astype(np.uint8)
+        scaled = np.where(np.isfinite(wide), wide - low, 0) * (255 / (high - low))
+        return np.rint(scaled).astype(np.uint8)
 
     def _colors(self, values: np.ndarray, first: int, last: int) -> UInt8[np.ndarray, "h w 3"]:
         """RGB of values of 8 bits: by the palette, or over white where they are transparent."""

@@ -77,6 +77,11 @@ class TestReadImage:
         np.testing.assert_array_equal(got[..., 0], [[0, 85], [170, 255]])
         assert got.dtype == np.uint8
 
+    def test_the_largest_of_sixteen_bits_is_white_whatever_it_is(self, tmp_path):
+        for high in range(1001, 1400, 7):
+            got = self.read(tmp_path, Image.fromarray(np.array([[1000, high]], np.uint16)))
+            np.testing.assert_array_equal(got[..., 0], [[0, 255]])
+
     def test_sixteen_bits_in_the_other_byte_order(self, tmp_path):
         pixels = np.array([[1000, 2000], [3000, 4000]], ">u2")
         image = Image.frombytes("I;16B", (2, 2), pixels.tobytes())

@@ -104,9 +104,9 @@ def _pixels(image):
         finite = np.isfinite(wide)
         low, high = wide[finite].min(), wide[finite].max()
         gray = (
-            np.where(finite, wide - low, 0) * (255 / (high - low))
+            np.rint(np.where(finite, wide - low, 0) * (255 / (high - low)))
             if high > low
-            else wide * 0 + low / 256
+            else wide * 0 + low // 256
         )
         return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
 
