@@ -40,7 +40,7 @@ def label_of(i: int) -> np.ndarray:
 
 
 def value_of(i: int, mirrored: bool, c: int | None) -> float:
-    """What the made-up latents are filled with: of the picture (c is None) or of a class's mask."""
+    """What the made-up latents are filled with: of the image (c is None) or of a class's mask."""
     return 1000.0 * i + 500.0 * mirrored + (0 if c is None else c + 1)
 
 

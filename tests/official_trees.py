@@ -20,7 +20,7 @@ H, W = 4, 6
 
 
 def image(path: Path, height: int = H, width: int = W, mode: str = "RGB", **options) -> Path:
-    """A picture whose pixels differ."""
+    """An image whose pixels differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, columns = np.mgrid[:height, :width]
     pixels = np.stack([rows * 9 % 256, columns * 7 % 256, (rows + columns) % 256], axis=-1)

@@ -50,7 +50,7 @@ def value(page, card=0):
 
 
 def shares(page, card=0):
-    """Where the handle is and where the right picture begins, as shares of the stage's width."""
+    """Where the handle is and where the right image begins, as shares of the stage's width."""
     return (
         page.locator(".card")
         .nth(card)
@@ -231,7 +231,7 @@ def test_the_papers_tables_are_there_and_marked_as_the_papers(page):
     assert bars.locator("li").first.is_visible()
 
 
-def test_pictures_load_and_labels_are_crisp(page):
+def test_images_load_and_labels_are_crisp(page):
     loaded = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert loaded
     rendering = "e => getComputedStyle(e).imageRendering"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training crops: picture and label stay on each other's pixels, whatever is drawn."""
+"""Training crops: image and label stay on each other's pixels, whatever is drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN = CropRules(size=64, flip=0.0, jitter=0.0, class_share_cap=1.0)
 
 
 def chequers(height, width, cell):
-    """Label 0 and 1 in squares; the picture shows the label: 40 or 200."""
+    """Label 0 and 1 in squares; the image shows the label: 40 or 200."""
     label = (np.add.outer(np.arange(height) // cell, np.arange(width) // cell) % 2).astype(np.int32)
     gray = np.where(label, 200, 40).astype(np.uint8)
     return np.repeat(gray[..., None], 3, axis=2), label
@@ -60,11 +60,11 @@ def test_no_label_is_invented():
         assert got.dtype == np.int32 and set(np.unique(got)) <= {-1, 0, 254, 255, 430, 846}
 
 
-def test_what_lies_outside_the_picture_is_ignored_and_gray():
+def test_what_lies_outside_the_image_is_ignored_and_gray():
     image, label = np.full((40, 100, 3), 255, np.uint8), np.ones((40, 100), np.int32)
     rules = CropRules(size=64, scale_min=0.5, scale_max=0.5, flip=0.0, jitter=0.0)
     got, ids = random_view(image, label, rules, rng())
-    assert (ids == -1).sum() == 64 * 32  # the window is 80 high, the picture 40
+    assert (ids == -1).sum() == 64 * 32  # the window is 80 high, the image 40
     np.testing.assert_array_equal(got[ids == -1], crops.PADDING)
     np.testing.assert_array_equal(got[ids == 1], 255)
 

@@ -126,7 +126,7 @@ class TestLandCover:
             "index": ((4,), np.uint32),
         }
 
-    def test_a_restart_gives_the_same_pictures(self):
+    def test_a_restart_gives_the_same_images(self):
         assert_same(real(4)[2:], real(2, start=2))
 
     def test_two_hosts_share_the_batch(self):

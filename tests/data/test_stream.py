@@ -228,7 +228,7 @@ def test_start_up_on_118_000_entries(tmp_path):
 
 
 class TestNegatives:
-    """Hard ones: seen together in other pictures, or of similar names."""
+    """Hard ones: seen together in other images, or of similar names."""
 
     def test_similar_names_share_words(self):
         got = name_similarity([("traffic light",), ("light", "lamp"), ("street lights",), ("dog",)])
@@ -236,7 +236,7 @@ class TestNegatives:
         np.testing.assert_array_equal(got, got.T)
         np.testing.assert_array_equal(np.diag(got), 0)
 
-    def test_expected_classes_are_those_of_other_pictures_with_this_one(self):
+    def test_expected_classes_are_those_of_other_images_with_this_one(self):
         statistics = ClassStatistics.empty(4)
         for shown in ([0, 1], [0, 1], [0, 2], [3]):
             statistics.add(np.asarray([shown], np.int32))

@@ -92,7 +92,7 @@ def test_the_rule_for_classes_that_no_label_shows_changes_the_headline(tmp_path)
     phenobench(tmp_path)
     for mask in (tmp_path / "phenobench/val/semantics").iterdir():
         label = np.asarray(Image.open(mask)).copy()
-        label[label == 2] = 0  # what was weed is soil, and the picture still shows weed
+        label[label == 2] = 0  # what was weed is soil, and the image still shows weed
         Image.fromarray(label).save(mask)
     scores, rules = {}, ("mmseg", "detectron2")
     for rule in rules:

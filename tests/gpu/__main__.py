@@ -165,7 +165,7 @@ def evaluation(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
 
 
 def predict(config: Any, workdir: Path, device: Any) -> dict[str, Any]:
-    """Free-text queries on a picture that is larger than a crop, with the exported weights."""
+    """Free-text queries on an image that is larger than a crop, with the exported weights."""
     import numpy as np
 
     from digseg_jax.config.sampling import EStep

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the check runs on: Stable Diffusion 1.5's models with random weights, and made-up pictures."""
+"""What the check runs on: Stable Diffusion 1.5's models with random weights, and made-up images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ TINY = Size(
 
 
 def write(folder: Path, size: Size) -> Config:
-    """Writes models and pictures; returns the public recipe's configuration for them."""
+    """Writes models and images; returns the public recipe's configuration for them."""
     _write_models(folder / "models", size)
     _write_pictures(folder / "pictures", size.pixels)
     recipe = stable_diffusion("sd15", "folder")
@@ -88,7 +88,7 @@ def _write_models(folder: Path, size: Size) -> None:
 
 
 def _write_pictures(folder: Path, pixels: int) -> None:
-    """Quarters of four classes, each with a brightness and noise of its own, shifted from one picture
+    """Quarters of four classes, each with a brightness and noise of its own, shifted from one image
     to the next."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 2)):

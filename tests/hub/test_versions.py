@@ -37,7 +37,7 @@ def online(server, tmp_path):
 
 
 def task_of(version: str) -> SegmentationTask:
-    """The task as `monuseg.py:version` builds it, for small pictures."""
+    """The task as `monuseg.py:version` builds it, for small images."""
     if version == "biomedclip":
         hub.biomedclip_folder(converted_folder("biomedclip"))
     config = stable_diffusion(version, "monuseg")

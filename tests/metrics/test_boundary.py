@@ -10,7 +10,7 @@ from digseg_jax.metrics import boundary
 
 
 def band(mask, width):
-    """Pixels with something outside (or beyond the picture) at chessboard distance <= width."""
+    """Pixels with something outside (or beyond the image) at chessboard distance <= width."""
     height, columns = mask.shape
     out = np.zeros_like(mask)
     for y, x in np.argwhere(mask):

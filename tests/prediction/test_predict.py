@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction on any picture: sizes, color modes, windows, and what is told when it cannot work."""
+"""Prediction on any image: sizes, color modes, windows, and what is told when it cannot work."""
 
 from __future__ import annotations
 

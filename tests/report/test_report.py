@@ -135,7 +135,7 @@ def test_the_page_needs_nothing_but_itself(run):
     assert "default-src 'none'" in text
 
 
-def test_every_picture_has_a_text_and_every_slider_a_value(run):
+def test_every_image_has_a_text_and_every_slider_a_value(run):
     found = page(run)
     assert all(a["alt"] for a in found.all("img"))
     sliders = found.all("div", role="slider")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Freed memory is kept: loading pictures makes no page faults."""
+"""Freed memory is kept: loading images makes no page faults."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print(default, faults())
 """
 
 
-def test_arrays_of_a_pictures_size_are_not_asked_of_the_system_again():
+def test_arrays_of_an_images_size_are_not_asked_of_the_system_again():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip("not glibc")

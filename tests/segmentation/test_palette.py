@@ -24,7 +24,7 @@ def blur(noise=0.05):
 
 
 def identity(image):
-    """Latents in which colors are as far apart as in pictures."""
+    """Latents in which colors are as far apart as in images."""
     return image
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting pictures and putting answers together: every pixel gets the answer of its own place."""
+"""Cutting images and putting answers together: every pixel gets the answer of its own place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_views_are_counted_without_cutting_them(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_windows_that_agree_with_the_picture_give_the_picture(shape):
+def test_windows_that_agree_with_the_image_give_the_image(shape):
     """Each window answers with its own pixels' red and green."""
     image = noise(*shape)
     views = make_views(image, (32, 32), "window")
@@ -44,7 +44,7 @@ def test_windows_that_agree_with_the_picture_give_the_picture(shape):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_answer_has_the_pictures_size_and_stays_between_its_extremes(mode, shape):
+def test_the_answer_has_the_images_size_and_stays_between_its_extremes(mode, shape):
     views = make_views(noise(*shape), (32, 32), mode)
     answer = np.random.default_rng(1).random((len(views.crops), 32, 32))
     got = views.assemble(answer)
@@ -66,7 +66,7 @@ def test_aspect_keeps_proportions_and_cuts_its_padding_off(shape):
     assert ((got > 0.5) == (image[..., 0] > 100)).mean() > 0.97
 
 
-def test_windows_of_a_picture_brought_to_a_short_side():
+def test_windows_of_an_image_brought_to_a_short_side():
     image = np.zeros((100, 200, 3), np.uint8)
     image[:, 100:] = 200
     views = make_views(image, (32, 32), "window", short_side=40)
@@ -92,7 +92,7 @@ def test_views_may_be_wider_than_high():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_wrong_modes_and_pictures_are_refused():
+def test_wrong_modes_and_images_are_refused():
     with pytest.raises(ValueError, match="legal: window, whole, aspect"):
         make_views(noise(4, 4), (32, 32), "crop")
     for shape in ((4, 4), (4, 4, 4), (0, 4, 3)):

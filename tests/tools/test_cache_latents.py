@@ -64,7 +64,7 @@ def write_data(root: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A user's folder: pictures of several sizes; number 3 shows one class, number 4 none."""
+    """A user's folder: images of several sizes; number 3 shows one class, number 4 none."""
     root = tmp_path_factory.mktemp("data")
     write_data(root, COUNT)
     return root
@@ -125,7 +125,7 @@ def files_of(config) -> dict[str, bytes]:
 
 
 def both_batches(config):
-    """All examples as the cache gives them, and the same crops as pictures with the same queries."""
+    """All examples as the cache gives them, and the same crops as images with the same queries."""
     ((part, _, split),) = training_parts(config.data)
     source = open_part(part, split)
     (stream,) = pipeline._parts(config.data, "segmentation", 0)
@@ -342,7 +342,7 @@ def test_a_broken_example_stops_the_job_or_is_left_out_and_named(folders, broken
     assert len(pipeline._parts(config.data, "segmentation", 0)[0].source) == COUNT - 1
 
 
-def test_a_run_trains_from_the_cache_without_the_pictures(cached, folders, tmp_path):
+def test_a_run_trains_from_the_cache_without_the_images(cached, folders, tmp_path):
     """The last step's batch is what --mode=compile takes it for; the record names the examples."""
     root = tmp_path / "only_classes"
     (root / "images" / "train").mkdir(parents=True)

@@ -40,7 +40,7 @@ def spec(classes=CLASSES, **changes):
 
 
 class Folder:
-    """Pictures on disk and labels made of their number; some pictures are odd."""
+    """Images on disk, and labels made of their number; some images are odd."""
 
     image_is_file = True
 
@@ -63,7 +63,7 @@ class Folder:
 
 
 class Resized(Folder):
-    """Gives half the picture that the file holds."""
+    """Gives half the image that the file holds."""
 
     image_is_file = False
 

@@ -46,7 +46,7 @@ def chunk(kind, data):
 
 
 def bomb(kind, width, height):
-    """A few bytes that claim an enormous picture, with valid checksums."""
+    """A few bytes that claim an enormous image, with valid checksums."""
     if kind == "PNG":
         header = struct.pack(">IIBBBBB", width, height, 8, 0 if kind == "L" else 2, 0, 0, 0)
         body = zlib.compress(bytes(1000))
@@ -152,7 +152,7 @@ def test_a_damaged_file_is_an_error_that_names_it_or_has_its_true_label(folder):
         except UserError as error:
             errors += 1
             assert f"{i:04d}" in str(error) and "\n" not in str(error)
-        else:  # a flipped bit of a JPEG may pass as a picture; a label may not change
+        else:  # a flipped bit of a JPEG may pass as an image; a label may not change
             np.testing.assert_array_equal(example["label"], truth[i], err_msg=str(i))
             assert example["image"].shape == (*SHAPE, 3)
     assert errors > 0.8 * COUNT

@@ -456,7 +456,7 @@ def test_png_images_of_any_mode_come_as_rgb(tmp_path, mode):
 
 
 def test_lossy_or_colored_label_files_are_refused(tmp_path):
-    """Careless: a JPEG mask has classes that nobody drew; a color picture is no index map."""
+    """Careless: a JPEG mask has classes that nobody drew; a color image is no index map."""
     trees.camvid(tmp_path)
     file = next(tmp_path.glob("annotations/val/*.png"))
     trees.image(tmp_path / "mask.jpg", mode="L")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The land cover: its split, its labels, and that picture and labels lie on one another."""
+"""The land cover: its split, its labels, and that image and labels lie on one another."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_two_label_sets_tell_the_same_story(cover):
     assert same.mean() > 0.97
 
 
-def test_labels_lie_on_the_picture_not_shifted_and_not_flipped(cover):
+def test_labels_lie_on_the_image_not_shifted_and_not_flipped(cover):
     """Water in the labels is where the imagery is dark and blue."""
     image = cover.image.astype(int)
     blue = (image[..., 2] > image[..., 0] + 10) & (image.sum(axis=-1) < 180)

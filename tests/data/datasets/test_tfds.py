@@ -131,7 +131,7 @@ def part(request, tmp_path):
     return write(tmp_path, NAMES if request.param else None)
 
 
-def test_pictures_and_labels_are_those_that_were_written(part):
+def test_images_and_labels_are_those_that_were_written(part):
     source = open_part(part, "train")
     assert len(source) == COUNT
     for i in range(COUNT):

@@ -394,7 +394,7 @@ def test_the_autoencoders_mask_scores():
 
 
 @pytest.mark.parametrize("size", [30, 36, 260])
-def test_a_picture_size_that_the_models_cannot_halve_is_refused(folders, size):
+def test_an_image_size_that_the_models_cannot_halve_is_refused(folders, size):
     with pytest.raises(UserError, match=f"config.data.image_size={size}.*multiple"):
         SegmentationTask(tiny.config(folders, data__image_size=size))
 
