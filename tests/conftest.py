@@ -26,8 +26,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-# Traces make and drop millions of small objects, among which the collector finds next to nothing: looking
-# less often takes a fifth off the tracing of a large model.
+# Traces make and drop millions of small objects, in which the collector finds next to nothing:
+# looking less often takes a fifth off the tracing of a large model.
 gc.set_threshold(100_000, 20, 100)
 
 import jaxtyping  # noqa: E402
