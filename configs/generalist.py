@@ -22,8 +22,9 @@ def get_config(version: str = "all"):
     many = len(config.data.mixture) > 1
     config.data.image_size = 96
     config.data.num_queries = 1  # a second one of the same crop teaches less than another crop
-    config.data.negative_rate = 0.25
-    config.data.foreign_rate = 0.4 if many else 0.0
+    # Two of five negatives of a mixture are classes of the image's own data set.
+    config.data.negative_rate = 0.35 if many else 0.25
+    config.data.foreign_rate = 0.6 if many else 0.0
     config.data.text_noise = 0.3
     config.data.word_dropout = 0.5
     config.model.unet = "assets:segmenter"
