@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ from digseg_jax.data.datasets.readers.folder import IMAGES
 from digseg_jax.data.datasets.registry import Source
 from digseg_jax.data.datasets.spec import DatasetSpec, with_synonyms
 from digseg_jax.data.datasets.splits import split_called
-from digseg_jax.data.datasets.statistics import ClassStatistics, sampled
+from digseg_jax.data.datasets.statistics import SAMPLE, ClassStatistics, sampled
 from digseg_jax.data.shards import records
 from digseg_jax.data.shards.fingerprint import StaleShards, check_unchanged
 from digseg_jax.errors import Transient, UserError
@@ -111,12 +112,15 @@ def training_parts(config: DataConfig) -> list[tuple[PartConfig, DatasetSpec, st
     return [(part, facts, part.split or facts.train_split) for part, facts in specs]
 
 
-def training_examples(config: DataConfig) -> dict[str, list[Any]]:
-    """Number of each part's examples, and a digest of their names; JSON-ready.
+def training_examples(config: DataConfig, *, by_class: bool = True) -> dict[str, list[Any]]:
+    """What the drawing of each part's examples depends on, JSON-ready: number, names, class counts.
 
-    A run draws examples by their number, so with other examples it would continue in another order. The
-    digest is "" where examples are not files of their own. Latent caches, which have their own checks,
-    are left out.
+    A run draws examples by their number and queries by the classes' frequencies, so with others it
+    would continue in another order. Of the names and of the counts there is a digest: "" where examples
+    are not files of their own, and where the counts are of a sample or do not matter. Latent caches,
+    which have their own checks, are left out.
+
+    by_class: whether the counts matter.
 
     Raises:
       UserError: no such data set, split or folder.
@@ -126,9 +130,18 @@ def training_examples(config: DataConfig) -> dict[str, list[Any]]:
     for label, (part, _, split) in zip(labels_of([p for p, _, _ in parts]), parts, strict=True):
         source = open_part(part, split)
         names = "\n".join(pair.name for pair in getattr(source, "pairs", ()))
-        digest = hashlib.sha256(names.encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
-        found[label] = [len(source), digest if names else ""]
+
+        # Of a small data set the sample is all that there is.
+        counts = ""
+        if by_class and isinstance(source, records.RecordSource) and len(source) > SAMPLE:
+            counts = _digest(json.dumps(source.statistics().to_dict()))
+        found[label] = [len(source), names and _digest(names), counts]
     return found
+
+
+def _digest(text: str) -> str:
+    """Sixteen hexadecimal digits that tell texts, file names among them, from one another."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
 
 
 def open_dataset(name: str, root: str = "", split: str = "") -> Source:

@@ -213,12 +213,19 @@ class Trainer:
 
     def _check_examples(self, stored: dict[str, list[Any]]) -> None:
         """Raises UserError for other training examples than the checkpoint's, unless accepted."""
-        for name, (count, names) in self.examples.items():
-            before, digest = stored.get(name, (count, names))
-            same = before == count and (digest == names or not digest or not names)
-            if same or self.accept_changes:
+        for name, (count, names, classes) in self.examples.items():
+            # Checkpoints of earlier versions lack the counts of the classes.
+            before, digest, *known = stored.get(name, (count, names))
+            if before != count:
+                differs = f"{before} examples, now {count}"
+            elif digest and names and digest != names:
+                differs = "others of other names"
+            elif known not in ([], [classes]):
+                differs = "counts of their classes have been prepared since, or others"
+            else:
                 continue
-            differs = f"{before} examples, now {count}" if before != count else "others of other names"
+            if self.accept_changes:
+                continue
             raise UserError(
                 f"{self.workdir}: the training data are not those of its checkpoint ({name}: "
                 f"{differs}); --accept_changes goes on with them, in another order"
@@ -227,7 +234,8 @@ class Trainer:
     @functools.cached_property
     def examples(self) -> dict[str, list[Any]]:
         """What is known of the training examples, see `training_examples`."""
-        return training_examples(self.config.data)
+        # Captions are of the labels themselves, whatever is frequent.
+        return training_examples(self.config.data, by_class=self.config.task != "prior")
 
     @property
     def vocabulary(self) -> list[str]:

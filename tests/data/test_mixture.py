@@ -231,10 +231,10 @@ def test_held_out_images_are_not_trained_on_whatever_the_split_is_called(root, s
 
 def test_a_run_knows_exchanged_images_of_a_part_that_keeps_some_aside(root):
     part = PartConfig("folder", f"{root}/cells", held_out="^1_")
-    count, digest = training_examples(DataConfig(mixture=(part,)))["folder"]
+    count, digest, counts = training_examples(DataConfig(mixture=(part,)))["folder"]
     other = dataclasses.replace(part, held_out="^0_")
-    assert count == 3 and digest
-    assert training_examples(DataConfig(mixture=(other,)))["folder"] != [count, digest]
+    assert count == 3 and digest and counts == ""
+    assert training_examples(DataConfig(mixture=(other,)))["folder"] != [count, digest, counts]
 
 
 def test_capitals_of_classes_that_nobody_asks_for_do_not_count(root):

@@ -169,17 +169,19 @@ class TestStart:
     def test_other_training_data_are_refused_unless_told(self, cover, folders, tmp_path, monkeypatch):
         """With one image more, the rest of the run would draw in another order."""
         trainer, _ = train(folders, tmp_path, train__steps=2)
-        ((name, (count, _)),) = trainer.examples.items()
+        ((name, (count, *_)),) = trainer.examples.items()
         for before, now, told in (
-            ([count, ""], [count + 1, ""], f"{name}: {count} examples, now {count + 1}"),
-            ([count, "a"], [count, "b"], f"{name}: others of other names"),
+            ([count, ""], [count + 1, "", ""], f"{name}: {count} examples, now {count + 1}"),
+            ([count, "a"], [count, "b", ""], f"{name}: others of other names"),
+            ([count, "a", ""], [count, "", "c"], f"{name}: counts of their classes have been prepared"),
         ):
-            monkeypatch.setattr(loop, "training_examples", lambda _, now=now: {name: now})
+            monkeypatch.setattr(loop, "training_examples", lambda _, now=now, **__: {name: now})
             with pytest.raises(UserError, match=told):
                 trainer_of(folders, tmp_path)._check_examples({name: before})
             trainer_of(folders, tmp_path, accept_changes=True)._check_examples({name: before})
         with pytest.raises(UserError, match="--accept_changes goes on with them"):
-            monkeypatch.setattr(loop, "training_examples", lambda _: {name: [count + 1, ""]})
+            known = {name: [count + 1, "", ""]}
+            monkeypatch.setattr(loop, "training_examples", lambda _, **__: known)
             train(folders, tmp_path)
         monkeypatch.undo()
         assert trainer.examples == train(folders, tmp_path)[0].examples

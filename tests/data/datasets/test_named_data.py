@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,10 +16,11 @@ from PIL import Image
 from digseg_jax.config.parse import default, parse, to_dict
 from digseg_jax.config.schema import DataConfig, LoadingConfig, PartConfig
 from digseg_jax.config.templates import fill
+from digseg_jax.data import sources
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.datasets import registry
 from digseg_jax.data.pipeline import training_stream
-from digseg_jax.data.sources import open_part
+from digseg_jax.data.sources import open_part, training_examples
 from digseg_jax.data.vocabulary import Vocabulary, bank_prompts, vocabularies
 from digseg_jax.errors import UserError
 from digseg_jax.tools.prepare_data import prepare_split
@@ -84,6 +86,27 @@ def test_a_root_without_the_split_or_without_shards_says_what_to_do(camvid, tmp_
     with pytest.raises(UserError, match="shards of val only; .*--split=train"):
         open_part(PartConfig("camvid", str(tmp_path)), "train")
     assert len(open_part(PartConfig("camvid", str(tmp_path)), "val")) == 3
+
+
+def test_a_run_notices_counts_that_were_prepared_since_if_it_draws_by_them(data, tmp_path, monkeypatch):
+    """A sample of two examples has other class frequencies than all six."""
+    facts = registry.spec("camvid")
+    shutil.copytree(data.root, tmp_path / "own")
+    data = dataclasses.replace(data, root=str(tmp_path / "own"))
+
+    def known(**how):
+        return training_examples(data, **how)["camvid"]
+
+    monkeypatch.setattr(sources, "SAMPLE", 2)
+    assert known()[0] == 6 and known()[2] == ""
+    prepare_split(
+        lambda: registry.open_source("camvid", data.root, "train"), facts, "train", tmp_path / "own"
+    )
+    assert known()[0] == 6 and known()[2] and known(by_class=False)[2] == ""
+
+    # Where the sample has been the whole, nothing differs.
+    monkeypatch.setattr(sources, "SAMPLE", 6)
+    assert known()[2] == ""
 
 
 def test_the_other_tasks_train_on_it_too(data):
