@@ -172,7 +172,7 @@ class CachedWithNames:
         classes, asked = self.queries.draw(stored.label, rng)
 
         latents = {
-            "image_latent": stored.picture,
+            "image_latent": stored.image,
             "mask_latent": self.source.masks(stored, classes),
         }
         return latents | {"label": stored.label} | asked | self.part

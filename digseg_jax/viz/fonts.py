@@ -17,7 +17,7 @@ FILES = (
     "Arial Unicode.ttf", "arialuni.ttf", "arial.ttf", "Arial.ttf", "PingFang.ttc", "msyh.ttc",
     "msgothic.ttc", "malgun.ttf",
 )  # fmt: skip
-_NO_LETTER = "\uffff"  # belongs to no font, so that its picture is that of a missing letter
+_NO_LETTER = "\uffff"  # belongs to no font, so that it is drawn as a missing letter
 
 
 def fitting(text: str, number: int, size: int) -> tuple[str, Font]:
@@ -57,11 +57,11 @@ def shortened(text: str, font: Font, room: float) -> str:
 
 def has(font: Font, text: str) -> bool:
     """Whether a font has every letter of a text."""
-    missing = _picture(font, _NO_LETTER)
-    return all(_picture(font, sign) != missing for sign in set(text) if not sign.isspace())
+    missing = _drawn(font, _NO_LETTER)
+    return all(_drawn(font, sign) != missing for sign in set(text) if not sign.isspace())
 
 
-def _picture(font: Font, sign: str) -> tuple[tuple[int, int], bytes]:
+def _drawn(font: Font, sign: str) -> tuple[tuple[int, int], bytes]:
     """Size and pixels of a sign."""
     drawn = font.getmask(sign)
     return drawn.size, bytes(drawn)

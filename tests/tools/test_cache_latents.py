@@ -190,7 +190,7 @@ def test_both_orientations_and_every_shown_class_are_there(cached):
         shown = tuple(sorted(set(np.unique(plain.label).tolist()) - {-1}))
         assert plain.classes == mirrored.classes == shown
         assert len(plain.masks) == len(shown)
-        assert not np.allclose(plain.picture[:, ::-1], mirrored.picture, atol=1e-3)
+        assert not np.allclose(plain.image[:, ::-1], mirrored.image, atol=1e-3)
     assert source.read(3, False).classes == (1,) and source.read(4, False).classes == ()
 
 

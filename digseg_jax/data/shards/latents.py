@@ -63,13 +63,13 @@ class Stored(NamedTuple):
 
     Attributes:
       label: class ids [s, s], ignore = -1.
-      picture: the image's latent [h, w, c].
+      image: the image's latent [h, w, c].
       classes: classes[k] is the class that masks[k] shows; empty where one mask shows all classes.
       masks: latents of the masks [k, h, w, c].
     """
 
     label: Int[np.ndarray, "s s"]
-    picture: Float[np.ndarray, "h w c"]
+    image: Float[np.ndarray, "h w c"]
     classes: tuple[int, ...]
     masks: Float[np.ndarray, "k h w c"]
 

@@ -62,7 +62,7 @@ def test_a_record_gives_back_what_went_in(top):
     got = decode_record(encode_record("näme", label, (0, top), latents), str)
     np.testing.assert_array_equal(got.label, label)
     assert got.label.dtype == np.int32 and got.classes == (0, top)
-    np.testing.assert_array_equal(np.concatenate([got.picture[None], got.masks]), latents)
+    np.testing.assert_array_equal(np.concatenate([got.image[None], got.masks]), latents)
 
 
 def test_a_foreign_record_is_an_error():
