@@ -104,7 +104,7 @@ def make(
         if len(names) < 3:
             raise UserError(f"--held_out={share}: {len(names)} {part} names; a scene needs up to 3")
         splits = {"train": scenes, "val": val} if part == "seen" else {"val": val}
-        manifest[part] = {"names": names, "pictures": len(own), "scenes": splits}
+        manifest[part] = {"names": names, "images": len(own), "scenes": splits}
     claim(out, manifest)
     for number, (part, own) in enumerate(parts.items()):
         for place, (split, count) in enumerate(manifest[part]["scenes"].items()):
