@@ -50,6 +50,7 @@ from digseg_jax.report.live import LivePage
 from digseg_jax.runtime.collectives import fetch, fetch_to_main
 from digseg_jax.runtime.compile_cache import use_compile_cache
 from digseg_jax.runtime.distributed import is_main, together
+from digseg_jax.runtime.preemption import forget_late_request
 from digseg_jax.segmentation.codecs import CODECS
 from digseg_jax.training.loop import Trainer
 from digseg_jax.training.setup import TASKS, Setup, check_batch_size, log_summary, set_up
@@ -74,9 +75,8 @@ def train(config: Config, workdir: str | AnyPath, *, accept_changes: bool = Fals
     Example:
         >>> dj.train(dj.load_config("quickstart"), "runs/mine")  # doctest: +SKIP
     """
-    # A wrong folder or a missing split is reported before any weights are loaded.
     workdir = as_path(workdir)
-    with together("the data"):
+    with together("the data"):  # before any weights are loaded
         use_compile_cache(config.compute.compile_cache)
         check_training_data(config.data)
         if config.task == "segmentation":
@@ -262,11 +262,11 @@ def evaluate(
         >>> dj.evaluate("out", model="assets:segmenter", settings=once)["num_images"]
         1
     """
-    # Report what can be wrong before anything is loaded.
+    forget_late_request()
     if suite is not None:
         suite_lib.check_suite(suite)
     workdir = as_path(workdir)
-    # `together`: a host that does not see the run, or could not fetch the weights, tells all of them.
+    # Report what is wrong before anything is loaded; a host that does not see the run tells all.
     with together("the run and its data"):
         if config is None and model is None:
             config = stored_config(workdir)

@@ -42,7 +42,17 @@ def leave_if_asked() -> None:
     """
     check_interrupts()
     if not _watched and (_late or _all_asked()):
+        forget_late_request()
         raise Preempted("preempted outside of the training loop: what was saved is there")
+
+
+def forget_late_request() -> None:
+    """Forgets that a training loop was asked to leave in its last step: its job is over.
+
+    In a Python session, another job may follow in the same process.
+    """
+    global _late
+    _late = False
 
 
 def _all_asked() -> bool:

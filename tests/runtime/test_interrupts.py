@@ -14,7 +14,12 @@ from digseg_jax.errors import Preempted
 from digseg_jax.io.storage import explained
 from digseg_jax.runtime import preemption
 from digseg_jax.runtime.interrupts import check_interrupts, remember_interrupts
-from digseg_jax.runtime.preemption import ALIKE, PreemptionWatch, leave_if_asked
+from digseg_jax.runtime.preemption import (
+    ALIKE,
+    PreemptionWatch,
+    forget_late_request,
+    leave_if_asked,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +90,7 @@ def test_what_schedulers_and_terminals_send_is_like_sigterm():
             assert signal.getsignal(number) == signal.SIG_DFL
         finally:
             signal.signal(number, before)
+            forget_late_request()
 
 
 def test_under_nohup_a_closed_terminal_is_ignored():
@@ -104,6 +110,15 @@ def test_who_is_asked_during_the_last_step_leaves_before_an_evaluation():
         leave_if_asked()
     with pytest.raises(Preempted):
         leave_if_asked()
+
+    # That is told once: another job may follow in the same Python session. The job after a training
+    # without an evaluation is not meant at all.
+    leave_if_asked()
+    with PreemptionWatch() as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert watch.reached()
+    forget_late_request()
+    leave_if_asked()
 
     # A loop that was left by an exception has told it already.
     with contextlib.suppress(Preempted), PreemptionWatch() as watch:
