@@ -213,6 +213,8 @@ class Trainer:
 
     def _check_examples(self, stored: dict[str, list[Any]]) -> None:
         """Raises UserError for other training examples than the checkpoint's, unless accepted."""
+        if self.accept_changes:
+            return
         for name, (count, names, classes) in self.examples.items():
             # Checkpoints of earlier versions lack the counts of the classes.
             before, digest, *known = stored.get(name, (count, names))
@@ -221,10 +223,8 @@ class Trainer:
             elif digest and names and digest != names:
                 differs = "others of other names"
             elif known not in ([], [classes]):
-                differs = "counts of their classes have been prepared since, or others"
+                differs = "their classes have been counted anew since"
             else:
-                continue
-            if self.accept_changes:
                 continue
             raise UserError(
                 f"{self.workdir}: the training data are not those of its checkpoint ({name}: "

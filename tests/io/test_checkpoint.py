@@ -173,7 +173,7 @@ class TestStart:
         for before, now, told in (
             ([count, ""], [count + 1, "", ""], f"{name}: {count} examples, now {count + 1}"),
             ([count, "a"], [count, "b", ""], f"{name}: others of other names"),
-            ([count, "a", ""], [count, "", "c"], f"{name}: counts of their classes have been prepared"),
+            ([count, "a", ""], [count, "", "c"], f"{name}: their classes have been counted anew"),
         ):
             monkeypatch.setattr(loop, "training_examples", lambda _, now=now, **__: {name: now})
             with pytest.raises(UserError, match=told):

@@ -19,6 +19,7 @@ from digseg_jax.config.templates import fill
 from digseg_jax.data import sources
 from digseg_jax.data.captions import Captions
 from digseg_jax.data.datasets import registry
+from digseg_jax.data.datasets.statistics import sampled
 from digseg_jax.data.pipeline import training_stream
 from digseg_jax.data.sources import open_part, training_examples
 from digseg_jax.data.vocabulary import Vocabulary, bank_prompts, vocabularies
@@ -107,6 +108,9 @@ def test_a_run_notices_counts_that_were_prepared_since_if_it_draws_by_them(data,
     # Where the sample has been the whole, nothing differs.
     monkeypatch.setattr(sources, "SAMPLE", 6)
     assert known()[2] == ""
+    prepared = open_part(PartConfig("camvid", data.root), "train").statistics()
+    own = sampled(registry.open_source("camvid", data.root, "train"), facts.num_classes, 6)
+    assert prepared.to_dict() == own.to_dict()
 
 
 def test_the_other_tasks_train_on_it_too(data):
